@@ -1,0 +1,124 @@
+"""The bank: the tensors that layers share, each once, at the root of the adapted model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from lily.masks import MaskTracker, watch
+from lily.plan import SharingPlan
+
+BANK = "lily_bank"
+
+# Device and dtype that a layer's adapter takes (None: PyTorch's default dtype).
+Placement = tuple[torch.device, torch.dtype | None]
+
+
+class LilyBank(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+    """Every A and B of every adapter, and the plan that says who uses them.
+
+    A `BaseTunerLayer` without a base layer, so that PEFT, transformers and diffusers, which switch, freeze, cast and
+    delete adapters layer by layer, treat the shared tensors as they treat a layer's own.
+
+    Attributes:
+        lily_A: adapter -> list of A, each (r, in), numbered as `SharingPlan.blocks`.
+        lily_B: adapter -> list of B, each (experts * r, out), one per group; stock PEFT's layout.
+        plans: adapter -> its sharing plan.
+        placements: adapter -> device and dtype of each A and B, those of the first layer that uses it.
+        masks: what `sequence` routing asks for the attention mask.
+    """
+
+    # PEFT asks every tuner layer for its base layer's; the bank has none.
+    weight = None
+    bias = None
+
+    adapter_layer_names: tuple[str, ...] = ("lily_A", "lily_B")
+    other_param_names: tuple[str, ...] = ("plans", "placements")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lily_A = nn.ModuleDict({})
+        self.lily_B = nn.ModuleDict({})
+        self.plans: dict[str, SharingPlan] = {}
+        self.placements: dict[str, tuple[list[Placement], list[Placement]]] = {}
+        self.masks = MaskTracker()
+        self.watching: list[Any] = []
+        self._disable_adapters = False
+        self._active_adapter: str | list[str] = []
+        self.merged_adapters: list[str] = []
+
+    def add(self, adapter: str, plan: SharingPlan, places: Mapping[str, Placement], init_weights: bool) -> None:
+        """Create the tensors of a plan: A Kaiming-uniform, B zero (or Kaiming-uniform too).
+
+        Args:
+            adapter: its name; an adapter of that name is replaced.
+            plan: who shares what.
+            places: device and dtype by layer.
+            init_weights: False starts B at random.
+        """
+        self.plans[adapter] = plan
+        on_A, on_B = [places[block[0]] for _, block in plan.blocks], [places[g.members[0]] for g in plan.groups]
+        self.placements[adapter] = (on_A, on_B)
+        self.lily_A[adapter] = nn.ParameterList(
+            _shared(group.r, group.in_features, place, zero=False)
+            for (group, _), place in zip(plan.blocks, on_A, strict=True)
+        )
+        self.lily_B[adapter] = nn.ParameterList(
+            _shared(g.num_B * g.r, g.out_features, place, zero=init_weights)
+            for g, place in zip(plan.groups, on_B, strict=True)
+        )
+
+    def watch(self, model: nn.Module, layers: list[str]) -> None:
+        """Have the attention mask of `model`'s forwards noted for `layers`; none: stop noting it."""
+        for handle in self.watching:
+            handle.remove()
+        self.watching = watch(model, layers, self.masks) if layers else []
+
+    def get_base_layer(self) -> nn.Module:
+        """The bank wraps nothing: itself."""
+        return self
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        if adapter_name not in self.plans:
+            return
+        for tensors, places in zip(
+            (self.lily_A[adapter_name], self.lily_B[adapter_name]), self.placements[adapter_name], strict=True
+        ):
+            for i, (home, dtype) in enumerate(places):
+                if tensors[i].device.type != "meta":
+                    tensors[i] = nn.Parameter(tensors[i].to(device or home, dtype), tensors[i].requires_grad)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Nothing to do: layers merge."""
+
+    def unmerge(self) -> None:
+        """Nothing to do: layers unmerge."""
+
+    def __repr__(self) -> str:
+        return f"lily.LilyBank({', '.join(self.plans)})"
+
+
+def bank_of(model: nn.Module) -> LilyBank:
+    """The bank of an adapted model.
+
+    Raises:
+        AttributeError: if the model carries no Lily adapter.
+    """
+    bank = getattr(model, BANK)
+    assert isinstance(bank, LilyBank)
+    return bank
+
+
+def _shared(rows: int, columns: int, place: Placement, zero: bool) -> nn.Parameter:
+    device, dtype = place
+    weight = torch.empty(rows, columns)
+    if zero:
+        nn.init.zeros_(weight)
+    else:
+        nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+    return nn.Parameter(weight.to(device, dtype))

@@ -1,0 +1,235 @@
+"""Adapter files: what is written, and the three layouts that are read.
+
+Written: stock PEFT's names, each shared tensor once, under the first layer that uses it.
+
+    <layer>.lily_A.weight       (r, in)
+    <layer>.lily_B.weight       (experts * r, out)
+    <layer>.lily_router.weight  (experts, r)         token, sequence and batch routing
+    <layer>.lily_logits         (experts,)           static routing
+
+Read: that; stock's, which repeats shared tensors under every layer; and the paper repository's (`lily_lp` for A,
+`lily_hp` for B, as a parameter (experts, r, out) or a linear layer's weight). Who shares what is known from the plan,
+never guessed from memory addresses. Only a file whose own sharing contradicts the plan (stock groups layers
+otherwise under a regular expression) is asked: equal tensors are then shared ones.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lily.bank import BANK
+from lily.errors import LilyError
+from lily.plan import Group, ModuleSpec, SharingPlan, router_size
+
+PREFIX = "base_model.model."
+WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+
+PAPER_NAMES = {"lily_lp": "A", "lily_hp": "B"}
+KEY = re.compile(r"^(?P<layer>.+)\.(?P<part>lily_A|lily_B|lily_router|lily_logits|lily_lp|lily_hp)(?:\.weight)?$")
+
+
+@dataclass(frozen=True)
+class AdapterTensors:
+    """An adapter's tensors by their place in a plan.
+
+    Attributes:
+        A: number of the A -> (r, in).
+        B: number of the group -> (experts * r, out).
+        router: layer -> R (experts, r) or logits (experts,).
+        other: everything else in the file (saved modules, biases), untouched.
+    """
+
+    A: dict[int, Tensor]
+    B: dict[int, Tensor]
+    router: dict[str, Tensor]
+    other: dict[str, Tensor]
+
+
+def dump(state: Mapping[str, Tensor], adapter: str, plan: SharingPlan, every_layer: bool = False) -> dict[str, Tensor]:
+    """The adapter's entries of a model's state dict, under the names of a file (with the adapter's name still in).
+
+    Args:
+        state: the model's state dict; wrappers' name parts (FSDP, compile) are dropped.
+        adapter: name of the adapter.
+        plan: its sharing plan.
+        every_layer: repeat shared tensors under every layer, as stock does.
+
+    Returns:
+        Names as in the module's docstring, with `.{adapter}` inserted where PEFT expects to remove it.
+    """
+    clean = {_unwrapped(key): value for key, value in state.items()}
+    marker = f"{BANK}.lily_A.{adapter}."
+    root = next((key.partition(marker)[0] for key in clean if marker in key), None)
+    if root is None:
+        return {}
+    out: dict[str, Tensor] = {}
+    for number, (_, block) in enumerate(plan.blocks):
+        for name in block if every_layer else block[:1]:
+            out[f"{root}{name}.lily_A.{adapter}.weight"] = clean[f"{root}{BANK}.lily_A.{adapter}.{number}"]
+    for number, group in enumerate(plan.groups):
+        for name in group.members if every_layer else group.members[:1]:
+            out[f"{root}{name}.lily_B.{adapter}.weight"] = clean[f"{root}{BANK}.lily_B.{adapter}.{number}"]
+    for name in plan.slots:
+        for key in (f"{root}{name}.lily_router.{adapter}.weight", f"{root}{name}.lily_logits.{adapter}"):
+            if key in clean:
+                out[key] = clean[key]
+    return out
+
+
+def _unwrapped(key: str) -> str:
+    for wrapper in WRAPPERS:
+        key = key.replace(wrapper, "")
+    return key
+
+
+def parse(state: Mapping[str, Tensor], plan: SharingPlan) -> AdapterTensors:
+    """Read an adapter file's tensors into the places of `plan`, whichever of the three layouts it has.
+
+    Args:
+        state: the file's entries, without the adapter's name.
+        plan: the plan of the adapter they are loaded into.
+
+    Returns:
+        Every tensor that the plan asks for.
+
+    Raises:
+        Regrouped: if the file shares tensors otherwise than the plan; its `plan` is the file's own.
+        LilyError: if a tensor is missing, has another shape, belongs to a layer that is not adapted, or disagrees
+            with its duplicate.
+    """
+    found, other = _collect(state, plan)
+    if _contradicts(found, plan):
+        raise Regrouped(_plan_of(found, plan))
+    A = {i: _shared(found["A"], block, f"A of {block[0]}") for i, (_, block) in enumerate(plan.blocks)}
+    B = {i: _shared(found["B"], g.members, f"B of {g.name}") for i, g in enumerate(plan.groups)}
+    router = {}
+    for name in plan.slots:
+        group = plan.group_of(name)
+        if router_size(plan.routing, group.r, group.num_B):
+            part = "logits" if plan.routing == "static" else "router"
+            if name not in found[part]:
+                raise LilyError(
+                    f"the adapter file has no lily_{part} for {name}, which routing={plan.routing!r} needs; "
+                    "is it the file of this configuration, and complete?"
+                )
+            router[name] = found[part][name]
+    return AdapterTensors(A, B, router, other)
+
+
+class Regrouped(Exception):
+    """The file's own sharing contradicts the plan. `plan` says how the file shares."""
+
+    def __init__(self, plan: SharingPlan) -> None:
+        super().__init__("the adapter file shares its tensors otherwise than the plan")
+        self.plan = plan
+
+
+Found = dict[str, dict[str, Tensor]]
+
+
+def _collect(state: Mapping[str, Tensor], plan: SharingPlan) -> tuple[Found, dict[str, Tensor]]:
+    found: Found = {"A": {}, "B": {}, "router": {}, "logits": {}}
+    other: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        match = KEY.match(_unwrapped(key))
+        if match is None:
+            other[key] = tensor
+            continue
+        layer, name = match["layer"].removeprefix(PREFIX), match["part"]
+        part = PAPER_NAMES.get(name, name.removeprefix("lily_"))
+        if layer not in plan.slots:
+            raise LilyError(
+                f"the adapter file has {key!r}, but this model has no adapted layer {layer!r}; "
+                "check that the base model and target_modules are those the adapter was trained with"
+            )
+        found[part][layer] = _checked(key, tensor, part, plan.group_of(layer))
+    return found, other
+
+
+def _checked(key: str, tensor: Tensor, part: str, group: Group) -> Tensor:
+    expected = {
+        "A": (group.r, group.in_features),
+        "B": (group.num_B * group.r, group.out_features),
+        "router": (group.num_B, group.r),
+        "logits": (group.num_B,),
+    }[part]
+    if part == "B" and tuple(tensor.shape) == (group.num_B, group.r, group.out_features):
+        tensor = tensor.reshape(expected)  # the paper's nn.Parameter form
+    if tuple(tensor.shape) == expected:
+        return tensor
+    if key.endswith(("lily_lp", "lily_hp", "lily_hp.weight")) and tuple(tensor.shape[::-1]) == expected:
+        return tensor.T.contiguous()
+    raise LilyError(
+        f"{key!r} has shape {tuple(tensor.shape)}, expected {expected} (r={group.r}, num_B={group.num_B}, "
+        f"layer {group.in_features} -> {group.out_features}); is it the file of this configuration and base model?"
+    )
+
+
+def _shared(found: dict[str, Tensor], layers: Iterable[str], what: str) -> Tensor:
+    copies = [found[name] for name in layers if name in found]
+    if not copies:
+        raise LilyError(f"the adapter file has no {what}; is it complete, and the file of this configuration?")
+    return copies[0]
+
+
+def _equal(x: Tensor, y: Tensor) -> bool:
+    return x is y or (x.shape == y.shape and bool(torch.equal(x, y)))
+
+
+def _contradicts(found: Found, plan: SharingPlan) -> bool:
+    """Whether layers that share in the plan hold different tensors in the file."""
+    for part, shares in (("A", [b for _, b in plan.blocks]), ("B", [g.members for g in plan.groups])):
+        for layers in shares:
+            copies = [found[part][name] for name in layers if name in found[part]]
+            if any(not _equal(copies[0], copy) for copy in copies[1:]):
+                return True
+    return False
+
+
+def _plan_of(found: Found, plan: SharingPlan) -> SharingPlan:
+    """The plan by which a file with all duplicates was written: equal tensors of one shape are shared ones.
+
+    Raises:
+        LilyError: if some layer has no copy of its own, so that the duplicates that differ are damage.
+    """
+    if any(set(found[part]) != set(plan.slots) for part in "AB"):
+        raise LilyError(
+            "the adapter file holds different values for one shared tensor, and not every layer has a copy of its "
+            "own, so it is damaged; save the adapter again"
+        )
+    by_shape: dict[tuple[int, int, int], list[str]] = {}
+    for name in plan.slots:
+        group = plan.group_of(name)
+        by_shape.setdefault((group.in_features, group.out_features, group.r), []).append(name)
+    order = {name: i for i, name in enumerate(plan.slots)}
+    groups = []
+    for names in by_shape.values():
+        for members in _classes(sorted(names, key=order.__getitem__), found["B"]):
+            group = plan.group_of(members[0])
+            blocks = tuple(tuple(block) for block in _classes(members, found["A"]))
+            last = dict.fromkeys(name.rpartition(".")[2] for name in members)
+            groups.append(replace(group, name="+".join(last), blocks=blocks))
+    return replace(plan, groups=tuple(groups))
+
+
+def _classes(names: list[str], tensors: dict[str, Tensor]) -> list[list[str]]:
+    classes: list[list[str]] = []
+    for name in names:
+        home = next((c for c in classes if _equal(tensors[c[0]], tensors[name])), None)
+        if home is None:
+            classes.append([name])
+        else:
+            home.append(name)
+    return classes
+
+
+def specs_of(plan: SharingPlan) -> list[ModuleSpec]:
+    """The layers of a plan."""
+    return [
+        ModuleSpec(name, plan.group_of(name).in_features, plan.group_of(name).out_features) for name in plan.slots
+    ]

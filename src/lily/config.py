@@ -1,0 +1,273 @@
+"""`LilyConfig`: every option of the method, validated where it is written down."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import peft
+from peft.config import PeftConfig
+from peft.utils import CONFIG_NAME, PeftType, TaskType
+
+from lily.errors import LilyError
+from lily.files import write_text
+
+ROUTINGS = ("batch", "sequence", "token", "static", "uniform")
+DYNAMIC = ("batch", "sequence", "token")
+ACTIVATIONS = ("none", "relu", "gelu", "silu")
+BIASES = ("none", "all", "lily_only")
+
+# Written as the peft_type of adapters whose mathematics stock PEFT cannot express: PEFT without this package then
+# refuses them (it names the missing method) where it would otherwise ignore unknown keys and compute batch routing.
+EXTENDED_TYPE = "LILY_PEFT"
+
+CAUSAL_TASKS = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
+
+
+@dataclass
+class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
+    """Configuration of a Lily adapter. Extends PEFT's own; a drop-in for `LoraConfig` where the names agree.
+
+    Args:
+        r: rank of the update of every layer; `A` is `(r, in_features)`. At LoRA's budget choose it several times
+            larger than LoRA's (`lily plan` computes it).
+        stride_A: how many consecutive layers of a group share one A. Default 1 (an A per layer).
+        num_A: the other way to say it: how many A per group, `stride_A = ceil(layers / num_A)`. Not with `stride_A`.
+        num_B: experts per group; all layers of the group share them. 1 means one shared B and no router.
+        scaling: multiplies the update directly (there is no `alpha / r`). Finite and not zero.
+        routing: what the expert weights depend on: `token`, `sequence`, `batch`, `static` or `uniform`. Default:
+            `token` for causal models (`task_type` CAUSAL_LM or SEQ_2_SEQ_LM, or a model that is causal or a
+            state-space model), else `sequence`. A configuration written by stock PEFT has no such key and means
+            `batch`, as does a plain `peft.LilyConfig`.
+        dropout: probability, on the hidden state of rank r, in [0, 1).
+        activation: between A and B: `none`, `relu`, `gelu` or `silu`.
+        target_modules: names (suffixes at a dot boundary), a regular expression, or `"all-linear"`. Default: by
+            architecture, as for LoRA.
+        exclude_modules: names or a regular expression to leave out.
+        layers_to_transform: layer indices to adapt; with names in `target_modules` only.
+        layers_pattern: name of the layer list, with `layers_to_transform`.
+        rank_pattern: rank for modules that match a name or regular expression. Ranks inside one group must agree.
+        modules_to_save: modules trained and saved whole, such as a classification head.
+        bias: which biases of the base train: `none`, `all` or `lily_only` (those of adapted layers).
+        init_weights: True starts B at zero, so an untrained adapter changes nothing; False starts B at random.
+
+    Raises:
+        LilyError: (a ValueError) for any value or combination that cannot work, with the fix.
+    """
+
+    # None here, not stock's 1: `num_A` is the other way to say it, and which one was said must stay visible.
+    stride_A: int | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "How many consecutive layers of a group share one A."}
+    )
+    num_A: int | None = field(default=None, metadata={"help": "How many A per group; instead of `stride_A`."})
+    routing: str | None = field(
+        default=None, metadata={"help": "What expert weights depend on: token, sequence, batch, static or uniform."}
+    )
+    dropout: float = field(default=0.0, metadata={"help": "Dropout probability on the hidden state of rank r."})
+    activation: str = field(default="none", metadata={"help": "Between A and B: none, relu, gelu or silu."})
+    rank_pattern: dict[str, int] | None = field(
+        default_factory=dict, metadata={"help": "Rank for modules that match a name or regular expression."}
+    )
+    bias: str = field(default="none", metadata={"help": "Which biases train: none, all or lily_only."})
+
+    def __post_init__(self) -> None:
+        """Check and complete every value (stock's own `__post_init__` refuses values that are legal here)."""
+        PeftConfig.__post_init__(self)
+        from_file = self.peft_type is not None  # only configurations read from a file carry their own type
+        self.peft_type = PeftType.LILY
+        if from_file and self.num_A is not None:
+            self.stride_A = None  # written beside num_A for stock readers; see `file_dict`
+        # Values that only a model can settle: see `lily.model`.
+        self.routing_is_default = self.routing is None and not from_file
+        self.stock_refusal: str | None = None
+        self.resolved_stride: int | None = None
+        self.portable_targets: set[str] | None = None
+        if self.routing is None:
+            self.routing = "batch" if from_file else "token" if self.task_type in CAUSAL_TASKS else "sequence"
+        if self.stride_A is None and self.num_A is None:
+            self.stride_A = 1
+        self.rank_pattern = self.rank_pattern or {}
+        _check(self)
+        if isinstance(self.target_modules, (list, tuple)):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, (list, tuple)):
+            self.exclude_modules = set(self.exclude_modules)
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether the expert weights depend on the data, so that the adapter cannot be merged as it is."""
+        return self.num_B > 1 and self.routing in DYNAMIC
+
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
+        """Build a configuration from a file's keys; those of the paper's repository are understood too."""
+        return super().from_peft_type(**_from_paper(kwargs))
+
+    @classmethod
+    def from_stock(cls, config: peft.LilyConfig) -> LilyConfig:
+        """The same adapter as a plain `peft.LilyConfig` describes: batch routing, everything else as given."""
+        if isinstance(config, cls):
+            return config
+        values = {f.name: getattr(config, f.name) for f in fields(config)}
+        return cls(**{**values, "peft_type": None, "routing": "batch"})
+
+    def file_dict(self) -> dict[str, Any]:
+        """What is written to `adapter_config.json`: readable by stock PEFT where it can express the adapter."""
+        values = self.to_dict()
+        values["target_modules"] = self.portable_targets or self.target_modules
+        for key, value in values.items():
+            if isinstance(value, set):
+                values[key] = sorted(value)
+        values["peft_type"] = PeftType.LILY.value
+        refusal = self.stock_refusal or stock_refusal(self)
+        if refusal is not None:
+            values["peft_type"] = EXTENDED_TYPE
+        elif self.stride_A is None:
+            values["stride_A"] = self.resolved_stride
+        return values
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json` into `save_directory`, atomically.
+
+        Args:
+            save_directory: created when missing.
+            kwargs: `auto_mapping_dict`, as PEFT passes it.
+
+        Raises:
+            LilyError: if `save_directory` is a file.
+        """
+        if os.path.isfile(save_directory):
+            raise LilyError(f"cannot save to {save_directory}: it is a file; name a folder")
+        os.makedirs(save_directory, exist_ok=True)
+        values = self.file_dict()
+        if (mapping := kwargs.get("auto_mapping_dict")) is not None:
+            values["auto_mapping"] = mapping
+        write_text(os.path.join(save_directory, CONFIG_NAME), json.dumps(values, indent=2, sort_keys=True))
+
+
+def stock_refusal(config: LilyConfig) -> str | None:
+    """Why stock PEFT would compute something else from this configuration, or None if it would not.
+
+    The sharing itself can be a further reason; `lily.plan` knows that one.
+    """
+    if config.num_B == 1:
+        return "num_B=1"
+    if config.routing != "batch":
+        return f"routing={config.routing}"
+    if config.activation != "none":
+        return f"activation={config.activation}"
+    if config.rank_pattern:
+        return "rank_pattern"
+    if config.bias != "none":
+        return f"bias={config.bias}"
+    if config.stride_A is None and config.resolved_stride is None:
+        return "num_A with groups of different sizes"
+    return None
+
+
+def _from_paper(values: dict[str, Any]) -> dict[str, Any]:
+    """Translate the option names of the paper's repository; anything else is returned unchanged."""
+    if not {"ne_1", "ne_2"} & values.keys():
+        return values
+    names = {"ne_1": "num_A", "ne_2": "num_B", "lily_s": "scaling", "lily_dropout": "dropout"}
+    out = {names.get(key, key): value for key, value in values.items() if value is not None}
+    out["routing"] = "uniform" if out.pop("monoscale", False) else "batch"
+    return out
+
+
+def _check(c: LilyConfig) -> None:
+    _check_int("r", c.r, "a positive integer such as 32")
+    for name in ("stride_A", "num_A"):
+        if getattr(c, name) is not None:
+            _check_int(name, getattr(c, name), "a positive integer such as 2")
+    if c.stride_A is not None and c.num_A is not None:
+        raise LilyError(
+            f"stride_A={c.stride_A} and num_A={c.num_A} say the same thing twice; give one of them, "
+            "stride_A (layers per A) or num_A (A per group)"
+        )
+    _check_int("num_B", c.num_B, "a positive integer: 1 for one shared B without a router, 2 or more for experts")
+    _check_number("scaling", c.scaling)
+    if c.scaling == 0:
+        raise LilyError("scaling=0 switches the adapter off; give a number such as 1.0")
+    _check_choice("routing", c.routing, ROUTINGS)
+    _check_choice("activation", c.activation, ACTIVATIONS)
+    _check_choice("bias", c.bias, BIASES)
+    _check_number("dropout", c.dropout)
+    if not 0 <= c.dropout < 1:
+        raise LilyError(f"dropout={c.dropout} is not a probability below 1; give a number in [0, 1) such as 0.1")
+    if not isinstance(c.init_weights, bool):
+        raise LilyError(f"init_weights={c.init_weights!r} is not a bool; give True (B starts at zero) or False")
+    _check_names(c)
+    _check_layers(c)
+    _check_rank_pattern(c)
+
+
+def _check_int(name: str, value: object, expected: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise LilyError(f"{name}={value!r} is not valid; give {expected}")
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise LilyError(f"{name}={value!r} is not a finite number; give a number such as {1.0 if name == 'scaling' else 0.1}")
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise LilyError(f"{name}={value!r} is not known; choose one of {', '.join(choices)}")
+
+
+def _check_names(c: LilyConfig) -> None:
+    for name in ("target_modules", "exclude_modules"):
+        value = getattr(c, name)
+        if value is None:
+            continue
+        if isinstance(value, str):
+            if value != "all-linear":
+                _check_regex(name, value)
+        elif not isinstance(value, (list, tuple, set)) or not all(isinstance(v, str) and v for v in value):
+            raise LilyError(f"{name}={value!r} is not valid; give a list of module names, a regular expression or 'all-linear'")
+        elif name == "target_modules" and not value:
+            raise LilyError("target_modules is empty; name modules such as ['q_proj', 'v_proj'], or 'all-linear'")
+    if c.modules_to_save is not None and (
+        isinstance(c.modules_to_save, str) or not all(isinstance(v, str) for v in c.modules_to_save)
+    ):
+        raise LilyError(f"modules_to_save={c.modules_to_save!r} is not a list of names; write ['classifier']")
+
+
+def _check_regex(name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise LilyError(
+            f"{name}={pattern!r} is not a regular expression ({error}); fix it, or give a list of module names"
+        ) from None
+
+
+def _check_layers(c: LilyConfig) -> None:
+    indices = c.layers_to_transform
+    if indices is not None:
+        listed = indices if isinstance(indices, (list, tuple)) else [indices]
+        if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in listed):
+            raise LilyError(f"layers_to_transform={indices!r} is not valid; give layer indices such as [0, 1, 2]")
+        if isinstance(c.target_modules, str):
+            raise LilyError(
+                f"layers_to_transform does not work with target_modules={c.target_modules!r}; "
+                "give target_modules as a list of names, or put the layer numbers into the regular expression"
+            )
+    if c.layers_pattern and indices is None:
+        raise LilyError("layers_pattern needs layers_to_transform; give both or neither")
+
+
+def _check_rank_pattern(c: LilyConfig) -> None:
+    if not isinstance(c.rank_pattern, dict):
+        raise LilyError(f"rank_pattern={c.rank_pattern!r} is not valid; give a mapping such as {{'q_proj': 16}}")
+    for pattern, rank in c.rank_pattern.items():
+        if not isinstance(pattern, str):
+            raise LilyError(f"rank_pattern has the key {pattern!r}; keys are module names or regular expressions")
+        _check_regex("rank_pattern key", pattern)
+        _check_int(f"rank_pattern[{pattern!r}]", rank, "a positive integer such as 16")

@@ -1,0 +1,150 @@
+"""Lily as pure functions: the paper's method on one screen, and the judge of every faster path.
+
+Source: "Low-Rank Interconnected Adaptation across Layers" (arXiv 2407.09946), section 3.
+
+    h = dropout(act(x @ A.T))                # A: (r, in)            shared by neighbouring layers
+    p = softmax(h @ R.T)                     # R: (experts, r)       the router, one per layer
+    y = base(x) + scaling * mix(h, p, B)     # B: (experts, r, out)  shared by all layers of a group
+
+Letters: `x` input, `h` hidden (rank r), `p` expert weights per token, `w` the mixing weights that a routing makes of
+`p`, `E` experts. Leading dimensions are (batch, tokens) where a layer sees sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor] | None] = {
+    "none": None,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+}
+
+
+def down(x: Tensor, A: Tensor, activation: str = "none", dropout: float = 0.0, training: bool = False) -> Tensor:
+    """Project down: `x` (..., in) with `A` (r, in) gives `h` (..., r).
+
+    Dropout acts on h, after the activation, so the router and the experts see the same h.
+    """
+    h = x @ A.T
+    act = ACTIVATIONS[activation]
+    if act is not None:
+        h = act(h)
+    return F.dropout(h, dropout, training) if dropout else h
+
+
+def softmax(logits: Tensor) -> Tensor:
+    """Softmax over experts, (..., E), in at least float32: half precision loses small expert weights."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return torch.softmax(logits, dim=-1, dtype=dtype).to(logits.dtype)
+
+
+def route(h: Tensor, R: Tensor) -> Tensor:
+    """The router: `h` (..., r) with `R` (E, r) gives `p` (..., E), one distribution per token."""
+    return softmax(h @ R.T)
+
+
+def pool(p: Tensor, routing: str, mask: Tensor | None = None) -> Tensor:
+    """Turn `p` (..., E) per token into the mixing weights of a data-dependent routing.
+
+    Args:
+        p: expert weights per token, (batch, tokens, E) or any other leading shape.
+        routing: `token`, `sequence` or `batch`.
+        mask: (batch, tokens), nonzero where a token counts; for `sequence` only. With `p` of shape
+            (batch * tokens, E) the rows are regrouped by sample first.
+
+    Returns:
+        `token`: p itself. `sequence`: (batch, 1, E), broadcastable to p; p itself where a row is all a sample has.
+        `batch`: (E,).
+    """
+    if routing == "token":
+        return p
+    if routing == "batch":
+        return p.reshape(-1, p.shape[-1]).mean(dim=0)
+    if mask is not None and p.ndim == 2:
+        per_sample = pool(p.view(*mask.shape, -1), "sequence", mask)  # (batch, 1, E)
+        return per_sample.expand(*mask.shape, -1).reshape(p.shape)
+    if p.ndim == 2:
+        return p
+    if mask is None:
+        return p.mean(dim=tuple(range(1, p.ndim - 1)), keepdim=True)
+    m = (mask != 0).to(p.dtype)  # (batch, tokens)
+    m = m / m.sum(dim=1, keepdim=True).clamp(min=1)  # a row of padding alone gets weight 0, not NaN
+    m = m.reshape(*m.shape, *([1] * (p.ndim - m.ndim)))  # (batch, tokens, 1...)
+    if p.ndim > 3:
+        m = m / p[0, 0, ..., 0].numel()
+    return (p * m).sum(dim=tuple(range(1, p.ndim - 1)), keepdim=True)
+
+
+def mix(h: Tensor, w: Tensor, B: Tensor) -> Tensor:
+    """Project up through the weighted experts: sum over e of w_e * (h @ B_e).
+
+    Two exact forms. Combine first, `h @ (sum_e w_e B_e)`, where many tokens share one w; expand first,
+    `concat_e(w_e * h) @ concat_e(B_e)`, one matrix product for any w. A B per token is never materialised.
+
+    Args:
+        h: (..., r).
+        w: (E,), (batch, 1, E) or (..., E).
+        B: (E, r, out).
+
+    Returns:
+        (..., out).
+    """
+    E, r, out = B.shape
+    if w.ndim == 1:
+        return h @ torch.einsum("e,ero->ro", w, B)
+    if w.ndim == 3 and w.shape[1] == 1 and h.ndim == 3 and h.shape[1] > E:
+        return torch.bmm(h, torch.einsum("be,ero->bro", w[:, 0], B))  # (batch, tokens, r) @ (batch, r, out)
+    expanded = (w.unsqueeze(-1) * h.unsqueeze(-2)).flatten(-2)  # (..., E * r)
+    return expanded @ B.reshape(E * r, out)
+
+
+def lily(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    router: Tensor | None,
+    *,
+    routing: str,
+    scaling: float = 1.0,
+    activation: str = "none",
+    dropout: float = 0.0,
+    training: bool = False,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """The update that Lily adds to a frozen layer's output.
+
+    Args:
+        x: input of the layer, (batch, tokens, in) or (..., in).
+        A: (r, in).
+        B: (E, r, out).
+        router: R (E, r) for `token`, `sequence` and `batch`; the learned logits (E,) for `static`; ignored for
+            `uniform` and where E is 1.
+        routing: which of the five.
+        scaling: multiplies the update directly.
+        activation: `none`, `relu`, `gelu` or `silu`, between A and B.
+        dropout: probability, on h.
+        training: whether dropout acts.
+        mask: (batch, tokens), nonzero where a token counts; for `sequence`.
+
+    Returns:
+        (..., out), of the dtype of the matrix products.
+    """
+    h = down(x, A, activation, dropout, training)
+    return scaling * mix(h, weights(h, B.shape[0], router, routing, mask), B)
+
+
+def weights(h: Tensor, experts: int, router: Tensor | None, routing: str, mask: Tensor | None = None) -> Tensor:
+    """The mixing weights of a layer: (E,), (batch, 1, E) or (..., E); see `lily` for the arguments."""
+    if experts == 1 or routing == "uniform":
+        return h.new_full((experts,), 1.0 / experts)
+    if router is None:
+        raise ValueError(f"routing {routing!r} with {experts} experts needs a router")
+    if routing == "static":
+        return softmax(router).to(h.dtype)
+    return pool(route(h, router), routing, mask)

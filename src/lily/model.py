@@ -1,0 +1,214 @@
+"""Injection: `LilyModel`, PEFT's tuner for Lily, turns a plan into layers and a bank."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import TRANSFORMERS_MODELS_TO_LILY_TARGET_MODULES_MAPPING
+from torch import Tensor, nn
+
+from lily import checkpoint
+from lily.bank import BANK, LilyBank, Placement, bank_of
+from lily.config import CAUSAL_TASKS, LilyConfig
+from lily.layer import LilyLayer, Linear
+from lily.plan import (
+    SharingPlan,
+    build_plan,
+    is_causal,
+    resolved_stride,
+    select_modules,
+    stock_grouping_differs,
+)
+
+
+class LilyModel(BaseTuner):  # type: ignore[misc]
+    """A model with Lily adapters. Made by `peft.get_peft_model`; not called directly.
+
+    Args:
+        model: the base model.
+        peft_config: a `LilyConfig`, or stock PEFT's, which means batch routing.
+        adapter_name: name of the first adapter.
+    """
+
+    prefix: str = "lily_"
+    tuner_layer_cls = LilyLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LILY_TARGET_MODULES_MAPPING
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Plan, then inject; the model is untouched when the plan fails. See PEFT's `BaseTuner.inject_adapter`.
+
+        A `state_dict` names the layers only where the configuration does not: a file holds shared tensors once, so
+        not every layer need appear in it.
+
+        Raises:
+            LilyError: see `lily.plan.select_modules` and `lily.plan.build_plan`.
+        """
+        config = self.peft_config[adapter_name] = LilyConfig.from_stock(self.peft_config[adapter_name])
+        if state_dict is not None and config.target_modules is None:
+            config.target_modules = {
+                key.rsplit(f".{self.prefix}", 1)[0].removeprefix(checkpoint.PREFIX) for key in state_dict
+            }
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        bank = bank_of(model)
+        bank.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        routings = {name: c.routing for name, c in self.peft_config.items()}
+        bank.watch(model, [n for a, plan in bank.plans.items() if routings.get(a) == "sequence" for n in plan.slots])
+
+    def _prepare_model(self, peft_config: LilyConfig, model: nn.Module) -> None:
+        """PEFT's last step before it replaces a layer: decide everything here, so that nothing fails half-way."""
+        modules = select_modules(model, peft_config)
+        _settle_routing(peft_config, model)
+        self._plan = build_plan(modules, peft_config)
+        self._places = {m.name: _placement(model.get_submodule(m.name)) for m in modules}
+        _settle_file_format(peft_config, self._plan, model)
+
+    def _create_and_replace(
+        self,
+        peft_config: LilyConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        if not hasattr(self.model, BANK):
+            self.model.add_module(BANK, LilyBank())
+        bank, plan = bank_of(self.model), self._plan
+        if bank.plans.get(adapter_name) is not plan:  # first layer of this adapter
+            bank.add(adapter_name, plan, self._places, peft_config.init_weights)
+        layer = target if isinstance(target, LilyLayer) else Linear(target, bank)
+        layer.update_layer(adapter_name, plan.group_of(current_key), plan.slots[current_key], peft_config)
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make the named adapters the active ones (all of them take part in a forward). See PEFT."""
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        if hasattr(self.model, BANK):
+            bank_of(self.model).set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter, its shared tensors included. See PEFT."""
+        super().delete_adapter(adapter_name)
+        bank_of(self.model).delete_adapter(adapter_name)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)
+        bank_of(model).watch(model, [])
+        delattr(model, BANK)
+        return model
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: LilyConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        bank, root = _find_bank(model)
+        plan = bank.plans[adapter_name]
+        # A grouping taken over from a file cannot be read off the configuration, so it must stay visible in the file.
+        as_configured = plan == build_plan(checkpoint.specs_of(plan), config)
+        out = checkpoint.dump(state_dict, adapter_name, plan, every_layer=not as_configured)
+        out.update(cls._get_learnable_bias_state_dict(model, state_dict, config))
+        return out
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: LilyConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        bank, root = _find_bank(model)
+        try:
+            tensors = checkpoint.parse(state_dict, bank.plans[adapter_name])
+        except checkpoint.Regrouped as regrouped:
+            _regroup(model, root, adapter_name, regrouped.plan)
+            tensors = checkpoint.parse(state_dict, regrouped.plan)
+        out = dict(tensors.other)
+        out.update({f"{root}{BANK}.lily_A.{adapter_name}.{i}": t for i, t in tensors.A.items()})
+        out.update({f"{root}{BANK}.lily_B.{adapter_name}.{i}": t for i, t in tensors.B.items()})
+        for name, tensor in tensors.router.items():
+            static = tensor.ndim == 1
+            part = f"lily_logits.{adapter_name}" if static else f"lily_router.{adapter_name}.weight"
+            out[f"{root}{name}.{part}"] = tensor
+        return out
+
+
+def _find_bank(model: nn.Module) -> tuple[LilyBank, str]:
+    """The bank and the name, with its dot, of the module that it is the root of."""
+    for name, module in model.named_modules():
+        if isinstance(module, LilyBank):
+            root = name.removesuffix(BANK)
+            for wrapper in checkpoint.WRAPPERS:
+                root = root.replace(wrapper, "")
+            return module, root
+    raise AttributeError("the model carries no Lily adapter")
+
+
+def _regroup(model: nn.Module, root: str, adapter: str, plan: SharingPlan) -> None:
+    """Rebuild an adapter's shared tensors for another plan over the same layers."""
+    bank, _ = _find_bank(model)
+    layers = {n: m for n, m in model.get_submodule(root.rstrip(".")).named_modules() if isinstance(m, LilyLayer)}
+    old = bank.lily_A[adapter]
+    meta, trainable = old[0].device.type == "meta", old[0].requires_grad
+    places = {name: _placement(layer) for name, layer in layers.items()}
+    bank.add(adapter, plan, places, init_weights=True)
+    for tensors in (bank.lily_A[adapter], bank.lily_B[adapter]):
+        for i, tensor in enumerate(tensors):
+            dtype = old[0].dtype
+            tensors[i] = nn.Parameter(tensor.to("meta" if meta else tensor.device, dtype), trainable)
+    for name, slot in plan.slots.items():
+        layers[name].slots[adapter] = slot
+
+
+def _placement(module: nn.Module) -> Placement:
+    """Where PEFT would put this layer's adapter: its weight's device, and its dtype if that is a floating one."""
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    weight = next((w for w in (getattr(base, n, None) for n in ("weight", "qweight", "W_q")) if w is not None), None)
+    if weight is None:
+        weight = next(base.parameters())
+    dtype = getattr(base, "compute_dtype", None) or weight.dtype
+    return weight.device, dtype if dtype.is_floating_point else None
+
+
+def _settle_routing(config: LilyConfig, model: nn.Module) -> None:
+    """Choose the default that depends on the model, and warn of a routing that lets a causal model see ahead."""
+    causal = is_causal(model)
+    if config.routing_is_default:
+        config.routing = "token" if causal or config.task_type in CAUSAL_TASKS else "sequence"
+    if causal and config.num_B > 1 and config.routing in ("batch", "sequence"):
+        seen = "later tokens and padding" + (" and the other samples of the batch" if config.routing == "batch" else "")
+        warnings.warn(
+            f"routing={config.routing!r} on a causal model: its outputs will depend on {seen}, so decoding with a KV "
+            "cache differs from decoding without. Use routing='token' (see docs/routing.md)",
+            stacklevel=2,
+        )
+
+
+def _settle_file_format(config: LilyConfig, plan: SharingPlan, model: nn.Module) -> None:
+    """Find out how the adapter can be written so that stock PEFT reads it rightly or not at all."""
+    config.resolved_stride = resolved_stride(plan, config)
+    config.stock_refusal, config.portable_targets = None, None
+    if not stock_grouping_differs(plan, config.target_modules):
+        return
+    names = {group.name for group in plan.groups}
+    again = replace(config, target_modules=sorted(names), layers_to_transform=None, layers_pattern=None)
+    same = {m.name for m in select_modules(model, again)} == set(plan.slots)
+    if same and config.layers_to_transform is None and not stock_grouping_differs(plan, names):
+        config.portable_targets = names
+    else:
+        config.stock_refusal = "a grouping of layers that stock PEFT does not make"

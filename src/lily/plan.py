@@ -1,0 +1,354 @@
+"""The sharing plan: who shares what, decided before a weight exists.
+
+`select_modules` reads names and shapes off a model (the meta device is enough) and `build_plan`, a pure function,
+turns them and a config into a `SharingPlan`: a value that can be printed, compared and tested without a model, and
+that alone drives injection, checkpoints and the planner.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _ExcludedModule,
+    _get_in_out_features,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
+from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from lily.config import DYNAMIC, LilyConfig
+from lily.errors import LilyError
+
+# PEFT can size these too, but they do not compute x @ W.T on their last dimension.
+NOT_LINEAR = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.MultiheadAttention)
+
+
+class NoTargetError(LilyError, NoMatchingPeftModuleError):
+    """The targets match nothing. Also PEFT's own type for that, so existing handlers catch it."""
+
+
+@dataclass(frozen=True)
+class ModuleSpec:
+    """A linear layer to adapt: its dotted name in the model and its sizes."""
+
+    name: str
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers of one target name and one shape: they share the experts B, and each block of them shares an A.
+
+    Attributes:
+        name: the target name, such as `q_proj`.
+        in_features: columns of A.
+        out_features: columns of B.
+        r: rank.
+        num_B: experts.
+        blocks: consecutive module names that share one A, in the model's order.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    r: int
+    num_B: int
+    blocks: tuple[tuple[str, ...], ...]
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """All module names of the group, in the model's order."""
+        return tuple(name for block in self.blocks for name in block)
+
+    @property
+    def stride(self) -> int:
+        """Layers per A (of the largest block)."""
+        return max(len(block) for block in self.blocks)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Trainable parameters of an adapter, by part."""
+
+    A: int
+    B: int
+    router: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.A + self.B + self.router
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a layer finds its shared tensors: index of its A, index of its group (and so of its B)."""
+
+    A: int
+    B: int
+
+
+@dataclass(frozen=True)
+class SharingPlan:
+    """Which layers share which A and which B. Compare with ==, print with str().
+
+    Attributes:
+        groups: in the order in which the model reaches their first layer.
+        routing: decides what a layer's own router holds.
+    """
+
+    groups: tuple[Group, ...]
+    routing: str
+
+    @cached_property
+    def slots(self) -> dict[str, Slot]:
+        """Module name -> its place among the shared tensors. A's are numbered through all groups."""
+        slots: dict[str, Slot] = {}
+        a = 0
+        for b, group in enumerate(self.groups):
+            for block in group.blocks:
+                slots.update((name, Slot(a, b)) for name in block)
+                a += 1
+        return slots
+
+    @property
+    def blocks(self) -> tuple[tuple[Group, tuple[str, ...]], ...]:
+        """(group, layers) of every A, in the order of their numbers."""
+        return tuple((group, block) for group in self.groups for block in group.blocks)
+
+    def group_of(self, name: str) -> Group:
+        """The group of a module.
+
+        Raises:
+            KeyError: if the module is not in the plan.
+        """
+        return self.groups[self.slots[name].B]
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers are adapted."""
+        return len(self.slots)
+
+    @property
+    def parameters(self) -> Parameters:
+        """Trainable parameters by part; a shared tensor counts once."""
+        return Parameters(
+            A=sum(len(g.blocks) * g.r * g.in_features for g in self.groups),
+            B=sum(g.num_B * g.r * g.out_features for g in self.groups),
+            router=sum(len(g.members) * router_size(self.routing, g.r, g.num_B) for g in self.groups),
+        )
+
+    def __str__(self) -> str:
+        total = self.parameters
+        lines = [
+            f"{self.num_layers} layers in {len(self.groups)} groups, routing {self.routing}, "
+            f"{total.total:,} parameters (A {total.A:,}, B {total.B:,}, router {total.router:,})"
+        ]
+        for g in self.groups:
+            lines.append(f"{g.name} ({g.out_features}, {g.in_features}): r={g.r}, {g.num_B} experts")
+            lines += [f"  A{i}: {', '.join(block)}" for i, block in enumerate(g.blocks)]
+        return "\n".join(lines)
+
+
+def router_size(routing: str, r: int, num_B: int) -> int:
+    """Parameters of one layer's router: R (num_B, r), learned logits (num_B,), or nothing."""
+    if num_B == 1 or routing == "uniform":
+        return 0
+    return num_B * r if routing in DYNAMIC else num_B
+
+
+def build_plan(modules: Sequence[ModuleSpec], config: LilyConfig) -> SharingPlan:
+    """Decide who shares what.
+
+    A group is one target name and one shape. The name is the module's own last name, however the module was
+    selected; only where a list names it several times over (`proj` and `attn.proj`), the longest of those. Inside a
+    group, layers keep their order and every `stride_A` of them share an A.
+
+    Args:
+        modules: the layers to adapt, in the order in which the model yields them.
+        config: the adapter's configuration.
+
+    Returns:
+        The plan. The same for any order of the set `config.target_modules`.
+
+    Raises:
+        LilyError: if `rank_pattern` gives layers of one group different ranks.
+    """
+    members: dict[tuple[str, int, int], list[str]] = {}
+    for m in modules:
+        key = (target_name(m.name, config.target_modules), m.in_features, m.out_features)
+        members.setdefault(key, []).append(m.name)
+    groups = []
+    for (name, in_features, out_features), names in members.items():
+        stride = config.stride_A or math.ceil(len(names) / (config.num_A or 1))
+        blocks = tuple(tuple(names[i : i + stride]) for i in range(0, len(names), stride))
+        r = _group_rank(name, names, config)
+        groups.append(Group(name, in_features, out_features, r, config.num_B, blocks))
+    return SharingPlan(tuple(groups), str(config.routing))
+
+
+def target_name(module: str, targets: object) -> str:
+    """The group name of a module: see `build_plan`."""
+    if isinstance(targets, (set, frozenset, list, tuple)):
+        hits = sorted((t for t in targets if module == t or module.endswith(f".{t}")), key=lambda t: (len(t), t))
+        if len(hits) > 1:
+            return str(hits[-1])
+    return module.rpartition(".")[2]
+
+
+def _group_rank(group: str, names: Sequence[str], config: LilyConfig) -> int:
+    patterns = config.rank_pattern or {}
+    ranks = {name: patterns.get(get_pattern_key(patterns.keys(), name), config.r) for name in names}
+    if len(set(ranks.values())) > 1:
+        shown = {rank: next(n for n in names if ranks[n] == rank) for rank in dict.fromkeys(ranks.values())}
+        listed = ", ".join(f"{rank} for {name}" for rank, name in shown.items())
+        raise LilyError(
+            f"rank_pattern gives the group {group!r} several ranks ({listed}), but its layers share B; "
+            f"write one rank for the whole group, such as {{{group!r}: {min(shown)}}}"
+        )
+    return next(iter(ranks.values()))
+
+
+def resolved_stride(plan: SharingPlan, config: LilyConfig) -> int | None:
+    """The one `stride_A` that says the same as `num_A` for every group, or None if there is none."""
+    if config.stride_A is not None:
+        return config.stride_A
+    strides = {math.ceil(len(g.members) / (config.num_A or 1)) for g in plan.groups}
+    return strides.pop() if len(strides) == 1 else None
+
+
+def stock_grouping_differs(plan: SharingPlan, targets: object) -> bool:
+    """Whether stock PEFT would group these layers otherwise than the plan does.
+
+    Stock groups by (matched target, shape). The target is the whole regular expression, or any listed name that the
+    module's name ends with (as text, in the order of a set); so only lists in which exactly one name fits are safe.
+    """
+    seen: dict[tuple[str, int, int], int] = {}
+    for b, group in enumerate(plan.groups):
+        for name in group.members:
+            if isinstance(targets, str):
+                hits = [targets]
+            else:
+                hits = [t for t in targets if name.endswith(t)]  # type: ignore[attr-defined]
+            if len(hits) != 1 or seen.setdefault((hits[0], group.in_features, group.out_features), b) != b:
+                return True
+    return len(seen) != len(plan.groups)
+
+
+def select_modules(model: nn.Module, config: LilyConfig) -> list[ModuleSpec]:
+    """The layers of `model` that `config` targets, in the model's order.
+
+    Reads names and sizes only, so a model on the meta device will do. `"all-linear"` in `config.target_modules` is
+    replaced by the names it stands for, as PEFT does.
+
+    Args:
+        model: the base model, or one that already carries adapters.
+        config: `target_modules` must be set.
+
+    Returns:
+        One `ModuleSpec` per layer.
+
+    Raises:
+        NoTargetError: (a LilyError) if nothing matches, with near matches.
+        LilyError: if a match is not a linear layer, or is read by its parent without being called.
+    """
+    all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+    _maybe_include_all_linear_layers(config, model)
+    modules = dict(_own_modules(model))
+    uncalled = {f"{n}.out_proj" for n, m in modules.items() if isinstance(m, nn.MultiheadAttention)}
+    if all_linear and isinstance(config.target_modules, set):
+        config.target_modules -= uncalled
+    found = []
+    for name, module in modules.items():
+        if not check_target_module_exists(config, name):
+            continue
+        if name in uncalled:
+            raise LilyError(
+                f"{name} belongs to torch.nn.MultiheadAttention, which reads its weight without calling it, so an "
+                f"adapter there would do nothing; leave it out with exclude_modules=['{name.rpartition('.')[2]}']"
+            )
+        found.append(_spec(name, module))
+    if not found:
+        raise _no_target(config, modules)
+    return found
+
+
+def _own_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+    """Modules of the base model: adapted layers stand for their base layer, and adapter internals are skipped."""
+    inside: list[str] = []
+    for name, module in model.named_modules():
+        if not name or any(name.startswith(prefix) for prefix in inside):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside.append(f"{name}.")
+            if not hasattr(module, "base_layer"):
+                continue
+        yield name, module
+
+
+def _spec(name: str, module: nn.Module) -> ModuleSpec:
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    sizes: tuple[int | None, int | None] = (None, None)
+    if not isinstance(base, NOT_LINEAR):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            sizes = _get_in_out_features(base)
+        if any("Unsupported layer type" in str(w.message) for w in caught):
+            sizes = (None, None)
+    if sizes[0] is None or sizes[1] is None:
+        raise LilyError(
+            f"target {name} is a {type(base).__name__}, not a linear layer; Lily adapts nn.Linear (quantised ones "
+            "included) and GPT-2's Conv1D. Narrow target_modules, or leave it out with exclude_modules"
+        )
+    return ModuleSpec(name, int(sizes[0]), int(sizes[1]))
+
+
+def _no_target(config: LilyConfig, modules: dict[str, nn.Module]) -> NoTargetError:
+    known = list(dict.fromkeys(n.rpartition(".")[2] for n, m in modules.items() if _is_linear(m)))
+    targets = config.target_modules
+    wanted = sorted(targets) if isinstance(targets, (set, list, tuple)) else [str(targets)]
+    if any(isinstance(check_target_module_exists(config, n), _ExcludedModule) for n in modules):
+        free = LilyConfig(target_modules=targets)
+        if any(check_target_module_exists(free, n) for n in modules):
+            return NoTargetError(
+                f"every module that target_modules={wanted} matches is excluded by exclude_modules="
+                f"{config.exclude_modules} or modules_to_save={config.modules_to_save}; relax one of them"
+            )
+    near = list(dict.fromkeys(c for w in wanted for c in difflib.get_close_matches(w.rpartition(".")[2], known, n=3)))
+    hint = f"did you mean {', '.join(near)}? " if near else ""
+    shown = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
+    where = f" in layers {config.layers_to_transform}" if config.layers_to_transform is not None else ""
+    return NoTargetError(
+        f"target_modules={wanted if len(wanted) > 1 else repr(wanted[0])} matches no module{where}; {hint}"
+        f"linear layers of this model: {shown or 'none'}"
+    )
+
+
+def _is_linear(module: nn.Module) -> bool:
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return isinstance(base, nn.Linear) or type(base).__name__ == "Conv1D"
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Whether tokens of this model must not see later ones: causal language models and state-space models."""
+    config = getattr(model, "config", None)
+    if isinstance(config, dict):
+        return False
+    model_type = str(getattr(config, "model_type", ""))
+    if any(key in model_type for key in ("mamba", "rwkv", "xlstm", "recurrent_gemma")):
+        return True
+    name = type(model).__name__
+    if name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
+        return True
+    return bool(getattr(config, "is_decoder", False)) or bool(getattr(config, "is_encoder_decoder", False))
+
