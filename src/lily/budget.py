@@ -24,10 +24,11 @@ from lily.plan import ModuleSpec, SharingPlan, router_size, target_name
 
 DEFAULT_RANK = 32  # the paper's rank for encoders and vision transformers, and stock PEFT's default
 LAYERS_PER_A = 14  # Hugging Face's best run: 28 layers, two A
+WELL_USED = 0.9  # of a budget; below it, the reason says what holds the rank down
 FEWEST, MOST = 2, 4  # the paper's range of num_A = num_B for 12 to 32 layers
 
 SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
-COUNT = re.compile(r"(\d[\d_,]*(?:\.\d+)?(?:e\+?\d+)?)\s*([kmbg]?)")
+COUNT = re.compile(r"(\d[\d_,]*(?:\.\d+)?(?:e\+?\d{1,2})?)\s*([kmbg]?)")
 
 
 def parse_count(value: str | int) -> int:
@@ -305,8 +306,11 @@ def _why_rank(shapes: Sequence[_Shape], rank: int, given: int | None, budget: in
     if budget is None:
         lowered = f"no more than {bound}" if rank < DEFAULT_RANK else "the default"
         return [f"r={rank}: {lowered}; a budget would choose it."]
-    why = f"the rank does not exceed {bound}" if rank == cap else "the largest rank that fits"
-    return [f"r={rank}: {why}{used}."]
+    if rank < cap:
+        return [f"r={rank}: the largest rank that fits{used}."]
+    lone = size < WELL_USED * budget and any(min(s.in_features, s.out_features) > cap for s in shapes)
+    advice = f"; leave {narrowest.name} out (exclude_modules) and the rank can grow" if lone else ""
+    return [f"r={rank}: no more than {bound}{used}{advice}."]
 
 
 @dataclass(frozen=True)

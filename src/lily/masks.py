@@ -5,25 +5,22 @@ them no longer recognisable where a linear layer is called, so it is read where 
 models inside a model (the model itself, an encoder stack, a decoder stack), by forward hooks. A layer then looks up
 the mask that fits the shape of its input.
 
-Under gradient checkpointing a block runs again during backward, when the model's forward is over and another one
-(the second half of a contrastive pair, say) may have left its own mask. So each block notes the masks under the
-address of its input, which checkpointing keeps alive until then.
+Under gradient checkpointing layers run again during backward, when the model's forward is over and another one (the
+second half of a contrastive pair, say) may have left its own mask. So a model's outputs carry a gradient hook that
+brings its masks back: autograd runs what was computed last first, hence finishes one forward's graph, recomputation
+included, before it reaches the outputs of an earlier one.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-
-# Forwards whose backward may still come; each holds masks only, so a few more cost nothing.
-FORWARDS = 16
 
 Address = tuple[int, torch.Size]
 
@@ -62,93 +59,83 @@ def _address(x: Tensor) -> Address | None:
 
 
 class MaskTracker:
-    """The masks of the forward that is running; one per adapted model, shared by its layers and the hooks."""
+    """The masks of the forward that is running; one per adapted model, shared by its layers and the hooks.
+
+    Attributes:
+        scopes: of the models that are running, outermost first.
+        backward: the scope whose graph autograd is going through.
+    """
 
     def __init__(self) -> None:
         self.scopes: list[Scope] = []
-        self.forwards: deque[dict[Address, tuple[Scope, ...]]] = deque(maxlen=FORWARDS)
-        self.recomputing = False
+        self.backward: Scope | None = None
 
     def mask_for(self, x: Tensor) -> Tensor | None:
         """The mask that fits the input `x` of a layer; None means that all tokens count."""
-        return self.scopes[-1].fit(x) if self.scopes else None
+        scope = self.scopes[-1] if self.scopes else self.backward
+        return None if scope is None else scope.fit(x)
 
 
-class _Hook:
-    def __init__(self, tracker: MaskTracker) -> None:
-        self.tracker = tracker
-
-
-class EnterModel(_Hook):
+class EnterModel:
     """Before a model's forward: its masks hold until `LeaveModel`."""
 
     def __init__(self, tracker: MaskTracker, module: nn.Module) -> None:
-        super().__init__(tracker)
+        self.tracker = tracker
         self.names = list(inspect.signature(module.forward).parameters)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Open a scope. A mask in a form that cannot be read leaves the outer one in force."""
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        tracker = self.tracker
+        scopes = self.tracker.scopes
         own = given.get("attention_mask")
         if own is not None and not _readable(own):
-            own = tracker.scopes[-1].own if tracker.scopes else None
+            own = scopes[-1].own if scopes else None
         other, states = given.get("encoder_attention_mask"), given.get("encoder_hidden_states")
-        if not tracker.scopes:
-            tracker.forwards.append({})
-        tracker.scopes.append(
+        scopes.append(
             Scope(own, other if _readable(other) else None, _address(states) if isinstance(states, Tensor) else None)
         )
 
 
-class LeaveModel(_Hook):
+class LeaveModel:
     """After a model's forward, also one that raised."""
 
+    def __init__(self, tracker: MaskTracker) -> None:
+        self.tracker = tracker
+
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Close the scope."""
-        if self.tracker.scopes:
-            self.tracker.scopes.pop()
-
-
-class EnterBlock(_Hook):
-    """Before a block: note the masks under its input's address, or find them again when it runs for backward."""
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note or find."""
+        """Close the scope, and have backward bring it back."""
         tracker = self.tracker
-        if not (module.training or torch.is_grad_enabled()) or torch.compiler.is_compiling():
+        if not tracker.scopes:
             return
-        x = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-        address = None if x is None else _address(x)
-        if address is None:
+        scope = tracker.scopes.pop()
+        if torch.compiler.is_compiling():
             return
-        if tracker.scopes:
-            if tracker.forwards:
-                tracker.forwards[-1][address] = tuple(tracker.scopes)
-            return
-        # Newest first: memory that was freed and used again belongs to the later forward.
-        found = next((notes[address] for notes in reversed(tracker.forwards) if address in notes), None)
-        if found is not None:
-            tracker.scopes.extend(found)
-            tracker.recomputing = True
 
+        def reopen(_: Tensor) -> None:
+            tracker.backward = scope
 
-class LeaveBlock(_Hook):
-    """After a block that ran for backward."""
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Forget what `EnterBlock` found."""
-        if self.tracker.recomputing:
-            self.tracker.scopes.clear()
-            self.tracker.recomputing = False
+        for tensor in _tensors(output):
+            if tensor.requires_grad:
+                tensor.register_hook(reopen)
 
 
 def _readable(mask: object) -> bool:
     return isinstance(mask, Tensor) and mask.ndim == 2
 
 
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, dict):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, (tuple, list)):
+        for value in output:
+            yield from _tensors(value)
+
+
 def watch(model: nn.Module, layers: Iterable[str], tracker: MaskTracker) -> list[Any]:
-    """Install the hooks on `model` and on every model and outermost block that holds one of `layers`.
+    """Install the hooks on `model` and on every transformers model inside it that holds one of `layers`.
 
     Args:
         model: the adapted model.
@@ -158,24 +145,14 @@ def watch(model: nn.Module, layers: Iterable[str], tracker: MaskTracker) -> list
     Returns:
         Handles; `.remove()` takes a hook off again.
     """
-    models, blocks = {""}, set()
+    names = {""}
     for layer in layers:
         parts = layer.split(".")
-        path = [".".join(parts[:i]) for i in range(1, len(parts))]
-        models.update(name for name in path if isinstance(model.get_submodule(name), PreTrainedModel))
-        lists = (b for a, b in zip(path, path[1:], strict=False) if _is_list(model.get_submodule(a)))
-        blocks.update(name for _, name in zip(range(1), lists, strict=False))
-    handles = []
-    for name in sorted(models):
+        above = (".".join(parts[:i]) for i in range(1, len(parts)))
+        names.update(name for name in above if isinstance(model.get_submodule(name), PreTrainedModel))
+    handles: list[Any] = []
+    for name in sorted(names):
         module = model.get_submodule(name)
         handles.append(module.register_forward_pre_hook(EnterModel(tracker, module), with_kwargs=True))
         handles.append(module.register_forward_hook(LeaveModel(tracker), always_call=True))
-    for name in sorted(blocks):
-        block = model.get_submodule(name)
-        handles.append(block.register_forward_pre_hook(EnterBlock(tracker), with_kwargs=True))
-        handles.append(block.register_forward_hook(LeaveBlock(tracker), always_call=True))
     return handles
-
-
-def _is_list(module: nn.Module) -> bool:
-    return isinstance(module, (nn.ModuleList, nn.Sequential))

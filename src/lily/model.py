@@ -136,7 +136,7 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         try:
             tensors = checkpoint.parse(state_dict, bank.plans[adapter_name])
         except checkpoint.Regrouped as regrouped:
-            _regroup(model, root, adapter_name, regrouped.plan)
+            _regroup(model.get_submodule(root.rstrip(".")), config, adapter_name, regrouped.plan)
             tensors = checkpoint.parse(state_dict, regrouped.plan)
         out = dict(tensors.other)
         out.update({f"{root}{BANK}.lily_A.{adapter_name}.{i}": t for i, t in tensors.A.items()})
@@ -159,20 +159,18 @@ def _find_bank(model: nn.Module) -> tuple[LilyBank, str]:
     raise AttributeError("the model carries no Lily adapter")
 
 
-def _regroup(model: nn.Module, root: str, adapter: str, plan: SharingPlan) -> None:
+def _regroup(model: nn.Module, config: LilyConfig, adapter: str, plan: SharingPlan) -> None:
     """Rebuild an adapter's shared tensors for another plan over the same layers."""
-    bank, _ = _find_bank(model)
-    layers = {n: m for n, m in model.get_submodule(root.rstrip(".")).named_modules() if isinstance(m, LilyLayer)}
-    old = bank.lily_A[adapter]
-    meta, trainable = old[0].device.type == "meta", old[0].requires_grad
-    places = {name: _placement(layer) for name, layer in layers.items()}
-    bank.add(adapter, plan, places, init_weights=True)
+    bank = bank_of(model)
+    old = bank.lily_A[adapter][0]
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LilyLayer)}
+    bank.add(adapter, plan, {name: _placement(layers[name]) for name in plan.slots}, init_weights=True)
     for tensors in (bank.lily_A[adapter], bank.lily_B[adapter]):
-        for i, tensor in enumerate(tensors):
-            dtype = old[0].dtype
-            tensors[i] = nn.Parameter(tensor.to("meta" if meta else tensor.device, dtype), trainable)
+        tensors.requires_grad_(old.requires_grad)
+        tensors.to("meta" if old.device.type == "meta" else None, old.dtype)
     for name, slot in plan.slots.items():
         layers[name].slots[adapter] = slot
+    _settle_file_format(config, plan, model)
 
 
 def _placement(module: nn.Module) -> Placement:
