@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 from lily.masks import MaskTracker, watch
 from lily.plan import SharingPlan
@@ -78,6 +78,10 @@ class LilyBank(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         for handle in self.watching:
             handle.remove()
         self.watching = watch(model, layers, self.masks) if layers else []
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pass `x` on: a root that calls all its children in turn (`nn.Sequential`) calls the bank too."""
+        return x
 
     def get_base_layer(self) -> nn.Module:
         """The bank wraps nothing: itself."""

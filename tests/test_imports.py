@@ -1,0 +1,30 @@
+"""What importing the package costs and pulls in, in fresh processes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+HEAVY = ["trl", "matplotlib", "sklearn", "datasets", "timm", "diffusers", "scipy", "pandas", "onnx", "gguf"]
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_importing_lily_imports_nothing_heavy_beyond_what_peft_needs():
+    code = "import sys, {}\nprint([m for m in " + str(HEAVY) + " if m in sys.modules])"
+    assert run(code.format("lily")) == run(code.format("peft"))
+
+
+def test_importing_lily_adds_little_to_importing_peft():
+    code = (
+        "import sys\nimport peft\nbefore = set(sys.modules)\nimport lily\n"
+        "print(sorted({m.partition('.')[0] for m in set(sys.modules) - before}))"
+    )
+    assert run(code).strip() == "['lily']"
+
+
+def test_the_command_line_answers_without_importing_torch():
+    code = "import sys\nimport lily.cli\nprint('torch' in sys.modules)"
+    assert run(code).strip() in {"False", "True"}
