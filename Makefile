@@ -1,0 +1,42 @@
+# Two commands from a bare machine: `make demo` and `make test`. Everything else builds on the same environment.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/pip install --quiet --disable-pip-version-check
+TESTS := $(BIN)/python -m pytest -n 2 --dist loadscope
+
+.PHONY: demo test test-all lint bench clean
+
+$(VENV)/torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) "$$(grep '^torch==' constraints.txt)"
+	touch $@
+
+$(VENV)/demo: $(VENV)/torch pyproject.toml
+	$(PIP) -e ".[sft]"
+	touch $@
+
+$(VENV)/dev: $(VENV)/torch pyproject.toml
+	$(PIP) -e ".[dev]"
+	touch $@
+
+demo: $(VENV)/demo  ## fine-tune a real pretrained model on real labelled data (6 minutes on 2 cores)
+	$(BIN)/lily train quickstart --overwrite
+
+test: $(VENV)/dev  ## the tests that need no download (under 10 minutes on 2 cores)
+	$(TESTS) -m "not slow and not network"
+
+test-all: $(VENV)/dev  ## also the slow ones and those that download a package
+	$(TESTS)
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/dev
+	$(BIN)/python benchmarks/step.py
+
+clean:
+	rm -rf $(VENV) runs

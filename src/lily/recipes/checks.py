@@ -1,0 +1,100 @@
+"""Checks across a recipe's keys: what fits together. Pure functions of the recipe."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Iterator
+
+from lily.recipes.schema import File, Recipe
+
+Problem = tuple[tuple[str, ...], str]
+
+CLASSIFICATION = ("accuracy", "f1", "matthews", "loss")
+REGRESSION = ("pearson", "spearman", "mse", "loss")
+SFT = ("loss", "perplexity", "exact_match")
+METRICS = {"text-classification": CLASSIFICATION, "text-regression": REGRESSION, "sft": SFT}
+PLACEHOLDERS = {"name", "method", "seed"}
+
+
+def problems(recipe: Recipe) -> Iterator[Problem]:
+    """Every combination that cannot work: (path of the key, what is wrong and how to fix it)."""
+    yield from _columns(recipe)
+    yield from _metrics(recipe)
+    yield from _split(recipe)
+    yield from _method(recipe)
+    yield from _output(recipe)
+    for name in ("train", "validation", "test"):
+        file: File | None = getattr(recipe.data, name)
+        if file is not None:
+            yield from _file(("data", name), file)
+
+
+def _columns(recipe: Recipe) -> Iterator[Problem]:
+    c, at = recipe.data.columns, ("data", "columns")
+    if recipe.task == "sft":
+        if c.messages is None and (c.prompt is None or c.completion is None):
+            yield at, "sft needs prompt and completion, or messages"
+        if c.messages is not None and (c.prompt is not None or c.completion is not None):
+            yield at, "give either messages, or prompt and completion"
+        for name in ("text", "text_pair", "label"):
+            if getattr(c, name) is not None:
+                yield (*at, name), "is for classification and regression; sft has prompt, completion and messages"
+        return
+    for name in ("text", "label"):
+        if getattr(c, name) is None:
+            yield at, f"{recipe.task} needs {name}: the column that holds it"
+    for name in ("prompt", "completion", "messages"):
+        if getattr(c, name) is not None:
+            yield (*at, name), f"is for sft; {recipe.task} has text, text_pair and label"
+
+
+def _metrics(recipe: Recipe) -> Iterator[Problem]:
+    allowed = METRICS[recipe.task]
+    for metric in recipe.metrics:
+        if metric not in allowed:
+            yield ("metrics",), f"{metric} is not a metric of {recipe.task}; choose from {', '.join(allowed)}"
+
+
+def _split(recipe: Recipe) -> Iterator[Problem]:
+    data = recipe.data
+    carved = (0.0 if data.validation else data.split.validation) + (0.0 if data.test else data.split.test)
+    if carved >= 1:
+        yield ("data", "split"), f"validation and test take {carved:.2f} of the rows; leave some for training"
+    if data.validation is None and data.split.validation == 0:
+        yield ("data", "split"), "no validation rows: give data.validation, or a share in data.split.validation"
+
+
+def _method(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.lily.num_A is not None and recipe.lily.stride_A is not None:
+        yield ("lily", "stride_A"), "says the same as num_A; give one of them"
+    if recipe.task == "sft":
+        for baseline in recipe.baselines:
+            if baseline != "lora":
+                yield ("baselines",), f"{baseline} is for classification and regression; sft has lora"
+    if recipe.train.packing and recipe.task != "sft":
+        yield ("train", "packing"), "is for sft only"
+    if recipe.train.packing and recipe.data.columns.messages is not None:
+        yield ("train", "packing"), "does not work with messages here; give prompt and completion"
+    if recipe.train.head_learning_rate is not None and recipe.task == "sft":
+        yield ("train", "head_learning_rate"), "sft has no new head; use learning_rate"
+    if isinstance(recipe.targets, list) and not recipe.targets:
+        yield ("targets",), "is empty; name modules such as [q_proj, v_proj], or write all-linear"
+
+
+def _output(recipe: Recipe) -> Iterator[Problem]:
+    try:
+        named = {name for _, name, _, _ in string.Formatter().parse(recipe.output) if name is not None}
+    except ValueError as error:
+        yield ("output",), f"is not a name with placeholders ({error})"
+        return
+    unknown = sorted(named - PLACEHOLDERS)
+    if unknown:
+        yield ("output",), f"unknown placeholder {unknown[0]!r}; known: {{name}}, {{method}} and {{seed}}"
+
+
+def _file(at: tuple[str, ...], file: File) -> Iterator[Problem]:
+    for name in ("split", "config"):
+        if getattr(file, name) is not None and file.hub is None:
+            yield (*at, name), "goes with hub; remove it, or name a hub id"
+    if file.header is not None and file.format in ("json", "jsonl", "parquet"):
+        yield (*at, "header"), f"is for csv and tsv; {file.format} names its own columns"

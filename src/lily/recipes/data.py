@@ -1,0 +1,336 @@
+"""Rows of labelled examples: read from any table format, checked, split, and given their canonical names."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import gzip
+import io
+import json
+import random
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from lily.errors import LilyError
+from lily.recipes.schema import Columns, File, Recipe
+from lily.recipes.sources import fetch
+
+Row = dict[str, Any]
+
+FORMATS = {".csv": "csv", ".tsv": "tsv", ".json": "json", ".jsonl": "jsonl", ".parquet": "parquet"}
+ROLES = ("system", "user", "assistant")
+
+csv.field_size_limit(1 << 24)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The examples of a recipe, with canonical keys.
+
+    Attributes:
+        train: rows with text, text_pair and label; or prompt and completion; or messages.
+        validation: chooses the best epoch.
+        test: gives the final figure; may be empty.
+        labels: the classes, in the order of their ids; None outside classification.
+    """
+
+    train: list[Row]
+    validation: list[Row]
+    test: list[Row]
+    labels: tuple[str, ...] | None
+
+    @property
+    def held_out(self) -> list[Row]:
+        """The rows that results are reported on: test, or validation where there is no test."""
+        return self.test or self.validation
+
+
+def load_splits(recipe: Recipe) -> Splits:
+    """Read, check and split a recipe's data. The split depends on `data.split.seed` alone.
+
+    Raises:
+        LilyError: names the file, the row and the column of the first thing that is wrong.
+    """
+    data = recipe.data
+    pool = _rows(data.train, recipe)
+    if data.deduplicate:
+        pool = list({_key(row): row for row in reversed(pool)}.values())[::-1]
+    parts: dict[str, list[Row]] = {}
+    shares = {"validation": data.split.validation, "test": data.split.test}
+    carve = {name: share for name, share in shares.items() if getattr(data, name) is None and share > 0}
+    train, carved = _carve(pool, carve, data.split.seed, recipe.task == "text-classification")
+    for name in shares:
+        file: File | None = getattr(data, name)
+        parts[name] = carved.get(name, []) if file is None else _rows(file, recipe)
+    seed = data.split.seed
+    train = _sample(train, data.max_train, seed)
+    parts["validation"] = _sample(parts["validation"], data.max_validation, seed)
+    parts["test"] = _sample(parts["test"], data.max_test, seed)
+    if not train or not parts["validation"]:
+        raise LilyError(
+            f"data.train has {len(pool)} rows, too few to train ({len(train)}) and validate "
+            f"({len(parts['validation'])}); give more rows or a smaller data.split"
+        )
+    labels = _labels(train, parts, data.columns) if recipe.task == "text-classification" else None
+    return Splits(train, parts["validation"], parts["test"], labels)
+
+
+def _rows(file: File, recipe: Recipe) -> list[Row]:
+    return [_canonical(row, i, file, recipe) for i, row in enumerate(read_rows(file), 1)]
+
+
+def read_rows(file: File) -> list[Row]:
+    """The rows of a table, as they are.
+
+    Raises:
+        LilyError: if it cannot be had, read or parsed, or is empty.
+    """
+    rows = _hub_rows(file) if file.hub is not None else list(stream_rows(fetch(file), file.format, file.header))
+    if not rows:
+        raise LilyError(f"{name_of(file)} has no rows")
+    return rows
+
+
+def name_of(file: File) -> str:
+    """What to call a file in messages."""
+    return file.path or file.hub or (file.package.member if file.package else "?")
+
+
+def stream_rows(path: Path | str, format: str = "auto", header: Sequence[str] | None = None) -> Iterator[Row]:
+    """Rows one at a time, in constant memory for csv, tsv and jsonl. `-` reads jsonl from standard input.
+
+    Raises:
+        LilyError: with the line of the first row that cannot be parsed.
+    """
+    name = str(path)
+    if name == "-":
+        yield from _jsonl(sys.stdin, "standard input")
+        return
+    kind = format if format != "auto" else FORMATS.get(Path(name.removesuffix(".gz")).suffix, "")
+    if not kind:
+        raise LilyError(f"{name}: format not known by its ending; write format: csv, tsv, json, jsonl or parquet")
+    if kind == "parquet":
+        yield from _parquet(name)
+        return
+    try:
+        opened = gzip.open(name, "rb") if name.endswith(".gz") else open(name, "rb")
+        with io.TextIOWrapper(opened, "utf-8", newline="") as text:
+            if kind in ("csv", "tsv"):
+                yield from _delimited(text, name, kind, header)
+            elif kind == "jsonl":
+                yield from _jsonl(text, name)
+            else:
+                yield from _json(text, name)
+    except UnicodeDecodeError as error:
+        raise LilyError(f"{name}: not UTF-8 text ({error.reason}); save it as UTF-8") from None
+    except (OSError, EOFError) as error:
+        raise LilyError(f"{name}: cannot be read ({error}); check the path and the file") from None
+
+
+def _delimited(text: TextIO, name: str, kind: str, header: Sequence[str] | None) -> Iterator[Row]:
+    # tsv as in GLUE: quotes are ordinary characters
+    reader = csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE) if kind == "tsv" else csv.reader(text)
+    try:
+        names = list(header) if header else next(reader, [])
+        for fields in reader:
+            if not fields:
+                continue
+            if len(fields) != len(names):
+                raise LilyError(
+                    f"{name}:{reader.line_num}: {len(fields)} fields, expected {len(names)} ({', '.join(names)})"
+                    + ("" if header else "; if the file has no header line, give header: [names]")
+                )
+            yield dict(zip(names, fields, strict=True))
+    except csv.Error as error:
+        raise LilyError(f"{name}:{reader.line_num}: not valid {kind}: {error}") from None
+
+
+def _jsonl(text: TextIO, name: str) -> Iterator[Row]:
+    for number, line in enumerate(text, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise LilyError(f"{name}:{number}: not valid JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise LilyError(f"{name}:{number}: expected an object with named values, got {type(row).__name__}")
+        yield row
+
+
+def _json(text: TextIO, name: str) -> Iterator[Row]:
+    try:
+        value = json.load(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise LilyError(f"{name}: not valid JSON: {error}; for one object per line write format: jsonl") from None
+    if isinstance(value, dict):
+        lists = [v for v in value.values() if isinstance(v, list)]
+        value = lists[0] if len(lists) == 1 else value
+    if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
+        raise LilyError(f"{name}: expected a list of objects, or an object that holds one list of them")
+    yield from value
+
+
+def _parquet(name: str) -> Iterator[Row]:
+    try:
+        from pyarrow import ArrowInvalid, parquet
+    except ImportError:
+        raise LilyError(f"{name}: reading parquet needs pyarrow; pip install pyarrow") from None
+    try:
+        with parquet.ParquetFile(name) as file:
+            for batch in file.iter_batches():
+                yield from batch.to_pylist()
+    except (ArrowInvalid, OSError) as error:
+        raise LilyError(f"{name}: not a readable parquet file: {error}") from None
+
+
+def _hub_rows(file: File) -> list[Row]:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise LilyError('data from the hub needs datasets; pip install "lily-peft[sft]"') from None
+    try:
+        table = load_dataset(file.hub, file.config, split=file.split or "train", revision=file.revision)
+    except Exception as error:
+        raise LilyError(f"data set {file.hub!r} could not be loaded: {str(error).splitlines()[0]}") from None
+    return [dict(row) for row in table]
+
+
+def _canonical(row: Row, number: int, file: File, recipe: Recipe) -> Row:
+    where = f"{name_of(file)}, row {number}"
+    columns = recipe.data.columns
+    if columns.messages is not None:
+        return {"messages": _messages(_get(row, columns.messages, "messages", where), columns.messages, where)}
+    if recipe.task == "sft":
+        return {
+            name: _text(_get(row, getattr(columns, name), name, where), getattr(columns, name), where)
+            for name in ("prompt", "completion")
+        }
+    out = inputs_of(row, columns, where)
+    label = _get(row, str(columns.label), "label", where)
+    out["label"] = _number(label, columns, where) if recipe.task == "text-regression" else _class(label, columns, where)
+    return out
+
+
+def inputs_of(row: Row, columns: Columns, where: str) -> Row:
+    """The texts of a classification or regression row, by their canonical names."""
+    out = {"text": _text(_get(row, str(columns.text), "text", where), str(columns.text), where)}
+    if columns.text_pair is not None:
+        out["text_pair"] = _text(_get(row, columns.text_pair, "text_pair", where), columns.text_pair, where)
+    return out
+
+
+def _get(row: Row, column: str, role: str, where: str) -> Any:
+    if column in row:
+        return row[column]
+    value: Any = row
+    for part in column.split("."):
+        if isinstance(value, dict) and part in value:
+            value = value[part]
+        elif isinstance(value, list) and part.lstrip("-").isdigit() and -len(value) <= int(part) < len(value):
+            value = value[int(part)]
+        else:
+            near = difflib.get_close_matches(column, row, n=1)
+            raise LilyError(
+                f"{where}: no column {column!r} (data.columns.{role}); "
+                + (f"did you mean {near[0]!r}? " if near else "")
+                + f"columns: {', '.join(map(str, row))}"
+            )
+    return value
+
+
+def _text(value: Any, column: str, where: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise LilyError(f"{where}: column {column!r} holds {_short(value)}, expected text")
+    return value
+
+
+def _class(value: Any, columns: Columns, where: str) -> str:
+    if isinstance(value, bool) or (isinstance(value, (str, int)) and str(value).strip()):
+        return str(value)
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    raise LilyError(f"{where}: label column {columns.label!r} holds {_short(value)}, expected a class (text or integer)")
+
+
+def _number(value: Any, columns: Columns, where: str) -> float:
+    try:
+        number = float(value)
+        if number == number and abs(number) != float("inf"):
+            return number
+    except (TypeError, ValueError):
+        pass
+    raise LilyError(f"{where}: label column {columns.label!r} holds {_short(value)}, expected a finite number")
+
+
+def _messages(value: Any, column: str, where: str) -> list[dict[str, str]]:
+    well_formed = isinstance(value, list) and all(
+        isinstance(m, dict) and m.get("role") in ROLES and isinstance(m.get("content"), str) for m in value
+    )
+    if not well_formed or not value:
+        raise LilyError(
+            f"{where}: column {column!r} holds {_short(value)}, expected a list of "
+            "{role: system | user | assistant, content: text}"
+        )
+    if value[-1]["role"] != "assistant" or len(value) < 2:
+        raise LilyError(f"{where}: column {column!r} must end with an assistant message after a user's; that is trained")
+    return [{"role": m["role"], "content": m["content"]} for m in value]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return "nothing" if value is None else text if len(text) <= 60 else text[:57] + "..."
+
+
+def _key(row: Row) -> str:
+    return json.dumps({k: v for k, v in row.items() if k not in ("label", "completion")}, sort_keys=True).casefold()
+
+
+def _carve(
+    rows: list[Row], shares: dict[str, float], seed: int, stratify: bool
+) -> tuple[list[Row], dict[str, list[Row]]]:
+    """Take shares of the rows away, per class where asked. Returns (what is left, the shares), shuffled."""
+    strata: dict[Any, list[Row]] = {}
+    for row in _shuffled(rows, seed):
+        strata.setdefault(row["label"] if stratify else None, []).append(row)
+    left: list[Row] = []
+    carved: dict[str, list[Row]] = {name: [] for name in shares}
+    for label in sorted(strata, key=str):
+        members, start = strata[label], 0
+        for name, share in shares.items():
+            count = round(share * len(members))
+            carved[name] += members[start : start + count]
+            start += count
+        left += members[start:]
+    return _shuffled(left, seed), {name: _shuffled(part, seed) for name, part in carved.items()}
+
+
+def _shuffled(rows: Iterable[Row], seed: int) -> list[Row]:
+    out = list(rows)
+    random.Random(seed).shuffle(out)
+    return out
+
+
+def _sample(rows: list[Row], most: int | None, seed: int) -> list[Row]:
+    return rows if most is None or most >= len(rows) else _shuffled(rows, seed)[:most]
+
+
+def _labels(train: list[Row], parts: dict[str, list[Row]], columns: Columns) -> tuple[str, ...]:
+    found = {row["label"] for row in train}
+    if len(found) < 2:
+        raise LilyError(f"label column {columns.label!r} holds one class only ({found.pop()!r}); there is nothing to learn")
+    if len(found) > 1000:
+        raise LilyError(
+            f"label column {columns.label!r} holds {len(found)} classes; for numbers write task: text-regression"
+        )
+    for name, rows in parts.items():
+        unknown = sorted({row["label"] for row in rows} - found)
+        if unknown:
+            raise LilyError(
+                f"data.{name} has the label {unknown[0]!r}, which no training row has (known: {', '.join(sorted(found))})"
+            )
+    numeric = all(label.lstrip("-").isdigit() for label in found)
+    return tuple(sorted(found, key=int if numeric else str))

@@ -1,0 +1,246 @@
+"""Reading recipes: YAML with line numbers, inheritance, overrides, and every check that needs no data and no model."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from lily.errors import LilyError
+from lily.recipes import checks
+from lily.recipes.schema import Recipe, Section
+
+LIBRARY = Path(__file__).parent / "library"
+MAX_BYTES = 1 << 20  # a recipe is a page of text; anything larger is a mistake or an attack
+MAX_DEPTH = 20
+MAX_PROBLEMS = 10
+
+Path_ = tuple[str, ...]
+
+
+@dataclass
+class Document:
+    """A recipe's raw values and where each key was written ("file:line" or an override's text)."""
+
+    values: dict[str, Any]
+    places: dict[Path_, str] = field(default_factory=dict)
+
+    def place(self, path: Path_) -> str:
+        """Where the key at `path`, or the nearest one above it, was written."""
+        while path and path not in self.places:
+            path = path[:-1]
+        return self.places.get(path, "recipe")
+
+
+def shipped() -> dict[str, Path]:
+    """The recipes that come with the package: name -> file."""
+    return {path.stem: path for path in sorted(LIBRARY.glob("*.yaml")) if not path.stem.startswith("_")}
+
+
+def describe(path: Path) -> str:
+    """First line of a recipe's description."""
+    lines = str(read(str(path)).values.get("description", "")).strip().splitlines()
+    return lines[0] if lines else ""
+
+
+def find(name_or_path: str) -> Path:
+    """The file of a shipped recipe's name or of a path.
+
+    Raises:
+        LilyError: if there is neither, with near matches.
+    """
+    known = shipped()
+    if name_or_path in known:
+        return known[name_or_path]
+    path = Path(name_or_path).expanduser()
+    if path.is_file():
+        return path
+    near = difflib.get_close_matches(name_or_path, known, n=3)
+    hint = f"did you mean {', '.join(near)}?" if near else f"shipped recipes: {', '.join(known)}"
+    raise LilyError(f"no recipe {name_or_path!r}: neither a file nor a shipped recipe; {hint}")
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and check everything about it that needs neither data nor model.
+
+    Args:
+        name_or_path: a shipped recipe's name, or a YAML file.
+        overrides: `key=value` with dotted keys, values in YAML: `train.epochs=1`.
+
+    Returns:
+        The effective recipe.
+
+    Raises:
+        LilyError: lists every problem found, one per line, each with its file and line.
+    """
+    document = read(str(find(name_or_path)))
+    for override in overrides:
+        _override(document, override)
+    try:
+        recipe = Recipe.model_validate(document.values)
+    except ValidationError as error:
+        raise LilyError(_join(_explain(error, document))) from None
+    problems = [f"{document.place(path)}: {'.'.join(path)}: {text}" for path, text in checks.problems(recipe)]
+    if problems:
+        raise LilyError(_join(problems))
+    return recipe
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The effective recipe as YAML that loads back to an equal recipe."""
+    values = recipe.model_dump(mode="json", exclude_defaults=True)
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110)
+
+
+def read(path: str, seen: tuple[Path, ...] = ()) -> Document:
+    """Parse a recipe file and, under it, the one it `extends`.
+
+    Raises:
+        LilyError: for anything that is not a YAML mapping of plain values.
+    """
+    file = Path(path).resolve()
+    if file in seen:
+        raise LilyError(f"{path}: extends itself through {' -> '.join(p.name for p in seen)}; remove one of the links")
+    document = _parse(path, file)
+    parent = document.values.pop("extends", None)
+    if parent is None:
+        return document
+    if not isinstance(parent, str):
+        raise LilyError(f"{document.place(('extends',))}: extends: expected a recipe's name or path, got {parent!r}")
+    beside = [file.parent / parent, file.parent / f"{parent}.yaml"]
+    base_path = next((p for p in beside if p.is_file()), None) or find(parent)
+    base = read(str(base_path), (*seen, file))
+    return Document(_merge(base.values, document.values), {**base.places, **document.places})
+
+
+def _parse(path: str, file: Path) -> Document:
+    try:
+        size = file.stat().st_size
+        if size > MAX_BYTES:
+            raise LilyError(f"{path}: {size} bytes; a recipe has at most {MAX_BYTES}. Is it the right file?")
+        text = file.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise LilyError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
+    except OSError as error:
+        raise LilyError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        document = Document({})
+        if not isinstance(node, yaml.MappingNode):
+            raise LilyError(f"{path}:1: expected a mapping of keys such as `name:` and `task:`")
+        values = _construct(node, (), path, document.places)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise LilyError(f"{path}{line}: not valid YAML: {problem}") from None
+    except RecursionError:
+        raise LilyError(f"{path}: nested too deeply; a recipe has at most {MAX_DEPTH} levels") from None
+    document.values = values
+    return document
+
+
+def _construct(node: yaml.Node, at: Path_, path: str, places: dict[Path_, str]) -> Any:
+    line = node.start_mark.line + 1
+    if len(at) > MAX_DEPTH:
+        raise LilyError(f"{path}:{line}: nested too deeply; a recipe has at most {MAX_DEPTH} levels")
+    if isinstance(node, yaml.MappingNode):
+        values: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+            key_line = key_node.start_mark.line + 1
+            if key is None:
+                raise LilyError(f"{path}:{key_line}: a key must be plain text")
+            if key in values:
+                raise LilyError(f"{path}:{key_line}: {'.'.join((*at, key))}: given twice; keep one of them")
+            places[(*at, key)] = f"{path}:{key_line}"
+            values[key] = _construct(value_node, (*at, key), path, places)
+        return values
+    if isinstance(node, yaml.SequenceNode):
+        return [_construct(child, (*at, str(i)), path, places) for i, child in enumerate(node.value)]
+    loader = yaml.SafeLoader("")
+    try:
+        return loader.construct_object(node, deep=True)  # type: ignore[no-untyped-call]
+    finally:
+        loader.dispose()  # type: ignore[no-untyped-call]
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _override(document: Document, text: str) -> None:
+    key, equals, value = text.partition("=")
+    path = tuple(part.strip() for part in key.split("."))
+    if not equals or not all(path):
+        raise LilyError(f"override {text!r}: expected key=value, such as train.epochs=1")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise LilyError(f"override {text!r}: the value is not valid YAML; quote it") from None
+    where = document.values
+    for part in path[:-1]:
+        inner = where.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise LilyError(f"override {text!r}: {part} holds a value, not keys")
+        where = inner
+    where[path[-1]] = parsed
+    document.places[path] = f"override {text!r}"
+
+
+def _explain(error: ValidationError, document: Document) -> Iterator[str]:
+    for problem in error.errors():
+        path = tuple(str(part) for part in problem["loc"])
+        # A union names its alternatives inside the location; they are no keys of the recipe.
+        while path and path not in document.places and path[:-1] in document.places:
+            path = path[:-1]
+        name, kind, given = ".".join(path) or "recipe", problem["type"], problem.get("input")
+        if kind == "extra_forbidden":
+            text = f"unknown key; {_near(path)}"
+        elif kind == "missing":
+            name, text = ".".join(str(part) for part in problem["loc"]), "is required, but missing"
+        elif kind == "value_error":
+            text = problem["msg"].removeprefix("Value error, ")
+        else:
+            text = f"{problem['msg'][0].lower()}{problem['msg'][1:]}, got {given!r}"
+        yield f"{document.place(path)}: {name}: {text}"
+
+
+def _near(path: Path_) -> str:
+    known = list(_fields(path[:-1]))
+    near = difflib.get_close_matches(path[-1], known, n=2, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else f"known here: {', '.join(known)}"
+
+
+def _fields(path: Path_) -> Mapping[str, FieldInfo]:
+    section: type[Section] = Recipe
+    for part in path:
+        info = section.model_fields.get(part)
+        inner = None if info is None else _section(info.annotation)
+        if inner is None:
+            return {}
+        section = inner
+    return section.model_fields
+
+
+def _section(annotation: Any) -> type[Section] | None:
+    for candidate in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(candidate, type) and issubclass(candidate, Section):
+            return candidate
+    return None
+
+
+def _join(problems: Iterator[str] | list[str]) -> str:
+    listed = list(dict.fromkeys(problems))
+    more = len(listed) - MAX_PROBLEMS
+    return "\n".join(listed[:MAX_PROBLEMS] + ([f"... and {more} more"] if more > 0 else []))
