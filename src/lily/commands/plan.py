@@ -373,7 +373,7 @@ def is_recipe(target: str) -> bool:
 def _shipped() -> list[str]:
     from lily.recipes import loader
 
-    return list(loader.recipe_names())
+    return list(loader.shipped())
 
 
 def recipe_report(

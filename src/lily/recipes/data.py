@@ -55,7 +55,7 @@ def load_splits(recipe: Recipe) -> Splits:
         LilyError: names the file, the row and the column of the first thing that is wrong.
     """
     data = recipe.data
-    pool = _rows(data.train, recipe)
+    pool = rows_of(data.train, recipe)
     if data.deduplicate:
         pool = list({_key(row): row for row in reversed(pool)}.values())[::-1]
     parts: dict[str, list[Row]] = {}
@@ -64,7 +64,7 @@ def load_splits(recipe: Recipe) -> Splits:
     train, carved = _carve(pool, carve, data.split.seed, recipe.task == "text-classification")
     for name in shares:
         file: File | None = getattr(data, name)
-        parts[name] = carved.get(name, []) if file is None else _rows(file, recipe)
+        parts[name] = carved.get(name, []) if file is None else rows_of(file, recipe)
     seed = data.split.seed
     train = _sample(train, data.max_train, seed)
     parts["validation"] = _sample(parts["validation"], data.max_validation, seed)
@@ -78,7 +78,12 @@ def load_splits(recipe: Recipe) -> Splits:
     return Splits(train, parts["validation"], parts["test"], labels)
 
 
-def _rows(file: File, recipe: Recipe) -> list[Row]:
+def rows_of(file: File, recipe: Recipe) -> list[Row]:
+    """The rows of a file that has the recipe's columns, with canonical keys.
+
+    Raises:
+        LilyError: names the row and column of the first thing that is wrong.
+    """
     return [_canonical(row, i, file, recipe) for i, row in enumerate(read_rows(file), 1)]
 
 
@@ -221,6 +226,16 @@ def inputs_of(row: Row, columns: Columns, where: str) -> Row:
     if columns.text_pair is not None:
         out["text_pair"] = _text(_get(row, columns.text_pair, "text_pair", where), columns.text_pair, where)
     return out
+
+
+def prompt_of(row: Row, columns: Columns, where: str) -> Any:
+    """What an sft row gives the model: a text, or the messages up to the last answer (which may be absent)."""
+    if columns.messages is None:
+        return _text(_get(row, str(columns.prompt), "prompt", where), str(columns.prompt), where)
+    messages = _get(row, columns.messages, "messages", where)
+    answered = isinstance(messages, list) and bool(messages) and messages[-1].get("role") == "assistant"
+    filler = [] if answered else [{"role": "assistant", "content": ""}]
+    return _messages([*messages, *filler], columns.messages, where)[:-1]
 
 
 def _get(row: Row, column: str, role: str, where: str) -> Any:

@@ -1,0 +1,52 @@
+"""The command line: `lily` and `python -m lily`.
+
+Commands import what they need when they run, so `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+# Nothing here phones home; only a hub id named by the user is ever looked up.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from lily.commands import evaluate, plan, recipes, train
+from lily.errors import LilyError
+
+app = typer.Typer(
+    name="lily",
+    help="Fine-tune with Lily: low-rank adaptation that shares across layers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("plan")(plan.plan_command)
+app.command("train")(train.train_command)
+app.command("eval")(evaluate.eval_command)
+app.command("predict")(evaluate.predict_command)
+app.command("generate")(evaluate.generate_command)
+app.command("recipes")(recipes.recipes_command)
+app.command("schema")(recipes.schema_command)
+
+
+def main() -> None:
+    """Run the command line. Bad input ends with one message on standard error and exit code 2."""
+    try:
+        app()
+    except LilyError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output went away
+        sys.stderr.close()
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""`lily recipes` and `lily schema`: what ships, and what may be written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lily.errors import LilyError
+
+
+def recipes_command(
+    name: Annotated[str | None, typer.Argument(help="Print this recipe, complete, as YAML.")] = None,
+    copy: Annotated[str | None, typer.Option("--copy", help="Write it to this file, to change it.")] = None,
+) -> None:
+    """List the recipes that ship, or show one."""
+    from lily.files import write_text
+    from lily.recipes import loader
+
+    if name is None:
+        if copy is not None:
+            raise LilyError("--copy needs the recipe's name before it")
+        table = Table("recipe", "what it does")
+        for known, path in loader.shipped().items():
+            table.add_row(known, loader.describe(path))
+        Console().print(table)
+        return
+    text = loader.dump_recipe(loader.load_recipe(name))
+    if copy is None:
+        print(text, end="")
+        return
+    if Path(copy).exists():
+        raise LilyError(f"--copy {copy} exists; name another file")
+    write_text(copy, text)
+
+
+def schema_command() -> None:
+    """Print the JSON Schema of recipes, for editors."""
+    from lily.recipes.schema import Recipe
+
+    print(json.dumps(Recipe.model_json_schema(), indent=2))

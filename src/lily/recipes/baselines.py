@@ -1,0 +1,95 @@
+"""What a recipe's result is held against: baselines on the same training and held-out rows, without an adapter."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lily.recipes import models
+from lily.recipes.data import Row, Splits
+from lily.recipes.metrics import compute, metrics_of
+from lily.recipes.schema import Recipe
+from lily.recipes.tasks import encode_text
+
+
+def run(name: str, recipe: Recipe, splits: Splits) -> dict[str, float]:
+    """One baseline's metrics on the held-out rows, and the seconds it took.
+
+    Args:
+        name: `majority` (the mean, for regression), `tfidf` or `frozen`.
+        recipe: task, metrics and, for `frozen`, the encoder.
+        splits: the rows.
+    """
+    started = time.perf_counter()
+    expected = _targets(splits.held_out, splits.labels)
+    known = _targets(splits.train, splits.labels)
+    if name == "majority":
+        guess = np.bincount(known).argmax() if splits.labels is not None else known.mean()
+        predicted = np.full(len(expected), guess)
+    elif name == "tfidf":
+        predicted = _tfidf(splits, known)
+    else:
+        predicted = _frozen(recipe, splits, known)
+    names = [metric for metric in metrics_of(recipe) if metric != "loss"]
+    return {**compute(names, predicted, expected), "seconds": time.perf_counter() - started}
+
+
+def _targets(rows: Sequence[Row], labels: Sequence[str] | None) -> Any:
+    if labels is None:
+        return np.array([row["label"] for row in rows])
+    ids = {name: i for i, name in enumerate(labels)}
+    return np.array([ids[row["label"]] for row in rows])
+
+
+def _tfidf(splits: Splits, known: Any) -> Any:
+    """TF-IDF of words and word pairs with a linear model. Texts of a pair keep features of their own."""
+    from scipy.sparse import hstack
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    parts: list[tuple[Any, Any]] = []
+    for column in ("text", "text_pair"):
+        if column in splits.train[0]:
+            vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
+            fitted = vectorizer.fit_transform(row[column] for row in splits.train)
+            parts.append((fitted, vectorizer.transform(row[column] for row in splits.held_out)))
+    train, held_out = (hstack([part[i] for part in parts]).tocsr() for i in range(2))
+    linear = _linear(splits.labels)
+    return linear.fit(train, known).predict(held_out)
+
+
+def _frozen(recipe: Recipe, splits: Splits, known: Any) -> Any:
+    """A linear model on the frozen encoder's mean last hidden state."""
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    features = _features(recipe, [*splits.train, *splits.held_out])
+    count = len(splits.train)
+    probe = make_pipeline(StandardScaler(), _linear(splits.labels, 0.01))
+    return probe.fit(features[:count], known).predict(features[count:])
+
+
+def _linear(labels: Sequence[str] | None, strength: float = 1.0) -> Any:
+    from sklearn.linear_model import LogisticRegression, Ridge
+
+    return Ridge(1.0 / strength) if labels is None else LogisticRegression(C=strength, max_iter=2000)
+
+
+def _features(recipe: Recipe, rows: Sequence[Row]) -> Any:
+    from lily.recipes.evaluate import by_length, device_of, inference
+
+    tokenizer = models.load_tokenizer(recipe.model)
+    encoder = models.load_model(recipe.model, recipe.task, ("0", "1")).base_model
+    encoded = [encode_text(row, recipe, tokenizer) for row in rows]
+    out: list[Any] = [None] * len(rows)
+    with inference(encoder, recipe):
+        for batch in by_length(encoded, recipe.train.eval_batch_size):
+            padded = tokenizer.pad([encoded[i] for i in batch], return_tensors="pt").to(device_of(encoder))
+            states = encoder(**padded).last_hidden_state.float()
+            mask = padded["attention_mask"].unsqueeze(-1).float()
+            means = ((states * mask).sum(1) / mask.sum(1)).cpu().numpy()
+            for i, row in zip(batch, means, strict=True):
+                out[i] = row
+    return np.stack(out)

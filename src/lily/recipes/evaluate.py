@@ -1,0 +1,307 @@
+"""Judging and using a model: metrics on rows, predictions, generation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
+
+from lily.errors import LilyError
+from lily.recipes import data, loader, models
+from lily.recipes import metrics as metric_tools
+from lily.recipes.data import Row
+from lily.recipes.report import LABELS
+from lily.recipes.schema import Recipe
+from lily.recipes.tasks import IGNORED, Example, conversation, encode, encode_text, prompt_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_weights(model: PeftModel, folder: Path) -> None:
+    """Put a saved adapter's weights into the model's adapter of the same shape."""
+    set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+
+
+class Judge:
+    """Computes a recipe's metrics of a model on rows.
+
+    Args:
+        recipe: task, metrics, lengths.
+        tokenizer: the model's.
+        labels: the classes, for classification.
+    """
+
+    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str] | None) -> None:
+        self.recipe, self.tokenizer, self.labels = recipe, tokenizer, labels
+        self.names = metric_tools.metrics_of(recipe)
+
+    def __call__(self, model: torch.nn.Module, rows: Sequence[Row]) -> dict[str, float]:
+        """Metric -> value. Predictions do not depend on how rows are batched (unless the routing is `batch`)."""
+        recipe = self.recipe
+        if recipe.task == "sft":
+            loss = _token_loss(model, encode(rows, recipe, self.tokenizer, None), recipe, self.tokenizer)
+            found = {"loss": loss, "perplexity": float(np.exp(min(loss, 80.0)))}
+            if "exact_match" in self.names:
+                found["exact_match"] = exact_match(model, self.tokenizer, rows, recipe)
+            return {name: found[name] for name in self.names}
+        outputs = head_outputs(model, rows, recipe, self.tokenizer)
+        if self.labels is not None:
+            ids = {name: i for i, name in enumerate(self.labels)}
+            expected = np.array([ids[row["label"]] for row in rows])
+            predicted = outputs.argmax(-1)
+            shifted = outputs - outputs.max(-1, keepdims=True)
+            loss = float(np.mean(np.log(np.exp(shifted).sum(-1)) - shifted[np.arange(len(rows)), expected]))
+        else:
+            expected, predicted = np.array([row["label"] for row in rows]), outputs.reshape(-1)
+            loss = float(np.mean((predicted - expected) ** 2))
+        found = metric_tools.compute(self.names, predicted, expected)
+        return {name: found[name] if name in found else loss for name in self.names}
+
+
+def head_outputs(
+    model: torch.nn.Module, rows: Sequence[Row], recipe: Recipe, tokenizer: PreTrainedTokenizerBase
+) -> np.ndarray[Any, Any]:
+    """The head's outputs (rows, outputs) in float32, in the rows' order; batched by length to waste little padding."""
+    encoded = [encode_text(row, recipe, tokenizer) for row in rows]
+    out: list[Any] = [None] * len(rows)
+    with inference(model, recipe):
+        for batch in by_length(encoded, recipe.train.eval_batch_size):
+            padded = tokenizer.pad([encoded[i] for i in batch], return_tensors="pt").to(device_of(model))
+            logits = model(**padded).logits.float().cpu().numpy()
+            for i, row in zip(batch, logits, strict=True):
+                out[i] = row
+    return np.stack(out)
+
+
+def _token_loss(
+    model: torch.nn.Module, examples: Sequence[Example], recipe: Recipe, tokenizer: PreTrainedTokenizerBase
+) -> float:
+    """Mean cross-entropy over all tokens that carry a label."""
+    total, count = 0.0, 0
+    with inference(model, recipe):
+        for batch in by_length(examples, recipe.train.eval_batch_size):
+            chosen = [examples[i] for i in batch]
+            padded = tokenizer.pad({"input_ids": [e["input_ids"] for e in chosen]}, return_tensors="pt", padding_side="right")
+            width = padded["input_ids"].shape[1]
+            labels = torch.tensor([e["labels"] + [IGNORED] * (width - len(e["labels"])) for e in chosen])
+            logits = model(**padded.to(device_of(model))).logits.float()[:, :-1].cpu()
+            total += torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
+            ).item()
+            count += int((labels[:, 1:] != IGNORED).sum())
+    return total / max(count, 1)
+
+
+def by_length(examples: Sequence[Example], size: int) -> Iterator[list[int]]:
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+class inference:
+    """Within: no gradients, eval mode, the recipe's precision. After: the model's mode as it was."""
+
+    def __init__(self, model: torch.nn.Module, recipe: Recipe) -> None:
+        from lily.recipes.runner import precision_of
+
+        self.model, self.training = model, model.training
+        dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(precision_of(recipe))
+        self.contexts = [torch.no_grad()]
+        if dtype is not None:
+            self.contexts.append(torch.autocast(device_of(model).type, dtype))
+
+    def __enter__(self) -> None:
+        self.model.eval()
+        for context in self.contexts:
+            context.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        for context in reversed(self.contexts):
+            context.__exit__(*error)
+        self.model.train(self.training)
+
+
+def device_of(model: torch.nn.Module) -> torch.device:
+    """Where the model's inputs go."""
+    return next(model.parameters()).device
+
+
+def answers(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], recipe: Recipe
+) -> list[str]:
+    """Greedy answers to prompts (texts or message lists), batched with left padding, in the prompts' order."""
+    encoded = [{"input_ids": prompt_ids(p, tokenizer)} for p in prompts]
+    out = [""] * len(prompts)
+    with inference(model, recipe):
+        for batch in by_length(encoded, recipe.train.eval_batch_size):
+            ids = {"input_ids": [encoded[i]["input_ids"] for i in batch]}
+            padded = tokenizer.pad(ids, return_tensors="pt", padding_side="left").to(device_of(model))
+            generated = model.generate(
+                **padded,
+                max_new_tokens=recipe.generation.max_new_tokens,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+            texts = tokenizer.batch_decode(generated[:, padded["input_ids"].shape[1] :], skip_special_tokens=True)
+            for i, text in zip(batch, texts, strict=True):
+                out[i] = text.strip()
+    return out
+
+
+def _last_turns(rows: Sequence[Row], recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[tuple[Any, str]]:
+    turns = [conversation(row, recipe, tokenizer)[-1] for row in rows]
+    eos = tokenizer.eos_token or ""
+    return [(p, c.removesuffix(eos).strip() if isinstance(c, str) else c[0]["content"].strip()) for p, c in turns]
+
+
+def exact_match(
+    model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], recipe: Recipe
+) -> float:
+    """Share of rows whose greedy answer is the completion, white space at the ends aside."""
+    turns = _last_turns(rows, recipe, tokenizer)
+    given = answers(model, tokenizer, [prompt for prompt, _ in turns], recipe)
+    return metric_tools.compute(["exact_match"], given, [c for _, c in turns])["exact_match"]
+
+
+def samples(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    recipe: Recipe,
+    when: str,
+    earlier: Sequence[dict[str, str]] | None = None,
+) -> list[dict[str, str]]:
+    """The first held-out prompts with the model's answers under the key `when`, added to those of `earlier`."""
+    if recipe.task != "sft" or recipe.generation.samples == 0:
+        return []
+    turns = _last_turns(rows[: recipe.generation.samples], recipe, tokenizer)
+    given = answers(model, tokenizer, [prompt for prompt, _ in turns], recipe)
+    out = []
+    for i, (prompt, expected) in enumerate(turns):
+        text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        known = earlier[i] if earlier else {"prompt": text, "expected": expected}
+        out.append({**known, when: given[i]})
+    return out
+
+
+class Adapter:
+    """A trained adapter with all that is needed to use it.
+
+    Args:
+        folder: an adapter folder that `lily train` wrote (`best` or `last`), or the run's folder (its `best`).
+        recipe: another recipe, as a name or path; default: the one kept beside the adapter.
+
+    Raises:
+        LilyError: if the folder is not a run's, or the recipe is missing.
+    """
+
+    def __init__(self, folder: str, recipe: str | None = None) -> None:
+        path = Path(folder).expanduser()
+        if (path / "best").is_dir():
+            path = path / "best"
+        if not (path / "adapter_config.json").is_file():
+            raise LilyError(f"{folder} holds no adapter (adapter_config.json); name a run's folder or its best/")
+        kept = next((p for p in (path / "recipe.yaml", path.parent / "recipe.yaml") if p.is_file()), None)
+        if recipe is None and kept is None:
+            raise LilyError(f"{folder} holds no recipe.yaml; name the recipe with --recipe")
+        self.path = path
+        self.recipe = loader.load_recipe(recipe or str(kept))
+        self.tokenizer = models.load_tokenizer(self.recipe.model)
+        self._splits: data.Splits | None = None
+        self._labels = _kept_labels(path)
+        base = models.load_model(self.recipe.model, self.recipe.task, self.labels)
+        self.model = PeftModel.from_pretrained(base, str(path)).eval()
+
+    @property
+    def splits(self) -> data.Splits:
+        """The recipe's data."""
+        if self._splits is None:
+            self._splits = data.load_splits(self.recipe)
+        return self._splits
+
+    @property
+    def labels(self) -> Sequence[str] | None:
+        """The classes, as kept with the adapter; older runs read them off the data again."""
+        if self.recipe.task != "text-classification":
+            return None
+        return self._labels or self.splits.labels
+
+    def evaluate(self, split: str | None = None, file: str | None = None) -> dict[str, float]:
+        """The recipe's metrics on a split (default: what the run reported on) or on a file with the same columns.
+
+        Raises:
+            LilyError: if the split is empty or the file does not fit.
+        """
+        if file is not None:
+            header = self.recipe.data.train.header
+            rows = data.rows_of(data.File(path=file, header=header), self.recipe)
+        else:
+            rows = self.splits.held_out if split is None else getattr(self.splits, split)
+        if not rows:
+            raise LilyError(f"the recipe has no {split} rows; choose train or validation, or give --file")
+        unknown = {row["label"] for row in rows} - set(self.labels) if self.labels is not None else set()
+        if unknown:
+            raise LilyError(f"{file or split} has the label {sorted(unknown)[0]!r}; known: {', '.join(self.labels or ())}")
+        return Judge(self.recipe, self.tokenizer, self.labels)(self.model, rows)
+
+    def predict(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """Rows with `prediction` (and `score`, the class's probability) added, read and given batch by batch.
+
+        Raises:
+            LilyError: if a row lacks the recipe's input column.
+        """
+        rows = iter(rows)
+        number = 0
+        while batch := list(islice(rows, self.recipe.train.eval_batch_size)):
+            yield from self._predict(batch, number)
+            number += len(batch)
+
+    def _predict(self, batch: list[Row], number: int) -> list[Row]:
+        recipe, columns = self.recipe, self.recipe.data.columns
+        if recipe.task == "sft":
+            prompts = [data.prompt_of(row, columns, f"row {number + i}") for i, row in enumerate(batch, 1)]
+            turns = [
+                [{"role": "user", "content": p}] if isinstance(p, str) and recipe.data.chat and self.tokenizer.chat_template else p
+                for p in prompts
+            ]
+            given = answers(self.model, self.tokenizer, turns, recipe)
+            return [{**row, "prediction": text} for row, text in zip(batch, given, strict=True)]
+        inputs = [data.inputs_of(row, columns, f"row {number + i}") for i, row in enumerate(batch, 1)]
+        outputs = head_outputs(self.model, inputs, recipe, self.tokenizer)
+        if self.labels is None:
+            return [{**row, "prediction": float(o[0])} for row, o in zip(batch, outputs, strict=True)]
+        chosen = []
+        for row, o in zip(batch, outputs, strict=True):
+            p = np.exp(o - o.max()) / np.exp(o - o.max()).sum()
+            chosen.append({**row, "prediction": self.labels[int(p.argmax())], "score": round(float(p.max()), 6)})
+        return chosen
+
+    def generate(self, prompt: str, streamer: Any = None) -> str:
+        """The answer to one prompt; `streamer` gets it token by token."""
+        if self.recipe.task != "sft":
+            raise LilyError(f"{self.path} is an adapter for {self.recipe.task}; `lily predict` uses it")
+        chat = self.recipe.data.chat and self.tokenizer.chat_template
+        ids = torch.tensor([prompt_ids([{"role": "user", "content": prompt}] if chat else prompt, self.tokenizer)])
+        with torch.no_grad():
+            out = self.model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=self.recipe.generation.max_new_tokens,
+                do_sample=False,
+                pad_token_id=self.tokenizer.pad_token_id,
+                streamer=streamer,
+            )
+        return str(self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+
+
+def _kept_labels(path: Path) -> tuple[str, ...] | None:
+    file = path / LABELS
+    return tuple(json.loads(file.read_text("utf-8"))) if file.is_file() else None

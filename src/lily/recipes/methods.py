@@ -1,0 +1,96 @@
+"""What a recipe's method makes of a model: the PEFT configuration, decided on a model without weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import LoraConfig, PeftConfig
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from torch import nn
+
+from lily.budget import choose, equal_lora_rank, parse_count
+from lily.config import LilyConfig
+from lily.errors import LilyError
+from lily.plan import ModuleSpec, build_plan, is_causal, select_modules
+from lily.recipes.schema import Recipe
+
+HEADS = ("classifier", "score", "classification_head")
+
+
+def peft_config(recipe: Recipe, model: nn.Module) -> PeftConfig | None:
+    """The adapter that the recipe's method puts on a model.
+
+    Args:
+        recipe: decides method, targets and budget.
+        model: the base model; the meta device will do, so this runs before a weight is read.
+
+    Returns:
+        A `LilyConfig`, a `LoraConfig`, a configuration that trains the head alone (`none`), or None where `none`
+        leaves nothing to train (sft).
+
+    Raises:
+        LilyError: if the targets match nothing, or the budget does not fit.
+    """
+    if recipe.method == "lily":
+        return lily_config(recipe, model)
+    task_type = task_type_of(recipe)
+    if recipe.method == "lora":
+        config = lily_config(recipe, model)
+        modules = select_modules(model, config)
+        r = recipe.lora.r
+        rank = r if isinstance(r, int) else equal_lora_rank(modules, build_plan(modules, config).parameters.total)
+        return LoraConfig(
+            r=rank,
+            lora_alpha=recipe.lora.alpha or 2 * rank,
+            lora_dropout=recipe.lora.dropout,
+            target_modules=config.target_modules,
+            exclude_modules=recipe.exclude,
+            task_type=task_type,
+        )
+    if recipe.task == "sft":
+        return None
+    if not any(hasattr(model, name) for name in HEADS):
+        raise LilyError(f"method: none trains the head, but {type(model).__name__} has none named {', '.join(HEADS)}")
+    return LoraConfig(target_modules=DUMMY_TARGET_MODULES, task_type=task_type)
+
+
+def task_type_of(recipe: Recipe) -> str:
+    """PEFT's name of the task."""
+    return "CAUSAL_LM" if recipe.task == "sft" else "SEQ_CLS"
+
+
+def lily_config(recipe: Recipe, model: nn.Module) -> LilyConfig:
+    """The recipe's Lily, with what it leaves open of r, num_A and num_B chosen by `lily.budget`."""
+    block = recipe.lily
+    common: dict[str, Any] = {
+        "exclude_modules": recipe.exclude,
+        "routing": block.routing,
+        "task_type": task_type_of(recipe),
+    }
+    targets = set(recipe.targets) if isinstance(recipe.targets, list) else recipe.targets
+    asked = LilyConfig(target_modules=targets, **common)
+    modules: list[ModuleSpec] = select_modules(model, asked)
+    choice = choose(
+        modules,
+        parameters=None if block.params is None else parse_count(block.params),
+        r=block.r,
+        num_A=block.num_A,
+        stride_A=block.stride_A,
+        num_B=block.num_B,
+        routing="token" if asked.routing_is_default and is_causal(model) else str(asked.routing),
+        targets=asked.target_modules,
+    )
+    return LilyConfig(
+        target_modules=asked.target_modules,
+        scaling=block.scaling,
+        dropout=block.dropout,
+        activation=block.activation,
+        **choice.options,
+        **common,
+    )
+
+
+def learning_rate(recipe: Recipe) -> float:
+    """The adapter's learning rate: the method's own, or the schedule's."""
+    own = {"lily": recipe.lily.learning_rate, "lora": recipe.lora.learning_rate, "none": None}[recipe.method]
+    return own or recipe.train.learning_rate

@@ -1,0 +1,154 @@
+"""What a run leaves for people: the closing table and the adapter's model card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from lily.files import write_text
+from lily.recipes import loader, methods
+from lily.recipes.metrics import metrics_of, shown
+from lily.recipes.schema import Recipe
+
+if TYPE_CHECKING:
+    from lily.recipes.train import Result
+
+LABELS = "labels.json"
+
+LICENCES = "The base model's and the data's licences apply to this adapter as well; check them before you share it."
+
+
+def adapter_summary(model: Any, recipe: Recipe) -> dict[str, Any]:
+    """The adapter in a few numbers: method, rank, sharing, learning rate."""
+    config = getattr(model, "peft_config", {}).get("default")
+    if config is None or recipe.method == "none":
+        return {"method": recipe.method, "learning_rate": methods.learning_rate(recipe)}
+    names = ("r", "num_A", "stride_A", "num_B", "scaling", "routing", "lora_alpha")
+    values = {name: getattr(config, name) for name in names if getattr(config, name, None) is not None}
+    return {"method": recipe.method, **values, "learning_rate": methods.learning_rate(recipe)}
+
+
+def print_result(result: Result, recipe: Recipe, output: Path, console: Console) -> None:
+    """The closing table: every contestant on the same held-out rows, then where things are."""
+    names = metrics_of(recipe)
+    rows = result.rows[result.split]
+    table = Table(
+        "", *names, "trained", "seconds", "file", title=f"{result.name}: {rows:,} {result.split} rows, seed {result.seed}"
+    )
+    for name, found in result.baselines.items():
+        table.add_row(_title(name, recipe), *_values(names, found), *_costs(found))
+    own = {
+        "parameters": result.parameters["adapter"] or result.parameters["head"],
+        "seconds": result.seconds.get("train", 0.0),
+        "bytes": result.adapter_bytes,
+    }
+    table.add_row("untrained", *_values(names, result.before), "", "", "")
+    title = recipe.method if recipe.method != "lily" else f"Lily ({result.adapter.get('routing')})"
+    table.add_row(f"[bold]{title}[/]", *_values(names, result.final), *_costs(own))
+    console.print(table)
+    for sample in result.samples:
+        console.print(f"[dim]{escape(sample['prompt'].strip()[-300:])}[/]")
+        answers = ", ".join(f"{k}: {escape(repr(sample[k]))}" for k in ("expected", "before", "after") if k in sample)
+        console.print(f"  {answers}")
+    if result.best is not None:
+        console.print(
+            f"best {result.metric} on validation {shown(result.metric, result.best['value'])} after epoch "
+            f"{result.best['epoch']:g}; {result.seconds['total']:.0f} s in all"
+        )
+        console.print(f"adapter: {output / 'best'}    figures: {output / 'metrics.json'}")
+
+
+def _title(name: str, recipe: Recipe) -> str:
+    titles = {
+        "majority": "majority" if recipe.task == "text-classification" else "mean",
+        "tfidf": "TF-IDF",
+        "frozen": "frozen encoder",
+        "lora": "LoRA, equal parameters" if recipe.lora.r == "equal" else "LoRA",
+    }
+    return titles[name]
+
+
+def _values(names: Sequence[str], found: Mapping[str, float]) -> list[str]:
+    return [shown(name, found.get(name)) for name in names]
+
+
+def _costs(found: Mapping[str, float]) -> list[str]:
+    parameters, seconds, size = (found.get(name) for name in ("parameters", "seconds", "bytes"))
+    return [
+        f"{parameters:,.0f}" if parameters else "",
+        f"{seconds:.0f}" if seconds else "",
+        f"{size / 1e6:.2f} MB" if size else "",
+    ]
+
+
+def finish_adapter(folder: Path, recipe: Recipe, result: Result) -> None:
+    """Add to a PEFT folder what makes it usable on its own: the recipe, the classes and a model card."""
+    write_text(folder / "recipe.yaml", loader.dump_recipe(recipe))
+    if result.labels is not None:
+        write_text(folder / LABELS, json.dumps(result.labels, ensure_ascii=False))
+    write_text(folder / "README.md", card(recipe, result))
+
+
+def card(recipe: Recipe, result: Result) -> str:
+    """The model card, in Markdown with the Hub's front matter."""
+    base = _named(recipe.model.hub, recipe.model.path, recipe.model.package)
+    data = _named(recipe.data.train.hub, recipe.data.train.path, recipe.data.train.package)
+    names = metrics_of(recipe)
+    lines = [
+        "---",
+        "library_name: peft",
+        f"tags: [{recipe.method}, {recipe.task}]",
+        *([f"base_model: {recipe.model.hub}"] if recipe.model.hub else []),
+        "---",
+        "",
+        f"# {recipe.name}",
+        "",
+        recipe.description.strip(),
+        "",
+        f"An adapter ({', '.join(f'{k} {v}' for k, v in result.adapter.items())}) for {base}, trained on {data}.",
+        "",
+        f"| | {' | '.join(names)} |",
+        f"| --- | {' | '.join('---' for _ in names)} |",
+        *(f"| {_title(n, recipe)} | {' | '.join(_values(names, v))} |" for n, v in result.baselines.items()),
+        f"| untrained | {' | '.join(_values(names, result.before))} |",
+        f"| this adapter | {' | '.join(_values(names, result.final))} |",
+        "",
+        f"On {result.rows[result.split]:,} {result.split} rows; seed {result.seed}; "
+        f"{result.parameters['adapter']:,} adapter parameters. "
+        f"Versions: {', '.join(f'{k} {v}' for k, v in result.versions.items())}.",
+        "",
+        "```python",
+        "import lily  # lets PEFT read this adapter",
+        "from peft import PeftModel",
+        f"from transformers import {_auto(recipe)}",
+        "",
+        f"base = {_auto(recipe)}.from_pretrained({_load(recipe, result)})",
+        'model = PeftModel.from_pretrained(base, "path/of/this/folder")',
+        "```",
+        "",
+        f"Or `lily predict path/of/this/folder --input rows.csv`. {LICENCES}",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _named(hub: str | None, path: str | None, package: Any) -> str:
+    if package is not None:
+        return f"`{package.member}` of the package `{package.name}=={package.version}`"
+    return f"`{hub or path}`"
+
+
+def _auto(recipe: Recipe) -> str:
+    return "AutoModelForCausalLM" if recipe.task == "sft" else "AutoModelForSequenceClassification"
+
+
+def _load(recipe: Recipe, result: Result) -> str:
+    where = repr(recipe.model.hub or recipe.model.path or "path/of/the/base/model")
+    count = 1 if recipe.task == "text-regression" else len(result.labels or ())
+    return where if recipe.task == "sft" else f"{where}, num_labels={count}"

@@ -1,0 +1,125 @@
+"""Rows to model inputs, by task: pure encoding, shared by training, evaluation and the dry run's preview."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lily.errors import LilyError
+from lily.recipes.data import Row, Splits
+from lily.recipes.schema import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100  # PyTorch's label of tokens that the loss skips
+
+Example = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Preview:
+    """An example as the model reads it.
+
+    Attributes:
+        segments: (text, whether the loss is on it), in order.
+    """
+
+    segments: tuple[tuple[str, bool], ...]
+
+
+def num_labels(recipe: Recipe, splits: Splits) -> int:
+    """Outputs of the task's head; 1 where there is no classification."""
+    return len(splits.labels) if splits.labels is not None else 1
+
+
+def encode(
+    rows: Iterable[Row], recipe: Recipe, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str] | None
+) -> list[Example]:
+    """Encode rows for training or evaluation.
+
+    Args:
+        rows: canonical rows of the recipe's task.
+        recipe: decides task, length and chat template.
+        tokenizer: the model's.
+        labels: the classes in the order of their ids, for classification.
+
+    Returns:
+        input_ids (and what else the model takes) with labels: a class id, a number, or token ids with `IGNORED`
+        where there is no loss. Examples of sft whose completion does not fit `data.max_length` are left out.
+
+    Raises:
+        LilyError: if no example of sft fits.
+    """
+    if recipe.task == "sft":
+        turns = [turn for row in rows for turn in conversation(row, recipe, tokenizer)]
+        encoded = [encode_turn(prompt, completion, recipe, tokenizer) for prompt, completion in turns]
+        fitting = [e for e in encoded if any(label != IGNORED for label in e["labels"])]
+        if encoded and not fitting:
+            raise LilyError(
+                f"no example fits data.max_length={recipe.data.max_length}: every prompt fills it; "
+                f"raise it to {max(len(e['input_ids']) for e in encoded) + 1} or more"
+            )
+        return fitting
+    ids = {name: i for i, name in enumerate(labels or ())}
+    return [
+        {**encode_text(row, recipe, tokenizer), "labels": ids[row["label"]] if labels is not None else row["label"]}
+        for row in rows
+    ]
+
+
+def encode_text(row: Row, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Example:
+    """Token ids of a text or a pair, cut to `data.max_length`."""
+    return dict(tokenizer(row["text"], row.get("text_pair"), truncation=True, max_length=recipe.data.max_length))
+
+
+def conversation(row: Row, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[tuple[Any, Any]]:
+    """The (prompt, completion) pairs of an sft row: texts, or message lists for the tokenizer's chat template.
+
+    A conversation of several turns gives one pair per assistant turn, so the loss is on every answer whether or not
+    the template can mark them.
+    """
+    if "messages" in row:
+        if not tokenizer.chat_template:
+            raise LilyError("data.columns.messages needs a tokenizer with a chat template; this model's has none")
+        messages = row["messages"]
+        return [(messages[:i], [m]) for i, m in enumerate(messages) if m["role"] == "assistant" and i > 0]
+    if recipe.data.chat and tokenizer.chat_template:
+        return [([{"role": "user", "content": row["prompt"]}], [{"role": "assistant", "content": row["completion"]}])]
+    return [(row["prompt"], row["completion"] + (tokenizer.eos_token or ""))]
+
+
+def prompt_ids(prompt: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a prompt, ready for the model to answer."""
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
+
+
+def encode_turn(prompt: Any, completion: Any, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Example:
+    """Token ids of prompt and completion with the loss on the completion, cut to `data.max_length`."""
+    before = prompt_ids(prompt, tokenizer)
+    if isinstance(prompt, str):
+        whole = list(tokenizer(prompt + completion)["input_ids"])
+    else:
+        whole = list(tokenizer.apply_chat_template(prompt + completion, return_dict=True)["input_ids"])
+    start = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(before))
+    labels = [IGNORED] * start + whole[start:]
+    return {"input_ids": whole[: recipe.data.max_length], "labels": labels[: recipe.data.max_length]}
+
+
+def preview(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, row: Row) -> Preview:
+    """One example, decoded, with its label mask: for sft what the trainer's loss sees, else the text that is read."""
+    if recipe.task != "sft":
+        ids = encode_text(row, recipe, tokenizer)["input_ids"]
+        return Preview(((tokenizer.decode(ids), False), (f" -> {row['label']}", True)))
+    segments: list[tuple[list[int], bool]] = []
+    for prompt, completion in conversation(row, recipe, tokenizer)[-1:]:
+        example = encode_turn(prompt, completion, recipe, tokenizer)
+        for token, label in zip(example["input_ids"], example["labels"], strict=True):
+            trained = label != IGNORED
+            if not segments or segments[-1][1] != trained:
+                segments.append(([], trained))
+            segments[-1][0].append(token)
+    return Preview(tuple((tokenizer.decode(ids), trained) for ids, trained in segments))

@@ -1,0 +1,241 @@
+"""`lily train`: from a recipe to an adapter, its figures and its card."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from lily.errors import LilyError
+from lily.files import write_text
+from lily.recipes import data, loader, methods, models, report
+from lily.recipes import metrics as metric_tools
+from lily.recipes.data import Splits
+from lily.recipes.schema import Recipe
+
+
+@dataclass
+class Result:
+    """What a run found; `metrics.json` is this.
+
+    Attributes:
+        metric: the main metric, which chose the best checkpoint.
+        split: what `before` and `final` are measured on: test, or validation where there is no test.
+        before: all metrics of the untrained model on that split.
+        final: all metrics of the best adapter on that split.
+        best: epoch and value of the main metric on the validation rows.
+        last: the same after the last epoch.
+        parameters: trainable ones of the adapter and of a new head, and those of the frozen model.
+        seconds: training alone, and the whole run.
+        baselines: name -> metrics (and parameters and seconds, where it was trained).
+        history: all evaluations on the validation rows.
+        samples: prompts with the expected answer and those before and after training.
+    """
+
+    name: str
+    method: str
+    task: str
+    seed: int
+    metric: str
+    split: str
+    labels: list[str] | None
+    before: dict[str, float]
+    final: dict[str, float] = field(default_factory=dict)
+    best: dict[str, float] | None = None
+    last: dict[str, float] | None = None
+    parameters: dict[str, int] = field(default_factory=dict)
+    adapter: dict[str, Any] = field(default_factory=dict)
+    adapter_bytes: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    device: str = ""
+    precision: str = ""
+    baselines: dict[str, dict[str, float]] = field(default_factory=dict)
+    history: list[dict[str, float]] = field(default_factory=list)
+    samples: list[dict[str, str]] = field(default_factory=list)
+
+    def write(self, path: Path) -> None:
+        """Write `metrics.json` atomically."""
+        write_text(path, json.dumps(asdict(self), indent=2))
+
+
+def output_folder(recipe: Recipe) -> Path:
+    """The run's folder, placeholders filled in."""
+    return Path(recipe.output.format(name=recipe.name, method=recipe.method, seed=recipe.seed)).expanduser()
+
+
+def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, quiet: bool = False) -> Result:
+    """Train, evaluate and write a recipe's adapter.
+
+    Everything that can be checked without weights is checked first, so a mistake costs seconds and writes nothing.
+
+    Args:
+        recipe: what to do.
+        resume: go on from the run's last complete checkpoint.
+        overwrite: replace the run's folder.
+        quiet: no progress bar.
+
+    Returns:
+        The result, also written to the run's folder: `metrics.json`, `recipe.yaml`, `best/` and `last/` (adapters).
+
+    Raises:
+        LilyError: for anything wrong with recipe, data, model or folder.
+    """
+    started = time.perf_counter()
+    splits = data.load_splits(recipe)
+    output = output_folder(recipe)
+    _check_folder(output, resume, overwrite)
+    meta = models.meta_model(recipe.model, recipe.task, len(splits.labels or ("",)))
+    config = methods.peft_config(recipe, meta)
+    checkpoint = _last_checkpoint(output) if resume else None
+
+    if overwrite and not resume:
+        shutil.rmtree(output, ignore_errors=True)
+    output.mkdir(parents=True, exist_ok=True)
+    write_text(output / "recipe.yaml", loader.dump_recipe(recipe))
+    result = _run(recipe, splits, config, output, checkpoint, quiet)
+    result.baselines = _baselines(recipe, splits, output, quiet)
+    result.seconds["total"] = time.perf_counter() - started
+    result.write(output / "metrics.json")
+    for name in ("best", "last"):
+        if (output / name).is_dir():
+            report.finish_adapter(output / name, recipe, result)
+    return result
+
+
+def _listed(labels: Sequence[str] | None) -> list[str] | None:
+    return None if labels is None else list(labels)
+
+
+def _check_folder(output: Path, resume: bool, overwrite: bool) -> None:
+    if output.is_file():
+        raise LilyError(f"output {output} is a file; name a folder")
+    if output.is_dir() and any(output.iterdir()) and not (resume or overwrite):
+        raise LilyError(f"output {output} exists; --resume continues it, --overwrite replaces it, output=... names another")
+    if resume and not output.is_dir():
+        raise LilyError(f"output {output} does not exist, so there is nothing to resume; leave --resume away")
+
+
+def _last_checkpoint(output: Path) -> str | None:
+    """The newest checkpoint that is complete: the trainer writes its state last."""
+    found = sorted((output / "checkpoints").glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+    complete = [p for p in found if (p / "trainer_state.json").is_file() and (p / "optimizer.pt").is_file()]
+    return str(complete[-1]) if complete else None
+
+
+def _run(
+    recipe: Recipe, splits: Splits, config: Any, output: Path, checkpoint: str | None, quiet: bool
+) -> Result:
+    import torch
+    from peft import get_peft_model
+    from transformers import set_seed
+
+    from lily.recipes import evaluate, runner, tasks
+
+    set_seed(recipe.seed)
+    tokenizer = models.load_tokenizer(recipe.model)
+    base = models.load_model(recipe.model, recipe.task, splits.labels)
+    total = sum(p.numel() for p in base.parameters())
+    set_seed(recipe.seed)
+    model = base if config is None else get_peft_model(base, config)
+
+    encoded = {
+        name: tasks.encode(rows, recipe, tokenizer, splits.labels)
+        for name, rows in (("train", splits.train), ("validation", splits.validation))
+    }
+    names = metric_tools.metrics_of(recipe)
+    generated = "exact_match" in names
+
+    def by_generation(rows: Sequence[data.Row]) -> Any:
+        return lambda m: {"exact_match": evaluate.exact_match(m, tokenizer, rows, recipe)} if generated else {}
+
+    split = "test" if splits.test else "validation"
+    judge = evaluate.Judge(recipe, tokenizer, splits.labels)
+    before = judge(model, splits.held_out)
+    samples = evaluate.samples(model, tokenizer, splits.held_out, recipe, "before")
+    result = Result(recipe.name, recipe.method, recipe.task, recipe.seed, names[0], split, _listed(splits.labels), before)
+    result.precision = runner.precision_of(recipe)
+    result.device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    result.versions = {
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("lily-peft", "peft", "torch", "transformers")},
+    }
+    result.rows = {"train": len(splits.train), "validation": len(splits.validation), "test": len(splits.test)}
+    result.parameters = _parameters(model, total)
+    result.adapter = report.adapter_summary(model, recipe)
+    if config is None:
+        result.final, result.samples = before, samples
+        return result
+
+    trainer = runner.build_trainer(
+        recipe,
+        model,
+        tokenizer,
+        encoded["train"],
+        encoded["validation"],
+        output,
+        by_generation(splits.validation) if generated else None,
+        quiet,
+    )
+    clock = time.perf_counter()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    result.seconds["train"] = time.perf_counter() - clock
+    runner.save_adapter(model, output / "last")
+    result.history = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    _score(result, trainer, names[0], model, output, judge, splits)
+    result.samples = evaluate.samples(model, tokenizer, splits.held_out, recipe, "after", samples)
+    return result
+
+
+def _score(
+    result: Result, trainer: Any, metric: str, model: Any, output: Path, judge: Any, splits: Splits
+) -> None:
+    """Fill in the figures: last as the model is now, then the best adapter, loaded from its file."""
+    from lily.recipes import evaluate
+
+    if trainer.best.score is None:  # fewer steps than an evaluation interval
+        trainer.evaluate()
+    last = judge(model, splits.validation)
+    result.last = {"epoch": float(trainer.state.epoch or 0.0), "value": last[metric]}
+    if trainer.best.score is None:
+        trainer.best.update(model, result.last["epoch"], last[metric])
+    best = trainer.best.score
+    result.best = {"epoch": best.epoch, "value": best.value}
+    evaluate.load_weights(model, output / "best")
+    result.final = judge(model, splits.held_out)
+    result.adapter_bytes = (output / "best" / "adapter_model.safetensors").stat().st_size
+
+
+def _parameters(model: Any, total: int) -> dict[str, int]:
+    trainable = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
+    head = sum(size for name, size in trainable.items() if "modules_to_save" in name)
+    adapted = hasattr(model, "peft_config")
+    return {"adapter": sum(trainable.values()) - head if adapted else 0, "head": head, "base": total}
+
+
+def _baselines(recipe: Recipe, splits: Splits, output: Path, quiet: bool) -> dict[str, dict[str, float]]:
+    from lily.recipes import baselines
+
+    found: dict[str, dict[str, float]] = {}
+    for name in recipe.baselines:
+        if name == "lora":
+            if recipe.method == "lora":
+                continue
+            other = recipe.model_copy(update={"method": "lora", "baselines": [], "output": str(output / "lora")})
+            lora = train(other, overwrite=True, quiet=quiet)
+            found[name] = {
+                **lora.final,
+                "parameters": lora.parameters["adapter"],
+                "seconds": lora.seconds["train"],
+                "bytes": lora.adapter_bytes,
+            }
+        else:
+            found[name] = baselines.run(name, recipe, splits)
+    return found
