@@ -92,7 +92,14 @@ def vit() -> nn.Module:
 
 def t5() -> nn.Module:
     config = T5Config(
-        d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=VOCAB, decoder_start_token_id=0, pad_token_id=0
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        vocab_size=VOCAB,
+        decoder_start_token_id=0,
+        pad_token_id=0,
     )
     return AutoModelForSeq2SeqLM.from_config(config)
 

@@ -93,7 +93,13 @@ def test_only_what_stock_can_compute_is_written_under_its_name(tmp_path):
 
     assert written(routing="batch", stride_A=2) == "LILY"
     assert written(routing="batch", stride_A=2, dropout=0.1) == "LILY"  # dropout does not act in inference
-    for options in ({"routing": "token"}, {"num_B": 1}, {"activation": "relu"}, {"bias": "all"}, {"rank_pattern": {"q": 2}}):
+    for options in (
+        {"routing": "token"},
+        {"num_B": 1},
+        {"activation": "relu"},
+        {"bias": "all"},
+        {"rank_pattern": {"q": 2}},
+    ):
         assert written(**{"routing": "batch", **options}) == EXTENDED_TYPE
 
 

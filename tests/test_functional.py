@@ -111,9 +111,7 @@ def test_flattened_tokens_are_regrouped_by_the_mask():
     x, A, B, R = tensors("sequence")
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
     flat = functional.lily(x.reshape(15, -1), A, B, R, routing="sequence", mask=mask)
-    assert torch.allclose(
-        flat, functional.lily(x, A, B, R, routing="sequence", mask=mask).reshape(15, -1), atol=1e-12
-    )
+    assert torch.allclose(flat, functional.lily(x, A, B, R, routing="sequence", mask=mask).reshape(15, -1), atol=1e-12)
 
 
 def test_images_of_any_rank_average_over_everything_but_the_sample():

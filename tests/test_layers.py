@@ -102,7 +102,9 @@ def bitsandbytes_model(bits):
 def torchao_model(_):
     torchao = pytest.importorskip("torchao.quantization", reason="needs torchao: pip install 'lily-peft[dev]'")
     model = wide_llama()
-    torchao.quantize_(model, torchao.Int8WeightOnlyConfig(), lambda m, name: isinstance(m, nn.Linear) and "self_attn" in name)
+    torchao.quantize_(
+        model, torchao.Int8WeightOnlyConfig(), lambda m, name: isinstance(m, nn.Linear) and "self_attn" in name
+    )
     return model.eval()
 
 

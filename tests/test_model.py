@@ -56,7 +56,11 @@ def test_saving_and_loading_gives_the_same_output(kind, routing, tmp_path):
             warnings.filterwarnings("error", message=".*(missing|nexpected).*")
             back = PeftModel.from_pretrained(build(kind), tmp_path, low_cpu_mem_usage=low)
         assert torch.equal(predict(back, inputs(kind)), expected)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
 
 
 def test_every_trainable_tensor_gets_a_gradient_and_nothing_else_does(kind, routing):
@@ -74,7 +78,11 @@ def test_every_trainable_tensor_gets_a_gradient_and_nothing_else_does(kind, rout
 def test_an_optimiser_sees_a_shared_tensor_once():
     model = adapted("llama")
     named = [p for n, p in model.named_parameters() if "lily_" in n]
-    assert len(named) == len({id(p) for p in named}) == len(model.state_dict().keys() & {n for n, _ in model.named_parameters() if "lily_" in n})
+    assert (
+        len(named)
+        == len({id(p) for p in named})
+        == len(model.state_dict().keys() & {n for n, _ in model.named_parameters() if "lily_" in n})
+    )
     assert [n for n, _ in model.named_parameters(remove_duplicate=False) if "lily_" in n] == [
         n for n, _ in model.named_parameters() if "lily_" in n
     ]
@@ -95,10 +103,14 @@ def test_sharing_survives(change, tmp_path):
     layers = [layer.self_attn.q_proj for layer in model.base_model.model.model.layers]
     bank = bank_of(model.base_model.model)
     assert all(layer.bank is bank for layer in layers)
-    before = [layer.update_of("default", torch.ones(1, 1, 32, dtype=bank.lily_A["default"][0].dtype)) for layer in layers]
+    before = [
+        layer.update_of("default", torch.ones(1, 1, 32, dtype=bank.lily_A["default"][0].dtype)) for layer in layers
+    ]
     with torch.no_grad():
         bank.lily_B["default"][0].zero_()
-    after = [layer.update_of("default", torch.ones(1, 1, 32, dtype=bank.lily_A["default"][0].dtype)) for layer in layers]
+    after = [
+        layer.update_of("default", torch.ones(1, 1, 32, dtype=bank.lily_A["default"][0].dtype)) for layer in layers
+    ]
     assert all(b.abs().sum() > 0 for b in before)
     assert all(a.abs().sum() == 0 for a in after)
 
@@ -118,7 +130,9 @@ def test_adapters_can_be_added_switched_combined_and_deleted():
     base, batch = build("llama"), inputs("llama")
     model = adapted("llama")
     first = predict(model, batch)
-    model.add_adapter("other", config_for("llama", r=2, num_B=2, routing="uniform", target_modules=["q_proj", "o_proj"]))
+    model.add_adapter(
+        "other", config_for("llama", r=2, num_B=2, routing="uniform", target_modules=["q_proj", "o_proj"])
+    )
     assert torch.equal(predict(model, batch), first)
     bank = bank_of(model.base_model.model)
     assert not any(p.requires_grad for p in bank.lily_B["other"])
@@ -214,7 +228,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(kind, routing, reentran
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
         if checkpointing:
-            model.enable_input_require_grads() if hasattr(model, "enable_input_require_grads") and kind != "vit" else None
+            model.enable_input_require_grads() if hasattr(
+                model, "enable_input_require_grads"
+            ) and kind != "vit" else None
             model.base_model.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             if kind == "vit":
                 batch["pixel_values"].requires_grad_()
@@ -319,8 +335,12 @@ def test_static_experts_do_not_stay_equal():
 
 
 def test_the_default_routing_follows_the_model_when_the_task_is_not_said():
-    assert get_peft_model(build("llama"), LilyConfig(target_modules=["q_proj"])).peft_config["default"].routing == "token"
-    assert get_peft_model(build("vit"), LilyConfig(target_modules=["q_proj"])).peft_config["default"].routing == "sequence"
+    assert (
+        get_peft_model(build("llama"), LilyConfig(target_modules=["q_proj"])).peft_config["default"].routing == "token"
+    )
+    assert (
+        get_peft_model(build("vit"), LilyConfig(target_modules=["q_proj"])).peft_config["default"].routing == "sequence"
+    )
 
 
 @pytest.mark.filterwarnings("default")
@@ -332,7 +352,7 @@ def test_a_routing_that_sees_ahead_warns_on_a_causal_model_and_says_why(chosen, 
 
 
 def test_merging_is_refused_with_a_way_out():
-    with pytest.raises(LilyError, match="cannot be merged.*unload"):
+    with pytest.raises(LilyError, match=r"cannot be merged.*unload"):
         adapted("llama").merge_and_unload()
     with pytest.raises(LilyError, match="cannot be merged"):
         adapted("llama").merge_adapter()
@@ -340,7 +360,10 @@ def test_merging_is_refused_with_a_way_out():
 
 def test_the_targets_default_to_the_architectures():
     model = get_peft_model(build("llama"), LilyConfig(task_type="CAUSAL_LM"))
-    assert {n.rpartition(".")[2] for n in bank_of(model.base_model.model).plans["default"].slots} == {"q_proj", "v_proj"}
+    assert {n.rpartition(".")[2] for n in bank_of(model.base_model.model).plans["default"].slots} == {
+        "q_proj",
+        "v_proj",
+    }
 
 
 def test_a_tied_head_and_an_unused_layer_are_fine():
@@ -348,7 +371,14 @@ def test_a_tied_head_and_an_unused_layer_are_fine():
 
     torch.manual_seed(0)
     tied = AutoModelForCausalLM.from_config(
-        LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=61, tie_word_embeddings=True)
+        LlamaConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            vocab_size=61,
+            tie_word_embeddings=True,
+        )
     ).eval()
     expected = logits(tied, inputs("llama"))
     model = get_peft_model(tied, LilyConfig(r=4, target_modules=["lm_head", "q_proj"], task_type="CAUSAL_LM"))

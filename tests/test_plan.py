@@ -120,7 +120,9 @@ def test_ranks_that_differ_inside_a_group_are_refused():
 
 
 def test_layers_to_transform_and_exclude_modules_narrow_the_choice():
-    plan = plan_of(build("llama"), target_modules=["q_proj", "v_proj"], layers_to_transform=[1, 2], layers_pattern="layers")
+    plan = plan_of(
+        build("llama"), target_modules=["q_proj", "v_proj"], layers_to_transform=[1, 2], layers_pattern="layers"
+    )
     assert sorted(plan.slots) == [f"model.layers.{i}.self_attn.{n}_proj" for i in (1, 2) for n in "qv"]
     plan = plan_of(build("llama"), target_modules="all-linear", exclude_modules=["down_proj"])
     assert not any("down_proj" in name for name in plan.slots)

@@ -30,7 +30,9 @@ def ids(batch, tokens, seed=3):
 
 @torch.no_grad()
 def run(model, tokens, mask=None, **kwargs):
-    return logits(model, {"input_ids": tokens, "attention_mask": torch.ones_like(tokens) if mask is None else mask, **kwargs})
+    return logits(
+        model, {"input_ids": tokens, "attention_mask": torch.ones_like(tokens) if mask is None else mask, **kwargs}
+    )
 
 
 def padded(tokens, by, side):
@@ -109,7 +111,9 @@ def test_a_four_dimensional_mask_leaves_all_tokens_in():
 
 @pytest.mark.parametrize("equal_lengths", [True, False])
 def test_cross_attention_layers_of_a_decoder_use_the_encoders_mask(equal_lengths):
-    config = LilyConfig(r=8, num_B=3, routing="sequence", task_type="SEQ_2_SEQ_LM", target_modules=["q", "k", "v", "wo"])
+    config = LilyConfig(
+        r=8, num_B=3, routing="sequence", task_type="SEQ_2_SEQ_LM", target_modules=["q", "k", "v", "wo"]
+    )
     model = randomise(get_peft_model(build("t5"), config)).eval()
     source, target = ids(2, 10), ids(2, 15 if equal_lengths else 6, seed=4)
     tokens, mask = padded(source, 5, "right")
@@ -157,5 +161,7 @@ def test_beam_search_and_left_padded_batches_generate():
     tokens, mask = padded(a, 4, "left")
     with torch.no_grad():
         beams = model.generate(input_ids=tokens, attention_mask=mask, num_beams=3, max_new_tokens=8, do_sample=False)
-        alone = model.generate(input_ids=a, attention_mask=torch.ones_like(a), num_beams=3, max_new_tokens=8, do_sample=False)
+        alone = model.generate(
+            input_ids=a, attention_mask=torch.ones_like(a), num_beams=3, max_new_tokens=8, do_sample=False
+        )
     assert torch.equal(beams[:, 12:], alone[:, 8:])

@@ -71,8 +71,13 @@ def test_a_stock_adapter_gives_stocks_logits_and_gradients(stock_adapter):
     out.square().sum().backward()
     bank = bank_of(model.base_model.model)
     plan, root = bank.plans["default"], "base_model.model."
-    ours = {f"{root}{block[0]}.lily_A.default.weight": bank.lily_A["default"][i].grad for i, (_, block) in enumerate(plan.blocks)}
-    ours |= {f"{root}{g.members[0]}.lily_B.default.weight": bank.lily_B["default"][i].grad for i, g in enumerate(plan.groups)}
+    ours = {
+        f"{root}{block[0]}.lily_A.default.weight": bank.lily_A["default"][i].grad
+        for i, (_, block) in enumerate(plan.blocks)
+    }
+    ours |= {
+        f"{root}{g.members[0]}.lily_B.default.weight": bank.lily_B["default"][i].grad for i, g in enumerate(plan.groups)
+    }
     ours |= {n: p.grad for n, p in model.named_parameters() if "lily_router" in n}
     assert set(ours) == set(expected) - {"logits"}
     for name, grad in ours.items():
@@ -90,7 +95,9 @@ def test_stock_loads_our_batch_routed_file_with_difference_zero(tmp_path):
 @pytest.mark.parametrize("how", [{"stride_A": 3}, {"num_A": 2}])
 def test_whatever_selected_the_layers_stock_reads_our_file_rightly(tmp_path, targets, how):
     options = {**BOTH, "stride_A": None, **how, "target_modules": targets}
-    model = randomise(get_peft_model(build("llama"), LilyConfig(task_type="CAUSAL_LM", routing="batch", **options))).eval()
+    model = randomise(
+        get_peft_model(build("llama"), LilyConfig(task_type="CAUSAL_LM", routing="batch", **options))
+    ).eval()
     model.save_pretrained(tmp_path)
     assert "loaded" in stock(LOAD_STOCK, tmp_path)
     assert torch.equal(load_file(tmp_path / "result.safetensors")["logits"], logits(model, inputs("llama")).detach())
@@ -167,7 +174,9 @@ def test_registering_is_idempotent_and_can_be_undone(stock_adapter):
 def test_a_file_is_no_larger_than_its_parameters(tmp_path):
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    config = LlamaConfig(hidden_size=512, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=8, vocab_size=61)
+    config = LlamaConfig(
+        hidden_size=512, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=8, vocab_size=61
+    )
     model = get_peft_model(
         AutoModelForCausalLM.from_config(config),
         LilyConfig(r=64, num_A=2, num_B=2, target_modules="all-linear", task_type="CAUSAL_LM"),
@@ -218,8 +227,14 @@ def first(tensors, part):
         (lambda t: t.pop(first(t, "B")), "has no B of down_proj"),
         (lambda t: t.pop(first(t, "router")), "has no lily_router for model.layers.0"),
         (lambda t: t.update({first(t, "A"): torch.zeros(5, 32)}), r"has shape \(5, 32\), expected \(4, 48\)"),
-        (lambda t: t.update({"base_model.model.model.layers.9.self_attn.q_proj.lily_A.weight": torch.zeros(4, 32)}), "no adapted layer 'model.layers.9"),
-        (lambda t: t.update({"base_model.model.model.layers.1.self_attn.q_proj.lily_A.weight": torch.ones(4, 32)}), "different values for one shared tensor"),
+        (
+            lambda t: t.update({"base_model.model.model.layers.9.self_attn.q_proj.lily_A.weight": torch.zeros(4, 32)}),
+            "no adapted layer 'model.layers.9",
+        ),
+        (
+            lambda t: t.update({"base_model.model.model.layers.1.self_attn.q_proj.lily_A.weight": torch.ones(4, 32)}),
+            "different values for one shared tensor",
+        ),
     ],
     ids=["no A", "no B", "no router", "shape", "layer", "duplicate"],
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -40,6 +40,14 @@ class LilyBank(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     adapter_layer_names: tuple[str, ...] = ("lily_A", "lily_B")
     other_param_names: tuple[str, ...] = ("plans", "placements")
 
+    if TYPE_CHECKING:  # BaseTunerLayer's own, which has no types
+
+        def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+            """Switch and freeze."""
+
+        def delete_adapter(self, adapter_name: str) -> None:
+            """Forget."""
+
     def __init__(self) -> None:
         super().__init__()
         self.lily_A = nn.ModuleDict({})
@@ -73,6 +81,10 @@ class LilyBank(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             for g, place in zip(plan.groups, on_B, strict=True)
         )
 
+    def tensors(self, adapter: str) -> tuple[nn.ParameterList, nn.ParameterList]:
+        """The A and the B of an adapter, in the plan's order. Ask at each use: sharding swaps the parameters."""
+        return cast(nn.ParameterList, self.lily_A[adapter]), cast(nn.ParameterList, self.lily_B[adapter])
+
     def watch(self, model: nn.Module, layers: list[str]) -> None:
         """Have the attention mask of `model`'s forwards noted for `layers`; none: stop noting it."""
         for handle in self.watching:
@@ -90,9 +102,7 @@ class LilyBank(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         if adapter_name not in self.plans:
             return
-        for tensors, places in zip(
-            (self.lily_A[adapter_name], self.lily_B[adapter_name]), self.placements[adapter_name], strict=True
-        ):
+        for tensors, places in zip(self.tensors(adapter_name), self.placements[adapter_name], strict=True):
             for i, (home, dtype) in enumerate(places):
                 if tensors[i].device.type != "meta":
                     tensors[i] = nn.Parameter(tensors[i].to(device or home, dtype), tensors[i].requires_grad)

@@ -230,6 +230,4 @@ def _classes(names: list[str], tensors: dict[str, Tensor]) -> list[list[str]]:
 
 def specs_of(plan: SharingPlan) -> list[ModuleSpec]:
     """The layers of a plan."""
-    return [
-        ModuleSpec(name, plan.group_of(name).in_features, plan.group_of(name).out_features) for name in plan.slots
-    ]
+    return [ModuleSpec(name, plan.group_of(name).in_features, plan.group_of(name).out_features) for name in plan.slots]

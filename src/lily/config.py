@@ -60,9 +60,7 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
     """
 
     # None here, not stock's 1: `num_A` is the other way to say it, and which one was said must stay visible.
-    stride_A: int | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "How many consecutive layers of a group share one A."}
-    )
+    stride_A: int | None = field(default=None, metadata={"help": "How many consecutive layers of a group share one A."})
     num_A: int | None = field(default=None, metadata={"help": "How many A per group; instead of `stride_A`."})
     routing: str | None = field(
         default=None, metadata={"help": "What expert weights depend on: token, sequence, batch, static or uniform."}
@@ -77,7 +75,9 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
     def __post_init__(self) -> None:
         """Check and complete every value (stock's own `__post_init__` refuses values that are legal here)."""
         PeftConfig.__post_init__(self)
-        from_file = self.peft_type is not None  # only configurations read from a file carry their own type
+        from_file = (
+            getattr(self, "peft_type", None) is not None
+        )  # only configurations read from a file carry their own type
         self.peft_type = PeftType.LILY
         if from_file and self.num_A is not None:
             self.stride_A = None  # written beside num_A for stock readers; see `file_dict`
@@ -92,10 +92,9 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
             self.stride_A = 1
         self.rank_pattern = self.rank_pattern or {}
         _check(self)
-        if isinstance(self.target_modules, (list, tuple)):
-            self.target_modules = set(self.target_modules)
-        if isinstance(self.exclude_modules, (list, tuple)):
-            self.exclude_modules = set(self.exclude_modules)
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), (list, tuple)):
+                setattr(self, name, set(getattr(self, name)))
 
     @property
     def dynamic(self) -> bool:
@@ -117,7 +116,7 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
 
     def file_dict(self) -> dict[str, Any]:
         """What is written to `adapter_config.json`: readable by stock PEFT where it can express the adapter."""
-        values = self.to_dict()
+        values: dict[str, Any] = self.to_dict()
         values["target_modules"] = self.portable_targets or self.target_modules
         for key, value in values.items():
             if isinstance(value, set):
@@ -213,7 +212,9 @@ def _check_int(name: str, value: object, expected: str) -> None:
 
 def _check_number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise LilyError(f"{name}={value!r} is not a finite number; give a number such as {1.0 if name == 'scaling' else 0.1}")
+        raise LilyError(
+            f"{name}={value!r} is not a finite number; give a number such as {1.0 if name == 'scaling' else 0.1}"
+        )
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -230,7 +231,9 @@ def _check_names(c: LilyConfig) -> None:
             if value != "all-linear":
                 _check_regex(name, value)
         elif not isinstance(value, (list, tuple, set)) or not all(isinstance(v, str) and v for v in value):
-            raise LilyError(f"{name}={value!r} is not valid; give a list of module names, a regular expression or 'all-linear'")
+            raise LilyError(
+                f"{name}={value!r} is not valid; give a list of module names, a regular expression or 'all-linear'"
+            )
         elif name == "target_modules" and not value:
             raise LilyError("target_modules is empty; name modules such as ['q_proj', 'v_proj'], or 'all-linear'")
     if c.modules_to_save is not None and (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -78,9 +78,8 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
     def router_of(self, adapter: str) -> Tensor | None:
         """R (experts, r), the static logits (experts,), or None where the routing learns nothing."""
         if adapter in self.lily_router:
-            weight: Tensor = self.lily_router[adapter].weight
-            return weight
-        return self.lily_logits[adapter] if adapter in self.lily_logits else None
+            return cast(Tensor, self.lily_router[adapter].weight)
+        return cast(Tensor | None, self.lily_logits.get(adapter))
 
     def update_of(self, adapter: str, x: Tensor) -> Tensor:
         """What one adapter adds to the base layer's output.
@@ -93,7 +92,8 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
             (..., out).
         """
         bank, slot, num_B = self.bank, self.slots[adapter], self.num_B[adapter]
-        A, B = bank.lily_A[adapter][slot.A], bank.lily_B[adapter][slot.B]
+        tensors_A, tensors_B = bank.tensors(adapter)
+        A, B = tensors_A[slot.A], tensors_B[slot.B]
         x = self._cast_input_dtype(x, A.dtype)
         if A.device != x.device:  # layers on several devices share one bank
             A, B = A.to(x.device), B.to(x.device)
@@ -144,7 +144,7 @@ class Linear(nn.Module, LilyLayer):
         result: Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return result
-        for adapter in self.active_adapters:
+        for adapter in cast(list[str], self.active_adapters):
             if adapter in self.slots:
                 result = result + self.update_of(adapter, x).to(result.dtype)
         return result

@@ -116,7 +116,7 @@ class LeaveModel:
 
         for tensor in _tensors(output):
             if tensor.requires_grad:
-                tensor.register_hook(reopen)
+                tensor.register_hook(reopen)  # type: ignore[no-untyped-call]
 
 
 def _readable(mask: object) -> bool:

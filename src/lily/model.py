@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from dataclasses import replace
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -120,7 +120,7 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        bank, root = _find_bank(model)
+        bank, _ = _find_bank(model)
         plan = bank.plans[adapter_name]
         # A grouping taken over from a file cannot be read off the configuration, so it must stay visible in the file.
         as_configured = plan == build_plan(checkpoint.specs_of(plan), config)
@@ -162,10 +162,10 @@ def _find_bank(model: nn.Module) -> tuple[LilyBank, str]:
 def _regroup(model: nn.Module, config: LilyConfig, adapter: str, plan: SharingPlan) -> None:
     """Rebuild an adapter's shared tensors for another plan over the same layers."""
     bank = bank_of(model)
-    old = bank.lily_A[adapter][0]
+    old = bank.tensors(adapter)[0][0]
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LilyLayer)}
     bank.add(adapter, plan, {name: _placement(layers[name]) for name in plan.slots}, init_weights=True)
-    for tensors in (bank.lily_A[adapter], bank.lily_B[adapter]):
+    for tensors in bank.tensors(adapter):
         tensors.requires_grad_(old.requires_grad)
         tensors.to("meta" if old.device.type == "meta" else None, old.dtype)
     for name, slot in plan.slots.items():
@@ -204,7 +204,8 @@ def _settle_file_format(config: LilyConfig, plan: SharingPlan, model: nn.Module)
     if not stock_grouping_differs(plan, config.target_modules):
         return
     names = {group.name for group in plan.groups}
-    again = replace(config, target_modules=sorted(names), layers_to_transform=None, layers_pattern=None)
+    again = copy.copy(config)
+    again.target_modules, again.layers_to_transform, again.layers_pattern = names, None, None
     same = {m.name for m in select_modules(model, again)} == set(plan.slots)
     if same and config.layers_to_transform is None and not stock_grouping_differs(plan, names):
         config.portable_targets = names

@@ -32,7 +32,7 @@ from lily.errors import LilyError
 NOT_LINEAR = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.MultiheadAttention)
 
 
-class NoTargetError(LilyError, NoMatchingPeftModuleError):
+class NoTargetError(LilyError, NoMatchingPeftModuleError):  # type: ignore[misc]
     """The targets match nothing. Also PEFT's own type for that, so existing handlers catch it."""
 
 
@@ -208,7 +208,7 @@ def target_name(module: str, targets: object) -> str:
 
 def _group_rank(group: str, names: Sequence[str], config: LilyConfig) -> int:
     patterns = config.rank_pattern or {}
-    ranks = {name: patterns.get(get_pattern_key(patterns.keys(), name), config.r) for name in names}
+    ranks: dict[str, int] = {n: patterns.get(get_pattern_key(patterns.keys(), n), int(config.r)) for n in names}
     if len(set(ranks.values())) > 1:
         shown = {rank: next(n for n in names if ranks[n] == rank) for rank in dict.fromkeys(ranks.values())}
         listed = ", ".join(f"{rank} for {name}" for rank, name in shown.items())
@@ -227,7 +227,7 @@ def resolved_stride(plan: SharingPlan, config: LilyConfig) -> int | None:
     return strides.pop() if len(strides) == 1 else None
 
 
-def stock_grouping_differs(plan: SharingPlan, targets: object) -> bool:
+def stock_grouping_differs(plan: SharingPlan, targets: str | Iterable[str]) -> bool:
     """Whether stock PEFT would group these layers otherwise than the plan does.
 
     Stock groups by (matched target, shape). The target is the whole regular expression, or any listed name that the
@@ -236,10 +236,7 @@ def stock_grouping_differs(plan: SharingPlan, targets: object) -> bool:
     seen: dict[tuple[str, int, int], int] = {}
     for b, group in enumerate(plan.groups):
         for name in group.members:
-            if isinstance(targets, str):
-                hits = [targets]
-            else:
-                hits = [t for t in targets if name.endswith(t)]  # type: ignore[attr-defined]
+            hits = [targets] if isinstance(targets, str) else [t for t in targets if name.endswith(t)]
             if len(hits) != 1 or seen.setdefault((hits[0], group.in_features, group.out_features), b) != b:
                 return True
     return len(seen) != len(plan.groups)
@@ -351,4 +348,3 @@ def is_causal(model: nn.Module) -> bool:
     if name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
         return True
     return bool(getattr(config, "is_decoder", False)) or bool(getattr(config, "is_encoder_decoder", False))
-

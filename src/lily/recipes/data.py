@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO, cast
 
 from lily.errors import LilyError
 from lily.recipes.schema import Columns, File, Recipe
@@ -121,8 +121,8 @@ def stream_rows(path: Path | str, format: str = "auto", header: Sequence[str] | 
         yield from _parquet(name)
         return
     try:
-        opened = gzip.open(name, "rb") if name.endswith(".gz") else open(name, "rb")
-        with io.TextIOWrapper(opened, "utf-8", newline="") as text:
+        open_ = gzip.open if name.endswith(".gz") else open
+        with open_(name, "rb") as raw, io.TextIOWrapper(cast(BinaryIO, raw), "utf-8", newline="") as text:
             if kind in ("csv", "tsv"):
                 yield from _delimited(text, name, kind, header)
             elif kind == "jsonl":
@@ -268,7 +268,9 @@ def _class(value: Any, columns: Columns, where: str) -> str:
         return str(value)
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
-    raise LilyError(f"{where}: label column {columns.label!r} holds {_short(value)}, expected a class (text or integer)")
+    raise LilyError(
+        f"{where}: label column {columns.label!r} holds {_short(value)}, expected a class (text or integer)"
+    )
 
 
 def _number(value: Any, columns: Columns, where: str) -> float:
@@ -291,7 +293,9 @@ def _messages(value: Any, column: str, where: str) -> list[dict[str, str]]:
             "{role: system | user | assistant, content: text}"
         )
     if value[-1]["role"] != "assistant" or len(value) < 2:
-        raise LilyError(f"{where}: column {column!r} must end with an assistant message after a user's; that is trained")
+        raise LilyError(
+            f"{where}: column {column!r} must end with an assistant message after a user's; that is trained"
+        )
     return [{"role": m["role"], "content": m["content"]} for m in value]
 
 
@@ -336,7 +340,9 @@ def _sample(rows: list[Row], most: int | None, seed: int) -> list[Row]:
 def _labels(train: list[Row], parts: dict[str, list[Row]], columns: Columns) -> tuple[str, ...]:
     found = {row["label"] for row in train}
     if len(found) < 2:
-        raise LilyError(f"label column {columns.label!r} holds one class only ({found.pop()!r}); there is nothing to learn")
+        raise LilyError(
+            f"label column {columns.label!r} holds one class only ({found.pop()!r}); there is nothing to learn"
+        )
     if len(found) > 1000:
         raise LilyError(
             f"label column {columns.label!r} holds {len(found)} classes; for numbers write task: text-regression"
@@ -344,8 +350,7 @@ def _labels(train: list[Row], parts: dict[str, list[Row]], columns: Columns) -> 
     for name, rows in parts.items():
         unknown = sorted({row["label"] for row in rows} - found)
         if unknown:
-            raise LilyError(
-                f"data.{name} has the label {unknown[0]!r}, which no training row has (known: {', '.join(sorted(found))})"
-            )
+            known = ", ".join(sorted(found))
+            raise LilyError(f"data.{name} has the label {unknown[0]!r}, which no training row has (known: {known})")
     numeric = all(label.lstrip("-").isdigit() for label in found)
     return tuple(sorted(found, key=int if numeric else str))

@@ -18,7 +18,7 @@ from lily.recipes import data, loader, models
 from lily.recipes import metrics as metric_tools
 from lily.recipes.data import Row
 from lily.recipes.report import LABELS
-from lily.recipes.schema import Recipe
+from lily.recipes.schema import File, Recipe
 from lily.recipes.tasks import IGNORED, Example, conversation, encode, encode_text, prompt_ids
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Judge:
             expected, predicted = np.array([row["label"] for row in rows]), outputs.reshape(-1)
             loss = float(np.mean((predicted - expected) ** 2))
         found = metric_tools.compute(self.names, predicted, expected)
-        return {name: found[name] if name in found else loss for name in self.names}
+        return {name: found.get(name, loss) for name in self.names}
 
 
 def head_outputs(
@@ -89,7 +89,9 @@ def _token_loss(
     with inference(model, recipe):
         for batch in by_length(examples, recipe.train.eval_batch_size):
             chosen = [examples[i] for i in batch]
-            padded = tokenizer.pad({"input_ids": [e["input_ids"] for e in chosen]}, return_tensors="pt", padding_side="right")
+            padded = tokenizer.pad(
+                {"input_ids": [e["input_ids"] for e in chosen]}, return_tensors="pt", padding_side="right"
+            )
             width = padded["input_ids"].shape[1]
             labels = torch.tensor([e["labels"] + [IGNORED] * (width - len(e["labels"])) for e in chosen])
             logits = model(**padded.to(device_of(model))).logits.float()[:, :-1].cpu()
@@ -101,6 +103,7 @@ def _token_loss(
 
 
 def by_length(examples: Sequence[Example], size: int) -> Iterator[list[int]]:
+    """Batches of indices, short examples first, so that little is padded."""
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
     for start in range(0, len(order), size):
         yield order[start : start + size]
@@ -114,7 +117,7 @@ class inference:
 
         self.model, self.training = model, model.training
         dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(precision_of(recipe))
-        self.contexts = [torch.no_grad()]
+        self.contexts: list[Any] = [torch.no_grad()]
         if dtype is not None:
             self.contexts.append(torch.autocast(device_of(model).type, dtype))
 
@@ -134,9 +137,7 @@ def device_of(model: torch.nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def answers(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], recipe: Recipe
-) -> list[str]:
+def answers(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], recipe: Recipe) -> list[str]:
     """Greedy answers to prompts (texts or message lists), batched with left padding, in the prompts' order."""
     encoded = [{"input_ids": prompt_ids(p, tokenizer)} for p in prompts]
     out = [""] * len(prompts)
@@ -162,9 +163,7 @@ def _last_turns(rows: Sequence[Row], recipe: Recipe, tokenizer: PreTrainedTokeni
     return [(p, c.removesuffix(eos).strip() if isinstance(c, str) else c[0]["content"].strip()) for p, c in turns]
 
 
-def exact_match(
-    model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], recipe: Recipe
-) -> float:
+def exact_match(model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], recipe: Recipe) -> float:
     """Share of rows whose greedy answer is the completion, white space at the ends aside."""
     turns = _last_turns(rows, recipe, tokenizer)
     given = answers(model, tokenizer, [prompt for prompt, _ in turns], recipe)
@@ -242,14 +241,16 @@ class Adapter:
         """
         if file is not None:
             header = self.recipe.data.train.header
-            rows = data.rows_of(data.File(path=file, header=header), self.recipe)
+            rows = data.rows_of(File(path=file, header=header), self.recipe)
         else:
             rows = self.splits.held_out if split is None else getattr(self.splits, split)
         if not rows:
             raise LilyError(f"the recipe has no {split} rows; choose train or validation, or give --file")
         unknown = {row["label"] for row in rows} - set(self.labels) if self.labels is not None else set()
         if unknown:
-            raise LilyError(f"{file or split} has the label {sorted(unknown)[0]!r}; known: {', '.join(self.labels or ())}")
+            raise LilyError(
+                f"{file or split} has the label {sorted(unknown)[0]!r}; known: {', '.join(self.labels or ())}"
+            )
         return Judge(self.recipe, self.tokenizer, self.labels)(self.model, rows)
 
     def predict(self, rows: Iterable[Row]) -> Iterator[Row]:
@@ -269,7 +270,9 @@ class Adapter:
         if recipe.task == "sft":
             prompts = [data.prompt_of(row, columns, f"row {number + i}") for i, row in enumerate(batch, 1)]
             turns = [
-                [{"role": "user", "content": p}] if isinstance(p, str) and recipe.data.chat and self.tokenizer.chat_template else p
+                [{"role": "user", "content": p}]
+                if isinstance(p, str) and recipe.data.chat and self.tokenizer.chat_template
+                else p
                 for p in prompts
             ]
             given = answers(self.model, self.tokenizer, turns, recipe)

@@ -159,16 +159,17 @@ def _construct(node: yaml.Node, at: Path_, path: str, places: dict[Path_, str]) 
                 raise LilyError(f"{path}:{key_line}: a key must be plain text")
             if key in values:
                 raise LilyError(f"{path}:{key_line}: {'.'.join((*at, key))}: given twice; keep one of them")
-            places[(*at, key)] = f"{path}:{key_line}"
-            values[key] = _construct(value_node, (*at, key), path, places)
+            here = (*at, key)
+            places[here] = f"{path}:{key_line}"
+            values[key] = _construct(value_node, here, path, places)
         return values
     if isinstance(node, yaml.SequenceNode):
         return [_construct(child, (*at, str(i)), path, places) for i, child in enumerate(node.value)]
     loader = yaml.SafeLoader("")
     try:
-        return loader.construct_object(node, deep=True)  # type: ignore[no-untyped-call]
+        return loader.construct_object(node, deep=True)
     finally:
-        loader.dispose()  # type: ignore[no-untyped-call]
+        loader.dispose()
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    return tokenizer  # type: ignore[no-any-return]
+    return tokenizer
 
 
 def load_model(model: Model, task: Task, labels: Sequence[str] | None = None) -> PreTrainedModel:
@@ -80,7 +80,7 @@ def load_model(model: Model, task: Task, labels: Sequence[str] | None = None) ->
         ),
     )
     _pad(loaded.config)
-    return loaded.eval()  # type: ignore[no-any-return]
+    return loaded.eval()
 
 
 def meta_model(model: Model, task: Task, num_labels: int = 2) -> PreTrainedModel:
@@ -105,7 +105,7 @@ def meta_model(model: Model, task: Task, num_labels: int = 2) -> PreTrainedModel
         ),
     )
     with torch.device("meta"):
-        return _class(task).from_config(config, trust_remote_code=model.trust_remote_code)  # type: ignore[no-any-return]
+        return _class(task).from_config(config, trust_remote_code=model.trust_remote_code)
 
 
 def _class(task: Task) -> Any:

@@ -39,7 +39,12 @@ def print_result(result: Result, recipe: Recipe, output: Path, console: Console)
     names = metrics_of(recipe)
     rows = result.rows[result.split]
     table = Table(
-        "", *names, "trained", "seconds", "file", title=f"{result.name}: {rows:,} {result.split} rows, seed {result.seed}"
+        "",
+        *names,
+        "trained",
+        "seconds",
+        "file",
+        title=f"{result.name}: {rows:,} {result.split} rows, seed {result.seed}",
     )
     for name, found in result.baselines.items():
         table.add_row(_title(name, recipe), *_values(names, found), *_costs(found))

@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,6 @@ from lily.recipes.schema import Recipe
 from lily.recipes.tasks import Example
 
 Evaluate = Callable[[torch.nn.Module], dict[str, float]]
-
-
-@dataclass(frozen=True)
-class Score:
-    """A value of the main metric and when it was reached."""
-
-    epoch: float
-    value: float
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
@@ -54,34 +45,43 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-class Best:
-    """Keeps the best adapter of a run in its folder, across resumes.
+class Progress:
+    """The evaluations of a run and its best adapter, kept on disk so that a resumed run goes on with them.
 
     Args:
         output: the run's folder.
         metric: the main metric.
         patience: evaluations without gain before the run should stop; None: never.
+
+    Attributes:
+        history: what every evaluation on the validation rows found, with its epoch and step.
+        best: the best of them.
     """
 
     def __init__(self, output: Path, metric: str, patience: int | None) -> None:
-        self.folder, self.file = output / "best", output / "best.json"
+        self.folder, self.file = output / "best", output / "progress.json"
         self.metric, self.patience = metric, patience
-        self.score: Score | None = None
-        self.idle = 0
+        self.history: list[dict[str, float]] = []
         if self.file.is_file() and self.folder.is_dir():
-            values = json.loads(self.file.read_text("utf-8"))
-            self.score, self.idle = Score(values["epoch"], values["value"]), values["idle"]
+            self.history = json.loads(self.file.read_text("utf-8"))
 
-    def update(self, model: PeftModel, epoch: float, value: float) -> bool:
+    @property
+    def best(self) -> dict[str, float]:
+        """The first evaluation that no later one beats."""
+        best = self.history[0]
+        for found in self.history[1:]:
+            if metric_tools.better(self.metric, found[self.metric], best[self.metric]):
+                best = found
+        return best
+
+    def update(self, model: PeftModel, found: dict[str, float]) -> bool:
         """Take note of an evaluation; True means that patience is used up."""
-        current = metric_tools.worst(self.metric) if self.score is None else self.score.value
-        if self.score is None or metric_tools.better(self.metric, value, current):
-            self.score, self.idle = Score(epoch, value), 0
+        self.history = [h for h in self.history if h["step"] < found["step"]] + [found]
+        if self.best is found:
             save_adapter(model, self.folder)
-        else:
-            self.idle += 1
-        write_text(self.file, json.dumps({**asdict(self.score), "idle": self.idle}))
-        return self.patience is not None and self.idle >= self.patience
+        write_text(self.file, json.dumps(self.history))
+        idle = len(self.history) - 1 - self.history.index(self.best)
+        return self.patience is not None and idle >= self.patience
 
 
 def build_trainer(
@@ -107,7 +107,7 @@ def build_trainer(
         quiet: no progress bar.
 
     Returns:
-        A Trainer whose `best` is the run's `Best`.
+        A Trainer whose `progress` is the run's `Progress`.
     """
     names = metric_tools.metrics_of(recipe)
     arguments = _arguments(recipe, output, quiet)
@@ -138,8 +138,8 @@ def build_trainer(
             **common,
         )
     trainer.generate = generate
-    trainer.main_metric = names[0]
-    trainer.best = Best(output, names[0], recipe.train.early_stopping)
+    trainer.names = names
+    trainer.progress = Progress(output, names[0], recipe.train.early_stopping)
     return trainer
 
 
@@ -151,35 +151,22 @@ def score(recipe: Recipe, predictions: Any, labels: Any) -> dict[str, float]:
 
 
 def _with_best(base: type[Trainer]) -> Any:
-    class RecipeTrainer(base):  # type: ignore[misc, valid-type]
+    class RecipeTrainer(base):  # type: ignore[misc]
         generate: Evaluate | None = None
-        main_metric = "loss"
-        best: Best
-        history: list[dict[str, float]]
+        names: Sequence[str] = ()
+        progress: Progress
 
         def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
-            """Also: generation metrics, and the best adapter of the validation rows."""
+            """Also: metrics that need generation, and the best adapter."""
             found: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-            if f"{metric_key_prefix}_loss" in found:
-                found[f"{metric_key_prefix}_perplexity"] = float(np.exp(min(found[f"{metric_key_prefix}_loss"], 80.0)))
-            if eval_dataset is None and metric_key_prefix == "eval":
-                self._note(found)
-            return found
-
-        def _note(self, found: dict[str, float]) -> None:
+            found["eval_perplexity"] = float(np.exp(min(found["eval_loss"], 80.0)))
             if self.generate is not None:
                 found.update({f"eval_{name}": value for name, value in self.generate(self.model).items()})
-            if self.state.global_step == 0 or self.state.global_step in self._noted:
-                return
-            self._noted.add(self.state.global_step)
-            value = found[f"eval_{self.main_metric}"]
-            if self.best.update(self.model, float(self.state.epoch or 0.0), value):
+            step, epoch = self.state.global_step, float(self.state.epoch or 0.0)
+            values = {name: found[f"eval_{name}"] for name in self.names}
+            if self.progress.update(self.model, {"step": step, "epoch": epoch, **values}):
                 self.control.should_training_stop = True
-
-        def train(self, *args: Any, **kwargs: Any) -> Any:
-            """As the base, remembering which steps were evaluated."""
-            self._noted: set[int] = set()
-            return super().train(*args, **kwargs)
+            return found
 
     return RecipeTrainer
 
@@ -233,7 +220,8 @@ def _arguments(recipe: Recipe, output: Path, quiet: bool) -> dict[str, Any]:
 def _groups(recipe: Recipe, model: torch.nn.Module) -> list[dict[str, Any]]:
     """Parameter groups: the adapter, and a new head with its own learning rate."""
     rate = learning_rate(recipe)
-    adapter, head = [], []
+    adapter: list[torch.nn.Parameter] = []
+    head: list[torch.nn.Parameter] = []
     for name, p in model.named_parameters():
         if p.requires_grad:
             (head if "modules_to_save" in name else adapter).append(p)

@@ -167,7 +167,8 @@ class Train(Section):
     evaluate_every: PositiveInt | Literal["epoch"] = Field("epoch", description="Steps, or `epoch`.")
     early_stopping: PositiveInt | None = Field(None, description="Stop after this many evaluations without gain.")
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="auto: bfloat16 autocast where the hardware multiplies it (CUDA, AVX512-BF16, AMX), else float32."
+        "auto",
+        description="auto: bfloat16 autocast where the hardware multiplies it (CUDA, AVX512-BF16, AMX), else float32.",
     )
     gradient_checkpointing: bool = False
     packing: bool = Field(False, description="sft: several examples in one row.")

@@ -118,7 +118,9 @@ def _check_folder(output: Path, resume: bool, overwrite: bool) -> None:
     if output.is_file():
         raise LilyError(f"output {output} is a file; name a folder")
     if output.is_dir() and any(output.iterdir()) and not (resume or overwrite):
-        raise LilyError(f"output {output} exists; --resume continues it, --overwrite replaces it, output=... names another")
+        raise LilyError(
+            f"output {output} exists; --resume continues it, --overwrite replaces it, output=... names another"
+        )
     if resume and not output.is_dir():
         raise LilyError(f"output {output} does not exist, so there is nothing to resume; leave --resume away")
 
@@ -130,9 +132,7 @@ def _last_checkpoint(output: Path) -> str | None:
     return str(complete[-1]) if complete else None
 
 
-def _run(
-    recipe: Recipe, splits: Splits, config: Any, output: Path, checkpoint: str | None, quiet: bool
-) -> Result:
+def _run(recipe: Recipe, splits: Splits, config: Any, output: Path, checkpoint: str | None, quiet: bool) -> Result:
     import torch
     from peft import get_peft_model
     from transformers import set_seed
@@ -160,7 +160,9 @@ def _run(
     judge = evaluate.Judge(recipe, tokenizer, splits.labels)
     before = judge(model, splits.held_out)
     samples = evaluate.samples(model, tokenizer, splits.held_out, recipe, "before")
-    result = Result(recipe.name, recipe.method, recipe.task, recipe.seed, names[0], split, _listed(splits.labels), before)
+    result = Result(
+        recipe.name, recipe.method, recipe.task, recipe.seed, names[0], split, _listed(splits.labels), before
+    )
     result.precision = runner.precision_of(recipe)
     result.device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     result.versions = {
@@ -188,29 +190,18 @@ def _run(
     trainer.train(resume_from_checkpoint=checkpoint)
     result.seconds["train"] = time.perf_counter() - clock
     runner.save_adapter(model, output / "last")
-    result.history = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-    _score(result, trainer, names[0], model, output, judge, splits)
-    result.samples = evaluate.samples(model, tokenizer, splits.held_out, recipe, "after", samples)
-    return result
-
-
-def _score(
-    result: Result, trainer: Any, metric: str, model: Any, output: Path, judge: Any, splits: Splits
-) -> None:
-    """Fill in the figures: last as the model is now, then the best adapter, loaded from its file."""
-    from lily.recipes import evaluate
-
-    if trainer.best.score is None:  # fewer steps than an evaluation interval
+    progress, metric = trainer.progress, names[0]
+    if not progress.history or progress.history[-1]["step"] != trainer.state.global_step:
         trainer.evaluate()
-    last = judge(model, splits.validation)
-    result.last = {"epoch": float(trainer.state.epoch or 0.0), "value": last[metric]}
-    if trainer.best.score is None:
-        trainer.best.update(model, result.last["epoch"], last[metric])
-    best = trainer.best.score
-    result.best = {"epoch": best.epoch, "value": best.value}
+    result.history = progress.history
+    result.last, result.best = (
+        {"epoch": found["epoch"], "value": found[metric]} for found in (progress.history[-1], progress.best)
+    )
     evaluate.load_weights(model, output / "best")
     result.final = judge(model, splits.held_out)
     result.adapter_bytes = (output / "best" / "adapter_model.safetensors").stat().st_size
+    result.samples = evaluate.samples(model, tokenizer, splits.held_out, recipe, "after", samples)
+    return result
 
 
 def _parameters(model: Any, total: int) -> dict[str, int]:
