@@ -20,6 +20,8 @@ LIBRARY = Path(__file__).parent / "library"
 MAX_BYTES = 1 << 20  # a recipe is a page of text; anything larger is a mistake or an attack
 MAX_DEPTH = 20
 MAX_PROBLEMS = 10
+ALIASES = {"lr": "learning_rate", "rank": "r", "lora_alpha": "alpha"}
+PLAIN_TAGS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 
 Path_ = tuple[str, ...]
 
@@ -150,6 +152,8 @@ def _construct(node: yaml.Node, at: Path_, path: str, places: dict[Path_, str]) 
     line = node.start_mark.line + 1
     if len(at) > MAX_DEPTH:
         raise LilyError(f"{path}:{line}: nested too deeply; a recipe has at most {MAX_DEPTH} levels")
+    if not isinstance(node, yaml.ScalarNode) and node.tag not in PLAIN_TAGS:
+        raise LilyError(f"{path}:{line}: the tag {node.tag!r} is not allowed; write plain values")
     if isinstance(node, yaml.MappingNode):
         values: dict[str, Any] = {}
         for key_node, value_node in node.value:
@@ -218,7 +222,10 @@ def _explain(error: ValidationError, document: Document) -> Iterator[str]:
 
 
 def _near(path: Path_) -> str:
-    known = list(_fields(path[:-1]))
+    known, key = list(_fields(path[:-1])), ALIASES.get(path[-1], path[-1])
+    elsewhere = [f"{name}.{key}" for name in Recipe.model_fields if key in _fields((name,)) and key not in known]
+    if key in known or elsewhere:
+        return f"did you mean {' or '.join(elsewhere or [key])}?"
     near = difflib.get_close_matches(path[-1], known, n=2, cutoff=0.5)
     return f"did you mean {' or '.join(near)}?" if near else f"known here: {', '.join(known)}"
 

@@ -1,0 +1,244 @@
+"""Everything that can be wrong with a recipe ends in its own message, exit code 2, and nothing written."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from recipes_helpers import classification, rows, sft, write_jsonl, write_recipe
+from typer.testing import CliRunner
+
+from lily.errors import LilyError
+from lily.recipes import loader, train
+
+
+def put(values: dict[str, Any], path: str, value: Any) -> None:
+    *parents, last = path.split(".")
+    for part in parents:
+        values = values.setdefault(part, {})
+    if value is KeyError:
+        values.pop(last, None)
+    else:
+        values[last] = value
+
+
+# (changes to a good recipe, fragment of the message)
+SCHEMA: list[tuple[dict[str, Any], str]] = [
+    ({"epochs": 3}, "recipe.yaml:22: epochs: unknown key; did you mean train.epochs?"),
+    ({"train.epoch": 3}, "train.epoch: unknown key; did you mean epochs"),
+    ({"lily.rank": 8}, "lily.rank: unknown key; did you mean r?"),
+    ({"lily.r": "big"}, "lily.r: input should be a valid integer, unable to parse string as an integer, got 'big'"),
+    ({"lily.r": 0}, "lily.r: input should be greater than 0, got 0"),
+    ({"lily.routing": "tokens"}, "lily.routing: input should be 'batch', 'sequence', 'token', 'static' or 'uniform'"),
+    ({"lily.dropout": 1.5}, "lily.dropout: input should be less than 1, got 1.5"),
+    ({"lily.scaling": -1}, "lily.scaling: input should be greater than 0, got -1"),
+    ({"lily.stride_A": 2}, "lily.stride_A: says the same as num_A; give one of them"),
+    ({"lily.params": "1M"}, "lily: params chooses r, num_A and num_B; give either params or those"),
+    ({"name": KeyError}, "name: is required, but missing"),
+    ({"name": "My Run"}, "name: string should match pattern"),
+    ({"task": "classify"}, "task: input should be 'text-classification', 'text-regression' or 'sft', got 'classify'"),
+    ({"model": KeyError}, "model: is required, but missing"),
+    ({"model": {}}, "model: give exactly one of path, package and hub, got none"),
+    ({"model.hub": "a/b"}, "model: give exactly one of path, package and hub, got path and hub"),
+    ({"model.revision": "main"}, "model: revision goes with hub"),
+    ({"model.dtype": "int8"}, "model.dtype: input should be 'auto', 'float32', 'bfloat16' or 'float16'"),
+    ({"data.train": "rows.csv"}, "data.train: input should be a valid dictionary"),
+    ({"data.train.split": "train"}, "data.train.split: goes with hub"),
+    ({"data.train.format": "xlsx"}, "data.train.format: input should be 'auto', 'csv'"),
+    ({"data.columns.label": KeyError}, "data.columns: text-classification needs label"),
+    ({"data.columns.prompt": "text"}, "data.columns.prompt: is for sft"),
+    ({"data.split": {"validation": 0.6, "test": 0.5}}, "data.split: validation and test take 1.10 of the rows"),
+    ({"data.split": {"validation": 0}}, "data.split: no validation rows"),
+    ({"data.split": {"validation": 1.0}}, "data.split.validation: input should be less than 1"),
+    ({"metrics": ["pearson"]}, "metrics: pearson is not a metric of text-classification; choose from accuracy"),
+    ({"metrics": ["acc"]}, "metrics: input should be 'accuracy'"),
+    ({"baselines": ["bert"]}, "baselines: input should be 'majority', 'tfidf', 'frozen' or 'lora'"),
+    ({"method": "dora"}, "method: input should be 'lily', 'lora' or 'none', got 'dora'"),
+    ({"targets": []}, "targets: is empty; name modules such as"),
+    ({"train.packing": True}, "train.packing: is for sft only"),
+    ({"train.warmup": -1}, "train.warmup: input should be greater than or equal to 0"),
+    ({"train.schedule": "step"}, "train.schedule: input should be 'linear', 'cosine' or 'constant'"),
+    ({"output": "runs/{date}"}, "output: unknown placeholder 'date'; known: {name}, {method} and {seed}"),
+    ({"output": "runs/{name"}, "output: is not a name with placeholders"),
+    ({"extends": "nothing"}, "no recipe 'nothing': neither a file nor a shipped recipe"),
+    ({"extends": 3}, "extends: expected a recipe's name or path, got 3"),
+]
+
+# wrong only in the light of the data or the model
+WORLD: list[tuple[dict[str, Any], str]] = [
+    ({"data.train.path": "/nowhere/rows.jsonl"}, "/nowhere/rows.jsonl does not exist"),
+    ({"data.train.path": "FOLDER/row.jsonl"}, "does not exist; did you mean rows.jsonl"),
+    ({"data.columns.text": "texts"}, "row 1: no column 'texts' (data.columns.text); did you mean 'text'? columns: text, label"),
+    ({"data.columns.text": "score"}, "row 1: column 'score' holds 0.5, expected text"),
+    ({"data.columns.text_pair": "other"}, "no column 'other' (data.columns.text_pair)"),
+    ({"data.train.format": "json"}, "not valid JSON"),
+    ({"data.train.format": "parquet"}, "not a readable parquet file"),
+    ({"data.validation": {"path": "FOLDER/other.jsonl"}}, "data.validation has the label '7', which no training row has"),
+    ({"data.train.path": "FOLDER/one.jsonl"}, "holds one class only ('0')"),
+    ({"data.train.path": "FOLDER/none.jsonl"}, "has no rows"),
+    ({"data.train.path": "FOLDER/broken.jsonl"}, "broken.jsonl:2: not valid JSON"),
+    ({"data.train.path": "FOLDER/short.csv"}, "short.csv:3: 1 fields, expected 2 (text, label)"),
+    ({"data.train.path": "FOLDER/rows.txt"}, "format not known by its ending"),
+    ({"task": "text-regression", "data.columns.label": "text"}, "expected a finite number"),
+    ({"model.path": "FOLDER"}, "no config.json; name a transformers folder"),
+    ({"targets": ["q_proj"]}, "target_modules='q_proj' matches no module"),
+    ({"targets": ["quer"]}, "did you mean query"),
+    ({"targets": "(query"}, "is not a regular expression"),
+    ({"lily": {"params": "3"}}, "3 parameters are too few"),
+    ({"lily": {"params": "lots"}}, "'lots'"),
+    ({"method": "lora", "targets": ["embeddings.word_embeddings"]}, "not a linear layer"),
+]
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Path:
+    write_jsonl(tmp_path / "rows.jsonl", rows())
+    write_jsonl(tmp_path / "other.jsonl", [{"text": "good", "label": "7"}])
+    write_jsonl(tmp_path / "one.jsonl", [{"text": f"good {i}", "label": "0"} for i in range(20)])
+    write_jsonl(tmp_path / "none.jsonl", [])
+    (tmp_path / "broken.jsonl").write_text('{"text": "a", "label": "0"}\n{"text": \n')
+    (tmp_path / "short.csv").write_text("text,label\na,0\nb\n")
+    (tmp_path / "rows.txt").write_text("a 0\n")
+    return tmp_path
+
+
+def changed(world: Path, encoder: Path, changes: dict[str, Any]) -> str:
+    values = copy.deepcopy(classification(encoder, world / "rows.jsonl", world))
+    for path, value in changes.items():
+        put(values, path, value)
+    text = yaml.safe_dump(values, sort_keys=False).replace("FOLDER", str(world))
+    return write_recipe(world, yaml.safe_load(text))
+
+
+def tree(folder: Path) -> dict[str, float]:
+    return {str(p): p.stat().st_mtime_ns for p in folder.rglob("*")}
+
+
+@pytest.mark.parametrize(("changes", "message"), SCHEMA, ids=[str(c) for c, _ in SCHEMA])
+def test_a_bad_key_or_value_is_named_with_its_line(world, encoder, changes, message):
+    path = changed(world, encoder, changes)
+    before = tree(world)
+    with pytest.raises(LilyError) as caught:
+        loader.load_recipe(path)
+    assert message in str(caught.value)
+    assert "recipe.yaml:" in str(caught.value) or "extends" in changes or KeyError in changes.values()
+    assert tree(world) == before
+
+
+@pytest.mark.parametrize(("changes", "message"), WORLD, ids=[str(c) for c, _ in WORLD])
+def test_what_only_data_or_model_show_is_found_before_weights_are_read(world, encoder, changes, message, monkeypatch):
+    recipe = loader.load_recipe(changed(world, encoder, changes))
+    monkeypatch.setattr("lily.recipes.models.load_model", lambda *a, **k: pytest.fail("weights were read"))
+    before = tree(world)
+    with pytest.raises(LilyError) as caught:
+        train.train(recipe)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert tree(world) == before
+
+
+TEXTS = [
+    (b"name: [unclosed", "recipe.yaml:1: not valid YAML"),
+    (b"- a\n- b\n", "expected a mapping of keys"),
+    (b"", "expected a mapping of keys"),
+    (b"name: a\nname: b\n", "recipe.yaml:2: name: given twice"),
+    (b"name: \xff\xfe\n", "not UTF-8 text"),
+    (b"name: !!python/object/apply:os.system [echo]\n", "the tag 'tag:yaml.org,2002:python/object/apply:os.system' is not allowed"),
+    (b"{a: " * 30 + b"1" + b"}" * 30, "nested too deeply"),
+    (b"#" * (2 << 20), "2097152 bytes; a recipe has at most"),
+    (b"? [a, b]\n: c\n", "a key must be plain text"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), TEXTS, ids=[m for _, m in TEXTS])
+def test_a_file_that_is_no_recipe_is_refused(tmp_path, text, message):
+    (tmp_path / "recipe.yaml").write_bytes(text)
+    with pytest.raises(LilyError) as caught:
+        loader.load_recipe(str(tmp_path / "recipe.yaml"))
+    assert message in str(caught.value)
+
+
+OVERRIDES = [
+    ("train.epochs", "expected key=value"),
+    ("=3", "expected key=value"),
+    ("train.epochs=many", "override 'train.epochs=many': train.epochs: input should be a valid number"),
+    ("name.inner=1", "name holds a value, not keys"),
+    ("train.lr=1", "did you mean learning_rate"),
+    ("lily.r=[1", "the value is not valid YAML"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), OVERRIDES)
+def test_a_bad_override_is_quoted(world, encoder, override, message):
+    with pytest.raises(LilyError) as caught:
+        loader.load_recipe(changed(world, encoder, {}), [override])
+    assert message in str(caught.value)
+
+
+def test_several_mistakes_are_told_at_once(world, encoder):
+    with pytest.raises(LilyError) as caught:
+        loader.load_recipe(changed(world, encoder, {"lily.r": 0, "task": "x", "train.epoch": 1}))
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_a_recipe_that_extends_itself_is_refused(tmp_path):
+    write_recipe(tmp_path, {"extends": "b"}, "a.yaml")
+    write_recipe(tmp_path, {"extends": "a"}, "b.yaml")
+    with pytest.raises(LilyError, match="extends itself"):
+        loader.load_recipe(str(tmp_path / "a.yaml"))
+
+
+def test_chat_recipes_check_their_own_columns(world, chat_model):
+    table = write_jsonl(world / "chat.jsonl", [{"question": "a", "answer": "b"}])
+    for columns, message in (
+        ({"prompt": "question"}, "sft needs prompt and completion, or messages"),
+        ({"messages": "m", "prompt": "question", "completion": "answer"}, "either messages, or prompt and completion"),
+        ({"prompt": "question", "completion": "answer", "label": "x"}, "is for classification and regression"),
+    ):
+        values = sft(chat_model, table, world)
+        values["data"]["columns"] = columns
+        with pytest.raises(LilyError, match=message):
+            loader.load_recipe(write_recipe(world, values))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "quickstar"], "did you mean quickstart?"),
+        (["train", "quickstart", "lily.rr=1"], "lily.rr: unknown key"),
+        (["train", "quickstart", "--resume", "--overwrite"], "exclude each other"),
+        (["eval", "/nowhere"], "holds no adapter"),
+        (["predict", "/nowhere", "--input", "/no.csv"], "/no.csv does not exist"),
+        (["generate", "/nowhere", "--prompt", "hi"], "holds no adapter"),
+        (["recipes", "nothing"], "no recipe 'nothing'"),
+        (["recipes", "--copy", "x.yaml"], "needs the recipe's name"),
+        (["plan", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_the_command_line_ends_with_one_message_and_exit_code_2(tmp_path, arguments, message):
+    run = subprocess.run(
+        [sys.executable, "-m", "lily", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        check=False,
+    )
+    assert run.returncode == 2, run.stderr
+    assert message in run.stderr
+    assert len([line for line in run.stderr.splitlines() if line.startswith("error: ")]) == 1
+    assert "Traceback" not in run.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_usage_exits_with_2():
+    from lily.cli import app
+
+    assert CliRunner().invoke(app, ["train"]).exit_code == 2
+    assert CliRunner().invoke(app, ["fly"]).exit_code == 2
