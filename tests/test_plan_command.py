@@ -6,7 +6,6 @@ import io
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +15,6 @@ from rich.console import Console
 from torch import nn
 from typer.testing import CliRunner
 
-import lily.recipes
 from lily.commands import plan as command
 from lily.commands.plan import (
     PlanReport,
@@ -366,34 +364,3 @@ def test_a_recipe_asks_for_what_its_keys_say() -> None:
     )
     wish = wish_of(recipe(task="sft", lily={"r": 4, "stride_A": 2, "num_B": 3}), batch=2, tokens=5)
     assert wish == Wish(r=4, stride_A=2, num_B=3, task="CAUSAL_LM", batch=2, tokens=5)
-
-
-def test_the_dry_run_puts_recipe_model_and_data_together(
-    llama_on_meta: nn.Module, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    resolved = recipe(task="sft", targets=["q_proj"], lily={"params": "1M"}, model={"hub": "a/b", "dtype": "auto"})
-    asked = []
-    parts = {
-        "loader": {
-            "load_recipe": lambda target, overrides: asked.append((target, overrides)) or resolved,
-            "dump_recipe": lambda given: f"name: {given.name}\n",
-        },
-        "data": {"load_splits": lambda _: SimpleNamespace(train=[{"a": "first"}, {"a": "second"}])},
-        "models": {"meta_model": lambda *_: llama_on_meta, "load_tokenizer": lambda _: "tokenizer"},
-        "tasks": {
-            "num_labels": lambda *_: 1,
-            "preview": lambda _, tokenizer, row: SimpleNamespace(segments=[(tokenizer, False), (row["a"], True)]),
-        },
-    }
-    for name, functions in parts.items():
-        monkeypatch.setattr(lily.recipes, name, SimpleNamespace(**functions), raising=False)
-    result = run("quickstart", "lily.params=1M", "--batch", 3, "--json")
-    assert result.exception is None, result.output
-    values = json.loads(result.stdout)
-    assert asked == [("quickstart", ["lily.params=1M"])]
-    assert values["recipe"] == {"name": "demo"}
-    assert values["preview"] == [{"text": "tokenizer", "trained": False}, {"text": "first", "trained": True}]
-    report = values["plan"]
-    assert (report["model"], report["dtype"], report["batch"], report["tokens"]) == ("a/b", "bfloat16", 3, 48)
-    assert report["parameters"]["total"] <= 10**6
-    assert "in [ ... ] only" in run("quickstart").stdout

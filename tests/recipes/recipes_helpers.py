@@ -13,12 +13,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
-    BertForSequenceClassification,
+    BertModel,
     LlamaConfig,
     PreTrainedTokenizerFast,
 )
 
-WORDS = "good bad fine awful the film was a plot and actors so very not is it yes no question answer".split()
+TEXT = "good bad fine awful the film was a plot and actors so very not is it yes no question answer"
+WORDS = TEXT.split()
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "<user>", "<assistant>", "<end>"]
 CHAT = (
     "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <end> {% endfor %}"
@@ -59,7 +60,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_position_embeddings=64,
         pad_token_id=0,
     )
-    BertForSequenceClassification(config).save_pretrained(folder)
+    BertModel(config).save_pretrained(folder)
     tokenizer(chat=False).save_pretrained(folder)
     return folder
 
@@ -90,7 +91,9 @@ def rows(count: int = 60) -> list[dict[str, Any]]:
     for i in range(count):
         word = (good if i % 2 else bad)[i // 2 % 2]
         filler = WORDS[4 + i % 9]
-        out.append({"text": f"the film {filler} was {word} {WORDS[6 + i % 7]}", "label": str(i % 2), "score": i % 2 + 0.5})
+        out.append(
+            {"text": f"the film {filler} was {word} {WORDS[6 + i % 7]}", "label": str(i % 2), "score": i % 2 + 0.5}
+        )
     return out
 
 
@@ -121,9 +124,9 @@ def classification(encoder: Path, table: Path, tmp_path: Path, **changes: Any) -
             "split": {"validation": 0.2, "test": 0.2},
             "max_length": 16,
         },
-        "targets": ["query", "value"],
+        "targets": "all-linear",
         "lily": {"r": 4, "num_A": 1, "num_B": 2, "scaling": 4.0},
-        "train": {"epochs": 2, "batch_size": 8, "learning_rate": 0.02, "precision": "float32"},
+        "train": {"epochs": 6, "batch_size": 8, "learning_rate": 0.01, "precision": "float32"},
         "output": str(tmp_path / "run"),
         **changes,
     }
@@ -140,9 +143,9 @@ def sft(chat_model: Path, table: Path, tmp_path: Path, **changes: Any) -> dict[s
             "split": {"validation": 0.2, "test": 0.2},
             "max_length": 24,
         },
-        "targets": ["q_proj", "v_proj", "down_proj"],
+        "targets": "all-linear",
         "lily": {"r": 8, "num_A": 1, "num_B": 2, "scaling": 4.0},
-        "train": {"epochs": 2, "batch_size": 8, "learning_rate": 0.02, "precision": "float32"},
+        "train": {"epochs": 8, "batch_size": 8, "learning_rate": 0.02, "precision": "float32"},
         "generation": {"max_new_tokens": 3, "samples": 2},
         "metrics": ["exact_match", "loss"],
         "output": str(tmp_path / "run"),

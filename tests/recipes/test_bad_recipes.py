@@ -30,7 +30,7 @@ def put(values: dict[str, Any], path: str, value: Any) -> None:
 
 # (changes to a good recipe, fragment of the message)
 SCHEMA: list[tuple[dict[str, Any], str]] = [
-    ({"epochs": 3}, "recipe.yaml:22: epochs: unknown key; did you mean train.epochs?"),
+    ({"epochs": 3}, "recipe.yaml:29: epochs: unknown key; did you mean train.epochs?"),
     ({"train.epoch": 3}, "train.epoch: unknown key; did you mean epochs"),
     ({"lily.rank": 8}, "lily.rank: unknown key; did you mean r?"),
     ({"lily.r": "big"}, "lily.r: input should be a valid integer, unable to parse string as an integer, got 'big'"),
@@ -74,12 +74,18 @@ SCHEMA: list[tuple[dict[str, Any], str]] = [
 WORLD: list[tuple[dict[str, Any], str]] = [
     ({"data.train.path": "/nowhere/rows.jsonl"}, "/nowhere/rows.jsonl does not exist"),
     ({"data.train.path": "FOLDER/row.jsonl"}, "does not exist; did you mean rows.jsonl"),
-    ({"data.columns.text": "texts"}, "row 1: no column 'texts' (data.columns.text); did you mean 'text'? columns: text, label"),
+    (
+        {"data.columns.text": "texts"},
+        "row 1: no column 'texts' (data.columns.text); did you mean 'text'? columns: text, label",
+    ),
     ({"data.columns.text": "score"}, "row 1: column 'score' holds 0.5, expected text"),
     ({"data.columns.text_pair": "other"}, "no column 'other' (data.columns.text_pair)"),
     ({"data.train.format": "json"}, "not valid JSON"),
     ({"data.train.format": "parquet"}, "not a readable parquet file"),
-    ({"data.validation": {"path": "FOLDER/other.jsonl"}}, "data.validation has the label '7', which no training row has"),
+    (
+        {"data.validation": {"path": "FOLDER/other.jsonl"}},
+        "data.validation has the label '7', which no training row has",
+    ),
     ({"data.train.path": "FOLDER/one.jsonl"}, "holds one class only ('0')"),
     ({"data.train.path": "FOLDER/none.jsonl"}, "has no rows"),
     ({"data.train.path": "FOLDER/broken.jsonl"}, "broken.jsonl:2: not valid JSON"),
@@ -149,7 +155,10 @@ TEXTS = [
     (b"", "expected a mapping of keys"),
     (b"name: a\nname: b\n", "recipe.yaml:2: name: given twice"),
     (b"name: \xff\xfe\n", "not UTF-8 text"),
-    (b"name: !!python/object/apply:os.system [echo]\n", "the tag 'tag:yaml.org,2002:python/object/apply:os.system' is not allowed"),
+    (
+        b"name: !!python/object/apply:os.system [echo]\n",
+        "the tag 'tag:yaml.org,2002:python/object/apply:os.system' is not allowed",
+    ),
     (b"{a: " * 30 + b"1" + b"}" * 30, "nested too deeply"),
     (b"#" * (2 << 20), "2097152 bytes; a recipe has at most"),
     (b"? [a, b]\n: c\n", "a key must be plain text"),

@@ -64,10 +64,10 @@ def _one(name: Metric, predicted: Any, expected: Any) -> float:
         return float(metrics.matthews_corrcoef(e, p))
     if name == "mse":
         return float(metrics.mean_squared_error(e, p))
-    if p.std() == 0 or e.std() == 0:
+    if np.ptp(p) == 0 or np.ptp(e) == 0:
         return 0.0
     result = stats.pearsonr(p, e) if name == "pearson" else stats.spearmanr(p, e)
-    return float(result.statistic)
+    return float(np.nan_to_num(result.statistic))
 
 
 def shown(name: str, value: float | None) -> str:

@@ -137,6 +137,6 @@ def _pad(config: Any) -> None:
 def _loaded(what: str, source: Path | str, load: Any) -> Any:
     try:
         return load()
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise LilyError(f"{what} of {source} could not be loaded: {reason}") from None

@@ -1,0 +1,248 @@
+"""Training end to end on tiny models: every task and method, files, resume, evaluation, prediction."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel
+from recipes_helpers import classification, rows, sft, write_jsonl, write_recipe
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
+from typer.testing import CliRunner
+
+from lily.cli import app
+from lily.errors import LilyError
+from lily.recipes import evaluate, loader, train
+
+
+def make(kind, folder, model, overrides=()):
+    table = [{**r, "question": f"question {r['text']}", "answer": ("no", "yes")[int(r["label"])]} for r in rows()]
+    return loader.load_recipe(
+        write_recipe(folder, kind(model, write_jsonl(folder / "t.jsonl", table), folder)), list(overrides)
+    )
+
+
+def files(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+@pytest.mark.parametrize("method", ["lily", "lora", "none"])
+def test_a_classifier_learns_and_leaves_everything_it_should(tmp_path, encoder, method):
+    recipe = make(classification, tmp_path, encoder, [f"method={method}", "baselines=[majority, tfidf, frozen]"])
+    result = train.train(recipe, quiet=True)
+    run = tmp_path / "run"
+    assert {"best", "last", "metrics.json", "recipe.yaml", "progress.json"} <= set(files(run))
+    assert files(run / "best") == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "labels.json",
+        "recipe.yaml",
+    ]
+    assert not [p for p in run.rglob(".*")]
+    assert json.loads((run / "metrics.json").read_text())["final"] == result.final
+    assert result.final["accuracy"] >= result.before["accuracy"]
+    assert len(result.history) == 6
+    assert result.parameters["head"] == 2 * 32 + 2
+    assert set(result.baselines) == {"majority", "tfidf", "frozen"}
+    assert 0.4 <= result.baselines["majority"]["accuracy"] <= 0.6
+    if method == "lily":
+        assert result.final["accuracy"] > 0.9
+        assert result.parameters["adapter"] == sum(
+            t.numel() for n, t in load_file(run / "best" / "adapter_model.safetensors").items() if "lily_" in n
+        )
+        base = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=2)
+        assert isinstance(PeftModel.from_pretrained(base, run / "best"), PeftModel)
+
+
+def test_lora_gets_no_more_parameters_than_lily_and_nearly_as_many(tmp_path, encoder):
+    recipe = make(classification, tmp_path, encoder, ["baselines=[lora]", "lily.r=16", "train.epochs=1"])
+    result = train.train(recipe, quiet=True)
+    lora = result.baselines["lora"]["parameters"]
+    assert 0.8 * result.parameters["adapter"] < lora <= result.parameters["adapter"]
+    assert (tmp_path / "run" / "lora" / "metrics.json").is_file()
+
+
+def test_a_budget_chooses_the_shape(tmp_path, encoder):
+    from lily.recipes import methods, models
+
+    recipe = make(classification, tmp_path, encoder)
+    recipe = recipe.model_copy(update={"lily": type(recipe.lily)(params="3k")})
+    config = methods.peft_config(recipe, models.meta_model(recipe.model, recipe.task))
+    assert config.r > 1
+    result = train.train(
+        recipe.model_copy(update={"train": recipe.train.model_copy(update={"epochs": 1.0})}), quiet=True
+    )
+    assert 0.8 * 3000 < result.parameters["adapter"] <= 3000
+
+
+def test_regression_on_pairs_runs(tmp_path, encoder):
+    table = [{"a": r["text"], "b": "the film was good", "score": r["score"]} for r in rows()]
+    values = classification(encoder, write_jsonl(tmp_path / "t.jsonl", table), tmp_path, task="text-regression")
+    values["data"]["columns"] = {"text": "a", "text_pair": "b", "label": "score"}
+    recipe = loader.load_recipe(
+        write_recipe(tmp_path, values), ["baselines=[majority, tfidf, frozen]", "train.epochs=20"]
+    )
+    result = train.train(recipe, quiet=True)
+    assert set(result.final) == {"pearson", "spearman"}
+    assert result.final["pearson"] > 0.8
+    assert result.baselines["majority"]["pearson"] == 0.0
+    (prediction,) = evaluate.Adapter(str(tmp_path / "run")).predict([{"a": "the film was good", "b": "x"}])
+    assert isinstance(prediction["prediction"], float)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_chat_model_learns_to_answer(tmp_path, chat_model, packing):
+    recipe = make(sft, tmp_path, chat_model, [f"train.packing={packing}"])
+    result = train.train(recipe, quiet=True)
+    assert result.final["loss"] < result.before["loss"]
+    if not packing:
+        assert result.final["exact_match"] > result.before["exact_match"] + 0.2
+    assert [set(s) for s in result.samples] == [{"prompt", "expected", "before", "after"}] * 2
+    assert result.adapter["routing"] == "token"
+
+
+def test_method_none_only_evaluates_a_chat_model(tmp_path, chat_model):
+    result = train.train(make(sft, tmp_path, chat_model, ["method=none"]), quiet=True)
+    assert result.final == result.before
+    assert not (tmp_path / "run" / "best").exists()
+
+
+def test_training_is_the_same_for_the_same_seed(tmp_path, encoder):
+    outcomes = []
+    for i in range(2):
+        recipe = make(classification, tmp_path, encoder, [f"output={tmp_path}/run{i}"])
+        train.train(recipe, quiet=True)
+        outcomes.append(load_file(tmp_path / f"run{i}" / "last" / "adapter_model.safetensors"))
+    for name, tensor in outcomes[0].items():
+        assert torch.equal(tensor, outcomes[1][name])
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, encoder):
+    whole = make(classification, tmp_path, encoder, [f"output={tmp_path}/whole"])
+    expected = train.train(whole, quiet=True)
+    half = make(classification, tmp_path, encoder, [f"output={tmp_path}/half"])
+
+    class Stopped(Exception):
+        pass
+
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_epoch_begin(self, args, state, control, **kwargs):
+            if state.epoch and state.epoch >= 1:
+                raise Stopped
+
+    from lily.recipes import runner
+
+    build = runner.build_trainer
+
+    def interrupted(*args, **kwargs):
+        trainer = build(*args, **kwargs)
+        trainer.add_callback(Stop())
+        return trainer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "build_trainer", interrupted)
+        with pytest.raises(Stopped):
+            train.train(half, quiet=True)
+    got = train.train(half, resume=True, quiet=True)
+    assert [h["step"] for h in got.history] == [h["step"] for h in expected.history]
+    assert got.final == expected.final
+    one, two = (load_file(tmp_path / name / "last" / "adapter_model.safetensors") for name in ("whole", "half"))
+    for name, tensor in one.items():
+        assert torch.equal(tensor, two[name]), name
+
+
+def test_an_existing_run_is_not_overwritten_unless_asked(tmp_path, encoder):
+    recipe = make(classification, tmp_path, encoder, ["train.max_steps=1"])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "precious").write_text("x")
+    with pytest.raises(LilyError, match="--resume continues it, --overwrite replaces it"):
+        train.train(recipe)
+    assert (tmp_path / "run" / "precious").read_text() == "x"
+    train.train(recipe, overwrite=True, quiet=True)
+    assert not (tmp_path / "run" / "precious").exists()
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(LilyError, match="nothing to resume"):
+        train.train(recipe, resume=True)
+
+
+def test_early_stopping_stops(tmp_path, encoder):
+    recipe = make(
+        classification, tmp_path, encoder, ["train.epochs=30", "train.early_stopping=2", "lily.learning_rate=1e-9"]
+    )
+    assert len(train.train(recipe, quiet=True).history) < 30
+
+
+def test_gradient_checkpointing_and_accumulation_run(tmp_path, encoder):
+    changes = ["train.gradient_checkpointing=true", "train.gradient_accumulation=2", "train.evaluate_every=4"]
+    changes.append("train.epochs=15")
+    result = train.train(make(classification, tmp_path, encoder, changes), quiet=True)
+    assert result.final["accuracy"] > 0.6
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, encoder):
+    folder = tmp_path_factory.mktemp("finished")
+    result = train.train(make(classification, folder, encoder), quiet=True)
+    return folder, result
+
+
+def test_eval_gives_the_figures_of_the_run(finished):
+    folder, result = finished
+    run = CliRunner().invoke(app, ["eval", str(folder / "run"), "--json"])
+    assert json.loads(run.stdout) == pytest.approx(result.final, abs=1e-6)
+    table = write_jsonl(folder / "more.jsonl", rows(10))
+    run = CliRunner().invoke(app, ["eval", str(folder / "run" / "best"), "--file", str(table), "--json"])
+    assert 0 <= json.loads(run.stdout)["accuracy"] <= 1
+    with pytest.raises(LilyError, match="exclude each other"):
+        CliRunner().invoke(app, ["eval", str(folder / "run"), "--file", "x", "--split", "test"], catch_exceptions=False)
+
+
+def test_predict_streams_rows_in_and_out(finished):
+    folder, _ = finished
+    table = write_jsonl(folder / "new.jsonl", [{"text": r["text"], "id": i} for i, r in enumerate(rows(20))])
+    out = folder / "predicted.jsonl"
+    arguments = ["predict", str(folder / "run"), "--input", str(table), "--output", str(out)]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    got = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["id"] for row in got] == list(range(20))
+    assert {row["prediction"] for row in got} <= {"0", "1"}
+    assert all(0.5 <= row["score"] <= 1 for row in got)
+    with pytest.raises(LilyError, match="exists; name another file"):
+        CliRunner().invoke(app, arguments, catch_exceptions=False)
+    piped = CliRunner().invoke(app, [*arguments[:2], "--input", "-"], input=table.read_text())
+    assert [json.loads(line) for line in piped.stdout.splitlines()] == got
+
+
+def test_prediction_reads_no_further_than_it_must(finished):
+    folder, _ = finished
+    seen = []
+
+    def endless():
+        for i in range(10**9):
+            seen.append(i)
+            yield {"text": "the film was good"}
+
+    stream = evaluate.Adapter(str(folder / "run")).predict(endless())
+    next(stream)
+    assert len(seen) == 64
+
+
+def test_generate_answers_a_prompt(tmp_path, chat_model):
+    train.train(make(sft, tmp_path, chat_model, []), quiet=True)
+    run = CliRunner().invoke(app, ["generate", str(tmp_path / "run"), "--prompt", "question the film was good"])
+    assert run.exit_code == 0
+    assert run.stdout.strip()
+
+
+def test_the_model_card_says_how_to_load(finished):
+    folder, _ = finished
+    card = (folder / "run" / "best" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: peft\n")
+    assert "import lily" in card
+    assert "| this adapter |" in card
