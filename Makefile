@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/pip install --quiet --disable-pip-version-check
 TESTS := $(BIN)/python -m pytest -n 2 --dist loadscope
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all lint bench minimal clean
 
 $(VENV)/torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -37,6 +37,15 @@ lint: $(VENV)/dev
 
 bench: $(VENV)/dev
 	$(BIN)/python benchmarks/step.py
+
+minimal: constraints.txt  ## the package imports, and plans, with its minimal dependencies only
+	rm -rf $(VENV)-minimal
+	$(PYTHON) -m venv $(VENV)-minimal
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(VENV)-minimal/bin/pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(VENV)-minimal/bin/pip install --quiet .
+	$(VENV)-minimal/bin/lily recipes
+	$(VENV)-minimal/bin/python -c "import lily; print(lily.LilyConfig())"
+	rm -rf $(VENV)-minimal
 
 clean:
 	rm -rf $(VENV) runs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import build, inputs, logits, predict, randomise
+from helpers import build, inputs, logits, predict, randomise
 from peft import PeftModel, get_peft_model
 from torch import nn
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import build, inputs, logits, randomise
+from helpers import build, inputs, logits, randomise
 from peft import get_peft_model
 
 from lily import LilyConfig

@@ -8,7 +8,7 @@ import warnings
 import peft
 import pytest
 import torch
-from conftest import TARGETS, TASKS, build, inputs, logits, predict, randomise
+from helpers import TARGETS, TASKS, build, inputs, logits, predict, randomise
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 

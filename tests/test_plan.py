@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import TARGETS, build
+from helpers import TARGETS, build
 from torch import nn
 
 from lily import LilyConfig, LilyError, build_plan, select_modules
@@ -59,7 +59,7 @@ def test_all_linear_gives_the_plan_of_the_list_of_all_names():
 def test_the_plan_does_not_depend_on_the_hash_seed():
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from conftest import build\n"
+        "from helpers import build\n"
         "from lily import LilyConfig, build_plan, select_modules\n"
         "for t in (['proj', 'q_proj', 'attn.proj'], ['dense', 'output.dense', 'query'], 'all-linear'):\n"
         "    c = LilyConfig(target_modules=t, stride_A=2)\n"

@@ -13,7 +13,7 @@ import sys
 import peft
 import pytest
 import torch
-from conftest import build, inputs, logits, randomise
+from helpers import build, inputs, logits, randomise
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -30,7 +30,7 @@ def stock(code: str, *args: object) -> str:
     prelude = (
         "import sys; sys.modules['lily'] = None\n"
         f"sys.path.insert(0, {os.path.dirname(__file__)!r})\n"
-        "import peft, torch\nfrom conftest import *\nargs = sys.argv[1:]\n"
+        "import peft, torch\nfrom helpers import *\nargs = sys.argv[1:]\n"
         "from safetensors.torch import load_file, save_file\n"
     )
     run = subprocess.run(

@@ -30,7 +30,7 @@ def put(values: dict[str, Any], path: str, value: Any) -> None:
 
 # (changes to a good recipe, fragment of the message)
 SCHEMA: list[tuple[dict[str, Any], str]] = [
-    ({"epochs": 3}, "recipe.yaml:29: epochs: unknown key; did you mean train.epochs?"),
+    ({"epochs": 3}, "epochs: unknown key; did you mean train.epochs?"),
     ({"train.epoch": 3}, "train.epoch: unknown key; did you mean epochs"),
     ({"lily.rank": 8}, "lily.rank: unknown key; did you mean r?"),
     ({"lily.r": "big"}, "lily.r: input should be a valid integer, unable to parse string as an integer, got 'big'"),
@@ -135,6 +135,13 @@ def test_a_bad_key_or_value_is_named_with_its_line(world, encoder, changes, mess
     assert message in str(caught.value)
     assert "recipe.yaml:" in str(caught.value) or "extends" in changes or KeyError in changes.values()
     assert tree(world) == before
+
+
+def test_the_line_is_the_one_of_the_key(world, encoder):
+    path = changed(world, encoder, {"data.columns.txt": "text"})
+    line = 1 + next(i for i, text in enumerate(Path(path).read_text().splitlines()) if "txt:" in text)
+    with pytest.raises(LilyError, match=rf"recipe\.yaml:{line}: data\.columns\.txt: unknown key"):
+        loader.load_recipe(path)
 
 
 @pytest.mark.parametrize(("changes", "message"), WORLD, ids=[str(c) for c, _ in WORLD])

@@ -1,0 +1,93 @@
+"""Every command and every Python block of the README and the docs works."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers import build
+from typer.testing import CliRunner
+
+import lily
+from lily.cli import app
+from lily.recipes import loader
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(language: str) -> list[str]:
+    return [b for page in PAGES for b in re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)]
+
+
+def commands() -> list[list[str]]:
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    return [shlex.split(line, comments=True) for line in lines if line.startswith("lily ")]
+
+
+def test_the_readme_starts_with_the_two_commands():
+    first = blocks("sh")[0].splitlines()
+    assert [line.split()[:2] for line in first] == [["make", "demo"], ["make", "test"]]
+    makefile = (ROOT / "Makefile").read_text()
+    for target in ("demo", "test", "test-all", "lint", "bench"):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+
+
+def test_the_python_example_runs(tmp_path, monkeypatch):
+    import transformers
+
+    (code,) = blocks("python")
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda name: build("llama"))
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, object] = {}
+    exec(compile(code, "README.md", "exec"), scope)
+    assert (tmp_path / "my-adapter" / "adapter_model.safetensors").is_file()
+    assert isinstance(scope["config"], lily.LilyConfig)
+
+
+def test_the_recipe_in_the_docs_is_valid(tmp_path):
+    for i, block in enumerate(blocks("yaml")):
+        path = tmp_path / f"{i}.yaml"
+        path.write_text(block)
+        assert loader.load_recipe(str(path)).name == yaml.safe_load(block)["name"]
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_every_command_exists_with_its_options(command):
+    name, *arguments = command[1:]
+    shown = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200"})
+    assert shown.exit_code == 0
+    for argument in arguments:
+        if argument.startswith("--"):
+            assert argument in shown.stdout, argument
+    if name in ("train", "plan") and not arguments[0].startswith("path"):
+        loader.load_recipe(arguments[0], [a for a in arguments[1:] if "=" in a])
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c[1] in ("recipes", "schema")], ids=" ".join)
+def test_commands_that_need_nothing_run(command):
+    assert CliRunner().invoke(app, command[1:]).exit_code == 0
+
+
+def test_python_m_lily_works():
+    run = subprocess.run([sys.executable, "-m", "lily", "--help"], capture_output=True, text=True, check=True)
+    assert "plan" in run.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_the_readmes_commands_run_in_their_order(tmp_path, monkeypatch):
+    """On the real packages, with a few steps only."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "headlines.csv").write_text('input.1.content\n"area man wins award"\n"parliament passes budget"\n')
+    for command in commands():
+        if any(word.startswith("path/") for word in command):
+            continue
+        few = ["data.max_train=64", "train.max_steps=2", "baselines=[]"] if command[1] == "train" else []
+        done = subprocess.run([sys.executable, "-m", *command, *few], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, (command, done.stderr[-2000:])
