@@ -40,12 +40,26 @@ def main() -> None:
     except LilyError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as end:  # typer turns Ctrl-C into exit code 130
+        if isinstance(end, SystemExit) and end.code != 130:
+            raise
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output went away
         sys.stderr.close()
         sys.exit(1)
+    except ModuleNotFoundError as error:
+        from lily.recipes.preflight import EXTRAS, missing
+
+        if error.name not in EXTRAS:
+            raise
+        print(f"error: {missing(error.name)}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}; check the path, its permissions and space", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,8 @@ def test_direction_and_nan():
     assert metrics.better("loss", 0.4, 0.5)
     assert not metrics.better("accuracy", float("nan"), 0.5)
     assert not metrics.better("loss", float("nan"), 0.5)
+    assert metrics.better("loss", 0.5, float("nan"))
+    assert not metrics.better("loss", float("nan"), float("nan"))
     assert metrics.shown("accuracy", 0.5) == "50.0"
     assert metrics.shown("loss", 0.5) == "0.5000"
     assert metrics.shown("loss", None) == "-"

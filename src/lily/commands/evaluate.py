@@ -58,6 +58,8 @@ def predict_command(
     target = Path(output).expanduser()
     if output != "-" and target.exists() and not overwrite:
         raise LilyError(f"--output {output} exists; name another file, or give --overwrite")
+    if not target.parent.is_dir():
+        raise LilyError(f"--output {output}: there is no folder {target.parent}; make it first")
     source: Path | str = input if input == "-" else sources.local_path(input)
     used = _adapter(adapter, recipe)
     rows = used.predict(data.stream_rows(source, header=used.recipe.data.train.header))

@@ -35,6 +35,8 @@ def recipes_command(
         return
     if Path(copy).exists():
         raise LilyError(f"--copy {copy} exists; name another file")
+    if not Path(copy).parent.is_dir():
+        raise LilyError(f"--copy {copy}: there is no folder {Path(copy).parent}; make it first")
     write_text(copy, text)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from typing import Annotated
 
@@ -34,7 +35,11 @@ def train_command(
     from lily.recipes import report
     from lily.recipes.train import output_folder, train
 
-    result = train(chosen, resume=resume, overwrite=overwrite, quiet=quiet)
+    try:
+        result = train(chosen, resume=resume, overwrite=overwrite, quiet=quiet)
+    except KeyboardInterrupt:
+        print("\nthe same command with --resume goes on from the last complete checkpoint", file=sys.stderr)
+        raise
     report.print_result(result, chosen, output_folder(chosen), Console())
 
 

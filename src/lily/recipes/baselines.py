@@ -52,7 +52,8 @@ def _tfidf(splits: Splits, known: Any) -> Any:
     parts: list[tuple[Any, Any]] = []
     for column in ("text", "text_pair"):
         if column in splits.train[0]:
-            vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
+            # the default pattern drops words of one character, and with them whole texts
+            vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")
             fitted = vectorizer.fit_transform(row[column] for row in splits.train)
             parts.append((fitted, vectorizer.transform(row[column] for row in splits.held_out)))
     train, held_out = (hstack([part[i] for part in parts]).tocsr() for i in range(2))
@@ -78,10 +79,10 @@ def _linear(labels: Sequence[str] | None, strength: float = 1.0) -> Any:
 
 
 def _features(recipe: Recipe, rows: Sequence[Row]) -> Any:
-    from lily.recipes.evaluate import by_length, device_of, inference
+    from lily.recipes.evaluate import by_length, device_of, inference, place
 
     tokenizer = models.load_tokenizer(recipe.model)
-    encoder = models.load_model(recipe.model, recipe.task, ("0", "1")).base_model
+    encoder = place(models.load_model(recipe.model, recipe.task, ("0", "1")).base_model)
     encoded = [encode_text(row, recipe, tokenizer) for row in rows]
     out: list[Any] = [None] * len(rows)
     with inference(encoder, recipe):

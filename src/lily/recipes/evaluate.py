@@ -137,6 +137,11 @@ def device_of(model: torch.nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
+def place(model: Any) -> Any:
+    """The model, moved to the GPU if there is one."""
+    return model.to("cuda") if torch.cuda.is_available() else model
+
+
 def answers(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], recipe: Recipe) -> list[str]:
     """Greedy answers to prompts (texts or message lists), batched with left padding, in the prompts' order."""
     encoded = [{"input_ids": prompt_ids(p, tokenizer)} for p in prompts]
@@ -213,11 +218,16 @@ class Adapter:
             raise LilyError(f"{folder} holds no recipe.yaml; name the recipe with --recipe")
         self.path = path
         self.recipe = loader.load_recipe(recipe or str(kept))
+        if recipe is None and self.recipe.model.trust_remote_code:
+            raise LilyError(
+                f"{kept} wants to run code from the model's repository (trust_remote_code); "
+                f"if you trust it, say so with --recipe {kept}"
+            )
         self.tokenizer = models.load_tokenizer(self.recipe.model)
         self._splits: data.Splits | None = None
         self._labels = _kept_labels(path)
         base = models.load_model(self.recipe.model, self.recipe.task, self.labels)
-        self.model = PeftModel.from_pretrained(base, str(path)).eval()
+        self.model = place(PeftModel.from_pretrained(base, str(path))).eval()
 
     @property
     def splits(self) -> data.Splits:
@@ -292,8 +302,9 @@ class Adapter:
         if self.recipe.task != "sft":
             raise LilyError(f"{self.path} is an adapter for {self.recipe.task}; `lily predict` uses it")
         chat = self.recipe.data.chat and self.tokenizer.chat_template
-        ids = torch.tensor([prompt_ids([{"role": "user", "content": prompt}] if chat else prompt, self.tokenizer)])
-        with torch.no_grad():
+        turn = [{"role": "user", "content": prompt}] if chat else prompt
+        ids = torch.tensor([prompt_ids(turn, self.tokenizer)], device=device_of(self.model))
+        with inference(self.model, self.recipe):
             out = self.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),

@@ -24,7 +24,9 @@ def metrics_of(recipe: Recipe) -> list[Metric]:
 
 
 def better(metric: str, a: float, b: float) -> bool:
-    """Whether the value `a` is better than `b`. NaN is never better."""
+    """Whether the value `a` is better than `b`. NaN is worse than anything else."""
+    if math.isnan(b):
+        return not math.isnan(a)
     return (a < b) if metric in LOWER_IS_BETTER else (a > b)
 
 

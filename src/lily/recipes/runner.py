@@ -16,7 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import (
+    DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+)
 
 from lily.errors import LilyError
 from lily.files import sync_folder, write_text
@@ -115,10 +121,12 @@ def build_trainer(
     common: dict[str, Any] = {"model": model, "processing_class": tokenizer, "optimizers": (optimiser, None)}
     if recipe.task == "sft":
         try:
-            from datasets import Dataset
+            from datasets import Dataset, disable_progress_bars
             from trl import SFTConfig, SFTTrainer
         except ImportError:
             raise LilyError('task: sft needs TRL; pip install "lily-peft[sft]"') from None
+        if quiet:
+            disable_progress_bars()
         config = SFTConfig(
             **arguments, max_length=recipe.data.max_length, packing=recipe.train.packing, eval_packing=False
         )
@@ -137,6 +145,8 @@ def build_trainer(
             compute_metrics=lambda out: score(recipe, out.predictions, out.label_ids),
             **common,
         )
+    if quiet:
+        trainer.remove_callback(PrinterCallback)
     trainer.generate = generate
     trainer.names = names
     trainer.progress = Progress(output, names[0], recipe.train.early_stopping)

@@ -57,9 +57,10 @@ def encode(
         encoded = [encode_turn(prompt, completion, recipe, tokenizer) for prompt, completion in turns]
         fitting = [e for e in encoded if any(label != IGNORED for label in e["labels"])]
         if encoded and not fitting:
+            longest = max(len(prompt_ids(prompt, tokenizer)) for prompt, _ in turns)
             raise LilyError(
                 f"no example fits data.max_length={recipe.data.max_length}: every prompt fills it; "
-                f"raise it to {max(len(e['input_ids']) for e in encoded) + 1} or more"
+                f"raise it to {longest + 1} or more"
             )
         return fitting
     ids = {name: i for i, name in enumerate(labels or ())}

@@ -12,11 +12,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lily.errors import LilyError
 from lily.files import write_text
-from lily.recipes import data, loader, methods, models, report
+from lily.recipes import data, loader, models, preflight, report
 from lily.recipes import metrics as metric_tools
 from lily.recipes.data import Splits
+from lily.recipes.preflight import Prepared
 from lily.recipes.schema import Recipe
 
 
@@ -89,40 +89,34 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, quie
         LilyError: for anything wrong with recipe, data, model or folder.
     """
     started = time.perf_counter()
-    splits = data.load_splits(recipe)
     output = output_folder(recipe)
-    _check_folder(output, resume, overwrite)
-    meta = models.meta_model(recipe.model, recipe.task, len(splits.labels or ("",)))
-    config = methods.peft_config(recipe, meta)
+    preflight.check_folder(recipe, output, resume, overwrite)
+    prepared = preflight.prepare(recipe)
     checkpoint = _last_checkpoint(output) if resume else None
 
     if overwrite and not resume:
         shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "recipe.yaml", loader.dump_recipe(recipe))
-    result = _run(recipe, splits, config, output, checkpoint, quiet)
-    result.baselines = _baselines(recipe, splits, output, quiet)
+    result = _run(recipe, prepared, output, checkpoint, quiet)
+    # written before the baselines too: what took hours does not wait for them
+    _write(result, recipe, output, started)
+    if recipe.baselines:
+        result.baselines = _baselines(recipe, prepared.splits, output, quiet)
+        _write(result, recipe, output, started)
+    return result
+
+
+def _write(result: Result, recipe: Recipe, output: Path, started: float) -> None:
     result.seconds["total"] = time.perf_counter() - started
     result.write(output / "metrics.json")
     for name in ("best", "last"):
         if (output / name).is_dir():
             report.finish_adapter(output / name, recipe, result)
-    return result
 
 
 def _listed(labels: Sequence[str] | None) -> list[str] | None:
     return None if labels is None else list(labels)
-
-
-def _check_folder(output: Path, resume: bool, overwrite: bool) -> None:
-    if output.is_file():
-        raise LilyError(f"output {output} is a file; name a folder")
-    if output.is_dir() and any(output.iterdir()) and not (resume or overwrite):
-        raise LilyError(
-            f"output {output} exists; --resume continues it, --overwrite replaces it, output=... names another"
-        )
-    if resume and not output.is_dir():
-        raise LilyError(f"output {output} does not exist, so there is nothing to resume; leave --resume away")
 
 
 def _last_checkpoint(output: Path) -> str | None:
@@ -132,24 +126,20 @@ def _last_checkpoint(output: Path) -> str | None:
     return str(complete[-1]) if complete else None
 
 
-def _run(recipe: Recipe, splits: Splits, config: Any, output: Path, checkpoint: str | None, quiet: bool) -> Result:
+def _run(recipe: Recipe, prepared: Prepared, output: Path, checkpoint: str | None, quiet: bool) -> Result:
     import torch
     from peft import get_peft_model
     from transformers import set_seed
 
-    from lily.recipes import evaluate, runner, tasks
+    from lily.recipes import evaluate, runner
 
+    splits, tokenizer, config = prepared.splits, prepared.tokenizer, prepared.config
     set_seed(recipe.seed)
-    tokenizer = models.load_tokenizer(recipe.model)
     base = models.load_model(recipe.model, recipe.task, splits.labels)
     total = sum(p.numel() for p in base.parameters())
     set_seed(recipe.seed)
-    model = base if config is None else get_peft_model(base, config)
+    model = evaluate.place(base if config is None else get_peft_model(base, config))
 
-    encoded = {
-        name: tasks.encode(rows, recipe, tokenizer, splits.labels)
-        for name, rows in (("train", splits.train), ("validation", splits.validation))
-    }
     names = metric_tools.metrics_of(recipe)
     generated = "exact_match" in names
 
@@ -180,8 +170,8 @@ def _run(recipe: Recipe, splits: Splits, config: Any, output: Path, checkpoint: 
         recipe,
         model,
         tokenizer,
-        encoded["train"],
-        encoded["validation"],
+        prepared.train,
+        prepared.validation,
         output,
         by_generation(splits.validation) if generated else None,
         quiet,

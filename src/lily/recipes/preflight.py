@@ -1,0 +1,169 @@
+"""What can be found wrong with a run before a weight is read or a file is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lily.errors import LilyError
+from lily.recipes import data, loader, methods, models
+from lily.recipes.data import Splits
+from lily.recipes.schema import Recipe
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from lily.recipes.tasks import Example
+
+# Module -> what to install.
+EXTRAS = {
+    "sklearn": '"lily-peft[demo]"',
+    "scipy": '"lily-peft[demo]"',
+    "accelerate": '"lily-peft[demo]"',
+    "transformers": '"lily-peft[demo]"',
+    "trl": '"lily-peft[sft]"',
+    "datasets": '"lily-peft[sft]"',
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+}
+
+OWN = ("best", "last", "lora", "checkpoints", "metrics.json", "progress.json", "recipe.yaml")
+
+# What a resumed run may change: nothing that the finished part depends on.
+FREE = ("description", "output", "baselines", "generation", "train.epochs", "train.max_steps",
+        "train.early_stopping", "train.eval_batch_size", "train.report_to")  # fmt: skip
+
+# Modules of absolute position embeddings: beyond them a model fails, while rotary ones merely degrade.
+POSITIONS = ("position_embeddings", "wpe", "embed_positions")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run, ready to start.
+
+    Attributes:
+        splits: the rows.
+        tokenizer: the model's.
+        train: encoded training examples.
+        validation: encoded validation examples.
+        config: what to put on the model; None where there is nothing to train.
+    """
+
+    splits: Splits
+    tokenizer: PreTrainedTokenizerBase
+    train: list[Example]
+    validation: list[Example]
+    config: PeftConfig | None
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Everything that a run needs besides the weights, checked.
+
+    Raises:
+        LilyError: for anything wrong with packages, data, tokenizer, targets or lengths.
+    """
+    check_packages(recipe)
+    splits = data.load_splits(recipe)
+
+    from lily.recipes import tasks
+
+    meta = models.meta_model(recipe.model, recipe.task, tasks.num_labels(recipe, splits))
+    config = methods.peft_config(recipe, meta)
+    check_length(recipe, meta)
+    tokenizer = models.load_tokenizer(recipe.model)
+    train, validation = (
+        tasks.encode(rows, recipe, tokenizer, splits.labels) for rows in (splits.train, splits.validation)
+    )
+    return Prepared(splits, tokenizer, train, validation, config)
+
+
+def check_packages(recipe: Recipe) -> None:
+    """Refuse a recipe that needs a package which is not installed.
+
+    Raises:
+        LilyError: names what to install.
+    """
+    needed = ["sklearn", "scipy", *recipe.train.report_to]
+    if recipe.task == "sft":
+        needed += ["trl", "datasets"]
+    for name in needed:
+        if find_spec(name) is None and not (name == "tensorboard" and find_spec("tensorboardX")):
+            raise LilyError(missing(name))
+
+
+def missing(module: str) -> str:
+    """What to say of a module that is not installed."""
+    return f"{module} is not installed; pip install {EXTRAS.get(module, module)}"
+
+
+def check_length(recipe: Recipe, model: nn.Module) -> None:
+    """Refuse examples longer than the model's absolute positions.
+
+    Raises:
+        LilyError: names the limit.
+    """
+    from torch import nn
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.endswith(POSITIONS):
+            # RoBERTa's positions start after the padding index, OPT's at an offset.
+            start = getattr(module, "offset", 0) + (0 if module.padding_idx is None else module.padding_idx + 1)
+            limit = module.num_embeddings - start
+            if recipe.data.max_length > limit:
+                raise LilyError(
+                    f"data.max_length={recipe.data.max_length}: the model reads at most {limit} tokens; lower it"
+                )
+
+
+def check_folder(recipe: Recipe, output: Path, resume: bool, overwrite: bool) -> None:
+    """Refuse to touch what is not this run's.
+
+    Raises:
+        LilyError: if the folder exists and neither flag is given; to resume, if it holds no run or another one; to
+            overwrite, if it holds anything that no run wrote.
+    """
+    if output.exists() and not output.is_dir():
+        raise LilyError(f"output {output} is a file; name a folder")
+    found = sorted(p.name for p in output.iterdir()) if output.is_dir() else []
+    if found and not (resume or overwrite):
+        raise LilyError(
+            f"output {output} exists; --resume continues it, --overwrite replaces it, output=... names another"
+        )
+    foreign = [name for name in found if not _own(name)]
+    if overwrite and foreign:
+        raise LilyError(
+            f"output {output} holds {foreign[0]}, which no run wrote; move it away, or name another folder with output="
+        )
+    if resume:
+        if not (output / "recipe.yaml").is_file():
+            raise LilyError(f"output {output} holds no run, so there is nothing to resume; leave --resume away")
+        changed = list(_changes(loader.load_recipe(str(output / "recipe.yaml")), recipe))
+        if changed:
+            raise LilyError(
+                f"--resume: {'; '.join(changed)}. Give the same recipe again, or start anew with --overwrite"
+            )
+
+
+def _own(name: str) -> bool:
+    """Whether a run writes a file of this name, or leaves it when it is killed: `.best.new`, `.metrics.json.x7f`."""
+    return name in OWN or any(name.startswith(f".{own}.") for own in OWN)
+
+
+def _changes(then: Recipe, now: Recipe) -> Iterator[str]:
+    before, after = (_flat(recipe.model_dump(mode="json")) for recipe in (then, now))
+    for key in sorted(before.keys() | after.keys()):
+        free = any(key == name or key.startswith(f"{name}.") for name in FREE)
+        if not free and before.get(key) != after.get(key):
+            yield f"{key} was {before.get(key)!r} and is now {after.get(key)!r}"
+
+
+def _flat(values: dict[str, Any], at: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{at}{key}.") if isinstance(value, dict) else {f"{at}{key}": value}
+    return flat
