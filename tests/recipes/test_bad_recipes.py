@@ -28,6 +28,8 @@ def put(values: dict[str, Any], path: str, value: Any) -> None:
         values[last] = value
 
 
+PACKAGE = {"name": "a", "version": "1", "member": "m", "sha256": "0" * 64}
+
 # (changes to a good recipe, fragment of the message)
 SCHEMA: list[tuple[dict[str, Any], str]] = [
     ({"epochs": 3}, "epochs: unknown key; did you mean train.epochs?"),
@@ -66,6 +68,17 @@ SCHEMA: list[tuple[dict[str, Any], str]] = [
     ({"train.schedule": "step"}, "train.schedule: input should be 'linear', 'cosine' or 'constant'"),
     ({"output": "runs/{date}"}, "output: unknown placeholder 'date'; known: {name}, {method} and {seed}"),
     ({"output": "runs/{name"}, "output: is not a name with placeholders"),
+    ({"train.learning_rate": float("inf")}, "train.learning_rate: input should be a finite number, got inf"),
+    ({"seed": -1}, "seed: input should be greater than or equal to 0, got -1"),
+    ({"seed": 2**40}, "seed: input should be less than 4294967296"),
+    ({"data.test": {"hub": "a/b"}}, "data.test: needs split: which split of a/b to use"),
+    ({"model": {"hub": "a/b", "format": "gguf"}}, "model.format: gguf goes with path or package"),
+    (
+        {"model": {"package": {**PACKAGE, "name": "--requirement=/x"}}},
+        "model.package.name: string should match pattern",
+    ),
+    ({"model": {"package": {**PACKAGE, "name": "../../x"}}}, "model.package.name: string should match pattern"),
+    ({"model": {"package": {**PACKAGE, "version": "1 --pre"}}}, "model.package.version: string should match pattern"),
     ({"extends": "nothing"}, "no recipe 'nothing': neither a file nor a shipped recipe"),
     ({"extends": 3}, "extends: expected a recipe's name or path, got 3"),
 ]
@@ -156,6 +169,11 @@ def test_what_only_data_or_model_show_is_found_before_weights_are_read(world, en
     assert tree(world) == before
 
 
+# 10 to the ninth values in a few hundred bytes
+LAUGHS = b"metrics:\n - &a [x]\n" + b"".join(
+    b" - &%c [%s]\n" % (c, b", ".join([b"*%c" % (c - 1)] * 10)) for c in b"bcdefghij"
+)
+
 TEXTS = [
     (b"name: [unclosed", "recipe.yaml:1: not valid YAML"),
     (b"- a\n- b\n", "expected a mapping of keys"),
@@ -169,6 +187,8 @@ TEXTS = [
     (b"{a: " * 30 + b"1" + b"}" * 30, "nested too deeply"),
     (b"#" * (2 << 20), "2097152 bytes; a recipe has at most"),
     (b"? [a, b]\n: c\n", "a key must be plain text"),
+    (b"name: a\ndescription: 2020-13-45\n", "recipe.yaml:2: description: not a value of its YAML type (month must be"),
+    (LAUGHS, "aliases expand to over 100000 values"),
 ]
 
 
@@ -186,6 +206,10 @@ OVERRIDES = [
     ("train.epochs=many", "override 'train.epochs=many': train.epochs: input should be a valid number"),
     ("name.inner=1", "name holds a value, not keys"),
     ("train.lr=1", "did you mean learning_rate"),
+    ("description=2020-13-45", "override 'description=2020-13-45': description: not a value of its YAML type"),
+    ("lily={r: 1, r: 2}", "lily.r: given twice"),
+    ("lily={r: 0}", "override 'lily={r: 0}': lily.r: input should be greater than 0"),
+    ("metrics=" + "[" * 500 + "]" * 500, "nested too deeply"),
     ("lily.r=[1", "the value is not valid YAML"),
 ]
 

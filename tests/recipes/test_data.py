@@ -10,7 +10,7 @@ from recipes_helpers import classification, rows, write_jsonl, write_recipe
 
 from lily.errors import LilyError
 from lily.recipes import data, loader
-from lily.recipes.schema import File
+from lily.recipes.schema import Columns, File
 
 TABLE = [{"text": "a, b", "label": "0"}, {"text": 'say "x"', "label": "1"}]
 
@@ -117,3 +117,71 @@ def test_malformed_conversations_are_refused(chat_model, tmp_path, messages, mes
     values["data"]["columns"] = {"messages": "messages"}
     with pytest.raises(LilyError, match=message):
         data.load_splits(loader.load_recipe(write_recipe(tmp_path, values)))
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path):
+    (tmp_path / "t.csv").write_bytes("\ufefftext,label\na,0\n".encode())
+    assert data.read_rows(File(path=str(tmp_path / "t.csv"))) == [{"text": "a", "label": "0"}]
+
+
+def test_repeats_are_found_whatever_their_case_and_spaces(encoder, tmp_path):
+    table = [{"text": f"text {i}", "label": i % 2} for i in range(40)]
+    extra = [{"text": text, "label": 0} for text in ("\u00c9T\u00c9 a", "\u00e9t\u00e9  a", " \u00c9t\u00e9 A ")]
+    got = splits(encoder, tmp_path, [*table, *extra], ["data.deduplicate=true"])
+    assert len(got.train + got.validation + got.test) == 41
+
+
+def test_conversations_repeat_when_their_questions_do(chat_model, tmp_path):
+    from recipes_helpers import sft
+
+    def talk(i, answer):
+        return {"m": [{"role": "user", "content": f"q {i}"}, {"role": "assistant", "content": answer}]}
+
+    table = [talk(i, answer) for i in range(30) for answer in ("yes", "no")]
+    values = sft(chat_model, write_jsonl(tmp_path / "t.jsonl", table), tmp_path)
+    values["data"] |= {"columns": {"messages": "m"}, "deduplicate": True}
+    got = data.load_splits(loader.load_recipe(write_recipe(tmp_path, values)))
+    assert len(got.train + got.validation + got.test) == 30
+
+
+def test_a_rare_class_stays_a_class_when_rows_are_sampled_or_split_away(encoder, tmp_path):
+    table = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(200)]
+    rare = [*table, *({"text": f"rare {i}", "label": "c"} for i in range(9))]
+    assert splits(encoder, tmp_path, rare, ["data.max_train=12"]).labels == ("a", "b", "c")
+    single = splits(encoder, tmp_path, [*table, {"text": "rare", "label": "c"}], ["data.split.validation=0.6"])
+    assert "rare" in [row["text"] for row in single.train]
+
+
+@pytest.mark.parametrize(
+    ("labels", "order"),
+    [(("01", "1", "2"), ("01", "1", "2")), (("--1", "2"), ("--1", "2")), (("\u00b2", "2"), ("2", "\u00b2"))],
+)
+def test_labels_that_only_look_like_numbers_have_an_order_too(encoder, tmp_path, labels, order):
+    table = [{"text": f"text {i}", "label": labels[i % len(labels)]} for i in range(90)]
+    assert splits(encoder, tmp_path, table).labels == order
+
+
+BROKEN = bytearray(gzip.compress(bytes(range(256)) * 8))
+BROKEN[20:40] = b"\xff" * 20
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.csv.gz", bytes(BROKEN), "cannot be read"),
+        ("t.csv.gz", gzip.compress(b"a,b\n1,2\n" * 99)[:-12], "cannot be read"),
+        ("t.jsonl", b'{"a": ' + b"1" * 5000 + b"}\n", r"t\.jsonl:1: not valid JSON"),
+        ("t.csv", b"a,a\n1,2\n", "two columns are named 'a'"),
+        ("t.csv", b"a,b\n\xff,2\n", "not UTF-8 text"),
+    ],
+)
+def test_a_damaged_table_is_one_message(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(LilyError, match=message):
+        data.read_rows(File(path=str(tmp_path / name)))
+
+
+@pytest.mark.parametrize("messages", [None, ["hi"], {"role": "user"}, "hello"])
+def test_a_prompt_that_is_no_conversation_is_refused(messages):
+    with pytest.raises(LilyError, match="expected a list of"):
+        data.prompt_of({"m": messages}, Columns(messages="m"), "row 1")

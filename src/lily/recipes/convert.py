@@ -27,7 +27,15 @@ def converted(path: Path, format: str) -> Path:
     if not (target / "config.json").is_file():
         with building(target) as temporary:
             temporary.mkdir()
-            {"gguf": _gguf, "onnx-dinov2": _dinov2}[format](path, temporary)
+            try:
+                {"gguf": _gguf, "onnx-dinov2": _dinov2}[format](path, temporary)
+            except LilyError:
+                raise
+            except OSError as error:
+                raise LilyError(f"{path}: could not be converted into {target.parent}: {error}") from None
+            except Exception as error:
+                reason = str(error) or type(error).__name__
+                raise LilyError(f"{path}: not a {format} model of the known kind: {reason}") from None
     return target
 
 

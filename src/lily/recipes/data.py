@@ -8,7 +8,9 @@ import gzip
 import io
 import json
 import random
+import re
 import sys
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +68,7 @@ def load_splits(recipe: Recipe) -> Splits:
         file: File | None = getattr(data, name)
         parts[name] = carved.get(name, []) if file is None else rows_of(file, recipe)
     seed = data.split.seed
-    train = _sample(train, data.max_train, seed)
+    known, train = train, _sample(train, data.max_train, seed)
     parts["validation"] = _sample(parts["validation"], data.max_validation, seed)
     parts["test"] = _sample(parts["test"], data.max_test, seed)
     if not train or not parts["validation"]:
@@ -74,7 +76,7 @@ def load_splits(recipe: Recipe) -> Splits:
             f"data.train has {len(pool)} rows, too few to train ({len(train)}) and validate "
             f"({len(parts['validation'])}); give more rows or a smaller data.split"
         )
-    labels = _labels(train, parts, data.columns) if recipe.task == "text-classification" else None
+    labels = _labels(known, parts, data.columns) if recipe.task == "text-classification" else None
     return Splits(train, parts["validation"], parts["test"], labels)
 
 
@@ -112,9 +114,12 @@ def stream_rows(path: Path | str, format: str = "auto", header: Sequence[str] | 
     """
     name = str(path)
     if name == "-":
-        yield from _jsonl(sys.stdin, "standard input")
+        try:
+            yield from _jsonl(sys.stdin, "standard input")
+        except UnicodeDecodeError as error:
+            raise LilyError(f"standard input: not UTF-8 text ({error.reason})") from None
         return
-    kind = format if format != "auto" else FORMATS.get(Path(name.removesuffix(".gz")).suffix, "")
+    kind = format if format != "auto" else FORMATS.get(Path(name.removesuffix(".gz")).suffix.lower(), "")
     if not kind:
         raise LilyError(f"{name}: format not known by its ending; write format: csv, tsv, json, jsonl or parquet")
     if kind == "parquet":
@@ -122,7 +127,7 @@ def stream_rows(path: Path | str, format: str = "auto", header: Sequence[str] | 
         return
     try:
         open_ = gzip.open if name.endswith(".gz") else open
-        with open_(name, "rb") as raw, io.TextIOWrapper(cast(BinaryIO, raw), "utf-8", newline="") as text:
+        with open_(name, "rb") as raw, io.TextIOWrapper(cast(BinaryIO, raw), "utf-8-sig", newline="") as text:
             if kind in ("csv", "tsv"):
                 yield from _delimited(text, name, kind, header)
             elif kind == "jsonl":
@@ -131,7 +136,7 @@ def stream_rows(path: Path | str, format: str = "auto", header: Sequence[str] | 
                 yield from _json(text, name)
     except UnicodeDecodeError as error:
         raise LilyError(f"{name}: not UTF-8 text ({error.reason}); save it as UTF-8") from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise LilyError(f"{name}: cannot be read ({error}); check the path and the file") from None
 
 
@@ -140,6 +145,9 @@ def _delimited(text: TextIO, name: str, kind: str, header: Sequence[str] | None)
     reader = csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE) if kind == "tsv" else csv.reader(text)
     try:
         names = list(header) if header else next(reader, [])
+        twice = next((column for i, column in enumerate(names) if column in names[:i]), None)
+        if twice is not None:
+            raise LilyError(f"{name}: two columns are named {twice!r}; rename one of them")
         for fields in reader:
             if not fields:
                 continue
@@ -159,7 +167,7 @@ def _jsonl(text: TextIO, name: str) -> Iterator[Row]:
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise LilyError(f"{name}:{number}: not valid JSON: {error}") from None
         if not isinstance(row, dict):
             raise LilyError(f"{name}:{number}: expected an object with named values, got {type(row).__name__}")
@@ -169,7 +177,9 @@ def _jsonl(text: TextIO, name: str) -> Iterator[Row]:
 def _json(text: TextIO, name: str) -> Iterator[Row]:
     try:
         value = json.load(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise LilyError(f"{name}: not valid JSON: {error}; for one object per line write format: jsonl") from None
     if isinstance(value, dict):
         lists = [v for v in value.values() if isinstance(v, list)]
@@ -233,9 +243,10 @@ def prompt_of(row: Row, columns: Columns, where: str) -> Any:
     if columns.messages is None:
         return _text(_get(row, str(columns.prompt), "prompt", where), str(columns.prompt), where)
     messages = _get(row, columns.messages, "messages", where)
-    answered = isinstance(messages, list) and bool(messages) and messages[-1].get("role") == "assistant"
-    filler = [] if answered else [{"role": "assistant", "content": ""}]
-    return _messages([*messages, *filler], columns.messages, where)[:-1]
+    if isinstance(messages, list) and all(isinstance(m, dict) for m in messages):
+        answered = bool(messages) and messages[-1].get("role") == "assistant"
+        messages = messages if answered else [*messages, {"role": "assistant", "content": ""}]
+    return _messages(messages, columns.messages, where)[:-1]
 
 
 def _get(row: Row, column: str, role: str, where: str) -> Any:
@@ -305,7 +316,10 @@ def _short(value: Any) -> str:
 
 
 def _key(row: Row) -> str:
-    return json.dumps({k: v for k, v in row.items() if k not in ("label", "completion")}, sort_keys=True).casefold()
+    """What makes two rows the same input: case and spaces do not count, nor does what is to be learnt."""
+    inputs = [v for k, v in sorted(row.items()) if k not in ("label", "completion", "messages")]
+    inputs += [m["content"] for m in row.get("messages", [])[:-1]]
+    return json.dumps([" ".join(text.casefold().split()) for text in inputs])
 
 
 def _carve(
@@ -320,7 +334,7 @@ def _carve(
     for label in sorted(strata, key=str):
         members, start = strata[label], 0
         for name, share in shares.items():
-            count = round(share * len(members))
+            count = min(round(share * len(members)), len(members) - start - 1)  # each class keeps one to learn from
             carved[name] += members[start : start + count]
             start += count
         left += members[start:]
@@ -352,5 +366,5 @@ def _labels(train: list[Row], parts: dict[str, list[Row]], columns: Columns) -> 
         if unknown:
             known = ", ".join(sorted(found))
             raise LilyError(f"data.{name} has the label {unknown[0]!r}, which no training row has (known: {known})")
-    numeric = all(label.lstrip("-").isdigit() for label in found)
-    return tuple(sorted(found, key=int if numeric else str))
+    numeric = all(re.fullmatch(r"-?[0-9]{1,18}", label) for label in found)
+    return tuple(sorted(found, key=lambda label: (int(label) if numeric else 0, label)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +20,11 @@ from lily.recipes.schema import Recipe, Section
 LIBRARY = Path(__file__).parent / "library"
 MAX_BYTES = 1 << 20  # a recipe is a page of text; anything larger is a mistake or an attack
 MAX_DEPTH = 20
+MAX_VALUES = 100_000  # aliases of aliases make a short text expand without bound
 MAX_PROBLEMS = 10
 ALIASES = {"lr": "learning_rate", "rank": "r", "lora_alpha": "alpha"}
+SOURCES = ("path", "package", "hub")
+OF_A_SOURCE = ("revision", "format", "header", "split", "config")
 PLAIN_TAGS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 
 Path_ = tuple[str, ...]
@@ -61,7 +65,7 @@ def find(name_or_path: str) -> Path:
     if name_or_path in known:
         return known[name_or_path]
     path = Path(name_or_path).expanduser()
-    if path.is_file():
+    if os.path.isfile(path):  # unlike Path.is_file, false for a name that no system takes
         return path
     near = difflib.get_close_matches(name_or_path, known, n=3)
     hint = f"did you mean {', '.join(near)}?" if near else f"shipped recipes: {', '.join(known)}"
@@ -116,7 +120,8 @@ def read(path: str, seen: tuple[Path, ...] = ()) -> Document:
     if not isinstance(parent, str):
         raise LilyError(f"{document.place(('extends',))}: extends: expected a recipe's name or path, got {parent!r}")
     beside = [file.parent / parent, file.parent / f"{parent}.yaml"]
-    base_path = next((p for p in beside if p.is_file()), None) or find(parent)
+    # A file may be named as the shipped recipe that it extends.
+    base_path = next((p for p in beside if os.path.isfile(p) and p.resolve() != file), None) or find(parent)
     base = read(str(base_path), (*seen, file))
     return Document(_merge(base.values, document.values), {**base.places, **document.places})
 
@@ -136,7 +141,9 @@ def _parse(path: str, file: Path) -> Document:
         document = Document({})
         if not isinstance(node, yaml.MappingNode):
             raise LilyError(f"{path}:1: expected a mapping of keys such as `name:` and `task:`")
-        values = _construct(node, (), path, document.places)
+        place = path.replace("{", "{{").replace("}", "}}") + ":{}"
+        _check_size(node, place)
+        values = _construct(node, (), place, document.places)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
@@ -148,30 +155,50 @@ def _parse(path: str, file: Path) -> Document:
     return document
 
 
-def _construct(node: yaml.Node, at: Path_, path: str, places: dict[Path_, str]) -> Any:
-    line = node.start_mark.line + 1
+def _check_size(node: yaml.Node, place: str) -> None:
+    """Refuse what would expand to too many values, without expanding it."""
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node) -> int:
+        if id(node) not in sizes:
+            sizes[id(node)] = 1  # stands while the children are counted, so that an alias to a parent ends
+            children = (
+                [child for pair in node.value for child in pair] if isinstance(node, yaml.MappingNode) else node.value
+            )
+            sizes[id(node)] = 1 if isinstance(node, yaml.ScalarNode) else 1 + sum(map(size, children))
+        return sizes[id(node)]
+
+    if size(node) > MAX_VALUES:
+        raise LilyError(f"{place.format(1)}: its aliases expand to over {MAX_VALUES} values; write them out")
+
+
+def _construct(node: yaml.Node, at: Path_, place: str, places: dict[Path_, str]) -> Any:
+    """The values of a node; `place` is where it stands, with {} for the line."""
+    where = place.format(node.start_mark.line + 1)
     if len(at) > MAX_DEPTH:
-        raise LilyError(f"{path}:{line}: nested too deeply; a recipe has at most {MAX_DEPTH} levels")
+        raise LilyError(f"{where}: nested too deeply; a recipe has at most {MAX_DEPTH} levels")
     if not isinstance(node, yaml.ScalarNode) and node.tag not in PLAIN_TAGS:
-        raise LilyError(f"{path}:{line}: the tag {node.tag!r} is not allowed; write plain values")
+        raise LilyError(f"{where}: the tag {node.tag!r} is not allowed; write plain values")
     if isinstance(node, yaml.MappingNode):
         values: dict[str, Any] = {}
         for key_node, value_node in node.value:
             key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
-            key_line = key_node.start_mark.line + 1
+            key_place = place.format(key_node.start_mark.line + 1)
             if key is None:
-                raise LilyError(f"{path}:{key_line}: a key must be plain text")
+                raise LilyError(f"{key_place}: a key must be plain text")
             if key in values:
-                raise LilyError(f"{path}:{key_line}: {'.'.join((*at, key))}: given twice; keep one of them")
+                raise LilyError(f"{key_place}: {'.'.join((*at, key))}: given twice; keep one of them")
             here = (*at, key)
-            places[here] = f"{path}:{key_line}"
-            values[key] = _construct(value_node, here, path, places)
+            places[here] = key_place
+            values[key] = _construct(value_node, here, place, places)
         return values
     if isinstance(node, yaml.SequenceNode):
-        return [_construct(child, (*at, str(i)), path, places) for i, child in enumerate(node.value)]
+        return [_construct(child, (*at, str(i)), place, places) for i, child in enumerate(node.value)]
     loader = yaml.SafeLoader("")
     try:
         return loader.construct_object(node, deep=True)
+    except ValueError as error:  # the YAML of 2020-13-45 is a date, and there is no such day
+        raise LilyError(f"{where}: {'.'.join(at)}: not a value of its YAML type ({error}); quote it") from None
     finally:
         loader.dispose()
 
@@ -179,9 +206,18 @@ def _construct(node: yaml.Node, at: Path_, path: str, places: dict[Path_, str]) 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
+        _replace_source(merged, key, value)
+    for key, value in over.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = _merge(merged[key], value) if both else value
     return merged
+
+
+def _replace_source(section: dict[str, Any], key: str, value: Any) -> None:
+    """A source of another kind takes the place of the inherited one and of what describes it."""
+    if key in SOURCES and value is not None and section.get(key) is None:
+        for inherited in (*SOURCES, *OF_A_SOURCE):
+            section.pop(inherited, None)
 
 
 def _override(document: Document, text: str) -> None:
@@ -189,16 +225,27 @@ def _override(document: Document, text: str) -> None:
     path = tuple(part.strip() for part in key.split("."))
     if not equals or not all(path):
         raise LilyError(f"override {text!r}: expected key=value, such as train.epochs=1")
+    # Braces of the text itself are no placeholder for a line.
+    place = f"override {text!r}".replace("{", "{{").replace("}", "}}")
     try:
-        parsed = yaml.safe_load(value)
+        node = yaml.compose(value, Loader=yaml.SafeLoader)
+        if node is not None:
+            _check_size(node, place)
+        parsed = None if node is None else _construct(node, path, place, document.places)
+    except RecursionError:
+        raise LilyError(f"override {key}=...: nested too deeply; a recipe has at most {MAX_DEPTH} levels") from None
     except yaml.YAMLError:
         raise LilyError(f"override {text!r}: the value is not valid YAML; quote it") from None
     where = document.values
     for part in path[:-1]:
-        inner = where.setdefault(part, {})
+        _replace_source(where, part, parsed)
+        inner = where.get(part)
+        if inner is None:
+            inner = where[part] = {}
         if not isinstance(inner, dict):
             raise LilyError(f"override {text!r}: {part} holds a value, not keys")
         where = inner
+    _replace_source(where, path[-1], parsed)
     where[path[-1]] = parsed
     document.places[path] = f"override {text!r}"
 

