@@ -3,6 +3,9 @@
 Importing the package makes PEFT use it for Lily; `lily.unregister()` undoes that.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from lily._version import __version__
 from lily.config import LilyConfig
 from lily.errors import LilyError
@@ -10,16 +13,46 @@ from lily.model import LilyModel
 from lily.plan import SharingPlan, build_plan, select_modules
 from lily.registry import register, unregister
 
+if TYPE_CHECKING:
+    from lily import export
+    from lily.collapsing import CollapseReport, collapse
+    from lily.settle import SettleCallback, Settling
+
 register()
 
+# What a training script does not need at once is imported when it is asked for.
+LAZY = {
+    "CollapseReport": "lily.collapsing",
+    "collapse": "lily.collapsing",
+    "SettleCallback": "lily.settle",
+    "Settling": "lily.settle",
+    "export": "lily.export",
+}
+
 __all__ = [
+    "CollapseReport",
     "LilyConfig",
     "LilyError",
     "LilyModel",
+    "SettleCallback",
+    "Settling",
     "SharingPlan",
     "__version__",
     "build_plan",
+    "collapse",
+    "export",
     "register",
     "select_modules",
     "unregister",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in LAZY:
+        raise AttributeError(f"module 'lily' has no attribute {name!r}")
+    module = importlib.import_module(LAZY[name])
+    return module if LAZY[name] == f"lily.{name}" else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

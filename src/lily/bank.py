@@ -19,6 +19,28 @@ BANK = "lily_bank"
 Placement = tuple[torch.device, torch.dtype | None]
 
 
+class Settled:
+    """How far the routing of an adapter has moved from the data's weights to each layer's static ones.
+
+    Args:
+        share: 0: the data's weights; 1: the static ones alone.
+    """
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+        # A tensor, so that a compiled layer is not compiled again at every step.
+        self._share = torch.tensor(share)
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing depends on the data any more."""
+        return self.share >= 1
+
+    def blend(self, dynamic: Tensor, static: Tensor) -> Tensor:
+        """The weights that are used: `dynamic` (..., E) and `static` (E,) interpolated."""
+        return torch.lerp(dynamic, static.expand_as(dynamic), self._share.to(dynamic))
+
+
 class LilyBank(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     """Every A and B of every adapter, and the plan that says who uses them.
 
@@ -30,6 +52,7 @@ class LilyBank(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         lily_B: adapter -> list of B, each (experts * r, out), one per group; stock PEFT's layout.
         plans: adapter -> its sharing plan.
         placements: adapter -> device and dtype of each A and B, those of the first layer that uses it.
+        settled: adapter -> how far its routing has settled; absent: it is not settling.
         masks: what `sequence` routing asks for the attention mask.
     """
 
@@ -38,7 +61,7 @@ class LilyBank(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     bias = None
 
     adapter_layer_names: tuple[str, ...] = ("lily_A", "lily_B")
-    other_param_names: tuple[str, ...] = ("plans", "placements")
+    other_param_names: tuple[str, ...] = ("plans", "placements", "settled")
 
     if TYPE_CHECKING:  # BaseTunerLayer's own, which has no types
 
@@ -54,6 +77,7 @@ class LilyBank(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.lily_B = nn.ModuleDict({})
         self.plans: dict[str, SharingPlan] = {}
         self.placements: dict[str, tuple[list[Placement], list[Placement]]] = {}
+        self.settled: dict[str, Settled] = {}
         self.masks = MaskTracker()
         self.watching: list[Any] = []
         self._disable_adapters = False
@@ -106,6 +130,14 @@ class LilyBank(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             for i, (home, dtype) in enumerate(places):
                 if tensors[i].device.type != "meta":
                     tensors[i] = nn.Parameter(tensors[i].to(device or home, dtype), tensors[i].requires_grad)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Layers decide; see `lily.registry` for how PEFT's conversion passes the bank over."""
+        return True
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The bank adds nothing itself."""
+        return torch.zeros(0, 0)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Nothing to do: layers merge."""

@@ -40,13 +40,15 @@ class AdapterTensors:
     Attributes:
         A: number of the A -> (r, in).
         B: number of the group -> (experts * r, out).
-        router: layer -> R (experts, r) or logits (experts,).
+        router: layer -> R (experts, r).
+        logits: layer -> logits (experts,) of static weights.
         other: everything else in the file (saved modules, biases), untouched.
     """
 
     A: dict[int, Tensor]
     B: dict[int, Tensor]
     router: dict[str, Tensor]
+    logits: dict[str, Tensor]
     other: dict[str, Tensor]
 
 
@@ -87,12 +89,14 @@ def _unwrapped(key: str) -> str:
     return key
 
 
-def parse(state: Mapping[str, Tensor], plan: SharingPlan) -> AdapterTensors:
+def parse(state: Mapping[str, Tensor], plan: SharingPlan, settled: float | None = None) -> AdapterTensors:
     """Read an adapter file's tensors into the places of `plan`, whichever of the three layouts it has.
 
     Args:
         state: the file's entries, without the adapter's name.
         plan: the plan of the adapter they are loaded into.
+        settled: how far that adapter has settled: it has logits beside its routers, and the file of one that has
+            settled for good has logits alone.
 
     Returns:
         Every tensor that the plan asks for.
@@ -107,18 +111,22 @@ def parse(state: Mapping[str, Tensor], plan: SharingPlan) -> AdapterTensors:
         raise Regrouped(_plan_of(found, plan))
     A = {i: _shared(found["A"], block, f"A of {block[0]}") for i, (_, block) in enumerate(plan.blocks)}
     B = {i: _shared(found["B"], g.members, f"B of {g.name}") for i, g in enumerate(plan.groups)}
-    router = {}
+    parts: Found = {"router": {}, "logits": {}}
     for name in plan.slots:
         group = plan.group_of(name)
-        if router_size(plan.routing, group.r, group.num_B):
-            part = "logits" if plan.routing == "static" else "router"
+        if not router_size(plan.routing, group.r, group.num_B):
+            continue
+        needed = {"logits" if plan.routing == "static" else "router"}
+        if settled is not None:
+            needed = {"logits"} | ({"router"} if name in found["router"] else set())
+        for part in needed:
             if name not in found[part]:
                 raise LilyError(
                     f"the adapter file has no lily_{part} for {name}, which routing={plan.routing!r} needs; "
                     "is it the file of this configuration, and complete?"
                 )
-            router[name] = found[part][name]
-    return AdapterTensors(A, B, router, other)
+            parts[part][name] = found[part][name]
+    return AdapterTensors(A, B, parts["router"], parts["logits"], other)
 
 
 class Regrouped(Exception):

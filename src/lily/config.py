@@ -53,6 +53,8 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
         rank_pattern: rank for modules that match a name or regular expression. Ranks inside one group must agree.
         modules_to_save: modules trained and saved whole, such as a classification head.
         bias: which biases of the base train: `none`, `all` or `lily_only` (those of adapted layers).
+        settled: how far a data-dependent routing has moved to static weights (0 to 1), for one that is to become
+            static while it learns; see `lily.SettleCallback`, which also moves it. Default: it stays as it is.
         init_weights: True starts B at zero, so an untrained adapter changes nothing; False starts B at random.
 
     Raises:
@@ -71,6 +73,10 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
         default_factory=dict, metadata={"help": "Rank for modules that match a name or regular expression."}
     )
     bias: str = field(default="none", metadata={"help": "Which biases train: none, all or lily_only."})
+
+    settled: float | None = field(
+        default=None, metadata={"help": "How far a data-dependent routing has moved to static weights (0 to 1)."}
+    )
 
     def __post_init__(self) -> None:
         """Check and complete every value (stock's own `__post_init__` refuses values that are legal here)."""
@@ -99,7 +105,7 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
     @property
     def dynamic(self) -> bool:
         """Whether the expert weights depend on the data, so that the adapter cannot be merged as it is."""
-        return self.num_B > 1 and self.routing in DYNAMIC
+        return self.num_B > 1 and self.routing in DYNAMIC and self.settled != 1
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
@@ -117,6 +123,8 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
     def file_dict(self) -> dict[str, Any]:
         """What is written to `adapter_config.json`: readable by stock PEFT where it can express the adapter."""
         values: dict[str, Any] = self.to_dict()
+        if self.settled == 1:
+            values.update(routing="static", settled=None)
         values["target_modules"] = self.portable_targets or self.target_modules
         for key, value in values.items():
             if isinstance(value, set):
@@ -155,6 +163,8 @@ def stock_refusal(config: LilyConfig) -> str | None:
     """
     if config.num_B == 1:
         return "num_B=1"
+    if config.settled is not None:
+        return "a routing that is settling"
     if config.routing != "batch":
         return f"routing={config.routing}"
     if config.activation != "none":
@@ -198,6 +208,13 @@ def _check(c: LilyConfig) -> None:
     _check_number("dropout", c.dropout)
     if not 0 <= c.dropout < 1:
         raise LilyError(f"dropout={c.dropout} is not a probability below 1; give a number in [0, 1) such as 0.1")
+    if c.settled is not None:
+        _check_number("settled", c.settled)
+        if not 0 <= c.settled <= 1:
+            raise LilyError(f"settled={c.settled} is not a share; give a number from 0 (dynamic) to 1 (static)")
+        if c.num_B == 1 or c.routing not in DYNAMIC:
+            why = "num_B=1 has no router" if c.num_B == 1 else f"routing={c.routing!r} is static already"
+            raise LilyError(f"settled={c.settled}: {why}, so there is nothing to settle; leave it out")
     if not isinstance(c.init_weights, bool):
         raise LilyError(f"init_weights={c.init_weights!r} is not a bool; give True (B starts at zero) or False")
     _check_names(c)

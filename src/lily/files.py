@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from lily.errors import LilyError
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
@@ -30,6 +36,44 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write `text` as UTF-8 to `path` atomically; see `write_bytes`."""
     write_bytes(path, text.encode("utf-8"))
+
+
+@contextlib.contextmanager
+def new_folder(folder: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder that becomes `folder` when the block ends well; if it does not, nothing is left.
+
+    Raises:
+        LilyError: before anything is written: if `folder` exists and is not to be replaced, or its parent is missing.
+    """
+    path = Path(folder).expanduser().absolute()
+    if path.exists() and not (overwrite and path.is_dir()):
+        what = "exists; name another folder, or give overwrite" if path.is_dir() else "is a file; name a folder"
+        raise LilyError(f"{folder} {what}")
+    if not path.parent.is_dir():
+        raise LilyError(f"{folder}: there is no folder {path.parent}; make it first")
+    scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    new, old = scratch / "new", scratch / "old"
+    try:
+        new.mkdir()
+        yield new
+        for file in new.rglob("*"):
+            if file.is_file():
+                handle = os.open(file, os.O_RDONLY)
+                try:
+                    os.fsync(handle)
+                finally:
+                    os.close(handle)
+        if path.exists():
+            os.replace(path, old)
+        try:
+            os.replace(new, path)
+        except OSError:
+            if old.exists():
+                os.replace(old, path)
+            raise
+        sync_folder(path.parent)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def sync_folder(folder: str | os.PathLike[str]) -> None:

@@ -3,17 +3,65 @@
 from __future__ import annotations
 
 import math
+import warnings
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from lily import functional
 from lily.bank import LilyBank
 from lily.config import DYNAMIC, LilyConfig
 from lily.errors import LilyError
+from lily.merging import Undo, fold, unfold
+from lily.observe import RoutingStatistics
 from lily.plan import Group, Slot
+
+
+class NotStaticError(LilyError):
+    """The update depends on the data, so it is no matrix. The message names the ways out."""
+
+    def __init__(self, adapter: str, routing: str, activation: str) -> None:
+        why = f"routing={routing!r} depends on the data"
+        ways = (
+            "turn it into a static one first (lily.collapse, or `lily collapse` on the command line), or train the "
+            "next one with `settle`, which makes it static while it learns"
+        )
+        if activation != "none":
+            why = f"activation={activation!r} between A and B is not linear"
+            ways = "use the adapter unmerged, or train one with activation='none'"
+        super().__init__(f"adapter {adapter!r} cannot be merged or exported: {why}; {ways}")
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The update of a layer whose routing is static: `scaling * B.T @ A`.
+
+    Attributes:
+        A: (r, in).
+        B: (r, out), the experts already mixed.
+        scaling: multiplies the update.
+    """
+
+    A: Tensor
+    B: Tensor
+    scaling: float
+
+    @property
+    def delta(self) -> Tensor:
+        """The update as (out, in)."""
+        return self.scaling * (self.B.T @ self.A)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """An adapter that is in the base weight now: what it was then, and how to take it out."""
+
+    factors: Factors
+    undo: Undo
+    error: float
 
 
 class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
@@ -21,12 +69,16 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
 
     Attributes:
         lily_router: adapter -> R as `nn.Linear(r, experts)`, for token, sequence and batch routing.
-        lily_logits: adapter -> logits (experts,), for static routing.
+        lily_logits: adapter -> logits (experts,), for static routing and for one that is settling.
         slots: adapter -> where its A and B are in the bank.
+        statistics: adapter -> what is being recorded of its routing; empty: nothing is.
+        merged_as: adapter -> how it was merged into the base weight.
     """
 
     adapter_layer_names: tuple[str, ...] = ("lily_router", "lily_logits")
-    other_param_names: tuple[str, ...] = ("slots", "r", "num_B", "scaling", "routing", "activation", "dropout")
+    other_param_names: tuple[str, ...] = (
+        "slots", "r", "num_B", "scaling", "routing", "activation", "dropout", "statistics",
+    )  # fmt: skip
 
     def __init__(self, base_layer: nn.Module, bank: LilyBank) -> None:
         self.base_layer = base_layer
@@ -41,6 +93,8 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
         self.routing: dict[str, str] = {}
         self.activation: dict[str, str] = {}
         self.dropout: dict[str, float] = {}
+        self.statistics: dict[str, RoutingStatistics] = {}
+        self.merged_as: dict[str, Merged] = {}
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
         self.merged_adapters: list[str] = []
@@ -70,6 +124,8 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
             router = nn.Linear(group.r, group.num_B, bias=False)
             nn.init.kaiming_uniform_(router.weight, a=math.sqrt(5))
             self.lily_router[adapter] = router
+            if config.settled is not None:
+                self.lily_logits[adapter] = nn.Parameter(torch.zeros(group.num_B))
         elif group.num_B > 1 and config.routing == "static":
             # Random, not zero: with equal weights all experts get equal gradients and would stay equal for ever.
             self.lily_logits[adapter] = nn.Parameter(torch.randn(group.num_B))
@@ -81,6 +137,13 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
             return cast(Tensor, self.lily_router[adapter].weight)
         return cast(Tensor | None, self.lily_logits.get(adapter))
 
+    def tensors_of(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B (experts, r, out), where the bank has them now."""
+        slot, num_B = self.slots[adapter], self.num_B[adapter]
+        tensors_A, tensors_B = self.bank.tensors(adapter)
+        B = tensors_B[slot.B]
+        return tensors_A[slot.A], B.view(num_B, B.shape[0] // num_B, B.shape[1])
+
     def update_of(self, adapter: str, x: Tensor) -> Tensor:
         """What one adapter adds to the base layer's output.
 
@@ -91,38 +154,135 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
         Returns:
             (..., out).
         """
-        bank, slot, num_B = self.bank, self.slots[adapter], self.num_B[adapter]
-        tensors_A, tensors_B = bank.tensors(adapter)
-        A, B = tensors_A[slot.A], tensors_B[slot.B]
+        A, B = self.tensors_of(adapter)
         x = self._cast_input_dtype(x, A.dtype)
         if A.device != x.device:  # layers on several devices share one bank
             A, B = A.to(x.device), B.to(x.device)
-        return functional.lily(
-            x,
-            A,
-            B.view(num_B, B.shape[0] // num_B, B.shape[1]),
-            self.router_of(adapter),
-            routing=self.routing[adapter],
-            scaling=self.scaling[adapter],
-            activation=self.activation[adapter],
-            dropout=self.dropout[adapter],
-            training=self.training,
-            mask=bank.masks.mask_for(x) if self.routing[adapter] == "sequence" else None,
-        )
+        h = functional.down(x, A, self.activation[adapter], self.dropout[adapter], self.training)
+        return self.scaling[adapter] * functional.mix(h, self._weights(adapter, h, x), B)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Not possible yet.
+    def _weights(self, adapter: str, h: Tensor, x: Tensor) -> Tensor:
+        experts, router, routing = self.num_B[adapter], self.router_of(adapter), self.routing[adapter]
+        statistics = self.statistics.get(adapter)
+        settled = self.bank.settled.get(adapter) if experts > 1 else None
+        mask = self.bank.masks.mask_for(x) if routing == "sequence" or statistics is not None else None
+        if settled is None:
+            w = functional.weights(h, experts, router, routing, mask)
+        else:
+            logits = cast(Tensor, self.lily_logits[adapter])
+            target = functional.softmax(logits).to(h.dtype)
+            if settled.done:
+                # A router without a gradient would stop distributed training, which waits for one.
+                idle = cast(Tensor, router)
+                return target + 0 * idle.sum().to(h.dtype) if self.training and idle.requires_grad else target
+            w = functional.weights(h, experts, router, routing, mask)
+        if statistics is not None:
+            statistics.add(w, h, mask)
+        if settled is not None:
+            w = settled.blend(w, target.detach()) + (0 * logits.sum()).to(h.dtype)
+        return w
+
+    def is_static(self, adapter: str) -> bool:
+        """Whether the adapter's update is one matrix, whatever the data: it can be merged and exported."""
+        settled = self.bank.settled.get(adapter)
+        fixed = self.num_B[adapter] == 1 or self.routing[adapter] not in DYNAMIC
+        return (fixed or (settled is not None and settled.done)) and self.activation[adapter] == "none"
+
+    def factors(self, adapter: str) -> Factors:
+        """The adapter's update as a product, in at least float32.
 
         Raises:
-            LilyError: always.
+            LilyError: if the update depends on the data.
         """
-        raise LilyError(
-            "a Lily adapter cannot be merged: token, sequence and batch routing depend on the data. "
-            "Use the adapter unmerged (PeftModel.from_pretrained), or unload() to get the base model back"
-        )
+        if not self.is_static(adapter):
+            raise NotStaticError(adapter, self.routing[adapter], self.activation[adapter])
+        A, B = (t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in self.tensors_of(adapter))
+        logits = self.lily_logits.get(adapter) if self.num_B[adapter] > 1 else None
+        if logits is None:
+            w = B.new_full((self.num_B[adapter],), 1 / self.num_B[adapter])
+        else:
+            w = functional.softmax(logits.detach().to(B)).to(B.dtype)
+        with torch.autocast(B.device.type, enabled=False):
+            return Factors(A, torch.einsum("e,ero->ro", w, B), self.scaling[adapter])
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT's `convert_to_lora` can take this layer's adapter; see `is_static`."""
+        return adapter_name in self.slots and self.is_static(adapter_name)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The adapter's update in the base weight's own orientation: (out, in), or (in, out) for `Conv1D`.
+
+        Raises:
+            LilyError: if the update depends on the data.
+        """
+        return self._oriented(self.factors(adapter))
+
+    def _oriented(self, factors: Factors) -> Tensor:
+        transposed = type(self.get_base_layer()).__name__ == "Conv1D"
+        with torch.autocast(factors.A.device.type, enabled=False):
+            return factors.delta.T if transposed else factors.delta
+
+    def check_merge(self, adapter: str, safe_merge: bool = False) -> None:
+        """Refuse what cannot be merged, before anything is.
+
+        Args:
+            adapter: its name.
+            safe_merge: also refuse an update that is not finite.
+
+        Raises:
+            LilyError: if the update depends on the data, the base weight is quantised, or `safe_merge` finds a fault.
+        """
+        factors = self.factors(adapter)
+        base = self.get_base_layer()
+        weight: Any = getattr(base, "weight", None)
+        if type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point():
+            raise LilyError(
+                f"cannot merge into a {type(base).__name__} whose weight is a {type(weight).__name__}: the update "
+                "would be rounded to its few values; load the base model unquantised (or call its dequantize()) and "
+                "merge there, or export a LoRA"
+            )
+        if safe_merge and not all(bool(torch.isfinite(t).all()) for t in (weight, factors.A, factors.B)):
+            raise LilyError(f"adapter {adapter!r} or the base weight holds NaN or infinity; it is not merged")
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fold adapters into the base weight; computed in at least float32, undone to the last bit by `unmerge`.
+
+        Args:
+            safe_merge: refuse values that are not finite.
+            adapter_names: default: the active ones.
+
+        Raises:
+            LilyError: see `check_merge`. The weight is then as it was.
+        """
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.slots]
+        for name in names:
+            self.check_merge(name, safe_merge)
+        weight = self.get_base_layer().weight
+        for name in names:
+            factors = self.factors(name)
+            factors = replace(factors, A=factors.A.to(weight.device), B=factors.B.to(weight.device))
+            merged, undo, error = fold(weight.data, self._wide(factors, weight))
+            weight.data.copy_(merged)
+            self.merged_as[name] = Merged(replace(factors, A=factors.A.clone()), undo, error)
+            self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
-        """Nothing is ever merged."""
+        """Take all merged adapters out of the base weight again, last in first out."""
+        weight = self.get_base_layer().weight
+        while self.merged_adapters:
+            record = self.merged_as.pop(self.merged_adapters.pop())
+            restored, exact = unfold(weight.data, self._wide(record.factors, weight), record.undo)
+            weight.data.copy_(restored)
+            if not exact:
+                warnings.warn(
+                    "unmerged up to rounding, not to the last bit: the base weight or its device changed in between",
+                    stacklevel=2,
+                )
+
+    def _wide(self, factors: Factors, weight: Tensor) -> Tensor:
+        A, B = factors.A.to(weight.device), factors.B.to(weight.device)
+        delta = self._oriented(replace(factors, A=A, B=B))
+        return delta.to(torch.promote_types(delta.dtype, weight.dtype)).contiguous()
 
 
 class Linear(nn.Module, LilyLayer):
@@ -141,8 +301,10 @@ class Linear(nn.Module, LilyLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`x` (..., in) -> (..., out), in the dtype of the base layer's output."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
         result: Tensor = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters:
+        if self.disable_adapters or self.merged:
             return result
         for adapter in cast(list[str], self.active_adapters):
             if adapter in self.slots:

@@ -11,7 +11,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LILY_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
 from lily import checkpoint
-from lily.bank import BANK, LilyBank, Placement, bank_of
+from lily.bank import BANK, LilyBank, Placement, Settled, bank_of
 from lily.config import CAUSAL_TASKS, LilyConfig
 from lily.layer import LilyLayer, Linear
 from lily.plan import (
@@ -22,6 +22,9 @@ from lily.plan import (
     select_modules,
     stock_grouping_differs,
 )
+
+# Share of an update's norm lost to the base weight's precision, from which on merging says so.
+REPORTED_ROUNDING = 0.01
 
 
 class LilyModel(BaseTuner):  # type: ignore[misc]
@@ -61,8 +64,7 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         bank = bank_of(model)
         bank.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-        routings = {name: c.routing for name, c in self.peft_config.items()}
-        bank.watch(model, [n for a, plan in bank.plans.items() if routings.get(a) == "sequence" for n in plan.slots])
+        watch_masks(model)
 
     def _prepare_model(self, peft_config: LilyConfig, model: nn.Module) -> None:
         """PEFT's last step before it replaces a layer: decide everything here, so that nothing fails half-way."""
@@ -70,7 +72,7 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         _settle_routing(peft_config, model)
         self._plan = build_plan(modules, peft_config)
         self._places = {m.name: _placement(model.get_submodule(m.name)) for m in modules}
-        _settle_file_format(peft_config, self._plan, model)
+        settle_file_format(peft_config, self._plan, model)
 
     def _create_and_replace(
         self,
@@ -87,6 +89,8 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         bank, plan = bank_of(self.model), self._plan
         if bank.plans.get(adapter_name) is not plan:  # first layer of this adapter
             bank.add(adapter_name, plan, self._places, peft_config.init_weights)
+            if peft_config.settled is not None:
+                bank.settled[adapter_name] = Settled(peft_config.settled)
         layer = target if isinstance(target, LilyLayer) else Linear(target, bank)
         layer.update_layer(adapter_name, plan.group_of(current_key), plan.slots[current_key], peft_config)
         if layer is not target:
@@ -105,8 +109,36 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         super().delete_adapter(adapter_name)
         bank_of(self.model).delete_adapter(adapter_name)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Fold static adapters into the base weights; `unmerge_adapter` restores every bit. See PEFT.
+
+        Raises:
+            LilyError: if any layer cannot be merged; none is then.
+        """
+        self._check_merge(adapter_names, safe_merge)
+        super().merge_adapter(adapter_names, safe_merge)
+        _report_rounding(self.model)
+
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        for layer in self.model.modules():
+            if isinstance(layer, LilyLayer):
+                for name in layer.active_adapters if adapter_names is None else adapter_names:
+                    if name in layer.slots and name not in layer.merged_adapters:
+                        layer.check_merge(name, safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._check_merge(adapter_names, safe_merge)
+        layers = [m for m in self.model.modules() if isinstance(m, LilyLayer)]
+        model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        if merge:
+            _report_rounding(nn.ModuleList(layers))
         bank_of(model).watch(model, [])
         delattr(model, BANK)
         return model
@@ -124,6 +156,8 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         plan = bank.plans[adapter_name]
         # A grouping taken over from a file cannot be read off the configuration, so it must stay visible in the file.
         as_configured = plan == build_plan(checkpoint.specs_of(plan), config)
+        if config.settled == 1:  # what the routers hold is no longer used
+            state_dict = {k: v for k, v in state_dict.items() if f".lily_router.{adapter_name}." not in k}
         out = checkpoint.dump(state_dict, adapter_name, plan, every_layer=not as_configured)
         out.update(cls._get_learnable_bias_state_dict(model, state_dict, config))
         return out
@@ -134,18 +168,41 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
     ) -> dict[str, Tensor]:
         bank, root = _find_bank(model)
         try:
-            tensors = checkpoint.parse(state_dict, bank.plans[adapter_name])
+            tensors = checkpoint.parse(state_dict, bank.plans[adapter_name], config.settled)
         except checkpoint.Regrouped as regrouped:
             _regroup(model.get_submodule(root.rstrip(".")), config, adapter_name, regrouped.plan)
-            tensors = checkpoint.parse(state_dict, regrouped.plan)
+            tensors = checkpoint.parse(state_dict, regrouped.plan, config.settled)
         out = dict(tensors.other)
         out.update({f"{root}{BANK}.lily_A.{adapter_name}.{i}": t for i, t in tensors.A.items()})
         out.update({f"{root}{BANK}.lily_B.{adapter_name}.{i}": t for i, t in tensors.B.items()})
-        for name, tensor in tensors.router.items():
-            static = tensor.ndim == 1
-            part = f"lily_logits.{adapter_name}" if static else f"lily_router.{adapter_name}.weight"
-            out[f"{root}{name}.{part}"] = tensor
+        out.update({f"{root}{name}.lily_router.{adapter_name}.weight": t for name, t in tensors.router.items()})
+        out.update({f"{root}{name}.lily_logits.{adapter_name}": t for name, t in tensors.logits.items()})
         return out
+
+
+def watch_masks(model: nn.Module) -> None:
+    """Have attention masks noted for the layers that ask for them now.
+
+    Args:
+        model: the root that holds the bank.
+    """
+    asking = [
+        name
+        for name, m in model.named_modules()
+        if isinstance(m, LilyLayer) and (m.statistics or "sequence" in m.routing.values())
+    ]
+    bank_of(model).watch(model, asking)
+
+
+def _report_rounding(model: nn.Module) -> None:
+    errors = [r.error for m in model.modules() if isinstance(m, LilyLayer) for r in m.merged_as.values()]
+    if errors and max(errors) > REPORTED_ROUNDING:
+        warnings.warn(
+            f"merging rounded the updates by {sum(errors) / len(errors):.1%} on average and {max(errors):.1%} at worst "
+            "(share of the update's norm), because the base weights are of low precision; the adapter unmerged, or "
+            "merged into float32 weights, is more exact",
+            stacklevel=3,
+        )
 
 
 def _find_bank(model: nn.Module) -> tuple[LilyBank, str]:
@@ -170,7 +227,7 @@ def _regroup(model: nn.Module, config: LilyConfig, adapter: str, plan: SharingPl
         tensors.to("meta" if old.device.type == "meta" else None, old.dtype)
     for name, slot in plan.slots.items():
         layers[name].slots[adapter] = slot
-    _settle_file_format(config, plan, model)
+    settle_file_format(config, plan, model)
 
 
 def _placement(module: nn.Module) -> Placement:
@@ -197,7 +254,7 @@ def _settle_routing(config: LilyConfig, model: nn.Module) -> None:
         )
 
 
-def _settle_file_format(config: LilyConfig, plan: SharingPlan, model: nn.Module) -> None:
+def settle_file_format(config: LilyConfig, plan: SharingPlan, model: nn.Module) -> None:
     """Find out how the adapter can be written so that stock PEFT reads it rightly or not at all."""
     config.resolved_stride = resolved_stride(plan, config)
     config.stock_refusal, config.portable_targets = None, None

@@ -7,8 +7,6 @@ metric. Everything else (schedule, accumulation, checkpointing, resuming, loggin
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ from transformers import (
 )
 
 from lily.errors import LilyError
-from lily.files import sync_folder, write_text
+from lily.files import new_folder, write_text
 from lily.recipes import metrics as metric_tools
 from lily.recipes.methods import learning_rate
 from lily.recipes.schema import Recipe
@@ -36,19 +34,8 @@ Evaluate = Callable[[torch.nn.Module], dict[str, float]]
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
     """Write a PEFT folder that is complete from the moment it has its name; an older one is replaced."""
-    new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
-    for left in (new, old):
-        shutil.rmtree(left, ignore_errors=True)
-    model.save_pretrained(str(new))
-    for file in new.iterdir():
-        handle = os.open(file, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(new, folder)
-    sync_folder(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    with new_folder(folder, overwrite=True) as new:
+        model.save_pretrained(str(new))
 
 
 class Progress:

@@ -1,0 +1,407 @@
+"""Export: a static adapter as a plain LoRA, a merged model, or a stock Lily adapter.
+
+Exact by construction: with static weights the update of a layer is `scaling * (sum_e p_e B_e).T @ A`, which is a LoRA
+of the same rank. Nothing is approximated unless a smaller rank is asked for. Every folder is written under a
+temporary name and appears when it is complete.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lily._version import __version__
+from lily.adapted import Adapted, find
+from lily.errors import LilyError
+from lily.files import new_folder, write_text
+from lily.layer import Factors
+
+PROVENANCE = "lily_provenance.json"
+PREFIX = "base_model.model."
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+# Energy that may be lost where the rank must fall, before it takes `force`.
+TOLERANCE = 0.01
+
+
+@dataclass(frozen=True)
+class Target:
+    """What reads an exported LoRA, and what it asks for.
+
+    Attributes:
+        ranks: ranks it accepts; empty: any.
+        uniform: all layers must have one rank and one alpha.
+        modules_to_save: whether it reads modules saved whole.
+        biases: whether it reads trained biases.
+    """
+
+    ranks: tuple[int, ...] = ()
+    uniform: bool = False
+    modules_to_save: bool = True
+    biases: bool = True
+
+
+TARGETS = {
+    "peft": Target(),
+    "vllm": Target(VLLM_RANKS, uniform=True, modules_to_save=False, biases=False),
+    "llama.cpp": Target(uniform=True, modules_to_save=False, biases=False),
+    "diffusers": Target(uniform=True, modules_to_save=False, biases=False),
+}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of an exported LoRA.
+
+    Attributes:
+        A: (rank, in).
+        B: (out, rank).
+        scale: what the reader multiplies by, alpha / rank.
+        energy: share of the update's squared norm that is kept; 1 is all of it.
+    """
+
+    A: Tensor
+    B: Tensor
+    scale: float
+    energy: float = 1.0
+
+
+@dataclass(frozen=True)
+class LoraExport:
+    """A LoRA, ready to write.
+
+    Attributes:
+        layers: name -> its matrices.
+        rank: the largest rank.
+        config: PEFT's configuration of it.
+        other: biases and modules saved whole, by their names in the file.
+        provenance: where it came from.
+    """
+
+    layers: dict[str, Layer]
+    rank: int
+    config: LoraConfig
+    other: dict[str, Tensor]
+    provenance: dict[str, Any]
+
+    @property
+    def size(self) -> int:
+        """Bytes of its tensors."""
+        tensors = [t for layer in self.layers.values() for t in (layer.A, layer.B)] + list(self.other.values())
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    @property
+    def energies(self) -> dict[str, float]:
+        """Layer -> kept energy."""
+        return {name: layer.energy for name, layer in self.layers.items()}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The file's entries."""
+        out = dict(self.other)
+        for name, layer in self.layers.items():
+            out[f"{PREFIX}{name}.lora_A.weight"] = layer.A.contiguous()
+            out[f"{PREFIX}{name}.lora_B.weight"] = layer.B.contiguous()
+        return out
+
+
+def as_lora(
+    model: nn.Module,
+    *,
+    adapter: str | None = None,
+    target: str = "peft",
+    rank: int | None = None,
+    tolerance: float = TOLERANCE,
+    force: bool = False,
+    dtype: torch.dtype | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> LoraExport:
+    """A static adapter as a LoRA.
+
+    Args:
+        model: carries the adapter.
+        adapter: default: the active one.
+        target: what is to read it: `peft`, `vllm`, `llama.cpp` or `diffusers`; decides padding and what is refused.
+        rank: default: the adapter's own, which is exact. A smaller one cuts each layer's update by a truncated SVD.
+        tolerance: share of a layer's energy (squared norm of its update) that may be lost that way.
+        force: cut although more is lost.
+        dtype: of the tensors; default: the adapter's.
+        provenance: further facts to keep with it.
+
+    Raises:
+        LilyError: if the adapter depends on the data, the target cannot read a part of it, or cutting loses too much.
+    """
+    found = find(model, adapter)
+    wanted = TARGETS.get(target)
+    if wanted is None:
+        raise LilyError(f"no export target {target!r}; choose one of {', '.join(TARGETS)}")
+    if rank is not None and rank < 1:
+        raise LilyError(f"rank={rank} is not valid; give a positive integer")
+    other = _other(model, found)
+    _check_readable(target, wanted, found, other)
+    kept = dtype or next(t.dtype for t in found.bank.tensors(found.name)[0])
+    factors = {name: layer.factors(found.name) for name, layer in found.layers.items()}
+    layers = {name: _cut(f, rank) for name, f in factors.items()}
+    poor = {n: layer.energy for n, layer in layers.items() if 1 - layer.energy > tolerance}
+    if poor and not force:
+        worst = min(poor, key=poor.__getitem__)
+        raise LilyError(
+            f"rank {rank} keeps too little of {len(poor)} of {len(layers)} layers (least: {poor[worst]:.1%} of the "
+            f"energy of {worst}; the tolerance is {1 - tolerance:.1%}); give a larger rank, or force"
+        )
+    largest = max(layer.A.shape[0] for layer in layers.values())
+    rank_to = _padded_rank(largest, target, wanted)
+    layers = {
+        name: _finished(layer, rank_to if wanted.uniform or wanted.ranks else layer.A.shape[0], kept, wanted.uniform)
+        for name, layer in layers.items()
+    }
+    config = _lora_config(found, layers, rank_to)
+    facts = {
+        "format": "lily export", "lily": __version__, "exact": all(v.energy == 1 for v in layers.values()),
+        "base_model": found.config.base_model_name_or_path, "routing": found.config.routing,
+        "scaling": found.config.scaling, "plan": str(found.plan).splitlines(), "rank": rank_to,
+        "adapter_parameters": found.plan.parameters.total, **(provenance or {}),
+    }  # fmt: skip
+    return LoraExport(layers, rank_to, config, other, facts)
+
+
+def _check_readable(target: str, wanted: Target, found: Adapted, other: Mapping[str, Tensor]) -> None:
+    saved = list(found.config.modules_to_save or ())
+    if saved and not wanted.modules_to_save:
+        raise LilyError(
+            f"{target} reads no modules saved whole, but the adapter has {', '.join(sorted(saved))} "
+            "(modules_to_save); export --to merged instead, or train without modules_to_save"
+        )
+    if found.config.bias != "none" and not wanted.biases:
+        raise LilyError(f"{target} reads no trained biases (bias={found.config.bias!r}); export --to merged instead")
+
+
+def _cut(f: Factors, rank: int | None) -> Layer:
+    """A layer's update at its own rank, exactly, or at a smaller one by a truncated SVD of its two thin factors."""
+    r = f.A.shape[0]
+    if rank is None or rank >= r:
+        return Layer(f.A, f.B.T, f.scaling)
+    q_in, r_in = torch.linalg.qr(f.A.T.double())  # (in, r)
+    q_out, r_out = torch.linalg.qr(f.B.T.double())  # (out, r)
+    u, s, v = torch.linalg.svd(r_out @ r_in.T)
+    total = s.square().sum()
+    energy = float(s[:rank].square().sum() / total) if total > 0 else 1.0
+    root = s[:rank].sqrt()
+    A = (q_in @ (v[:rank].T * root)).T
+    B = q_out @ (u[:, :rank] * root)
+    return Layer(A.to(f.A.dtype), B.to(f.B.dtype), f.scaling, energy)
+
+
+def _padded_rank(rank: int, target: str, wanted: Target) -> int:
+    if not wanted.ranks:
+        return rank
+    fitting = [r for r in wanted.ranks if r >= rank]
+    if not fitting:
+        raise LilyError(
+            f"{target} accepts ranks up to {wanted.ranks[-1]}, but the adapter has {rank}; cut it with rank"
+        )
+    return fitting[0]
+
+
+def _finished(layer: Layer, rank: int, dtype: torch.dtype, uniform: bool) -> Layer:
+    """Padded with zeros to `rank`; the scaling as an alpha that is a whole number, else inside B."""
+    missing = rank - layer.A.shape[0]
+    A = torch.cat([layer.A, layer.A.new_zeros(missing, layer.A.shape[1])])
+    B = torch.cat([layer.B, layer.B.new_zeros(layer.B.shape[0], missing)], dim=1)
+    scale = layer.scale
+    if uniform or not (scale * rank).is_integer() or scale <= 0:
+        B, scale = B * scale, 1.0
+    return Layer(A.to(dtype).cpu(), B.to(dtype).cpu(), scale, layer.energy)
+
+
+def _lora_config(found: Adapted, layers: Mapping[str, Layer], rank: int) -> LoraConfig:
+    config = found.config
+    ranks = {name: layer.A.shape[0] for name, layer in layers.items()}
+    alphas = {name: round(layer.scale * ranks[name]) for name, layer in layers.items()}
+    alpha = alphas[next(n for n, r in ranks.items() if r == rank)]
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=_targets(found),
+        rank_pattern={n: r for n, r in ranks.items() if r != rank},
+        alpha_pattern={n: a for n, a in alphas.items() if a != alpha},
+        fan_in_fan_out=any(type(m.get_base_layer()).__name__ == "Conv1D" for m in found.layers.values()),
+        bias={"lily_only": "lora_only"}.get(config.bias, config.bias),
+        modules_to_save=config.modules_to_save,
+        task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path,
+        revision=config.revision,
+        inference_mode=True,
+    )
+
+
+def _targets(found: Adapted) -> list[str]:
+    """Short names where they mean these layers and no others, else full ones."""
+    names = list(found.layers)
+    short = {name.rpartition(".")[2] for name in names}
+    inside = tuple(f"{name}." for name in names)
+    meant = {
+        name
+        for name, _ in found.root.named_modules()
+        if name.rpartition(".")[2] in short and not name.startswith(inside)
+    }
+    return sorted(short) if meant == set(names) else sorted(names)
+
+
+def _other(model: nn.Module, found: Adapted) -> dict[str, Tensor]:
+    """What an adapter file holds besides Lily's own tensors: biases, modules saved whole."""
+    if not isinstance(model, peft.PeftModel):
+        return {}
+    state = get_peft_model_state_dict(model, adapter_name=found.name)
+    own = ("lily_A", "lily_B", "lily_router", "lily_logits")
+    return {k: v.detach().cpu().contiguous() for k, v in state.items() if not any(f".{o}" in k for o in own)}
+
+
+def write_lora(export: LoraExport, folder: str | Path, *, overwrite: bool = False, layout: str = "peft") -> None:
+    """Write an exported LoRA as a folder.
+
+    Args:
+        export: from `as_lora`.
+        folder: appears when it is complete.
+        overwrite: replace an existing folder.
+        layout: `peft` (also for vLLM), or `diffusers`: a file that `load_lora_weights` of a pipeline reads.
+
+    Raises:
+        LilyError: if the folder exists.
+        OSError: if it cannot be written; nothing is left then.
+    """
+    facts = json.dumps(export.provenance, indent=2, ensure_ascii=False)
+    header = {"format": "pt", "lily": json.dumps(export.provenance, ensure_ascii=False)}
+    with new_folder(folder, overwrite) as new:
+        if layout == "diffusers":
+            component = export.provenance.get("component", "unet")
+            state = {f"{component}.{k.removeprefix(PREFIX)}": v for k, v in export.state_dict().items()}
+            save_file(state, new / "pytorch_lora_weights.safetensors", metadata=header)
+        else:
+            export.config.save_pretrained(str(new))
+            save_file(export.state_dict(), new / SAFETENSORS_WEIGHTS_NAME, metadata=header)
+        write_text(new / PROVENANCE, facts)
+
+
+def write_merged(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    adapter: str | None = None,
+    tokenizer: Any = None,
+    overwrite: bool = False,
+    max_shard_size: str = "5GB",
+    provenance: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """Merge a static adapter into its base model and write that as a plain model folder.
+
+    The weights are merged in place, one at a time, so the model is in memory once; `model` is used up.
+
+    Args:
+        model: a `PeftModel` around a model with `save_pretrained`.
+        folder: appears when it is complete.
+        adapter: default: the active one.
+        tokenizer: written beside it, if given.
+        overwrite: replace an existing folder.
+        max_shard_size: of one safetensors file.
+        provenance: further facts to keep with it.
+
+    Returns:
+        The merged model.
+
+    Raises:
+        LilyError: if the adapter cannot be merged or the folder exists; nothing is merged then.
+    """
+    found = find(model, adapter)
+    for layer in found.layers.values():
+        layer.check_merge(found.name, safe_merge=True)
+    if not hasattr(found.root, "save_pretrained") or not isinstance(model, peft.PeftModel):
+        raise LilyError(
+            f"a {type(found.root).__name__} has no save_pretrained; merge_and_unload() and save it yourself"
+        )
+    facts = {
+        "format": "lily merged", "lily": __version__, "base_model": found.config.base_model_name_or_path,
+        "routing": found.config.routing, "plan": str(found.plan).splitlines(), **(provenance or {}),
+    }  # fmt: skip
+    with new_folder(folder, overwrite) as new:
+        merged: Any = model.merge_and_unload(adapter_names=[found.name])
+        merged.save_pretrained(str(new), max_shard_size=max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(new))
+        write_text(new / PROVENANCE, json.dumps(facts, indent=2, ensure_ascii=False))
+    return merged  # type: ignore[no-any-return]
+
+
+def write_stock(model: nn.Module, folder: str | Path, *, adapter: str | None = None, overwrite: bool = False) -> None:
+    """Write an adapter so that plain PEFT, without this package, computes the same.
+
+    Stock Lily knows batch routing only. A batch-routed adapter is written as it is. A static one gets layers of their
+    own, each with its mixed B twice and a router of zeros, which weighs both alike; that is larger than a LoRA, which
+    is the better export unless stock Lily itself is wanted.
+
+    Args:
+        model: carries the adapter.
+        folder: appears when it is complete.
+        adapter: default: the active one.
+        overwrite: replace an existing folder.
+
+    Raises:
+        LilyError: if stock PEFT cannot express the adapter, or the folder exists.
+    """
+    found = find(model, adapter)
+    config = found.config
+    if config.routing == "batch" and config.file_dict()["peft_type"] == "LILY":
+        with new_folder(folder, overwrite) as new:
+            state = get_peft_model_state_dict(model, adapter_name=found.name)
+            config.save_pretrained(str(new))
+            save_file({k: v.contiguous() for k, v in state.items()}, new / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
+        return
+    if config.bias != "none":
+        raise LilyError(f"stock Lily trains no biases (bias={config.bias!r}); export --to lora or --to merged")
+    factors = {name: layer.factors(found.name) for name, layer in found.layers.items()}
+    r = max(f.A.shape[0] for f in factors.values())
+    state = _other(model, found)
+    for name, f in factors.items():
+        padded = (0, 0, 0, r - f.A.shape[0])
+        A, B = nn.functional.pad(f.A, padded), nn.functional.pad(f.B, padded)
+        state[f"{PREFIX}{name}.lily_A.weight"] = A.cpu().contiguous()
+        state[f"{PREFIX}{name}.lily_B.weight"] = torch.cat([B, B]).cpu().contiguous()
+        state[f"{PREFIX}{name}.lily_router.weight"] = torch.zeros(2, r)
+    values = {
+        "peft_type": "LILY", "r": r, "num_B": 2, "stride_A": 1, "scaling": config.scaling, "init_weights": True,
+        "target_modules": sorted(found.layers), "modules_to_save": config.modules_to_save,
+        "task_type": config.task_type, "base_model_name_or_path": config.base_model_name_or_path,
+        "revision": config.revision, "inference_mode": True,
+    }  # fmt: skip
+    with new_folder(folder, overwrite) as new:
+        write_text(new / "adapter_config.json", json.dumps(values, indent=2, sort_keys=True))
+        save_file(state, new / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
+
+
+def provenance(folder: str | Path) -> dict[str, Any] | None:
+    """Where an exported folder came from, or None for one that this package did not write.
+
+    Raises:
+        LilyError: if what it says cannot be read.
+    """
+    folder = Path(folder)
+    try:
+        if (folder / PROVENANCE).is_file():
+            return dict(json.loads((folder / PROVENANCE).read_text("utf-8")))
+        for file in sorted(folder.glob("*.safetensors")):
+            with safe_open(file, "pt") as opened:
+                text = (opened.metadata() or {}).get("lily")
+            if text:
+                return dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise LilyError(f"{folder}: its provenance cannot be read ({error})") from None
+    return None
