@@ -3,23 +3,41 @@
 from __future__ import annotations
 
 import peft
+import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lily import LilyModel as StockModel
+from peft.tuners.lora import conversion
 from peft.utils import PeftType
+from torch import Tensor, nn
 
+from lily.bank import LilyBank
 from lily.config import EXTENDED_TYPE, LilyConfig
 from lily.model import LilyModel
+
+_stock_conversion = conversion._convert_module_to_lora
+
+
+def _convert_module_to_lora(
+    module: nn.Module, rank: int | float, adapter_name: str = "default"
+) -> tuple[Tensor, Tensor, int]:
+    """Stock's, but for the bank, which is a tuner layer that adds nothing itself: rank 0 passes it over."""
+    if isinstance(module, LilyBank):
+        return torch.zeros(0, 0), torch.zeros(0, 0), 0
+    found: tuple[Tensor, Tensor, int] = _stock_conversion(module, rank, adapter_name)
+    return found
 
 
 def register() -> None:
     """Make PEFT use this package wherever it meets `PeftType.LILY`. `import lily` does; calling it again is harmless.
 
     `get_peft_model`, `PeftModel.from_pretrained`, `inject_adapter_in_model` and what builds on them then work with
-    `lily.LilyConfig`, and a plain `peft.LilyConfig` keeps its meaning (batch routing).
+    `lily.LilyConfig`, and a plain `peft.LilyConfig` keeps its meaning (batch routing). `peft.convert_to_lora` works
+    for static adapters.
     """
     PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LILY] = LilyConfig
     PEFT_TYPE_TO_CONFIG_MAPPING[EXTENDED_TYPE] = LilyConfig
     PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LILY] = LilyModel
+    conversion._convert_module_to_lora = _convert_module_to_lora
 
 
 def unregister() -> None:
@@ -27,3 +45,4 @@ def unregister() -> None:
     PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LILY] = peft.LilyConfig
     PEFT_TYPE_TO_CONFIG_MAPPING.pop(EXTENDED_TYPE, None)
     PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LILY] = StockModel
+    conversion._convert_module_to_lora = _stock_conversion

@@ -77,6 +77,14 @@ def _hub(recipe: Recipe) -> Iterator[Problem]:
 def _method(recipe: Recipe) -> Iterator[Problem]:
     if recipe.lily.num_A is not None and recipe.lily.stride_A is not None:
         yield ("lily", "stride_A"), "says the same as num_A; give one of them"
+    settle = recipe.lily.settle
+    if settle is not None and settle.start >= settle.end:
+        yield ("lily", "settle"), f"start {settle.start:g} must come before end {settle.end:g}"
+    if settle is not None and (recipe.lily.routing in ("static", "uniform") or recipe.lily.num_B == 1):
+        what = "num_B=1 has no router" if recipe.lily.num_B == 1 else f"routing {recipe.lily.routing} is static"
+        yield ("lily", "settle"), f"{what}, so there is nothing to settle; remove one of them"
+    if settle is not None and recipe.lily.activation != "none":
+        yield ("lily", "settle"), "an adapter with an activation is not linear, so it cannot be merged; remove one"
     if recipe.task == "sft":
         for baseline in recipe.baselines:
             if baseline != "lora":

@@ -208,26 +208,13 @@ class Adapter:
     """
 
     def __init__(self, folder: str, recipe: str | None = None) -> None:
-        path = Path(folder).expanduser()
-        if (path / "best").is_dir():
-            path = path / "best"
-        if not (path / "adapter_config.json").is_file():
-            raise LilyError(f"{folder} holds no adapter (adapter_config.json); name a run's folder or its best/")
-        kept = next((p for p in (path / "recipe.yaml", path.parent / "recipe.yaml") if p.is_file()), None)
-        if recipe is None and kept is None:
-            raise LilyError(f"{folder} holds no recipe.yaml; name the recipe with --recipe")
-        self.path = path
-        self.recipe = loader.load_recipe(recipe or str(kept))
-        if recipe is None and self.recipe.model.trust_remote_code:
-            raise LilyError(
-                f"{kept} wants to run code from the model's repository (trust_remote_code); "
-                f"if you trust it, say so with --recipe {kept}"
-            )
+        self.path = adapter_path(folder)
+        self.recipe = recipe_of(self.path, recipe)
         self.tokenizer = models.load_tokenizer(self.recipe.model)
         self._splits: data.Splits | None = None
-        self._labels = _kept_labels(path)
+        self._labels = kept_labels(self.path)
         base = models.load_model(self.recipe.model, self.recipe.task, self.labels)
-        self.model = place(PeftModel.from_pretrained(base, str(path))).eval()
+        self.model = place(PeftModel.from_pretrained(base, str(self.path))).eval()
 
     @property
     def splits(self) -> data.Splits:
@@ -316,6 +303,59 @@ class Adapter:
         return str(self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)).strip()
 
 
-def _kept_labels(path: Path) -> tuple[str, ...] | None:
+def adapter_path(folder: str) -> Path:
+    """The adapter's own folder: the one named, or the `best` of a run.
+
+    Raises:
+        LilyError: if it holds no adapter.
+    """
+    path = Path(folder).expanduser()
+    if (path / "best").is_dir():
+        path = path / "best"
+    if not (path / "adapter_config.json").is_file():
+        raise LilyError(f"{folder} holds no adapter (adapter_config.json); name a run's folder or its best/")
+    return path
+
+
+def recipe_of(path: Path, recipe: str | None = None) -> Recipe:
+    """The recipe named, or the one kept beside an adapter.
+
+    Raises:
+        LilyError: if there is none, or the kept one wants to run code from the model's repository.
+    """
+    kept = kept_recipe(path)
+    if recipe is None and kept is None:
+        raise LilyError(f"{path} holds no recipe.yaml; name the recipe with --recipe")
+    found = loader.load_recipe(recipe or str(kept))
+    if recipe is None and found.model.trust_remote_code:
+        raise LilyError(
+            f"{kept} wants to run code from the model's repository (trust_remote_code); "
+            f"if you trust it, say so with --recipe {kept}"
+        )
+    return found
+
+
+def kept_recipe(path: Path) -> Path | None:
+    """The recipe's file beside an adapter, if there is one."""
+    return next((p for p in (path / "recipe.yaml", path.parent / "recipe.yaml") if p.is_file()), None)
+
+
+def kept_labels(path: Path) -> tuple[str, ...] | None:
+    """The classes kept beside an adapter."""
     file = path / LABELS
     return tuple(json.loads(file.read_text("utf-8"))) if file.is_file() else None
+
+
+def batches(
+    rows: Sequence[Row], recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> list[dict[str, torch.Tensor]]:
+    """Rows as a model's inputs, padded on the right and batched by length."""
+    if recipe.task == "sft":
+        encoded: list[Any] = [{"input_ids": e["input_ids"]} for e in encode(rows, recipe, tokenizer, None)]
+    else:
+        encoded = [encode_text(row, recipe, tokenizer) for row in rows]
+    out = []
+    for chosen in by_length(encoded, recipe.train.eval_batch_size):
+        padded = tokenizer.pad([encoded[i] for i in chosen], return_tensors="pt", padding_side="right")
+        out.append(dict(padded.to(device)))
+    return out

@@ -85,6 +85,7 @@ def lily_config(recipe: Recipe, model: nn.Module) -> LilyConfig:
         scaling=block.scaling,
         dropout=block.dropout,
         activation=block.activation,
+        settled=None if block.settle is None else 0.0,
         **choice.options,
         **common,
     )

@@ -31,6 +31,8 @@ def adapter_summary(model: Any, recipe: Recipe) -> dict[str, Any]:
         return {"method": recipe.method, "learning_rate": methods.learning_rate(recipe)}
     names = ("r", "num_A", "stride_A", "num_B", "scaling", "routing", "lora_alpha")
     values = {name: getattr(config, name) for name in names if getattr(config, name, None) is not None}
+    if recipe.method == "lily" and recipe.lily.settle is not None and getattr(config, "routing", None) == "static":
+        values["routing"] = "static, settled"
     return {"method": recipe.method, **values, "learning_rate": methods.learning_rate(recipe)}
 
 

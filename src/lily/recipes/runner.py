@@ -28,6 +28,7 @@ from lily.recipes import metrics as metric_tools
 from lily.recipes.methods import learning_rate
 from lily.recipes.schema import Recipe
 from lily.recipes.tasks import Example
+from lily.settle import SettleCallback
 
 Evaluate = Callable[[torch.nn.Module], dict[str, float]]
 
@@ -48,7 +49,7 @@ class Progress:
 
     Attributes:
         history: what every evaluation on the validation rows found, with its epoch and step.
-        best: the best of them.
+        best: the best of them. Where the adapter settles, only what was found after that counts.
     """
 
     def __init__(self, output: Path, metric: str, patience: int | None) -> None:
@@ -60,9 +61,10 @@ class Progress:
 
     @property
     def best(self) -> dict[str, float]:
-        """The first evaluation that no later one beats."""
-        best = self.history[0]
-        for found in self.history[1:]:
+        """The first evaluation that no later one beats, among the final ones if there are any."""
+        eligible = [h for h in self.history if h.get("final", 1.0)] or self.history
+        best = eligible[0]
+        for found in eligible[1:]:
             if metric_tools.better(self.metric, found[self.metric], best[self.metric]):
                 best = found
         return best
@@ -74,7 +76,7 @@ class Progress:
             save_adapter(model, self.folder)
         write_text(self.file, json.dumps(self.history))
         idle = len(self.history) - 1 - self.history.index(self.best)
-        return self.patience is not None and idle >= self.patience
+        return self.patience is not None and bool(found.get("final", 1.0)) and idle >= self.patience
 
 
 def build_trainer(
@@ -134,6 +136,9 @@ def build_trainer(
         )
     if quiet:
         trainer.remove_callback(PrinterCallback)
+    settle = recipe.lily.settle
+    if recipe.method == "lily" and settle is not None:
+        trainer.add_callback(SettleCallback(settle.start, settle.end))
     trainer.generate = generate
     trainer.names = names
     trainer.progress = Progress(output, names[0], recipe.train.early_stopping)
@@ -153,6 +158,11 @@ def _with_best(base: type[Trainer]) -> Any:
         names: Sequence[str] = ()
         progress: Progress
 
+        def settled(self) -> float | None:
+            """How far an adapter that settles has; None: it does not settle, or is static already."""
+            config = getattr(self.model, "peft_config", {}).get("default")
+            return getattr(config, "settled", None)
+
         def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
             """Also: metrics that need generation, and the best adapter."""
             found: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -161,7 +171,9 @@ def _with_best(base: type[Trainer]) -> Any:
                 found.update({f"eval_{name}": value for name, value in self.generate(self.model).items()})
             step, epoch = self.state.global_step, float(self.state.epoch or 0.0)
             values = {name: found[f"eval_{name}"] for name in self.names}
-            if self.progress.update(self.model, {"step": step, "epoch": epoch, **values}):
+            settled = self.settled()
+            final = {} if settled is None else {"final": float(settled == 1)}
+            if self.progress.update(self.model, {"step": step, "epoch": epoch, **values, **final}):
                 self.control.should_training_stop = True
             return found
 

@@ -115,6 +115,13 @@ class Data(Section):
     chat: bool = Field(True, description="sft: put prompt and completion in the tokenizer's chat template, if any.")
 
 
+class Settle(Section):
+    """When a routing that looks at the data becomes a static one, as fractions of training; see `lily.settle`."""
+
+    start: Fraction = Field(0.6, description="Up to here the routing stays as it is.")
+    end: Fraction = Field(0.8, description="From here on it is static, and training goes on.")
+
+
 class Lily(Section):
     """Lily's own options: see `lily.LilyConfig`, whose names these are. `params` replaces r, num_A and num_B."""
 
@@ -129,6 +136,7 @@ class Lily(Section):
     )
     dropout: Fraction = 0.0
     activation: Literal["none", "relu", "gelu", "silu"] = "none"
+    settle: Settle | None = Field(None, description="Become static while learning: exact to merge and to export.")
     learning_rate: Annotated[float, Field(gt=0)] | None = Field(None, description="Replaces train.learning_rate.")
 
     @model_validator(mode="after")

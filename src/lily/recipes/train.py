@@ -180,6 +180,7 @@ def _run(recipe: Recipe, prepared: Prepared, output: Path, checkpoint: str | Non
     trainer.train(resume_from_checkpoint=checkpoint)
     result.seconds["train"] = time.perf_counter() - clock
     runner.save_adapter(model, output / "last")
+    result.adapter = report.adapter_summary(model, recipe)
     progress, metric = trainer.progress, names[0]
     if not progress.history or progress.history[-1]["step"] != trainer.state.global_step:
         trainer.evaluate()

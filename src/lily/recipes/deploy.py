@@ -1,0 +1,213 @@
+"""Making an adapter static and taking it elsewhere: what `lily collapse`, `lily export` and `lily inspect` do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peft import PeftConfig, PeftModel
+from safetensors import safe_open
+
+from lily.config import LilyConfig
+from lily.errors import LilyError
+from lily.export import provenance
+from lily.files import new_folder, write_text
+from lily.recipes import data, models
+from lily.recipes.evaluate import Adapter, Judge, adapter_path, batches, kept_labels, kept_recipe, recipe_of
+from lily.recipes.report import LABELS
+from lily.recipes.schema import File, Model
+
+if TYPE_CHECKING:
+    from lily.collapsing import CollapseReport
+
+REPORT = "collapse.json"
+KEPT = ("recipe.yaml", LABELS, "README.md")
+
+
+def collapse_adapter(
+    folder: str,
+    output: str,
+    *,
+    recipe: str | None = None,
+    calibration: str | None = None,
+    held_out: str | None = None,
+    rows: int = 256,
+    refit_steps: int = 0,
+    overwrite: bool = False,
+) -> CollapseReport:
+    """Collapse a trained adapter and write the static one.
+
+    Args:
+        folder: a run's folder, or an adapter folder inside it.
+        output: the folder to write.
+        recipe: default: the one kept beside the adapter.
+        calibration: a file with the recipe's columns; default: training rows.
+        held_out: the same for the drift and the metrics; default: the rows that the run reported on.
+        rows: at most so many rows for calibration, and for the drift.
+        refit_steps: see `lily.collapse`.
+        overwrite: replace the output folder.
+
+    Returns:
+        The report, also written as `collapse.json` beside the adapter.
+
+    Raises:
+        LilyError: for anything wrong with the adapter, the data or the output folder.
+    """
+    from lily.collapsing import collapse
+
+    with new_folder(output, overwrite) as new:  # first, so that hours of work do not end at a folder that exists
+        used = Adapter(folder, recipe)
+        if used.recipe.method != "lily":
+            raise LilyError(f"{folder} is a {used.recipe.method} adapter; only Lily adapters are collapsed")
+        known = used.splits.train if calibration is None else _rows(calibration, used)
+        judged = used.splits.held_out if held_out is None else _rows(held_out, used)
+        device = next(used.model.parameters()).device
+        judge = Judge(used.recipe, used.tokenizer, used.labels)
+        report = collapse(
+            used.model,
+            batches(known[:rows], used.recipe, used.tokenizer, device),
+            batches(judged[:rows], used.recipe, used.tokenizer, device),
+            refit_steps=refit_steps,
+            metric=lambda model: judge(model, judged),
+        )
+        used.model.save_pretrained(str(new))
+        for name in KEPT:
+            if (used.path / name).is_file():
+                shutil.copy(used.path / name, new / name)
+        kept = kept_recipe(used.path)
+        if not (new / "recipe.yaml").is_file() and kept is not None:
+            shutil.copy(kept, new / "recipe.yaml")
+        write_text(new / REPORT, json.dumps(report.to_dict(), indent=2))
+        return report
+
+
+def _rows(file: str, used: Adapter) -> list[data.Row]:
+    rows = data.rows_of(File(path=file, header=used.recipe.data.train.header), used.recipe)
+    if not rows:
+        raise LilyError(f"{file} holds no rows; collapse needs calibration data")
+    return rows
+
+
+def load_for_export(
+    folder: str, *, recipe: str | None = None, base: str | None = None, weights: bool = False, dtype: str = "auto"
+) -> tuple[PeftModel, Any, dict[str, Any]]:
+    """An adapter on its base model.
+
+    Args:
+        folder: a run's folder, or any adapter folder.
+        recipe: default: the one kept beside the adapter.
+        base: folder of the base model, where there is no recipe; default: the one the adapter was trained on.
+        weights: whether the base model's weights are needed; if not, it stays on the meta device.
+        dtype: of those weights; auto keeps the file's.
+
+    Returns:
+        The model, the base model's tokenizer (None if it has none) and what is known of the adapter's origin.
+
+    Raises:
+        LilyError: if the adapter or its base model is missing, or they do not fit.
+    """
+    path = adapter_path(folder)
+    config = _lily_config(path)
+    if recipe is not None or (base is None and kept_recipe(path) is not None):
+        chosen = recipe_of(path, recipe)
+        source, task = chosen.model, chosen.task
+    else:
+        source, task = _base(path, config, base), "sft" if config.task_type == "CAUSAL_LM" else "text-classification"
+        if config.task_type not in ("CAUSAL_LM", "SEQ_CLS"):
+            raise LilyError(
+                f"{path}: the command line exports task_type CAUSAL_LM and SEQ_CLS, not {config.task_type}; in "
+                " Python, lily.export takes any model"
+            )
+    source = source.model_copy(update={"dtype": dtype})
+    labels = kept_labels(path) or tuple(str(i) for i in range(_classes(path)))
+    if weights:
+        model = models.load_model(source, task, labels)
+    else:  # names and shapes are enough to read the adapter
+        model = models.meta_model(source, task, len(labels))
+    loaded = PeftModel.from_pretrained(model, str(path), low_cpu_mem_usage=not weights)
+    facts: dict[str, Any] = {"adapter": str(path)}
+    if (path / REPORT).is_file():
+        facts["collapse"] = json.loads((path / REPORT).read_text("utf-8"))
+    try:
+        tokenizer = models.load_tokenizer(source)
+    except LilyError:
+        tokenizer = None
+    return loaded, tokenizer, facts
+
+
+def _lily_config(path: Path) -> LilyConfig:
+    config = PeftConfig.from_pretrained(str(path))
+    if not isinstance(config, LilyConfig):
+        raise LilyError(f"{path} is a {config.peft_type} adapter, not a Lily one; it needs no export")
+    return config
+
+
+def _base(path: Path, config: LilyConfig, base: str | None) -> Model:
+    where = base or config.base_model_name_or_path
+    if not where:
+        raise LilyError(f"{path} does not say which base model it is for; name it with --base")
+    if base is None and not Path(where).is_dir():
+        raise LilyError(f"{path} is for the base model {where!r}, which is no folder here; name it with --base")
+    return Model(path=where) if Path(where).expanduser().exists() else Model(hub=where)
+
+
+def _classes(path: Path) -> int:
+    """Outputs of the classification head that the adapter file holds; 2 if it holds none."""
+    with safe_open(path / "adapter_model.safetensors", "pt") as opened:
+        for key in opened.keys():  # noqa: SIM118
+            if ".lily_" not in key and key.endswith("weight"):
+                size: int = opened.get_slice(key).get_shape()[0]
+                return size
+    return 2
+
+
+def describe(folder: str) -> dict[str, Any]:
+    """What a folder is: an adapter (ours, a LoRA, another), an exported one, a merged model, and where it came from.
+
+    Raises:
+        LilyError: if the folder holds neither.
+    """
+    path = Path(folder).expanduser()
+    if (path / "best").is_dir():
+        path = path / "best"
+    facts: dict[str, Any] = {"folder": str(path)}
+    weights = sorted(path.glob("*.safetensors"))
+    facts["bytes"] = sum(file.stat().st_size for file in weights)
+    if (path / "adapter_config.json").is_file():
+        config = PeftConfig.from_pretrained(str(path))
+        facts["kind"] = f"{getattr(config.peft_type, 'value', config.peft_type)} adapter"
+        names = ("r", "num_A", "stride_A", "num_B", "scaling", "routing", "activation", "settled", "lora_alpha",
+                 "task_type", "base_model_name_or_path")  # fmt: skip
+        facts["config"] = {n: getattr(config, n) for n in names if getattr(config, n, None) is not None}
+        facts["tensors"] = {k: v for k, v in _tensors(weights).items() if v["count"]}
+        if isinstance(config, LilyConfig):
+            facts["static"] = not config.dynamic and config.activation == "none"
+    elif (path / "config.json").is_file():
+        facts["kind"] = "model"
+    elif weights:
+        facts["kind"] = "weights"
+    else:
+        raise LilyError(f"{folder} holds neither an adapter (adapter_config.json) nor a model (config.json)")
+    if (path / REPORT).is_file():
+        facts["collapse"] = json.loads((path / REPORT).read_text("utf-8"))
+    origin = provenance(path)
+    if origin is not None:
+        facts["provenance"] = origin
+    return facts
+
+
+def _tensors(files: list[Path]) -> dict[str, dict[str, int]]:
+    parts = ("lily_A", "lily_B", "lily_router", "lily_logits", "lora_A", "lora_B", "other")
+    found = {part: {"count": 0, "parameters": 0} for part in parts}
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            for key in opened.keys():  # noqa: SIM118
+                part = next((p for p in parts if f".{p}" in key), "other")
+                size = 1
+                for n in opened.get_slice(key).get_shape():
+                    size *= n
+                found[part]["count"] += 1
+                found[part]["parameters"] += size
+    return found
