@@ -100,7 +100,7 @@ def collapse(
     *,
     adapter: str | None = None,
     refit_steps: int = 0,
-    refit_learning_rate: float = 1e-3,
+    refit_learning_rate: float = 1e-4,
     metric: Callable[[nn.Module], dict[str, float]] | None = None,
     forward: Run | None = None,
 ) -> CollapseReport:

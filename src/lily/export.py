@@ -16,6 +16,7 @@ from typing import Any
 import peft
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.tuners_utils import _find_minimal_target_modules
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from lily._version import __version__
 from lily.adapted import Adapted, find
+from lily.config import LilyConfig
 from lily.errors import LilyError
 from lily.files import new_folder, write_text
 from lily.layer import Factors
@@ -175,7 +177,7 @@ def as_lora(
 
 
 def _check_readable(target: str, wanted: Target, found: Adapted, other: Mapping[str, Tensor]) -> None:
-    saved = list(found.config.modules_to_save or ())
+    saved = saved_modules(found.config)
     if saved and not wanted.modules_to_save:
         raise LilyError(
             f"{target} reads no modules saved whole, but the adapter has {', '.join(sorted(saved))} "
@@ -183,6 +185,11 @@ def _check_readable(target: str, wanted: Target, found: Adapted, other: Mapping[
         )
     if found.config.bias != "none" and not wanted.biases:
         raise LilyError(f"{target} reads no trained biases (bias={found.config.bias!r}); export --to merged instead")
+
+
+def saved_modules(config: LilyConfig) -> list[str] | None:
+    """The modules that an adapter saves whole; PEFT adds the same names again at every load."""
+    return list(dict.fromkeys(config.modules_to_save)) if config.modules_to_save else None
 
 
 def _cut(f: Factors, rank: int | None) -> Layer:
@@ -236,7 +243,7 @@ def _lora_config(found: Adapted, layers: Mapping[str, Layer], rank: int) -> Lora
         alpha_pattern={n: a for n, a in alphas.items() if a != alpha},
         fan_in_fan_out=any(type(m.get_base_layer()).__name__ == "Conv1D" for m in found.layers.values()),
         bias={"lily_only": "lora_only"}.get(config.bias, config.bias),
-        modules_to_save=config.modules_to_save,
+        modules_to_save=saved_modules(config),
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
         revision=config.revision,
@@ -245,16 +252,10 @@ def _lora_config(found: Adapted, layers: Mapping[str, Layer], rank: int) -> Lora
 
 
 def _targets(found: Adapted) -> list[str]:
-    """Short names where they mean these layers and no others, else full ones."""
-    names = list(found.layers)
-    short = {name.rpartition(".")[2] for name in names}
-    inside = tuple(f"{name}." for name in names)
-    meant = {
-        name
-        for name, _ in found.root.named_modules()
-        if name.rpartition(".")[2] in short and not name.startswith(inside)
-    }
-    return sorted(short) if meant == set(names) else sorted(names)
+    """The shortest names that mean these layers and no others."""
+    inside = tuple(f"{name}." for name in found.layers)
+    others = [n for n, _ in found.root.named_modules() if n and n not in found.layers and not n.startswith(inside)]
+    return sorted(_find_minimal_target_modules(list(found.layers), others))
 
 
 def _other(model: nn.Module, found: Adapted) -> dict[str, Tensor]:
@@ -378,7 +379,7 @@ def write_stock(model: nn.Module, folder: str | Path, *, adapter: str | None = N
         state[f"{PREFIX}{name}.lily_router.weight"] = torch.zeros(2, r)
     values = {
         "peft_type": "LILY", "r": r, "num_B": 2, "stride_A": 1, "scaling": config.scaling, "init_weights": True,
-        "target_modules": sorted(found.layers), "modules_to_save": config.modules_to_save,
+        "target_modules": sorted(found.layers), "modules_to_save": saved_modules(config),
         "task_type": config.task_type, "base_model_name_or_path": config.base_model_name_or_path,
         "revision": config.revision, "inference_mode": True,
     }  # fmt: skip

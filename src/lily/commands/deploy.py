@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,12 +61,16 @@ def collapse_command(
 
 def _print_collapse(report: Mapping[str, Any], console: Console, every: bool = False) -> None:
     layers = report["layers"]
-    table = Table("layer", "weights", "from uniform", "variance over tokens", "update moved by")
+    common = _common([layer["name"] for layer in layers])
+    table = Table(title=f"layers of {common}" if common else None)
+    table.add_column("layer", no_wrap=True)
+    for head in ("weights", "from uniform", "variance", "update moved"):
+        table.add_column(head)
     shown = layers if every else sorted(layers, key=lambda v: -v["variance"])[:5]
     for layer in shown:
         error = layer["update_error"]
         table.add_row(
-            layer["name"],
+            layer["name"].removeprefix(f"{common}."),
             " ".join(f"{w:.2f}" for w in layer["weights"]),
             f"{layer['uniformity']:.3f}",
             f"{layer['variance']:.4f}",
@@ -79,6 +84,12 @@ def _print_collapse(report: Mapping[str, Any], console: Console, every: bool = F
         console.print(f"the re-fit {kept}; before it {_drift(before)}")
     for name, value in report["metrics"].get("before", {}).items():
         console.print(f"{name}: {value:.4f} before, {report['metrics']['after'][name]:.4f} after")
+
+
+def _common(names: Sequence[str]) -> str:
+    """The modules that all names begin with."""
+    shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*(name.split(".")[:-1] for name in names), strict=False))
+    return ".".join(parts[0] for parts in shared)
 
 
 def _drift(drift: Mapping[str, Any]) -> str:

@@ -99,7 +99,7 @@ def load_for_export(
         folder: a run's folder, or any adapter folder.
         recipe: default: the one kept beside the adapter.
         base: folder of the base model, where there is no recipe; default: the one the adapter was trained on.
-        weights: whether the base model's weights are needed; if not, it stays on the meta device.
+        weights: whether the base model's weights are needed; if not, they are not read.
         dtype: of those weights; auto keeps the file's.
 
     Returns:
@@ -124,9 +124,11 @@ def load_for_export(
     labels = kept_labels(path) or tuple(str(i) for i in range(_classes(path)))
     if weights:
         model = models.load_model(source, task, labels)
-    else:  # names and shapes are enough to read the adapter
+    else:
+        # Names and shapes are enough to read the adapter; memory that nothing is written to costs nothing.
         model = models.meta_model(source, task, len(labels))
-    loaded = PeftModel.from_pretrained(model, str(path), low_cpu_mem_usage=not weights)
+        model.to_empty(device="cpu")
+    loaded = PeftModel.from_pretrained(model, str(path))
     facts: dict[str, Any] = {"adapter": str(path)}
     if (path / REPORT).is_file():
         facts["collapse"] = json.loads((path / REPORT).read_text("utf-8"))
