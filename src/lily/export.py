@@ -368,6 +368,10 @@ def write_stock(model: nn.Module, folder: str | Path, *, adapter: str | None = N
         return
     if config.bias != "none":
         raise LilyError(f"stock Lily trains no biases (bias={config.bias!r}); export --to lora or --to merged")
+    bases = [layer.get_base_layer() for layer in found.layers.values()]
+    other = {type(base).__name__ for base in bases if not isinstance(base, nn.Linear)}
+    if other:
+        raise LilyError(f"stock Lily adapts nn.Linear only, not {', '.join(sorted(other))}; export --to lora")
     factors = {name: layer.factors(found.name) for name, layer in found.layers.items()}
     r = max(f.A.shape[0] for f in factors.values())
     state = _other(model, found)

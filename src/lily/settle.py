@@ -11,12 +11,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lily.adapted import Adapted, find
 from lily.bank import Settled
-from lily.collapsing import TINY, reduce
+from lily.collapsing import TINY
 from lily.config import DYNAMIC
 from lily.errors import LilyError
 from lily.observe import RoutingStatistics
@@ -134,14 +135,21 @@ class Settling:
     @torch.no_grad()
     def _note(self, age: int, window: int) -> None:
         """Move each layer's running mean by what the last step saw, the same on all processes."""
-        for layer in self.found.layers.values():
-            seen, logits = layer.statistics[self.found.name], layer.lily_logits[self.found.name]
-            reduce(seen)
-            if seen.count.item():
+        name, layers = self.found.name, list(self.found.layers.values())
+        seen = [layer.statistics[name] for layer in layers]
+        # One tensor for all layers: one exchange between processes, one wait for the device.
+        packed = torch.cat([t.to(layers[0].lily_logits[name].device) for s in seen for t in (s.total, s.count)])
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(packed)
+        sums = packed.split([t.numel() for s in seen for t in (s.total, s.count)])  # type: ignore[no-untyped-call]
+        counts = torch.cat(sums[1::2]).tolist()
+        for layer, statistics, total, count in zip(layers, seen, sums[::2], counts, strict=True):
+            if count:
+                logits = layer.lily_logits[name]
                 old = torch.softmax(logits.double(), 0)
-                mean = torch.lerp(old, seen.mean.to(old.device), 1 / min(age, window))
+                mean = torch.lerp(old, (total / count).to(old.device), 1 / min(age, window))
                 logits.copy_(mean.clamp(min=TINY).log())
-            seen.reset()
+            statistics.reset()
 
 
 def check_fractions(start: float, end: float) -> None:
@@ -196,15 +204,15 @@ class SettleCallback(TrainerCallback):  # type: ignore[misc]
                 "the optimiser was made before the adapter got its static weights; let the Trainer make it, or give "
                 "LilyConfig(settled=0.0), with which they are there from the start"
             )
+        self.settling.step(state.global_step)
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Before the forwards of each optimiser step."""
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """After each optimiser step, and so before a checkpoint is written: move to where the next one is."""
         assert self.settling is not None
         self.settling.step(state.global_step)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Make it a plain static adapter, if training came that far."""
         assert self.settling is not None
-        self.settling.step(state.global_step)
         if self.settling.found.config.settled == 1:
             self.settling.finish()

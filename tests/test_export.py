@@ -1,0 +1,313 @@
+"""A static adapter as a LoRA, a merged model or stock Lily, read in a process where this package cannot be imported."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import build, inputs, predict, randomise
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_merge import layers
+from test_model import adapted, config_for
+from torch import nn
+
+from lily import LilyConfig, LilyError, export
+
+pytestmark = pytest.mark.filterwarnings("ignore:routing=.* on a causal model", "ignore:merging rounded")
+
+KINDS = ("llama", "gpt2", "bert", "vit")
+STATIC = [{"routing": "static"}, {"routing": "uniform"}, {"routing": "token", "num_B": 1}]
+
+# Reads the folders with plain PEFT and transformers; `lily` cannot be imported.
+STRANGER = """
+import sys; sys.modules['lily'] = None
+sys.path.insert(0, sys.argv[1])
+import warnings; warnings.simplefilter('ignore')
+import transformers
+from helpers import build, inputs, predict
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+folder, kind, seen = sys.argv[2], sys.argv[3], {}
+base = lambda: build(kind)
+lora = PeftModel.from_pretrained(base(), folder + '/lora').eval()
+seen['lora'] = predict(lora, inputs(kind))
+seen['lora_merged'] = predict(lora.merge_and_unload(), inputs(kind))
+if kind != 'gpt2':
+    seen['stock'] = predict(PeftModel.from_pretrained(base(), folder + '/stock').eval(), inputs(kind))
+merged = type(base()).from_pretrained(folder + '/merged').eval()
+seen['merged'] = predict(merged, inputs(kind))
+save_file({k: v.contiguous() for k, v in seen.items()}, folder + '/seen.safetensors')
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [*((kind, STATIC[0]) for kind in KINDS), *(("llama", options) for options in STATIC[1:])],
+    ids=lambda v: v if isinstance(v, str) else v["routing"] + str(v.get("num_B", "")),
+)
+def test_a_process_without_this_package_computes_the_same(kind, options, tmp_path):
+    model = adapted(kind, scaling=5.0 if kind == "bert" else 0.7, **options)
+    expected = predict(model, inputs(kind))
+    assert (expected - predict(build(kind), inputs(kind))).abs().max() > 1e-2
+    export.write_lora(export.as_lora(model), tmp_path / "lora")
+    if kind == "gpt2":
+        with pytest.raises(LilyError, match="stock Lily adapts nn"):
+            export.write_stock(model, tmp_path / "stock")
+    else:
+        export.write_stock(model, tmp_path / "stock")
+    export.write_merged(model, tmp_path / "merged")
+    tests = str(Path(__file__).parent)
+    subprocess.run([sys.executable, "-c", STRANGER, tests, str(tmp_path), kind], check=True, capture_output=True)
+    for name, seen in load_file(tmp_path / "seen.safetensors").items():
+        assert (seen - expected).abs().max() <= 1e-5, name
+
+
+class Several(nn.Module):
+    """Layers of two names and two shapes, so that plans have several groups."""
+
+    def __init__(self, depth, wide, dtype):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"up": nn.Linear(6, wide), "down": nn.Linear(wide, 6), "gate": nn.Linear(6, 6)})
+            for _ in range(depth)
+        )
+        self.to(dtype)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block["down"](torch.tanh(block["up"](x))) * torch.sigmoid(block["gate"](x))
+        return x
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.integers(1, 4),
+    st.integers(4, 9),
+    st.integers(1, 5),
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.sampled_from(["static", "uniform"]),
+    st.sampled_from([0.5, 1.0, 0.3, 2.0, -1.5]),
+    st.sampled_from([torch.float32, torch.float64]),
+    st.sampled_from(["none", "lily_only"]),
+    st.sampled_from(list(export.TARGETS)),
+)
+def test_any_plan_survives_merging_exporting_and_reading_back(
+    tmp_path_factory, depth, wide, r, stride, experts, routing, scaling, dtype, bias, target
+):
+    folder = tmp_path_factory.mktemp("export")
+    torch.manual_seed(depth + 10 * wide)
+    base = Several(depth, wide, dtype)
+    weights = {k: v.clone() for k, v in base.state_dict().items()}
+    config = LilyConfig(
+        r=r, stride_A=stride, num_B=experts, routing=routing, scaling=scaling, bias=bias,
+        target_modules=["up", "down", "gate"], rank_pattern={"gate": r + 1},
+    )  # fmt: skip
+    model = randomise(get_peft_model(base, config, autocast_adapter_dtype=False), scale=0.5).eval()
+    if bias != "none":
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if name.endswith("bias"):
+                    p.add_(0.1)
+    x = torch.randn(2, 3, 6, dtype=dtype)
+    with torch.no_grad():
+        expected = model(x)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-10
+    if bias != "none" and target != "peft":
+        with pytest.raises(LilyError, match="reads no trained biases"):
+            export.as_lora(model, target=target)
+    else:
+        lora = export.as_lora(model, target=target)
+        assert all(energy == 1 for energy in lora.energies.values())
+        if target == "vllm":
+            assert lora.rank in export.VLLM_RANKS
+        export.write_lora(lora, folder / "lora")
+        fresh = Several(depth, wide, dtype)
+        fresh.load_state_dict(weights)
+        back = PeftModel.from_pretrained(fresh, folder / "lora", autocast_adapter_dtype=False).eval()
+        assert isinstance(back.peft_config["default"], LoraConfig)
+        with torch.no_grad():
+            assert (back(x) - expected).abs().max() <= tolerance
+    before = {n: m.get_base_layer().weight.clone() for n, m in layers(model).items()}
+    model.merge_adapter()
+    with torch.no_grad():
+        assert (model(x) - expected).abs().max() <= tolerance
+    model.unmerge_adapter()
+    assert all(torch.equal(m.get_base_layer().weight, before[n]) for n, m in layers(model).items())
+
+
+def test_an_export_knows_where_it_came_from(tmp_path):
+    model = adapted("llama", routing="static")
+    lora = export.as_lora(model, provenance={"trained_on": "rows"})
+    export.write_lora(lora, tmp_path / "lora")
+    (tmp_path / "lora" / export.PROVENANCE).unlink()  # the weights themselves carry it too
+    found = export.provenance(tmp_path / "lora")
+    assert found["routing"] == "static"
+    assert found["trained_on"] == "rows"
+    assert found["plan"] == str(model.base_model.model.lily_bank.plans["default"]).splitlines()
+    assert export.provenance(tmp_path) is None
+
+
+def test_the_announced_size_is_what_is_written(tmp_path):
+    lora = export.as_lora(adapted("llama", routing="static"))
+    export.write_lora(lora, tmp_path / "lora")
+    with safe_open(tmp_path / "lora" / "adapter_model.safetensors", "pt") as opened:
+        assert lora.size == sum(opened.get_tensor(k).nbytes for k in opened.keys())  # noqa: SIM118
+
+
+def test_targets_are_short_names_where_those_mean_the_same_layers():
+    assert export.as_lora(adapted("llama", routing="static")).config.target_modules == {
+        "q_proj",
+        "v_proj",
+        "down_proj",
+    }
+    partly = adapted("llama", routing="static", target_modules=["q_proj"], layers_to_transform=[1, 2])
+    lora = get_peft_model(build("llama"), export.as_lora(partly).config)
+    adapted_by_lora = {n for n, m in lora.named_modules() if isinstance(m, LoraLayer)}
+    assert adapted_by_lora == set(layers(partly))
+
+
+def test_modules_saved_whole_go_along(tmp_path):
+    config = config_for("bert", routing="static", modules_to_save=["classifier"])
+    model = randomise(get_peft_model(build("bert"), config)).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "modules_to_save" in name:
+                p.add_(0.3)
+    expected = predict(model, inputs("bert"))
+    export.write_lora(export.as_lora(model), tmp_path / "lora")
+    back = PeftModel.from_pretrained(build("bert"), tmp_path / "lora").eval()
+    assert torch.allclose(predict(back, inputs("bert")), expected, atol=1e-5)
+    with pytest.raises(LilyError, match="vllm reads no modules saved whole, but the adapter has classifier"):
+        export.as_lora(model, target="vllm")
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_a_smaller_rank_is_the_best_one_and_says_what_it_keeps(rank):
+    model = adapted("llama", routing="static")
+    cut = export.as_lora(model, rank=rank, tolerance=1.0)
+    for name, layer in layers(model).items():
+        delta = layer.get_delta_weight("default").detach()
+        u, s, v = torch.linalg.svd(delta, full_matrices=False)
+        best = u[:, :rank] * s[:rank] @ v[:rank]
+        got = cut.layers[name.removeprefix("base_model.model.")]
+        assert torch.allclose(got.scale * got.B @ got.A, best, atol=1e-5)
+        assert got.energy == pytest.approx(float(s[:rank].square().sum() / s.square().sum()), abs=1e-6)
+    with pytest.raises(LilyError, match=r"keeps too little of \d+ of \d+ layers"):
+        export.as_lora(model, rank=rank)
+    assert export.as_lora(model, rank=rank, force=True).rank == rank
+
+
+def test_a_rank_beyond_what_vllm_takes_is_refused():
+    model = get_peft_model(nn.Sequential(nn.Linear(600, 600)), LilyConfig(r=600, num_B=1, target_modules=["0"]))
+    with pytest.raises(LilyError, match="accepts ranks up to 512, but the adapter has 600"):
+        export.as_lora(model, target="vllm")
+    assert export.as_lora(model, target="vllm", rank=300, tolerance=1.0).rank == 320
+
+
+WRITERS = {
+    "lora": lambda model, out, **o: export.write_lora(export.as_lora(model), out, **o),
+    "merged": export.write_merged,
+    "stock": export.write_stock,
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_dynamic_adapter_is_refused_and_nothing_is_written(writer, tmp_path):
+    with pytest.raises(LilyError, match=r"depends on the data; turn it into a static one first \(lily.collapse"):
+        WRITERS[writer](adapted("llama", routing="token"), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_folder_is_never_overwritten_unless_asked(writer, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("x")
+    with pytest.raises(LilyError, match="exists; name another folder, or give overwrite"):
+        WRITERS[writer](adapted("llama", routing="static"), tmp_path / "out")
+    assert [p.name for p in tmp_path.rglob("*")] == ["out", "precious"]
+    WRITERS[writer](adapted("llama", routing="static"), tmp_path / "out", overwrite=True)
+    assert not (tmp_path / "out" / "precious").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_full_disk_leaves_the_old_folder_and_nothing_else(writer, tmp_path, monkeypatch):
+    import os
+
+    WRITERS[writer](adapted("llama", routing="static"), tmp_path / "out")
+    before = {p: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+
+    def full(*_):
+        raise OSError(28, "No space left on device", "out")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        WRITERS[writer](adapted("llama", routing="static"), tmp_path / "out", overwrite=True)
+    assert {p: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_batch_routed_adapter_goes_to_stock_as_it_is(tmp_path):
+    model = adapted("llama", routing="batch")
+    export.write_stock(model, tmp_path / "stock")
+    model.save_pretrained(tmp_path / "own")
+    own, stock = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("own", "stock"))
+    assert own.keys() == stock.keys()
+    assert json.loads((tmp_path / "stock" / "adapter_config.json").read_text())["peft_type"] == "LILY"
+
+
+def test_an_unknown_target_and_a_bad_rank_are_named():
+    model = adapted("llama", routing="static")
+    with pytest.raises(LilyError, match="no export target 'tgi'; choose one of peft, vllm"):
+        export.as_lora(model, target="tgi")
+    with pytest.raises(LilyError, match="rank=0 is not valid"):
+        export.as_lora(model, rank=0)
+
+
+def test_a_model_without_an_adapter_is_named():
+    with pytest.raises(LilyError, match="carries no Lily adapter"):
+        export.as_lora(build("llama"))
+
+
+def test_a_merged_model_is_written_in_shards_with_its_generation_config(tmp_path):
+    model = adapted("llama", routing="static")
+    export.write_merged(model, tmp_path / "merged", max_shard_size="20KB")
+    names = {p.name for p in (tmp_path / "merged").iterdir()}
+    assert {"model.safetensors.index.json", "generation_config.json", "config.json"} <= names
+    assert not any(n.endswith(".bin") for n in names)
+
+
+def test_a_merged_model_keeps_the_dtype_of_its_base(tmp_path):
+    model = randomise(get_peft_model(build("llama").to(torch.bfloat16), config_for("llama", routing="static")))
+    export.write_merged(model, tmp_path / "merged")
+    state = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {t.dtype for t in state.values()} == {torch.bfloat16}
+
+
+def test_damaged_provenance_is_one_error(tmp_path):
+    (tmp_path / export.PROVENANCE).write_text("{")
+    with pytest.raises(LilyError, match="its provenance cannot be read"):
+        export.provenance(tmp_path)
+
+
+def test_an_adapter_for_another_model_is_refused(tmp_path):
+    adapted("llama", routing="static").save_pretrained(tmp_path / "own")
+    assert PeftConfig.from_pretrained(tmp_path / "own").routing == "static"
+    with pytest.raises(LilyError, match=r"matches no module"):
+        PeftModel.from_pretrained(build("bert"), tmp_path / "own")
+    state = load_file(tmp_path / "own" / "adapter_model.safetensors")
+    name = next(k for k in state if "lily_A" in k)
+    state[name] = state[name][:, :5].contiguous()
+    save_file(state, tmp_path / "own" / "adapter_model.safetensors")
+    with pytest.raises(LilyError, match=r"has shape .* expected .* is it the file of this configuration"):
+        PeftModel.from_pretrained(build("llama"), tmp_path / "own")
