@@ -1,0 +1,252 @@
+"""From a trained adapter to what a server takes, by the command line: collapse, settle, export, inspect."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from recipes_helpers import WORDS, classification, rows, sft, write_jsonl
+from safetensors.torch import load_file
+from test_train import files, make
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from typer.testing import CliRunner
+
+from lily.cli import app
+from lily.errors import LilyError
+from lily.recipes import evaluate, train
+from lily.recipes.deploy import describe
+
+pytestmark = pytest.mark.filterwarnings("ignore:routing=.* on a causal model")
+
+TEXTS = [" ".join(("the film was", WORDS[i], WORDS[-i])) for i in range(8)]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, encoder, chat_model):
+    """Runs by name: a classifier and a chat model, dynamic; and a classifier that settled."""
+    out = {}
+    for name, kind, model, changes in (
+        ("classifier", classification, encoder, []),
+        ("chat", sft, chat_model, ["train.epochs=3"]),
+        ("settled", classification, encoder, ["lily.settle={start: 0.4, end: 0.6}"]),
+    ):
+        folder = tmp_path_factory.mktemp(name)
+        out[name] = folder / "run"
+        train.train(make(kind, folder, model, changes), quiet=True)
+    return out
+
+
+def invoke(*arguments):
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.stdout
+
+
+def outputs(model, source):
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    batch.pop("token_type_ids", None)
+    with torch.no_grad():
+        return model.eval()(**batch).logits
+
+
+def classifier(encoder):
+    return AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=2)
+
+
+def test_a_collapsed_adapter_goes_everywhere_a_lora_goes(trained, tmp_path, encoder):
+    said = invoke("collapse", trained["classifier"], "--out", tmp_path / "static")
+    assert "sequence routing collapsed over" in said
+    assert "accuracy: " in said
+    report = json.loads((tmp_path / "static" / "collapse.json").read_text())
+    assert {"recipe.yaml", "labels.json", "README.md", "adapter_model.safetensors"} <= set(files(tmp_path / "static"))
+    used = evaluate.Adapter(str(tmp_path / "static"))
+    assert used.evaluate()["accuracy"] == pytest.approx(report["metrics"]["after"]["accuracy"])
+    expected = outputs(used.model, encoder)
+
+    said = invoke("export", tmp_path / "static", "--to", "lora", "--out", tmp_path / "lora")
+    assert "LoRA of rank 4 on" in said
+    size = sum(t.nbytes for t in load_file(tmp_path / "lora" / "adapter_model.safetensors").values())
+    assert f"{size / 1e6:.2f} MB" in said
+    lora = PeftModel.from_pretrained(classifier(encoder), tmp_path / "lora")
+    assert torch.allclose(outputs(lora, encoder), expected, atol=1e-5)
+
+    invoke("export", tmp_path / "static", "--to", "merged", "--out", tmp_path / "merged")
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(files(tmp_path / "merged"))
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert torch.allclose(outputs(merged, tmp_path / "merged"), expected, atol=1e-5)
+    assert merged.config.id2label == {0: "0", 1: "1"}
+
+    invoke("export", tmp_path / "static", "--to", "stock", "--out", tmp_path / "stock")
+    stock = PeftModel.from_pretrained(classifier(encoder), tmp_path / "stock")
+    assert torch.allclose(outputs(stock, encoder), expected, atol=1e-5)
+
+    for folder, kind in (("lora", "LORA adapter"), ("merged", "model"), ("static", "LILY adapter")):
+        facts = describe(str(tmp_path / folder))
+        assert facts["kind"] == kind
+        kept = facts.get("collapse") or facts["provenance"]["collapse"]
+        assert kept["drift"] == report["drift"]
+        assert f"routing collapsed over {report['tokens']:,} tokens" in invoke("inspect", tmp_path / folder)
+
+
+def test_the_reported_drift_is_what_an_independent_evaluation_measures(trained, tmp_path, encoder):
+    invoke("collapse", trained["classifier"], "--out", tmp_path / "static", "--rows", "1000")
+    invoke("export", tmp_path / "static", "--to", "lora", "--out", tmp_path / "lora")
+    report = json.loads((tmp_path / "static" / "collapse.json").read_text())
+    dynamic = evaluate.Adapter(str(trained["classifier"]))
+    held_out = dynamic.splits.held_out
+    lora = PeftModel.from_pretrained(classifier(encoder), tmp_path / "lora").eval()
+    old, new = (
+        evaluate.head_outputs(m, held_out, dynamic.recipe, dynamic.tokenizer).astype(np.float64)
+        for m in (dynamic.model, lora)
+    )
+    p, q = (torch.from_numpy(x).log_softmax(-1) for x in (old, new))
+    assert report["drift"]["kl"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), abs=1e-4)
+    assert report["drift"]["relative_error"] == pytest.approx(np.linalg.norm(old - new) / np.linalg.norm(old), abs=1e-4)
+    assert report["drift"]["positions"] == len(held_out)
+
+
+def test_a_settled_adapter_needs_no_collapse(trained, tmp_path, encoder):
+    run = trained["settled"]
+    result = json.loads((run / "metrics.json").read_text())
+    assert result["adapter"]["routing"] == "static, settled"
+    finals = [h["final"] for h in result["history"]]
+    assert finals == [0, 0, 0, 1, 1, 1]
+    best = max(h["accuracy"] for h in result["history"] if h["final"])
+    assert result["best"]["value"] == best
+    assert json.loads((run / "best" / "adapter_config.json").read_text())["routing"] == "static"
+    assert not any("lily_router" in name for name in load_file(run / "best" / "adapter_model.safetensors"))
+    expected = outputs(evaluate.Adapter(str(run)).model, encoder)
+    invoke("export", run, "--to", "lora", "--out", tmp_path / "lora")
+    lora = PeftModel.from_pretrained(classifier(encoder), tmp_path / "lora")
+    assert torch.allclose(outputs(lora, encoder), expected, atol=1e-5)
+    with pytest.raises(LilyError, match="is static already"):
+        invoke("collapse", run, "--out", tmp_path / "static")
+    assert files(tmp_path) == ["lora"]
+
+
+def test_a_settling_run_resumes(tmp_path, encoder):
+    changes = ["lily.settle={start: 0.4, end: 0.6}", "train.max_steps=12", "train.evaluate_every=5"]
+    recipe = make(classification, tmp_path, encoder, changes)
+    train.train(recipe, quiet=True)
+    whole = load_file(tmp_path / "run" / "last" / "adapter_model.safetensors")
+    for name in ("best", "last"):
+        shutil.rmtree(tmp_path / "run" / name)
+    train.train(recipe, resume=True, quiet=True)
+    again = load_file(tmp_path / "run" / "last" / "adapter_model.safetensors")
+    assert whole.keys() == again.keys()
+    assert all(torch.allclose(whole[k], again[k], atol=1e-5) for k in whole)
+
+
+def test_a_chat_adapter_is_refitted_exported_for_vllm_and_merged(trained, tmp_path, chat_model):
+    said = invoke("collapse", trained["chat"], "--out", tmp_path / "static", "--refit-steps", "5")
+    assert "re-fit" in said
+    report = json.loads((tmp_path / "static" / "collapse.json").read_text())
+    assert report["routing"] == "token"
+    assert report["drift_before_refit"] is not None
+    invoke("export", tmp_path / "static", "--to", "lora", "--for", "vllm", "--out", tmp_path / "lora")
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (8, 8, {})
+    assert set(config["target_modules"]) == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
+    }  # fmt: skip
+    expected = outputs(evaluate.Adapter(str(tmp_path / "static")).model, chat_model)
+    lora = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(chat_model), tmp_path / "lora")
+    assert torch.allclose(outputs(lora, chat_model), expected, atol=1e-5)
+    invoke("export", tmp_path / "static", "--to", "merged", "--out", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.allclose(outputs(merged, tmp_path / "merged"), expected, atol=1e-5)
+    assert "generation_config.json" in files(tmp_path / "merged")
+
+
+def test_calibration_data_of_ones_own(trained, tmp_path):
+    table = write_jsonl(tmp_path / "mine.jsonl", rows(20))
+    said = invoke("collapse", trained["classifier"], "--out", tmp_path / "static", "--data", table, "--held-out", table,
+                  "--json")  # fmt: skip
+    assert json.loads(said)["drift"]["positions"] == 20
+
+
+def test_an_adapter_without_a_recipe_is_exported_with_its_base_named(trained, tmp_path, encoder):
+    invoke("collapse", trained["classifier"], "--out", tmp_path / "static")
+    for name in ("recipe.yaml", "labels.json"):
+        (tmp_path / "static" / name).unlink()
+    invoke("export", tmp_path / "static", "--to", "lora", "--out", tmp_path / "lora", "--base", encoder)
+    lora = PeftModel.from_pretrained(classifier(encoder), tmp_path / "lora")
+    assert lora.peft_config["default"].r == 4
+
+
+def test_a_smaller_rank_prints_what_each_layer_keeps(trained, tmp_path):
+    run = trained["settled"]
+    with pytest.raises(LilyError, match=r"rank 1 keeps too little of .* give a larger rank, or force"):
+        invoke("export", run, "--to", "lora", "--rank", 1, "--out", tmp_path / "lora")
+    assert not list(tmp_path.iterdir())
+    assert "energy kept" in invoke("export", run, "--to", "lora", "--rank", 1, "--force", "--out", tmp_path / "lora")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["export", "{dynamic}", "--to", "lora"], "depends on the data; turn it into a static one first"),
+        (["export", "{dynamic}", "--to", "merged"], "depends on the data; turn it into a static one first"),
+        (["export", "{static}", "--to", "onnx"], "--to onnx: choose one of lora, merged, stock"),
+        (["export", "{static}", "--to", "merged", "--rank", "2"], "--rank and --for go with --to lora"),
+        (["export", "{static}", "--to", "lora", "--for", "tgi"], "no export target 'tgi'"),
+        (["export", "{static}", "--to", "lora", "--for", "vllm"], "vllm reads no modules saved whole"),
+        (["export", "{static}", "--to", "lora", "--base", "{other}"], "has shape .* expected .* base model"),
+        (["export", "{empty}", "--to", "lora"], "holds no adapter"),
+        (["collapse", "{dynamic}", "--data", "{empty}/none.jsonl"], "none.jsonl"),
+        (["collapse", "{dynamic}", "--data", "{none}"], "none.jsonl"),
+        (["collapse", "{lora}"], "is a lora adapter; only Lily adapters are collapsed"),
+    ],
+)
+def test_bad_input_ends_in_one_message_and_nothing_is_written(
+    trained, tmp_path, tmp_path_factory, encoder, arguments, message
+):
+    other = tmp_path_factory.mktemp("other")
+    (other / "none.jsonl").write_text("")
+    if "{other}" in arguments:
+        from transformers import BertConfig, BertModel
+
+        BertModel(
+            BertConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=30)
+        ).save_pretrained(other)
+    if "{lora}" in arguments:
+        folder = tmp_path_factory.mktemp("lora")
+        train.train(make(classification, folder, encoder, ["method=lora", "train.epochs=1"]), quiet=True)
+        other = folder / "run"
+    names = {"dynamic": trained["classifier"], "static": trained["settled"], "other": other, "lora": other,
+             "empty": tmp_path, "none": other / "none.jsonl"}  # fmt: skip
+    with pytest.raises(LilyError, match=message):
+        invoke(*(a.format(**names) for a in arguments), "--out", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", [["collapse", "classifier"], ["export", "settled", "--to", "lora"]])
+def test_an_existing_folder_stays(trained, tmp_path, command):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("x")
+    with pytest.raises(LilyError, match="exists"):
+        invoke(command[0], trained[command[1]], *command[2:], "--out", tmp_path / "out")
+    assert files(tmp_path / "out") == ["precious"]
+    assert files(tmp_path) == ["out"]
+
+
+def test_inspect_refuses_what_is_neither(tmp_path):
+    with pytest.raises(LilyError, match="holds neither an adapter"):
+        invoke("inspect", tmp_path)
+    with pytest.raises(LilyError, match="holds neither an adapter"):
+        invoke("inspect", tmp_path / "nowhere")
+
+
+def test_inspect_says_what_a_dynamic_adapter_is(trained):
+    said = invoke("inspect", trained["classifier"])
+    assert "routing: sequence" in said
+    assert "depends on the data" in said
+    facts = json.loads(invoke("inspect", trained["classifier"], "--json"))
+    assert facts["static"] is False
+    assert facts["tensors"]["lily_A"]["count"] > 0
