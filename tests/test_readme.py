@@ -21,8 +21,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def blocks(language: str) -> list[str]:
-    return [b for page in PAGES for b in re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)]
+def blocks(language: str, pages: list[Path] = PAGES) -> list[str]:
+    return [b for page in pages for b in re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)]
 
 
 def commands() -> list[list[str]]:
@@ -41,13 +41,32 @@ def test_the_readme_starts_with_the_two_commands():
 def test_the_python_example_runs(tmp_path, monkeypatch):
     import transformers
 
-    (code,) = blocks("python")
+    (code,) = blocks("python", [ROOT / "README.md"])
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda name: build("llama"))
     monkeypatch.chdir(tmp_path)
     scope: dict[str, object] = {}
     exec(compile(code, "README.md", "exec"), scope)
     assert (tmp_path / "my-adapter" / "adapter_model.safetensors").is_file()
     assert isinstance(scope["config"], lily.LilyConfig)
+
+
+@pytest.mark.filterwarnings("ignore:routing=.* on a causal model")
+def test_the_examples_of_deploying_run(tmp_path, monkeypatch):
+    from test_settle import ROWS, adapted, arguments, fresh, inputs
+
+    monkeypatch.chdir(tmp_path)
+    settle, *others = blocks("python", [ROOT / "docs" / "deploy.md"])
+    exec(compile(settle, "settle", "exec"), {"lily": lily, "model": fresh(), "args": arguments(tmp_path), "rows": ROWS})
+    batches = [inputs("llama")]
+    scope = {
+        "lily": lily,
+        "peft_model": adapted("llama", routing="token"),
+        "calibration_batches": batches,
+        "held_out_batches": batches,
+    }
+    for code in others:
+        exec(compile(code, "deploy.md", "exec"), scope)
+    assert (tmp_path / "merged-folder" / "model.safetensors").is_file()
 
 
 def test_the_recipe_in_the_docs_is_valid(tmp_path):
