@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# Recipes that ship, cut to what two cores do in minutes. Learning rates were chosen for both methods alike, with seed 0:
+# Recipes that ship, cut to what two cores do in minutes. Rates were chosen for both methods alike, with seed 0:
 # of 2.5e-4, 5e-4 and 1e-3 on 5,000 rows of CoLA (Lily 1e-3, LoRA 5e-4), of 5e-4 and 1e-3 on RTE (5e-4 for both).
 TASKS = {
     "cola": ["train.epochs=5", "lora.learning_rate=5e-4"],

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Callable
+from typing import Any
 
 import torch
+import torch.multiprocessing as mp
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -159,3 +163,27 @@ def randomise(model: nn.Module, scale: float = 0.2, seed: int = 2) -> nn.Module:
                 gain = 2.0 if "router" in name or "logits" in name else scale
                 p.copy_(torch.randn(p.shape, generator=generator).to(p) * gain)
     return model
+
+
+def two_processes(work: Callable[[int], Any]) -> list[Any]:
+    """What `work(rank)`, a function of a test module, returns in each of two distributed processes."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    context = mp.get_context("spawn")
+    queue = context.Queue()
+    workers = [context.Process(target=_worker, args=(work, rank, port, queue)) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    found = dict(queue.get(timeout=240) for _ in workers)
+    for worker in workers:
+        worker.join()
+    return [found[rank] for rank in range(2)]
+
+
+def _worker(work: Callable[[int], Any], rank: int, port: int, queue: Any) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    queue.put((rank, work(rank)))
+    torch.distributed.destroy_process_group()

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import copy
-import os
-import socket
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from helpers import build, inputs, predict, randomise
+from helpers import build, inputs, predict, randomise, two_processes
 from peft import PeftModel, get_peft_model
 from test_merge import layers
 from test_model import adapted, config_for
@@ -198,32 +195,17 @@ def test_an_adapter_that_is_switched_off_sees_nothing():
         lily.collapse(model, [inputs("llama")])
 
 
-def _worker(rank, port, queue):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    model = adapted("llama", routing="token")
+def collapse_a_half(rank):
     own = [padded(seed, tokens=8 + seed) for seed in (1, 2, 3, 4)][rank::2]
-    report = lily.collapse(model, own)
-    queue.put((rank, report.to_dict()))
-    torch.distributed.destroy_process_group()
+    return lily.collapse(adapted("llama", routing="token"), own).to_dict()
 
 
 def test_two_processes_find_what_one_does():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    context = mp.get_context("spawn")
-    queue = context.Queue()
-    workers = [context.Process(target=_worker, args=(rank, port, queue)) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    found = dict(queue.get(timeout=120) for _ in workers)
-    for worker in workers:
-        worker.join()
+    found = two_processes(collapse_a_half)
     alone = lily.collapse(
         adapted("llama", routing="token"), [padded(seed, tokens=8 + seed) for seed in (1, 2, 3, 4)]
     ).to_dict()
-    for report in found.values():
+    for report in found:
         assert report["tokens"] == alone["tokens"]
         assert report["drift"] == pytest.approx(alone["drift"])
         for a, b in zip(report["layers"], alone["layers"], strict=True):

@@ -15,23 +15,25 @@ from rich.console import Console
 from torch import nn
 from typer.testing import CliRunner
 
-from lily.commands import plan as command
+from lily.commands import plan_report
 from lily.commands.plan import (
-    PlanReport,
-    RecipeReport,
-    Wish,
     as_bytes,
     as_count,
-    compress,
-    depth_numbers,
-    model_from,
     names_or_regex,
     plan_command,
-    plan_for,
     preview_text,
     render_plan,
     render_recipe,
     shorten,
+)
+from lily.commands.plan_report import (
+    PlanReport,
+    RecipeReport,
+    Wish,
+    compress,
+    depth_numbers,
+    model_from,
+    plan_for,
     wish_of,
 )
 from lily.errors import LilyError
@@ -46,7 +48,7 @@ app.command()(plan_command)
 
 @pytest.fixture(autouse=True)
 def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "_shipped", lambda: ["quickstart", "commonsense"])
+    monkeypatch.setattr(plan_report, "_shipped", lambda: ["quickstart", "commonsense"])
     monkeypatch.setenv("COLUMNS", "160")
 
 

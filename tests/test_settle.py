@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import warnings
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from helpers import build, inputs, predict, randomise
+from helpers import build, inputs, predict, randomise, two_processes
 from peft import PeftModel, get_peft_model
 from test_merge import base_bits, layers, same_bits
 from test_model import adapted, config_for
@@ -277,10 +274,7 @@ def test_an_optimiser_made_too_early_is_refused(tmp_path):
         trainer.train()
 
 
-def _worker(rank, port, queue):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+def settle_on_own_rows(rank):
     model = fresh(settled=0.0)
     settling = lily.Settling(model, total_steps=20, start=0.4, end=0.7)
     parallel = torch.nn.parallel.DistributedDataParallel(model)
@@ -294,20 +288,9 @@ def _worker(rank, port, queue):
         optimiser.zero_grad()
         vectors.append(torch.stack([v.detach().clone() for v in settling.logits]))
     settling.finish()
-    queue.put((rank, torch.stack(vectors).tolist(), predict(model.eval(), inputs("llama")).tolist()))
-    torch.distributed.destroy_process_group()
+    return torch.stack(vectors).tolist(), predict(model.eval(), inputs("llama")).tolist()
 
 
 def test_two_processes_settle_on_the_same_weights():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    context = mp.get_context("spawn")
-    queue = context.Queue()
-    workers = [context.Process(target=_worker, args=(rank, port, queue)) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    found = {rank: (vectors, out) for rank, vectors, out in (queue.get(timeout=180) for _ in workers)}
-    for worker in workers:
-        worker.join()
-    assert found[0] == found[1]
+    first, second = two_processes(settle_on_own_rows)
+    assert first == second

@@ -1,0 +1,417 @@
+"""What `lily plan` reports: a plan and its costs as plain values, made without reading a weight."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lily.budget import Choice, Estimate, choose, equal_lora_rank, estimate, lora_parameters, parse_count
+from lily.config import LilyConfig
+from lily.errors import LilyError
+from lily.plan import Group, ModuleSpec, SharingPlan, build_plan, is_causal, router_size, select_modules
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lily.recipes.schema import Recipe, Source
+
+TASKS = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
+RECIPE_ENDINGS = (".yaml", ".yml")
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the user asks of a plan; None leaves the choice to `lily.budget.choose`."""
+
+    targets: list[str] | str = "all-linear"
+    exclude: list[str] | str | None = None
+    r: int | None = None
+    num_A: int | None = None
+    stride_A: int | None = None
+    num_B: int | None = None
+    parameters: int | None = None
+    match_lora: int | None = None
+    routing: str | None = None
+    task: str | None = None
+    batch: int = 8
+    tokens: int = 512
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """One row of the sharing table. `blocks` are the module names that share an A, `sharing` their layer numbers."""
+
+    name: str
+    in_features: int
+    out_features: int
+    layers: int
+    sharing: tuple[str, ...]
+    r: int
+    num_B: int
+    parameters: int
+    blocks: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class LoraReport:
+    """What LoRA would get on the same layers: the rank to be matched, else the largest with no more parameters."""
+
+    r: int
+    parameters: int
+    share_of_compute: float
+    checkpoint_bytes: int
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """What `lily plan` says: a value with numbers only, rendered by `render_plan` or as JSON by `to_dict`.
+
+    Attributes:
+        model: as the user named it.
+        dtype: of the frozen weights.
+        model_parameters: of the frozen model.
+        routing: the adapter's routing.
+        options: `LilyConfig` arguments that give this plan (r, num_A or stride_A, num_B).
+        groups: the sharing.
+        parameters: trainable parameters, by part (A, B, router) and in total.
+        share_of_model: trainable over frozen parameters.
+        batch: samples of a step, for the estimates.
+        tokens: tokens of a sample, for the estimates.
+        costs: multiply-adds, file size, training memory.
+        lora: LoRA with the same budget.
+        rank_advantage: Lily's rank over LoRA's.
+        reason: why this shape.
+    """
+
+    model: str
+    dtype: str
+    model_parameters: int
+    routing: str
+    options: dict[str, int]
+    groups: tuple[GroupReport, ...]
+    parameters: dict[str, int]
+    share_of_model: float
+    batch: int
+    tokens: int
+    costs: Estimate
+    lora: LoraReport
+    rank_advantage: float
+    reason: tuple[str, ...]
+
+    @property
+    def layers(self) -> int:
+        """How many layers are adapted."""
+        return sum(group.layers for group in self.groups)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class RecipeReport:
+    """The dry run of a recipe: the recipe as resolved, its plan, and its first example.
+
+    Attributes:
+        name: of the recipe.
+        method: the recipe's; the plan is Lily's in any case.
+        recipe: the resolved recipe as YAML.
+        plan: for the recipe's model.
+        preview: (text, trained) of the first training example: the loss counts where trained is True.
+    """
+
+    name: str
+    method: str
+    recipe: str
+    plan: PlanReport
+    preview: tuple[tuple[str, bool], ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain JSON values."""
+        import yaml
+
+        return {
+            "name": self.name,
+            "recipe": yaml.safe_load(self.recipe),
+            "plan": self.plan.to_dict(),
+            "preview": [{"text": text, "trained": trained} for text, trained in self.preview],
+        }
+
+
+# --- from a model to a report ---------------------------------------------------------------------------------------
+
+
+def plan_for(model: nn.Module, wish: Wish, *, name: str, dtype: str = "float32") -> PlanReport:
+    """The report for a model, which may be on the meta device.
+
+    Args:
+        model: the base model.
+        wish: what the user asks.
+        name: how to call the model in the report.
+        dtype: of the frozen weights, for the memory estimate.
+
+    Raises:
+        LilyError: if the targets match nothing, the budget is too small, or a value cannot work.
+    """
+    asked = LilyConfig(
+        target_modules=wish.targets, exclude_modules=wish.exclude, routing=wish.routing, task_type=wish.task
+    )
+    routing = "token" if asked.routing_is_default and is_causal(model) else str(asked.routing)
+    modules = select_modules(model, asked)  # replaces all-linear by the names it stands for
+    choice = choose(
+        modules,
+        parameters=wish.parameters,
+        match_lora=wish.match_lora,
+        r=wish.r,
+        num_A=wish.num_A,
+        stride_A=wish.stride_A,
+        num_B=wish.num_B,
+        routing=routing,
+        targets=asked.target_modules,
+    )
+    plan = build_plan(modules, LilyConfig(target_modules=asked.target_modules, routing=routing, **choice.options))
+    return _report(model, modules, plan, choice, wish, name=name, dtype=dtype)
+
+
+def _report(
+    model: nn.Module,
+    modules: Sequence[ModuleSpec],
+    plan: SharingPlan,
+    choice: Choice,
+    wish: Wish,
+    *,
+    name: str,
+    dtype: str,
+) -> PlanReport:
+    size = sum(p.numel() for p in model.parameters())
+    costs = estimate(
+        plan,
+        modules,
+        batch=wish.batch,
+        tokens=wish.tokens,
+        base_parameters=size,
+        linear=list(_linear_layers(model)),
+        weight_bytes=WEIGHT_BYTES.get(dtype, 4),
+    )
+    total = plan.parameters
+    # Lily fills a budget up to the grain of its rank; LoRA of the rank to be matched must not lose it to that grain.
+    lora = _lora(modules, total.total if wish.match_lora is None else lora_parameters(modules, wish.match_lora))
+    return PlanReport(
+        model=name,
+        dtype=dtype,
+        model_parameters=size,
+        routing=plan.routing,
+        options=choice.options,
+        groups=tuple(_group(g, plan.routing) for g in plan.groups),
+        parameters={"A": total.A, "B": total.B, "router": total.router, "total": total.total},
+        share_of_model=total.total / size,
+        batch=wish.batch,
+        tokens=wish.tokens,
+        costs=costs,
+        lora=lora,
+        rank_advantage=choice.r / lora.r,
+        reason=choice.reason,
+    )
+
+
+def _group(group: Group, routing: str) -> GroupReport:
+    numbers = iter(depth_numbers(group.members))
+    sharing = tuple(compress([next(numbers) for _ in block]) for block in group.blocks)
+    shared = len(group.blocks) * group.r * group.in_features + group.num_B * group.r * group.out_features
+    layers = len(group.members)
+    routers = layers * router_size(routing, group.r, group.num_B)
+    return GroupReport(
+        group.name,
+        group.in_features,
+        group.out_features,
+        layers,
+        sharing,
+        group.r,
+        group.num_B,
+        shared + routers,
+        group.blocks,
+    )
+
+
+def _lora(modules: Sequence[ModuleSpec], budget: int) -> LoraReport:
+    r = equal_lora_rank(modules, budget)
+    size = lora_parameters(modules, r)
+    return LoraReport(r, size, size / sum(m.in_features * m.out_features for m in modules), 4 * size)
+
+
+def _linear_layers(model: nn.Module) -> Iterator[ModuleSpec]:
+    """Every nn.Linear and Conv1D (GPT-2's, which keeps its sizes as nx and nf) of the model, adapted or not."""
+    for name, module in model.named_modules():
+        if isinstance(out := getattr(module, "out_features", getattr(module, "nf", None)), int):
+            yield ModuleSpec(name, int(getattr(module, "in_features", getattr(module, "nx", 0))), out)
+
+
+def compress(numbers: Sequence[int]) -> str:
+    """Layer numbers in runs: `[0, 1, 2, 5]` as `0-2,5`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def depth_numbers(names: Sequence[str]) -> list[int]:
+    """The layer number in each name (`model.layers.7.mlp.up_proj` is 7), or positions where that names no one layer."""
+    found = [re.search(r"(?:^|\.)(\d+)(?:\.|$)", name) for name in names]
+    numbers = [int(match[1]) for match in found if match]
+    return numbers if len(set(numbers)) == len(names) else list(range(len(names)))
+
+
+# --- from a name to a model on the meta device ----------------------------------------------------------------------
+
+
+def model_from(target: str, task: str | None = None) -> tuple[nn.Module, str]:
+    """A model without weights, and the data type of its weights, from a folder, a config.json or a hub id.
+
+    Args:
+        target: only a hub id uses the network, and of that only config.json is read.
+        task: a key of `TASKS`; default: the architecture that the configuration names.
+
+    Raises:
+        LilyError: if there is no such model, or transformers is missing or does not know it.
+    """
+    if task is not None and task not in TASKS:
+        raise LilyError(f"task {task!r} is not known; choose one of {', '.join(TASKS)}")
+    config = _read_config(target)
+    return _without_weights(config, target, task), dtype_of(config)
+
+
+def dtype_of(config: Any) -> str:
+    """The data type that a model configuration states, float32 if it states none."""
+    return str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+
+
+def _read_config(target: str) -> Any:
+    path = Path(target).expanduser()
+    if (path / "adapter_config.json").is_file():
+        raise LilyError(f"{target} is an adapter, not a model; `lily inspect {target}` shows it")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise LilyError(f"{target} has no config.json; name a model folder as save_pretrained writes it")
+    if not path.exists() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", target):
+        raise LilyError(f"{target} does not exist; name a recipe, a model folder, a config.json or a hub id")
+    try:
+        from transformers import AutoConfig
+    except ImportError:
+        raise LilyError("lily plan needs transformers; pip install 'lily-peft[demo]'") from None
+    try:
+        return AutoConfig.from_pretrained(str(path) if path.exists() else target)
+    except (OSError, ValueError, KeyError) as error:
+        why = str(error).strip().splitlines()[0]
+        if path.exists():
+            raise LilyError(f"cannot read the model configuration of {target}: {why}") from None
+        raise LilyError(_nowhere(target, why)) from None
+
+
+def _nowhere(target: str, why: str) -> str:
+    names = _shipped()
+    near = difflib.get_close_matches(target, names, n=1)
+    hint = f"did you mean the recipe {near[0]}? " if near else ""
+    return (
+        f"{target} is no shipped recipe, file or folder, and cannot be read from the Hugging Face Hub ({why}); {hint}"
+        "give a recipe, a model folder or a config.json, or go online for a hub id"
+    )
+
+
+def _without_weights(config: Any, target: str, task: str | None) -> nn.Module:
+    import torch
+    import transformers
+
+    architecture = next(iter(getattr(config, "architectures", None) or ()), "")
+    named = getattr(transformers, architecture, None) if architecture and task is None else None
+    try:
+        with torch.device("meta"):
+            if named is not None:
+                model: nn.Module = named(config)
+            else:
+                model = getattr(transformers, TASKS[task or "FEATURE_EXTRACTION"]).from_config(config)
+    except Exception as error:  # a model's constructor may raise anything; none of it is ours to fix
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise LilyError(f"cannot build {target} as {task or architecture or 'AutoModel'}: {why}") from error
+    return model
+
+
+# --- the dry run of a recipe ----------------------------------------------------------------------------------------
+
+
+def is_recipe(target: str) -> bool:
+    """Whether `target` names a recipe: a YAML file by its ending, or one that ships."""
+    return target.lower().endswith(RECIPE_ENDINGS) or (not Path(target).expanduser().exists() and target in _shipped())
+
+
+def _shipped() -> list[str]:
+    from lily.recipes import loader
+
+    return list(loader.shipped())
+
+
+def recipe_report(
+    target: str, overrides: Sequence[str], *, batch: int | None = None, tokens: int | None = None
+) -> RecipeReport:
+    """The dry run of a recipe: reads its data and tokenizer, and its model's configuration, but trains nothing.
+
+    Args:
+        target: path of a YAML file, or name of a recipe that ships.
+        overrides: `key=value` each.
+        batch: for the estimates; default: the recipe's.
+        tokens: for the estimates; default: the recipe's.
+
+    Raises:
+        LilyError: for whatever is wrong with the recipe, its data or its model.
+    """
+    from lily.recipes import data, loader, models, tasks
+
+    recipe = loader.load_recipe(target, list(overrides))
+    rows = data.load_splits(recipe)
+    model = models.meta_model(recipe.model, recipe.task, tasks.num_labels(recipe, rows))
+    wish = wish_of(recipe, batch=batch, tokens=tokens)
+    dtype = dtype_of(model.config) if recipe.model.dtype == "auto" else recipe.model.dtype
+    plan = plan_for(model, wish, name=_said(recipe.model), dtype=dtype)
+    preview = tasks.preview(recipe, models.load_tokenizer(recipe.model), rows.train[0])
+    return RecipeReport(recipe.name, recipe.method, loader.dump_recipe(recipe), plan, tuple(preview.segments))
+
+
+def _said(source: Source) -> str:
+    """A source as the recipe says it, short enough for a title."""
+    if source.package is not None:
+        return f"{source.package.member} of {source.package.name} {source.package.version}"
+    return source.hub or source.path or ""
+
+
+def wish_of(recipe: Recipe, *, batch: int | None = None, tokens: int | None = None) -> Wish:
+    """What a recipe asks of a plan."""
+    lily = recipe.lily
+    return Wish(
+        targets=recipe.targets,
+        exclude=recipe.exclude,
+        r=lily.r,
+        num_A=lily.num_A,
+        stride_A=lily.stride_A,
+        num_B=lily.num_B,
+        parameters=None if lily.params is None else parse_count(lily.params),
+        routing=lily.routing,
+        task="CAUSAL_LM" if recipe.task == "sft" else "SEQ_CLS",
+        batch=batch or recipe.train.batch_size,
+        tokens=tokens or recipe.data.max_length,
+    )
+
+
+# --- rendering ------------------------------------------------------------------------------------------------------
