@@ -123,6 +123,35 @@ def test_disabling_takes_a_merged_adapter_out():
         assert torch.equal(predict(model, inputs("bert")), predict(build("bert"), inputs("bert")))
 
 
+def test_unloading_takes_a_merged_adapter_out():
+    model = adapted("bert", routing="static")
+    model.merge_adapter()
+    assert torch.equal(predict(model.unload(), inputs("bert")), predict(build("bert"), inputs("bert")))
+
+
+def test_merging_and_unloading_a_merged_adapter_merges_it_once():
+    model = adapted("bert", routing="static")
+    expected = predict(model, inputs("bert"))
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="already merged"):
+        merged = model.merge_and_unload()
+    assert torch.allclose(predict(merged, inputs("bert")), expected, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`")
+def test_a_tied_weight_is_refused():
+    base = build("llama")
+    base.config.tie_word_embeddings = True
+    base.lm_head.weight = base.model.embed_tokens.weight
+    model = get_peft_model(base, config_for("llama", routing="static", target_modules=["lm_head", "q_proj"]))
+    randomise(model)
+    before = base_bits(model)
+    for act in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(LilyError, match=r"embed_tokens.weight and lm_head.* are one tensor.*untie them first"):
+            act()
+    assert same_bits(model, before)
+
+
 def test_merging_under_autocast_is_computed_in_full_precision():
     model = adapted("llama", routing="static")
     expected = predict(model, inputs("llama"))

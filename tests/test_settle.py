@@ -274,6 +274,19 @@ def test_an_optimiser_made_too_early_is_refused(tmp_path):
         trainer.train()
 
 
+def test_a_best_checkpoint_from_before_is_not_brought_back(tmp_path):
+    options = {"load_best_model_at_end": True, "save_strategy": "steps", "eval_strategy": "steps", "save_steps": 5}
+    trainer = Trainer(
+        model=fresh(),
+        args=arguments(tmp_path, eval_steps=5, **options),
+        train_dataset=ROWS,
+        eval_dataset=ROWS,
+        callbacks=[lily.SettleCallback()],
+    )
+    with pytest.raises(LilyError, match="load_best_model_at_end=True could bring back"):
+        trainer.train()
+
+
 def settle_on_own_rows(rank):
     model = fresh(settled=0.0)
     settling = lily.Settling(model, total_steps=20, start=0.4, end=0.7)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lily import checkpoint
 from lily.bank import BANK, LilyBank, Placement, Settled, bank_of
 from lily.config import CAUSAL_TASKS, LilyConfig
+from lily.errors import LilyError
 from lily.layer import LilyLayer, Linear
 from lily.plan import (
     SharingPlan,
@@ -120,11 +121,21 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         _report_rounding(self.model)
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        names: dict[int, list[str]] = {}
+        for name, p in self.model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(p), []).append(name)
         for layer in self.model.modules():
-            if isinstance(layer, LilyLayer):
-                for name in layer.active_adapters if adapter_names is None else adapter_names:
-                    if name in layer.slots and name not in layer.merged_adapters:
-                        layer.check_merge(name, safe_merge)
+            if not isinstance(layer, LilyLayer):
+                continue
+            for adapter in layer.active_adapters if adapter_names is None else adapter_names:
+                if adapter in layer.slots and adapter not in layer.merged_adapters:
+                    layer.check_merge(adapter, safe_merge)
+                    tied = names.get(id(layer.get_base_layer().weight), [])
+                    if len(tied) > 1:
+                        raise LilyError(
+                            f"{' and '.join(tied)} are one tensor, so merging into one would change the other; untie "
+                            "them first (load the base with tie_word_embeddings=False and copy the weight)"
+                        )
 
     def _unload_and_optionally_merge(
         self,
@@ -133,9 +144,12 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
+        layers = [m for m in self.model.modules() if isinstance(m, LilyLayer)]
         if merge:
             self._check_merge(adapter_names, safe_merge)
-        layers = [m for m in self.model.modules() if isinstance(m, LilyLayer)]
+        else:
+            for layer in layers:
+                layer.unmerge()
         model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if merge:
             _report_rounding(nn.ModuleList(layers))

@@ -194,7 +194,17 @@ class SettleCallback(TrainerCallback):  # type: ignore[misc]
         optimizer: Any = None,
         **_: Any,
     ) -> None:
-        """Refuse an optimiser that would not train the static vectors."""
+        """Refuse what would undo settling.
+
+        Raises:
+            LilyError: if the optimiser does not hold the static vectors, or a checkpoint from before they were used
+                could be loaded at the end.
+        """
+        if args.load_best_model_at_end:
+            raise LilyError(
+                "load_best_model_at_end=True could bring back a checkpoint from before the routing settled; set it to "
+                "False and choose among the checkpoints after `end`"
+            )
         if self.settling is None:
             self.settling = Settling(model, 0, self.start, self.end, self.adapter)
         self.settling.total_steps = state.max_steps
