@@ -88,6 +88,7 @@ class LoraExport:
         config: PEFT's configuration of it.
         other: biases and modules saved whole, by their names in the file.
         provenance: where it came from.
+        component: the part of a diffusers pipeline that it is for, such as `unet`; None for any other model.
     """
 
     layers: dict[str, Layer]
@@ -95,6 +96,7 @@ class LoraExport:
     config: LoraConfig
     other: dict[str, Tensor]
     provenance: dict[str, Any]
+    component: str | None = None
 
     @property
     def size(self) -> int:
@@ -148,7 +150,7 @@ def as_lora(
         raise LilyError(f"no export target {target!r}; choose one of {', '.join(TARGETS)}")
     if rank is not None and rank < 1:
         raise LilyError(f"rank={rank} is not valid; give a positive integer")
-    other = _other(model, found)
+    other = _other(model, found, frozen=wanted.modules_to_save)
     _check_readable(target, wanted, found, other)
     kept = dtype or next(t.dtype for t in found.bank.tensors(found.name)[0])
     factors = {name: layer.factors(found.name) for name, layer in found.layers.items()}
@@ -173,7 +175,7 @@ def as_lora(
         "scaling": found.config.scaling, "plan": str(found.plan).splitlines(), "rank": rank_to,
         "adapter_parameters": found.plan.parameters.total, **(provenance or {}),
     }  # fmt: skip
-    return LoraExport(layers, rank_to, config, other, facts)
+    return LoraExport(layers, rank_to, config, other, facts, _component(found.root))
 
 
 def _check_readable(target: str, wanted: Target, found: Adapted, other: Mapping[str, Tensor]) -> None:
@@ -185,6 +187,11 @@ def _check_readable(target: str, wanted: Target, found: Adapted, other: Mapping[
         )
     if found.config.bias != "none" and not wanted.biases:
         raise LilyError(f"{target} reads no trained biases (bias={found.config.bias!r}); export --to merged instead")
+    if other and not wanted.modules_to_save:
+        raise LilyError(
+            f"{target} reads nothing but A and B, but the adapter comes with {sorted(other)[0].removeprefix(PREFIX)} "
+            "(an embedding whose vocabulary was changed?); export --to merged instead"
+        )
 
 
 def saved_modules(config: LilyConfig) -> list[str] | None:
@@ -258,16 +265,36 @@ def _targets(found: Adapted) -> list[str]:
     return sorted(_find_minimal_target_modules(list(found.layers), others))
 
 
-def _other(model: nn.Module, found: Adapted) -> dict[str, Tensor]:
-    """What an adapter file holds besides Lily's own tensors: biases, modules saved whole."""
-    if not isinstance(model, peft.PeftModel):
-        return {}
-    state = get_peft_model_state_dict(model, adapter_name=found.name)
+def _other(model: nn.Module, found: Adapted, frozen: bool = True) -> dict[str, Tensor]:
+    """What an adapter file holds besides Lily's own tensors: biases, modules saved whole.
+
+    PEFT also saves the frozen weight of an adapted output layer; `frozen` says whether to keep that.
+    """
+    wrapped = isinstance(model, peft.PeftModel)
+    state = get_peft_model_state_dict(model if wrapped else found.root, adapter_name=found.name)
+    if not wrapped:  # a wrapper's names are what the file has
+        state = {f"{PREFIX}{k}": v for k, v in state.items()}
     own = ("lily_A", "lily_B", "lily_router", "lily_logits")
-    return {k: v.detach().cpu().contiguous() for k, v in state.items() if not any(f".{o}" in k for o in own)}
+    left_out = own if frozen else (*own, "base_layer.")
+    return {k: v.detach().cpu().contiguous() for k, v in state.items() if not any(f".{o}" in k for o in left_out)}
 
 
-def write_lora(export: LoraExport, folder: str | Path, *, overwrite: bool = False, layout: str = "peft") -> None:
+def _component(root: nn.Module) -> str | None:
+    """What diffusers' pipelines call such a model; a model from elsewhere is no part of them."""
+    kind = type(root)
+    if kind.__module__.partition(".")[0] != "diffusers":
+        return None
+    return "unet" if "UNet" in kind.__name__ else "transformer" if "Transformer" in kind.__name__ else None
+
+
+def write_lora(
+    export: LoraExport,
+    folder: str | Path,
+    *,
+    overwrite: bool = False,
+    layout: str = "peft",
+    component: str | None = None,
+) -> None:
     """Write an exported LoRA as a folder.
 
     Args:
@@ -275,22 +302,44 @@ def write_lora(export: LoraExport, folder: str | Path, *, overwrite: bool = Fals
         folder: appears when it is complete.
         overwrite: replace an existing folder.
         layout: `peft` (also for vLLM), or `diffusers`: a file that `load_lora_weights` of a pipeline reads.
+        component: diffusers: the part of the pipeline that it is for, `unet` or `transformer`; default: read off the
+            class of the adapted model.
 
     Raises:
-        LilyError: if the folder exists.
+        LilyError: if the folder exists, or the layout cannot express the export.
         OSError: if it cannot be written; nothing is left then.
     """
+    if layout not in ("peft", "diffusers"):
+        raise LilyError(f"layout={layout!r} is not known; choose peft or diffusers")
+    if component is not None and layout != "diffusers":
+        raise LilyError(f"component={component!r} goes with layout='diffusers'; leave it out")
     facts = json.dumps(export.provenance, indent=2, ensure_ascii=False)
     header = {"format": "pt", "lily": json.dumps(export.provenance, ensure_ascii=False)}
+    state = _pipeline_state(export, component) if layout == "diffusers" else export.state_dict()
     with new_folder(folder, overwrite) as new:
         if layout == "diffusers":
-            component = export.provenance.get("component", "unet")
-            state = {f"{component}.{k.removeprefix(PREFIX)}": v for k, v in export.state_dict().items()}
             save_file(state, new / "pytorch_lora_weights.safetensors", metadata=header)
         else:
             export.config.save_pretrained(str(new))
-            save_file(export.state_dict(), new / SAFETENSORS_WEIGHTS_NAME, metadata=header)
+            save_file(state, new / SAFETENSORS_WEIGHTS_NAME, metadata=header)
         write_text(new / PROVENANCE, facts)
+
+
+def _pipeline_state(export: LoraExport, component: str | None) -> dict[str, Tensor]:
+    """The entries of a diffusers file: it has no configuration, so its reader takes alpha to be the rank."""
+    component = component or export.component
+    if component is None:
+        raise LilyError(
+            "which part of a pipeline this LoRA is for cannot be read off the adapted model; "
+            "name it: write_lora(..., layout='diffusers', component='unet') or 'transformer'"
+        )
+    plain = all(layer.scale == 1 and layer.A.shape[0] == export.rank for layer in export.layers.values())
+    if export.other or not plain:
+        raise LilyError(
+            "a diffusers file holds nothing but A and B of one rank, without a scale; "
+            "make the export with as_lora(model, target='diffusers')"
+        )
+    return {f"{component}.{k.removeprefix(PREFIX)}": v for k, v in export.state_dict().items()}
 
 
 def write_merged(

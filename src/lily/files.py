@@ -58,11 +58,7 @@ def new_folder(folder: str | os.PathLike[str], overwrite: bool = False) -> Itera
         yield new
         for file in new.rglob("*"):
             if file.is_file():
-                handle = os.open(file, os.O_RDONLY)
-                try:
-                    os.fsync(handle)
-                finally:
-                    os.close(handle)
+                _sync(file)
         if path.exists():
             os.replace(path, old)
         try:
@@ -76,9 +72,38 @@ def new_folder(folder: str | os.PathLike[str], overwrite: bool = False) -> Itera
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def new_file(file: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
+    """A temporary path that becomes `file` when the block ends well; if it does not, nothing is left.
+
+    Raises:
+        LilyError: before anything is written: if `file` exists and is not to be replaced, or its folder is missing.
+    """
+    path = Path(file).expanduser().absolute()
+    if path.is_dir():
+        raise LilyError(f"{file} is a folder; name a file")
+    if path.exists() and not overwrite:
+        raise LilyError(f"{file} exists; name another file, or give overwrite")
+    if not path.parent.is_dir():
+        raise LilyError(f"{file}: there is no folder {path.parent}; make it first")
+    scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        new = scratch / path.name
+        yield new
+        _sync(new)
+        os.replace(new, path)
+        sync_folder(path.parent)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
 def sync_folder(folder: str | os.PathLike[str]) -> None:
     """Make a rename inside `folder` durable."""
-    handle = os.open(folder, os.O_RDONLY)
+    _sync(folder)
+
+
+def _sync(path: str | os.PathLike[str]) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -164,6 +164,16 @@ def test_a_chat_adapter_is_refitted_exported_for_vllm_and_merged(trained, tmp_pa
     assert "generation_config.json" in files(tmp_path / "merged")
 
 
+def test_a_chat_adapter_becomes_a_gguf_lora(trained, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    invoke("collapse", trained["chat"], "--out", tmp_path / "static")
+    invoke("export", tmp_path / "static", "--to", "gguf", "--out", tmp_path / "lora.gguf")
+    reader = gguf.GGUFReader(tmp_path / "lora.gguf")
+    assert reader.fields["general.architecture"].contents() == "llama"
+    names = {t.name for t in reader.tensors}
+    assert {"blk.0.attn_q.weight.lora_a", "blk.1.ffn_down.weight.lora_b"} <= names
+
+
 def test_calibration_data_of_ones_own(trained, tmp_path):
     table = write_jsonl(tmp_path / "mine.jsonl", rows(20))
     said = invoke("collapse", trained["classifier"], "--out", tmp_path / "static", "--data", table, "--held-out", table,
@@ -195,7 +205,8 @@ def test_a_smaller_rank_prints_what_each_layer_keeps(trained, tmp_path):
         (["export", "{dynamic}", "--to", "merged"], "depends on the data; turn it into a static one first"),
         (["export", "{static}", "--to", "onnx"], "--to onnx: choose one of lora, merged, stock"),
         (["export", "{static}", "--to", "merged", "--rank", "2"], "--rank and --for go with --to lora"),
-        (["export", "{static}", "--to", "lora", "--for", "tgi"], "no export target 'tgi'"),
+        (["export", "{static}", "--to", "lora", "--for", "tgi"], "--for tgi: choose one of peft, vllm"),
+        (["export", "{static}", "--to", "gguf"], "llama.cpp reads no modules saved whole"),
         (["export", "{static}", "--to", "lora", "--for", "vllm"], "vllm reads no modules saved whole"),
         (["export", "{static}", "--to", "lora", "--base", "{other}"], "has shape .* expected .* base model"),
         (["export", "{empty}", "--to", "lora"], "holds no adapter"),

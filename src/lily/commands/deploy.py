@@ -21,6 +21,8 @@ Out = Annotated[str, typer.Option("--out", help="What to write; it appears when 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 KINDS = ("lora", "merged", "stock", "gguf")
+# A diffusers pipeline is no model that the command line loads, and GGUF is a kind of its own.
+READERS = ("peft", "vllm")
 
 
 def collapse_command(
@@ -103,7 +105,7 @@ def export_command(
     out: Out,
     target: Annotated[
         str,
-        typer.Option("--for", help="lora: what will read it: peft, vllm or diffusers."),
+        typer.Option("--for", help="lora: what will read it: peft or vllm."),
     ] = "peft",
     rank: Annotated[int | None, typer.Option(min=1, help="lora: a smaller rank, by truncated SVD.")] = None,
     tolerance: Annotated[float, typer.Option(help="Energy that each layer may lose by --rank.")] = 0.01,
@@ -118,6 +120,8 @@ def export_command(
         raise LilyError(f"--to {to}: choose one of {', '.join(KINDS)}")
     if to != "lora" and (rank is not None or target != "peft"):
         raise LilyError(f"--rank and --for go with --to lora, not with --to {to}; leave them away")
+    if target not in READERS:
+        raise LilyError(f"--for {target}: choose one of {', '.join(READERS)}")
     if Path(out).exists() and not overwrite:
         raise LilyError(f"--out {out} exists; name another one, or give --overwrite")
     quieten()
@@ -140,7 +144,12 @@ def export_command(
             provenance=facts,
         )
         _print_lora(lora, model, rank, console)
-        export.write_lora(lora, out, overwrite=overwrite)
+        if to == "gguf":
+            from lily.gguf_lora import write_gguf
+
+            write_gguf(lora, model.get_base_model().config, out, overwrite=overwrite)
+        else:
+            export.write_lora(lora, out, overwrite=overwrite)
     console.print(f"written: {out}", soft_wrap=True)
 
 
