@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# Recipes that ship, cut to what two cores do in minutes. Rates were chosen for both methods alike, with seed 0: CoLA's are the recipe's; on RTE 5e-4 was the better of 5e-4 and 1e-3 for both.
+# Recipes that ship, cut to what two cores do in minutes. Learning rates were chosen for both methods alike, with
+# seed 0: CoLA's are the recipe's; on RTE 5e-4 was the better of 5e-4 and 1e-3 for both.
 TASKS = {
     "cola": [],
     "sst2": ["data.max_train=3000", "train.epochs=2"],
