@@ -214,6 +214,12 @@ def test_a_rank_beyond_what_vllm_takes_is_refused():
     assert export.as_lora(model, target="vllm", rank=300, tolerance=1.0).rank == 320
 
 
+def test_an_output_layer_is_not_for_vllm():
+    model = adapted("llama", routing="static", target_modules=["q_proj", "lm_head"])
+    with pytest.raises(LilyError, match="vllm adapts the layers of a model's blocks, and lm_head is in none"):
+        export.as_lora(model, target="vllm")
+
+
 WRITERS = {
     "lora": lambda model, out, **o: export.write_lora(export.as_lora(model), out, **o),
     "merged": export.write_merged,

@@ -45,17 +45,19 @@ class Target:
         uniform: all layers must have one rank and one alpha.
         modules_to_save: whether it reads modules saved whole.
         biases: whether it reads trained biases.
+        blocks_only: whether it adapts the linear layers of the numbered blocks only, so no output layer.
     """
 
     ranks: tuple[int, ...] = ()
     uniform: bool = False
     modules_to_save: bool = True
     biases: bool = True
+    blocks_only: bool = False
 
 
 TARGETS = {
     "peft": Target(),
-    "vllm": Target(VLLM_RANKS, uniform=True, modules_to_save=False, biases=False),
+    "vllm": Target(VLLM_RANKS, uniform=True, modules_to_save=False, biases=False, blocks_only=True),
     "llama.cpp": Target(uniform=True, modules_to_save=False, biases=False),
     "diffusers": Target(uniform=True, modules_to_save=False, biases=False),
 }
@@ -187,6 +189,12 @@ def _check_readable(target: str, wanted: Target, found: Adapted, other: Mapping[
         )
     if found.config.bias != "none" and not wanted.biases:
         raise LilyError(f"{target} reads no trained biases (bias={found.config.bias!r}); export --to merged instead")
+    outside = [name for name in found.layers if not any(part.isdigit() for part in name.split("."))]
+    if outside and wanted.blocks_only:
+        raise LilyError(
+            f"{target} adapts the layers of a model's blocks, and {', '.join(outside)} is in none; export --to merged "
+            "instead, or train without it (exclude_modules)"
+        )
     if other and not wanted.modules_to_save:
         raise LilyError(
             f"{target} reads nothing but A and B, but the adapter comes with {sorted(other)[0].removeprefix(PREFIX)} "
