@@ -351,13 +351,6 @@ def test_a_routing_that_sees_ahead_warns_on_a_causal_model_and_says_why(chosen, 
     assert len([w for w in caught if "causal model" in str(w.message)]) == 1
 
 
-def test_merging_is_refused_with_a_way_out():
-    with pytest.raises(LilyError, match=r"cannot be merged.*unload"):
-        adapted("llama").merge_and_unload()
-    with pytest.raises(LilyError, match="cannot be merged"):
-        adapted("llama").merge_adapter()
-
-
 def test_the_targets_default_to_the_architectures():
     model = get_peft_model(build("llama"), LilyConfig(task_type="CAUSAL_LM"))
     assert {n.rpartition(".")[2] for n in bank_of(model.base_model.model).plans["default"].slots} == {
