@@ -235,6 +235,27 @@ def test_ones_own_loop_settles_every_dynamic_routing(routing):
     assert torch.isfinite(predict(model.eval(), inputs("llama"))).all()
 
 
+def test_a_compiled_model_is_not_compiled_again_at_every_step():
+    model = adapted("plain", routing="token", settled=0.0)
+    settling = lily.Settling(model, total_steps=100, start=0.0, end=0.5)
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    x = torch.randn(2, 3, 8)
+    for step in range(51, -1, -1):
+        settling.step(step)
+        assert torch.allclose(compiled(x), model(x), atol=1e-5)
+    assert counter.frame_count <= 3
+
+
+def test_a_second_training_says_that_there_is_nothing_to_settle(tmp_path):
+    trainer = Trainer(
+        model=fresh(), args=arguments(tmp_path), train_dataset=ROWS, callbacks=[lily.SettleCallback(0.4, 0.7)]
+    )
+    trainer.train()
+    with pytest.raises(LilyError, match="static already; there is nothing to settle"):
+        trainer.train()
+
+
 def test_training_that_ends_too_early_says_so():
     model = fresh()
     settling = lily.Settling(model, total_steps=10)

@@ -24,17 +24,20 @@ class Settled:
 
     Args:
         share: 0: the data's weights; 1: the static ones alone.
+
+    Attributes:
+        done: whether nothing depends on the data any more.
     """
 
     def __init__(self, share: float) -> None:
-        self.share = share
         # A tensor, so that a compiled layer is not compiled again at every step.
-        self._share = torch.tensor(share)
+        self._share = torch.tensor(share, dtype=torch.float64)
+        self.done = share >= 1
 
-    @property
-    def done(self) -> bool:
-        """Whether nothing depends on the data any more."""
-        return self.share >= 1
+    def move(self, share: float) -> None:
+        """Go to another share."""
+        self._share.fill_(share)
+        self.done = share >= 1
 
     def blend(self, dynamic: Tensor, static: Tensor) -> Tensor:
         """The weights that are used: `dynamic` (..., E) and `static` (E,) interpolated."""

@@ -239,11 +239,12 @@ def _settle_on(found: Adapted, logits: Mapping[str, Tensor]) -> None:
 
 @contextlib.contextmanager
 def _static(found: Adapted) -> Iterator[None]:
-    found.bank.settled[found.name] = Settled(1.0)
+    settled = found.bank.settled[found.name]
+    settled.move(1.0)
     try:
         yield
     finally:
-        found.bank.settled[found.name] = Settled(0.0)
+        settled.move(0.0)
 
 
 @torch.no_grad()
@@ -386,8 +387,8 @@ def _refit(
             exchange()
             target = outputs(run(model, batch))
             exchange()
-        found.bank.settled[found.name] = Settled(1.0)
-        out = outputs(run(model, batch))
+        with _static(found):
+            out = outputs(run(model, batch))
         rows = kept_rows(out, batch)
         p, q = (t.reshape(-1, t.shape[-1])[rows].float() for t in (target, out))
         distributions = p.shape[-1] > 1 and is_distribution(model)
@@ -400,7 +401,6 @@ def _refit(
         torch.nn.utils.clip_grad_norm_(student, 1.0)
         optimiser.step()
         schedule.step()
-        found.bank.settled[found.name] = Settled(0.0)
     optimiser.zero_grad(set_to_none=True)
     for parameter, wanted in frozen.items():
         parameter.requires_grad_(wanted)

@@ -106,7 +106,7 @@ class Settling:
         self._record(first <= step and share < 1)
         if share != self.found.config.settled:
             self.found.config.settled = share
-            self.found.bank.settled[self.found.name] = Settled(share)
+            self.found.bank.settled[self.found.name].move(share)
 
     def finish(self) -> None:
         """End as a plain static adapter: the routers are dropped.
@@ -226,3 +226,4 @@ class SettleCallback(TrainerCallback):  # type: ignore[misc]
         assert self.settling is not None
         if self.settling.found.config.settled == 1:
             self.settling.finish()
+            self.settling = None  # another training starts with a static adapter, and says so
