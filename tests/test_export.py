@@ -293,6 +293,28 @@ def test_a_merged_model_is_written_in_shards_with_its_generation_config(tmp_path
     assert not any(n.endswith(".bin") for n in names)
 
 
+MEMORY = """
+import resource, sys, torch, lily
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig
+sizes = dict(hidden_size=512, intermediate_size=1024, num_hidden_layers=10, num_attention_heads=8, vocab_size=4000)
+base = AutoModelForCausalLM.from_config(LlamaConfig(**sizes))
+model = get_peft_model(base, lily.LilyConfig(r=8, num_B=1, target_modules='all-linear', init_weights=False))
+size = sum(p.numel() * p.element_size() for p in base.parameters())
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+lily.export.write_merged(model, sys.argv[1], max_shard_size='20MB')
+grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+assert grown < size / 2, (grown, size)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss counts kilobytes on Linux only")
+def test_merging_and_writing_never_holds_the_model_twice(tmp_path):
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path / "out")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 3
+
+
 def test_a_merged_model_keeps_the_dtype_of_its_base(tmp_path):
     model = randomise(get_peft_model(build("llama").to(torch.bfloat16), config_for("llama", routing="static")))
     export.write_merged(model, tmp_path / "merged")

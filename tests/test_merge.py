@@ -238,7 +238,7 @@ def test_rounding_is_measured_and_reported():
     for name, layer in layers(model).items():
         moved = layer.get_base_layer().weight.float() - before[name].float()
         error = (moved - exact[name]).norm() / exact[name].norm()
-        assert layer.merged_as["default"].error == pytest.approx(float(error), rel=1e-3)
+        assert layer.rounding["default"] == pytest.approx(float(error), rel=1e-3)
 
 
 @settings(max_examples=200, deadline=None)

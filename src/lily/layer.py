@@ -15,7 +15,7 @@ from lily import functional
 from lily.bank import LilyBank
 from lily.config import DYNAMIC, LilyConfig
 from lily.errors import LilyError
-from lily.merging import Undo, fold, unfold
+from lily.merging import Undo, add, fold, unfold
 from lily.observe import RoutingStatistics
 from lily.plan import Group, Slot
 
@@ -61,7 +61,6 @@ class Merged:
 
     factors: Factors
     undo: Undo
-    error: float
 
 
 class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
@@ -73,6 +72,7 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
         slots: adapter -> where its A and B are in the bank.
         statistics: adapter -> what is being recorded of its routing; empty: nothing is.
         merged_as: adapter -> how it was merged into the base weight.
+        rounding: adapter -> share of its update's norm that the last merge rounded away.
     """
 
     adapter_layer_names: tuple[str, ...] = ("lily_router", "lily_logits")
@@ -95,6 +95,7 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
         self.dropout: dict[str, float] = {}
         self.statistics: dict[str, RoutingStatistics] = {}
         self.merged_as: dict[str, Merged] = {}
+        self.rounding: dict[str, float] = {}
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
         self.merged_adapters: list[str] = []
@@ -254,17 +255,34 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
         Raises:
             LilyError: see `check_merge`. The weight is then as it was.
         """
+        for name in self._mergeable(safe_merge, adapter_names):
+            weight, factors = self.get_base_layer().weight, self.factors(name)
+            merged, undo, error = fold(weight.data, self._wide(factors, weight))
+            weight.data.copy_(merged)
+            kept = replace(factors, A=factors.A.clone(), B=factors.B.clone())
+            self.merged_as[name] = Merged(kept, undo)
+            self.rounding[name] = error
+            self.merged_adapters.append(name)
+
+    def _mergeable(self, safe_merge: bool, adapter_names: list[str] | None) -> list[str]:
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.slots]
         for name in names:
             self.check_merge(name, safe_merge)
-        weight = self.get_base_layer().weight
-        for name in names:
-            factors = self.factors(name)
-            factors = replace(factors, A=factors.A.to(weight.device), B=factors.B.to(weight.device))
-            merged, undo, error = fold(weight.data, self._wide(factors, weight))
-            weight.data.copy_(merged)
-            self.merged_as[name] = Merged(replace(factors, A=factors.A.clone()), undo, error)
-            self.merged_adapters.append(name)
+        return names
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The base layer, with adapters folded in for good (nothing is kept to undo it) or taken out. See PEFT."""
+        base: nn.Module = self.get_base_layer()
+        if not merge:
+            self.unmerge()
+            return base
+        for name in self._mergeable(safe_merge, adapter_names):
+            merged, error = add(base.weight.data, self._wide(self.factors(name), base.weight))  # type: ignore[arg-type]
+            base.weight.data.copy_(merged)  # type: ignore[operator]
+            self.rounding[name] = error
+        return base
 
     def unmerge(self) -> None:
         """Take all merged adapters out of the base weight again, last in first out."""

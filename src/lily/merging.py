@@ -30,7 +30,7 @@ class Undo:
     checksum: int
 
 
-def fold(weight: Tensor, delta: Tensor) -> tuple[Tensor, Undo, float]:
+def add(weight: Tensor, delta: Tensor) -> tuple[Tensor, float]:
     """Add an update to a weight, in at least float32.
 
     Args:
@@ -38,13 +38,21 @@ def fold(weight: Tensor, delta: Tensor) -> tuple[Tensor, Undo, float]:
         delta: the update, of the same shape, in float32 or wider.
 
     Returns:
-        The merged weight in the weight's dtype, what it takes to undo it exactly, and the share of the update's norm
-        that rounding to that dtype changed.
+        The merged weight in the weight's dtype, and the share of the update's norm that rounding to that dtype changed
+        (0 where that dtype is the update's own).
     """
     exact = weight.to(delta.dtype) + delta
+    if weight.dtype == delta.dtype:
+        return exact, 0.0
     merged = exact.to(weight.dtype)
-    error = torch.linalg.vector_norm(merged.to(delta.dtype) - exact)
     norm = torch.linalg.vector_norm(delta)
+    error = torch.linalg.vector_norm(exact.sub_(merged))
+    return merged, float(error / norm) if norm > 0 else 0.0
+
+
+def fold(weight: Tensor, delta: Tensor) -> tuple[Tensor, Undo, float]:
+    """Like `add`, and keep what it takes to undo it exactly."""
+    merged, error = add(weight, delta)
     back = _subtracted(merged, delta)
     where = (_bits(back) != _bits(weight)).flatten().nonzero().squeeze(1)
     if 2 * where.numel() > weight.numel():
@@ -52,7 +60,7 @@ def fold(weight: Tensor, delta: Tensor) -> tuple[Tensor, Undo, float]:
     else:
         small = where.to(torch.int32) if weight.numel() < 2**31 else where
         undo = Undo(small, weight.flatten()[where].clone(), _checksum(weight))
-    return merged, undo, float(error / norm) if norm > 0 else 0.0
+    return merged, undo, error
 
 
 def unfold(merged: Tensor, delta: Tensor, undo: Undo) -> tuple[Tensor, bool]:

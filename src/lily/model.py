@@ -147,9 +147,6 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         layers = [m for m in self.model.modules() if isinstance(m, LilyLayer)]
         if merge:
             self._check_merge(adapter_names, safe_merge)
-        else:
-            for layer in layers:
-                layer.unmerge()
         model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if merge:
             _report_rounding(nn.ModuleList(layers))
@@ -209,7 +206,7 @@ def watch_masks(model: nn.Module) -> None:
 
 
 def _report_rounding(model: nn.Module) -> None:
-    errors = [r.error for m in model.modules() if isinstance(m, LilyLayer) for r in m.merged_as.values()]
+    errors = [e for m in model.modules() if isinstance(m, LilyLayer) for e in m.rounding.values()]
     if errors and max(errors) > REPORTED_ROUNDING:
         warnings.warn(
             f"merging rounded the updates by {sum(errors) / len(errors):.1%} on average and {max(errors):.1%} at worst "
