@@ -36,10 +36,15 @@ def default_routing(task: str) -> str:
     return "token" if task == "boolq" else "sequence"
 
 
+def is_done(task: str, contestant: str, seed: int, out: Path) -> bool:
+    """Whether a run is there already."""
+    return (out / f"{task}-{contestant}-{seed}" / "metrics.json").is_file()
+
+
 def run(task: str, contestant: str, seed: int, out: Path) -> Run | None:
     """The figures of one run, trained now if it is not there yet; None if it failed."""
     folder = out / f"{task}-{contestant}-{seed}"
-    if not (folder / "metrics.json").is_file():
+    if not is_done(task, contestant, seed, out):
         command = [sys.executable, "-m", "lily", "train", task, *TASKS[task], *changes(task, contestant)]
         command += [f"seed={seed}", "--output", str(folder), "--overwrite", "--quiet"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

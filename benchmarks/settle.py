@@ -14,7 +14,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from runs import TASKS, default_routing, run, shown
+from runs import TASKS, default_routing, is_done, run, shown
 
 SEEDS = range(3)
 
@@ -36,20 +36,26 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/tasks"))
     parser.add_argument("--tasks", nargs="*", default=["cola", "sst2", "rte", "quickstart"], choices=list(TASKS))
     parser.add_argument("--refit-steps", type=int, default=0)
+    parser.add_argument("--only-done", action="store_true", help="Use the seeds that are complete, train nothing.")
     options = parser.parse_args()
     print("| task | metric | never | collapsed | its drift (KL) | static from the start | settled | seeds |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
     for task in options.tasks:
         names = (default_routing(task), "static", "settled")
-        found = {name: [run(task, name, seed, options.out) for seed in SEEDS] for name in names}
+        seeds = [
+            s for s in SEEDS if not options.only_done or all(is_done(task, name, s, options.out) for name in names)
+        ]
+        if not seeds:
+            continue
+        found = {name: [run(task, name, seed, options.out) for seed in seeds] for name in names}
         metric = found["static"][0]["metric"]
         never, static, settled = ([r["final"][metric] for r in found[name]] for name in names)
-        reports = [collapsed(task, seed, options.out, options.refit_steps) for seed in SEEDS]
+        reports = [collapsed(task, seed, options.out, options.refit_steps) for seed in seeds]
         after = [r["metrics"]["after"][metric] for r in reports]
         drift = statistics.mean(r["drift"]["kl"] for r in reports)
         print(
             f"| {task} | {metric} | {shown(never)} | {shown(after)} | {drift:.2g} | {shown(static)} | {shown(settled)} "
-            f"| {len(SEEDS)} |",
+            f"| {len(seeds)} |",
             flush=True,
         )
 

@@ -12,7 +12,7 @@ import argparse
 import statistics
 from pathlib import Path
 
-from runs import Run, run, shown
+from runs import Run, is_done, run, shown
 
 CONTESTANTS = ("LoRA", "sequence", "token", "static", "uniform", "batch")
 SEEDS = {"cola": 2, "rte": 2, "sst2": 1, "boolq": 1}
@@ -39,9 +39,9 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
     for task in options.tasks:
         for name in CONTESTANTS:
-            seeds = range(SEEDS[task])
+            seeds = list(range(SEEDS[task]))
             if options.only_done:
-                seeds = [s for s in seeds if (options.out / f"{task}-{name}-{s}" / "metrics.json").is_file()]
+                seeds = [s for s in seeds if is_done(task, name, s, options.out)]
             runs = [run(task, name, seed, options.out) for seed in seeds]
             if complete := [r for r in runs if r is not None]:
                 print(row(task, name, complete), flush=True)
