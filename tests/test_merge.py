@@ -199,9 +199,17 @@ def test_a_safe_merge_refuses_nan_before_any_layer_is_merged(where):
     last = list(layers(model).values())[-1]
     with torch.no_grad():
         (last.get_base_layer().weight if where == "base" else last.tensors_of("default")[1])[0, 0] = float("nan")
-    with pytest.raises(LilyError, match="NaN or infinity; it is not merged"):
+    with pytest.raises(LilyError, match="would hold NaN or infinity; it is not merged"):
         model.merge_adapter(safe_merge=True)
     assert not any(layer.merged for layer in layers(model).values())
+
+
+def test_a_safe_merge_refuses_what_half_precision_cannot_hold():
+    model = randomise(get_peft_model(build("plain").half(), config_for("plain", routing="static", scaling=1e6)))
+    before = base_bits(model)
+    with pytest.raises(LilyError, match="would hold NaN or infinity"):
+        model.merge_adapter(safe_merge=True)
+    assert same_bits(model, before)
 
 
 def test_a_quantised_weight_is_refused():

@@ -77,7 +77,7 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
 
     adapter_layer_names: tuple[str, ...] = ("lily_router", "lily_logits")
     other_param_names: tuple[str, ...] = (
-        "slots", "r", "num_B", "scaling", "routing", "activation", "dropout", "statistics",
+        "slots", "r", "num_B", "scaling", "routing", "activation", "dropout", "statistics", "rounding",
     )  # fmt: skip
 
     def __init__(self, base_layer: nn.Module, bank: LilyBank) -> None:
@@ -242,8 +242,8 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
                 "would be rounded to its few values; load the base model unquantised (or call its dequantize()) and "
                 "merge there, or export a LoRA"
             )
-        if safe_merge and not all(bool(torch.isfinite(t).all()) for t in (weight, factors.A, factors.B)):
-            raise LilyError(f"adapter {adapter!r} or the base weight holds NaN or infinity; it is not merged")
+        if safe_merge and not torch.isfinite(add(weight.data, self._wide(factors, weight))[0]).all():
+            raise LilyError(f"merged with adapter {adapter!r} the weight would hold NaN or infinity; it is not merged")
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold adapters into the base weight; computed in at least float32, undone to the last bit by `unmerge`.
@@ -288,7 +288,9 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
         """Take all merged adapters out of the base weight again, last in first out."""
         weight = self.get_base_layer().weight
         while self.merged_adapters:
-            record = self.merged_as.pop(self.merged_adapters.pop())
+            name = self.merged_adapters.pop()
+            record = self.merged_as.pop(name)
+            self.rounding.pop(name, None)
             restored, exact = unfold(weight.data, self._wide(record.factors, weight), record.undo)
             weight.data.copy_(restored)
             if not exact:
