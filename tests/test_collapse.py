@@ -188,6 +188,24 @@ def test_a_failure_half_way_leaves_the_dynamic_adapter_as_it_was():
     assert model.peft_config["default"].routing == "token"
 
 
+def test_a_failing_refit_leaves_the_dynamic_adapter_as_it_was():
+    model = adapted("llama", routing="token")
+    expected = predict(model, inputs("llama"))
+    trainable = {n: p.requires_grad for n, p in model.named_parameters()}
+    calls = []
+
+    def forward(m, batch):
+        calls.append(1)
+        if len(calls) > 9:
+            raise RuntimeError("the machine is on fire")
+        return m(**batch)
+
+    with pytest.raises(RuntimeError, match="on fire"):
+        lily.collapse(model, [inputs("llama")], refit_steps=50, refit_learning_rate=0.1, forward=forward)
+    assert torch.equal(predict(model, inputs("llama")), expected)
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == trainable
+
+
 def test_an_adapter_that_is_switched_off_sees_nothing():
     model = adapted("llama", routing="token")
     model.base_model.disable_adapter_layers()
@@ -198,6 +216,19 @@ def test_an_adapter_that_is_switched_off_sees_nothing():
 def collapse_a_half(rank):
     own = [padded(seed, tokens=8 + seed) for seed in (1, 2, 3, 4)][rank::2]
     return lily.collapse(adapted("llama", routing="token"), own).to_dict()
+
+
+def refit_a_half(rank):
+    model = adapted("llama", routing="token", scaling=0.5)
+    own = [padded(seed) for seed in (1, 2, 3, 4)][rank::2]
+    report = lily.collapse(model, own, refit_steps=6, refit_learning_rate=3e-3)
+    return report.to_dict(), predict(model, inputs("llama")).tolist()
+
+
+def test_two_processes_refit_alike():
+    first, second = two_processes(refit_a_half)
+    assert first == second
+    assert first[0]["refit_steps"] == 6
 
 
 def test_two_processes_find_what_one_does():

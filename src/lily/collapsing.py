@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from lily.adapted import Adapted, find
 from lily.bank import Settled
+from lily.drift import Batch, Drift, divergence, is_distribution, kept_rows, outputs
 from lily.errors import LilyError
 from lily.observe import RoutingStatistics
 
-Batch = Mapping[str, Any] | Sequence[Any] | Tensor
 Run = Callable[[nn.Module, Any], Any]
 TINY = 1e-30  # weight of an expert that no token chose; its logit stays finite
 
@@ -46,22 +46,6 @@ class LayerReport:
     uniformity: float
     variance: float
     update_error: float | None = None
-
-
-@dataclass(frozen=True)
-class Drift:
-    """How far the model's outputs moved, on held-out batches.
-
-    Attributes:
-        kl: mean KL divergence of the new output distribution from the old one in nats, over unmasked positions; None
-            where the outputs are no distributions.
-        relative_error: of the outputs, as a share of their norm.
-        positions: how many outputs were compared.
-    """
-
-    kl: float | None
-    relative_error: float
-    positions: int
 
 
 @dataclass
@@ -311,41 +295,6 @@ def _compared(found: Adapted, sums: dict[str, list[float]]) -> Iterator[None]:
             handle.remove()
 
 
-def outputs(result: Any) -> Tensor:
-    """What of a model's result is compared: its logits, else its last hidden state, else its first tensor."""
-    for name in ("logits", "last_hidden_state", "sample"):
-        if isinstance(getattr(result, name, None), Tensor):
-            return getattr(result, name)  # type: ignore[no-any-return]
-    if isinstance(result, Tensor):
-        return result
-    if isinstance(result, Mapping):
-        result = tuple(result.values())
-    return next(v for v in result if isinstance(v, Tensor))
-
-
-def kept_rows(out: Tensor, batch: Batch) -> Tensor:
-    """Which rows of the flattened outputs count: unmasked positions where there is one output per token."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if isinstance(mask, Tensor) and out.shape[:-1] == mask.shape:
-        return (mask != 0).reshape(-1).to(out.device)
-    return torch.ones(out.shape[:-1].numel(), dtype=torch.bool, device=out.device)
-
-
-def is_distribution(model: nn.Module) -> bool:
-    """Whether the model's outputs are logits of a distribution, as far as its name and configuration tell."""
-    config = getattr(model, "config", None)
-    if getattr(config, "problem_type", None) in ("regression", "multi_label_classification"):
-        return False
-    inner = getattr(model, "get_base_model", lambda: model)()
-    name = type(inner).__name__
-    return any(word in name for word in ("LM", "Classification", "ConditionalGeneration", "Choice"))
-
-
-def divergence(p: Tensor, q: Tensor) -> Tensor:
-    """Sum over rows of KL(softmax(p) || softmax(q)), for logits (rows, classes)."""
-    return F.kl_div(F.log_softmax(q, -1), F.log_softmax(p, -1), reduction="sum", log_target=True)
-
-
 def _layer_report(name: str, seen: RoutingStatistics, logits: Tensor, error: float | None) -> LayerReport:
     w = torch.softmax(logits.detach().double(), 0).cpu()
     uniformity = float((w - 1 / w.numel()).abs().sum() / 2)
@@ -366,11 +315,8 @@ def _refit(
     shared = [t for tensors in found.bank.tensors(found.name) for t in tensors]
     logits = [layer.lily_logits[found.name] for layer in found.layers.values() if found.name in layer.lily_logits]
     student: list[Tensor] = [*shared, *logits]
-    frozen = {p: p.requires_grad for p in model.parameters()}
-    teacher = [t.detach().clone() for t in shared]
-    first = [t.detach().clone() for t in student]
-    optimiser = torch.optim.AdamW(student, lr=rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.0, steps)
+    trained = {p: p.requires_grad for p in model.parameters()}
+    teacher, first = ([t.detach().clone() for t in tensors] for tensors in (shared, student))
 
     def exchange() -> None:
         for mine, other in zip(shared, teacher, strict=True):
@@ -378,11 +324,40 @@ def _refit(
             mine.data.copy_(other)
             other.copy_(kept)
 
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    for t in student:
-        t.requires_grad_(True)
-    for batch in islice(cycle(batches), steps):
+    better = False
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        for t in student:
+            t.requires_grad_(True)
+        _distil(model, found, student, islice(cycle(batches), steps), run, steps, rate, exchange)
+        drift, _ = _measure(model, found, held_out, run, exchange)
+        report.drift_before_refit = report.drift
+        better = drift.closer_than(report.drift)
+        if better:
+            report.drift, report.refit_steps = drift, steps
+    finally:
+        for parameter, wanted in trained.items():
+            parameter.requires_grad_(wanted)
+        if not better:
+            with torch.no_grad():
+                for t, value in zip(student, first, strict=True):
+                    t.copy_(value)
+
+
+def _distil(
+    model: nn.Module,
+    found: Adapted,
+    student: list[Tensor],
+    batches: Iterable[Batch],
+    run: Run,
+    steps: int,
+    rate: float,
+    exchange: Callable[[], None],
+) -> None:
+    optimiser = torch.optim.AdamW(student, lr=rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.0, steps)
+    for batch in batches:
         with torch.no_grad():
             exchange()
             target = outputs(run(model, batch))
@@ -397,21 +372,10 @@ def _refit(
         loss.backward()  # type: ignore[no-untyped-call]
         if dist.is_available() and dist.is_initialized():
             for t in student:
-                dist.all_reduce(t.grad, op=dist.ReduceOp.AVG)
+                if t.grad is not None:
+                    dist.all_reduce(t.grad)
+                    t.grad /= dist.get_world_size()
         torch.nn.utils.clip_grad_norm_(student, 1.0)
         optimiser.step()
         schedule.step()
     optimiser.zero_grad(set_to_none=True)
-    for parameter, wanted in frozen.items():
-        parameter.requires_grad_(wanted)
-    drift, _ = _measure(model, found, held_out, run, exchange)
-    better = drift.kl < report.drift.kl if drift.kl is not None and report.drift.kl is not None else (
-        drift.relative_error < report.drift.relative_error
-    )  # fmt: skip
-    report.drift_before_refit = report.drift
-    if better:
-        report.drift, report.refit_steps = drift, steps
-    else:
-        with torch.no_grad():
-            for t, value in zip(student, first, strict=True):
-                t.copy_(value)
