@@ -242,6 +242,7 @@ def test_two_processes_find_what_one_does():
         for a, b in zip(report["layers"], alone["layers"], strict=True):
             assert a["weights"] == pytest.approx(b["weights"], abs=1e-6)
             assert a["variance"] == pytest.approx(b["variance"], rel=1e-6)
+            assert a["update_error"] == pytest.approx(b["update_error"], rel=1e-4)
 
 
 def test_only_the_named_adapter_collapses():

@@ -261,13 +261,16 @@ def _measure(
         error += float((p - q).square().sum())
         norm += float(p.square().sum())
         positions += p.shape[0]
-    packed = torch.tensor([kl, error, norm, positions], dtype=torch.float64)
+    packed = torch.tensor(
+        [kl, error, norm, positions, *(v for pair in sums.values() for v in pair)], dtype=torch.float64
+    )
     if dist.is_available() and dist.is_initialized():
         packed = packed.to(next(model.parameters()).device)
         dist.all_reduce(packed)
-    kl, error, norm, count = packed.tolist()
+    kl, error, norm, count, *moved = packed.tolist()
     drift = Drift(kl / count if distributions and count else None, (error / norm) ** 0.5 if norm else 0.0, int(count))
-    return drift, {name: (a / b) ** 0.5 if b else 0.0 for name, (a, b) in sums.items()}
+    pairs = zip(sums, moved[::2], moved[1::2], strict=True)
+    return drift, {name: (a / b) ** 0.5 if b else 0.0 for name, a, b in pairs}
 
 
 @contextlib.contextmanager
