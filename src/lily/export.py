@@ -171,8 +171,9 @@ def as_lora(
         for name, layer in layers.items()
     }
     config = _lora_config(found, layers, rank_to)
+    exact = dtype is None and all(layer.energy == 1 for layer in layers.values())
     facts = {
-        "format": "lily export", "lily": __version__, "exact": dtype is None and all(v.energy == 1 for v in layers.values()),
+        "format": "lily export", "lily": __version__, "exact": exact,
         "base_model": found.config.base_model_name_or_path, "routing": found.config.routing,
         "scaling": found.config.scaling, "plan": str(found.plan).splitlines(), "rank": rank_to,
         "adapter_parameters": found.plan.parameters.total, **(provenance or {}),
