@@ -69,7 +69,7 @@ def pool(p: Tensor, routing: str, mask: Tensor | None = None) -> Tensor:
     if mask is not None and p.ndim == 2:
         per_sample = pool(p.view(*mask.shape, -1), "sequence", mask)  # (batch, 1, E)
         return per_sample.expand(*mask.shape, -1).reshape(p.shape)
-    if p.ndim == 2:
+    if p.ndim <= 2:
         return p
     if mask is None:
         return p.mean(dim=tuple(range(1, p.ndim - 1)), keepdim=True)

@@ -11,7 +11,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from lily import functional
+from lily import functional, fused
 from lily.bank import LilyBank
 from lily.config import DYNAMIC, LilyConfig
 from lily.errors import LilyError
@@ -101,6 +101,11 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
         self.merged_adapters: list[str] = []
 
     @property
+    def transposed(self) -> bool:
+        """Whether the base weight is (in, out), as GPT-2's `Conv1D` has it."""
+        return type(self.get_base_layer()).__name__ == "Conv1D"
+
+    @property
     def bank(self) -> LilyBank:
         """The shared tensors."""
         return self._bank[0]
@@ -162,6 +167,31 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
         h = functional.down(x, A, self.activation[adapter], self.dropout[adapter], self.training)
         return self.scaling[adapter] * functional.mix(h, self._weights(adapter, h, x), B)
 
+    def _fast(self, adapter: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, fused.How, Tensor | None] | None:
+        """What `fused` needs to compute the adapter's update, or None where only the reference can."""
+        if self.statistics.get(adapter) is not None or adapter in self.bank.settled:
+            return None
+        slot = self.slots[adapter]
+        tensors_A, tensors_B = self.bank.tensors(adapter)
+        A, B = tensors_A[slot.A], tensors_B[slot.B]
+        if A.device != x.device:
+            A, B = A.to(x.device), B.to(x.device)
+        dtype = fused.product_dtype(x, A, B)
+        if dtype is None:
+            return None
+        routing = self.routing[adapter]
+        how = fused.How(
+            routing,
+            self.num_B[adapter],
+            self.scaling[adapter],
+            dtype,
+            self.activation[adapter],
+            self.dropout[adapter] if self.training else 0.0,
+            self.transposed,
+        )
+        mask = self.bank.masks.mask_for(x) if routing == "sequence" else None
+        return A, B, self.router_of(adapter), how, mask
+
     def _weights(self, adapter: str, h: Tensor, x: Tensor) -> Tensor:
         experts, router, routing = self.num_B[adapter], self.router_of(adapter), self.routing[adapter]
         statistics = self.statistics.get(adapter)
@@ -219,9 +249,8 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
         return self._oriented(self.factors(adapter))
 
     def _oriented(self, factors: Factors) -> Tensor:
-        transposed = type(self.get_base_layer()).__name__ == "Conv1D"
         with torch.autocast(factors.A.device.type, enabled=False):
-            return factors.delta.T if transposed else factors.delta
+            return factors.delta.T if self.transposed else factors.delta
 
     def check_merge(self, adapter: str, safe_merge: bool = False) -> None:
         """Refuse what cannot be merged, before anything is.
@@ -308,7 +337,8 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
 class Linear(nn.Module, LilyLayer):
     """An adapted linear layer: `nn.Linear`, a quantised stand-in for it, or GPT-2's `Conv1D`.
 
-    The base layer is called as it is, so whatever it does (dequantise, shard, transpose) it goes on doing.
+    A frozen full-precision base layer and its adapter are computed as one (see `lily.fused`). Any other base layer is
+    called as it is, so whatever it does (dequantise, shard, run hooks) it goes on doing.
 
     Args:
         base_layer: the frozen layer.
@@ -323,13 +353,38 @@ class Linear(nn.Module, LilyLayer):
         """`x` (..., in) -> (..., out), in the dtype of the base layer's output."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        result: Tensor = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or self.merged:
-            return result
-        for adapter in cast(list[str], self.active_adapters):
-            if adapter in self.slots:
+        result: Tensor | None = None
+        active = [] if self.disable_adapters or self.merged else cast(list[str], self.active_adapters)
+        for adapter in active:
+            if adapter not in self.slots:
+                continue
+            fast = self._fast(adapter, x)
+            if result is None and fast and not args and not kwargs and is_plain(self.base_layer, x, fast[3].dtype):
+                base: Any = self.base_layer
+                result = fused.linear(x, base.weight, base.bias, *fast)
+                continue
+            if result is None:
+                result = self.base_layer(x, *args, **kwargs)
+            if fast:
+                result = fused.plus_update(result, x, *fast)
+            else:
                 result = result + self.update_of(adapter, x).to(result.dtype)
-        return result
+        return cast(Tensor, self.base_layer(x, *args, **kwargs)) if result is None else result
 
     def __repr__(self) -> str:
         return "lily." + super().__repr__()
+
+
+def is_plain(base: nn.Module, x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether calling `base` on `x` is nothing but a product with a frozen weight, in `dtype`, plus a bias."""
+    if type(base) is not nn.Linear and type(base).__name__ != "Conv1D":
+        return False
+    weight: Any = base.weight
+    if weight.requires_grad or weight.device != x.device:
+        return False
+    if not torch.compiler.is_compiling() and type(weight) not in fused.PLAIN:
+        return False
+    if weight.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+        return False
+    hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
+    return not any(hooks) and "forward" not in base.__dict__
