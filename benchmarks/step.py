@@ -44,7 +44,7 @@ def contestants(width: int, layers: int, r: int) -> dict[str, torch.nn.Module]:
     targets = sorted({m.name.rpartition(".")[2] for m in modules})
     lora = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
     models = {"floor": base(width, layers).requires_grad_(False)}
-    models["floor"].lm_head.weight.requires_grad_(True)
+    models["floor"].get_input_embeddings().requires_grad_(True)
     models["LoRA"] = peft.get_peft_model(base(width, layers), lora)
     lily.unregister()
     stock = peft.LilyConfig(**{**options, "target_modules": targets})

@@ -3,7 +3,8 @@
 The same mathematics as `functional`, which judges it. What makes it fast:
 
 - the update is added to the base layer's output as its matrix product is computed, never on its own;
-- of the activations only `x` itself, `h` and `p` are kept; whatever is wide is computed again;
+- of the activations only `x` itself is kept; backward computes h and p again, whose share of a step is 1% (kept, they
+  would cost more memory than LoRA's smaller h does);
 - the gradient of `x` accumulates in one place, from the base layer and from A;
 - half-precision inputs are multiplied in half precision, as autocast does, without a float32 copy of them.
 
@@ -136,13 +137,11 @@ def _apply(x: Tensor, *rest: Any) -> Tensor:
 class _Node(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        x, _, bias, result, A, B, router, mask, how = inputs
-        y, kept = _forward(*inputs)
-        h, slope, p, cast_weight = kept
+        x, _, bias, _, A, B, router, mask, how = inputs
+        y, weight, dropped = _forward(*inputs)
         ctx.how = how
-        ctx.result_dtype = None if result is None else result.dtype
-        ctx.save_for_backward(x, cast_weight, A, B, router, mask, h, slope, p)
         ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(x, weight, A, B, router, mask, *dropped)
         return y
 
     @staticmethod
@@ -150,28 +149,28 @@ class _Node(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _differentiable_backward(ctx, dy)
         how: How = ctx.how
-        x, weight, A, B, router, mask, h, slope, p = ctx.saved_tensors
+        x, weight, A, B, router, mask, *dropped = ctx.saved_tensors
         wants_x, _, wants_bias, wants_result, wants_A, wants_B, wants_router, *_ = ctx.needs_input_grad
         with torch.autocast(x.device.type, enabled=False):
-            rows = dy.reshape(-1, dy.shape[-1])
-            dbias = rows.sum(0).to(ctx.bias_dtype) if wants_bias else None
-            dresult = dy if wants_result else None
-            rows = rows.to(how.dtype)
-            dh, dw, dB = _mix_backward(rows, h, _weights(p, router, how, x, mask), B, how, wants_B)
+            wide = dy.reshape(-1, dy.shape[-1])
+            dbias = wide.sum(0).to(ctx.bias_dtype) if wants_bias else None
+            wide = wide.to(how.dtype)
+            rows, down = x.reshape(-1, x.shape[-1]).to(how.dtype), A.to(how.dtype)
+            h, slope = dropped or activate(mm(rows, down.t()), how.activation)
+            p = _route(h, router, how)
+            dh, dw, dB = _mix_backward(wide, h, _weights(p, how, x, mask), B, how, wants_B)
             drouter = None
-            if dw is not None:
+            if dw is not None and p is not None and router is not None:
                 dh, drouter = _route_backward(dh, dw, h, p, router, how, x, mask)
             da = dh if slope is None else dh * slope
-            flat = x.reshape(-1, x.shape[-1]).to(how.dtype)
-            dA = mm(da.t(), flat).to(A.dtype) if wants_A else None
+            dA = mm(da.t(), rows).to(A.dtype) if wants_A else None
             dx = None
-            if wants_x:
-                down = A.to(how.dtype)
-                if weight is None:
-                    dx = mm(da, down)
-                else:
-                    dx = plus_mm(mm(rows, weight.t() if how.transposed else weight), da, down, spare=True)
-                dx = dx.view(x.shape).to(x.dtype)
+            if wants_x and weight is None:
+                dx = mm(da, down).view(x.shape).to(x.dtype)
+            elif wants_x:
+                through_base = mm(wide, weight.t() if how.transposed else weight)
+                dx = plus_mm(through_base, da, down, spare=True).view(x.shape).to(x.dtype)
+        dresult = dy if wants_result else None
         return dx, None, dbias, dresult, dA, dB, drouter if wants_router else None, None, None
 
 
@@ -185,24 +184,29 @@ def _forward(
     router: Tensor | None,
     mask: Tensor | None,
     how: How,
-) -> tuple[Tensor, tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]]:
+) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+    """The output, the base weight as it was multiplied, and h and dh/da where dropout made them unrepeatable."""
     with torch.autocast(x.device.type, enabled=False):
-        cast_x = x.to(how.dtype)
+        low = x.to(how.dtype)
         if result is None:
             assert weight is not None
             weight = weight.to(how.dtype)
-            y = _base(cast_x, weight, None if bias is None else bias.to(how.dtype), how.transposed)
+            y = _base(low, weight, None if bias is None else bias.to(how.dtype), how.transposed)
         else:
             y = result
-        a = mm(cast_x.reshape(-1, x.shape[-1]), A.to(how.dtype).t())
+        a = mm(low.reshape(-1, x.shape[-1]), A.to(how.dtype).t())
         h, slope = activate(a, how.activation, how.dropout)
-        p = None
-        if router is not None:
-            wide = torch.promote_types(how.dtype, torch.float32)
-            p = torch.softmax(router if how.routing == "static" else mm(h, router.to(how.dtype).t()), -1, dtype=wide)
-        rows = y.reshape(-1, y.shape[-1])
-        rows = _mix(rows, h, _weights(p, router, how, x, mask), B.to(how.dtype), how, spare=result is None)
-        return rows.view(y.shape), (h, slope, p, weight)
+        w = _weights(_route(h, router, how), how, x, mask)
+        rows = _mix(y.reshape(-1, y.shape[-1]), h, w, B.to(how.dtype), how, spare=result is None)
+        return rows.view(y.shape), weight, (h, cast(Tensor, slope)) if how.dropout else ()
+
+
+def _route(h: Tensor, router: Tensor | None, how: How) -> Tensor | None:
+    """p: (n, E) per token, or (E,) for `static`; None where nothing is learned."""
+    if router is None:
+        return None
+    logits = router if how.routing == "static" else mm(h, router.to(how.dtype).t())
+    return torch.softmax(logits, -1, dtype=torch.promote_types(how.dtype, torch.float32))
 
 
 def _base(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
@@ -212,7 +216,7 @@ def _base(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> T
     return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
 
 
-def activate(a: Tensor, activation: str, dropout: float) -> tuple[Tensor, Tensor | None]:
+def activate(a: Tensor, activation: str, dropout: float = 0.0) -> tuple[Tensor, Tensor | None]:
     """The hidden state h of `a` (n, r), and dh/da where that is not 1."""
     slope: Tensor | None = None
     h = a
@@ -254,7 +258,7 @@ def _shares(x: Tensor, how: How, mask: Tensor | None, p: Tensor) -> Tensor | Non
     return m if more == 1 else (m / more).repeat_interleave(more, 1)
 
 
-def _weights(p: Tensor | None, router: Tensor | None, how: How, x: Tensor, mask: Tensor | None) -> Tensor:
+def _weights(p: Tensor | None, how: How, x: Tensor, mask: Tensor | None) -> Tensor:
     """The mixing weights of every sample, (batch, E)."""
     if p is None:
         return torch.full((1, how.experts), 1 / how.experts, device=x.device, dtype=how.dtype)
