@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from lily.masks import MaskTracker, watch
-from lily.plan import SharingPlan
+from lily.plan import SharingPlan, Slot
 
 BANK = "lily_bank"
 
@@ -111,6 +111,14 @@ class LilyBank(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def tensors(self, adapter: str) -> tuple[nn.ParameterList, nn.ParameterList]:
         """The A and the B of an adapter, in the plan's order. Ask at each use: sharding swaps the parameters."""
         return cast(nn.ParameterList, self.lily_A[adapter]), cast(nn.ParameterList, self.lily_B[adapter])
+
+    def pair(self, adapter: str, slot: Slot) -> tuple[Tensor, Tensor]:
+        """One layer's A and B; like `tensors`, but for one look-up at each forward."""
+        (tensors_A, tensors_B), (a, b) = self.tensors(adapter), (str(slot.A), str(slot.B))
+        # A list of parameters spends longer on its index than a small product takes; where a sharding engine has put
+        # something else in a parameter's place, the attribute is that.
+        A, B = tensors_A._parameters.get(a), tensors_B._parameters.get(b)
+        return getattr(tensors_A, a) if A is None else A, getattr(tensors_B, b) if B is None else B
 
     def watch(self, model: nn.Module, layers: list[str]) -> None:
         """Have the attention mask of `model`'s forwards noted for `layers`; none: stop noting it."""

@@ -14,7 +14,7 @@ import typer
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from lily.commands import deploy, evaluate, plan, recipes, train
+from lily.commands import bench, deploy, evaluate, plan, recipes, train
 from lily.errors import LilyError
 
 app = typer.Typer(
@@ -32,6 +32,7 @@ app.command("generate")(evaluate.generate_command)
 app.command("collapse")(deploy.collapse_command)
 app.command("export")(deploy.export_command)
 app.command("inspect")(deploy.inspect_command)
+app.command("bench")(bench.bench_command)
 app.command("recipes")(recipes.recipes_command)
 app.command("schema")(recipes.schema_command)
 

@@ -92,6 +92,7 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
         self.stock_refusal: str | None = None
         self.resolved_stride: int | None = None
         self.portable_targets: set[str] | None = None
+        self.stock_grouping = False
         if self.routing is None:
             self.routing = "batch" if from_file else "token" if self.task_type in CAUSAL_TASKS else "sequence"
         if self.stride_A is None and self.num_A is None:
@@ -114,11 +115,13 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
 
     @classmethod
     def from_stock(cls, config: peft.LilyConfig) -> LilyConfig:
-        """The same adapter as a plain `peft.LilyConfig` describes: batch routing, everything else as given."""
+        """The adapter that a plain `peft.LilyConfig` describes: batch routing, layers grouped as stock groups them."""
         if isinstance(config, cls):
             return config
         values = {f.name: getattr(config, f.name) for f in fields(config)}
-        return cls(**{**values, "peft_type": None, "routing": "batch"})
+        ours = cls(**{**values, "peft_type": None, "routing": "batch"})
+        ours.stock_grouping = True
+        return ours
 
     def file_dict(self) -> dict[str, Any]:
         """What is written to `adapter_config.json`: readable by stock PEFT where it can express the adapter."""

@@ -14,6 +14,7 @@ sample's weights have combined already, `g` (n, E * r) for the hidden states tha
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any, NamedTuple, cast
 
@@ -24,8 +25,13 @@ from torch import Tensor
 from lily import functional
 from lily.gemm import bmm, mm, plus_mm
 
-# From so many tokens per sample on, combining the experts for each sample costs less than expanding its tokens.
-COMBINE_FROM = 32
+# From so many tokens on, combining the experts costs less than expanding tokens: for each of several samples, and for
+# weights that all tokens share.
+COMBINE_FROM, COMBINE_SHARED_FROM = 32, 4
+
+
+# Up to so many tokens a forward without gradients is a matter of calls, not of arithmetic.
+FEW = 16
 
 
 class How(NamedTuple):
@@ -64,6 +70,15 @@ def product_dtype(x: Tensor, A: Tensor, B: Tensor) -> torch.dtype | None:
         return low if x.dtype in (torch.float32, low) else None
     half = x.dtype in (torch.float16, torch.bfloat16)
     return x.dtype if x.dtype == A.dtype or (half and A.dtype == torch.float32) else None
+
+
+def _plain_products(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Within, products are of what they are given: autocast has had its say in `How.dtype`."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else NOTHING
+
+
+NOTHING = contextlib.nullcontext()
 
 
 def _is_ordinary(*tensors: Tensor) -> bool:
@@ -131,7 +146,39 @@ def plus_update(
 def _apply(x: Tensor, *rest: Any) -> Tensor:
     if torch.is_grad_enabled():
         return cast(Tensor, _Node.apply(x, *rest))  # type: ignore[no-untyped-call]
+    if not torch.compiler.is_compiling() and 0 < x.numel() <= FEW * x.shape[-1]:
+        y = _decode(x, *rest)
+        if y is not None:
+            return y
     return _forward(x, *rest)[0]
+
+
+def _decode(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    result: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    router: Tensor | None,
+    mask: Tensor | None,
+    how: How,
+) -> Tensor | None:
+    """The output for a few tokens with weights of their own, in as few calls as can be: there, calls are the cost.
+
+    None where something else is asked for.
+    """
+    alone = how.routing == "sequence" and mask is None and x.ndim > 2 and x.numel() == x.shape[0] * x.shape[-1]
+    per_token = (alone or how.routing in ("token", "static")) and how.experts > 1 and router is not None
+    plain = weight is not None and result is None and not how.transposed and how.activation == "none"
+    if not (per_token and plain and x.dtype == A.dtype == weight.dtype == how.dtype):  # type: ignore[union-attr]
+        return None
+    y = F.linear(x, weight, bias)  # type: ignore[arg-type]
+    h = F.linear(x, A)
+    p = torch.softmax(router if how.routing == "static" else F.linear(h, router), -1)  # type: ignore[arg-type]
+    g = (p.unsqueeze(-1) * h.unsqueeze(-2)).view(-1, B.shape[0])
+    y.view(-1, B.shape[1]).addmm_(g, B, alpha=how.scaling)
+    return y
 
 
 class _Node(torch.autograd.Function):
@@ -151,7 +198,7 @@ class _Node(torch.autograd.Function):
         how: How = ctx.how
         x, weight, A, B, router, mask, *dropped = ctx.saved_tensors
         wants_x, _, wants_bias, wants_result, wants_A, wants_B, wants_router, *_ = ctx.needs_input_grad
-        with torch.autocast(x.device.type, enabled=False):
+        with _plain_products(x):
             wide = dy.reshape(-1, dy.shape[-1])
             dbias = wide.sum(0).to(ctx.bias_dtype) if wants_bias else None
             wide = wide.to(how.dtype)
@@ -186,7 +233,7 @@ def _forward(
     how: How,
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
     """The output, the base weight as it was multiplied, and h and dh/da where dropout made them unrepeatable."""
-    with torch.autocast(x.device.type, enabled=False):
+    with _plain_products(x):
         low = x.to(how.dtype)
         if result is None:
             assert weight is not None
@@ -262,9 +309,11 @@ def _weights(p: Tensor | None, how: How, x: Tensor, mask: Tensor | None) -> Tens
     """The mixing weights of every sample, (batch, E)."""
     if p is None:
         return torch.full((1, how.experts), 1 / how.experts, device=x.device, dtype=how.dtype)
-    if how.routing in ("static", "token"):
-        return p.view(-1, how.experts)
+    if how.routing == "static":
+        return p.unsqueeze(0)
     batch, tokens = _samples(x, how, mask)
+    if how.routing == "token" or (tokens == 1 and mask is None):
+        return p
     per_sample = p.view(batch, tokens, how.experts)
     shares = _shares(x, how, mask, p)
     if tokens == 0:
@@ -273,19 +322,23 @@ def _weights(p: Tensor | None, how: How, x: Tensor, mask: Tensor | None) -> Tens
 
 
 def _combines(h: Tensor, w: Tensor) -> bool:
-    return w.shape[0] == 1 or h.shape[0] >= COMBINE_FROM * w.shape[0]
+    batch, experts = w.shape
+    least = COMBINE_SHARED_FROM if batch == 1 else COMBINE_FROM * batch
+    return experts > 1 and h.shape[0] >= max(least, 1)
 
 
 def _combine(w: Tensor, B: Tensor, how: How) -> Tensor:
     """C (batch, r, out), scaled, of the weights (batch, E)."""
-    scaled = (w * how.scaling).to(B.dtype)
-    return (scaled @ B.view(how.experts, -1)).view(w.shape[0], -1, B.shape[1])
+    return (_scaled(w, how, B.dtype) @ B.view(how.experts, -1)).view(w.shape[0], -1, B.shape[1])
 
 
 def _expand(h: Tensor, w: Tensor, how: How) -> Tensor:
-    """G (n, E * r), scaled."""
-    scaled = (_per_token(w, h) * how.scaling).to(h.dtype)
-    return (scaled.unsqueeze(2) * h.unsqueeze(1)).flatten(1)
+    """The expanded hidden states g (n, E * r), scaled."""
+    return (_scaled(_per_token(w, h), how, h.dtype).unsqueeze(2) * h.unsqueeze(1)).flatten(1)
+
+
+def _scaled(w: Tensor, how: How, dtype: torch.dtype) -> Tensor:
+    return (w if how.scaling == 1 else w * how.scaling).to(dtype)
 
 
 def _per_token(w: Tensor, h: Tensor) -> Tensor:
@@ -312,7 +365,7 @@ def _plus(y: Tensor, g: Tensor, B: Tensor, spare: bool) -> Tensor:
 def _mix_backward(
     dy: Tensor, h: Tensor, w: Tensor, B: Tensor, how: How, wants_B: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Dh (n, r), dw (batch, E) where there is a router, dB (E * r, out), of dy (n, out)."""
+    """The gradients dh (n, r), dw (batch, E) where there is a router, dB (E * r, out), of dy (n, out)."""
     experts, r = how.experts, h.shape[1]
     learns = experts > 1 and how.routing != "uniform"
     low = B.to(dy.dtype)
@@ -323,27 +376,26 @@ def _mix_backward(
         per_sample = dy.view(batch, -1, dy.shape[1])
         if learns or wants_B:
             dC = bmm(h.view(batch, -1, r).transpose(1, 2), per_sample).view(batch, -1)
-            scaled = (w * how.scaling).to(dC.dtype)
-            dB = (scaled.t() @ dC).view(B.shape).to(B.dtype) if wants_B else None
+            dB = (_scaled(w, how, dC.dtype).t() @ dC).view(B.shape).to(B.dtype) if wants_B else None
             dw = (dC @ low.view(experts, -1).t()).to(w.dtype) * how.scaling if learns else None
         return bmm(per_sample, C.transpose(1, 2)).reshape(-1, r), dw, dB
     g = _expand(h, w, how)
     if wants_B:
         dB = mm(g.t(), dy).to(B.dtype)
-    dg = mm(dy, low.t()).view(-1, experts, r)
-    scaled = (_per_token(w, h) * how.scaling).to(dg.dtype)
+    dg = mm(dy, low.t()).view(h.shape[0], experts, r)
+    scaled = _scaled(_per_token(w, h), how, dg.dtype)
     dh = torch.bmm(scaled.unsqueeze(1), dg).squeeze(1)
     if learns:
         dw = torch.bmm(dg, h.unsqueeze(2)).squeeze(2).to(w.dtype) * how.scaling
         if w.shape[0] != h.shape[0]:
-            dw = dw.view(w.shape[0], -1, experts).sum(1)
+            dw = dw.view(w.shape[0], h.shape[0] // w.shape[0], experts).sum(1)
     return dh, dw, dB
 
 
 def _route_backward(
     dh: Tensor, dw: Tensor, h: Tensor, p: Tensor, router: Tensor, how: How, x: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Dh with what comes through the router, and the router's own gradient."""
+    """The gradient dh with what comes through the router, and the router's own gradient."""
     if how.routing == "static":
         dw = dw[0]
         return dh, (p * (dw - (p * dw).sum())).to(router.dtype)
@@ -367,7 +419,7 @@ def _differentiable_backward(ctx: Any, dy: Tensor) -> Any:
         raise RuntimeError("Lily's dropout cannot be differentiated twice; set dropout=0 or call eval()")
     inputs = {"x": x, "A": A, "B": B, "router": router}
     wanted = {name: t for name, t in inputs.items() if t is not None and t.requires_grad}
-    with torch.autocast(x.device.type, enabled=False):
+    with _plain_products(x):
         low_x, low_A, low_B = (t.to(how.dtype) for t in (x, A, B))
         low_router = None if router is None else router.to(how.dtype)
         experts = low_B.view(how.experts, -1, B.shape[1])

@@ -37,39 +37,36 @@ def _cpu_maker() -> str:
 ONEDNN = onednn_is_faster()
 
 
-def _on_onednn(x: Tensor) -> bool:
-    return ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu"
+def _on_onednn(x: Tensor, w: Tensor) -> bool:
+    return ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu" and _is_large(x, w)
 
 
 def mm(x: Tensor, w: Tensor) -> Tensor:
     """`x` (n, k) @ `w` (k, m)."""
-    if not _on_onednn(x):
+    if not _on_onednn(x, w):
         return torch.mm(x, w)
-    if torch.compiler.is_compiling():
-        return torch.ops.lily.mm(x, w)  # type: ignore[no-any-return]
-    return _mm(x, w)
+    return torch.ops.lily.mm(x, w) if torch.compiler.is_compiling() else _mm(x, w)
 
 
 def plus_mm(y: Tensor, x: Tensor, w: Tensor, spare: bool = False) -> Tensor:
     """`y` (n, m) + `x` (n, k) @ `w` (k, m); with `spare`, `y` is used up: the result may be written into it."""
-    if _on_onednn(x):
-        if torch.compiler.is_compiling():
-            return torch.ops.lily.plus_mm(y, x, w)  # type: ignore[no-any-return]
-        if _is_large(x, w):
-            return _plus_mm(y, x, w)
-    return y.addmm_(x, w) if spare else torch.addmm(y, x, w)
+    if not _on_onednn(x, w):
+        return y.addmm_(x, w) if spare else torch.addmm(y, x, w)
+    return torch.ops.lily.plus_mm(y, x, w) if torch.compiler.is_compiling() else _plus_mm(y, x, w)
 
 
 def bmm(x: Tensor, w: Tensor) -> Tensor:
     """`x` (b, n, k) @ `w` (b, k, m)."""
     if x.shape[0] == 1:
         return mm(x[0], w[0]).unsqueeze(0)
-    if not torch.compiler.is_compiling() and _on_onednn(x) and _is_large(x[0], w[0]):
+    if not torch.compiler.is_compiling() and _on_onednn(x[0], w[0]):
         return torch.stack([_mm(a, b) for a, b in zip(x, w, strict=True)])
     return torch.bmm(x, w)
 
 
 def _is_large(x: Tensor, w: Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        return True  # decided when it runs: a size may be symbolic here
     return x.shape[0] * x.shape[1] * w.shape[1] >= LEAST_WORK
 
 

@@ -73,6 +73,7 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
         statistics: adapter -> what is being recorded of its routing; empty: nothing is.
         merged_as: adapter -> how it was merged into the base weight.
         rounding: adapter -> share of its update's norm that the last merge rounded away.
+        transposed: whether the base weight is (in, out), as GPT-2's `Conv1D` has it.
     """
 
     adapter_layer_names: tuple[str, ...] = ("lily_router", "lily_logits")
@@ -82,6 +83,7 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
 
     def __init__(self, base_layer: nn.Module, bank: LilyBank) -> None:
         self.base_layer = base_layer
+        self.transposed = type(self.get_base_layer()).__name__ == "Conv1D"
         # In a tuple, so that nn.Module does not register it: the bank belongs to the root alone.
         self._bank = (bank,)
         self.lily_router = nn.ModuleDict({})
@@ -99,11 +101,6 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
         self.merged_adapters: list[str] = []
-
-    @property
-    def transposed(self) -> bool:
-        """Whether the base weight is (in, out), as GPT-2's `Conv1D` has it."""
-        return type(self.get_base_layer()).__name__ == "Conv1D"
 
     @property
     def bank(self) -> LilyBank:
@@ -139,9 +136,11 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
 
     def router_of(self, adapter: str) -> Tensor | None:
         """R (experts, r), the static logits (experts,), or None where the routing learns nothing."""
-        if adapter in self.lily_router:
-            return cast(Tensor, self.lily_router[adapter].weight)
-        return cast(Tensor | None, self.lily_logits.get(adapter))
+        if self.num_B[adapter] == 1 or self.routing[adapter] == "uniform":
+            return None
+        if self.routing[adapter] == "static":
+            return cast(Tensor, self.lily_logits[adapter])
+        return cast(Tensor, self.lily_router[adapter].weight)
 
     def tensors_of(self, adapter: str) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (experts, r, out), where the bank has them now."""
@@ -169,27 +168,29 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
 
     def _fast(self, adapter: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, fused.How, Tensor | None] | None:
         """What `fused` needs to compute the adapter's update, or None where only the reference can."""
-        if self.statistics.get(adapter) is not None or adapter in self.bank.settled:
+        bank, routing = self._bank[0], self.routing[adapter]
+        if adapter in self.statistics or adapter in bank.settled:
             return None
-        slot = self.slots[adapter]
-        tensors_A, tensors_B = self.bank.tensors(adapter)
-        A, B = tensors_A[slot.A], tensors_B[slot.B]
-        if A.device != x.device:
-            A, B = A.to(x.device), B.to(x.device)
+        if routing == "batch" and not self.training:
+            return None  # what batch routing is for is stock PEFT's results, to the last bit
+        A, B = bank.pair(adapter, self.slots[adapter])
+        device = x.device
+        if A.device != device:  # layers on several devices share one bank
+            A, B = A.to(device), B.to(device)
         dtype = fused.product_dtype(x, A, B)
         if dtype is None:
             return None
-        routing = self.routing[adapter]
+        dropout = self.dropout[adapter] if self.training else 0.0
         how = fused.How(
             routing,
             self.num_B[adapter],
             self.scaling[adapter],
             dtype,
             self.activation[adapter],
-            self.dropout[adapter] if self.training else 0.0,
+            dropout,
             self.transposed,
         )
-        mask = self.bank.masks.mask_for(x) if routing == "sequence" else None
+        mask = bank.masks.mask_for(x) if routing == "sequence" else None
         return A, B, self.router_of(adapter), how, mask
 
     def _weights(self, adapter: str, h: Tensor, x: Tensor) -> Tensor:
@@ -353,23 +354,22 @@ class Linear(nn.Module, LilyLayer):
         """`x` (..., in) -> (..., out), in the dtype of the base layer's output."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        result: Tensor | None = None
+        base, result = self.base_layer, None
         active = [] if self.disable_adapters or self.merged else cast(list[str], self.active_adapters)
         for adapter in active:
             if adapter not in self.slots:
                 continue
             fast = self._fast(adapter, x)
-            if result is None and fast and not args and not kwargs and is_plain(self.base_layer, x, fast[3].dtype):
-                base: Any = self.base_layer
-                result = fused.linear(x, base.weight, base.bias, *fast)
+            if result is None and fast and not args and not kwargs and is_plain(base, x, fast[3].dtype):
+                result = fused.linear(x, base.weight, base.bias, *fast)  # type: ignore[arg-type]
                 continue
             if result is None:
-                result = self.base_layer(x, *args, **kwargs)
+                result = base(x, *args, **kwargs)
             if fast:
                 result = fused.plus_update(result, x, *fast)
             else:
                 result = result + self.update_of(adapter, x).to(result.dtype)
-        return cast(Tensor, self.base_layer(x, *args, **kwargs)) if result is None else result
+        return cast(Tensor, base(x, *args, **kwargs)) if result is None else result
 
     def __repr__(self) -> str:
         return "lily." + super().__repr__()

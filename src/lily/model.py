@@ -165,8 +165,10 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
     ) -> dict[str, Tensor]:
         bank, _ = _find_bank(model)
         plan = bank.plans[adapter_name]
-        # A grouping taken over from a file cannot be read off the configuration, so it must stay visible in the file.
-        as_configured = plan == build_plan(checkpoint.specs_of(plan), config)
+        # A grouping that the written configuration does not lead to must stay visible in the file.
+        written = copy.copy(config)
+        written.stock_grouping = False
+        as_configured = plan == build_plan(checkpoint.specs_of(plan), written)
         if config.settled == 1:  # what the routers hold is no longer used
             state_dict = {k: v for k, v in state_dict.items() if f".lily_router.{adapter_name}." not in k}
         out = checkpoint.dump(state_dict, adapter_name, plan, every_layer=not as_configured)

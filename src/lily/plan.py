@@ -185,8 +185,11 @@ def build_plan(modules: Sequence[ModuleSpec], config: LilyConfig) -> SharingPlan
         LilyError: if `rank_pattern` gives layers of one group different ranks.
     """
     members: dict[tuple[str, int, int], list[str]] = {}
+    expression = config.target_modules if isinstance(config.target_modules, str) else None
     for m in modules:
-        key = (target_name(m.name, config.target_modules), m.in_features, m.out_features)
+        # To stock PEFT, everything that a regular expression selects is one target.
+        stock = expression if config.stock_grouping else None
+        key = (stock or target_name(m.name, config.target_modules), m.in_features, m.out_features)
         members.setdefault(key, []).append(m.name)
     groups = []
     for (name, in_features, out_features), names in members.items():

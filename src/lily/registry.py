@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import peft
 import torch
+from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lily import LilyModel as StockModel
 from peft.tuners.lora import conversion
-from peft.utils import PeftType
+from peft.utils import PeftType, load_peft_weights
 from torch import Tensor, nn
+from transformers.integrations.peft import PeftAdapterMixin
 
 from lily.bank import LilyBank
 from lily.config import EXTENDED_TYPE, LilyConfig
@@ -27,6 +31,48 @@ def _convert_module_to_lora(
     return found
 
 
+_stock_load_adapter = PeftAdapterMixin.load_adapter
+
+
+def _load_adapter(
+    self: Any,
+    peft_model_id: str | None = None,
+    adapter_name: str | None = None,
+    peft_config: Any = None,
+    adapter_state_dict: dict[str, Tensor] | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """`model.load_adapter` of transformers, which its `from_pretrained` uses too.
+
+    It matches names of tensors to names of parameters itself, and so would miss the bank; Lily's files are read by
+    PEFT's own loading instead. Anything else goes its usual way.
+    """
+    load_config = kwargs.get("load_config")
+    source = peft_model_id or getattr(load_config, "pretrained_model_name_or_path", None)
+    hub = {**(getattr(load_config, "download_kwargs", None) or {}), **(kwargs.get("adapter_kwargs") or {})}
+    hub = {key: hub[key] for key in ("revision", "token", "cache_dir", "subfolder", "local_files_only") if hub.get(key)}
+    config = peft_config
+    if config is None and source is not None:
+        config = PeftConfig.from_pretrained(source, **hub)
+    name = adapter_name or "default"
+    known = name in getattr(self, "peft_config", {})
+    if not isinstance(config, LilyConfig) or known or kwargs.get("hotswap") is True:
+        return _stock_load_adapter(self, peft_model_id, adapter_name, peft_config, adapter_state_dict, *args, **kwargs)
+    config.inference_mode = not kwargs.get("is_trainable", False)
+    state = adapter_state_dict if adapter_state_dict is not None else load_peft_weights(source, device="cpu", **hub)
+    inject_adapter_in_model(config, self, name)
+    self._hf_peft_config_loaded = True
+    try:
+        found = set_peft_model_state_dict(self, state, adapter_name=name)
+    except Exception:
+        self.delete_adapter(name)
+        raise
+    if config.inference_mode:
+        self.eval()
+    return found
+
+
 def register() -> None:
     """Make PEFT use this package wherever it meets `PeftType.LILY`. `import lily` does; calling it again is harmless.
 
@@ -38,6 +84,7 @@ def register() -> None:
     PEFT_TYPE_TO_CONFIG_MAPPING[EXTENDED_TYPE] = LilyConfig
     PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LILY] = LilyModel
     conversion._convert_module_to_lora = _convert_module_to_lora
+    PeftAdapterMixin.load_adapter = _load_adapter
 
 
 def unregister() -> None:
@@ -46,3 +93,4 @@ def unregister() -> None:
     PEFT_TYPE_TO_CONFIG_MAPPING.pop(EXTENDED_TYPE, None)
     PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LILY] = StockModel
     conversion._convert_module_to_lora = _stock_conversion
+    PeftAdapterMixin.load_adapter = _stock_load_adapter

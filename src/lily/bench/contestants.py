@@ -1,0 +1,129 @@
+"""Who is compared: the frozen model, LoRA, stock Lily and ours, on the same base weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import peft
+import torch
+from torch import Tensor, nn
+
+import lily
+from lily.bench.subjects import Subject
+from lily.budget import equal_lora_rank
+from lily.config import ROUTINGS
+from lily.errors import LilyError
+
+FROZEN, LORA, LORA_RANK, STOCK, MERGED = "frozen", "LoRA", "LoRA, equal rank", "stock Lily", "Lily merged"
+NAMES = (FROZEN, LORA, LORA_RANK, STOCK, *(f"Lily {routing}" for routing in ROUTINGS), MERGED)
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A model in the comparison.
+
+    Attributes:
+        name: one of `NAMES`.
+        model: shares its frozen weights with all the others but the merged one.
+        rank: of its updates; 0 for the frozen model.
+        parameters: that train.
+    """
+
+    name: str
+    model: nn.Module
+    rank: int
+    parameters: int
+
+
+def contestants(subject: Subject, options: dict[str, Any], names: Sequence[str] = NAMES) -> list[Contestant]:
+    """Build them, every one with small random adapter weights, as if it had trained a little.
+
+    Args:
+        subject: the base model.
+        options: `r`, `num_A` (or `stride_A`), `num_B` and `scaling` of Lily; LoRA's rank follows from them.
+        names: which; some of `NAMES`.
+
+    Raises:
+        LilyError: for a name that is not known.
+    """
+    if unknown := [name for name in names if name not in NAMES]:
+        raise LilyError(f"no contestant {unknown[0]!r}; there are {', '.join(repr(n) for n in NAMES)}")
+    config = lily.LilyConfig(target_modules=subject.targets, routing="token", **options)
+    modules = lily.select_modules(subject.base, config)
+    plan = lily.build_plan(modules, config)
+    targets = sorted({m.name.rpartition(".")[2] for m in modules})
+    rank = int(options["r"])
+    equal = equal_lora_rank(modules, plan.parameters.total)
+    makers: dict[str, tuple[int, Callable[[nn.Module], nn.Module]]] = {
+        FROZEN: (0, _frozen),
+        LORA: (equal, lambda base: _lora(base, equal, targets)),
+        LORA_RANK: (rank, lambda base: _lora(base, rank, targets)),
+        STOCK: (rank, lambda base: _stock(base, options, targets)),
+        **{f"Lily {routing}": (rank, partial(_ours, options, targets, routing)) for routing in ROUTINGS},
+    }
+    made = []
+    for name in names:
+        if name == STOCK and options.get("num_B") == 1:
+            continue  # it has no such thing
+        rank_of, make = makers["Lily static" if name == MERGED else name]
+        base = copy.deepcopy(subject.base) if name == MERGED else sharing_weights(subject.base)
+        model = make(base).to(subject.device).train()
+        _fill(model)
+        if name == MERGED:
+            cast(peft.PeftModel, model).merge_adapter()
+        parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        made.append(Contestant(name, model, rank_of, parameters))
+    return made
+
+
+def sharing_weights(base: nn.Module) -> nn.Module:
+    """A copy of the modules around the same weights."""
+    return copy.deepcopy(base, memo={id(p): p for p in base.parameters()})
+
+
+def _frozen(base: nn.Module) -> nn.Module:
+    """No adapter; gradients flow through all blocks all the same, as they do for the others."""
+    base.get_input_embeddings().register_forward_hook(_requires_grad)  # type: ignore[operator]
+    return base
+
+
+def _requires_grad(module: nn.Module, args: Any, output: Tensor) -> None:
+    if torch.is_grad_enabled():
+        output.requires_grad_(True)
+
+
+def _lora(base: nn.Module, rank: int, targets: list[str]) -> nn.Module:
+    return _adapted(base, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
+
+
+def _stock(base: nn.Module, options: dict[str, Any], targets: list[str]) -> nn.Module:
+    values = {k: v for k, v in options.items() if k != "num_A"}
+    if "num_A" in options:
+        plan_config = lily.LilyConfig(target_modules=targets, routing="batch", **options)
+        plan = lily.build_plan(lily.select_modules(base, plan_config), plan_config)
+        values["stride_A"] = plan.groups[0].stride
+    lily.unregister()
+    try:
+        return _adapted(base, peft.LilyConfig(target_modules=targets, **values))
+    finally:
+        lily.register()
+
+
+def _ours(options: dict[str, Any], targets: list[str], routing: str, base: nn.Module) -> nn.Module:
+    return _adapted(base, lily.LilyConfig(target_modules=targets, routing=routing, **options))
+
+
+def _adapted(base: nn.Module, config: peft.PeftConfig) -> nn.Module:
+    return cast(nn.Module, peft.get_peft_model(base, config))
+
+
+@torch.no_grad()
+def _fill(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.copy_(0.01 * torch.randn(p.shape, generator=generator))

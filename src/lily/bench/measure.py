@@ -1,0 +1,213 @@
+"""The measurements. What counts are ratios within a round, in which every contestant takes its turn."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import peft
+import torch
+from torch import nn
+
+import lily
+from lily.bench.contestants import STOCK, Contestant, sharing_weights
+from lily.bench.subjects import Subject
+
+Run = Callable[[int], float]  # round -> seconds (or whatever is measured)
+INPUTS = 4  # different inputs, taken in turn, so that no cache holds the last round's
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one contestant's measurement gave.
+
+    Attributes:
+        median: over the rounds.
+        ratios: to the reference contestant, round by round.
+    """
+
+    median: float
+    ratios: list[float]
+
+    @property
+    def ratio(self) -> float:
+        """Median of the ratios."""
+        return statistics.median(self.ratios)
+
+
+def interleave(runs: Mapping[str, Run], reference: str, rounds: int, warm_up: int = 1) -> dict[str, Outcome]:
+    """Run all contestants in every round, each round starting with another one.
+
+    Args:
+        runs: contestant -> what measures it once.
+        reference: the contestant whose ratio is 1.
+        rounds: that count.
+        warm_up: rounds before those.
+    """
+    names = list(runs)
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(-warm_up, rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            value = runs[name](turn)
+            if turn >= 0:
+                found[name].append(value)
+    base = found[reference]
+    return {
+        name: Outcome(statistics.median(values), [v / b for v, b in zip(values, base, strict=True)])
+        for name, values in found.items()
+    }
+
+
+@contextlib.contextmanager
+def clock(device: torch.device) -> Iterator[Callable[[], float]]:
+    """Within: work on `device`. Afterwards the yielded function tells how many seconds it took."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        yield lambda: start.elapsed_time(end) / 1000
+        end.record()
+        torch.cuda.synchronize(device)
+        return
+    begun = time.perf_counter()
+    taken = [0.0]
+    yield lambda: taken[0]
+    taken[0] = time.perf_counter() - begun
+
+
+def training_step(subject: Subject, contestant: Contestant) -> Callable[[int], None]:
+    """Forward, backward and an AdamW step of what trains."""
+    model = contestant.model
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(trainable, lr=1e-6) if trainable else None
+    batches = [subject.inputs(seed) for seed in range(INPUTS)]
+
+    def step(turn: int) -> None:
+        model(**batches[turn % INPUTS]).loss.backward()
+        if optimiser is not None:
+            optimiser.step()
+            optimiser.zero_grad()
+
+    return step
+
+
+def step_time(subject: Subject, contestant: Contestant) -> Run:
+    """Seconds of a training step."""
+    step = training_step(subject, contestant)
+
+    def run(turn: int) -> float:
+        with clock(subject.device) as seconds:
+            step(turn)
+        return seconds()
+
+    return run
+
+
+def step_memory(subject: Subject, contestant: Contestant) -> Run:
+    """Bytes that a training step needs at its peak, on top of the frozen weights: adapter, optimiser, activations."""
+    step = training_step(subject, contestant)
+    trainable = sum(p.numel() * p.element_size() for p in contestant.model.parameters() if p.requires_grad)
+
+    def run(turn: int) -> float:
+        if turn < 0:
+            step(turn)  # makes the optimiser's state
+        return 3 * trainable + peak(lambda: step(turn), subject.device)
+
+    return run
+
+
+def peak(work: Callable[[], None], device: torch.device) -> int:
+    """Most bytes that `work` held at once of what it allocated itself, as the allocator counts them."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        torch.cuda.synchronize(device)
+        return int(torch.cuda.max_memory_allocated(device)) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    results: Any = profile.profiler
+    changes = [e for e in results.kineto_results.events() if e.name() == "[memory]"]
+    held = most = 0
+    for change in sorted(changes, key=lambda e: e.start_ns()):
+        held += change.nbytes()
+        most = max(most, held)
+    return most
+
+
+def prefill_time(subject: Subject, contestant: Contestant) -> Run:
+    """Seconds of reading a prompt, or an image, without gradients."""
+    model = contestant.model
+    batches = [{k: v for k, v in subject.inputs(seed).items() if k != "labels"} for seed in range(INPUTS)]
+
+    @torch.inference_mode()
+    def run(turn: int) -> float:
+        with _evaluating(model), clock(subject.device) as seconds:
+            model(**batches[turn % INPUTS])
+        return seconds()
+
+    return run
+
+
+def decode_time(subject: Subject, contestant: Contestant, steps: int = 16) -> Run:
+    """Seconds per token of decoding with a KV cache after a prompt; one sample."""
+    model = contestant.model
+
+    @torch.inference_mode()
+    def run(turn: int) -> float:
+        with _evaluating(model):
+            ids = subject.inputs(turn % INPUTS)["input_ids"][:1]
+            cache = model(input_ids=ids, use_cache=True).past_key_values
+            last = ids[:, -1:]
+            model(input_ids=last, past_key_values=cache, use_cache=True)
+            with clock(subject.device) as seconds:
+                for _ in range(steps):
+                    model(input_ids=last, past_key_values=cache, use_cache=True)
+            return seconds() / steps
+
+    return run
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()
+
+
+def files(subject: Subject, contestants: Sequence[Contestant], rounds: int) -> dict[str, dict[str, float]]:
+    """Bytes of each adapter's weights file, and seconds that loading the adapter takes (median)."""
+    found: dict[str, dict[str, float]] = {}
+    for c in contestants:
+        if not isinstance(c.model, peft.PeftModel):
+            continue
+        with TemporaryDirectory() as folder, _stock_registered(c.name == STOCK):
+            c.model.save_pretrained(folder)
+            seconds = []
+            for _ in range(rounds):
+                base = sharing_weights(subject.base)
+                begun = time.perf_counter()
+                peft.PeftModel.from_pretrained(base, folder)
+                seconds.append(time.perf_counter() - begun)
+            size = (Path(folder) / "adapter_model.safetensors").stat().st_size
+        found[c.name] = {"bytes": float(size), "load_seconds": statistics.median(seconds)}
+    return found
+
+
+@contextlib.contextmanager
+def _stock_registered(stock: bool) -> Iterator[None]:
+    if stock:
+        lily.unregister()
+    try:
+        yield
+    finally:
+        lily.register()

@@ -1,0 +1,217 @@
+"""What was measured, as a value: run, printed, drawn, kept as JSON."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lily import gemm
+from lily.bench import measure
+from lily.bench.contestants import FROZEN, LORA, MERGED, NAMES, STOCK, Contestant, contestants
+from lily.bench.measure import Outcome
+from lily.bench.subjects import Subject
+from lily.errors import LilyError
+from lily.files import write_text
+
+ADAPTED = tuple(name for name in NAMES if name not in (FROZEN, MERGED))
+TRAINED = (FROZEN, *ADAPTED)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One kind of measurement.
+
+    Attributes:
+        title: with its unit, for tables.
+        make: what measures a contestant.
+        names: contestants that it makes sense for.
+        scale: from the measured value to the title's unit.
+        rounds: fixed where the value hardly varies; None: as asked.
+    """
+
+    title: str
+    make: Callable[[Subject, Contestant], measure.Run]
+    names: tuple[str, ...]
+    scale: float
+    rounds: int | None = None
+
+
+MEASURES = {
+    "step": Measure("training step, ms", measure.step_time, TRAINED, 1e3),
+    "memory": Measure("training memory at its peak, MB", measure.step_memory, TRAINED, 1e-6, rounds=1),
+    "prefill": Measure("forward without gradients, ms", measure.prefill_time, NAMES, 1e3),
+    "decode": Measure("decoding a token, ms", measure.decode_time, NAMES, 1e3),
+}
+
+
+@dataclass
+class Report:
+    """The figures of one subject.
+
+    Attributes:
+        subject: name of the base model.
+        setting: sizes, ranks, rounds.
+        machine: device, threads, versions.
+        contestants: name -> rank and trained parameters.
+        results: measure -> contestant -> median and ratios to LoRA at equal parameters.
+        files: contestant -> bytes and seconds to load.
+    """
+
+    subject: str
+    setting: dict[str, Any]
+    machine: dict[str, Any]
+    contestants: dict[str, dict[str, int]] = field(default_factory=dict)
+    results: dict[str, dict[str, Outcome]] = field(default_factory=dict)
+    files: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """All of it."""
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def read(cls, path: Path) -> Report:
+        """A report that `write` wrote."""
+        values = json.loads(path.read_text("utf-8"))
+        results = {
+            kind: {name: Outcome(**outcome) for name, outcome in found.items()}
+            for kind, found in values.pop("results").items()
+        }
+        return cls(**values, results=results)
+
+    def write(self, path: Path) -> None:
+        """As JSON, atomically."""
+        write_text(path, self.to_json())
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Device, threads and versions, as far as they decide times."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "onednn_products": gemm.ONEDNN,
+        "versions": {
+            "python": platform.python_version(),
+            **{p: version(p) for p in ("torch", "transformers", "peft", "lily-peft")},
+        },
+    }
+
+
+def _cpu_name() -> str:
+    known = Path("/proc/cpuinfo")
+    lines = known.read_text("utf-8", errors="replace").splitlines() if known.is_file() else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return f"{model or platform.processor() or platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def run(
+    subject: Subject,
+    options: dict[str, Any],
+    kinds: Sequence[str],
+    rounds: int,
+    names: Sequence[str] = NAMES,
+    say: Callable[[str], None] = lambda _: None,
+) -> Report:
+    """Measure.
+
+    Args:
+        subject: the base model and its inputs.
+        options: `r`, `num_A`, `num_B`, `scaling` of Lily.
+        kinds: keys of `MEASURES`, and `files`.
+        rounds: of each measurement that varies.
+        names: contestants; LoRA, which the ratios are to, is always among them.
+        say: told what is being measured.
+
+    Raises:
+        LilyError: for a kind that is not known, or that the subject cannot do.
+    """
+    if unknown := [kind for kind in kinds if kind not in (*MEASURES, "files")]:
+        raise LilyError(f"no measurement {unknown[0]!r}; there are {', '.join([*MEASURES, 'files'])}")
+    if "decode" in kinds and subject.vocabulary is None:
+        raise LilyError(f"{subject.name} does not generate, so there is no decoding to measure; leave decode out")
+    chosen = [name for name in NAMES if name in names or name == LORA]
+    made = {c.name: c for c in contestants(subject, options, [*chosen, *(n for n in names if n not in NAMES)])}
+    setting = {
+        **asdict(subject.shape),
+        "dtype": str(next(subject.base.parameters()).dtype),
+        "rounds": rounds,
+        **options,
+    }
+    report = Report(subject.name, setting, machine(subject.device))
+    report.contestants = {c.name: {"rank": c.rank, "parameters": c.parameters} for c in made.values()}
+    for kind in kinds:
+        say(kind)
+        if kind == "files":
+            report.files = measure.files(subject, list(made.values()), min(rounds, 3))
+            continue
+        how = MEASURES[kind]
+        runs = {name: how.make(subject, c) for name, c in made.items() if name in how.names}
+        report.results[kind] = measure.interleave(runs, LORA, how.rounds or rounds)
+    return report
+
+
+def rows(report: Report, kind: str) -> list[list[str]]:
+    """A table of one measurement: contestant, rank, parameters, median, ratio to LoRA, its spread, ratio to stock."""
+    how, found = MEASURES[kind], report.results[kind]
+    out = []
+    for name, outcome in found.items():
+        about = report.contestants[name]
+        stock = ""
+        if STOCK in found:
+            pairs = zip(outcome.ratios, found[STOCK].ratios, strict=True)
+            stock = f"{statistics.median(a / b for a, b in pairs):.2f}"
+        spread = f"{min(outcome.ratios):.2f} to {max(outcome.ratios):.2f}" if len(outcome.ratios) > 1 else ""
+        rank = str(about["rank"]) if about["rank"] else ""
+        trained = f"{about['parameters']:,}" if about["parameters"] else ""
+        out.append([name, rank, trained, f"{outcome.median * how.scale:.4g}", f"{outcome.ratio:.2f}", spread, stock])
+    return out
+
+
+HEADER = ["", "rank", "trained", "", "to LoRA", "spread", "to stock"]
+
+
+def file_rows(report: Report) -> list[list[str]]:
+    """The table of adapter files: contestant, size, seconds to load."""
+    return [
+        [name, f"{found['bytes'] / 1e6:.2f}", f"{found['load_seconds']:.2f}"] for name, found in report.files.items()
+    ]
+
+
+def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *lines))
+
+
+def plot(report: Report, path: Path) -> None:
+    """Draw the ratios to LoRA, one panel per measurement, the spread as whiskers.
+
+    Raises:
+        LilyError: if matplotlib is not there.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise LilyError('a plot needs matplotlib; pip install "lily-peft[plots]"') from None
+    kinds = list(report.results)
+    figure = Figure(figsize=(4.2 * len(kinds) + 1.6, 4), layout="constrained")
+    panels = figure.subplots(1, len(kinds), sharey=False, squeeze=False)[0]
+    for panel, kind in zip(panels, kinds, strict=True):
+        found = report.results[kind]
+        middle = [o.ratio for o in found.values()]
+        low, high = ([abs(f(o.ratios) - o.ratio) for o in found.values()] for f in (min, max))
+        colours = ["#7a5195" if name.startswith("Lily") else "#b0b0b0" for name in found]
+        panel.barh(list(found), middle, xerr=[low, high], color=colours, ecolor="#404040")
+        panel.axvline(1, color="#202020", linewidth=1)
+        panel.invert_yaxis()
+        panel.set_title(MEASURES[kind].title.partition(",")[0])
+        panel.set_xlabel("ratio to LoRA at equal parameters")
+    figure.suptitle(f"{report.subject}, {report.machine['device']}")
+    figure.savefig(path)

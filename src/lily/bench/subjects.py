@@ -1,0 +1,140 @@
+"""What is measured on: a base model with random weights of a real shape, and inputs for it.
+
+Times do not depend on what the weights are, so no weight is read and any architecture will do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lily.errors import LilyError
+from lily.plan import is_causal
+
+Inputs = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a built-in model and of what it is fed.
+
+    Attributes:
+        width: of the hidden state.
+        depth: how many blocks.
+        batch: samples of a step.
+        tokens: of a sample; an image has its patches and one more.
+    """
+
+    width: int = 768
+    depth: int = 12
+    batch: int = 4
+    tokens: int = 128
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A base model and its inputs.
+
+    Attributes:
+        name: as tables say it.
+        base: the model, on its device and in its dtype, in training mode, without dropout.
+        inputs: seed -> the inputs of one training step, with labels.
+        targets: which modules are adapted.
+        vocabulary: of a causal model, which can decode; else None.
+        shape: batch and tokens of the inputs.
+    """
+
+    name: str
+    base: nn.Module
+    inputs: Callable[[int], Inputs]
+    targets: list[str] | str
+    vocabulary: int | None
+    shape: Shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return next(self.base.parameters()).device
+
+
+def llama(shape: Shape, device: str, dtype: torch.dtype, vocabulary: int = 32000) -> Subject:
+    """A Llama of `shape`, its MLP 8/3 times as wide (rounded up to 256), heads of 64."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(
+        hidden_size=shape.width,
+        intermediate_size=-(-shape.width * 8 // 3 // 256) * 256,
+        num_hidden_layers=shape.depth,
+        num_attention_heads=shape.width // 64,
+        vocab_size=vocabulary,
+        max_position_embeddings=max(2048, shape.tokens + 256),
+    )
+    base = _ready(lambda: AutoModelForCausalLM.from_config(config), device, dtype)
+    return causal_subject(f"Llama {shape.width} x {shape.depth}", base, shape, "all-linear")
+
+
+def vit(shape: Shape, device: str, dtype: torch.dtype) -> Subject:
+    """A vision transformer of `shape` on 224-pixel images in patches of 16: 196 and 1 tokens."""
+    from transformers import AutoModelForImageClassification, ViTConfig
+
+    config = ViTConfig(
+        hidden_size=shape.width,
+        intermediate_size=4 * shape.width,
+        num_hidden_layers=shape.depth,
+        num_attention_heads=shape.width // 64,
+        num_labels=100,
+    )
+    base = _ready(lambda: AutoModelForImageClassification.from_config(config), device, dtype)
+
+    def inputs(seed: int) -> Inputs:
+        generator = torch.Generator().manual_seed(seed)
+        images = torch.randn(shape.batch, 3, 224, 224, generator=generator).to(device, dtype)
+        return {"pixel_values": images, "labels": torch.randint(0, 100, (shape.batch,), generator=generator).to(device)}
+
+    shape = replace(shape, tokens=197)
+    return Subject(f"ViT {shape.width} x {shape.depth}", base, inputs, "all-linear", None, shape)
+
+
+def causal_subject(name: str, base: nn.Module, shape: Shape, targets: list[str] | str) -> Subject:
+    """Any causal language model, fed random tokens."""
+    config: Any = base.config
+    vocabulary = int(config.get_text_config().vocab_size)
+    device = next(base.parameters()).device
+
+    def inputs(seed: int) -> Inputs:
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(0, vocabulary, (shape.batch, shape.tokens), generator=generator).to(device)
+        return {"input_ids": ids, "labels": ids}
+
+    return Subject(name, base, inputs, targets, vocabulary, shape)
+
+
+def own(name: str, meta: nn.Module, shape: Shape, targets: list[str] | str, device: str, dtype: torch.dtype) -> Subject:
+    """A user's own architecture, given on the meta device.
+
+    Raises:
+        LilyError: if it is no causal language model.
+    """
+    if not is_causal(meta) or getattr(meta, "get_input_embeddings", None) is None:
+        raise LilyError(
+            f"{name} is a {type(meta).__name__}; lily bench takes causal language models, or --shape llama or vit"
+        )
+
+    def build() -> nn.Module:
+        model = meta.to(dtype).to_empty(device="cpu")
+        with torch.no_grad():
+            for p in model.parameters():
+                p.normal_(std=0.02)
+        cast(Any, model).init_weights()  # buffers too, such as the rotary ones
+        return model
+
+    return causal_subject(name, _ready(build, device, dtype), shape, targets)
+
+
+def _ready(build: Callable[[], nn.Module], device: str, dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(0)
+    return build().to(device, dtype).requires_grad_(False).train()
