@@ -207,7 +207,7 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
                 idle = cast(Tensor, router)
                 return target + 0 * idle.sum().to(h.dtype) if self.training and idle.requires_grad else target
             w = functional.weights(h, experts, router, routing, mask)
-        if statistics is not None:
+        if statistics is not None and statistics.wants(self.training):
             statistics.add(w, h, mask)
         if settled is not None:
             w = settled.blend(w, target.detach()) + (0 * logits.sum()).to(h.dtype)
