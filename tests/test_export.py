@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from test_merge import layers
 from test_model import adapted, config_for
 from torch import nn
+from transformers import modeling_utils
 
 from lily import LilyConfig, LilyError, export
 
@@ -248,8 +250,6 @@ def test_a_folder_is_never_overwritten_unless_asked(writer, tmp_path):
 
 @pytest.mark.parametrize("writer", WRITERS)
 def test_a_full_disk_leaves_the_old_folder_and_nothing_else(writer, tmp_path, monkeypatch):
-    import os
-
     WRITERS[writer](adapted("llama", routing="static"), tmp_path / "out")
     before = {p: p.read_bytes() for p in (tmp_path / "out").iterdir()}
 
@@ -261,6 +261,31 @@ def test_a_full_disk_leaves_the_old_folder_and_nothing_else(writer, tmp_path, mo
         WRITERS[writer](adapted("llama", routing="static"), tmp_path / "out", overwrite=True)
     assert {p: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_disk_that_fills_up_under_safetensors_is_an_error_that_names_the_folder(writer, tmp_path, monkeypatch):
+    def full(tensors, file, *_, **__):
+        Path(file).write_bytes(b"half of it")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(export, "save_file", full)
+    monkeypatch.setattr(modeling_utils, "safe_save_file", full)
+    with pytest.raises(OSError, match="No space left on device") as raised:
+        WRITERS[writer](adapted("llama", routing="static"), tmp_path / "out")
+    assert raised.value.filename == str(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_others_can_read_what_is_written_if_the_umask_lets_them(writer, tmp_path):
+    before = os.umask(0o027)
+    try:
+        WRITERS[writer](adapted("llama", routing="static"), tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert {p.stat().st_mode & 0o777 for p in (tmp_path / "out").iterdir()} == {0o640}
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
 
 
 def test_a_batch_routed_adapter_goes_to_stock_as_it_is(tmp_path):
