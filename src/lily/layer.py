@@ -265,9 +265,11 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
         factors = self.factors(adapter)
         base = self.get_base_layer()
         weight: Any = getattr(base, "weight", None)
-        if type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point():
+        plain = type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point()
+        if not plain or weight.element_size() == 1:  # a float8 weight is quantised too: its scale is somewhere else
+            kind = f"{type(weight).__name__} of {weight.dtype}" if plain else type(weight).__name__
             raise LilyError(
-                f"cannot merge into a {type(base).__name__} whose weight is a {type(weight).__name__}: the update "
+                f"cannot merge into a {type(base).__name__} whose weight is a {kind}: the update "
                 "would be rounded to its few values; load the base model unquantised (or call its dequantize()) and "
                 "merge there, or export a LoRA"
             )
