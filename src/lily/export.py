@@ -140,7 +140,8 @@ def as_lora(
         rank: default: the adapter's own, which is exact. A smaller one cuts each layer's update by a truncated SVD.
         tolerance: share of a layer's energy (squared norm of its update) that may be lost that way.
         force: cut although more is lost.
-        dtype: of the tensors; default: the adapter's.
+        dtype: of the tensors; default: the adapter's, or float32 where that is half precision, whose mixed experts
+            half precision cannot hold.
         provenance: further facts to keep with it.
 
     Raises:
@@ -154,7 +155,6 @@ def as_lora(
         raise LilyError(f"rank={rank} is not valid; give a positive integer")
     other = _other(model, found, frozen=wanted.modules_to_save)
     _check_readable(target, wanted, found, other)
-    kept = dtype or next(t.dtype for t in found.bank.tensors(found.name)[0])
     factors = {name: layer.factors(found.name) for name, layer in found.layers.items()}
     layers = {name: _cut(f, rank) for name, f in factors.items()}
     poor = {n: layer.energy for n, layer in layers.items() if 1 - layer.energy > tolerance}
@@ -167,11 +167,12 @@ def as_lora(
     largest = max(layer.A.shape[0] for layer in layers.values())
     rank_to = _padded_rank(largest, target, wanted)
     layers = {
-        name: _finished(layer, rank_to if wanted.uniform or wanted.ranks else layer.A.shape[0], kept, wanted.uniform)
+        name: _finished(layer, rank_to if wanted.uniform or wanted.ranks else layer.A.shape[0], dtype, wanted.uniform)
         for name, layer in layers.items()
     }
     config = _lora_config(found, layers, rank_to)
-    exact = dtype is None and all(layer.energy == 1 for layer in layers.values())
+    rounded = dtype is not None and any(torch.promote_types(f.B.dtype, dtype) != dtype for f in factors.values())
+    exact = not rounded and all(layer.energy == 1 for layer in layers.values())
     facts = {
         "format": "lily export", "lily": __version__, "exact": exact,
         "base_model": found.config.base_model_name_or_path, "routing": found.config.routing,
@@ -235,7 +236,7 @@ def _padded_rank(rank: int, target: str, wanted: Target) -> int:
     return fitting[0]
 
 
-def _finished(layer: Layer, rank: int, dtype: torch.dtype, uniform: bool) -> Layer:
+def _finished(layer: Layer, rank: int, dtype: torch.dtype | None, uniform: bool) -> Layer:
     """Padded with zeros to `rank`; the scaling as an alpha that is a whole number, else inside B."""
     missing = rank - layer.A.shape[0]
     A = torch.cat([layer.A, layer.A.new_zeros(missing, layer.A.shape[1])])
@@ -243,7 +244,7 @@ def _finished(layer: Layer, rank: int, dtype: torch.dtype, uniform: bool) -> Lay
     scale = layer.scale
     if uniform or not (scale * rank).is_integer() or scale <= 0:
         B, scale = B * scale, 1.0
-    return Layer(A.to(dtype).cpu(), B.to(dtype).cpu(), scale, layer.energy)
+    return Layer(A.to("cpu", dtype), B.to("cpu", dtype), scale, layer.energy)
 
 
 def _lora_config(found: Adapted, layers: Mapping[str, Layer], rank: int) -> LoraConfig:
@@ -283,7 +284,8 @@ def _other(model: nn.Module, found: Adapted, frozen: bool = True) -> dict[str, T
     state = get_peft_model_state_dict(model if wrapped else found.root, adapter_name=found.name)
     if not wrapped:  # a wrapper's names are what the file has
         state = {f"{PREFIX}{k}": v for k, v in state.items()}
-    own = ("lily_A", "lily_B", "lily_router", "lily_logits")
+    # With bias="all" a saved module's bias comes again under its wrapper's names, which are no names of a file.
+    own = ("lily_A", "lily_B", "lily_router", "lily_logits", "modules_to_save.", "original_module.")
     left_out = own if frozen else (*own, "base_layer.")
     return {k: v.detach().cpu().contiguous() for k, v in state.items() if not any(f".{o}" in k for o in left_out)}
 
