@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from test_merge import layers
 from test_model import adapted, config_for
 from torch import nn
-from transformers import modeling_utils
+from transformers import AutoModelForCausalLM, LlamaConfig, modeling_utils
 
 from lily import LilyConfig, LilyError, export
 
@@ -408,3 +408,42 @@ def test_an_adapter_for_another_model_is_refused(tmp_path):
     save_file(state, tmp_path / "own" / "adapter_model.safetensors")
     with pytest.raises(LilyError, match=r"has shape .* expected .* is it the file of this configuration"):
         PeftModel.from_pretrained(build("llama"), tmp_path / "own")
+
+
+def deep(layers):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4, vocab_size=61
+    )
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("depth", [3, 8])
+@pytest.mark.parametrize("sharing", [{"num_A": 1}, {"num_A": 2}, {"stride_A": 4}])
+@pytest.mark.parametrize(
+    "routing", [{"routing": "uniform"}, {"num_B": 1}, {"routing": "static"}, {"routing": "token"}, {"routing": "batch"}]
+)
+def test_an_adapter_for_another_depth_is_refused(tmp_path, depth, sharing, routing):
+    options = {"r": 3, "num_B": 3, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+    randomise(get_peft_model(deep(4), LilyConfig(**{**options, **sharing, **routing}))).save_pretrained(tmp_path)
+    with pytest.raises(LilyError, match=r"base model"):
+        PeftModel.from_pretrained(deep(depth), tmp_path)
+
+
+def test_the_depth_that_an_adapter_is_for_is_named_and_older_files_still_load(tmp_path):
+    model = adapted("llama", routing="uniform")
+    model.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert values["adapted_layers"] == {"q_proj": 4, "v_proj": 4, "down_proj": 4}
+    expected = predict(model, inputs("llama"))
+    assert torch.equal(predict(PeftModel.from_pretrained(build("llama"), tmp_path).eval(), inputs("llama")), expected)
+    with pytest.raises(LilyError, match=r"was made for 4 layers named '.*', but this base model has 2 to adapt"):
+        PeftModel.from_pretrained(deep(2), tmp_path)
+    del values["adapted_layers"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(values))
+    assert torch.equal(predict(PeftModel.from_pretrained(build("llama"), tmp_path).eval(), inputs("llama")), expected)
+
+
+def test_what_stock_reads_says_nothing_that_stock_does_not_know(tmp_path):
+    adapted("llama", routing="batch").save_pretrained(tmp_path)
+    assert "adapted_layers" not in json.loads((tmp_path / "adapter_config.json").read_text())
