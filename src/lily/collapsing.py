@@ -253,7 +253,7 @@ def _measure(
         exchange()
         with _static(found):
             new = outputs(run(model, batch))
-        rows = kept_rows(old, batch)
+        rows = kept_rows(old, batch, model)
         p, q = (t.reshape(-1, t.shape[-1])[rows].double() for t in (old, new))
         distributions = distributions and p.shape[-1] > 1 and is_distribution(model)
         if distributions:
@@ -367,7 +367,7 @@ def _distil(
             exchange()
         with _static(found):
             out = outputs(run(model, batch))
-        rows = kept_rows(out, batch)
+        rows = kept_rows(out, batch, model)
         p, q = (t.reshape(-1, t.shape[-1])[rows].float() for t in (target, out))
         distributions = p.shape[-1] > 1 and is_distribution(model)
         loss = divergence(p, q) / p.shape[0] if distributions else F.mse_loss(q, p) / p.square().mean()
