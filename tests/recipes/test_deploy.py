@@ -181,6 +181,25 @@ def test_calibration_data_of_ones_own(trained, tmp_path):
     assert json.loads(said)["drift"]["positions"] == 20
 
 
+def test_calibration_needs_no_labels(trained, tmp_path):
+    table = write_jsonl(tmp_path / "mine.jsonl", rows(20))
+    bare = write_jsonl(tmp_path / "bare.jsonl", [{"text": row["text"]} for row in rows(20)])
+    for name, data in (("labelled", table), ("bare", bare)):
+        invoke("collapse", trained["classifier"], "--out", tmp_path / name, "--data", data, "--held-out", table)
+    first, second = (json.loads((tmp_path / n / "collapse.json").read_text()) for n in ("labelled", "bare"))
+    assert first == second
+
+
+def test_a_held_out_label_that_the_adapter_does_not_know_is_named(trained, tmp_path):
+    table = write_jsonl(tmp_path / "mine.jsonl", [{**row, "label": "maybe"} for row in rows(4)])
+    with pytest.raises(LilyError, match=r"mine.jsonl has the label 'maybe'; known: 0, 1"):
+        invoke("collapse", trained["classifier"], "--out", tmp_path / "static", "--held-out", table)
+    bare = write_jsonl(tmp_path / "bare.jsonl", [{"text": row["text"]} for row in rows(4)])
+    with pytest.raises(LilyError, match="no column 'label'"):
+        invoke("collapse", trained["classifier"], "--out", tmp_path / "static", "--held-out", bare)
+    assert files(tmp_path) == ["bare.jsonl", "mine.jsonl"]
+
+
 def test_an_adapter_without_a_recipe_is_exported_with_its_base_named(trained, tmp_path, encoder):
     invoke("collapse", trained["classifier"], "--out", tmp_path / "static")
     for name in ("recipe.yaml", "labels.json"):

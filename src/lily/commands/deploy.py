@@ -30,10 +30,12 @@ def collapse_command(
     out: Out,
     recipe: RecipeOption = None,
     data: Annotated[
-        str | None, typer.Option(help="Calibration rows: a file with the recipe's columns. Default: training rows.")
+        str | None,
+        typer.Option(help="Calibration rows, labels not needed: a file. Default: training rows."),
     ] = None,
     held_out: Annotated[
-        str | None, typer.Option("--held-out", help="The same for drift and metrics. Default: the run's held-out rows.")
+        str | None,
+        typer.Option("--held-out", help="Labelled rows for drift and metrics: a file. Default: the run's."),
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="At most so many rows for calibration, and for the drift.")] = 256,
     refit_steps: Annotated[int, typer.Option(min=0, help="Steps of distillation against the dynamic adapter.")] = 0,

@@ -43,8 +43,8 @@ def collapse_adapter(
         folder: a run's folder, or an adapter folder inside it.
         output: the folder to write.
         recipe: default: the one kept beside the adapter.
-        calibration: a file with the recipe's columns; default: training rows.
-        held_out: the same for the drift and the metrics; default: the rows that the run reported on.
+        calibration: a file with the recipe's columns, of which the label is not needed; default: training rows.
+        held_out: the same with labels, for the drift and the metrics; default: the rows that the run reported on.
         rows: at most so many rows for calibration, and for the drift.
         refit_steps: see `lily.collapse`.
         overwrite: replace the output folder.
@@ -61,8 +61,10 @@ def collapse_adapter(
         used = Adapter(folder, recipe)
         if used.recipe.method != "lily":
             raise LilyError(f"{folder} is a {used.recipe.method} adapter; only Lily adapters are collapsed")
-        known = used.splits.train if calibration is None else _rows(calibration, used)
+        known = used.splits.train if calibration is None else _rows(calibration, used, labelled=False)
         judged = used.splits.held_out if held_out is None else _rows(held_out, used)
+        if used.labels is not None:
+            data.check_labels(judged, used.labels, held_out or "the held-out split")
         device = next(used.model.parameters()).device
         judge = Judge(used.recipe, used.tokenizer, used.labels)
         report = collapse(
@@ -83,8 +85,8 @@ def collapse_adapter(
         return report
 
 
-def _rows(file: str, used: Adapter) -> list[data.Row]:
-    rows = data.rows_of(File(path=file, header=used.recipe.data.train.header), used.recipe)
+def _rows(file: str, used: Adapter, labelled: bool = True) -> list[data.Row]:
+    rows = data.rows_of(File(path=file, header=used.recipe.data.train.header), used.recipe, labelled)
     if not rows:
         raise LilyError(f"{file} holds no rows; collapse needs calibration data")
     return rows
