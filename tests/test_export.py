@@ -13,7 +13,7 @@ import torch
 from helpers import build, inputs, predict, randomise
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -22,6 +22,7 @@ from test_model import adapted, config_for
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, modeling_utils
 
+import lily
 from lily import LilyConfig, LilyError, export
 
 pytestmark = pytest.mark.filterwarnings("ignore:routing=.* on a causal model", "ignore:merging rounded")
@@ -190,6 +191,38 @@ def test_an_export_knows_where_it_came_from(tmp_path):
     assert export.provenance(tmp_path) is None
 
 
+def test_the_report_of_a_collapse_goes_wherever_the_adapter_goes(tmp_path):
+    model = adapted("llama", routing="token")
+    report = json.loads(json.dumps(lily.collapse(model, [inputs("llama")]).to_dict()))
+    model.save_pretrained(tmp_path / "own")
+    for name, write in WRITERS.items():
+        write(PeftModel.from_pretrained(build("llama"), tmp_path / "own"), tmp_path / name)
+        assert export.provenance(tmp_path / name)["collapse"] == report
+    (tmp_path / "stock" / export.PROVENANCE).unlink()
+    assert export.provenance(tmp_path / "stock")["format"] == "lily stock"
+
+
+def test_an_adapter_that_was_injected_is_not_written_merged_and_the_error_says_why(tmp_path):
+    model = randomise(inject_adapter_in_model(config_for("llama", routing="static"), build("llama")))
+    with pytest.raises(LilyError, match="this LlamaForCausalLM had its adapter injected"):
+        export.write_merged(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_adapter_that_is_merged_now_is_not_written_along(tmp_path):
+    model = adapted("llama", routing="static")
+    model.add_adapter("other", config_for("llama", routing="static", target_modules=["o_proj"]))
+    randomise(model, seed=7)
+    expected = predict(model, inputs("llama"))
+    model.merge_adapter(adapter_names=["other"])
+    with pytest.raises(LilyError, match="adapter 'other' is merged into the base weights now"):
+        export.write_merged(model, tmp_path / "out", adapter="default")
+    model.unmerge_adapter()
+    export.write_merged(model, tmp_path / "out", adapter="default")
+    merged = type(build("llama")).from_pretrained(tmp_path / "out").eval()
+    assert torch.allclose(predict(merged, inputs("llama")), expected, atol=1e-5)
+
+
 def test_the_announced_size_is_what_is_written(tmp_path):
     lora = export.as_lora(adapted("llama", routing="static"))
     export.write_lora(lora, tmp_path / "lora")
@@ -248,6 +281,9 @@ def test_a_smaller_rank_is_the_best_one_and_says_what_it_keeps(rank):
         got = cut.layers[name.removeprefix("base_model.model.")]
         assert torch.allclose(got.scale * got.B @ got.A, best, atol=1e-5)
         assert got.energy == pytest.approx(float(s[:rank].square().sum() / s.square().sum()), abs=1e-6)
+    assert not cut.provenance["exact"]
+    assert cut.provenance["energies"] == cut.energies
+    assert "energies" not in export.as_lora(model).provenance
     with pytest.raises(LilyError, match=r"keeps too little of \d+ of \d+ layers"):
         export.as_lora(model, rank=rank)
     assert export.as_lora(model, rank=rank, force=True).rank == rank
@@ -345,8 +381,10 @@ def test_an_unknown_target_and_a_bad_rank_are_named():
     model = adapted("llama", routing="static")
     with pytest.raises(LilyError, match="no export target 'tgi'; choose one of peft, vllm"):
         export.as_lora(model, target="tgi")
-    with pytest.raises(LilyError, match="rank=0 is not valid"):
-        export.as_lora(model, rank=0)
+    for rank in (0, 5):
+        with pytest.raises(LilyError, match=f"rank={rank} is not valid: the adapter has 4; give"):
+            export.as_lora(model, rank=rank)
+    assert export.as_lora(model, rank=4).provenance["exact"]
 
 
 def test_a_model_without_an_adapter_is_named():

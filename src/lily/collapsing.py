@@ -91,7 +91,8 @@ def collapse(
     """Turn a data-dependent adapter into a static one, in place.
 
     One pass over `batches` averages each layer's routing (float64, padding left out by the attention mask, summed over
-    all processes of a distributed run). One pass over `held_out` measures the drift.
+    all processes of a distributed run). One pass over `held_out` measures the drift. The report is also kept in the
+    adapter's configuration, so its files and exports carry it.
 
     Args:
         model: carries the adapter; its mode (train or eval) is as before afterwards.
@@ -149,6 +150,7 @@ def collapse(
         found.make_static()
         if metric and before is not None:
             report.metrics = {"before": before, "after": metric(model)}
+    config.provenance = {**(config.provenance or {}), "collapse": report.to_dict()}
     return report
 
 

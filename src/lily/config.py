@@ -57,6 +57,8 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
             static while it learns; see `lily.SettleCallback`, which also moves it. Default: it stays as it is.
         adapted_layers: last name -> how many adapted layers have it. In files that stock PEFT refuses; an adapter whose
             tensors are all shared fits a model of any depth otherwise. Not for users to give.
+        provenance: what became of the adapter since it was trained, such as the report of its collapse; goes along with
+            every file and export. Not for users to give.
         init_weights: True starts B at zero, so an untrained adapter changes nothing; False starts B at random.
 
     Raises:
@@ -82,6 +84,10 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
 
     adapted_layers: dict[str, int] | None = field(
         default=None, metadata={"help": "Written to files: how many layers of each name the adapter was made for."}
+    )
+
+    provenance: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Written to files: what became of the adapter, such as its collapse report."}
     )
 
     def __post_init__(self) -> None:
@@ -141,8 +147,8 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
         if refusal is not None:
             values["peft_type"] = EXTENDED_TYPE
             values["adapted_layers"] = self.layers_by_name or self.adapted_layers
-        else:  # every layer has a router in the file, and stock would warn of the key
-            del values["adapted_layers"]
+        else:  # every layer has a router in the file, and stock would warn of the keys
+            del values["adapted_layers"], values["provenance"]
             if self.stride_A is None:
                 values["stride_A"] = self.resolved_stride
         return values
@@ -229,6 +235,8 @@ def _check(c: LilyConfig) -> None:
         isinstance(c.adapted_layers, dict) and all(type(n) is int for n in c.adapted_layers.values())
     ):
         raise LilyError(f"adapted_layers={c.adapted_layers!r} is not valid; it is written to files, leave it out")
+    if c.provenance is not None and not isinstance(c.provenance, dict):
+        raise LilyError(f"provenance={c.provenance!r} is not valid; it is written to files, leave it out")
     if not isinstance(c.init_weights, bool):
         raise LilyError(f"init_weights={c.init_weights!r} is not a bool; give True (B starts at zero) or False")
     _check_names(c)
