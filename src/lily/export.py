@@ -405,15 +405,6 @@ def write_merged(
         LilyError: if the adapter cannot be merged or the folder exists; nothing is merged then.
     """
     found = find(model, adapter)
-    if not isinstance(model, peft.PeftModel):
-        raise LilyError(
-            f"this {type(model).__name__} had its adapter injected, and only a PeftModel can be merged and unloaded; "
-            "load the adapter with PeftModel.from_pretrained, or export a LoRA"
-        )
-    if not hasattr(found.root, "save_pretrained"):
-        raise LilyError(
-            f"a {type(found.root).__name__} has no save_pretrained; merge_and_unload() and save it yourself"
-        )
     adapted = [module for module in found.root.modules() if isinstance(module, LilyLayer)]
     others = {name for layer in adapted for name in layer.merged_adapters} - {found.name}
     if others:
@@ -423,6 +414,15 @@ def write_merged(
         )
     for layer in found.layers.values():
         layer.check_merge(found.name, safe_merge=True)
+    if not isinstance(model, peft.PeftModel):
+        raise LilyError(
+            f"this {type(model).__name__} had its adapter injected, and only a PeftModel can be merged and unloaded; "
+            "load the adapter with PeftModel.from_pretrained, or export a LoRA"
+        )
+    if not hasattr(found.root, "save_pretrained"):
+        raise LilyError(
+            f"a {type(found.root).__name__} has no save_pretrained; merge_and_unload() and save it yourself"
+        )
     facts = _origin(found, "merged", provenance)
     with new_folder(folder, overwrite) as new:
         merged: Any = model.merge_and_unload(adapter_names=[found.name])
