@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import yaml
+from safetensors import SafetensorError
 from typer.testing import CliRunner
 
 from lily import cli
@@ -75,6 +76,12 @@ def ends(monkeypatch, error):
         (SystemExit(130), 130, "interrupted"),
         (SystemExit(2), 2, ""),
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/x/best"), 2, "error: /x/best: No space left on device"),
+        (
+            SafetensorError("I/O error: No space left on device (os error 28)"),
+            2,
+            "error: a file could not be written: No",
+        ),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "error: a file could not be written: No space left"),
         (ModuleNotFoundError("", name="sklearn"), 2, 'error: sklearn is not installed; pip install "lily-peft[demo]"'),
     ],
 )
@@ -83,9 +90,12 @@ def test_what_a_command_cannot_help_ends_in_one_message(monkeypatch, capsys, err
     assert capsys.readouterr().err.strip().startswith(said)
 
 
-def test_a_fault_of_our_own_keeps_its_traceback(monkeypatch):
-    with pytest.raises(ModuleNotFoundError):
-        ends(monkeypatch, ModuleNotFoundError("", name="nonsense"))
+@pytest.mark.parametrize(
+    "error", [ModuleNotFoundError("", name="nonsense"), SafetensorError("invalid header"), OSError(errno.EBADF, "")]
+)
+def test_a_fault_of_our_own_keeps_its_traceback(monkeypatch, error):
+    with pytest.raises(type(error)):
+        ends(monkeypatch, error)
 
 
 def test_an_interrupted_process_says_so_and_exits_with_130():

@@ -10,6 +10,7 @@ from helpers import build, inputs, predict, randomise, two_processes
 from peft import PeftModel, get_peft_model
 from test_merge import layers
 from test_model import adapted, config_for
+from transformers import BertConfig, BertForQuestionAnswering
 
 import lily
 from lily import LilyError, export
@@ -141,6 +142,33 @@ def test_a_refit_repairs_drift_and_is_kept_only_if_it_does():
     reference = adapted("llama", routing="token", scaling=0.5)
     lily.collapse(reference, batches)
     assert torch.allclose(predict(second, inputs("llama")), predict(reference, inputs("llama")), atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [5, 9])
+@pytest.mark.parametrize("masked", [False, True])
+def test_of_an_encoder_and_a_decoder_the_decoders_mask_says_what_counts(length, masked):
+    batch = inputs("t5")
+    batch["decoder_input_ids"] = batch["input_ids"][:, :length]
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch["attention_mask"][0, 2:] = 0
+    if masked:
+        batch["decoder_attention_mask"] = torch.ones_like(batch["decoder_input_ids"])
+        batch["decoder_attention_mask"][1, 3:] = 0
+    report = lily.collapse(adapted("t5", routing="token"), [batch])
+    assert report.drift.positions == (int(batch["decoder_attention_mask"].sum()) if masked else 3 * length)
+
+
+def test_a_loss_among_the_outputs_is_not_what_is_compared():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    base = BertForQuestionAnswering(BertConfig(vocab_size=61, **sizes)).eval()
+    model = randomise(get_peft_model(base, config_for("bert", routing="sequence", task_type="QUESTION_ANS")))
+    batch = inputs("bert")
+    plain = lily.collapse(copy.deepcopy(model), [batch])
+    spans = {"start_positions": torch.tensor([1, 2, 3]), "end_positions": torch.tensor([1, 2, 3])}
+    assert lily.collapse(model, [batch | spans]).drift == plain.drift
+    with pytest.raises(LilyError, match="a list holds no outputs to compare"):
+        lily.collapse(adapted("llama", routing="token"), [inputs("llama")], forward=lambda m, b: [m(**b).logits.sum()])
 
 
 def test_tuples_tensors_and_ones_own_forward_are_batches_too():

@@ -14,7 +14,7 @@ from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from test_model import adapted, config_for
 from torch import nn
 
-from lily import LilyConfig, LilyError
+from lily import LilyConfig, LilyError, export
 from lily.layer import LilyLayer
 from lily.merging import fold, unfold
 
@@ -96,6 +96,20 @@ def test_a_weight_that_changes_while_merged_is_reported():
     next(iter(layers(model).values())).get_base_layer().weight.data += 1
     with pytest.warns(UserWarning, match="unmerged up to rounding"):
         model.unmerge_adapter()
+
+
+def test_a_change_while_merged_is_kept_and_reported_where_the_whole_weight_was_kept():
+    model = randomise(
+        get_peft_model(build("plain").to(torch.bfloat16), config_for("plain", routing="static")), scale=20
+    )
+    layer = next(iter(layers(model).values()))
+    before = layer.get_base_layer().weight.float().clone()
+    model.merge_adapter()
+    assert layer.merged_as["default"].undo.where is None
+    layer.get_base_layer().weight.data += 512
+    with pytest.warns(UserWarning, match="unmerged up to rounding"):
+        model.unmerge_adapter()
+    assert (layer.get_base_layer().weight.float() - before).mean() > 256
 
 
 def test_a_subset_of_adapters_merges():
@@ -222,6 +236,21 @@ def test_a_quantised_weight_is_refused():
     model = get_peft_model(model, config_for("plain", routing="static", target_modules=["up"]))
     with pytest.raises(LilyError, match="load the base model unquantised"):
         model.merge_adapter()
+
+
+def test_one_float8_weight_is_refused_before_any_layer_is_merged():
+    base = build("plain")
+    last = base.blocks[2]["up"]
+    last.weight = nn.Parameter(last.weight.data.to(torch.float8_e4m3fn), requires_grad=False)
+    model = randomise(get_peft_model(base, config_for("plain", routing="static", target_modules=["up"])))
+    before = {n: w.view(torch.uint8) for n, w in base_bits(model).items()}
+    for act in (model.merge_adapter, model.merge_and_unload, lambda: export.write_merged(model, "never")):
+        with pytest.raises(LilyError, match=r"whose weight is a Parameter of torch.float8_e4m3fn.*unquantised"):
+            act()
+    assert {n: w.view(torch.uint8).tolist() for n, w in base_bits(model).items()} == {
+        n: w.tolist() for n, w in before.items()
+    }
+    assert not any(layer.merged for layer in layers(model).values())
 
 
 def test_a_4_bit_base_is_refused():

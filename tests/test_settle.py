@@ -183,6 +183,55 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(at, tmp_path):
     assert torch.allclose(predict(resumed, inputs("llama")), predict(whole, inputs("llama")), atol=1e-5)
 
 
+OTHER_ROWS = [{**row, "input_ids": torch.full_like(row["input_ids"], 7)} for row in ROWS]
+
+
+def evaluating(folder, resume=None, stop=None):
+    """A run that evaluates and saves at step 11 of 20, between `start` and `end`."""
+
+    class Stop(Watch):
+        def on_step_end(self, args, state, control, **kwargs):
+            super().on_step_end(args, state, control, **kwargs)
+            if state.global_step == stop:
+                control.should_training_stop = True
+
+    options = {"eval_strategy": "steps", "eval_steps": 11, "save_strategy": "steps", "save_steps": 11}
+    watch = Stop(0.4, 0.7)
+    Trainer(
+        model=(model := fresh()),
+        args=arguments(folder, **options),
+        train_dataset=ROWS,
+        eval_dataset=OTHER_ROWS,
+        callbacks=[watch],
+    ).train(resume_from_checkpoint=resume)
+    return model.eval(), watch
+
+
+def test_a_run_that_is_resumed_at_an_evaluation_ends_bit_identical(tmp_path):
+    whole, watch = evaluating(tmp_path / "whole")
+    evaluating(tmp_path / "cut", stop=11)
+    resumed, again = evaluating(tmp_path / "cut", resume=str(tmp_path / "cut" / "checkpoint-11"))
+    assert 0 < again.shares[0] < 1
+    assert all(torch.equal(a, b) for a, b in zip(watch.vectors[11:], again.vectors, strict=True))
+    assert torch.equal(predict(resumed, inputs("llama")), predict(whole, inputs("llama")))
+
+
+def test_evaluating_leaves_training_as_it_is(tmp_path):
+    plain, watch = trained(tmp_path / "plain")
+    evaluated, other = evaluating(tmp_path / "evaluated")
+    assert all(torch.equal(a, b) for a, b in zip(watch.vectors, other.vectors, strict=True))
+    assert torch.equal(predict(plain, inputs("llama")), predict(evaluated, inputs("llama")))
+
+
+def test_training_in_eval_mode_settles_on_nothing_and_says_so():
+    model = fresh().eval()
+    settling = lily.Settling(model, total_steps=10, start=0.3, end=0.6)
+    settling.step(3)
+    model(**inputs("llama"))
+    with pytest.warns(UserWarning, match=r"settling saw no token since the last step.*call model.train\(\)"):
+        settling.step(4)
+
+
 def test_accumulation_counts_optimiser_steps(tmp_path):
     whole, watch = trained(tmp_path, per_device_train_batch_size=4)
     parts, other = trained(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2)

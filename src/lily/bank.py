@@ -26,18 +26,19 @@ class Settled:
         share: 0: the data's weights; 1: the static ones alone.
 
     Attributes:
+        begun: whether static weights have a share at all.
         done: whether nothing depends on the data any more.
     """
 
     def __init__(self, share: float) -> None:
         # A tensor, so that a compiled layer is not compiled again at every step.
         self._share = torch.tensor(share, dtype=torch.float64)
-        self.done = share >= 1
+        self.move(share)
 
     def move(self, share: float) -> None:
         """Go to another share."""
         self._share.fill_(share)
-        self.done = share >= 1
+        self.begun, self.done = share > 0, share >= 1
 
     def blend(self, dynamic: Tensor, static: Tensor) -> Tensor:
         """The weights that are used: `dynamic` (..., E) and `static` (E,) interpolated."""

@@ -123,10 +123,31 @@ def parse(state: Mapping[str, Tensor], plan: SharingPlan, settled: float | None 
             if name not in found[part]:
                 raise LilyError(
                     f"the adapter file has no lily_{part} for {name}, which routing={plan.routing!r} needs; "
-                    "is it the file of this configuration, and complete?"
+                    "is it the file of this configuration and base model, and complete?"
                 )
             parts[part][name] = found[part][name]
     return AdapterTensors(A, B, parts["router"], parts["logits"], other)
+
+
+def check_base(plan: SharingPlan, expected: Mapping[str, int] | None, base: str | None = None) -> None:
+    """Refuse a base model with another number of layers, which an adapter of shared tensors alone would fit.
+
+    Args:
+        plan: of the adapter on this base model.
+        expected: the layers that the adapter was made for, as `SharingPlan.layers_by_name`; None: not known.
+        base: the base model's name, for the message.
+
+    Raises:
+        LilyError: if they differ.
+    """
+    here = plan.layers_by_name
+    if expected is None or here == dict(expected):
+        return
+    wrong = next(n for n in (*expected, *here) if here.get(n, 0) != expected.get(n, 0))
+    raise LilyError(
+        f"the adapter was made for {expected.get(wrong, 0)} layers named {wrong!r}, but this base model has "
+        f"{here.get(wrong, 0)} to adapt; load it on its own base model" + (f", {base}" if base else "")
+    )
 
 
 class Regrouped(Exception):
@@ -181,7 +202,7 @@ def _checked(key: str, tensor: Tensor, part: str, group: Group) -> Tensor:
 def _shared(found: dict[str, Tensor], layers: Iterable[str], what: str) -> Tensor:
     copies = [found[name] for name in layers if name in found]
     if not copies:
-        raise LilyError(f"the adapter file has no {what}; is it complete, and the file of this configuration?")
+        raise LilyError(f"the adapter file has no {what}; is it complete, and of this configuration and base model?")
     return copies[0]
 
 
@@ -208,7 +229,8 @@ def _plan_of(found: Found, plan: SharingPlan) -> SharingPlan:
     if any(set(found[part]) != set(plan.slots) for part in "AB"):
         raise LilyError(
             "the adapter file holds different values for one shared tensor, and not every layer has a copy of its "
-            "own, so it is damaged; save the adapter again"
+            "own: either the base model is another one (of another depth, say) than the adapter was trained on, or the "
+            "file is damaged; load it on its own base model, or save the adapter again"
         )
     by_shape: dict[tuple[int, int, int], list[str]] = {}
     for name in plan.slots:

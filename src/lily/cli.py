@@ -9,6 +9,7 @@ import os
 import sys
 
 import typer
+from safetensors import SafetensorError
 
 # Nothing here phones home; only a hub id named by the user is ever looked up.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -16,6 +17,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from lily.commands import bench, deploy, evaluate, plan, recipes, train
 from lily.errors import LilyError
+from lily.files import disk_error
 
 app = typer.Typer(
     name="lily",
@@ -59,11 +61,20 @@ def main() -> None:
             raise
         print(f"error: {missing(error.name)}", file=sys.stderr)
         sys.exit(2)
-    except OSError as error:
-        if error.filename is None:
+    except (OSError, SafetensorError) as error:
+        said = _about_files(error)
+        if said is None:
             raise
-        print(f"error: {error.filename}: {error.strerror}; check the path, its permissions and space", file=sys.stderr)
+        print(f"error: {said}; check the path, its permissions and space", file=sys.stderr)
         sys.exit(2)
+
+
+def _about_files(error: OSError | SafetensorError) -> str | None:
+    """What the user can do something about, or None for a fault of our own."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    number = disk_error(error)
+    return None if number is None else f"a file could not be written: {os.strerror(number)}"
 
 
 if __name__ == "__main__":

@@ -91,7 +91,8 @@ def collapse(
     """Turn a data-dependent adapter into a static one, in place.
 
     One pass over `batches` averages each layer's routing (float64, padding left out by the attention mask, summed over
-    all processes of a distributed run). One pass over `held_out` measures the drift.
+    all processes of a distributed run). One pass over `held_out` measures the drift. The report is also kept in the
+    adapter's configuration, so its files and exports carry it.
 
     Args:
         model: carries the adapter; its mode (train or eval) is as before afterwards.
@@ -149,6 +150,7 @@ def collapse(
         found.make_static()
         if metric and before is not None:
             report.metrics = {"before": before, "after": metric(model)}
+    config.provenance = {**(config.provenance or {}), "collapse": report.to_dict()}
     return report
 
 
@@ -253,7 +255,7 @@ def _measure(
         exchange()
         with _static(found):
             new = outputs(run(model, batch))
-        rows = kept_rows(old, batch)
+        rows = kept_rows(old, batch, model)
         p, q = (t.reshape(-1, t.shape[-1])[rows].double() for t in (old, new))
         distributions = distributions and p.shape[-1] > 1 and is_distribution(model)
         if distributions:
@@ -367,7 +369,7 @@ def _distil(
             exchange()
         with _static(found):
             out = outputs(run(model, batch))
-        rows = kept_rows(out, batch)
+        rows = kept_rows(out, batch, model)
         p, q = (t.reshape(-1, t.shape[-1])[rows].float() for t in (target, out))
         distributions = p.shape[-1] > 1 and is_distribution(model)
         loss = divergence(p, q) / p.shape[0] if distributions else F.mse_loss(q, p) / p.square().mean()

@@ -55,6 +55,10 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
         bias: which biases of the base train: `none`, `all` or `lily_only` (those of adapted layers).
         settled: how far a data-dependent routing has moved to static weights (0 to 1), for one that is to become
             static while it learns; see `lily.SettleCallback`, which also moves it. Default: it stays as it is.
+        adapted_layers: last name -> how many adapted layers have it. In files that stock PEFT refuses; an adapter whose
+            tensors are all shared fits a model of any depth otherwise. Not for users to give.
+        provenance: what became of the adapter since it was trained, such as the report of its collapse; goes along with
+            every file and export. Not for users to give.
         init_weights: True starts B at zero, so an untrained adapter changes nothing; False starts B at random.
 
     Raises:
@@ -78,6 +82,14 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
         default=None, metadata={"help": "How far a data-dependent routing has moved to static weights (0 to 1)."}
     )
 
+    adapted_layers: dict[str, int] | None = field(
+        default=None, metadata={"help": "Written to files: how many layers of each name the adapter was made for."}
+    )
+
+    provenance: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Written to files: what became of the adapter, such as its collapse report."}
+    )
+
     def __post_init__(self) -> None:
         """Check and complete every value (stock's own `__post_init__` refuses values that are legal here)."""
         PeftConfig.__post_init__(self)
@@ -92,6 +104,7 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
         self.stock_refusal: str | None = None
         self.resolved_stride: int | None = None
         self.portable_targets: set[str] | None = None
+        self.layers_by_name: dict[str, int] | None = None
         self.stock_grouping = False
         if self.routing is None:
             self.routing = "batch" if from_file else "token" if self.task_type in CAUSAL_TASKS else "sequence"
@@ -136,8 +149,11 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
         refusal = self.stock_refusal or stock_refusal(self)
         if refusal is not None:
             values["peft_type"] = EXTENDED_TYPE
-        elif self.stride_A is None:
-            values["stride_A"] = self.resolved_stride
+            values["adapted_layers"] = self.layers_by_name or self.adapted_layers
+        else:  # every layer has a router in the file, and stock would warn of the keys
+            del values["adapted_layers"], values["provenance"]
+            if self.stride_A is None:
+                values["stride_A"] = self.resolved_stride
         return values
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -218,6 +234,12 @@ def _check(c: LilyConfig) -> None:
         if c.num_B == 1 or c.routing not in DYNAMIC:
             why = "num_B=1 has no router" if c.num_B == 1 else f"routing={c.routing!r} is static already"
             raise LilyError(f"settled={c.settled}: {why}, so there is nothing to settle; leave it out")
+    if c.adapted_layers is not None and not (
+        isinstance(c.adapted_layers, dict) and all(type(n) is int for n in c.adapted_layers.values())
+    ):
+        raise LilyError(f"adapted_layers={c.adapted_layers!r} is not valid; it is written to files, leave it out")
+    if c.provenance is not None and not isinstance(c.provenance, dict):
+        raise LilyError(f"provenance={c.provenance!r} is not valid; it is written to files, leave it out")
     if not isinstance(c.init_weights, bool):
         raise LilyError(f"init_weights={c.init_weights!r} is not a bool; give True (B starts at zero) or False")
     _check_names(c)

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lily.errors import LilyError
+
 Batch = Mapping[str, Any] | Sequence[Any] | Tensor
 
 
@@ -36,7 +38,13 @@ class Drift:
 
 
 def outputs(result: Any) -> Tensor:
-    """What of a model's result is compared: its logits, else its last hidden state, else its first tensor."""
+    """What of a model's result is compared: its logits, else its last hidden state, else its first tensor.
+
+    A tensor without a dimension (a loss) does not count.
+
+    Raises:
+        LilyError: if there is none.
+    """
     for name in ("logits", "last_hidden_state", "sample"):
         if isinstance(getattr(result, name, None), Tensor):
             return getattr(result, name)  # type: ignore[no-any-return]
@@ -44,12 +52,20 @@ def outputs(result: Any) -> Tensor:
         return result
     if isinstance(result, Mapping):
         result = tuple(result.values())
-    return next(v for v in result if isinstance(v, Tensor))
+    values = result if isinstance(result, Sequence) else ()
+    found = next((v for v in values if isinstance(v, Tensor) and v.ndim), None)
+    if found is None:
+        raise LilyError(f"a {type(result).__name__} holds no outputs to compare; give collapse a `forward` that does")
+    return found
 
 
-def kept_rows(out: Tensor, batch: Batch) -> Tensor:
-    """Which rows of the flattened outputs count: unmasked positions where there is one output per token."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+def kept_rows(out: Tensor, batch: Batch, model: nn.Module) -> Tensor:
+    """Which rows of the flattened outputs count: unmasked positions where there is one output per token.
+
+    A model with an encoder and a decoder gives one output per token of the decoder, whose mask is another one.
+    """
+    paired = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    mask = batch.get("decoder_attention_mask" if paired else "attention_mask") if isinstance(batch, Mapping) else None
     if isinstance(mask, Tensor) and out.shape[:-1] == mask.shape:
         return (mask != 0).reshape(-1).to(out.device)
     return torch.ones(out.shape[:-1].numel(), dtype=torch.bool, device=out.device)

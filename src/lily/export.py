@@ -27,7 +27,7 @@ from lily.adapted import Adapted, find
 from lily.config import LilyConfig
 from lily.errors import LilyError
 from lily.files import new_folder, write_text
-from lily.layer import Factors
+from lily.layer import Factors, LilyLayer
 
 PROVENANCE = "lily_provenance.json"
 PREFIX = "base_model.model."
@@ -140,7 +140,8 @@ def as_lora(
         rank: default: the adapter's own, which is exact. A smaller one cuts each layer's update by a truncated SVD.
         tolerance: share of a layer's energy (squared norm of its update) that may be lost that way.
         force: cut although more is lost.
-        dtype: of the tensors; default: the adapter's.
+        dtype: of the tensors; default: the adapter's, or float32 where that is half precision, whose mixed experts
+            half precision cannot hold.
         provenance: further facts to keep with it.
 
     Raises:
@@ -150,11 +151,14 @@ def as_lora(
     wanted = TARGETS.get(target)
     if wanted is None:
         raise LilyError(f"no export target {target!r}; choose one of {', '.join(TARGETS)}")
-    if rank is not None and rank < 1:
-        raise LilyError(f"rank={rank} is not valid; give a positive integer")
+    own = max(group.r for group in found.plan.groups)
+    if rank is not None and not 1 <= rank <= own:
+        raise LilyError(
+            f"rank={rank} is not valid: the adapter has {own}; give a positive integer up to that, or leave it out for "
+            "an exact export"
+        )
     other = _other(model, found, frozen=wanted.modules_to_save)
     _check_readable(target, wanted, found, other)
-    kept = dtype or next(t.dtype for t in found.bank.tensors(found.name)[0])
     factors = {name: layer.factors(found.name) for name, layer in found.layers.items()}
     layers = {name: _cut(f, rank) for name, f in factors.items()}
     poor = {n: layer.energy for n, layer in layers.items() if 1 - layer.energy > tolerance}
@@ -167,18 +171,34 @@ def as_lora(
     largest = max(layer.A.shape[0] for layer in layers.values())
     rank_to = _padded_rank(largest, target, wanted)
     layers = {
-        name: _finished(layer, rank_to if wanted.uniform or wanted.ranks else layer.A.shape[0], kept, wanted.uniform)
+        name: _finished(layer, rank_to if wanted.uniform or wanted.ranks else layer.A.shape[0], dtype, wanted.uniform)
         for name, layer in layers.items()
     }
     config = _lora_config(found, layers, rank_to)
-    exact = dtype is None and all(layer.energy == 1 for layer in layers.values())
-    facts = {
-        "format": "lily export", "lily": __version__, "exact": exact,
-        "base_model": found.config.base_model_name_or_path, "routing": found.config.routing,
-        "scaling": found.config.scaling, "plan": str(found.plan).splitlines(), "rank": rank_to,
-        "adapter_parameters": found.plan.parameters.total, **(provenance or {}),
+    rounded = dtype is not None and any(torch.promote_types(f.B.dtype, dtype) != dtype for f in factors.values())
+    exact = not rounded and all(layer.energy == 1 for layer in layers.values())
+    facts = _origin(found, "export", provenance) | {
+        "exact": exact, "scaling": found.config.scaling, "rank": rank_to,
+        "adapter_parameters": found.plan.parameters.total,
     }  # fmt: skip
+    if rank is not None and rank < own:
+        facts["energies"] = {name: layer.energy for name, layer in layers.items()}
     return LoraExport(layers, rank_to, config, other, facts, _component(found.root))
+
+
+def _origin(found: Adapted, kind: str, further: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What every export says of where it came from."""
+    config = found.config
+    return {
+        "format": f"lily {kind}", "lily": __version__, "base_model": config.base_model_name_or_path,
+        "routing": config.routing, "plan": str(found.plan).splitlines(),
+        **(config.provenance or {}), **(further or {}),
+    }  # fmt: skip
+
+
+def _header(facts: Mapping[str, Any]) -> dict[str, str]:
+    """The metadata of a safetensors file that says where it came from, should it be parted from its folder."""
+    return {"format": "pt", "lily": json.dumps(facts, ensure_ascii=False)}
 
 
 def _check_readable(target: str, wanted: Target, found: Adapted, other: Mapping[str, Tensor]) -> None:
@@ -235,7 +255,7 @@ def _padded_rank(rank: int, target: str, wanted: Target) -> int:
     return fitting[0]
 
 
-def _finished(layer: Layer, rank: int, dtype: torch.dtype, uniform: bool) -> Layer:
+def _finished(layer: Layer, rank: int, dtype: torch.dtype | None, uniform: bool) -> Layer:
     """Padded with zeros to `rank`; the scaling as an alpha that is a whole number, else inside B."""
     missing = rank - layer.A.shape[0]
     A = torch.cat([layer.A, layer.A.new_zeros(missing, layer.A.shape[1])])
@@ -243,7 +263,7 @@ def _finished(layer: Layer, rank: int, dtype: torch.dtype, uniform: bool) -> Lay
     scale = layer.scale
     if uniform or not (scale * rank).is_integer() or scale <= 0:
         B, scale = B * scale, 1.0
-    return Layer(A.to(dtype).cpu(), B.to(dtype).cpu(), scale, layer.energy)
+    return Layer(A.to("cpu", dtype), B.to("cpu", dtype), scale, layer.energy)
 
 
 def _lora_config(found: Adapted, layers: Mapping[str, Layer], rank: int) -> LoraConfig:
@@ -283,7 +303,8 @@ def _other(model: nn.Module, found: Adapted, frozen: bool = True) -> dict[str, T
     state = get_peft_model_state_dict(model if wrapped else found.root, adapter_name=found.name)
     if not wrapped:  # a wrapper's names are what the file has
         state = {f"{PREFIX}{k}": v for k, v in state.items()}
-    own = ("lily_A", "lily_B", "lily_router", "lily_logits")
+    # With bias="all" a saved module's bias comes again under its wrapper's names, which are no names of a file.
+    own = ("lily_A", "lily_B", "lily_router", "lily_logits", "modules_to_save.", "original_module.")
     left_out = own if frozen else (*own, "base_layer.")
     return {k: v.detach().cpu().contiguous() for k, v in state.items() if not any(f".{o}" in k for o in left_out)}
 
@@ -322,8 +343,7 @@ def write_lora(
         raise LilyError(f"layout={layout!r} is not known; choose peft or diffusers")
     if component is not None and layout != "diffusers":
         raise LilyError(f"component={component!r} goes with layout='diffusers'; leave it out")
-    facts = json.dumps(export.provenance, indent=2, ensure_ascii=False)
-    header = {"format": "pt", "lily": json.dumps(export.provenance, ensure_ascii=False)}
+    header = _header(export.provenance)
     state = _pipeline_state(export, component) if layout == "diffusers" else export.state_dict()
     with new_folder(folder, overwrite) as new:
         if layout == "diffusers":
@@ -331,7 +351,11 @@ def write_lora(
         else:
             export.config.save_pretrained(str(new))
             save_file(state, new / SAFETENSORS_WEIGHTS_NAME, metadata=header)
-        write_text(new / PROVENANCE, facts)
+        _write_provenance(new, export.provenance)
+
+
+def _write_provenance(folder: Path, facts: Mapping[str, Any]) -> None:
+    write_text(folder / PROVENANCE, json.dumps(facts, indent=2, ensure_ascii=False))
 
 
 def _pipeline_state(export: LoraExport, component: str | None) -> dict[str, Tensor]:
@@ -381,26 +405,42 @@ def write_merged(
         LilyError: if the adapter cannot be merged or the folder exists; nothing is merged then.
     """
     found = find(model, adapter)
+    adapted = [module for module in found.root.modules() if isinstance(module, LilyLayer)]
+    others = {name for layer in adapted for name in layer.merged_adapters} - {found.name}
+    if others:
+        raise LilyError(
+            f"adapter {sorted(others)[0]!r} is merged into the base weights now, and would be written too; "
+            "unmerge_adapter() first"
+        )
     for layer in found.layers.values():
         layer.check_merge(found.name, safe_merge=True)
-    if not hasattr(found.root, "save_pretrained") or not isinstance(model, peft.PeftModel):
+    if not isinstance(model, peft.PeftModel):
+        raise LilyError(
+            f"this {type(model).__name__} had its adapter injected, and only a PeftModel can be merged and unloaded; "
+            "load the adapter with PeftModel.from_pretrained, or export a LoRA"
+        )
+    if not hasattr(found.root, "save_pretrained"):
         raise LilyError(
             f"a {type(found.root).__name__} has no save_pretrained; merge_and_unload() and save it yourself"
         )
-    facts = {
-        "format": "lily merged", "lily": __version__, "base_model": found.config.base_model_name_or_path,
-        "routing": found.config.routing, "plan": str(found.plan).splitlines(), **(provenance or {}),
-    }  # fmt: skip
+    facts = _origin(found, "merged", provenance)
     with new_folder(folder, overwrite) as new:
         merged: Any = model.merge_and_unload(adapter_names=[found.name])
         merged.save_pretrained(str(new), max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(new))
-        write_text(new / PROVENANCE, json.dumps(facts, indent=2, ensure_ascii=False))
+        _write_provenance(new, facts)
     return merged  # type: ignore[no-any-return]
 
 
-def write_stock(model: nn.Module, folder: str | Path, *, adapter: str | None = None, overwrite: bool = False) -> None:
+def write_stock(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    adapter: str | None = None,
+    overwrite: bool = False,
+    provenance: Mapping[str, Any] | None = None,
+) -> None:
     """Write an adapter so that plain PEFT, without this package, computes the same.
 
     Stock Lily knows batch routing only. A batch-routed adapter is written as it is. A static one gets layers of their
@@ -412,17 +452,20 @@ def write_stock(model: nn.Module, folder: str | Path, *, adapter: str | None = N
         folder: appears when it is complete.
         adapter: default: the active one.
         overwrite: replace an existing folder.
+        provenance: further facts to keep with it.
 
     Raises:
         LilyError: if stock PEFT cannot express the adapter, or the folder exists.
     """
     found = find(model, adapter)
     config = found.config
+    facts = _origin(found, "stock", provenance)
     if config.routing == "batch" and config.file_dict()["peft_type"] == "LILY":
         with new_folder(folder, overwrite) as new:
             state = get_peft_model_state_dict(model, adapter_name=found.name)
             config.save_pretrained(str(new))
-            save_file({k: v.contiguous() for k, v in state.items()}, new / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
+            save_file({k: v.contiguous() for k, v in state.items()}, new / SAFETENSORS_WEIGHTS_NAME, _header(facts))
+            _write_provenance(new, facts)
         return
     if config.bias != "none":
         raise LilyError(f"stock Lily trains no biases (bias={config.bias!r}); export --to lora or --to merged")
@@ -447,7 +490,8 @@ def write_stock(model: nn.Module, folder: str | Path, *, adapter: str | None = N
     }  # fmt: skip
     with new_folder(folder, overwrite) as new:
         write_text(new / "adapter_config.json", json.dumps(values, indent=2, sort_keys=True))
-        save_file(state, new / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
+        save_file(state, new / SAFETENSORS_WEIGHTS_NAME, _header(facts))
+        _write_provenance(new, facts)
 
 
 def provenance(folder: str | Path) -> dict[str, Any] | None:

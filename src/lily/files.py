@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from lily.errors import LilyError
+
+# What a disk answers when it takes no more.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
@@ -19,18 +26,19 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
         OSError: when the disk is full or the folder is not writable; the old file is then intact.
     """
     folder = os.path.dirname(os.path.abspath(path))
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{os.path.basename(path)}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    sync_folder(folder)
+    with naming(path):
+        handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{os.path.basename(path)}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+        sync_folder(folder)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -39,11 +47,35 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 @contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Within: what a full disk does to any writer becomes an `OSError` that names `path`.
+
+    Python's own says which call failed but not for which file, and safetensors has an error type of its own.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = disk_error(error)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), os.fspath(path)) from error
+
+
+def disk_error(error: OSError | SafetensorError) -> int | None:
+    """The number of the disk's refusal behind an error, or None if it is another kind of error."""
+    number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, SafetensorError) and (found := re.search(r"\(os error (\d+)\)", str(error))):
+        number = int(found[1])
+    return number if number in DISK_ERRORS else None
+
+
+@contextlib.contextmanager
 def new_folder(folder: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder that becomes `folder` when the block ends well; if it does not, nothing is left.
 
     Raises:
         LilyError: before anything is written: if `folder` exists and is not to be replaced, or its parent is missing.
+        OSError: naming `folder`, when the disk is full, whoever wrote.
     """
     path = Path(folder).expanduser().absolute()
     if path.exists() and not (overwrite and path.is_dir()):
@@ -51,14 +83,13 @@ def new_folder(folder: str | os.PathLike[str], overwrite: bool = False) -> Itera
         raise LilyError(f"{folder} {what}")
     if not path.parent.is_dir():
         raise LilyError(f"{folder}: there is no folder {path.parent}; make it first")
-    scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    new, old = scratch / "new", scratch / "old"
-    try:
+    with naming(path), _scratch(path) as scratch:
+        new, old = scratch / "new", scratch / "old"
         new.mkdir()
         yield new
         for file in new.rglob("*"):
             if file.is_file():
-                _sync(file)
+                _finish(file)
         if path.exists():
             os.replace(path, old)
         try:
@@ -68,8 +99,6 @@ def new_folder(folder: str | os.PathLike[str], overwrite: bool = False) -> Itera
                 os.replace(old, path)
             raise
         sync_folder(path.parent)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -78,6 +107,7 @@ def new_file(file: str | os.PathLike[str], overwrite: bool = False) -> Iterator[
 
     Raises:
         LilyError: before anything is written: if `file` exists and is not to be replaced, or its folder is missing.
+        OSError: naming `file`, when the disk is full, whoever wrote.
     """
     path = Path(file).expanduser().absolute()
     if path.is_dir():
@@ -86,20 +116,33 @@ def new_file(file: str | os.PathLike[str], overwrite: bool = False) -> Iterator[
         raise LilyError(f"{file} exists; name another file, or give overwrite")
     if not path.parent.is_dir():
         raise LilyError(f"{file}: there is no folder {path.parent}; make it first")
-    scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
+    with naming(path), _scratch(path) as scratch:
         new = scratch / path.name
         yield new
-        _sync(new)
+        _finish(new)
         os.replace(new, path)
         sync_folder(path.parent)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def sync_folder(folder: str | os.PathLike[str]) -> None:
     """Make a rename inside `folder` durable."""
     _sync(folder)
+
+
+@contextlib.contextmanager
+def _scratch(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path`, so that what is written there can be renamed to it."""
+    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _finish(file: Path) -> None:
+    """Make a written file durable, and as readable as one that Python opens: safetensors makes its own private."""
+    os.chmod(file, 0o666 & ~_umask())
+    _sync(file)
 
 
 def _sync(path: str | os.PathLike[str]) -> None:

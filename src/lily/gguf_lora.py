@@ -8,6 +8,7 @@ rows of the update are reordered alike.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,31 @@ def write_gguf(export: LoraExport, base_config: Any, file: str | Path, *, overwr
             writer.write_tensors_to_file()
         finally:
             writer.close()
+
+
+def describe_gguf(file: Path) -> dict[str, Any]:
+    """What a GGUF file is, as `lily inspect` says it: kind, config, tensors, and where it came from if it says so.
+
+    Raises:
+        LilyError: if gguf is not installed, or the file cannot be read.
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise LilyError('reading GGUF needs gguf; pip install "lily-peft[sft]", or pip install gguf') from None
+    try:
+        reader = gguf.GGUFReader(file)
+        names = ("general.architecture", gguf.Keys.Adapter.LORA_ALPHA)
+        config = {name: reader.fields[name].contents() for name in names if name in reader.fields}
+        adapter = "general.type" in reader.fields and reader.fields["general.type"].contents() == gguf.GGUFType.ADAPTER
+        origin = json.loads(reader.fields[PROVENANCE_KEY].contents()) if PROVENANCE_KEY in reader.fields else None
+    except (ValueError, IndexError, KeyError, OSError) as error:
+        raise LilyError(f"{file}: not a readable GGUF file ({error})") from None
+    sizes = {part: [math.prod(map(int, t.shape)) for t in reader.tensors if t.name.endswith(f".{part}")]
+             for part in ("lora_a", "lora_b")}  # fmt: skip
+    tensors = {part: {"count": len(s), "parameters": sum(s)} for part, s in sizes.items() if s}
+    facts = {"kind": "GGUF LoRA" if adapter else "GGUF model", "config": config, "tensors": tensors}
+    return facts if origin is None else {**facts, "provenance": origin}
 
 
 def _config(base_config: Any) -> Any:

@@ -168,9 +168,12 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
 
     def _fast(self, adapter: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, fused.How, Tensor | None] | None:
         """What `fused` needs to compute the adapter's update, or None where only the reference can."""
-        bank, routing = self._bank[0], self.routing[adapter]
-        if adapter in self.statistics or adapter in bank.settled:
-            return None
+        bank, routing, router = self._bank[0], self.routing[adapter], self.router_of(adapter)
+        settled = bank.settled.get(adapter) if router is not None else None
+        if settled is not None:
+            if settled.begun and not settled.done:
+                return None
+            routing, router = self._settled_router(adapter, settled.done)
         if routing == "batch" and not self.training:
             return None  # what batch routing is for is stock PEFT's results, to the last bit
         A, B = bank.pair(adapter, self.slots[adapter])
@@ -180,6 +183,8 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
         dtype = fused.product_dtype(x, A, B)
         if dtype is None:
             return None
+        if adapter in self.statistics and routing != "static":
+            self._record(adapter, x, A)
         dropout = self.dropout[adapter] if self.training else 0.0
         how = fused.How(
             routing,
@@ -191,7 +196,28 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
             self.transposed,
         )
         mask = bank.masks.mask_for(x) if routing == "sequence" else None
-        return A, B, self.router_of(adapter), how, mask
+        return A, B, router, how, mask
+
+    def _settled_router(self, adapter: str, done: bool) -> tuple[str, Tensor]:
+        """The routing before or after settling, and its router: with no gradient from the one that is idle.
+
+        Without any, distributed training would wait for it.
+        """
+        router, logits = cast(Tensor, self.lily_router[adapter].weight), cast(Tensor, self.lily_logits[adapter])
+        used, idle = (logits, router) if done else (router, logits)
+        if self.training and idle.requires_grad:
+            used = used + 0 * idle.sum().to(used.dtype)
+        return ("static" if done else self.routing[adapter]), used
+
+    @torch.no_grad()
+    def _record(self, adapter: str, x: Tensor, A: Tensor) -> None:
+        """Note the weights of a forward that the fast path computes, which does not tell them."""
+        statistics = self.statistics[adapter]
+        if statistics.wants(self.training):
+            mask = self.bank.masks.mask_for(x)
+            h = functional.down(self._cast_input_dtype(x, A.dtype), A, self.activation[adapter])
+            router, routing = self.router_of(adapter), self.routing[adapter]
+            statistics.add(functional.weights(h, self.num_B[adapter], router, routing, mask), h, mask)
 
     def _weights(self, adapter: str, h: Tensor, x: Tensor) -> Tensor:
         experts, router, routing = self.num_B[adapter], self.router_of(adapter), self.routing[adapter]
@@ -204,11 +230,9 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
             logits = cast(Tensor, self.lily_logits[adapter])
             target = functional.softmax(logits).to(h.dtype)
             if settled.done:
-                # A router without a gradient would stop distributed training, which waits for one.
-                idle = cast(Tensor, router)
-                return target + 0 * idle.sum().to(h.dtype) if self.training and idle.requires_grad else target
+                return functional.softmax(self._settled_router(adapter, True)[1]).to(h.dtype)
             w = functional.weights(h, experts, router, routing, mask)
-        if statistics is not None:
+        if statistics is not None and statistics.wants(self.training):
             statistics.add(w, h, mask)
         if settled is not None:
             w = settled.blend(w, target.detach()) + (0 * logits.sum()).to(h.dtype)
@@ -266,9 +290,11 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
         factors = self.factors(adapter)
         base = self.get_base_layer()
         weight: Any = getattr(base, "weight", None)
-        if type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point():
+        plain = type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point()
+        if not plain or weight.element_size() == 1:  # a float8 weight is quantised too: its scale is somewhere else
+            kind = f"{type(weight).__name__} of {weight.dtype}" if plain else type(weight).__name__
             raise LilyError(
-                f"cannot merge into a {type(base).__name__} whose weight is a {type(weight).__name__}: the update "
+                f"cannot merge into a {type(base).__name__} whose weight is a {kind}: the update "
                 "would be rounded to its few values; load the base model unquantised (or call its dequantize()) and "
                 "merge there, or export a LoRA"
             )

@@ -22,7 +22,8 @@ class Undo:
     Attributes:
         where: flat positions; None where most of the weight is kept, which is then all of it.
         values: the weight's own values there.
-        checksum: of the weight's bits, to notice an update that is not reproduced exactly.
+        checksum: of the weight's bits, to notice an update that is not reproduced exactly; where all of the weight is
+            kept, of the merged weight's, to notice that it changed.
     """
 
     where: Tensor | None
@@ -56,7 +57,7 @@ def fold(weight: Tensor, delta: Tensor) -> tuple[Tensor, Undo, float]:
     back = _subtracted(merged, delta)
     where = (_bits(back) != _bits(weight)).flatten().nonzero().squeeze(1)
     if 2 * where.numel() > weight.numel():
-        undo = Undo(None, weight.clone(), _checksum(weight))
+        undo = Undo(None, weight.clone(), _checksum(merged))
     else:
         small = where.to(torch.int32) if weight.numel() < 2**31 else where
         undo = Undo(small, weight.flatten()[where].clone(), _checksum(weight))
@@ -74,9 +75,11 @@ def unfold(merged: Tensor, delta: Tensor, undo: Undo) -> tuple[Tensor, bool]:
     Returns:
         The weight, and whether it is the old one to the last bit; it is, unless `merged` or `delta` changed.
     """
-    if undo.where is None:
+    if undo.where is None and _checksum(merged) == undo.checksum:
         return undo.values.to(merged.device), True
     weight = _subtracted(merged, delta)
+    if undo.where is None:  # someone else changed it: the kept weight knows nothing of that
+        return weight, False
     weight.view(-1)[undo.where.to(weight.device).long()] = undo.values.to(weight.device)
     return weight, _checksum(weight) == undo.checksum
 

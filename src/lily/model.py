@@ -180,6 +180,7 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         cls, model: nn.Module, config: LilyConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         bank, root = _find_bank(model)
+        checkpoint.check_base(bank.plans[adapter_name], config.adapted_layers, config.base_model_name_or_path)
         try:
             tensors = checkpoint.parse(state_dict, bank.plans[adapter_name], config.settled)
         except checkpoint.Regrouped as regrouped:
@@ -269,7 +270,7 @@ def _settle_routing(config: LilyConfig, model: nn.Module) -> None:
 
 def settle_file_format(config: LilyConfig, plan: SharingPlan, model: nn.Module) -> None:
     """Find out how the adapter can be written so that stock PEFT reads it rightly or not at all."""
-    config.resolved_stride = resolved_stride(plan, config)
+    config.resolved_stride, config.layers_by_name = resolved_stride(plan, config), plan.layers_by_name
     config.stock_refusal, config.portable_targets = None, None
     if not stock_grouping_differs(plan, config.target_modules):
         return

@@ -16,16 +16,23 @@ class RoutingStatistics:
         total: sum of the weights, (E,).
         square: sum of their squares, (E,).
         count: tokens seen.
+        training_only: whether forwards in eval mode are none of its business.
     """
 
     total: Tensor
     square: Tensor
     count: Tensor
+    training_only: bool = False
 
     @classmethod
-    def empty(cls, experts: int) -> RoutingStatistics:
+    def empty(cls, experts: int, training_only: bool = False) -> RoutingStatistics:
         """Nothing seen yet."""
-        return cls(*(torch.zeros(n, dtype=torch.float64) for n in (experts, experts, 1)))
+        total, square, count = (torch.zeros(n, dtype=torch.float64) for n in (experts, experts, 1))
+        return cls(total, square, count, training_only)
+
+    def wants(self, training: bool) -> bool:
+        """Whether a forward in that mode counts."""
+        return training or not self.training_only
 
     def add(self, w: Tensor, h: Tensor, mask: Tensor | None) -> None:
         """Count one forward.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -138,6 +139,11 @@ class SharingPlan:
     def num_layers(self) -> int:
         """How many layers are adapted."""
         return len(self.slots)
+
+    @property
+    def layers_by_name(self) -> dict[str, int]:
+        """Last name -> how many adapted layers have it. Unlike groups, it does not depend on how they were selected."""
+        return dict(Counter(name.rpartition(".")[2] for name in self.slots))
 
     @property
     def parameters(self) -> Parameters:

@@ -8,6 +8,7 @@ exporting it are exact.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ class Settling:
     """Settles one adapter, driven by one's own training loop.
 
     Make it before the optimiser, whose parameters it adds to; call `step` before each optimiser step's forwards and
-    `finish` after the last::
+    `finish` after the last. Only forwards in training mode count, so evaluating in between changes nothing::
 
         settling = lily.Settling(model, total_steps=1000)
         optimiser = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
@@ -127,7 +128,10 @@ class Settling:
             return
         for layer in self.found.layers.values():
             if wanted:
-                layer.statistics[self.found.name] = RoutingStatistics.empty(layer.num_B[self.found.name])
+                # Not in eval mode: an evaluation between two steps would bring its rows into what is learned, and a
+                # resumed run, which does not repeat it, would end elsewhere.
+                experts = layer.num_B[self.found.name]
+                layer.statistics[self.found.name] = RoutingStatistics.empty(experts, training_only=True)
             else:
                 layer.statistics.pop(self.found.name, None)
         self.found.watch_masks()
@@ -143,6 +147,12 @@ class Settling:
             dist.all_reduce(packed)
         sums = packed.split([t.numel() for s in seen for t in (s.total, s.count)])  # type: ignore[no-untyped-call]
         counts = torch.cat(sums[1::2]).tolist()
+        if not any(counts):
+            warnings.warn(
+                "settling saw no token since the last step, because no forward ran in training mode; call "
+                "model.train() before the training forwards",
+                stacklevel=3,
+            )
         for layer, statistics, total, count in zip(layers, seen, sums[::2], counts, strict=True):
             if count:
                 logits = layer.lily_logits[name]

@@ -86,12 +86,15 @@ def test_a_collapsed_adapter_goes_everywhere_a_lora_goes(trained, tmp_path, enco
     stock = PeftModel.from_pretrained(classifier(encoder), tmp_path / "stock")
     assert torch.allclose(outputs(stock, encoder), expected, atol=1e-5)
 
-    for folder, kind in (("lora", "LORA adapter"), ("merged", "model"), ("static", "LILY adapter")):
+    kinds = {"lora": "LORA adapter", "merged": "model", "static": "LILY adapter", "stock": "LILY adapter"}
+    for folder, kind in kinds.items():
         facts = describe(str(tmp_path / folder))
         assert facts["kind"] == kind
         kept = facts.get("collapse") or facts["provenance"]["collapse"]
         assert kept["drift"] == report["drift"]
         assert f"routing collapsed over {report['tokens']:,} tokens" in invoke("inspect", tmp_path / folder)
+    assert "does not depend on the data: its routers are zero" in invoke("inspect", tmp_path / "stock")
+    assert "merges and exports exactly" in invoke("inspect", tmp_path / "static")
 
 
 def test_the_reported_drift_is_what_an_independent_evaluation_measures(trained, tmp_path, encoder):
@@ -172,6 +175,15 @@ def test_a_chat_adapter_becomes_a_gguf_lora(trained, tmp_path):
     assert reader.fields["general.architecture"].contents() == "llama"
     names = {t.name for t in reader.tensors}
     assert {"blk.0.attn_q.weight.lora_a", "blk.1.ffn_down.weight.lora_b"} <= names
+    report = json.loads((tmp_path / "static" / "collapse.json").read_text())
+    facts = json.loads(invoke("inspect", tmp_path / "lora.gguf", "--json"))
+    assert facts["kind"] == "GGUF LoRA"
+    assert facts["provenance"]["collapse"] == report
+    assert facts["tensors"]["lora_a"]["count"] == len(names) / 2
+    assert f"routing collapsed over {report['tokens']:,} tokens" in invoke("inspect", tmp_path / "lora.gguf")
+    (tmp_path / "lora.gguf").write_bytes(b"GGUF, or so it says")
+    with pytest.raises(LilyError, match="not a readable GGUF file"):
+        invoke("inspect", tmp_path / "lora.gguf")
 
 
 def test_calibration_data_of_ones_own(trained, tmp_path):
@@ -179,6 +191,25 @@ def test_calibration_data_of_ones_own(trained, tmp_path):
     said = invoke("collapse", trained["classifier"], "--out", tmp_path / "static", "--data", table, "--held-out", table,
                   "--json")  # fmt: skip
     assert json.loads(said)["drift"]["positions"] == 20
+
+
+def test_calibration_needs_no_labels(trained, tmp_path):
+    table = write_jsonl(tmp_path / "mine.jsonl", rows(20))
+    bare = write_jsonl(tmp_path / "bare.jsonl", [{"text": row["text"]} for row in rows(20)])
+    for name, data in (("labelled", table), ("bare", bare)):
+        invoke("collapse", trained["classifier"], "--out", tmp_path / name, "--data", data, "--held-out", table)
+    first, second = (json.loads((tmp_path / n / "collapse.json").read_text()) for n in ("labelled", "bare"))
+    assert first == second
+
+
+def test_a_held_out_label_that_the_adapter_does_not_know_is_named(trained, tmp_path):
+    table = write_jsonl(tmp_path / "mine.jsonl", [{**row, "label": "maybe"} for row in rows(4)])
+    with pytest.raises(LilyError, match=r"mine.jsonl has the label 'maybe'; known: 0, 1"):
+        invoke("collapse", trained["classifier"], "--out", tmp_path / "static", "--held-out", table)
+    bare = write_jsonl(tmp_path / "bare.jsonl", [{"text": row["text"]} for row in rows(4)])
+    with pytest.raises(LilyError, match="no column 'label'"):
+        invoke("collapse", trained["classifier"], "--out", tmp_path / "static", "--held-out", bare)
+    assert files(tmp_path) == ["bare.jsonl", "mine.jsonl"]
 
 
 def test_an_adapter_without_a_recipe_is_exported_with_its_base_named(trained, tmp_path, encoder):
@@ -196,6 +227,27 @@ def test_a_smaller_rank_prints_what_each_layer_keeps(trained, tmp_path):
         invoke("export", run, "--to", "lora", "--rank", 1, "--out", tmp_path / "lora")
     assert not list(tmp_path.iterdir())
     assert "energy kept" in invoke("export", run, "--to", "lora", "--rank", 1, "--force", "--out", tmp_path / "lora")
+    assert "energy kept" in invoke("inspect", tmp_path / "lora")
+
+
+def test_a_lora_is_written_in_the_dtype_asked_for(trained, tmp_path):
+    invoke("export", trained["settled"], "--to", "lora", "--dtype", "bfloat16", "--out", tmp_path / "lora")
+    tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert {t.dtype for k, t in tensors.items() if "lora_" in k} == {torch.bfloat16}
+    assert describe(str(tmp_path / "lora"))["provenance"]["exact"] is False
+
+
+def test_a_base_folder_without_a_tokenizer_is_merged_into(trained, tmp_path, chat_model):
+    invoke("collapse", trained["chat"], "--out", tmp_path / "static")
+    (tmp_path / "static" / "recipe.yaml").unlink()
+    base = AutoModelForCausalLM.from_pretrained(chat_model)
+    base.config.pad_token_id = None
+    base.save_pretrained(tmp_path / "base")
+    invoke("export", tmp_path / "static", "--to", "merged", "--base", tmp_path / "base", "--out", tmp_path / "merged")
+    expected = outputs(PeftModel.from_pretrained(base, tmp_path / "static"), chat_model)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.allclose(outputs(merged, chat_model), expected, atol=1e-5)
+    assert not list((tmp_path / "merged").glob("tokenizer*"))
 
 
 @pytest.mark.parametrize(
@@ -204,7 +256,14 @@ def test_a_smaller_rank_prints_what_each_layer_keeps(trained, tmp_path):
         (["export", "{dynamic}", "--to", "lora"], "depends on the data; turn it into a static one first"),
         (["export", "{dynamic}", "--to", "merged"], "depends on the data; turn it into a static one first"),
         (["export", "{static}", "--to", "onnx"], "--to onnx: choose one of lora, merged, stock"),
-        (["export", "{static}", "--to", "merged", "--rank", "2"], "--rank and --for go with --to lora"),
+        (["export", "{static}", "--to", "merged", "--rank", "2"], "--rank goes with --to lora, not with --to merged"),
+        (["export", "{static}", "--to", "stock", "--for", "vllm"], "--for goes with --to lora, not with --to stock"),
+        (["export", "{static}", "--to", "merged", "--force"], "--force goes with --to lora"),
+        (["export", "{static}", "--to", "merged", "--tolerance", "0.5"], "--tolerance goes with --to lora"),
+        (["export", "{static}", "--to", "stock", "--dtype", "float16"], "--dtype goes with --to lora or merged"),
+        (["export", "{static}", "--to", "lora", "--dtype", "int4"], "--dtype int4: choose one of auto, float32"),
+        (["export", "{static}", "--to", "lora", "--force"], "--force says how much --rank may cut; give --rank"),
+        (["export", "{static}", "--to", "lora", "--rank", "64"], "rank=64 is not valid: the adapter has 4"),
         (["export", "{static}", "--to", "lora", "--for", "tgi"], "--for tgi: choose one of peft, vllm"),
         (["export", "{static}", "--to", "gguf"], "llama.cpp reads no modules saved whole"),
         (["export", "{static}", "--to", "lora", "--for", "vllm"], "vllm reads no modules saved whole"),

@@ -23,6 +23,14 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 KINDS = ("lora", "merged", "stock", "gguf")
 # A diffusers pipeline is no model that the command line loads, and GGUF is a kind of its own.
 READERS = ("peft", "vllm")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+# What each kind makes use of.
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "lora": ("--for", "--rank", "--tolerance", "--force", "--dtype"),
+    "merged": ("--dtype",),
+    "stock": (),
+    "gguf": (),
+}
 
 
 def collapse_command(
@@ -30,10 +38,12 @@ def collapse_command(
     out: Out,
     recipe: RecipeOption = None,
     data: Annotated[
-        str | None, typer.Option(help="Calibration rows: a file with the recipe's columns. Default: training rows.")
+        str | None,
+        typer.Option(help="Calibration rows, labels not needed: a file. Default: training rows."),
     ] = None,
     held_out: Annotated[
-        str | None, typer.Option("--held-out", help="The same for drift and metrics. Default: the run's held-out rows.")
+        str | None,
+        typer.Option("--held-out", help="Labelled rows for drift and metrics: a file. Default: the run's."),
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="At most so many rows for calibration, and for the drift.")] = 256,
     refit_steps: Annotated[int, typer.Option(min=0, help="Steps of distillation against the dynamic adapter.")] = 0,
@@ -108,9 +118,11 @@ def export_command(
         typer.Option("--for", help="lora: what will read it: peft or vllm."),
     ] = "peft",
     rank: Annotated[int | None, typer.Option(min=1, help="lora: a smaller rank, by truncated SVD.")] = None,
-    tolerance: Annotated[float, typer.Option(help="Energy that each layer may lose by --rank.")] = 0.01,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Energy that each layer may lose by --rank. Default: 0.01.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Cut although more is lost.")] = False,
-    dtype: Annotated[str, typer.Option(help="merged: auto, float32, bfloat16 or float16.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="lora, merged: auto, float32, bfloat16 or float16.")] = "auto",
     base: Annotated[str | None, typer.Option(help="The base model's folder, where there is no recipe.")] = None,
     recipe: RecipeOption = None,
     overwrite: Overwrite = False,
@@ -118,29 +130,37 @@ def export_command(
     """Write a static adapter as a LoRA, a merged model, a stock Lily adapter or a GGUF LoRA."""
     if to not in KINDS:
         raise LilyError(f"--to {to}: choose one of {', '.join(KINDS)}")
-    if to != "lora" and (rank is not None or target != "peft"):
-        raise LilyError(f"--rank and --for go with --to lora, not with --to {to}; leave them away")
+    given = {"--for": target != "peft", "--rank": rank is not None, "--tolerance": tolerance is not None,
+             "--force": force, "--dtype": dtype != "auto"}  # fmt: skip
+    _check_options(to, [name for name, is_given in given.items() if is_given])
     if target not in READERS:
         raise LilyError(f"--for {target}: choose one of {', '.join(READERS)}")
+    if dtype not in DTYPES:
+        raise LilyError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
     if Path(out).exists() and not overwrite:
         raise LilyError(f"--out {out} exists; name another one, or give --overwrite")
     quieten()
+    import torch
+
     from lily import export
     from lily.recipes.deploy import load_for_export
 
-    model, tokenizer, facts = load_for_export(adapter, recipe=recipe, base=base, weights=to == "merged", dtype=dtype)
+    model, tokenizer, facts = load_for_export(
+        adapter, recipe=recipe, base=base, weights=to == "merged", dtype=dtype if to == "merged" else "auto"
+    )
     console = Console()
     if to == "merged":
         export.write_merged(model, out, tokenizer=tokenizer, overwrite=overwrite, provenance=facts)
     elif to == "stock":
-        export.write_stock(model, out, overwrite=overwrite)
+        export.write_stock(model, out, overwrite=overwrite, provenance=facts)
     else:
         lora = export.as_lora(
             model,
             target="llama.cpp" if to == "gguf" else target,
             rank=rank,
-            tolerance=tolerance,
+            tolerance=export.TOLERANCE if tolerance is None else tolerance,
             force=force,
+            dtype=None if dtype == "auto" else getattr(torch, dtype),
             provenance=facts,
         )
         _print_lora(lora, model, rank, console)
@@ -153,6 +173,16 @@ def export_command(
     console.print(f"written: {out}", soft_wrap=True)
 
 
+def _check_options(to: str, given: Sequence[str]) -> None:
+    """Refuse options that would change nothing."""
+    unused = [name for name in given if name not in OPTIONS[to]]
+    if unused:
+        kinds = [kind for kind in KINDS if unused[0] in OPTIONS[kind]]
+        raise LilyError(f"{unused[0]} goes with --to {' or '.join(kinds)}, not with --to {to}; leave it away")
+    if "--rank" not in given and (idle := [name for name in ("--tolerance", "--force") if name in given]):
+        raise LilyError(f"{idle[0]} says how much --rank may cut; give --rank, or leave it away")
+
+
 def _print_lora(lora: Any, model: Any, rank: int | None, console: Console) -> None:
     from lily.adapted import find
 
@@ -162,10 +192,14 @@ def _print_lora(lora: Any, model: Any, rank: int | None, console: Console) -> No
         f"(the Lily adapter: {own / 1e6:.2f} MB; a LoRA repeats what layers share)"
     )
     if rank is not None:
-        table = Table("layer", "energy kept")
-        for name, energy in lora.energies.items():
-            table.add_row(name, f"{energy:.2%}")
-        console.print(table)
+        _print_energies(lora.energies, console)
+
+
+def _print_energies(energies: Mapping[str, float], console: Console) -> None:
+    table = Table("layer", "energy kept")
+    for name, energy in energies.items():
+        table.add_row(name, f"{energy:.2%}")
+    console.print(table)
 
 
 def inspect_command(folder: Folder, as_json: Json = False) -> None:
@@ -184,18 +218,26 @@ def inspect_command(folder: Folder, as_json: Json = False) -> None:
     for name, tensors in facts.get("tensors", {}).items():
         console.print(f"  {name}: {tensors['count']} tensors, {tensors['parameters']:,} parameters")
     if "static" in facts:
-        ways = (
-            "merges and exports exactly" if facts["static"] else "depends on the data; `lily collapse` makes it static"
-        )
-        console.print(f"  {ways}")
+        console.print(f"  {_ways(facts)}")
     origin = facts.get("provenance", {})
     if origin:
         console.print("came from:")
         for name, value in origin.items():
-            if name not in ("collapse", "plan"):
+            if name not in ("collapse", "plan", "energies"):
                 console.print(f"  {name}: {escape(str(value))}", soft_wrap=True)
         for line in origin.get("plan", [])[:1]:
             console.print(f"  plan: {escape(line)}", soft_wrap=True)
+        if origin.get("energies"):
+            _print_energies(origin["energies"], console)
     report = facts.get("collapse") or origin.get("collapse")
     if report:
         _print_collapse(report, console)
+
+
+def _ways(facts: Mapping[str, Any]) -> str:
+    """What can be done with one of our adapters as it is."""
+    if not facts["static"]:
+        return "depends on the data; `lily collapse` makes it static"
+    if facts["zero_routers"]:
+        return "does not depend on the data: its routers are zero, as in an export for stock PEFT"
+    return "merges and exports exactly"

@@ -80,13 +80,29 @@ def load_splits(recipe: Recipe) -> Splits:
     return Splits(train, parts["validation"], parts["test"], labels)
 
 
-def rows_of(file: File, recipe: Recipe) -> list[Row]:
+def rows_of(file: File, recipe: Recipe, labelled: bool = True) -> list[Row]:
     """The rows of a file that has the recipe's columns, with canonical keys.
+
+    Args:
+        file: the table.
+        recipe: decides task and columns.
+        labelled: whether the label column of a classification or regression is needed.
 
     Raises:
         LilyError: names the row and column of the first thing that is wrong.
     """
-    return [_canonical(row, i, file, recipe) for i, row in enumerate(read_rows(file), 1)]
+    return [_canonical(row, i, file, recipe, labelled) for i, row in enumerate(read_rows(file), 1)]
+
+
+def check_labels(rows: Iterable[Row], known: Sequence[str], where: str) -> None:
+    """Refuse rows with a label that the model was not trained on.
+
+    Raises:
+        LilyError: names the label.
+    """
+    unknown = sorted({row["label"] for row in rows} - set(known))
+    if unknown:
+        raise LilyError(f"{where} has the label {unknown[0]!r}; known: {', '.join(known)}")
 
 
 def read_rows(file: File) -> list[Row]:
@@ -214,7 +230,7 @@ def _hub_rows(file: File) -> list[Row]:
     return [dict(row) for row in table]
 
 
-def _canonical(row: Row, number: int, file: File, recipe: Recipe) -> Row:
+def _canonical(row: Row, number: int, file: File, recipe: Recipe, labelled: bool = True) -> Row:
     where = f"{name_of(file)}, row {number}"
     columns = recipe.data.columns
     if columns.messages is not None:
@@ -225,6 +241,8 @@ def _canonical(row: Row, number: int, file: File, recipe: Recipe) -> Row:
             for name in ("prompt", "completion")
         }
     out = inputs_of(row, columns, where)
+    if not labelled:
+        return out
     label = _get(row, str(columns.label), "label", where)
     out["label"] = _number(label, columns, where) if recipe.task == "text-regression" else _class(label, columns, where)
     return out

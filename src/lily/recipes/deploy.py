@@ -14,6 +14,7 @@ from lily.config import LilyConfig
 from lily.errors import LilyError
 from lily.export import provenance
 from lily.files import new_folder, write_text
+from lily.gguf_lora import describe_gguf
 from lily.recipes import data, models
 from lily.recipes.evaluate import Adapter, Judge, adapter_path, batches, kept_labels, kept_recipe, recipe_of
 from lily.recipes.report import LABELS
@@ -43,8 +44,8 @@ def collapse_adapter(
         folder: a run's folder, or an adapter folder inside it.
         output: the folder to write.
         recipe: default: the one kept beside the adapter.
-        calibration: a file with the recipe's columns; default: training rows.
-        held_out: the same for the drift and the metrics; default: the rows that the run reported on.
+        calibration: a file with the recipe's columns, of which the label is not needed; default: training rows.
+        held_out: the same with labels, for the drift and the metrics; default: the rows that the run reported on.
         rows: at most so many rows for calibration, and for the drift.
         refit_steps: see `lily.collapse`.
         overwrite: replace the output folder.
@@ -61,8 +62,10 @@ def collapse_adapter(
         used = Adapter(folder, recipe)
         if used.recipe.method != "lily":
             raise LilyError(f"{folder} is a {used.recipe.method} adapter; only Lily adapters are collapsed")
-        known = used.splits.train if calibration is None else _rows(calibration, used)
+        known = used.splits.train if calibration is None else _rows(calibration, used, labelled=False)
         judged = used.splits.held_out if held_out is None else _rows(held_out, used)
+        if used.labels is not None:
+            data.check_labels(judged, used.labels, held_out or "the held-out split")
         device = next(used.model.parameters()).device
         judge = Judge(used.recipe, used.tokenizer, used.labels)
         report = collapse(
@@ -83,8 +86,8 @@ def collapse_adapter(
         return report
 
 
-def _rows(file: str, used: Adapter) -> list[data.Row]:
-    rows = data.rows_of(File(path=file, header=used.recipe.data.train.header), used.recipe)
+def _rows(file: str, used: Adapter, labelled: bool = True) -> list[data.Row]:
+    rows = data.rows_of(File(path=file, header=used.recipe.data.train.header), used.recipe, labelled)
     if not rows:
         raise LilyError(f"{file} holds no rows; collapse needs calibration data")
     return rows
@@ -168,10 +171,14 @@ def _classes(path: Path) -> int:
 def describe(folder: str) -> dict[str, Any]:
     """What a folder is: an adapter (ours, a LoRA, another), an exported one, a merged model, and where it came from.
 
+    The same for a GGUF file.
+
     Raises:
-        LilyError: if the folder holds neither.
+        LilyError: if it is neither.
     """
     path = Path(folder).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return {"folder": str(path), "bytes": path.stat().st_size, **describe_gguf(path)}
     if (path / "best").is_dir():
         path = path / "best"
     facts: dict[str, Any] = {"folder": str(path)}
@@ -185,7 +192,9 @@ def describe(folder: str) -> dict[str, Any]:
         facts["config"] = {n: getattr(config, n) for n in names if getattr(config, n, None) is not None}
         facts["tensors"] = {k: v for k, v in _tensors(weights).items() if v["count"]}
         if isinstance(config, LilyConfig):
-            facts["static"] = not config.dynamic and config.activation == "none"
+            facts["zero_routers"] = config.dynamic and _zero_routers(weights)
+            facts["static"] = (facts["zero_routers"] or not config.dynamic) and config.activation == "none"
+            facts.update(config.provenance or {})
     elif (path / "config.json").is_file():
         facts["kind"] = "model"
     elif weights:
@@ -198,6 +207,15 @@ def describe(folder: str) -> dict[str, Any]:
     if origin is not None:
         facts["provenance"] = origin
     return facts
+
+
+def _zero_routers(files: list[Path]) -> bool:
+    """Whether all routers weigh all experts alike, whatever the data: so static adapters are written for stock PEFT."""
+    routers = []
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            routers += [opened.get_tensor(key) for key in opened.keys() if ".lily_router" in key]  # noqa: SIM118
+    return bool(routers) and not any(bool(router.any()) for router in routers)
 
 
 def _tensors(files: list[Path]) -> dict[str, dict[str, int]]:

@@ -243,11 +243,8 @@ class Adapter:
             rows = self.splits.held_out if split is None else getattr(self.splits, split)
         if not rows:
             raise LilyError(f"the recipe has no {split} rows; choose train or validation, or give --file")
-        unknown = {row["label"] for row in rows} - set(self.labels) if self.labels is not None else set()
-        if unknown:
-            raise LilyError(
-                f"{file or split} has the label {sorted(unknown)[0]!r}; known: {', '.join(self.labels or ())}"
-            )
+        if self.labels is not None:
+            data.check_labels(rows, self.labels, str(file or split))
         return Judge(self.recipe, self.tokenizer, self.labels)(self.model, rows)
 
     def predict(self, rows: Iterable[Row]) -> Iterator[Row]:

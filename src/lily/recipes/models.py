@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -87,7 +88,9 @@ def load_model(model: Model, task: Task, labels: Sequence[str] | None = None) ->
     )
     if getattr(loaded.config, "pad_token_id", None) is None:
         # The tokenizer's own: a classifier over a decoder reads the last token that is not this one.
-        loaded.config.pad_token_id = load_tokenizer(model).pad_token_id
+        # What needs a tokenizer loads it itself, and says what is wrong with it.
+        with contextlib.suppress(LilyError):
+            loaded.config.pad_token_id = load_tokenizer(model).pad_token_id
     return loaded.eval()
 
 

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from lily.errors import LilyError
-from lily.files import sync_folder
+from lily.files import naming, sync_folder
 from lily.recipes.schema import Package, Source
 
 # Only these are read by pip from the environment besides its own configuration.
@@ -105,7 +105,8 @@ def building(target: Path) -> Iterator[Path]:
         ) from None
     temporary = scratch / target.name
     try:
-        yield temporary
+        with naming(target):
+            yield temporary
         with contextlib.suppress(OSError):  # the other process's folder is not empty
             os.replace(temporary, target)
         if not target.exists():
