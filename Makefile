@@ -36,7 +36,7 @@ lint: $(VENV)/dev
 	$(BIN)/mypy
 
 bench: $(VENV)/dev
-	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/performance.py --out runs/bench
 
 minimal: constraints.txt  ## the package imports, and plans, with its minimal dependencies only
 	rm -rf $(VENV)-minimal
