@@ -274,7 +274,7 @@ class Adapter:
             ]
             given = answers(self.model, self.tokenizer, turns, recipe)
             return [{**row, "prediction": text} for row, text in zip(batch, given, strict=True)]
-        inputs = [data.inputs_of(row, columns, f"row {number + i}") for i, row in enumerate(batch, 1)]
+        inputs = [data.inputs_of(row, recipe, f"row {number + i}") for i, row in enumerate(batch, 1)]
         outputs = head_outputs(self.model, inputs, recipe, self.tokenizer)
         if self.labels is None:
             return [{**row, "prediction": float(o[0])} for row, o in zip(batch, outputs, strict=True)]

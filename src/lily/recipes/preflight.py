@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lily.errors import LilyError
 from lily.recipes import data, loader, methods, models
 from lily.recipes.data import Splits
+from lily.recipes.places import located
 from lily.recipes.schema import Recipe
 
 if TYPE_CHECKING:
@@ -72,10 +73,12 @@ def prepare(recipe: Recipe) -> Prepared:
 
     from lily.recipes import tasks
 
-    meta = models.meta_model(recipe.model, recipe.task, tasks.num_labels(recipe, splits))
+    with located(recipe, "model", recipe.model.kind):
+        meta = models.meta_model(recipe.model, recipe.task, tasks.num_labels(recipe, splits))
+        tokenizer = models.load_tokenizer(recipe.model)
     config = methods.peft_config(recipe, meta)
-    check_length(recipe, meta)
-    tokenizer = models.load_tokenizer(recipe.model)
+    with located(recipe, "data", "max_length"):
+        check_length(recipe, meta)
     train, validation = (
         tasks.encode(rows, recipe, tokenizer, splits.labels) for rows in (splits.train, splits.validation)
     )
