@@ -31,6 +31,13 @@ from lily.errors import LilyError
 # PEFT can size these too, but they do not compute x @ W.T on their last dimension.
 NOT_LINEAR = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.MultiheadAttention)
 
+# What PEFT adds to modules_to_save by itself for a task, after a plan is made and before layers are replaced.
+SAVED_HEADS = {
+    "SEQ_CLS": ["classifier", "score"],
+    "TOKEN_CLS": ["classifier", "score"],
+    "QUESTION_ANS": ["qa_outputs"],
+}
+
 
 class NoTargetError(LilyError, NoMatchingPeftModuleError):  # type: ignore[misc]
     """The targets match nothing. Also PEFT's own type for that, so existing handlers catch it."""
@@ -317,6 +324,11 @@ def _no_target(config: LilyConfig, modules: dict[str, nn.Module]) -> NoTargetErr
     if any(isinstance(check_target_module_exists(config, n), _ExcludedModule) for n in modules):
         free = LilyConfig(target_modules=targets)
         if any(check_target_module_exists(free, n) for n in modules):
+            if not config.exclude_modules:
+                return NoTargetError(
+                    f"target_modules={wanted if len(wanted) > 1 else repr(wanted[0])} matches only modules that are "
+                    f"trained whole anyway ({', '.join(config.modules_to_save or ())}); name others"
+                )
             return NoTargetError(
                 f"every module that target_modules={wanted} matches is excluded by exclude_modules="
                 f"{config.exclude_modules} or modules_to_save={config.modules_to_save}; relax one of them"

@@ -7,7 +7,7 @@ from recipes_helpers import classification, rows, sft, write_jsonl, write_recipe
 from transformers import OPTConfig, OPTForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
 from lily.errors import LilyError
-from lily.recipes import loader, preflight, train
+from lily.recipes import loader, methods, preflight, train
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +29,32 @@ def refused(recipe, message, **flags):
 def test_an_example_that_cannot_fit_is_refused_before_anything_is_written(tmp_path, chat_model):
     refused(make(sft, tmp_path, chat_model, ["data.max_length=2"]), "raise it to 11 or more")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_test_file_of_which_no_answer_fits_is_refused_before_anything_is_written(tmp_path, chat_model):
+    recipe = make(sft, tmp_path, chat_model)
+    long = write_jsonl(tmp_path / "test.jsonl", [{"question": "the film " * 30, "answer": "yes"}])
+    refused(
+        make(sft, tmp_path, chat_model, [f"data.test.path={long}"]),
+        f"no example fits data.max_length={recipe.data.max_length}",
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_target_that_is_only_the_head_is_refused_before_anything_is_written(tmp_path, encoder):
+    recipe = make(classification, tmp_path, encoder, ["targets=[classifier]"])
+    refused(recipe, "targets='classifier' matches only modules that are trained whole anyway")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_head_among_the_targets_is_no_layer_of_the_plan(tmp_path, encoder):
+    from lily.recipes import models
+
+    def size(targets):
+        recipe = make(classification, tmp_path, encoder, [f"targets={targets}", "lily={params: 3k}"])
+        return methods.peft_config(recipe, models.meta_model(recipe.model, recipe.task))
+
+    assert size("[query, classifier]").r == size("[query]").r
 
 
 def test_messages_without_a_chat_template_are_refused_before_anything_is_written(tmp_path, chat_model, monkeypatch):

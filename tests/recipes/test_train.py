@@ -157,6 +157,20 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, encoder):
         assert torch.equal(tensor, two[name]), name
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_weights_that_cannot_be_read_leave_no_folder_and_no_run_behind(tmp_path, encoder, overwrite):
+    broken = shutil.copytree(encoder, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"nope")
+    recipe = make(classification, tmp_path, broken)
+    if overwrite:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "metrics.json").write_text("{}")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(LilyError, match=r"recipe\.yaml:4: model\.path: model of .* could not be loaded"):
+        train.train(recipe, quiet=True, overwrite=overwrite)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_an_existing_run_is_not_overwritten_unless_asked(tmp_path, encoder):
     recipe = make(classification, tmp_path, encoder, ["train.max_steps=1"])
     (tmp_path / "run").mkdir()

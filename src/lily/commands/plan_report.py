@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lily.budget import Choice, Estimate, choose, equal_lora_rank, estimate, lora_parameters, parse_count
 from lily.config import LilyConfig
 from lily.errors import LilyError
-from lily.plan import Group, ModuleSpec, SharingPlan, build_plan, is_causal, router_size, select_modules
+from lily.plan import SAVED_HEADS, Group, ModuleSpec, SharingPlan, build_plan, is_causal, router_size, select_modules
 
 if TYPE_CHECKING:
     from torch import nn
@@ -166,7 +166,11 @@ def plan_for(model: nn.Module, wish: Wish, *, name: str, dtype: str = "float32")
         LilyError: if the targets match nothing, the budget is too small, or a value cannot work.
     """
     asked = LilyConfig(
-        target_modules=wish.targets, exclude_modules=wish.exclude, routing=wish.routing, task_type=wish.task
+        target_modules=wish.targets,
+        exclude_modules=wish.exclude,
+        modules_to_save=SAVED_HEADS.get(wish.task or ""),
+        routing=wish.routing,
+        task_type=wish.task,
     )
     routing = "token" if asked.routing_is_default and is_causal(model) else str(asked.routing)
     modules = select_modules(model, asked)  # replaces all-linear by the names it stands for

@@ -13,7 +13,7 @@ from torch import nn
 from lily.budget import choose, equal_lora_rank, parse_count
 from lily.config import LilyConfig
 from lily.errors import LilyError
-from lily.plan import ModuleSpec, build_plan, is_causal, select_modules
+from lily.plan import SAVED_HEADS, ModuleSpec, build_plan, is_causal, select_modules
 from lily.recipes.places import located
 from lily.recipes.schema import Recipe
 
@@ -78,7 +78,8 @@ def lily_config(recipe: Recipe, model: nn.Module) -> LilyConfig:
     }
     targets = set(recipe.targets) if isinstance(recipe.targets, list) else recipe.targets
     with located(recipe, "targets"), in_recipes_words():
-        asked = LilyConfig(target_modules=targets, **common)
+        heads = SAVED_HEADS.get(task_type_of(recipe))
+        asked = LilyConfig(target_modules=targets, modules_to_save=heads, **common)
         modules: list[ModuleSpec] = select_modules(model, asked)
     with located(recipe, "lily", *(["params"] if block.params is not None else [])):
         choice = choose(

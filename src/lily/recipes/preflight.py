@@ -82,6 +82,8 @@ def prepare(recipe: Recipe) -> Prepared:
     train, validation = (
         tasks.encode(rows, recipe, tokenizer, splits.labels) for rows in (splits.train, splits.validation)
     )
+    if recipe.task == "sft" and splits.test:
+        tasks.encode(splits.test, recipe, tokenizer, None)  # for what it refuses: no answer of them may fit
     return Prepared(splits, tokenizer, train, validation, config)
 
 

@@ -16,6 +16,7 @@ from lily.files import write_text
 from lily.recipes import data, loader, models, preflight, report
 from lily.recipes import metrics as metric_tools
 from lily.recipes.data import Splits
+from lily.recipes.places import located
 from lily.recipes.preflight import Prepared
 from lily.recipes.schema import Recipe
 
@@ -93,12 +94,14 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, quie
     preflight.check_folder(recipe, output, resume, overwrite)
     prepared = preflight.prepare(recipe)
     checkpoint = _last_checkpoint(output) if resume else None
+    # before the folder is touched: what weights reveal is a mistake like any other, and writes nothing
+    loaded = _load(recipe, prepared)
 
     if overwrite and not resume:
         shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "recipe.yaml", loader.dump_recipe(recipe))
-    result = _run(recipe, prepared, output, checkpoint, quiet)
+    result = _run(recipe, prepared, loaded, output, checkpoint, quiet)
     # written before the baselines too: what took hours does not wait for them
     _write(result, recipe, output, started)
     if recipe.baselines:
@@ -126,20 +129,37 @@ def _last_checkpoint(output: Path) -> str | None:
     return str(complete[-1]) if complete else None
 
 
-def _run(recipe: Recipe, prepared: Prepared, output: Path, checkpoint: str | None, quiet: bool) -> Result:
-    import torch
+@dataclass(frozen=True)
+class _Loaded:
+    """The untrained model with its adapter, and the parameters of the frozen one."""
+
+    model: Any
+    base_parameters: int
+
+
+def _load(recipe: Recipe, prepared: Prepared) -> _Loaded:
     from peft import get_peft_model
     from transformers import set_seed
 
-    from lily.recipes import evaluate, runner
+    from lily.recipes import evaluate
 
-    splits, tokenizer, config = prepared.splits, prepared.tokenizer, prepared.config
     set_seed(recipe.seed)
-    base = models.load_model(recipe.model, recipe.task, splits.labels)
+    with located(recipe, "model", recipe.model.kind):
+        base = models.load_model(recipe.model, recipe.task, prepared.splits.labels)
     total = sum(p.numel() for p in base.parameters())
     set_seed(recipe.seed)
-    model = evaluate.place(base if config is None else get_peft_model(base, config))
+    model = base if prepared.config is None else get_peft_model(base, prepared.config)
+    return _Loaded(evaluate.place(model), total)
 
+
+def _run(
+    recipe: Recipe, prepared: Prepared, loaded: _Loaded, output: Path, checkpoint: str | None, quiet: bool
+) -> Result:
+    import torch
+
+    from lily.recipes import evaluate, runner
+
+    splits, tokenizer, config, model = prepared.splits, prepared.tokenizer, prepared.config, loaded.model
     names = metric_tools.metrics_of(recipe)
     generated = "exact_match" in names
 
@@ -160,7 +180,7 @@ def _run(recipe: Recipe, prepared: Prepared, output: Path, checkpoint: str | Non
         **{name: version(name) for name in ("lily-peft", "peft", "torch", "transformers")},
     }
     result.rows = {"train": len(splits.train), "validation": len(splits.validation), "test": len(splits.test)}
-    result.parameters = _parameters(model, total)
+    result.parameters = _parameters(model, loaded.base_parameters)
     result.adapter = report.adapter_summary(model, recipe)
     if config is None:
         result.final, result.samples = before, samples
