@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -155,6 +156,23 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, encoder):
     one, two = (load_file(tmp_path / name / "last" / "adapter_model.safetensors") for name in ("whole", "half"))
     for name, tensor in one.items():
         assert torch.equal(tensor, two[name]), name
+
+
+def test_a_model_with_a_head_of_another_size_is_trained_and_its_card_loads_it(tmp_path, encoder, capsys):
+    from lily.recipes import models
+    from lily.recipes.schema import Model
+
+    folder = tmp_path / "three"
+    models.load_model(Model(path=str(encoder)), "text-classification", ("a", "b", "c")).save_pretrained(folder)
+    for file in encoder.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    train.train(make(classification, tmp_path, folder, ["train.max_steps=1"]), quiet=True)
+    assert [line for line in capsys.readouterr().err.splitlines() if "starts with a new head" in line]
+    card = (tmp_path / "run" / "best" / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    scope = {}
+    exec(code.replace("path/of/this/folder", str(tmp_path / "run" / "best")), scope)
+    assert scope["model"].config.num_labels == 2
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

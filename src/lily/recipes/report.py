@@ -158,4 +158,5 @@ def _auto(recipe: Recipe) -> str:
 def _load(recipe: Recipe, result: Result) -> str:
     where = repr(recipe.model.hub or recipe.model.path or "path/of/the/base/model")
     count = 1 if recipe.task == "text-regression" else len(result.labels or ())
-    return where if recipe.task == "sft" else f"{where}, num_labels={count}"
+    replaced = ", ignore_mismatched_sizes=True" if result.new_head else ""
+    return where if recipe.task == "sft" else f"{where}, num_labels={count}{replaced}"

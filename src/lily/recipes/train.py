@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -36,6 +37,7 @@ class Result:
         seconds: training alone, and the whole run.
         baselines: name -> metrics (and parameters and seconds, where it was trained).
         history: all evaluations on the validation rows.
+        new_head: what was said where the model's own head was of another size.
         samples: prompts with the expected answer and those before and after training.
     """
 
@@ -60,6 +62,7 @@ class Result:
     precision: str = ""
     baselines: dict[str, dict[str, float]] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
+    new_head: str | None = None
     samples: list[dict[str, str]] = field(default_factory=list)
 
     def write(self, path: Path) -> None:
@@ -131,10 +134,11 @@ def _last_checkpoint(output: Path) -> str | None:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """The untrained model with its adapter, and the parameters of the frozen one."""
+    """The untrained model with its adapter, the parameters of the frozen one, and what was said of its head."""
 
     model: Any
     base_parameters: int
+    new_head: str | None
 
 
 def _load(recipe: Recipe, prepared: Prepared) -> _Loaded:
@@ -144,12 +148,15 @@ def _load(recipe: Recipe, prepared: Prepared) -> _Loaded:
     from lily.recipes import evaluate
 
     set_seed(recipe.seed)
+    said: list[str] = []
     with located(recipe, "model", recipe.model.kind):
-        base = models.load_model(recipe.model, recipe.task, prepared.splits.labels)
+        base = models.load_model(recipe.model, recipe.task, prepared.splits.labels, announce=said.append)
+    for line in said:
+        print(line, file=sys.stderr)
     total = sum(p.numel() for p in base.parameters())
     set_seed(recipe.seed)
     model = base if prepared.config is None else get_peft_model(base, prepared.config)
-    return _Loaded(evaluate.place(model), total)
+    return _Loaded(evaluate.place(model), total, next(iter(said), None))
 
 
 def _run(
@@ -181,7 +188,7 @@ def _run(
     }
     result.rows = {"train": len(splits.train), "validation": len(splits.validation), "test": len(splits.test)}
     result.parameters = _parameters(model, loaded.base_parameters)
-    result.adapter = report.adapter_summary(model, recipe)
+    result.adapter, result.new_head = report.adapter_summary(model, recipe), loaded.new_head
     if config is None:
         result.final, result.samples = before, samples
         return result
