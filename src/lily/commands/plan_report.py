@@ -370,7 +370,7 @@ def _shipped() -> list[str]:
 def recipe_report(
     target: str, overrides: Sequence[str], *, batch: int | None = None, tokens: int | None = None
 ) -> RecipeReport:
-    """The dry run of a recipe: reads its data and tokenizer, and its model's configuration, but trains nothing.
+    """The dry run of a recipe: all that `lily train` checks before it reads weights, and nothing that it writes.
 
     Args:
         target: path of a YAML file, or name of a recipe that ships.
@@ -381,15 +381,15 @@ def recipe_report(
     Raises:
         LilyError: for whatever is wrong with the recipe, its data or its model.
     """
-    from lily.recipes import data, loader, models, tasks
+    from lily.recipes import loader, preflight, tasks
 
     recipe = loader.load_recipe(target, list(overrides))
-    rows = data.load_splits(recipe)
-    model = models.meta_model(recipe.model, recipe.task, tasks.num_labels(recipe, rows))
+    prepared = preflight.prepare(recipe)
+    model = prepared.meta
     wish = wish_of(recipe, batch=batch, tokens=tokens)
     dtype = dtype_of(model.config) if recipe.model.dtype == "auto" else recipe.model.dtype
     plan = plan_for(model, wish, name=_said(recipe.model), dtype=dtype)
-    preview = tasks.preview(recipe, models.load_tokenizer(recipe.model), rows.train[0])
+    preview = tasks.preview(recipe, prepared.tokenizer, prepared.splits.train[0])
     return RecipeReport(recipe.name, recipe.method, loader.dump_recipe(recipe), plan, tuple(preview.segments))
 
 

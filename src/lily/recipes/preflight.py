@@ -17,7 +17,7 @@ from lily.recipes.schema import Recipe
 if TYPE_CHECKING:
     from peft import PeftConfig
     from torch import nn
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lily.recipes.tasks import Example
 
@@ -53,6 +53,7 @@ class Prepared:
         train: encoded training examples.
         validation: encoded validation examples.
         config: what to put on the model; None where there is nothing to train.
+        meta: the model on the meta device.
     """
 
     splits: Splits
@@ -60,6 +61,7 @@ class Prepared:
     train: list[Example]
     validation: list[Example]
     config: PeftConfig | None
+    meta: PreTrainedModel
 
 
 def prepare(recipe: Recipe) -> Prepared:
@@ -84,7 +86,7 @@ def prepare(recipe: Recipe) -> Prepared:
     )
     if recipe.task == "sft" and splits.test:
         tasks.encode(splits.test, recipe, tokenizer, None)  # for what it refuses: no answer of them may fit
-    return Prepared(splits, tokenizer, train, validation, config)
+    return Prepared(splits, tokenizer, train, validation, config, meta)
 
 
 def check_packages(recipe: Recipe) -> None:
