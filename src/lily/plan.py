@@ -11,7 +11,7 @@ import difflib
 import math
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from peft.tuners.tuners_utils import (
@@ -112,10 +112,12 @@ class SharingPlan:
     Attributes:
         groups: in the order in which the model reaches their first layer.
         routing: decides what a layer's own router holds.
+        stock_differs: whether stock PEFT would group the same layers otherwise, so that a file of its may do so.
     """
 
     groups: tuple[Group, ...]
     routing: str
+    stock_differs: bool = field(default=False, compare=False)
 
     @cached_property
     def slots(self) -> dict[str, Slot]:
@@ -201,7 +203,8 @@ def build_plan(modules: Sequence[ModuleSpec], config: LilyConfig) -> SharingPlan
         blocks = tuple(tuple(names[i : i + stride]) for i in range(0, len(names), stride))
         r = _group_rank(name, names, config)
         groups.append(Group(name, in_features, out_features, r, config.num_B, blocks))
-    return SharingPlan(tuple(groups), str(config.routing))
+    plan = SharingPlan(tuple(groups), str(config.routing))
+    return replace(plan, stock_differs=stock_grouping_differs(plan, config.target_modules or ()))
 
 
 def target_name(module: str, targets: object) -> str:
