@@ -252,6 +252,20 @@ def test_predict_streams_rows_in_and_out(finished):
     assert [json.loads(line) for line in piped.stdout.splitlines()] == got
 
 
+def test_predict_never_overwrites_a_column_of_the_users_own(finished):
+    folder, _ = finished
+    table = write_jsonl(folder / "own.jsonl", [{"text": "the film was good"}, {"text": "bad", "score": 5}])
+    out = folder / "own-out.jsonl"
+    arguments = ["predict", str(folder / "run"), "--input", str(table), "--output", str(out)]
+    with pytest.raises(LilyError, match=r"row 2 has a column 'score' of its own.*--prefix"):
+        CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert not out.exists()
+    assert CliRunner().invoke(app, [*arguments, "--prefix", "lily_"]).exit_code == 0
+    got = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row.get("score") for row in got] == [None, 5]
+    assert all(0.5 <= row["lily_score"] <= 1 and row["lily_prediction"] in "01" for row in got)
+
+
 def test_prediction_reads_no_further_than_it_must(finished):
     folder, _ = finished
     seen = []
