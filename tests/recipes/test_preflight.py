@@ -130,6 +130,16 @@ def test_only_a_run_of_the_same_recipe_is_resumed(tmp_path, encoder):
     preflight.check_folder(make(classification, tmp_path, encoder, ["train.epochs=9"]), run, True, False)
 
 
+def test_a_default_written_out_is_no_change_to_a_resumed_recipe(tmp_path, encoder):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text(loader.dump_recipe(make(classification, tmp_path, encoder)))
+    written = make(classification, tmp_path, encoder, ["train.schedule=linear", "lora.r=equal"])
+    preflight.check_folder(written, run, True, False)
+    (run / "recipe.yaml").write_text(loader.dump_recipe(written, complete=False))
+    preflight.check_folder(make(classification, tmp_path, encoder), run, True, False)
+
+
 def test_an_output_that_is_a_file_is_refused(tmp_path, encoder):
     (tmp_path / "run").write_text("x")
     refused(make(classification, tmp_path, encoder), "is a file; name a folder", overwrite=True)

@@ -94,9 +94,15 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     return recipe.written_at(Places(document.places))
 
 
-def dump_recipe(recipe: Recipe) -> str:
-    """The effective recipe as YAML that loads back to an equal recipe."""
-    values = recipe.model_dump(mode="json", exclude_defaults=True)
+def dump_recipe(recipe: Recipe, *, complete: bool = True) -> str:
+    """The effective recipe as YAML that loads back to an equal recipe.
+
+    Args:
+        recipe: what to write.
+        complete: write every value, so that a later version's defaults do not change what it means; else those that
+            were written down.
+    """
+    values = recipe.model_dump(mode="json", exclude_unset=not complete)
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110)
 
 
