@@ -24,7 +24,7 @@ def test_the_dry_run_shows_the_mask_and_plans_what_training_does(tmp_path, chat_
     result = train.train(loader.load_recipe(path, ["train.max_steps=1"]), quiet=True)
     assert values["plan"]["parameters"]["total"] == result.parameters["adapter"]
     text = CliRunner().invoke(app, ["plan", path]).stdout
-    assert "<end>]" in text.replace("\n", "").replace(" ", "")
+    assert "<end><<<" in text.replace("\n", "").replace(" ", "")
 
 
 @pytest.mark.parametrize("block", [{"r": 4}, {"params": "3k"}, {}])
