@@ -59,6 +59,22 @@ def test_a_classifier_learns_and_leaves_everything_it_should(tmp_path, encoder, 
         assert isinstance(PeftModel.from_pretrained(base, run / "best"), PeftModel)
 
 
+def test_texts_without_words_give_tfidf_the_majoritys_guess(tmp_path, encoder):
+    from lily.recipes import baselines, data
+
+    def figures(table):
+        values = classification(encoder, write_jsonl(tmp_path / "t.jsonl", table), tmp_path)
+        values["data"]["columns"] = {"text": "a", "text_pair": "b", "label": "label"}
+        recipe = loader.load_recipe(write_recipe(tmp_path, values))
+        found = (baselines.run(name, recipe, data.load_splits(recipe)) for name in ("majority", "tfidf"))
+        return [{k: v for k, v in f.items() if k != "seconds"} for f in found]
+
+    majority, tfidf = figures([{"a": "?!" * (i + 1), "b": "...", "label": i % 2} for i in range(40)])
+    assert tfidf == majority
+    majority, tfidf = figures([{"a": "?!", "b": ("no", "yes")[i % 2], "label": i % 2} for i in range(40)])
+    assert tfidf["accuracy"] == 1.0 > majority["accuracy"]
+
+
 def test_lora_gets_no_more_parameters_than_lily_and_nearly_as_many(tmp_path, encoder):
     recipe = make(classification, tmp_path, encoder, ["baselines=[lora]", "lily.r=16", "train.epochs=1"])
     result = train.train(recipe, quiet=True)
