@@ -7,6 +7,7 @@ that alone drives injection, checkpoints and the planner.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import math
 import warnings
@@ -191,8 +192,9 @@ def build_plan(modules: Sequence[ModuleSpec], config: LilyConfig) -> SharingPlan
         The plan. The same for any order of the set `config.target_modules`.
 
     Raises:
-        LilyError: if `rank_pattern` gives layers of one group different ranks.
+        LilyError: if `rank_pattern` gives layers of one group different ranks, or has a key that fits no layer.
     """
+    _check_rank_pattern([m.name for m in modules], config)
     members: dict[tuple[str, int, int], list[str]] = {}
     for m in modules:
         key = (target_name(m.name, config.target_modules), m.in_features, m.out_features)
@@ -214,6 +216,17 @@ def target_name(module: str, targets: object) -> str:
         if len(hits) > 1:
             return str(hits[-1])
     return module.rpartition(".")[2]
+
+
+def _check_rank_pattern(names: Sequence[str], config: LilyConfig) -> None:
+    for key in config.rank_pattern or {}:
+        if not any(get_pattern_key([key], name) == key for name in names):
+            known = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise LilyError(
+                f"rank_pattern has the key {key!r}, which fits no adapted layer; {hint}adapted: {', '.join(known)}"
+            )
 
 
 def _group_rank(group: str, names: Sequence[str], config: LilyConfig) -> int:
@@ -267,7 +280,8 @@ def select_modules(model: nn.Module, config: LilyConfig) -> list[ModuleSpec]:
 
     Raises:
         NoTargetError: (a LilyError) if nothing matches, with near matches.
-        LilyError: if a match is not a linear layer, or is read by its parent without being called.
+        LilyError: if a match is not a linear layer, or is read by its parent without being called, or if an index in
+            `config.layers_to_transform` chooses no layer.
     """
     all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
     _maybe_include_all_linear_layers(config, model)
@@ -287,7 +301,20 @@ def select_modules(model: nn.Module, config: LilyConfig) -> list[ModuleSpec]:
         found.append(_spec(name, module))
     if not found:
         raise _no_target(config, modules)
+    _check_layer_indices(found, config)
     return found
+
+
+def _check_layer_indices(found: Sequence[ModuleSpec], config: LilyConfig) -> None:
+    asked = config.layers_to_transform
+    for index in asked if isinstance(asked, (list, tuple)) else [] if asked is None else [asked]:
+        alone = copy.copy(config)
+        alone.layers_to_transform = [index]
+        if not any(check_target_module_exists(alone, m.name) for m in found):
+            raise LilyError(
+                f"layers_to_transform has the index {index}, but no layer of that number matches target_modules="
+                f"{sorted(config.target_modules or ())}; leave it out"
+            )
 
 
 def _own_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
