@@ -50,13 +50,17 @@ def test_a_classifier_learns_and_leaves_everything_it_should(tmp_path, encoder, 
     assert result.parameters["head"] == 2 * 32 + 2
     assert set(result.baselines) == {"majority", "tfidf", "frozen"}
     assert 0.4 <= result.baselines["majority"]["accuracy"] <= 0.6
+    card = (run / "best" / "README.md").read_text()
+    assert ("import lily" in card) == (method == "lily")
+    assert ("An adapter (" in card, "adapter |" in card, "of the adapter" in card) == (method != "none",) * 3
+    assert "66 parameters of the new head" in card
+    base = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=2)
+    assert isinstance(PeftModel.from_pretrained(base, run / "best"), PeftModel)
     if method == "lily":
         assert result.final["accuracy"] > 0.9
         assert result.parameters["adapter"] == sum(
             t.numel() for n, t in load_file(run / "best" / "adapter_model.safetensors").items() if "lily_" in n
         )
-        base = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=2)
-        assert isinstance(PeftModel.from_pretrained(base, run / "best"), PeftModel)
 
 
 def test_texts_without_words_give_tfidf_the_majoritys_guess(tmp_path, encoder):
