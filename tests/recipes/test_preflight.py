@@ -36,7 +36,7 @@ def test_a_test_file_of_which_no_answer_fits_is_refused_before_anything_is_writt
     long = write_jsonl(tmp_path / "test.jsonl", [{"question": "the film " * 30, "answer": "yes"}])
     refused(
         make(sft, tmp_path, chat_model, [f"data.test.path={long}"]),
-        f"no example fits data.max_length={recipe.data.max_length}",
+        f"no example fits data.max_length={recipe.data.max_length}: every prompt of the test rows fills it",
     )
     assert not (tmp_path / "run").exists()
 

@@ -82,10 +82,13 @@ def prepare(recipe: Recipe) -> Prepared:
     with located(recipe, "data", "max_length"):
         check_length(recipe, meta)
     train, validation = (
-        tasks.encode(rows, recipe, tokenizer, splits.labels) for rows in (splits.train, splits.validation)
+        tasks.encode(rows, recipe, tokenizer, splits.labels, f"the {name} rows")
+        for name, rows in (("training", splits.train), ("validation", splits.validation))
     )
     if recipe.task == "sft" and splits.test:
-        tasks.encode(splits.test, recipe, tokenizer, None)  # for what it refuses: no answer of them may fit
+        tasks.encode(
+            splits.test, recipe, tokenizer, None, "the test rows"
+        )  # for what it refuses: no answer of them may fit
     return Prepared(splits, tokenizer, train, validation, config, meta)
 
 

@@ -36,7 +36,11 @@ def num_labels(recipe: Recipe, splits: Splits) -> int:
 
 
 def encode(
-    rows: Iterable[Row], recipe: Recipe, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str] | None
+    rows: Iterable[Row],
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    labels: Sequence[str] | None,
+    what: str = "the rows",
 ) -> list[Example]:
     """Encode rows for training or evaluation.
 
@@ -45,6 +49,7 @@ def encode(
         recipe: decides task, length and chat template.
         tokenizer: the model's.
         labels: the classes in the order of their ids, for classification.
+        what: what to call the rows in messages.
 
     Returns:
         input_ids (and what else the model takes) with labels: a class id, a number, or token ids with `IGNORED`
@@ -61,7 +66,7 @@ def encode(
             longest = max(len(prompt_ids(prompt, tokenizer)) for prompt, _ in turns)
             with located(recipe, "data", "max_length"):
                 raise LilyError(
-                    f"no example fits data.max_length={recipe.data.max_length}: every prompt fills it; "
+                    f"no example fits data.max_length={recipe.data.max_length}: every prompt of {what} fills it; "
                     f"raise it to {longest + 1} or more"
                 )
         return fitting
