@@ -128,6 +128,20 @@ def test_layers_to_transform_and_exclude_modules_narrow_the_choice():
     assert not any("down_proj" in name for name in plan.slots)
 
 
+@pytest.mark.parametrize("indices", [[0, 9], 9])
+def test_a_layer_index_that_chooses_nothing_is_refused(indices):
+    config = LilyConfig(target_modules=["q_proj"], layers_to_transform=indices)
+    with pytest.raises(LilyError, match=r"index 9, but no layer of that number|matches no module in layers 9"):
+        select_modules(build("llama"), config)
+
+
+def test_a_rank_for_a_name_that_no_layer_has_is_refused():
+    config = LilyConfig(target_modules=["q_proj", "v_proj"], rank_pattern={"q_proj": 8, "v_prj": 4})
+    modules = select_modules(build("llama"), config)
+    with pytest.raises(LilyError, match=r"key 'v_prj', which fits no adapted layer; did you mean v_proj\?"):
+        build_plan(modules, config)
+
+
 def test_targets_that_match_nothing_name_near_matches():
     with pytest.raises(NoTargetError, match="matches no module; did you mean q_proj") as caught:
         plan_of(build("llama"), target_modules=["qproj"])

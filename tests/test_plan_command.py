@@ -331,7 +331,7 @@ def dry_run(llama_on_meta: nn.Module) -> RecipeReport:
 
 def test_a_dry_run_shows_recipe_plan_and_first_example(dry_run: RecipeReport) -> None:
     text = printed(dry_run)
-    for expected in ("params: 1M", "Who shares what", "Question: [why]? [Because.]", "in [ ... ] only"):
+    for expected in ("params: 1M", "Who shares what", "Question: [why]? >>>Because.<<<", "between >>> and <<<"):
         assert expected in text
 
 

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,40 @@ def test_the_examples_of_deploying_run(tmp_path, monkeypatch):
     for code in others:
         exec(compile(code, "deploy.md", "exec"), scope)
     assert (tmp_path / "merged-folder" / "model.safetensors").is_file()
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives a page's headings."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    found: Counter[str] = Counter()
+    out = set()
+    for heading in re.findall(r"^#+ +(.*?) *$", text, re.MULTILINE):
+        plain = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower()
+        slug = re.sub(r"[^\w\- ]", "", plain).replace(" ", "-")
+        out.add(slug if not found[slug] else f"{slug}-{found[slug]}")
+        found[slug] += 1
+    return out
+
+
+def links() -> list[tuple[Path, str]]:
+    pages = [*PAGES, ROOT / "CHANGELOG.md"]
+    found = [(p, link) for p in pages for link in re.findall(r"\]\(<?([^)\s>]+)", p.read_text())]
+    return [(p, link) for p, link in found if not re.match(r"[a-z]+:", link)]
+
+
+@pytest.mark.parametrize(("page", "link"), links(), ids=lambda value: str(value).removeprefix(f"{ROOT}/"))
+def test_every_link_leads_to_a_file_and_a_heading_that_exist(page, link):
+    name, _, anchor = link.partition("#")
+    target = page.parent / name if name else page
+    assert target.exists(), f"{page.name} links to {name}, which does not exist"
+    if anchor:
+        assert anchor in anchors(target), f"{page.name} links to #{anchor} of {target.name}, which has no such heading"
+
+
+def test_anchors_are_those_that_github_makes(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# A `b`: [c](d.md), e?\n\n```\n# no heading\n```\n## Same\n## Same\n")
+    assert anchors(page) == {"a-b-c-e", "same", "same-1"}
 
 
 def test_the_recipe_in_the_docs_is_valid(tmp_path):

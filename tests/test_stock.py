@@ -150,6 +150,16 @@ def test_a_stock_file_with_another_grouping_is_loaded_as_it_was(tmp_path, target
     assert (load_file(again / "result.safetensors")["logits"] - expected).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("part", ["A", "B"])
+def test_a_stock_file_whose_duplicates_disagree_is_damaged_and_no_third_grouping(stock_adapter, part):
+    folder, _ = stock_adapter
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors[f"base_model.model.model.layers.1.self_attn.q_proj.lily_{part}.weight"] += 1
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(LilyError, match=rf"different values for the shared {part} of .*layers\.0.* and .*layers\.1"):
+        PeftModel.from_pretrained(build("llama"), folder)
+
+
 def test_code_written_for_stock_keeps_running():
     config = peft.LilyConfig(task_type="CAUSAL_LM", **BOTH)
     model = get_peft_model(build("llama"), config)

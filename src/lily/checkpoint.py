@@ -9,8 +9,8 @@ Written: stock PEFT's names, each shared tensor once, under the first layer that
 
 Read: that; stock's, which repeats shared tensors under every layer; and the paper repository's (`lily_lp` for A,
 `lily_hp` for B, as a parameter (experts, r, out) or a linear layer's weight). Who shares what is known from the plan,
-never guessed from memory addresses. Only a file whose own sharing contradicts the plan (stock groups layers
-otherwise under a regular expression) is asked: equal tensors are then shared ones.
+never guessed from memory addresses. Only where stock would group these layers otherwise (under a regular expression,
+say) and the file's own sharing contradicts the plan, the file is asked: equal tensors are then shared ones.
 """
 
 from __future__ import annotations
@@ -107,8 +107,14 @@ def parse(state: Mapping[str, Tensor], plan: SharingPlan, settled: float | None 
             with its duplicate.
     """
     found, other = _collect(state, plan)
-    if _contradicts(found, plan):
-        raise Regrouped(_plan_of(found, plan))
+    if (pair := _contradiction(found, plan)) is not None:
+        regrouped = _plan_of(found, plan)
+        if not plan.stock_differs:
+            raise LilyError(
+                f"the adapter file holds different values for the shared {pair[0]} of {pair[1]} and {pair[2]}; "
+                "stock PEFT shares it alike, so the file is damaged; save the adapter again"
+            )
+        raise Regrouped(regrouped)
     A = {i: _shared(found["A"], block, f"A of {block[0]}") for i, (_, block) in enumerate(plan.blocks)}
     B = {i: _shared(found["B"], g.members, f"B of {g.name}") for i, g in enumerate(plan.groups)}
     parts: Found = {"router": {}, "logits": {}}
@@ -210,14 +216,15 @@ def _equal(x: Tensor, y: Tensor) -> bool:
     return x is y or (x.shape == y.shape and bool(torch.equal(x, y)))
 
 
-def _contradicts(found: Found, plan: SharingPlan) -> bool:
-    """Whether layers that share in the plan hold different tensors in the file."""
+def _contradiction(found: Found, plan: SharingPlan) -> tuple[str, str, str] | None:
+    """A part and two layers that share it in the plan and not in the file; None: there are none."""
     for part, shares in (("A", [b for _, b in plan.blocks]), ("B", [g.members for g in plan.groups])):
         for layers in shares:
-            copies = [found[part][name] for name in layers if name in found[part]]
-            if any(not _equal(copies[0], copy) for copy in copies[1:]):
-                return True
-    return False
+            copies = [name for name in layers if name in found[part]]
+            for name in copies[1:]:
+                if not _equal(found[part][copies[0]], found[part][name]):
+                    return part, copies[0], name
+    return None
 
 
 def _plan_of(found: Found, plan: SharingPlan) -> SharingPlan:

@@ -19,6 +19,7 @@ from lily.files import write_text
 ROUTINGS = ("batch", "sequence", "token", "static", "uniform")
 DYNAMIC = ("batch", "sequence", "token")
 ACTIVATIONS = ("none", "relu", "gelu", "silu")
+TARGETS_HINT = "name modules such as ['q_proj', 'v_proj'], or 'all-linear'"
 BIASES = ("none", "all", "lily_only")
 
 # Written as the peft_type of adapters whose mathematics stock PEFT cannot express: PEFT without this package then
@@ -270,6 +271,8 @@ def _check_names(c: LilyConfig) -> None:
         if value is None:
             continue
         if isinstance(value, str):
+            if not value and name == "target_modules":
+                raise LilyError(f"target_modules is empty; {TARGETS_HINT}")
             if value != "all-linear":
                 _check_regex(name, value)
         elif not isinstance(value, (list, tuple, set)) or not all(isinstance(v, str) and v for v in value):
@@ -277,11 +280,13 @@ def _check_names(c: LilyConfig) -> None:
                 f"{name}={value!r} is not valid; give a list of module names, a regular expression or 'all-linear'"
             )
         elif name == "target_modules" and not value:
-            raise LilyError("target_modules is empty; name modules such as ['q_proj', 'v_proj'], or 'all-linear'")
-    if c.modules_to_save is not None and (
-        isinstance(c.modules_to_save, str) or not all(isinstance(v, str) for v in c.modules_to_save)
-    ):
+            raise LilyError(f"target_modules is empty; {TARGETS_HINT}")
+    if c.modules_to_save is not None and not _is_names(c.modules_to_save):
         raise LilyError(f"modules_to_save={c.modules_to_save!r} is not a list of names; write ['classifier']")
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, (list, tuple, set)) and all(isinstance(v, str) and v for v in value)
 
 
 def _check_regex(name: str, pattern: str) -> None:
@@ -297,14 +302,17 @@ def _check_layers(c: LilyConfig) -> None:
     indices = c.layers_to_transform
     if indices is not None:
         listed = indices if isinstance(indices, (list, tuple)) else [indices]
-        if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in listed):
+        if not listed or not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in listed):
             raise LilyError(f"layers_to_transform={indices!r} is not valid; give layer indices such as [0, 1, 2]")
         if isinstance(c.target_modules, str):
             raise LilyError(
                 f"layers_to_transform does not work with target_modules={c.target_modules!r}; "
                 "give target_modules as a list of names, or put the layer numbers into the regular expression"
             )
-    if c.layers_pattern and indices is None:
+    pattern = c.layers_pattern
+    if pattern is not None and not isinstance(pattern, str) and not _is_names(pattern):
+        raise LilyError(f"layers_pattern={pattern!r} is not valid; give the name of the layer list, such as 'layers'")
+    if pattern and indices is None:
         raise LilyError("layers_pattern needs layers_to_transform; give both or neither")
 
 

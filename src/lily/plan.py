@@ -7,12 +7,13 @@ that alone drives injection, checkpoints and the planner.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import math
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from peft.tuners.tuners_utils import (
@@ -31,6 +32,13 @@ from lily.errors import LilyError
 
 # PEFT can size these too, but they do not compute x @ W.T on their last dimension.
 NOT_LINEAR = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.MultiheadAttention)
+
+# What PEFT adds to modules_to_save by itself for a task, after a plan is made and before layers are replaced.
+SAVED_HEADS = {
+    "SEQ_CLS": ["classifier", "score"],
+    "TOKEN_CLS": ["classifier", "score"],
+    "QUESTION_ANS": ["qa_outputs"],
+}
 
 
 class NoTargetError(LilyError, NoMatchingPeftModuleError):  # type: ignore[misc]
@@ -106,10 +114,12 @@ class SharingPlan:
     Attributes:
         groups: in the order in which the model reaches their first layer.
         routing: decides what a layer's own router holds.
+        stock_differs: whether stock PEFT would group the same layers otherwise, so that a file of its may do so.
     """
 
     groups: tuple[Group, ...]
     routing: str
+    stock_differs: bool = field(default=False, compare=False)
 
     @cached_property
     def slots(self) -> dict[str, Slot]:
@@ -188,8 +198,9 @@ def build_plan(modules: Sequence[ModuleSpec], config: LilyConfig) -> SharingPlan
         The plan. The same for any order of the set `config.target_modules`.
 
     Raises:
-        LilyError: if `rank_pattern` gives layers of one group different ranks.
+        LilyError: if `rank_pattern` gives layers of one group different ranks, or has a key that fits no layer.
     """
+    _check_rank_pattern([m.name for m in modules], config)
     members: dict[tuple[str, int, int], list[str]] = {}
     expression = config.target_modules if isinstance(config.target_modules, str) else None
     for m in modules:
@@ -203,7 +214,8 @@ def build_plan(modules: Sequence[ModuleSpec], config: LilyConfig) -> SharingPlan
         blocks = tuple(tuple(names[i : i + stride]) for i in range(0, len(names), stride))
         r = _group_rank(name, names, config)
         groups.append(Group(name, in_features, out_features, r, config.num_B, blocks))
-    return SharingPlan(tuple(groups), str(config.routing))
+    plan = SharingPlan(tuple(groups), str(config.routing))
+    return replace(plan, stock_differs=stock_grouping_differs(plan, config.target_modules or ()))
 
 
 def target_name(module: str, targets: object) -> str:
@@ -213,6 +225,17 @@ def target_name(module: str, targets: object) -> str:
         if len(hits) > 1:
             return str(hits[-1])
     return module.rpartition(".")[2]
+
+
+def _check_rank_pattern(names: Sequence[str], config: LilyConfig) -> None:
+    for key in config.rank_pattern or {}:
+        if not any(get_pattern_key([key], name) == key for name in names):
+            known = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise LilyError(
+                f"rank_pattern has the key {key!r}, which fits no adapted layer; {hint}adapted: {', '.join(known)}"
+            )
 
 
 def _group_rank(group: str, names: Sequence[str], config: LilyConfig) -> int:
@@ -266,7 +289,8 @@ def select_modules(model: nn.Module, config: LilyConfig) -> list[ModuleSpec]:
 
     Raises:
         NoTargetError: (a LilyError) if nothing matches, with near matches.
-        LilyError: if a match is not a linear layer, or is read by its parent without being called.
+        LilyError: if a match is not a linear layer, or is read by its parent without being called, or if an index in
+            `config.layers_to_transform` chooses no layer.
     """
     all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
     _maybe_include_all_linear_layers(config, model)
@@ -286,7 +310,20 @@ def select_modules(model: nn.Module, config: LilyConfig) -> list[ModuleSpec]:
         found.append(_spec(name, module))
     if not found:
         raise _no_target(config, modules)
+    _check_layer_indices(found, config)
     return found
+
+
+def _check_layer_indices(found: Sequence[ModuleSpec], config: LilyConfig) -> None:
+    asked = config.layers_to_transform
+    for index in asked if isinstance(asked, (list, tuple)) else [] if asked is None else [asked]:
+        alone = copy.copy(config)
+        alone.layers_to_transform = [index]
+        if not any(check_target_module_exists(alone, m.name) for m in found):
+            raise LilyError(
+                f"layers_to_transform has the index {index}, but no layer of that number matches target_modules="
+                f"{sorted(config.target_modules or ())}; leave it out"
+            )
 
 
 def _own_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
@@ -326,6 +363,11 @@ def _no_target(config: LilyConfig, modules: dict[str, nn.Module]) -> NoTargetErr
     if any(isinstance(check_target_module_exists(config, n), _ExcludedModule) for n in modules):
         free = LilyConfig(target_modules=targets)
         if any(check_target_module_exists(free, n) for n in modules):
+            if not config.exclude_modules:
+                return NoTargetError(
+                    f"target_modules={wanted if len(wanted) > 1 else repr(wanted[0])} matches only modules that are "
+                    f"trained whole anyway ({', '.join(config.modules_to_save or ())}); name others"
+                )
             return NoTargetError(
                 f"every module that target_modules={wanted} matches is excluded by exclude_modules="
                 f"{config.exclude_modules} or modules_to_save={config.modules_to_save}; relax one of them"

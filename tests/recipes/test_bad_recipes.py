@@ -15,7 +15,7 @@ from recipes_helpers import classification, rows, sft, write_jsonl, write_recipe
 from typer.testing import CliRunner
 
 from lily.errors import LilyError
-from lily.recipes import loader, train
+from lily.recipes import loader, preflight, train
 
 
 def put(values: dict[str, Any], path: str, value: Any) -> None:
@@ -106,7 +106,7 @@ WORLD: list[tuple[dict[str, Any], str]] = [
     ({"data.train.path": "FOLDER/rows.txt"}, "format not known by its ending"),
     ({"task": "text-regression", "data.columns.label": "text"}, "expected a finite number"),
     ({"model.path": "FOLDER"}, "no config.json; name a transformers folder"),
-    ({"targets": ["q_proj"]}, "target_modules='q_proj' matches no module"),
+    ({"targets": ["q_proj"]}, "targets='q_proj' matches no module"),
     ({"targets": ["quer"]}, "did you mean query"),
     ({"targets": "(query"}, "is not a regular expression"),
     ({"lily": {"params": "3"}}, "3 parameters are too few"),
@@ -165,8 +165,44 @@ def test_what_only_data_or_model_show_is_found_before_weights_are_read(world, en
     with pytest.raises(LilyError) as caught:
         train.train(recipe)
     assert message in str(caught.value)
+    assert str(caught.value).startswith(f"{world}/recipe.yaml:")
+    assert "target_modules" not in str(caught.value)
     assert "\n" not in str(caught.value)
     assert tree(world) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"data.train.path": "/nowhere"}, "path: /nowhere"),
+        ({"data.split": {}, "data.validation": {"path": "FOLDER/other.jsonl"}}, "validation:"),
+        ({"data.columns.text": "texts"}, "text: texts"),
+        ({"data.columns.label": "labels"}, "label: labels"),
+        ({"model.path": "/nowhere"}, "path: /nowhere"),
+        ({"targets": ["q_proj"]}, "targets:"),
+        ({"lily": {"params": "3"}}, "params:"),
+        ({"data.max_length": 65}, "max_length:"),
+    ],
+    ids=str,
+)
+def test_what_only_data_or_model_show_is_told_with_the_line_of_its_key(world, encoder, changes, key):
+    path = changed(world, encoder, changes)
+    line = 1 + next(i for i, text in enumerate(Path(path).read_text().splitlines()) if text.strip().startswith(key))
+    with pytest.raises(LilyError) as caught:
+        preflight.prepare(loader.load_recipe(path))
+    assert str(caught.value).startswith(f"{path}:{line}: ")
+
+
+def test_an_override_is_named_where_it_is_the_mistake(world, encoder):
+    recipe = loader.load_recipe(changed(world, encoder, {}), ["data.columns.text=texts"])
+    with pytest.raises(LilyError, match=r"^override 'data\.columns\.text=texts': .* no column 'texts'"):
+        preflight.prepare(recipe)
+
+
+def test_a_recipe_built_in_code_has_no_lines_to_name(world, encoder):
+    recipe = loader.load_recipe(changed(world, encoder, {"targets": ["q_proj"]}))
+    with pytest.raises(LilyError, match=r"^targets='q_proj' matches no module"):
+        preflight.prepare(type(recipe).model_validate(recipe.model_dump()))
 
 
 # 10 to the ninth values in a few hundred bytes

@@ -12,7 +12,7 @@ from recipes_helpers import write_recipe
 
 from lily.errors import LilyError
 from lily.recipes import loader
-from lily.recipes.schema import Recipe
+from lily.recipes.schema import Recipe, Section
 
 MINIMAL = {
     "name": "a",
@@ -27,8 +27,37 @@ def test_every_recipe_that_ships_is_valid_described_and_round_trips(name, tmp_pa
     recipe = loader.load_recipe(name)
     assert recipe.name == name
     assert loader.describe(loader.shipped()[name])
-    (tmp_path / "again.yaml").write_text(loader.dump_recipe(recipe))
-    assert loader.load_recipe(str(tmp_path / "again.yaml")) == recipe
+    for complete in (True, False):
+        (tmp_path / "again.yaml").write_text(loader.dump_recipe(recipe, complete=complete))
+        assert loader.load_recipe(str(tmp_path / "again.yaml")) == recipe
+
+
+def written_keys(model):
+    """Every key of a section, and of those inside."""
+    values = {}
+    for name, value in model:
+        values[name] = written_keys(value) if isinstance(value, Section) else None
+    return values
+
+
+def keys_of(values):
+    return {k: keys_of(v) if isinstance(v, dict) else None for k, v in values.items()}
+
+
+def test_the_effective_recipe_holds_every_value_so_that_new_defaults_do_not_change_it(tmp_path):
+    recipe = loader.load_recipe(write_recipe(tmp_path, MINIMAL))
+    text = loader.dump_recipe(recipe)
+    assert keys_of(yaml.safe_load(text)) == written_keys(recipe)
+    assert yaml.safe_load(text)["train"]["learning_rate"] == recipe.train.learning_rate
+
+
+def test_a_value_written_down_is_kept_though_it_is_the_default(tmp_path):
+    recipe = loader.load_recipe(write_recipe(tmp_path, {**MINIMAL, "method": "lily", "train": {"epochs": 3.0}}))
+    assert yaml.safe_load(loader.dump_recipe(recipe, complete=False)) == {
+        **MINIMAL,
+        "method": "lily",
+        "train": {"epochs": 3.0},
+    }
 
 
 def test_a_template_is_not_a_recipe_that_ships():

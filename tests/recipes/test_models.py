@@ -134,6 +134,28 @@ def test_a_broken_folder_is_one_message(copy, harm, message):
     assert str(copy) in str(caught.value)
 
 
+@pytest.mark.parametrize(("task", "outputs"), [("text-classification", 3), ("text-regression", 1)])
+def test_a_head_of_another_size_is_replaced_and_that_is_said_once(encoder, tmp_path, task, outputs):
+    whole = models.load_model(at(encoder), "text-classification", ("a", "b"))
+    whole.save_pretrained(tmp_path)
+    tokenizer(chat=False).save_pretrained(tmp_path)
+    said = []
+    labels = ("a", "b", "c") if outputs == 3 else None
+    model = models.load_model(at(tmp_path), task, labels, announce=said.append)
+    assert model.classifier.out_features == outputs
+    assert torch.equal(model.bert.pooler.dense.weight, whole.bert.pooler.dense.weight)
+    (line,) = said
+    assert f"2 outputs and this task {outputs}: training starts with a new head" in line
+    models.load_model(at(tmp_path), "text-classification", ("x", "y"), announce=said.append)
+    assert len(said) == 1
+
+
+def test_weights_besides_the_head_are_never_replaced(copy):
+    config(hidden_size=64)(copy)
+    with pytest.raises(LilyError, match=r"has shape \(.*\), but config\.json asks for \(.*64"):
+        models.load_model(at(copy), "text-classification", ("0", "1"))
+
+
 @pytest.mark.parametrize("changes", [{"hidden_size": "big"}, {"num_attention_heads": 5}])
 def test_a_bad_config_is_told_before_weights_are_read(copy, changes):
     config(**changes)(copy)

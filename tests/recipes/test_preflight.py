@@ -7,7 +7,7 @@ from recipes_helpers import classification, rows, sft, write_jsonl, write_recipe
 from transformers import OPTConfig, OPTForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
 from lily.errors import LilyError
-from lily.recipes import loader, preflight, train
+from lily.recipes import loader, methods, preflight, train
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +29,32 @@ def refused(recipe, message, **flags):
 def test_an_example_that_cannot_fit_is_refused_before_anything_is_written(tmp_path, chat_model):
     refused(make(sft, tmp_path, chat_model, ["data.max_length=2"]), "raise it to 11 or more")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_test_file_of_which_no_answer_fits_is_refused_before_anything_is_written(tmp_path, chat_model):
+    recipe = make(sft, tmp_path, chat_model)
+    long = write_jsonl(tmp_path / "test.jsonl", [{"question": "the film " * 30, "answer": "yes"}])
+    refused(
+        make(sft, tmp_path, chat_model, [f"data.test.path={long}"]),
+        f"no example fits data.max_length={recipe.data.max_length}: every prompt of the test rows fills it",
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_target_that_is_only_the_head_is_refused_before_anything_is_written(tmp_path, encoder):
+    recipe = make(classification, tmp_path, encoder, ["targets=[classifier]"])
+    refused(recipe, "targets='classifier' matches only modules that are trained whole anyway")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_head_among_the_targets_is_no_layer_of_the_plan(tmp_path, encoder):
+    from lily.recipes import models
+
+    def size(targets):
+        recipe = make(classification, tmp_path, encoder, [f"targets={targets}", "lily={params: 3k}"])
+        return methods.peft_config(recipe, models.meta_model(recipe.model, recipe.task))
+
+    assert size("[query, classifier]").r == size("[query]").r
 
 
 def test_messages_without_a_chat_template_are_refused_before_anything_is_written(tmp_path, chat_model, monkeypatch):
@@ -102,6 +128,16 @@ def test_only_a_run_of_the_same_recipe_is_resumed(tmp_path, encoder):
     other = make(classification, tmp_path, encoder, ["train.epochs=9", "lily.r=8", "train.learning_rate=1.0"])
     refused(other, r"lily\.r was 4 and is now 8; train\.learning_rate was 0\.01 and is now 1\.0", resume=True)
     preflight.check_folder(make(classification, tmp_path, encoder, ["train.epochs=9"]), run, True, False)
+
+
+def test_a_default_written_out_is_no_change_to_a_resumed_recipe(tmp_path, encoder):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text(loader.dump_recipe(make(classification, tmp_path, encoder)))
+    written = make(classification, tmp_path, encoder, ["train.schedule=linear", "lora.r=equal"])
+    preflight.check_folder(written, run, True, False)
+    (run / "recipe.yaml").write_text(loader.dump_recipe(written, complete=False))
+    preflight.check_folder(make(classification, tmp_path, encoder), run, True, False)
 
 
 def test_an_output_that_is_a_file_is_refused(tmp_path, encoder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -49,13 +50,33 @@ def test_a_classifier_learns_and_leaves_everything_it_should(tmp_path, encoder, 
     assert result.parameters["head"] == 2 * 32 + 2
     assert set(result.baselines) == {"majority", "tfidf", "frozen"}
     assert 0.4 <= result.baselines["majority"]["accuracy"] <= 0.6
+    card = (run / "best" / "README.md").read_text()
+    assert ("import lily" in card) == (method == "lily")
+    assert ("An adapter (" in card, "adapter |" in card, "of the adapter" in card) == (method != "none",) * 3
+    assert "66 parameters of the new head" in card
+    base = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=2)
+    assert isinstance(PeftModel.from_pretrained(base, run / "best"), PeftModel)
     if method == "lily":
         assert result.final["accuracy"] > 0.9
         assert result.parameters["adapter"] == sum(
             t.numel() for n, t in load_file(run / "best" / "adapter_model.safetensors").items() if "lily_" in n
         )
-        base = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=2)
-        assert isinstance(PeftModel.from_pretrained(base, run / "best"), PeftModel)
+
+
+def test_texts_without_words_give_tfidf_the_majoritys_guess(tmp_path, encoder):
+    from lily.recipes import baselines, data
+
+    def figures(table):
+        values = classification(encoder, write_jsonl(tmp_path / "t.jsonl", table), tmp_path)
+        values["data"]["columns"] = {"text": "a", "text_pair": "b", "label": "label"}
+        recipe = loader.load_recipe(write_recipe(tmp_path, values))
+        found = (baselines.run(name, recipe, data.load_splits(recipe)) for name in ("majority", "tfidf"))
+        return [{k: v for k, v in f.items() if k != "seconds"} for f in found]
+
+    majority, tfidf = figures([{"a": "?!" * (i + 1), "b": "...", "label": i % 2} for i in range(40)])
+    assert tfidf == majority
+    majority, tfidf = figures([{"a": "?!", "b": ("no", "yes")[i % 2], "label": i % 2} for i in range(40)])
+    assert tfidf["accuracy"] == 1.0 > majority["accuracy"]
 
 
 def test_lora_gets_no_more_parameters_than_lily_and_nearly_as_many(tmp_path, encoder):
@@ -157,6 +178,37 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, encoder):
         assert torch.equal(tensor, two[name]), name
 
 
+def test_a_model_with_a_head_of_another_size_is_trained_and_its_card_loads_it(tmp_path, encoder, capsys):
+    from lily.recipes import models
+    from lily.recipes.schema import Model
+
+    folder = tmp_path / "three"
+    models.load_model(Model(path=str(encoder)), "text-classification", ("a", "b", "c")).save_pretrained(folder)
+    for file in encoder.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    train.train(make(classification, tmp_path, folder, ["train.max_steps=1"]), quiet=True)
+    assert [line for line in capsys.readouterr().err.splitlines() if "starts with a new head" in line]
+    card = (tmp_path / "run" / "best" / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    scope = {}
+    exec(code.replace("path/of/this/folder", str(tmp_path / "run" / "best")), scope)
+    assert scope["model"].config.num_labels == 2
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_weights_that_cannot_be_read_leave_no_folder_and_no_run_behind(tmp_path, encoder, overwrite):
+    broken = shutil.copytree(encoder, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"nope")
+    recipe = make(classification, tmp_path, broken)
+    if overwrite:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "metrics.json").write_text("{}")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(LilyError, match=r"recipe\.yaml:4: model\.path: model of .* could not be loaded"):
+        train.train(recipe, quiet=True, overwrite=overwrite)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_an_existing_run_is_not_overwritten_unless_asked(tmp_path, encoder):
     recipe = make(classification, tmp_path, encoder, ["train.max_steps=1"])
     (tmp_path / "run").mkdir()
@@ -218,6 +270,20 @@ def test_predict_streams_rows_in_and_out(finished):
         CliRunner().invoke(app, arguments, catch_exceptions=False)
     piped = CliRunner().invoke(app, [*arguments[:2], "--input", "-"], input=table.read_text())
     assert [json.loads(line) for line in piped.stdout.splitlines()] == got
+
+
+def test_predict_never_overwrites_a_column_of_the_users_own(finished):
+    folder, _ = finished
+    table = write_jsonl(folder / "own.jsonl", [{"text": "the film was good"}, {"text": "bad", "score": 5}])
+    out = folder / "own-out.jsonl"
+    arguments = ["predict", str(folder / "run"), "--input", str(table), "--output", str(out)]
+    with pytest.raises(LilyError, match=r"row 2 has a column 'score' of its own.*--prefix"):
+        CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert not out.exists()
+    assert CliRunner().invoke(app, [*arguments, "--prefix", "lily_"]).exit_code == 0
+    got = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row.get("score") for row in got] == [None, 5]
+    assert all(0.5 <= row["lily_score"] <= 1 and row["lily_prediction"] in "01" for row in got)
 
 
 def test_prediction_reads_no_further_than_it_must(finished):

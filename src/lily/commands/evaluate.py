@@ -50,6 +50,9 @@ def predict_command(
     input: Annotated[str, typer.Option("--input", help="csv, tsv, json, jsonl or parquet; - for jsonl on stdin.")],
     output: Annotated[str, typer.Option("--output", help="A jsonl file; - for stdout.")] = "-",
     recipe: RecipeOption = None,
+    prefix: Annotated[
+        str, typer.Option(help="Put before the names prediction and score, should a row have them.")
+    ] = "",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file.")] = False,
 ) -> None:
     """Add a prediction to every row, streaming: rows in, rows out."""
@@ -62,7 +65,7 @@ def predict_command(
         raise LilyError(f"--output {output}: there is no folder {target.parent}; make it first")
     source: Path | str = input if input == "-" else sources.local_path(input)
     used = _adapter(adapter, recipe)
-    rows = used.predict(data.stream_rows(source, header=used.recipe.data.train.header))
+    rows = used.predict(data.stream_rows(source, header=used.recipe.data.train.header), prefix)
     if output == "-":
         _write(rows, sys.stdout)
         return

@@ -31,6 +31,7 @@ from lily.commands.plan_report import (
 )
 from lily.errors import LilyError
 
+TRAINED = (">>>", "<<<")  # no tokenizer's special tokens look like these, as [CLS] and <s> do like brackets
 MOST_RUNS = 8  # blocks shown in a table; --json has them all
 
 
@@ -118,19 +119,19 @@ def render_recipe(report: RecipeReport, console: Console) -> None:
         console.print(f"The recipe trains with method {report.method}; this is what its lily block would give.")
     render_plan(report.plan, console)
     console.rule("first example", align="left")
-    marked = "in green" if console.is_terminal else "in [ ... ]"
+    marked = "in green" if console.is_terminal else f"between {TRAINED[0]} and {TRAINED[1]}"
     console.print(Text(f"The loss counts on the parts {marked} only."))
     console.print(preview_text(report.preview, terminal=console.is_terminal))
 
 
 def preview_text(segments: Sequence[tuple[str, bool]], *, terminal: bool) -> Text:
-    """The example with its label mask: trained parts green and the rest dim, or trained parts in [ ] without colour."""
+    """The example with its label mask: trained parts green and the rest dim, or trained parts marked without colour."""
     text = Text()
     for segment, trained in segments:
         if terminal:
             text.append(segment, style="bold green" if trained else "dim")
         else:
-            text.append(f"[{segment}]" if trained else segment)
+            text.append(segment.join(TRAINED) if trained else segment)
     return text
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lily.budget import Choice, Estimate, choose, equal_lora_rank, estimate, lora_parameters, parse_count
 from lily.config import LilyConfig
 from lily.errors import LilyError
-from lily.plan import Group, ModuleSpec, SharingPlan, build_plan, is_causal, router_size, select_modules
+from lily.plan import SAVED_HEADS, Group, ModuleSpec, SharingPlan, build_plan, is_causal, router_size, select_modules
 
 if TYPE_CHECKING:
     from torch import nn
@@ -166,7 +166,11 @@ def plan_for(model: nn.Module, wish: Wish, *, name: str, dtype: str = "float32")
         LilyError: if the targets match nothing, the budget is too small, or a value cannot work.
     """
     asked = LilyConfig(
-        target_modules=wish.targets, exclude_modules=wish.exclude, routing=wish.routing, task_type=wish.task
+        target_modules=wish.targets,
+        exclude_modules=wish.exclude,
+        modules_to_save=SAVED_HEADS.get(wish.task or ""),
+        routing=wish.routing,
+        task_type=wish.task,
     )
     routing = "token" if asked.routing_is_default and is_causal(model) else str(asked.routing)
     modules = select_modules(model, asked)  # replaces all-linear by the names it stands for
@@ -366,7 +370,7 @@ def _shipped() -> list[str]:
 def recipe_report(
     target: str, overrides: Sequence[str], *, batch: int | None = None, tokens: int | None = None
 ) -> RecipeReport:
-    """The dry run of a recipe: reads its data and tokenizer, and its model's configuration, but trains nothing.
+    """The dry run of a recipe: all that `lily train` checks before it reads weights, and nothing that it writes.
 
     Args:
         target: path of a YAML file, or name of a recipe that ships.
@@ -377,15 +381,15 @@ def recipe_report(
     Raises:
         LilyError: for whatever is wrong with the recipe, its data or its model.
     """
-    from lily.recipes import data, loader, models, tasks
+    from lily.recipes import loader, preflight, tasks
 
     recipe = loader.load_recipe(target, list(overrides))
-    rows = data.load_splits(recipe)
-    model = models.meta_model(recipe.model, recipe.task, tasks.num_labels(recipe, rows))
+    prepared = preflight.prepare(recipe)
+    model = prepared.meta
     wish = wish_of(recipe, batch=batch, tokens=tokens)
     dtype = dtype_of(model.config) if recipe.model.dtype == "auto" else recipe.model.dtype
     plan = plan_for(model, wish, name=_said(recipe.model), dtype=dtype)
-    preview = tasks.preview(recipe, models.load_tokenizer(recipe.model), rows.train[0])
+    preview = tasks.preview(recipe, prepared.tokenizer, prepared.splits.train[0])
     return RecipeReport(recipe.name, recipe.method, loader.dump_recipe(recipe), plan, tuple(preview.segments))
 
 

@@ -14,7 +14,7 @@ from lily.errors import LilyError
 
 
 def recipes_command(
-    name: Annotated[str | None, typer.Argument(help="Print this recipe, complete, as YAML.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Print this recipe, with what it inherits, as YAML.")] = None,
     copy: Annotated[str | None, typer.Option("--copy", help="Write it to this file, to change it.")] = None,
 ) -> None:
     """List the recipes that ship, or show one."""
@@ -29,7 +29,8 @@ def recipes_command(
             table.add_row(known, loader.describe(path))
         Console().print(table)
         return
-    text = loader.dump_recipe(loader.load_recipe(name))
+    # a start for one's own: what it leaves open should stay open
+    text = loader.dump_recipe(loader.load_recipe(name), complete=False)
     if copy is None:
         print(text, end="")
         return

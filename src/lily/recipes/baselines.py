@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -27,8 +28,7 @@ def run(name: str, recipe: Recipe, splits: Splits) -> dict[str, float]:
     expected = _targets(splits.held_out, splits.labels)
     known = _targets(splits.train, splits.labels)
     if name == "majority":
-        guess = np.bincount(known).argmax() if splits.labels is not None else known.mean()
-        predicted = np.full(len(expected), guess)
+        predicted = _majority(splits, known)
     elif name == "tfidf":
         predicted = _tfidf(splits, known)
     else:
@@ -44,18 +44,28 @@ def _targets(rows: Sequence[Row], labels: Sequence[str] | None) -> Any:
     return np.array([ids[row["label"]] for row in rows])
 
 
+def _majority(splits: Splits, known: Any) -> Any:
+    guess = np.bincount(known).argmax() if splits.labels is not None else known.mean()
+    return np.full(len(splits.held_out), guess)
+
+
 def _tfidf(splits: Splits, known: Any) -> Any:
-    """TF-IDF of words and word pairs with a linear model. Texts of a pair keep features of their own."""
+    """TF-IDF of words and word pairs with a linear model. Texts of a pair keep features of their own.
+
+    Without any word in the training texts, the model would see nothing: its guess is the majority's.
+    """
     from scipy.sparse import hstack
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     parts: list[tuple[Any, Any]] = []
     for column in ("text", "text_pair"):
-        if column in splits.train[0]:
+        if any(re.search(r"\w", row.get(column, "")) for row in splits.train):
             # the default pattern drops words of one character, and with them whole texts
             vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")
             fitted = vectorizer.fit_transform(row[column] for row in splits.train)
             parts.append((fitted, vectorizer.transform(row[column] for row in splits.held_out)))
+    if not parts:
+        return _majority(splits, known)
     train, held_out = (hstack([part[i] for part in parts]).tocsr() for i in range(2))
     linear = _linear(splits.labels)
     return linear.fit(train, known).predict(held_out)

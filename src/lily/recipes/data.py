@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO, cast
 
 from lily.errors import LilyError
+from lily.recipes.places import located
 from lily.recipes.schema import Columns, File, Recipe
 from lily.recipes.sources import fetch
 
@@ -57,7 +58,7 @@ def load_splits(recipe: Recipe) -> Splits:
         LilyError: names the file, the row and the column of the first thing that is wrong.
     """
     data = recipe.data
-    pool = rows_of(data.train, recipe)
+    pool = _rows_at("train", data.train, recipe)
     if data.deduplicate:
         pool = list({_key(row): row for row in reversed(pool)}.values())[::-1]
     parts: dict[str, list[Row]] = {}
@@ -66,18 +67,24 @@ def load_splits(recipe: Recipe) -> Splits:
     train, carved = _carve(pool, carve, data.split.seed, recipe.task == "text-classification")
     for name in shares:
         file: File | None = getattr(data, name)
-        parts[name] = carved.get(name, []) if file is None else rows_of(file, recipe)
+        parts[name] = carved.get(name, []) if file is None else _rows_at(name, file, recipe)
     seed = data.split.seed
     known, train = train, _sample(train, data.max_train, seed)
     parts["validation"] = _sample(parts["validation"], data.max_validation, seed)
     parts["test"] = _sample(parts["test"], data.max_test, seed)
     if not train or not parts["validation"]:
-        raise LilyError(
-            f"data.train has {len(pool)} rows, too few to train ({len(train)}) and validate "
-            f"({len(parts['validation'])}); give more rows or a smaller data.split"
-        )
-    labels = _labels(known, parts, data.columns) if recipe.task == "text-classification" else None
+        with located(recipe, "data", "train"):
+            raise LilyError(
+                f"data.train has {len(pool)} rows, too few to train ({len(train)}) and validate "
+                f"({len(parts['validation'])}); give more rows or a smaller data.split"
+            )
+    labels = _labels(known, parts, recipe) if recipe.task == "text-classification" else None
     return Splits(train, parts["validation"], parts["test"], labels)
+
+
+def _rows_at(name: str, file: File, recipe: Recipe) -> list[Row]:
+    with located(recipe, "data", name, file.kind):
+        return rows_of(file, recipe)
 
 
 def rows_of(file: File, recipe: Recipe, labelled: bool = True) -> list[Row]:
@@ -234,26 +241,30 @@ def _canonical(row: Row, number: int, file: File, recipe: Recipe, labelled: bool
     where = f"{name_of(file)}, row {number}"
     columns = recipe.data.columns
     if columns.messages is not None:
-        return {"messages": _messages(_get(row, columns.messages, "messages", where), columns.messages, where)}
+        with located(recipe, "data", "columns", "messages"):
+            return {"messages": _messages(_get(row, columns.messages, "messages", where), columns.messages, where)}
     if recipe.task == "sft":
-        return {
-            name: _text(_get(row, getattr(columns, name), name, where), getattr(columns, name), where)
-            for name in ("prompt", "completion")
-        }
-    out = inputs_of(row, columns, where)
+        return {name: _text_of(row, name, recipe, where) for name in ("prompt", "completion")}
+    out = inputs_of(row, recipe, where)
     if not labelled:
         return out
-    label = _get(row, str(columns.label), "label", where)
-    out["label"] = _number(label, columns, where) if recipe.task == "text-regression" else _class(label, columns, where)
+    with located(recipe, "data", "columns", "label"):
+        label = _get(row, str(columns.label), "label", where)
+        regression = recipe.task == "text-regression"
+        out["label"] = _number(label, columns, where) if regression else _class(label, columns, where)
     return out
 
 
-def inputs_of(row: Row, columns: Columns, where: str) -> Row:
+def inputs_of(row: Row, recipe: Recipe, where: str) -> Row:
     """The texts of a classification or regression row, by their canonical names."""
-    out = {"text": _text(_get(row, str(columns.text), "text", where), str(columns.text), where)}
-    if columns.text_pair is not None:
-        out["text_pair"] = _text(_get(row, columns.text_pair, "text_pair", where), columns.text_pair, where)
-    return out
+    roles = ("text",) if recipe.data.columns.text_pair is None else ("text", "text_pair")
+    return {role: _text_of(row, role, recipe, where) for role in roles}
+
+
+def _text_of(row: Row, role: str, recipe: Recipe, where: str) -> str:
+    column = str(getattr(recipe.data.columns, role))
+    with located(recipe, "data", "columns", role):
+        return _text(_get(row, column, role, where), column, where)
 
 
 def prompt_of(row: Row, columns: Columns, where: str) -> Any:
@@ -369,20 +380,22 @@ def _sample(rows: list[Row], most: int | None, seed: int) -> list[Row]:
     return rows if most is None or most >= len(rows) else _shuffled(rows, seed)[:most]
 
 
-def _labels(train: list[Row], parts: dict[str, list[Row]], columns: Columns) -> tuple[str, ...]:
-    found = {row["label"] for row in train}
-    if len(found) < 2:
-        raise LilyError(
-            f"label column {columns.label!r} holds one class only ({found.pop()!r}); there is nothing to learn"
-        )
-    if len(found) > 1000:
-        raise LilyError(
-            f"label column {columns.label!r} holds {len(found)} classes; for numbers write task: text-regression"
-        )
+def _labels(train: list[Row], parts: dict[str, list[Row]], recipe: Recipe) -> tuple[str, ...]:
+    found, column = {row["label"] for row in train}, recipe.data.columns.label
+    with located(recipe, "data", "columns", "label"):
+        if len(found) < 2:
+            raise LilyError(
+                f"label column {column!r} holds one class only ({found.pop()!r}); there is nothing to learn"
+            )
+        if len(found) > 1000:
+            raise LilyError(
+                f"label column {column!r} holds {len(found)} classes; for numbers write task: text-regression"
+            )
     for name, rows in parts.items():
         unknown = sorted({row["label"] for row in rows} - found)
         if unknown:
             known = ", ".join(sorted(found))
-            raise LilyError(f"data.{name} has the label {unknown[0]!r}, which no training row has (known: {known})")
+            with located(recipe, "data", name):
+                raise LilyError(f"data.{name} has the label {unknown[0]!r}, which no training row has (known: {known})")
     numeric = all(re.fullmatch(r"-?[0-9]{1,18}", label) for label in found)
     return tuple(sorted(found, key=lambda label: (int(label) if numeric else 0, label)))

@@ -247,19 +247,34 @@ class Adapter:
             data.check_labels(rows, self.labels, str(file or split))
         return Judge(self.recipe, self.tokenizer, self.labels)(self.model, rows)
 
-    def predict(self, rows: Iterable[Row]) -> Iterator[Row]:
+    def predict(self, rows: Iterable[Row], prefix: str = "") -> Iterator[Row]:
         """Rows with `prediction` (and `score`, the class's probability) added, read and given batch by batch.
 
+        Args:
+            rows: rows with the recipe's input columns.
+            prefix: put before the names of what is added.
+
         Raises:
-            LilyError: if a row lacks the recipe's input column.
+            LilyError: if a row lacks the recipe's input column, or has one that would be overwritten.
         """
+        names = [f"{prefix}{name}" for name in (("prediction",) if self.labels is None else ("prediction", "score"))]
         rows = iter(rows)
         number = 0
         while batch := list(islice(rows, self.recipe.train.eval_batch_size)):
-            yield from self._predict(batch, number)
+            for i, row in enumerate(batch, number + 1):
+                if taken := [name for name in names if name in row]:
+                    raise LilyError(
+                        f"row {i} has a column {taken[0]!r} of its own, which would be overwritten; rename it, or give "
+                        f"the results another name with --prefix, such as --prefix lily_"
+                    )
+            found = self._predict(batch, number)
+            yield from (
+                {**row, **dict(zip(names, values, strict=True))} for row, values in zip(batch, found, strict=True)
+            )
             number += len(batch)
 
-    def _predict(self, batch: list[Row], number: int) -> list[Row]:
+    def _predict(self, batch: list[Row], number: int) -> list[tuple[Any, ...]]:
+        """What is found for each row: the prediction, and its probability where there are classes."""
         recipe, columns = self.recipe, self.recipe.data.columns
         if recipe.task == "sft":
             prompts = [data.prompt_of(row, columns, f"row {number + i}") for i, row in enumerate(batch, 1)]
@@ -270,15 +285,15 @@ class Adapter:
                 for p in prompts
             ]
             given = answers(self.model, self.tokenizer, turns, recipe)
-            return [{**row, "prediction": text} for row, text in zip(batch, given, strict=True)]
-        inputs = [data.inputs_of(row, columns, f"row {number + i}") for i, row in enumerate(batch, 1)]
+            return [(text,) for text in given]
+        inputs = [data.inputs_of(row, recipe, f"row {number + i}") for i, row in enumerate(batch, 1)]
         outputs = head_outputs(self.model, inputs, recipe, self.tokenizer)
         if self.labels is None:
-            return [{**row, "prediction": float(o[0])} for row, o in zip(batch, outputs, strict=True)]
+            return [(float(o[0]),) for o in outputs]
         chosen = []
-        for row, o in zip(batch, outputs, strict=True):
+        for o in outputs:
             p = np.exp(o - o.max()) / np.exp(o - o.max()).sum()
-            chosen.append({**row, "prediction": self.labels[int(p.argmax())], "score": round(float(p.max()), 6)})
+            chosen.append((self.labels[int(p.argmax())], round(float(p.max()), 6)))
         return chosen
 
     def generate(self, prompt: str, streamer: Any = None) -> str:

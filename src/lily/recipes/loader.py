@@ -15,7 +15,8 @@ from pydantic.fields import FieldInfo
 
 from lily.errors import LilyError
 from lily.recipes import checks
-from lily.recipes.schema import Recipe, Section
+from lily.recipes.places import Key, Places
+from lily.recipes.schema import SOURCES, Recipe, Section
 
 LIBRARY = Path(__file__).parent / "library"
 MAX_BYTES = 1 << 20  # a recipe is a page of text; anything larger is a mistake or an attack
@@ -23,11 +24,8 @@ MAX_DEPTH = 20
 MAX_VALUES = 100_000  # aliases of aliases make a short text expand without bound
 MAX_PROBLEMS = 10
 ALIASES = {"lr": "learning_rate", "rank": "r", "lora_alpha": "alpha"}
-SOURCES = ("path", "package", "hub")
 OF_A_SOURCE = ("revision", "format", "header", "split", "config")
 PLAIN_TAGS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
-
-Path_ = tuple[str, ...]
 
 
 @dataclass
@@ -35,13 +33,11 @@ class Document:
     """A recipe's raw values and where each key was written ("file:line" or an override's text)."""
 
     values: dict[str, Any]
-    places: dict[Path_, str] = field(default_factory=dict)
+    places: dict[Key, str] = field(default_factory=dict)
 
-    def place(self, path: Path_) -> str:
+    def place(self, path: Key) -> str:
         """Where the key at `path`, or the nearest one above it, was written."""
-        while path and path not in self.places:
-            path = path[:-1]
-        return self.places.get(path, "recipe")
+        return Places(self.places).of(path) or "recipe"
 
 
 def shipped() -> dict[str, Path]:
@@ -95,12 +91,18 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     problems = [f"{document.place(path)}: {'.'.join(path)}: {text}" for path, text in checks.problems(recipe)]
     if problems:
         raise LilyError(_join(problems))
-    return recipe
+    return recipe.written_at(Places(document.places))
 
 
-def dump_recipe(recipe: Recipe) -> str:
-    """The effective recipe as YAML that loads back to an equal recipe."""
-    values = recipe.model_dump(mode="json", exclude_defaults=True)
+def dump_recipe(recipe: Recipe, *, complete: bool = True) -> str:
+    """The effective recipe as YAML that loads back to an equal recipe.
+
+    Args:
+        recipe: what to write.
+        complete: write every value, so that a later version's defaults do not change what it means; else those that
+            were written down.
+    """
+    values = recipe.model_dump(mode="json", exclude_unset=not complete)
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110)
 
 
@@ -172,7 +174,7 @@ def _check_size(node: yaml.Node, place: str) -> None:
         raise LilyError(f"{place.format(1)}: its aliases expand to over {MAX_VALUES} values; write them out")
 
 
-def _construct(node: yaml.Node, at: Path_, place: str, places: dict[Path_, str]) -> Any:
+def _construct(node: yaml.Node, at: Key, place: str, places: dict[Key, str]) -> Any:
     """The values of a node; `place` is where it stands, with {} for the line."""
     where = place.format(node.start_mark.line + 1)
     if len(at) > MAX_DEPTH:
@@ -268,7 +270,7 @@ def _explain(error: ValidationError, document: Document) -> Iterator[str]:
         yield f"{document.place(path)}: {name}: {text}"
 
 
-def _near(path: Path_) -> str:
+def _near(path: Key) -> str:
     known, key = list(_fields(path[:-1])), ALIASES.get(path[-1], path[-1])
     elsewhere = [f"{name}.{key}" for name in Recipe.model_fields if key in _fields((name,)) and key not in known]
     if key in known or elsewhere:
@@ -277,7 +279,7 @@ def _near(path: Path_) -> str:
     return f"did you mean {' or '.join(near)}?" if near else f"known here: {', '.join(known)}"
 
 
-def _fields(path: Path_) -> Mapping[str, FieldInfo]:
+def _fields(path: Key) -> Mapping[str, FieldInfo]:
     section: type[Section] = Recipe
     for part in path:
         info = section.model_fields.get(part)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft import LoraConfig, PeftConfig
@@ -11,8 +13,12 @@ from torch import nn
 from lily.budget import choose, equal_lora_rank, parse_count
 from lily.config import LilyConfig
 from lily.errors import LilyError
-from lily.plan import ModuleSpec, build_plan, is_causal, select_modules
+from lily.plan import SAVED_HEADS, ModuleSpec, build_plan, is_causal, select_modules
+from lily.recipes.places import located
 from lily.recipes.schema import Recipe
+
+# LilyConfig's options -> what recipes call them.
+KEYS = {"target_modules": "targets", "exclude_modules": "exclude"}
 
 HEADS = ("classifier", "score", "classification_head")
 
@@ -50,7 +56,10 @@ def peft_config(recipe: Recipe, model: nn.Module) -> PeftConfig | None:
     if recipe.task == "sft":
         return None
     if not any(hasattr(model, name) for name in HEADS):
-        raise LilyError(f"method: none trains the head, but {type(model).__name__} has none named {', '.join(HEADS)}")
+        with located(recipe, "method"):
+            raise LilyError(
+                f"method: none trains the head, but {type(model).__name__} has none named {', '.join(HEADS)}"
+            )
     return LoraConfig(target_modules=DUMMY_TARGET_MODULES, task_type=task_type)
 
 
@@ -68,18 +77,21 @@ def lily_config(recipe: Recipe, model: nn.Module) -> LilyConfig:
         "task_type": task_type_of(recipe),
     }
     targets = set(recipe.targets) if isinstance(recipe.targets, list) else recipe.targets
-    asked = LilyConfig(target_modules=targets, **common)
-    modules: list[ModuleSpec] = select_modules(model, asked)
-    choice = choose(
-        modules,
-        parameters=None if block.params is None else parse_count(block.params),
-        r=block.r,
-        num_A=block.num_A,
-        stride_A=block.stride_A,
-        num_B=block.num_B,
-        routing="token" if asked.routing_is_default and is_causal(model) else str(asked.routing),
-        targets=asked.target_modules,
-    )
+    with located(recipe, "targets"), in_recipes_words():
+        heads = SAVED_HEADS.get(task_type_of(recipe))
+        asked = LilyConfig(target_modules=targets, modules_to_save=heads, **common)
+        modules: list[ModuleSpec] = select_modules(model, asked)
+    with located(recipe, "lily", *(["params"] if block.params is not None else [])):
+        choice = choose(
+            modules,
+            parameters=None if block.params is None else parse_count(block.params),
+            r=block.r,
+            num_A=block.num_A,
+            stride_A=block.stride_A,
+            num_B=block.num_B,
+            routing="token" if asked.routing_is_default and is_causal(model) else str(asked.routing),
+            targets=asked.target_modules,
+        )
     return LilyConfig(
         target_modules=asked.target_modules,
         scaling=block.scaling,
@@ -89,6 +101,18 @@ def lily_config(recipe: Recipe, model: nn.Module) -> LilyConfig:
         **choice.options,
         **common,
     )
+
+
+@contextmanager
+def in_recipes_words() -> Iterator[None]:
+    """Within: errors about `LilyConfig`'s options name the recipe's keys."""
+    try:
+        yield
+    except LilyError as error:
+        said = str(error)
+        for option, key in KEYS.items():
+            said = said.replace(option, key)
+        raise type(error)(said) from None
 
 
 def learning_rate(recipe: Recipe) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -59,13 +59,16 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(model: Model, task: Task, labels: Sequence[str] | None = None) -> PreTrainedModel:
-    """The pretrained model with the task's head, in eval mode.
+def load_model(
+    model: Model, task: Task, labels: Sequence[str] | None = None, *, announce: Callable[[str], None] | None = None
+) -> PreTrainedModel:
+    """The pretrained model with the task's head, in eval mode. A head of another size is replaced by a new one.
 
     Args:
         model: where it is.
         task: decides the head.
         labels: the classes, for text-classification.
+        announce: called with one line if a head is replaced.
 
     Raises:
         LilyError: if it cannot be loaded.
@@ -74,7 +77,7 @@ def load_model(model: Model, task: Task, labels: Sequence[str] | None = None) ->
 
     source = local_model(model)
     dtype = "auto" if model.dtype == "auto" else getattr(torch, model.dtype)
-    loaded = _loaded(
+    loaded, info = _loaded(
         "model",
         source,
         lambda: _class(task).from_pretrained(
@@ -83,9 +86,16 @@ def load_model(model: Model, task: Task, labels: Sequence[str] | None = None) ->
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=model.trust_remote_code,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
             **_head(task, labels),
         ),
     )
+    misfits = sorted((name, tuple(there), tuple(here)) for name, there, here in info["mismatched_keys"])
+    if misfits:
+        line = _new_head(misfits, loaded.base_model_prefix, task, source)
+        if announce is not None:
+            announce(line)
     if getattr(loaded.config, "pad_token_id", None) is None:
         # The tokenizer's own: a classifier over a decoder reads the last token that is not this one.
         # What needs a tokenizer loads it itself, and says what is wrong with it.
@@ -121,6 +131,24 @@ def meta_model(model: Model, task: Task, num_labels: int = 2) -> PreTrainedModel
             "PreTrainedModel",
             _loaded("config", source, lambda: build(config, trust_remote_code=model.trust_remote_code)),
         )
+
+
+def _new_head(
+    misfits: Sequence[tuple[str, tuple[int, ...], tuple[int, ...]]], encoder: str, task: Task, source: Path | str
+) -> str:
+    """What to say of a new head in place of one of another size.
+
+    Raises:
+        LilyError: if a weight besides the head has another shape, which would start at random too.
+    """
+    for name, there, here in misfits:
+        if task == "sft" or name.startswith(f"{encoder}."):
+            raise LilyError(
+                f"model of {source} could not be loaded: {name} has shape {there}, but config.json asks for {here}; "
+                "give the folder the config.json of its weights"
+            )
+    name, there, here = misfits[-1]
+    return f"{name} of {source} has {there[0]} outputs and this task {here[0]}: training starts with a new head"
 
 
 def _class(task: Task) -> Any:

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 from lily.errors import LilyError
 from lily.recipes import data, loader, methods, models
 from lily.recipes.data import Splits
+from lily.recipes.places import located
 from lily.recipes.schema import Recipe
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from torch import nn
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lily.recipes.tasks import Example
 
@@ -52,6 +53,7 @@ class Prepared:
         train: encoded training examples.
         validation: encoded validation examples.
         config: what to put on the model; None where there is nothing to train.
+        meta: the model on the meta device.
     """
 
     splits: Splits
@@ -59,6 +61,7 @@ class Prepared:
     train: list[Example]
     validation: list[Example]
     config: PeftConfig | None
+    meta: PreTrainedModel
 
 
 def prepare(recipe: Recipe) -> Prepared:
@@ -72,14 +75,21 @@ def prepare(recipe: Recipe) -> Prepared:
 
     from lily.recipes import tasks
 
-    meta = models.meta_model(recipe.model, recipe.task, tasks.num_labels(recipe, splits))
+    with located(recipe, "model", recipe.model.kind):
+        meta = models.meta_model(recipe.model, recipe.task, tasks.num_labels(recipe, splits))
+        tokenizer = models.load_tokenizer(recipe.model)
     config = methods.peft_config(recipe, meta)
-    check_length(recipe, meta)
-    tokenizer = models.load_tokenizer(recipe.model)
+    with located(recipe, "data", "max_length"):
+        check_length(recipe, meta)
     train, validation = (
-        tasks.encode(rows, recipe, tokenizer, splits.labels) for rows in (splits.train, splits.validation)
+        tasks.encode(rows, recipe, tokenizer, splits.labels, f"the {name} rows")
+        for name, rows in (("training", splits.train), ("validation", splits.validation))
     )
-    return Prepared(splits, tokenizer, train, validation, config)
+    if recipe.task == "sft" and splits.test:
+        tasks.encode(
+            splits.test, recipe, tokenizer, None, "the test rows"
+        )  # for what it refuses: no answer of them may fit
+    return Prepared(splits, tokenizer, train, validation, config, meta)
 
 
 def check_packages(recipe: Recipe) -> None:

@@ -107,10 +107,13 @@ def card(recipe: Recipe, result: Result) -> str:
     base = _named(recipe.model.hub, recipe.model.path, recipe.model.package)
     data = _named(recipe.data.train.hub, recipe.data.train.path, recipe.data.train.package)
     names = metrics_of(recipe)
+    what, own, tags = "An adapter", "this adapter", [recipe.method, recipe.task]
+    if recipe.method == "none":
+        what, own, tags = "A new head, without an adapter", "this head", [recipe.task]
     lines = [
         "---",
         "library_name: peft",
-        f"tags: [{recipe.method}, {recipe.task}]",
+        f"tags: [{', '.join(tags)}]",
         *([f"base_model: {recipe.model.hub}"] if recipe.model.hub else []),
         "---",
         "",
@@ -118,20 +121,20 @@ def card(recipe: Recipe, result: Result) -> str:
         "",
         recipe.description.strip(),
         "",
-        f"An adapter ({', '.join(f'{k} {v}' for k, v in result.adapter.items())}) for {base}, trained on {data}.",
+        f"{what} ({', '.join(f'{k} {v}' for k, v in result.adapter.items())}) for {base}, trained on {data}.",
         "",
         f"| | {' | '.join(names)} |",
         f"| --- | {' | '.join('---' for _ in names)} |",
         *(f"| {_title(n, recipe)} | {' | '.join(_values(names, v))} |" for n, v in result.baselines.items()),
         f"| untrained | {' | '.join(_values(names, result.before))} |",
-        f"| this adapter | {' | '.join(_values(names, result.final))} |",
+        f"| {own} | {' | '.join(_values(names, result.final))} |",
         "",
         f"On {result.rows[result.split]:,} {result.split} rows; seed {result.seed}; "
-        f"{result.parameters['adapter']:,} adapter parameters. "
+        f"trained: {_trained(result)}. "
         f"Versions: {', '.join(f'{k} {v}' for k, v in result.versions.items())}.",
         "",
         "```python",
-        "import lily  # lets PEFT read this adapter",
+        *(["import lily  # lets PEFT read this adapter"] if recipe.method == "lily" else []),
         "from peft import PeftModel",
         f"from transformers import {_auto(recipe)}",
         "",
@@ -143,6 +146,11 @@ def card(recipe: Recipe, result: Result) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _trained(result: Result) -> str:
+    counts = ((result.parameters["adapter"], "the adapter"), (result.parameters["head"], "the new head"))
+    return " and ".join(f"{count:,} parameters of {part}" for count, part in counts if count)
 
 
 def _named(hub: str | None, path: str | None, package: Any) -> str:
@@ -158,4 +166,5 @@ def _auto(recipe: Recipe) -> str:
 def _load(recipe: Recipe, result: Result) -> str:
     where = repr(recipe.model.hub or recipe.model.path or "path/of/the/base/model")
     count = 1 if recipe.task == "text-regression" else len(result.labels or ())
-    return where if recipe.task == "sft" else f"{where}, num_labels={count}"
+    replaced = ", ignore_mismatched_sizes=True" if result.new_head else ""
+    return where if recipe.task == "sft" else f"{where}, num_labels={count}{replaced}"

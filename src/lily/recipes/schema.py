@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+
+from lily.recipes.places import Places
 
 Task = Literal["text-classification", "text-regression", "sft"]
 MethodName = Literal["lily", "lora", "none"]
@@ -19,6 +21,8 @@ Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman", "mse", "lo
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+SOURCES = ("path", "package", "hub")
 
 
 class Section(BaseModel):
@@ -47,9 +51,14 @@ class Source(Section):
                             "besides a package download.")  # fmt: skip
     revision: str | None = Field(None, description="Branch, tag or commit; with `hub` only.")
 
+    @property
+    def kind(self) -> str:
+        """Which of the three keys is given."""
+        return next(name for name in SOURCES if getattr(self, name) is not None)
+
     @model_validator(mode="after")
     def _exactly_one(self) -> Source:
-        given = [name for name in ("path", "package", "hub") if getattr(self, name) is not None]
+        given = [name for name in SOURCES if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"give exactly one of path, package and hub, got {' and '.join(given) or 'none'}")
         if self.revision is not None and self.hub is None:
@@ -196,6 +205,8 @@ class Generation(Section):
 class Recipe(Section):
     """One experiment, from files to figures."""
 
+    _places: Places = PrivateAttr(default_factory=Places)
+
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     description: str = ""
     task: Task
@@ -212,3 +223,14 @@ class Recipe(Section):
     baselines: list[Baseline] = Field([], description="Also reported on the same held-out rows.")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     output: str = Field("runs/{name}-{method}-{seed}", description="Folder that is written.")
+
+    @property
+    def places(self) -> Places:
+        """Where its keys were written; empty for a recipe that was not read from a file."""
+        return self._places
+
+    def written_at(self, places: Places) -> Recipe:
+        """The same recipe, knowing where its keys were written."""
+        copy = self.model_copy()
+        copy._places = places
+        return copy

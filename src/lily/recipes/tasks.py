@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lily.errors import LilyError
 from lily.recipes.data import Row, Splits
+from lily.recipes.places import located
 from lily.recipes.schema import Recipe
 
 if TYPE_CHECKING:
@@ -35,7 +36,11 @@ def num_labels(recipe: Recipe, splits: Splits) -> int:
 
 
 def encode(
-    rows: Iterable[Row], recipe: Recipe, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str] | None
+    rows: Iterable[Row],
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    labels: Sequence[str] | None,
+    what: str = "the rows",
 ) -> list[Example]:
     """Encode rows for training or evaluation.
 
@@ -44,6 +49,7 @@ def encode(
         recipe: decides task, length and chat template.
         tokenizer: the model's.
         labels: the classes in the order of their ids, for classification.
+        what: what to call the rows in messages.
 
     Returns:
         input_ids (and what else the model takes) with labels: a class id, a number, or token ids with `IGNORED`
@@ -58,10 +64,11 @@ def encode(
         fitting = [e for e in encoded if any(label != IGNORED for label in e["labels"])]
         if encoded and not fitting:
             longest = max(len(prompt_ids(prompt, tokenizer)) for prompt, _ in turns)
-            raise LilyError(
-                f"no example fits data.max_length={recipe.data.max_length}: every prompt fills it; "
-                f"raise it to {longest + 1} or more"
-            )
+            with located(recipe, "data", "max_length"):
+                raise LilyError(
+                    f"no example fits data.max_length={recipe.data.max_length}: every prompt of {what} fills it; "
+                    f"raise it to {longest + 1} or more"
+                )
         return fitting
     ids = {name: i for i, name in enumerate(labels or ())}
     return [
@@ -83,7 +90,8 @@ def conversation(row: Row, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -
     """
     if "messages" in row:
         if not tokenizer.chat_template:
-            raise LilyError("data.columns.messages needs a tokenizer with a chat template; this model's has none")
+            with located(recipe, "data", "columns", "messages"):
+                raise LilyError("data.columns.messages needs a tokenizer with a chat template; this model's has none")
         messages = row["messages"]
         return [(messages[:i], [m]) for i, m in enumerate(messages) if m["role"] == "assistant" and i > 0]
     if recipe.data.chat and tokenizer.chat_template:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,6 +17,7 @@ from lily.files import write_text
 from lily.recipes import data, loader, models, preflight, report
 from lily.recipes import metrics as metric_tools
 from lily.recipes.data import Splits
+from lily.recipes.places import located
 from lily.recipes.preflight import Prepared
 from lily.recipes.schema import Recipe
 
@@ -35,6 +37,7 @@ class Result:
         seconds: training alone, and the whole run.
         baselines: name -> metrics (and parameters and seconds, where it was trained).
         history: all evaluations on the validation rows.
+        new_head: what was said where the model's own head was of another size.
         samples: prompts with the expected answer and those before and after training.
     """
 
@@ -59,6 +62,7 @@ class Result:
     precision: str = ""
     baselines: dict[str, dict[str, float]] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
+    new_head: str | None = None
     samples: list[dict[str, str]] = field(default_factory=list)
 
     def write(self, path: Path) -> None:
@@ -93,12 +97,14 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, quie
     preflight.check_folder(recipe, output, resume, overwrite)
     prepared = preflight.prepare(recipe)
     checkpoint = _last_checkpoint(output) if resume else None
+    # before the folder is touched: what weights reveal is a mistake like any other, and writes nothing
+    loaded = _load(recipe, prepared)
 
     if overwrite and not resume:
         shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "recipe.yaml", loader.dump_recipe(recipe))
-    result = _run(recipe, prepared, output, checkpoint, quiet)
+    result = _run(recipe, prepared, loaded, output, checkpoint, quiet)
     # written before the baselines too: what took hours does not wait for them
     _write(result, recipe, output, started)
     if recipe.baselines:
@@ -126,20 +132,41 @@ def _last_checkpoint(output: Path) -> str | None:
     return str(complete[-1]) if complete else None
 
 
-def _run(recipe: Recipe, prepared: Prepared, output: Path, checkpoint: str | None, quiet: bool) -> Result:
-    import torch
+@dataclass(frozen=True)
+class _Loaded:
+    """The untrained model with its adapter, the parameters of the frozen one, and what was said of its head."""
+
+    model: Any
+    base_parameters: int
+    new_head: str | None
+
+
+def _load(recipe: Recipe, prepared: Prepared) -> _Loaded:
     from peft import get_peft_model
     from transformers import set_seed
 
-    from lily.recipes import evaluate, runner
+    from lily.recipes import evaluate
 
-    splits, tokenizer, config = prepared.splits, prepared.tokenizer, prepared.config
     set_seed(recipe.seed)
-    base = models.load_model(recipe.model, recipe.task, splits.labels)
+    said: list[str] = []
+    with located(recipe, "model", recipe.model.kind):
+        base = models.load_model(recipe.model, recipe.task, prepared.splits.labels, announce=said.append)
+    for line in said:
+        print(line, file=sys.stderr)
     total = sum(p.numel() for p in base.parameters())
     set_seed(recipe.seed)
-    model = evaluate.place(base if config is None else get_peft_model(base, config))
+    model = base if prepared.config is None else get_peft_model(base, prepared.config)
+    return _Loaded(evaluate.place(model), total, next(iter(said), None))
 
+
+def _run(
+    recipe: Recipe, prepared: Prepared, loaded: _Loaded, output: Path, checkpoint: str | None, quiet: bool
+) -> Result:
+    import torch
+
+    from lily.recipes import evaluate, runner
+
+    splits, tokenizer, config, model = prepared.splits, prepared.tokenizer, prepared.config, loaded.model
     names = metric_tools.metrics_of(recipe)
     generated = "exact_match" in names
 
@@ -160,8 +187,8 @@ def _run(recipe: Recipe, prepared: Prepared, output: Path, checkpoint: str | Non
         **{name: version(name) for name in ("lily-peft", "peft", "torch", "transformers")},
     }
     result.rows = {"train": len(splits.train), "validation": len(splits.validation), "test": len(splits.test)}
-    result.parameters = _parameters(model, total)
-    result.adapter = report.adapter_summary(model, recipe)
+    result.parameters = _parameters(model, loaded.base_parameters)
+    result.adapter, result.new_head = report.adapter_summary(model, recipe), loaded.new_head
     if config is None:
         result.final, result.samples = before, samples
         return result
