@@ -3,8 +3,8 @@
 The same mathematics as `functional`, which judges it. What makes it fast:
 
 - the update is added to the base layer's output as its matrix product is computed, never on its own;
-- of the activations only `x` itself is kept; backward computes h and p again, which costs one narrow product (kept, they
-  would take more memory than LoRA's narrower h does);
+- of the activations only `x` itself is kept; backward computes h and p again, which costs one narrow product (kept,
+  they would take more memory than LoRA's narrower h does);
 - the gradient of `x` accumulates in one place, from the base layer and from A;
 - half-precision inputs are multiplied in half precision, as autocast does, without a float32 copy of them.
 
