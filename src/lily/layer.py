@@ -378,11 +378,12 @@ class Linear(nn.Module, LilyLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`x` (..., in) -> (..., out), in the dtype of the base layer's output."""
-        if self.disable_adapters and self.merged:
-            self.unmerge()
+        if self.merged_adapters:
+            if self._disable_adapters:
+                self.unmerge()
+            return cast(Tensor, self.base_layer(x, *args, **kwargs))
         base, result = self.base_layer, None
-        active = [] if self.disable_adapters or self.merged else cast(list[str], self.active_adapters)
-        for adapter in active:
+        for adapter in [] if self._disable_adapters else cast(list[str], self.active_adapters):
             if adapter not in self.slots:
                 continue
             fast = self._fast(adapter, x)
