@@ -32,6 +32,7 @@ from lily.bench.subjects import Shape
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+FIGURE = ROOT / "docs" / "figures" / "performance.svg"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
 SHORT = ("LoRA", "stock Lily", "Lily token", "Lily sequence")
 
@@ -208,6 +209,8 @@ def write_pages(folder: Path) -> list[Path]:
         if new != text:
             page.write_text(new, "utf-8")
             changed.append(page)
+    FIGURE.parent.mkdir(exist_ok=True)
+    reports.plot(Report.read(folder / "llama.json"), FIGURE)
     return changed
 
 

@@ -88,6 +88,7 @@ def test_the_command_measures_writes_and_reads_back(tmp_path):
     assert done.exit_code == 0, done.output
     found = report.Report.read(tmp_path / "out" / "results.json")
     assert set(found.results) == {"step", "memory", "prefill", "decode"}
+    assert "ratio to LoRA at equal parameters" in (tmp_path / "out" / "ratios.svg").read_text()
     assert set(found.results["step"]) == {"LoRA", "stock Lily", "Lily token"}
     assert set(found.results["decode"]) == {"LoRA", "stock Lily", "Lily token", "Lily merged"}
     assert found.results["step"]["LoRA"].ratios == [1.0]

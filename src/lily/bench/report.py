@@ -197,6 +197,7 @@ def plot(report: Report, path: Path) -> None:
         LilyError: if matplotlib is not there.
     """
     try:
+        from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ImportError:
         raise LilyError('a plot needs matplotlib; pip install "lily-peft[plots]"') from None
@@ -214,4 +215,5 @@ def plot(report: Report, path: Path) -> None:
         panel.set_title(MEASURES[kind].title.partition(",")[0])
         panel.set_xlabel("ratio to LoRA at equal parameters")
     figure.suptitle(f"{report.subject}, {report.machine['device']}")
-    figure.savefig(path)
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "lily"}):  # text as text, the same file for the same data
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
