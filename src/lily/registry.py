@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import peft
@@ -10,7 +11,7 @@ from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lily import LilyModel as StockModel
 from peft.tuners.lora import conversion
-from peft.utils import PeftType, load_peft_weights
+from peft.utils import PeftType, hotswap, load_peft_weights
 from torch import Tensor, nn
 from transformers.integrations.peft import PeftAdapterMixin
 
@@ -73,6 +74,29 @@ def _load_adapter(
     return found
 
 
+# What decides an adapter's function besides its tensors: two that differ here cannot be swapped.
+HOTSWAP_KEYS = [
+    "r", "stride_A", "num_A", "num_B", "scaling", "routing", "activation", "rank_pattern", "settled", "target_modules",
+]  # fmt: skip
+
+_stock_hotswap = hotswap.hotswap_adapter_from_state_dict
+
+
+def _hotswap(
+    model: nn.Module, state_dict: dict[str, Tensor], adapter_name: str, config: PeftConfig, *args: Any, **kwargs: Any
+) -> None:
+    """PEFT's second half of `hotswap_adapter`, which knows LoRA's tensors alone: copy ours into their places.
+
+    The parameters stay the same objects, so a compiled model is not compiled again.
+    """
+    if not isinstance(config, LilyConfig):
+        _stock_hotswap(model, state_dict, adapter_name, config, *args, **kwargs)
+        return
+    inserted = re.compile(rf"(lily_[A-Za-z]+)\.{re.escape(adapter_name)}(?=\.|$)")
+    plain = {inserted.sub(r"\1", key): tensor for key, tensor in state_dict.items()}
+    set_peft_model_state_dict(getattr(model, "_orig_mod", model), plain, adapter_name=adapter_name)
+
+
 def register() -> None:
     """Make PEFT use this package wherever it meets `PeftType.LILY`. `import lily` does; calling it again is harmless.
 
@@ -85,6 +109,8 @@ def register() -> None:
     PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LILY] = LilyModel
     conversion._convert_module_to_lora = _convert_module_to_lora
     PeftAdapterMixin.load_adapter = _load_adapter
+    hotswap.CONFIG_KEYS_TO_CHECK[PeftType.LILY] = HOTSWAP_KEYS
+    hotswap.hotswap_adapter_from_state_dict = _hotswap
 
 
 def unregister() -> None:
@@ -94,3 +120,5 @@ def unregister() -> None:
     PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LILY] = StockModel
     conversion._convert_module_to_lora = _stock_conversion
     PeftAdapterMixin.load_adapter = _stock_load_adapter
+    hotswap.CONFIG_KEYS_TO_CHECK.pop(PeftType.LILY, None)
+    hotswap.hotswap_adapter_from_state_dict = _stock_hotswap
