@@ -21,11 +21,10 @@ SEEDS = {"cola": 2, "rte": 2, "sst2": 1, "boolq": 1}
 def row(task: str, name: str, runs: list[Run]) -> str:
     metric = str(runs[0]["metric"])
     before = 100 * statistics.mean(r["before"][metric] for r in runs)
-    seconds = statistics.mean(r["seconds"]["train"] for r in runs)
     title = name if name == "LoRA" else f"Lily {name}"
     return (
         f"| {task} | {title} | {metric} | {before:.1f} | {shown([r['final'][metric] for r in runs])} | {len(runs)} "
-        f"| {runs[0]['parameters']['adapter']:,} | {seconds:.0f} |"
+        f"| {runs[0]['parameters']['adapter']:,} |"
     )
 
 
@@ -35,8 +34,8 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="*", default=list(SEEDS), choices=list(SEEDS))
     parser.add_argument("--only-done", action="store_true", help="Print what is there, train nothing.")
     options = parser.parse_args()
-    print("| task | method | metric | before | best | seeds | parameters | train s |", flush=True)
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
+    print("| task | method | metric | before | best | seeds | parameters |", flush=True)
+    print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
     for task in options.tasks:
         for name in CONTESTANTS:
             seeds = list(range(SEEDS[task]))
