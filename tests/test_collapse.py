@@ -90,6 +90,28 @@ def test_the_reported_drift_is_that_of_the_exported_adapter(kind, routing, tmp_p
         assert report.drift.kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), abs=1e-4)
 
 
+def test_the_reported_drift_of_a_trained_adapter_is_that_of_its_export(tmp_path):
+    model = adapted("llama", routing="token").train()
+    optimiser = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=3e-2)
+    losses = []
+    for _ in range(80):
+        batch = inputs("llama", batch=8)
+        loss = model(**batch, labels=batch["input_ids"]).loss
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.3
+    held_out = [inputs("llama", seed=5)]
+    old = predict(model.eval(), held_out[0]).double().log_softmax(-1)
+    report = lily.collapse(model, [inputs("llama", seed=3)], held_out)
+    export.write_lora(export.as_lora(model), tmp_path / "lora")
+    lora = PeftModel.from_pretrained(build("llama"), tmp_path / "lora").eval()
+    new = predict(lora, held_out[0]).double().log_softmax(-1)
+    assert report.drift.kl == pytest.approx(float((old.exp() * (old - new)).sum(-1).mean()), abs=1e-4)
+    assert report.drift.kl > 1e-3
+
+
 def test_a_collapsed_adapter_saves_and_loads_as_a_static_one(tmp_path):
     model = adapted("llama", routing="token")
     lily.collapse(model, [inputs("llama")])
