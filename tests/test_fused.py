@@ -209,6 +209,17 @@ def test_dropout_hits_the_forward_and_the_backward_alike():
     assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(found, wanted, strict=True))
 
 
+def test_dropout_acts_without_gradients_too_while_training():
+    """Re-entrant checkpointing runs the forward without gradients first."""
+    model = adapted(nn.Linear(8, 6), dropout=0.4).train()
+    x = torch.randn(2, 3, 8)
+    torch.manual_seed(3)
+    expected = model(x)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        assert torch.equal(model(x), expected)
+
+
 def test_a_trainable_bias_of_the_base_gets_its_gradient():
     model = adapted(nn.Linear(8, 6), bias="lily_only")
     x = torch.randn(2, 9, 8)

@@ -29,7 +29,6 @@ from lily.gemm import bmm, mm, plus_mm
 # weights that all tokens share.
 COMBINE_FROM, COMBINE_SHARED_FROM = 32, 4
 
-
 # Up to so many tokens a forward without gradients is a matter of calls, not of arithmetic.
 FEW = 16
 
@@ -170,12 +169,13 @@ def _decode(
     """
     alone = how.routing == "sequence" and mask is None and x.ndim > 2 and x.numel() == x.shape[0] * x.shape[-1]
     per_token = (alone or how.routing in ("token", "static")) and how.experts > 1 and router is not None
-    plain = weight is not None and result is None and not how.transposed and how.activation == "none"
+    plain = weight is not None and result is None and not how.transposed
+    plain = plain and how.activation == "none" and not how.dropout
     if not (per_token and plain and x.dtype == A.dtype == weight.dtype == how.dtype):  # type: ignore[union-attr]
         return None
     y = F.linear(x, weight, bias)  # type: ignore[arg-type]
     h = F.linear(x, A)
-    p = torch.softmax(router if how.routing == "static" else F.linear(h, router), -1)  # type: ignore[arg-type]
+    p = functional.softmax(router if how.routing == "static" else F.linear(h, router))  # type: ignore[arg-type]
     g = (p.unsqueeze(-1) * h.unsqueeze(-2)).view(-1, B.shape[0])
     y.view(-1, B.shape[1]).addmm_(g, B, alpha=how.scaling)
     return y

@@ -95,7 +95,7 @@ def _subject(
 
     shape = subjects.Shape(*sizes)
     built_in = {"llama": subjects.llama, "vit": subjects.vit}
-    wanted: Any = names_or_regex(targets)
+    wanted: Any = names_or_regex(targets)  # contestants resolve all-linear themselves, each time alike
     if model in built_in:
         subject = replace(built_in[model](shape, device, dtype), targets=wanted)
     else:
@@ -109,9 +109,7 @@ def _subject(
         targets=config.target_modules,
         **asked,
     )
-    return replace(
-        subject, targets=sorted(config.target_modules) if isinstance(config.target_modules, set) else wanted
-    ), choice.options
+    return subject, choice.options
 
 
 def _print(console: Console, title: str, header: list[str], lines: list[list[str]]) -> None:
