@@ -175,7 +175,8 @@ def _decode(
         return None
     y = F.linear(x, weight, bias)  # type: ignore[arg-type]
     h = F.linear(x, A)
-    p = functional.softmax(router if how.routing == "static" else F.linear(h, router))  # type: ignore[arg-type]
+    logits = router if how.routing == "static" else F.linear(h, router)  # type: ignore[arg-type]
+    p = torch.softmax(logits, -1) if how.dtype == torch.float32 else functional.softmax(logits)  # type: ignore[arg-type]
     g = (p.unsqueeze(-1) * h.unsqueeze(-2)).view(-1, B.shape[0])
     y.view(-1, B.shape[1]).addmm_(g, B, alpha=how.scaling)
     return y
