@@ -135,7 +135,7 @@ def slug(device: str) -> str:
 
 def tables(folder: Path) -> dict[str, str]:
     """Marker -> Markdown, from the files of one device."""
-    found = {f.stem: Report.read(f) for f in sorted(folder.glob("*.json")) if f.stem not in ("start-up", "breakdown")}
+    found = {f.stem: Report.read(f) for f in sorted(folder.glob("*.json")) if f.stem != "start-up"}
     out = {}
     for name, report in found.items():
         for kind in report.results:

@@ -144,10 +144,8 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
 
     def tensors_of(self, adapter: str) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (experts, r, out), where the bank has them now."""
-        slot, num_B = self.slots[adapter], self.num_B[adapter]
-        tensors_A, tensors_B = self.bank.tensors(adapter)
-        B = tensors_B[slot.B]
-        return tensors_A[slot.A], B.view(num_B, B.shape[0] // num_B, B.shape[1])
+        num_B, (A, B) = self.num_B[adapter], self.bank.pair(adapter, self.slots[adapter])
+        return A, B.view(num_B, B.shape[0] // num_B, B.shape[1])
 
     def update_of(self, adapter: str, x: Tensor) -> Tensor:
         """What one adapter adds to the base layer's output.

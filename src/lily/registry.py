@@ -52,6 +52,7 @@ def _load_adapter(
     load_config = kwargs.get("load_config")
     source = peft_model_id or getattr(load_config, "pretrained_model_name_or_path", None)
     hub = {**(getattr(load_config, "download_kwargs", None) or {}), **(kwargs.get("adapter_kwargs") or {})}
+    hub["local_files_only"] = hub.get("local_files_only") or kwargs.get("local_files_only")
     hub = {key: hub[key] for key in ("revision", "token", "cache_dir", "subfolder", "local_files_only") if hub.get(key)}
     config = peft_config
     if config is None and source is not None:
