@@ -187,3 +187,9 @@ def _worker(work: Callable[[int], Any], rank: int, port: int, queue: Any) -> Non
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     queue.put((rank, work(rank)))
     torch.distributed.destroy_process_group()
+
+
+def tally(what: str, count: int = 1) -> None:
+    """Count towards the summary at the end of a test run: `loads held`, `faults survived`, `inputs rejected`."""
+    with open(os.environ["LILY_TALLY"], "a", encoding="utf-8") as file:
+        file.write(f"{count} {what}\n")
