@@ -11,12 +11,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from lily.masks import MaskTracker, watch
+from lily.placement import Placement
 from lily.plan import SharingPlan, Slot
 
 BANK = "lily_bank"
-
-# Device and dtype that a layer's adapter takes (None: PyTorch's default dtype).
-Placement = tuple[torch.device, torch.dtype | None]
 
 
 class Settled:
@@ -58,6 +56,7 @@ class LilyBank(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         placements: adapter -> device and dtype of each A and B, those of the first layer that uses it.
         settled: adapter -> how far its routing has settled; absent: it is not settling.
         masks: what `sequence` routing asks for the attention mask.
+        arrived: what is being loaded into a model that accelerate spreads over devices, until it has.
     """
 
     # PEFT asks every tuner layer for its base layer's; the bank has none.
@@ -83,6 +82,7 @@ class LilyBank(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.placements: dict[str, tuple[list[Placement], list[Placement]]] = {}
         self.settled: dict[str, Settled] = {}
         self.masks = MaskTracker()
+        self.arrived: dict[str, Tensor] = {}
         self.watching: list[Any] = []
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []

@@ -17,6 +17,7 @@ from lily.config import DYNAMIC, LilyConfig
 from lily.errors import LilyError
 from lily.merging import Undo, add, fold, unfold
 from lily.observe import RoutingStatistics
+from lily.placement import execution_device, onload, placement
 from lily.plan import Group, Slot
 
 
@@ -132,20 +133,37 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
         elif group.num_B > 1 and config.routing == "static":
             # Random, not zero: with equal weights all experts get equal gradients and would stay equal for ever.
             self.lily_logits[adapter] = nn.Parameter(torch.randn(group.num_B))
-        self._move_adapter_to_device_of_base_layer(adapter)
+        self._move_adapter_to_device_of_base_layer(adapter, placement(self)[0])
 
     def router_of(self, adapter: str) -> Tensor | None:
         """R (experts, r), the static logits (experts,), or None where the routing learns nothing."""
         if self.num_B[adapter] == 1 or self.routing[adapter] == "uniform":
             return None
-        if self.routing[adapter] == "static":
-            return cast(Tensor, self.lily_logits[adapter])
-        return cast(Tensor, self.lily_router[adapter].weight)
+        router = self._router(adapter)
+        if router.is_meta:
+            onload(self)
+            router = self._router(adapter)
+        return router
 
-    def tensors_of(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """A (r, in) and B (experts, r, out), where the bank has them now."""
-        num_B, (A, B) = self.num_B[adapter], self.bank.pair(adapter, self.slots[adapter])
+    def _router(self, adapter: str) -> Tensor:
+        static = self.routing[adapter] == "static"
+        return cast(Tensor, self.lily_logits[adapter] if static else self.lily_router[adapter].weight)
+
+    def tensors_of(self, adapter: str, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B (experts, r, out), where the bank has them now, or on a device."""
+        num_B, (A, B) = self.num_B[adapter], self._pair(adapter, device)
         return A, B.view(num_B, B.shape[0] // num_B, B.shape[1])
+
+    def _pair(self, adapter: str, device: torch.device | None) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B (experts * r, out), on a device: layers on several devices share one bank."""
+        bank, slot = self._bank[0], self.slots[adapter]
+        A, B = bank.pair(adapter, slot)
+        if device is None or (A.device == device and B.device == device):
+            return A, B
+        if A.is_meta or B.is_meta:
+            onload(bank)
+            A, B = bank.pair(adapter, slot)
+        return A.to(device), B.to(device)
 
     def update_of(self, adapter: str, x: Tensor) -> Tensor:
         """What one adapter adds to the base layer's output.
@@ -157,10 +175,8 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
         Returns:
             (..., out).
         """
-        A, B = self.tensors_of(adapter)
+        A, B = self.tensors_of(adapter, x.device)
         x = self._cast_input_dtype(x, A.dtype)
-        if A.device != x.device:  # layers on several devices share one bank
-            A, B = A.to(x.device), B.to(x.device)
         h = functional.down(x, A, self.activation[adapter], self.dropout[adapter], self.training)
         return self.scaling[adapter] * functional.mix(h, self._weights(adapter, h, x), B)
 
@@ -174,10 +190,7 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
             routing, router = self._settled_router(adapter, settled.done)
         if routing == "batch" and not self.training:
             return None  # what batch routing is for is stock PEFT's results, to the last bit
-        A, B = bank.pair(adapter, self.slots[adapter])
-        device = x.device
-        if A.device != device:  # layers on several devices share one bank
-            A, B = A.to(device), B.to(device)
+        A, B = self._pair(adapter, x.device)
         dtype = fused.product_dtype(x, A, B)
         if dtype is None:
             return None
@@ -250,7 +263,8 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
         """
         if not self.is_static(adapter):
             raise NotStaticError(adapter, self.routing[adapter], self.activation[adapter])
-        A, B = (t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in self.tensors_of(adapter))
+        tensors = self.tensors_of(adapter, self.bank.pair(adapter, self.slots[adapter])[1].device)
+        A, B = (t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in tensors)
         logits = self.lily_logits.get(adapter) if self.num_B[adapter] > 1 else None
         if logits is None:
             w = B.new_full((self.num_B[adapter],), 1 / self.num_B[adapter])
@@ -381,6 +395,8 @@ class Linear(nn.Module, LilyLayer):
                 self.unmerge()
             return cast(Tensor, self.base_layer(x, *args, **kwargs))
         base, result = self.base_layer, None
+        if "_hf_hook" in base.__dict__:  # accelerate may run the base layer on another device than its input's
+            x = x.to(execution_device(base) or x.device)
         for adapter in [] if self._disable_adapters else cast(list[str], self.active_adapters):
             if adapter not in self.slots:
                 continue

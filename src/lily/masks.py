@@ -71,9 +71,10 @@ class MaskTracker:
         self.backward: Scope | None = None
 
     def mask_for(self, x: Tensor) -> Tensor | None:
-        """The mask that fits the input `x` of a layer; None means that all tokens count."""
+        """The mask that fits the input `x` of a layer, on its device; None means that all tokens count."""
         scope = self.scopes[-1] if self.scopes else self.backward
-        return None if scope is None else scope.fit(x)
+        mask = None if scope is None else scope.fit(x)
+        return None if mask is None else mask.to(x.device)  # the model's inputs may be on another device than the layer
 
 
 class EnterModel:

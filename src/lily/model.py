@@ -6,15 +6,16 @@ import copy
 import warnings
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LILY_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
 from lily import checkpoint
-from lily.bank import BANK, LilyBank, Placement, Settled, bank_of
+from lily.bank import BANK, LilyBank, Settled, bank_of
 from lily.config import CAUSAL_TASKS, LilyConfig
 from lily.errors import LilyError
 from lily.layer import LilyLayer, Linear
+from lily.placement import is_spread, onload, placement
 from lily.plan import (
     SharingPlan,
     build_plan,
@@ -72,7 +73,7 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         modules = select_modules(model, peft_config)
         _settle_routing(peft_config, model)
         self._plan = build_plan(modules, peft_config)
-        self._places = {m.name: _placement(model.get_submodule(m.name)) for m in modules}
+        self._places = {m.name: placement(model.get_submodule(m.name)) for m in modules}
         settle_file_format(peft_config, self._plan, model)
 
     def _create_and_replace(
@@ -97,7 +98,14 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
-            self._replace_module(parent, target_name, layer, target)
+            # Not PEFT's _replace_module, which moves routers to the base weight: to nowhere, if that is offloaded.
+            setattr(parent, target_name, layer)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # PEFT's last step after it has loaded an adapter and had accelerate spread the model over devices.
+        onload(self.model, bank_of(self.model).arrived)
+        bank_of(self.model).arrived = {}
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make the named adapters the active ones (all of them take part in a forward). See PEFT."""
@@ -191,6 +199,8 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         out.update({f"{root}{BANK}.lily_B.{adapter_name}.{i}": t for i, t in tensors.B.items()})
         out.update({f"{root}{name}.lily_router.{adapter_name}.weight": t for name, t in tensors.router.items()})
         out.update({f"{root}{name}.lily_logits.{adapter_name}": t for name, t in tensors.logits.items()})
+        if is_spread(model):
+            bank.arrived = {key.removeprefix(root): t for key, t in out.items()}
         return out
 
 
@@ -235,23 +245,13 @@ def _regroup(model: nn.Module, config: LilyConfig, adapter: str, plan: SharingPl
     bank = bank_of(model)
     old = bank.tensors(adapter)[0][0]
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LilyLayer)}
-    bank.add(adapter, plan, {name: _placement(layers[name]) for name in plan.slots}, init_weights=True)
+    bank.add(adapter, plan, {name: placement(layers[name]) for name in plan.slots}, init_weights=True)
     for tensors in bank.tensors(adapter):
         tensors.requires_grad_(old.requires_grad)
         tensors.to("meta" if old.device.type == "meta" else None, old.dtype)
     for name, slot in plan.slots.items():
         layers[name].slots[adapter] = slot
     settle_file_format(config, plan, model)
-
-
-def _placement(module: nn.Module) -> Placement:
-    """Where PEFT would put this layer's adapter: its weight's device, and its dtype if that is a floating one."""
-    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    weight = next((w for w in (getattr(base, n, None) for n in ("weight", "qweight", "W_q")) if w is not None), None)
-    if weight is None:
-        weight = next(base.parameters())
-    dtype = getattr(base, "compute_dtype", None) or weight.dtype
-    return weight.device, dtype if dtype.is_floating_point else None
 
 
 def _settle_routing(config: LilyConfig, model: nn.Module) -> None:
