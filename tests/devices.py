@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -38,6 +37,9 @@ class Elsewhere(torch.Tensor):
     def __init__(self, real: torch.Tensor, device: torch.device, requires_grad: bool = False) -> None:
         self.held = real
 
+    def tolist(self) -> Any:
+        return self.held.tolist()
+
     def __repr__(self) -> str:
         return f"Elsewhere({self.held}, device={self.device})"
 
@@ -52,6 +54,16 @@ class MixedDevicesError(RuntimeError):
 
 class Machine(TorchDispatchMode):
     """Within: `device="cpu:0"` and `device="cpu:1"` make simulated tensors."""
+
+    def __enter__(self) -> Machine:
+        # `module.to` would else put a simulated tensor's inside into a parameter of another class
+        self.before = torch.__future__.get_overwrite_module_params_on_conversion()
+        torch.__future__.set_overwrite_module_params_on_conversion(True)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        torch.__future__.set_overwrite_module_params_on_conversion(self.before)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return compute(func, args, kwargs or {})
@@ -84,9 +96,3 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 def _real(t: Any) -> Any:
     return t.held if isinstance(t, Elsewhere) else t
-
-
-def on(module: nn.Module, device: torch.device) -> nn.Module:
-    """The module, moved to a simulated device."""
-    with Machine():
-        return module.to(device)

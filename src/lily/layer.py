@@ -17,7 +17,7 @@ from lily.config import DYNAMIC, LilyConfig
 from lily.errors import LilyError
 from lily.merging import Undo, add, fold, unfold
 from lily.observe import RoutingStatistics
-from lily.placement import execution_device, onload, placement
+from lily.placement import execution_device, onload
 from lily.plan import Group, Slot
 
 
@@ -111,7 +111,9 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
     def _get_available_adapters(self) -> set[str]:
         return set(self.slots)
 
-    def update_layer(self, adapter: str, group: Group, slot: Slot, config: LilyConfig) -> None:
+    def update_layer(
+        self, adapter: str, group: Group, slot: Slot, config: LilyConfig, device: torch.device | None = None
+    ) -> None:
         """Add an adapter: its settings and, where its routing needs one, its router.
 
         Args:
@@ -119,6 +121,7 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
             group: the layer's group in the plan.
             slot: where its A and B are.
             config: the adapter's configuration.
+            device: where the layer computes; default: where its base weight is.
         """
         self.slots[adapter] = slot
         self.r[adapter], self.num_B[adapter] = group.r, group.num_B
@@ -133,7 +136,7 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
         elif group.num_B > 1 and config.routing == "static":
             # Random, not zero: with equal weights all experts get equal gradients and would stay equal for ever.
             self.lily_logits[adapter] = nn.Parameter(torch.randn(group.num_B))
-        self._move_adapter_to_device_of_base_layer(adapter, placement(self)[0])
+        self._move_adapter_to_device_of_base_layer(adapter, device)
 
     def router_of(self, adapter: str) -> Tensor | None:
         """R (experts, r), the static logits (experts,), or None where the routing learns nothing."""
@@ -302,7 +305,7 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
         factors = self.factors(adapter)
         base = self.get_base_layer()
         weight: Any = getattr(base, "weight", None)
-        plain = type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point()
+        plain = type(weight) in fused.PLAIN and weight.is_floating_point()
         if not plain or weight.element_size() == 1:  # a float8 weight is quantised too: its scale is somewhere else
             kind = f"{type(weight).__name__} of {weight.dtype}" if plain else type(weight).__name__
             raise LilyError(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, onload_layer
 from peft.utils import TRANSFORMERS_MODELS_TO_LILY_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
@@ -73,7 +74,7 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         modules = select_modules(model, peft_config)
         _settle_routing(peft_config, model)
         self._plan = build_plan(modules, peft_config)
-        self._places = {m.name: placement(model.get_submodule(m.name)) for m in modules}
+        self._places = {m.name: placement(model.get_submodule(m.name), is_spread(model)) for m in modules}
         settle_file_format(peft_config, self._plan, model)
 
     def _create_and_replace(
@@ -94,7 +95,8 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
             if peft_config.settled is not None:
                 bank.settled[adapter_name] = Settled(peft_config.settled)
         layer = target if isinstance(target, LilyLayer) else Linear(target, bank)
-        layer.update_layer(adapter_name, plan.group_of(current_key), plan.slots[current_key], peft_config)
+        group, slot, device = plan.group_of(current_key), plan.slots[current_key], self._places[current_key][0]
+        layer.update_layer(adapter_name, group, slot, peft_config, device)
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
@@ -137,7 +139,9 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
                 continue
             for adapter in layer.active_adapters if adapter_names is None else adapter_names:
                 if adapter in layer.slots and adapter not in layer.merged_adapters:
-                    layer.check_merge(adapter, safe_merge)
+                    # the values themselves matter to the safe check only, which makes offloaded ones be read
+                    with onload_layer(layer) if safe_merge else contextlib.nullcontext():
+                        layer.check_merge(adapter, safe_merge)
                     tied = names.get(id(layer.get_base_layer().weight), [])
                     if len(tied) > 1:
                         raise LilyError(
@@ -245,7 +249,8 @@ def _regroup(model: nn.Module, config: LilyConfig, adapter: str, plan: SharingPl
     bank = bank_of(model)
     old = bank.tensors(adapter)[0][0]
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LilyLayer)}
-    bank.add(adapter, plan, {name: placement(layers[name]) for name in plan.slots}, init_weights=True)
+    places = {name: placement(layers[name], is_spread(model)) for name in plan.slots}
+    bank.add(adapter, plan, places, init_weights=True)
     for tensors in bank.tensors(adapter):
         tensors.requires_grad_(old.requires_grad)
         tensors.to("meta" if old.device.type == "meta" else None, old.dtype)

@@ -28,14 +28,21 @@ WEIGHTS = ("weight", "qweight", "W_q")
 HOLDER = re.compile(r"(^|\.)lily_(A|B|router|logits)(\.|$)")
 
 
-def placement(module: nn.Module) -> Placement:
-    """Where a layer's adapter goes: where its base layer computes, in its weight's dtype if that is a floating one."""
+def placement(module: nn.Module, spread: bool = False) -> Placement:
+    """Where a layer's adapter goes: where its base layer computes, in its weight's dtype if that is a floating one.
+
+    Args:
+        module: the layer, adapted or not.
+        spread: whether accelerate spreads its model (`is_spread`); a weight on the meta device is then somewhere else,
+            also where PEFT has taken accelerate's hooks off in order to load an adapter.
+    """
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     weight = weight_of(base)
     if weight is None:
         weight = next(chain(base.parameters(), base.buffers()))
     dtype = getattr(base, "compute_dtype", None) or weight.dtype
-    return execution_device(base) or weight.device, dtype if dtype.is_floating_point else None
+    device = execution_device(base) or (torch.device("cpu") if weight.is_meta and spread else weight.device)
+    return device, dtype if dtype.is_floating_point else None
 
 
 def weight_of(base: nn.Module) -> Any:
