@@ -220,6 +220,12 @@ def folder(tmp_path_factory):
     return path
 
 
+@pytest.fixture(autouse=True)
+def somewhere_else(monkeypatch, tmp_path):
+    """PEFT copies the files of offloaded weights to a path relative to the working directory."""
+    monkeypatch.chdir(tmp_path)
+
+
 def offloaded(folder, tmp_path):
     """Half of the layers are on disk: on the meta device, but within their own forward."""
     model = AutoModelForCausalLM.from_pretrained(folder, device_map=dict(PARTLY), offload_folder=tmp_path / "offload")
