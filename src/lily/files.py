@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,9 @@ from lily.errors import LilyError
 
 # What a disk answers when it takes no more.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+# Linux's renameat2: both paths are taken from the working directory; swap them.
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
@@ -84,21 +89,52 @@ def new_folder(folder: str | os.PathLike[str], overwrite: bool = False) -> Itera
     if not path.parent.is_dir():
         raise LilyError(f"{folder}: there is no folder {path.parent}; make it first")
     with naming(path), _scratch(path) as scratch:
-        new, old = scratch / "new", scratch / "old"
+        new = scratch / "new"
         new.mkdir()
         yield new
-        for file in new.rglob("*"):
-            if file.is_file():
-                _finish(file)
-        if path.exists():
-            os.replace(path, old)
-        try:
-            os.replace(new, path)
-        except OSError:
-            if old.exists():
-                os.replace(old, path)
-            raise
-        sync_folder(path.parent)
+        publish(new, path)
+
+
+def publish(new: Path, path: Path) -> None:
+    """Give a finished folder its name: durable before it is seen. What had the name before is left beside `new`.
+
+    Args:
+        new: the folder, inside a temporary one on the same file system.
+        path: its name.
+    """
+    for entry in new.rglob("*"):
+        if entry.is_file():
+            _finish(entry)
+        else:
+            _sync(entry)
+    _sync(new)
+    if path.exists():
+        _exchange(new, path)
+    else:
+        os.replace(new, path)
+    sync_folder(path.parent)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder that never stands there half deleted under its name."""
+    if folder.is_dir():
+        hidden = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        os.replace(folder, hidden / folder.name)
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _exchange(new: Path, path: Path) -> None:
+    """Swap two folders, in one step where the system can: there is no moment without a folder of that name."""
+    swap = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    if swap is not None and not swap(AT_FDCWD, os.fsencode(new), AT_FDCWD, os.fsencode(path), RENAME_EXCHANGE):
+        return
+    old = new.with_name("old")
+    os.replace(path, old)
+    try:
+        os.replace(new, path)
+    except OSError:
+        os.replace(old, path)
+        raise
 
 
 @contextlib.contextmanager

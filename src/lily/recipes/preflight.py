@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lily.errors import LilyError
-from lily.recipes import data, loader, methods, models
+from lily.recipes import checkpoints, data, loader, methods, models
 from lily.recipes.data import Splits
 from lily.recipes.places import located
 from lily.recipes.schema import Recipe
@@ -33,11 +33,9 @@ EXTRAS = {
     "wandb": "wandb",
 }
 
-OWN = ("best", "last", "lora", "checkpoints", "metrics.json", "progress.json", "recipe.yaml")
-
 # What a resumed run may change: nothing that the finished part depends on.
 FREE = ("description", "output", "baselines", "generation", "train.epochs", "train.max_steps",
-        "train.early_stopping", "train.eval_batch_size", "train.report_to")  # fmt: skip
+        "train.save_every", "train.early_stopping", "train.eval_batch_size", "train.report_to")  # fmt: skip
 
 # Modules of absolute position embeddings: beyond them a model fails, while rotary ones merely degrade.
 POSITIONS = ("position_embeddings", "wpe", "embed_positions")
@@ -140,7 +138,8 @@ def check_folder(recipe: Recipe, output: Path, resume: bool, overwrite: bool) ->
     if output.exists() and not output.is_dir():
         raise LilyError(f"output {output} is a file; name a folder")
     found = sorted(p.name for p in output.iterdir()) if output.is_dir() else []
-    if found and not (resume or overwrite):
+    # a run that was killed before it wrote its recipe, so before anything, is none
+    if not all(checkpoints.is_leftover(name) for name in found) and not (resume or overwrite):
         raise LilyError(
             f"output {output} exists; --resume continues it, --overwrite replaces it, output=... names another"
         )
@@ -161,7 +160,7 @@ def check_folder(recipe: Recipe, output: Path, resume: bool, overwrite: bool) ->
 
 def _own(name: str) -> bool:
     """Whether a run writes a file of this name, or leaves it when it is killed: `.best.new`, `.metrics.json.x7f`."""
-    return name in OWN or any(name.startswith(f".{own}.") for own in OWN)
+    return name in checkpoints.OWN or checkpoints.is_leftover(name)
 
 
 def _changes(then: Recipe, now: Recipe) -> Iterator[str]:

@@ -26,6 +26,7 @@ from lily.errors import LilyError
 from lily.files import new_folder, write_text
 from lily.recipes import metrics as metric_tools
 from lily.recipes.methods import learning_rate
+from lily.recipes.resumable import Cadence, Resumable
 from lily.recipes.schema import Recipe
 from lily.recipes.tasks import Example
 from lily.settle import SettleCallback
@@ -75,8 +76,14 @@ class Progress:
         if self.best is found:
             save_adapter(model, self.folder)
         write_text(self.file, json.dumps(self.history))
-        idle = len(self.history) - 1 - self.history.index(self.best)
-        return self.patience is not None and bool(found.get("final", 1.0)) and idle >= self.patience
+        return self.exhausted
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether patience is used up."""
+        if self.patience is None or not self.history or not self.history[-1].get("final", 1.0):
+            return False
+        return len(self.history) - 1 - self.history.index(self.best) >= self.patience
 
 
 def build_trainer(
@@ -139,6 +146,7 @@ def build_trainer(
     settle = recipe.lily.settle
     if recipe.method == "lily" and settle is not None:
         trainer.add_callback(SettleCallback(settle.start, settle.end))
+    trainer.add_callback(Cadence(recipe.train.evaluate_every, recipe.train.save_every or recipe.train.evaluate_every))
     trainer.generate = generate
     trainer.names = names
     trainer.progress = Progress(output, names[0], recipe.train.early_stopping)
@@ -153,10 +161,9 @@ def score(recipe: Recipe, predictions: Any, labels: Any) -> dict[str, float]:
 
 
 def _with_best(base: type[Trainer]) -> Any:
-    class RecipeTrainer(base):  # type: ignore[misc]
+    class RecipeTrainer(Resumable, base):  # type: ignore[misc]
         generate: Evaluate | None = None
         names: Sequence[str] = ()
-        progress: Progress
 
         def settled(self) -> float | None:
             """How far an adapter that settles has; None: it does not settle, or is static already."""
@@ -165,10 +172,11 @@ def _with_best(base: type[Trainer]) -> Any:
 
         def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
             """Also: metrics that need generation, and the best adapter."""
-            found: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-            found["eval_perplexity"] = float(np.exp(min(found["eval_loss"], 80.0)))
-            if self.generate is not None:
-                found.update({f"eval_{name}": value for name, value in self.generate(self.model).items()})
+            with self.signals.deferred(False):
+                found: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+                found["eval_perplexity"] = float(np.exp(min(found["eval_loss"], 80.0)))
+                if self.generate is not None:
+                    found.update({f"eval_{name}": value for name, value in self.generate(self.model).items()})
             step, epoch = self.state.global_step, float(self.state.epoch or 0.0)
             values = {name: found[f"eval_{name}"] for name in self.names}
             settled = self.settled()
@@ -193,10 +201,6 @@ def precision_of(recipe: Recipe) -> str:
 
 def _arguments(recipe: Recipe, output: Path, quiet: bool) -> dict[str, Any]:
     t = recipe.train
-    every = {"eval_strategy": "epoch", "save_strategy": "epoch"}
-    if isinstance(t.evaluate_every, int):
-        every = {"eval_strategy": "steps", "save_strategy": "steps"}
-        every |= {"eval_steps": t.evaluate_every, "save_steps": t.evaluate_every}  # type: ignore[dict-item]
     precision = precision_of(recipe)
     return {
         "output_dir": str(output / "checkpoints"),
@@ -218,11 +222,12 @@ def _arguments(recipe: Recipe, output: Path, quiet: bool) -> dict[str, Any]:
         "data_seed": recipe.seed,
         "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
-        "save_total_limit": 1,
+        # `Cadence` says when
+        "eval_strategy": "no",
+        "save_strategy": "no",
         "logging_steps": 50,
         "disable_tqdm": quiet,
         "log_level": "error" if quiet else "passive",
-        **every,
     }
 
 

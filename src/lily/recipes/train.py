@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -14,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from lily.files import write_text
-from lily.recipes import data, loader, models, preflight, report
+from lily.recipes import checkpoints, data, loader, models, preflight, report
 from lily.recipes import metrics as metric_tools
 from lily.recipes.data import Splits
 from lily.recipes.places import located
 from lily.recipes.preflight import Prepared
 from lily.recipes.schema import Recipe
+from lily.recipes.signals import Signals
 
 
 @dataclass
@@ -96,20 +96,22 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, quie
     output = output_folder(recipe)
     preflight.check_folder(recipe, output, resume, overwrite)
     prepared = preflight.prepare(recipe)
-    checkpoint = _last_checkpoint(output) if resume else None
+    checkpoint = checkpoints.last(output) if resume else None
     # before the folder is touched: what weights reveal is a mistake like any other, and writes nothing
     loaded = _load(recipe, prepared)
 
     if overwrite and not resume:
-        shutil.rmtree(output, ignore_errors=True)
+        checkpoints.clear(output)
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "recipe.yaml", loader.dump_recipe(recipe))
-    result = _run(recipe, prepared, loaded, output, checkpoint, quiet)
-    # written before the baselines too: what took hours does not wait for them
-    _write(result, recipe, output, started)
-    if recipe.baselines:
-        result.baselines = _baselines(recipe, prepared.splits, output, quiet)
+    checkpoints.restore(output, checkpoint)
+    with Signals() as signals:
+        result = _run(recipe, prepared, loaded, output, checkpoint, signals, quiet)
+        # written before the baselines too: what took hours does not wait for them
         _write(result, recipe, output, started)
+        if recipe.baselines:
+            result.baselines = _baselines(recipe, prepared.splits, output, resume, quiet)
+            _write(result, recipe, output, started)
     return result
 
 
@@ -123,13 +125,6 @@ def _write(result: Result, recipe: Recipe, output: Path, started: float) -> None
 
 def _listed(labels: Sequence[str] | None) -> list[str] | None:
     return None if labels is None else list(labels)
-
-
-def _last_checkpoint(output: Path) -> str | None:
-    """The newest checkpoint that is complete: the trainer writes its state last."""
-    found = sorted((output / "checkpoints").glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
-    complete = [p for p in found if (p / "trainer_state.json").is_file() and (p / "optimizer.pt").is_file()]
-    return str(complete[-1]) if complete else None
 
 
 @dataclass(frozen=True)
@@ -160,7 +155,13 @@ def _load(recipe: Recipe, prepared: Prepared) -> _Loaded:
 
 
 def _run(
-    recipe: Recipe, prepared: Prepared, loaded: _Loaded, output: Path, checkpoint: str | None, quiet: bool
+    recipe: Recipe,
+    prepared: Prepared,
+    loaded: _Loaded,
+    output: Path,
+    checkpoint: Path | None,
+    signals: Signals,
+    quiet: bool,
 ) -> Result:
     import torch
 
@@ -203,9 +204,9 @@ def _run(
         by_generation(splits.validation) if generated else None,
         quiet,
     )
-    clock = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
-    result.seconds["train"] = time.perf_counter() - clock
+    trainer.signals = signals
+    trainer.resume(checkpoint)
+    result.seconds["train"] = trainer.seconds
     runner.save_adapter(model, output / "last")
     result.adapter = report.adapter_summary(model, recipe)
     progress, metric = trainer.progress, names[0]
@@ -229,7 +230,9 @@ def _parameters(model: Any, total: int) -> dict[str, int]:
     return {"adapter": sum(trainable.values()) - head if adapted else 0, "head": head, "base": total}
 
 
-def _baselines(recipe: Recipe, splits: Splits, output: Path, quiet: bool) -> dict[str, dict[str, float]]:
+def _baselines(
+    recipe: Recipe, splits: Splits, output: Path, resume: bool, quiet: bool
+) -> dict[str, dict[str, float]]:
     from lily.recipes import baselines
 
     found: dict[str, dict[str, float]] = {}
@@ -238,7 +241,8 @@ def _baselines(recipe: Recipe, splits: Splits, output: Path, quiet: bool) -> dic
             if recipe.method == "lora":
                 continue
             other = recipe.model_copy(update={"method": "lora", "baselines": [], "output": str(output / "lora")})
-            lora = train(other, overwrite=True, quiet=quiet)
+            begun = resume and (output / "lora" / "recipe.yaml").is_file()
+            lora = train(other, resume=begun, overwrite=not begun, quiet=quiet)
             found[name] = {
                 **lora.final,
                 "parameters": lora.parameters["adapter"],

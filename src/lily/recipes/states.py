@@ -1,0 +1,98 @@
+"""What a resumed training needs besides the weights, as safetensors and JSON: no pickle is written, and none is read.
+
+The states of optimisers, schedules, gradient scalers and random generators are nested dictionaries, lists and tuples
+of numbers and tensors. The tensors go into one safetensors file and the nesting, which keeps tuples apart from lists
+and numbers as keys, into one JSON file beside it. Both hold every value exactly.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lily.errors import LilyError
+
+
+def save_state(state: Any, folder: Path, name: str) -> None:
+    """Write `name.json` and, if there are tensors, `name.safetensors`.
+
+    Args:
+        state: dictionaries, lists, tuples, numbers, texts, None, tensors and NumPy arrays.
+        folder: exists.
+        name: of the two files.
+    """
+    tensors: dict[str, Tensor] = {}
+    tree = _packed(state, tensors)
+    if tensors:
+        save_file(tensors, folder / f"{name}.safetensors")
+    (folder / f"{name}.json").write_text(json.dumps(tree), encoding="utf-8")
+
+
+def load_state(folder: Path, name: str) -> Any:
+    """What `save_state` was given; NumPy arrays come back as tensors.
+
+    Raises:
+        LilyError: if the files are missing or are not what it writes.
+    """
+    file, table = folder / f"{name}.json", folder / f"{name}.safetensors"
+    try:
+        return _unpacked(json.loads(file.read_text("utf-8")), load_file(table) if table.is_file() else {})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LilyError(
+            f"{file} is no state of a training that can be resumed ({error}); start anew with --overwrite"
+        ) from error
+
+
+def _packed(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """`value` in JSON's terms; its tensors are put into `tensors`."""
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(value)
+    if isinstance(value, Tensor):
+        name = str(len(tensors))
+        tensors[name] = value.detach().cpu().contiguous().clone()
+        return {"tensor": name}
+    if isinstance(value, dict):
+        return {"dict": [[_packed(key, tensors), _packed(item, tensors)] for key, item in value.items()]}
+    if isinstance(value, tuple):
+        return {"tuple": [_packed(item, tensors) for item in value]}
+    if isinstance(value, list):
+        return [_packed(item, tensors) for item in value]
+    return value
+
+
+def _unpacked(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_unpacked(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, inner),) = value.items()
+    if kind == "tensor":
+        return tensors[inner]
+    if kind == "tuple":
+        return tuple(_unpacked(item, tensors) for item in inner)
+    return {_unpacked(key, tensors): _unpacked(item, tensors) for key, item in inner}
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every generator that training draws from: Python's, NumPy's, torch's, and the GPU's of this process."""
+    state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put the generators back to what `random_state` gave; on a machine without a GPU, all but the GPU's."""
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.asarray(keys), *rest))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
