@@ -16,6 +16,7 @@ from lily.registry import register, unregister
 if TYPE_CHECKING:
     from lily import export
     from lily.collapsing import CollapseReport, collapse
+    from lily.health import HealthCallback
     from lily.settle import SettleCallback, Settling
 
 register()
@@ -24,6 +25,7 @@ register()
 LAZY = {
     "CollapseReport": "lily.collapsing",
     "collapse": "lily.collapsing",
+    "HealthCallback": "lily.health",
     "SettleCallback": "lily.settle",
     "Settling": "lily.settle",
     "export": "lily.export",
@@ -31,6 +33,7 @@ LAZY = {
 
 __all__ = [
     "CollapseReport",
+    "HealthCallback",
     "LilyConfig",
     "LilyError",
     "LilyModel",

@@ -230,7 +230,7 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
         if statistics.wants(self.training):
             mask = self.bank.masks.mask_for(x)
             h = functional.down(self._cast_input_dtype(x, A.dtype), A, self.activation[adapter])
-            router, routing = self.router_of(adapter), self.routing[adapter]
+            router, routing = self.router_of(adapter), "token" if statistics.per_token else self.routing[adapter]
             statistics.add(functional.weights(h, self.num_B[adapter], router, routing, mask), h, mask)
 
     def _weights(self, adapter: str, h: Tensor, x: Tensor) -> Tensor:
@@ -247,7 +247,8 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
                 return functional.softmax(self._settled_router(adapter, True)[1]).to(h.dtype)
             w = functional.weights(h, experts, router, routing, mask)
         if statistics is not None and statistics.wants(self.training):
-            statistics.add(w, h, mask)
+            seen = functional.weights(h, experts, router, "token") if statistics.per_token else w
+            statistics.add(seen, h, mask)
         if settled is not None:
             w = settled.blend(w, target.detach()) + (0 * logits.sum()).to(h.dtype)
         return w

@@ -17,18 +17,20 @@ class RoutingStatistics:
         square: sum of their squares, (E,).
         count: tokens seen.
         training_only: whether forwards in eval mode are none of its business.
+        per_token: whether it is each token's own weights that count, whatever the routing makes of them.
     """
 
     total: Tensor
     square: Tensor
     count: Tensor
     training_only: bool = False
+    per_token: bool = False
 
     @classmethod
-    def empty(cls, experts: int, training_only: bool = False) -> RoutingStatistics:
+    def empty(cls, experts: int, training_only: bool = False, per_token: bool = False) -> RoutingStatistics:
         """Nothing seen yet."""
         total, square, count = (torch.zeros(n, dtype=torch.float64) for n in (experts, experts, 1))
-        return cls(total, square, count, training_only)
+        return cls(total, square, count, training_only, per_token)
 
     def wants(self, training: bool) -> bool:
         """Whether a forward in that mode counts."""

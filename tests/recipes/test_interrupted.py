@@ -18,8 +18,8 @@ from helpers import tally
 from recipes_helpers import classification, rows, sft, write_jsonl, write_recipe
 
 from lily import files
-from lily.recipes import checkpoints, loader, states, train
-from lily.recipes.resumable import Resumable, due
+from lily.recipes import loader, states, train
+from lily.recipes.resumable import Resumable
 
 # Two passes over 36 rows in 5 steps each, the last of which is half a step; evaluations and checkpoints out of step.
 SCHEDULE = {"epochs": 2, "batch_size": 4, "gradient_accumulation": 2, "learning_rate": 0.01, "precision": "float32"}

@@ -33,7 +33,7 @@ class Moment:
         history: the evaluations so far.
         owed: whether an evaluation was due that a signal cut short; a resumed run begins with it.
         seconds: spent in training.
-        router: what `lily.health` had seen of the routing.
+        router: what `lily.routers` had seen.
     """
 
     history: list[dict[str, float]] = field(default_factory=list)

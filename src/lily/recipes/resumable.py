@@ -14,6 +14,7 @@ from typing import Any, Literal, NoReturn
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lily.health import HealthCallback
 from lily.recipes import checkpoints
 from lily.recipes.checkpoints import Moment
 from lily.recipes.signals import Signals
@@ -57,10 +58,12 @@ class Resumable(Trainer):  # type: ignore[misc]
     Attributes:
         signals: what the process was told meanwhile; set before training.
         progress: the evaluations and the best adapter; set before training.
+        health: what watches the routers; set before training.
     """
 
     signals: Signals
     progress: Any
+    health: HealthCallback
     _moment = Moment()
     _writing: Path | None = None
     _saved_step = -1
@@ -81,6 +84,7 @@ class Resumable(Trainer):  # type: ignore[misc]
             SystemExit: at SIGTERM, after a checkpoint; exit code 143.
         """
         self._moment, self._started = Moment.read(checkpoint), time.perf_counter()
+        self.health.routers.state = self._moment.router
         with self.signals.deferred():
             self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
@@ -138,7 +142,7 @@ class Resumable(Trainer):  # type: ignore[misc]
             set_random_state(self._random)
 
     def _load_random(self, checkpoint: Path) -> Any:
-        """This process's generators; the first one's, if there were fewer processes then."""
+        """The generators of this process; of the first one, if there were fewer processes then."""
         name = f"random_{self.args.process_index}"
         return load_state(checkpoint, name if (checkpoint / f"{name}.json").is_file() else "random_0")
 
@@ -159,8 +163,8 @@ class Resumable(Trainer):  # type: ignore[misc]
             finally:
                 self._writing = None
             if main:
-                owed = bool(self.control.should_evaluate)
-                Moment(self.progress.history, owed, self.seconds).write(new, self.progress.folder)
+                owed, router = bool(self.control.should_evaluate), self.health.routers.state
+                Moment(self.progress.history, owed, self.seconds, router).write(new, self.progress.folder)
         self._saved_step = step
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -177,7 +181,9 @@ class Resumable(Trainer):  # type: ignore[misc]
             self.model.save_pretrained(output_dir)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        save_state({"now": random_state(), "epoch": self._epoch_random}, Path(output_dir), f"random_{self.args.process_index}")
+        save_state(
+            {"now": random_state(), "epoch": self._epoch_random}, Path(output_dir), f"random_{self.args.process_index}"
+        )
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self._by_engine:

@@ -7,6 +7,7 @@ metric. Everything else (schedule, accumulation, checkpointing, resuming, loggin
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from transformers import (
 
 from lily.errors import LilyError
 from lily.files import new_folder, write_text
+from lily.health import HealthCallback
 from lily.recipes import metrics as metric_tools
 from lily.recipes.methods import learning_rate
 from lily.recipes.resumable import Cadence, Resumable
@@ -147,6 +149,8 @@ def build_trainer(
     if recipe.method == "lily" and settle is not None:
         trainer.add_callback(SettleCallback(settle.start, settle.end))
     trainer.add_callback(Cadence(recipe.train.evaluate_every, recipe.train.save_every or recipe.train.evaluate_every))
+    trainer.health = HealthCallback(lambda said: print(f"warning: {said}", file=sys.stderr))
+    trainer.add_callback(trainer.health)
     trainer.generate = generate
     trainer.names = names
     trainer.progress = Progress(output, names[0], recipe.train.early_stopping)
@@ -164,6 +168,11 @@ def _with_best(base: type[Trainer]) -> Any:
     class RecipeTrainer(Resumable, base):  # type: ignore[misc]
         generate: Evaluate | None = None
         names: Sequence[str] = ()
+
+        def training_step(self, *arguments: Any, **more: Any) -> torch.Tensor:
+            loss: torch.Tensor = super().training_step(*arguments, **more)
+            self.health.note_loss(loss)
+            return loss
 
         def settled(self) -> float | None:
             """How far an adapter that settles has; None: it does not settle, or is static already."""

@@ -186,7 +186,8 @@ class Train(Section):
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     evaluate_every: PositiveInt | Literal["epoch"] = Field("epoch", description="Steps, or `epoch`.")
     save_every: PositiveInt | Literal["epoch"] | None = Field(
-        None, description="Steps, or `epoch`, between checkpoints, from which --resume goes on. Default: evaluate_every."
+        None,
+        description="Steps, or `epoch`, between checkpoints, from which --resume goes on. Default: evaluate_every.",
     )
     early_stopping: PositiveInt | None = Field(None, description="Stop after this many evaluations without gain.")
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(

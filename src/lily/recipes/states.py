@@ -81,7 +81,7 @@ def _unpacked(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def random_state() -> dict[str, Any]:
-    """The state of every generator that training draws from: Python's, NumPy's, torch's, and the GPU's of this process."""
+    """The state of every generator that training draws from: Python's, NumPy's, torch's and the current GPU's."""
     state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()

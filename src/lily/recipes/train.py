@@ -37,6 +37,7 @@ class Result:
         seconds: training alone, and the whole run.
         baselines: name -> metrics (and parameters and seconds, where it was trained).
         history: all evaluations on the validation rows.
+        router: what `lily.routers` saw of the routing in the last step that it looked at.
         new_head: what was said where the model's own head was of another size.
         samples: prompts with the expected answer and those before and after training.
     """
@@ -62,6 +63,7 @@ class Result:
     precision: str = ""
     baselines: dict[str, dict[str, float]] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
+    router: dict[str, Any] = field(default_factory=dict)
     new_head: str | None = None
     samples: list[dict[str, str]] = field(default_factory=list)
 
@@ -207,6 +209,7 @@ def _run(
     trainer.signals = signals
     trainer.resume(checkpoint)
     result.seconds["train"] = trainer.seconds
+    result.router = {name: value for name, value in trainer.health.routers.state.items() if name != "in_a_row"}
     runner.save_adapter(model, output / "last")
     result.adapter = report.adapter_summary(model, recipe)
     progress, metric = trainer.progress, names[0]
@@ -230,9 +233,7 @@ def _parameters(model: Any, total: int) -> dict[str, int]:
     return {"adapter": sum(trainable.values()) - head if adapted else 0, "head": head, "base": total}
 
 
-def _baselines(
-    recipe: Recipe, splits: Splits, output: Path, resume: bool, quiet: bool
-) -> dict[str, dict[str, float]]:
+def _baselines(recipe: Recipe, splits: Splits, output: Path, resume: bool, quiet: bool) -> dict[str, dict[str, float]]:
     from lily.recipes import baselines
 
     found: dict[str, dict[str, float]] = {}
