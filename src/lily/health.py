@@ -160,7 +160,7 @@ class HealthCallback(TrainerCallback):  # type: ignore[misc]
     def _check_weights(self, args: TrainingArguments, state: TrainerState, model: Any, optimizer: Any) -> None:
         weights = {p: _local(p.detach()) for p in _parameters(optimizer)}
         if not _finite(list(weights.values())):
-            raise LilyError(str(_fault(args, state.global_step, _listed("the weights", model, weights), optimizer)))
+            raise LilyError(str(_fault(args, state.global_step, _listed("the weight", model, weights), optimizer)))
 
 
 def _parameters(optimizer: Any) -> list[nn.Parameter]:

@@ -57,7 +57,7 @@ class Routing:
     def __str__(self) -> str:
         said = {
             "collapsed": f"{self.share:.1%} to expert {self.expert}",
-            "saturated": f"certainty {self.certainty:.3f}",
+            "saturated": f"mean certainty {self.certainty:.3f}",
             "dead experts": f"{self.dead} of {self.experts} experts dead",
         }
         return said.get(self.problem or "", "healthy")

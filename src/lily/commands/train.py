@@ -32,13 +32,16 @@ def train_command(
     if resume and overwrite:
         raise LilyError("--resume and --overwrite exclude each other; give one of them")
     quieten()
-    from lily.recipes import report
+    from lily.recipes import checkpoints, report
     from lily.recipes.train import output_folder, train
 
     try:
         result = train(chosen, resume=resume, overwrite=overwrite, quiet=quiet)
-    except KeyboardInterrupt:
-        print("\nthe same command with --resume goes on from the last complete checkpoint", file=sys.stderr)
+    except (KeyboardInterrupt, SystemExit, OSError):
+        run = output_folder(chosen)
+        if (run / "recipe.yaml").is_file():
+            kept = checkpoints.last(run) or "the start"
+            print(f"\nthe same command with --resume goes on from {kept}", file=sys.stderr)
         raise
     report.print_result(result, chosen, output_folder(chosen), Console())
 
