@@ -110,7 +110,7 @@ class HealthCallback(TrainerCallback):  # type: ignore[misc]
         self.routers.collect(state.global_step + 1)
         loss, self._loss = self._loss, None
         gradients = {p: _local(p.grad) for p in _parameters(optimizer) if p.grad is not None}
-        if _finite([*gradients.values(), *([] if loss is None else [loss])]):
+        if _finite([*gradients.values(), *([] if loss is None else [loss])], args):
             self._overflows = 0
             return
         if loss is not None and not math.isfinite(float(loss)):
@@ -139,7 +139,7 @@ class HealthCallback(TrainerCallback):  # type: ignore[misc]
             LilyError: if a weight is not finite.
         """
         if control.should_log or control.should_evaluate or control.should_save:
-            self._check_weights(args, state, model, optimizer)
+            self.check_weights(args, state, model, optimizer)
 
     def on_epoch_end(
         self,
@@ -155,11 +155,16 @@ class HealthCallback(TrainerCallback):  # type: ignore[misc]
         Raises:
             LilyError: if a weight is not finite.
         """
-        self._check_weights(args, state, model, optimizer)
+        self.check_weights(args, state, model, optimizer)
 
-    def _check_weights(self, args: TrainingArguments, state: TrainerState, model: Any, optimizer: Any) -> None:
+    def check_weights(self, args: TrainingArguments, state: TrainerState, model: Any, optimizer: Any) -> None:
+        """Refuse to go on with weights that are not finite.
+
+        Raises:
+            LilyError: names the step, the tensors and the last checkpoint.
+        """
         weights = {p: _local(p.detach()) for p in _parameters(optimizer)}
-        if not _finite(list(weights.values())):
+        if not _finite(list(weights.values()), args):
             raise LilyError(str(_fault(args, state.global_step, _listed("the weight", model, weights), optimizer)))
 
 
@@ -172,13 +177,13 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def _finite(tensors: Sequence[Tensor]) -> bool:
+def _finite(tensors: Sequence[Tensor], args: TrainingArguments) -> bool:
     """Whether all numbers are finite, on all processes; one reduction and one wait for the device."""
     norm = get_total_norm(tensors)
     # a norm may overflow although nothing that it is made of has
     finite = bool(torch.isfinite(norm)) or all(bool(torch.isfinite(t).all()) for t in tensors)
     if dist.is_available() and dist.is_initialized():
-        everywhere = torch.tensor(int(finite), device=norm.device)
+        everywhere = torch.tensor(int(finite), device=args.device)
         dist.all_reduce(everywhere, op=dist.ReduceOp.MIN)
         finite = bool(everywhere)
     return finite

@@ -240,8 +240,8 @@ def test_under_float16_single_overflows_are_the_scalers_business_and_endless_one
 def test_a_norm_that_overflows_is_no_fault_if_no_number_does():
     from lily.health import _finite
 
-    assert _finite([torch.full((4,), 3e38)])
-    assert not _finite([torch.full((4,), 3e38), torch.tensor([math.inf])])
+    assert _finite([torch.full((4,), 3e38)], None)
+    assert not _finite([torch.full((4,), 3e38), torch.tensor([math.inf])], None)
 
 
 def test_the_callback_works_for_other_adapters(tmp_path):

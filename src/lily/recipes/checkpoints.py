@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lily.errors import LilyError
 from lily.files import naming, new_folder, publish, remove_folder, write_text
 
 # What a run writes into its folder.
@@ -50,10 +51,20 @@ class Moment:
 
     @classmethod
     def read(cls, checkpoint: Path | None) -> Moment:
-        """What a checkpoint holds; that of a beginning, for none."""
+        """What a checkpoint holds; that of a beginning, for none.
+
+        Raises:
+            LilyError: if it is not what `write` writes.
+        """
         if checkpoint is None:
             return cls()
-        return cls(**json.loads((checkpoint / MOMENT).read_text("utf-8")))
+        file = checkpoint / MOMENT
+        try:
+            return cls(**json.loads(file.read_text("utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise LilyError(
+                f"{file} is no state of a training that can be resumed ({error}); start anew with --overwrite"
+            ) from error
 
 
 def last(output: Path) -> Path | None:

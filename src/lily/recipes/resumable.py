@@ -111,6 +111,7 @@ class Resumable(Trainer):  # type: ignore[misc]
 
     def _leave(self, number: int) -> NoReturn:
         if self._saved_step != self.state.global_step:
+            self.health.check_weights(self.args, self.state, self.model, self.optimizer)
             self._save_checkpoint(self.model, None)
         raise self.signals.ending(number)
 

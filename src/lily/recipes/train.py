@@ -92,7 +92,9 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, quie
         The result, also written to the run's folder: `metrics.json`, `recipe.yaml`, `best/` and `last/` (adapters).
 
     Raises:
-        LilyError: for anything wrong with recipe, data, model or folder.
+        LilyError: for anything wrong with recipe, data, model or folder, and for a loss that is not finite.
+        OSError: naming a path, when the disk is full; the last checkpoint is intact.
+        KeyboardInterrupt: at Ctrl-C, and SystemExit at SIGTERM; within training after a checkpoint.
     """
     started = time.perf_counter()
     output = output_folder(recipe)
