@@ -270,6 +270,12 @@ def test_a_signal_while_a_checkpoint_is_written_waits_for_it(whole):
     ends_as_whole(whole, "sft")
 
 
+def test_a_signal_after_the_last_step_is_not_lost(whole):
+    recipe, _ = begun(whole, "lora")
+    assert struck(recipe, sent(signal.SIGTERM), 1, ["_finalize_training"]) == 143
+    ends_as_whole(whole, "lora")
+
+
 def test_ctrl_c_twice_quits_at_once(whole):
     recipe, run = begun(whole, "sft")
     assert struck(recipe, sent(signal.SIGINT, 2), 3, ["training_step"]) == 130
@@ -379,7 +385,11 @@ def test_random_numbers_go_on_where_they_were(tmp_path):
     assert draw() == expected
 
 
-def test_a_missing_state_is_named(tmp_path):
+def test_a_state_that_is_missing_or_damaged_is_named(tmp_path):
+    with pytest.raises(LilyError, match=r"optimizer\.json is no state of a training"):
+        states.load_state(tmp_path, "optimizer")
+    states.save_state([torch.ones(3)], tmp_path, "optimizer")
+    os.truncate(tmp_path / "optimizer.safetensors", 40)
     with pytest.raises(LilyError, match=r"optimizer\.json is no state of a training"):
         states.load_state(tmp_path, "optimizer")
 

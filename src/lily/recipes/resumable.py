@@ -87,6 +87,8 @@ class Resumable(Trainer):  # type: ignore[misc]
         self.health.routers.state = self._moment.router
         with self.signals.deferred():
             self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if self.signals.received is not None:  # after the last step, when nobody asked any more
+            raise self.signals.ending()
 
     # -- stopping
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -44,7 +45,7 @@ def load_state(folder: Path, name: str) -> Any:
     file, table = folder / f"{name}.json", folder / f"{name}.safetensors"
     try:
         return _unpacked(json.loads(file.read_text("utf-8")), load_file(table) if table.is_file() else {})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise LilyError(
             f"{file} is no state of a training that can be resumed ({error}); start anew with --overwrite"
         ) from error
