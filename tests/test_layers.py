@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import build, inputs, logits, predict, randomise
-from peft import PeftModel, get_peft_model
+from helpers import build, inputs, predict, randomise
+from peft import get_peft_model
 from torch import nn
 
 from lily import LilyConfig
@@ -69,61 +69,3 @@ def test_inputs_of_any_rank_and_empty_ones_pass(routing, shape):
     model = randomise(get_peft_model(nn.Sequential(nn.Linear(8, 6)), config))
     out = model(torch.randn(shape))
     assert out.shape == (*shape[:-1], 6)
-
-
-def wide_llama():
-    """Wide enough for the quantisation blocks of 4-bit kernels."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(
-        LlamaConfig(hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=61)
-    ).eval()
-
-
-def bitsandbytes_model(bits):
-    bnb = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install 'lily-peft[dev]'")
-    model = wide_llama()
-    for layer in model.model.layers:
-        for name in ("q_proj", "v_proj"):
-            old = getattr(layer.self_attn, name)
-            if bits == 4:
-                new = bnb.nn.Linear4bit(
-                    old.in_features, old.out_features, bias=False, compute_dtype=torch.float32, quant_type="nf4"
-                )
-                new.weight = bnb.nn.Params4bit(old.weight.detach(), requires_grad=False, quant_type="nf4")
-            else:
-                new = bnb.nn.Linear8bitLt(old.in_features, old.out_features, bias=False, has_fp16_weights=False)
-                new.weight = bnb.nn.Int8Params(old.weight.detach(), requires_grad=False, has_fp16_weights=False)
-            setattr(layer.self_attn, name, new.to("cpu"))
-    return model.eval()
-
-
-def torchao_model(_):
-    torchao = pytest.importorskip("torchao.quantization", reason="needs torchao: pip install 'lily-peft[dev]'")
-    model = wide_llama()
-    torchao.quantize_(
-        model, torchao.Int8WeightOnlyConfig(), lambda m, name: isinstance(m, nn.Linear) and "self_attn" in name
-    )
-    return model.eval()
-
-
-@pytest.mark.parametrize(("make", "bits"), [(bitsandbytes_model, 4), (bitsandbytes_model, 8), (torchao_model, 8)])
-@pytest.mark.parametrize("routing", ["token", "sequence", "static"])
-def test_a_quantised_base_trains_saves_and_loads(tmp_path, make, bits, routing):
-    config = LilyConfig(
-        r=4, stride_A=2, num_B=3, routing=routing, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
-    )
-    # bitsandbytes' 4-bit layers repack themselves to a bfloat16 kernel when they first infer on this kind of CPU
-    tolerance = 5e-3 if bits == 4 else 0.0
-    base = predict(make(bits), inputs("llama"))
-    model = get_peft_model(make(bits), config).eval()
-    assert torch.allclose(predict(model, inputs("llama")), base, atol=tolerance, rtol=0)
-    randomise(model)
-    logits(model, inputs("llama")).square().sum().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
-    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-    model.save_pretrained(tmp_path)
-    back = PeftModel.from_pretrained(make(bits), tmp_path).eval()
-    assert torch.allclose(predict(back, inputs("llama")), predict(model, inputs("llama")), atol=tolerance, rtol=0)
-    assert not torch.allclose(predict(model, inputs("llama")), base, atol=2e-2)

@@ -373,6 +373,7 @@ def estimate(
     base_parameters: int | None = None,
     linear: Sequence[ModuleSpec] | None = None,
     weight_bytes: int = 4,
+    base_bytes: int | None = None,
 ) -> Estimate:
     """What a plan costs to compute, to store and to train.
 
@@ -395,6 +396,7 @@ def estimate(
         base_parameters: of the whole frozen model; default: of the adapted layers.
         linear: all linear layers of the model; default: the adapted ones.
         weight_bytes: bytes per frozen weight and per activation: 4 for float32, 2 for bfloat16.
+        base_bytes: of the frozen weights, where they are quantised.
 
     Raises:
         LilyError: if there are no layers, or batch or tokens is not positive.
@@ -404,7 +406,7 @@ def estimate(
     if base_parameters is None:
         base_parameters = sum(m.in_features * m.out_features for m in modules)
     trained = plan.parameters.total
-    weights, adapter = weight_bytes * base_parameters, 16 * trained
+    weights, adapter = weight_bytes * base_parameters if base_bytes is None else base_bytes, 16 * trained
     wide = sum(m.in_features + m.out_features for m in (modules if linear is None else linear))
     hidden = sum(len(g.members) * (g.r + g.num_B) for g in plan.groups)
     activations = batch * tokens * (weight_bytes * wide + 4 * hidden)

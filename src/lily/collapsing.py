@@ -23,6 +23,7 @@ from lily.bank import Settled
 from lily.drift import Batch, Drift, divergence, is_distribution, kept_rows, outputs
 from lily.errors import LilyError
 from lily.observe import RoutingStatistics
+from lily.quantised import keep_differentiable
 
 Run = Callable[[nn.Module, Any], Any]
 TINY = 1e-30  # weight of an expert that no token chose; its logit stays finite
@@ -330,6 +331,7 @@ def _refit(
             other.copy_(kept)
 
     better = False
+    keep_differentiable(model)
     try:
         for parameter in trained:
             parameter.requires_grad_(False)

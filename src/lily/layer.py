@@ -17,7 +17,7 @@ from lily.config import DYNAMIC, LilyConfig
 from lily.errors import LilyError
 from lily.merging import Undo, add, fold, unfold
 from lily.observe import RoutingStatistics
-from lily.placement import execution_device, onload
+from lily.placement import execution_device, onload, weight_of
 from lily.plan import Group, Slot
 
 
@@ -305,9 +305,10 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
         """
         factors = self.factors(adapter)
         base = self.get_base_layer()
-        weight: Any = getattr(base, "weight", None)
-        plain = type(weight) in fused.PLAIN and weight.is_floating_point()
-        if not plain or weight.element_size() == 1:  # a float8 weight is quantised too: its scale is somewhere else
+        weight = weight_of(base)
+        plain = type(weight) in fused.PLAIN
+        # A float8 weight is quantised too: its scale is somewhere else.
+        if not plain or not weight.is_floating_point() or weight.element_size() == 1:
             kind = f"{type(weight).__name__} of {weight.dtype}" if plain else type(weight).__name__
             raise LilyError(
                 f"cannot merge into a {type(base).__name__} whose weight is a {kind}: the update "
@@ -358,9 +359,8 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
 
     def unmerge(self) -> None:
         """Take all merged adapters out of the base weight again, last in first out."""
-        weight = self.get_base_layer().weight
         while self.merged_adapters:
-            name = self.merged_adapters.pop()
+            name, weight = self.merged_adapters.pop(), self.get_base_layer().weight
             record = self.merged_as.pop(name)
             self.rounding.pop(name, None)
             restored, exact = unfold(weight.data, self._wide(record.factors, weight), record.undo)

@@ -25,6 +25,7 @@ from lily.plan import (
     select_modules,
     stock_grouping_differs,
 )
+from lily.quantised import keep_differentiable
 
 # Share of an update's norm lost to the base weight's precision, from which on merging says so.
 REPORTED_ROUNDING = 0.01
@@ -65,6 +66,8 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
                 key.rsplit(f".{self.prefix}", 1)[0].removeprefix(checkpoint.PREFIX) for key in state_dict
             }
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        if not config.inference_mode:
+            keep_differentiable(model)
         bank = bank_of(model)
         bank.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         watch_masks(model)
@@ -100,8 +103,11 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
-            # Not PEFT's _replace_module, which moves routers to the base weight: to nowhere, if that is offloaded.
-            setattr(parent, target_name, layer)
+            self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's also moves the adapter to the base weight (nowhere, if that is offloaded) and wants it named `weight`.
+        setattr(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # PEFT's last step after it has loaded an adapter and had accelerate spread the model over devices.

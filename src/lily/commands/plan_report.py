@@ -153,7 +153,9 @@ class RecipeReport:
 # --- from a model to a report ---------------------------------------------------------------------------------------
 
 
-def plan_for(model: nn.Module, wish: Wish, *, name: str, dtype: str = "float32") -> PlanReport:
+def plan_for(
+    model: nn.Module, wish: Wish, *, name: str, dtype: str = "float32", base_bytes: int | None = None
+) -> PlanReport:
     """The report for a model, which may be on the meta device.
 
     Args:
@@ -161,6 +163,7 @@ def plan_for(model: nn.Module, wish: Wish, *, name: str, dtype: str = "float32")
         wish: what the user asks.
         name: how to call the model in the report.
         dtype: of the frozen weights, for the memory estimate.
+        base_bytes: what the frozen weights take, where that does not follow from `dtype`.
 
     Raises:
         LilyError: if the targets match nothing, the budget is too small, or a value cannot work.
@@ -186,7 +189,7 @@ def plan_for(model: nn.Module, wish: Wish, *, name: str, dtype: str = "float32")
         targets=asked.target_modules,
     )
     plan = build_plan(modules, LilyConfig(target_modules=asked.target_modules, routing=routing, **choice.options))
-    return _report(model, modules, plan, choice, wish, name=name, dtype=dtype)
+    return _report(model, modules, plan, choice, wish, name=name, dtype=dtype, base_bytes=base_bytes)
 
 
 def _report(
@@ -198,6 +201,7 @@ def _report(
     *,
     name: str,
     dtype: str,
+    base_bytes: int | None,
 ) -> PlanReport:
     size = sum(p.numel() for p in model.parameters())
     costs = estimate(
@@ -208,6 +212,7 @@ def _report(
         base_parameters=size,
         linear=list(_linear_layers(model)),
         weight_bytes=WEIGHT_BYTES.get(dtype, 4),
+        base_bytes=base_bytes,
     )
     total = plan.parameters
     # Lily fills a budget up to the grain of its rank; LoRA of the rank to be matched must not lose it to that grain.
@@ -381,14 +386,16 @@ def recipe_report(
     Raises:
         LilyError: for whatever is wrong with the recipe, its data or its model.
     """
-    from lily.recipes import loader, preflight, tasks
+    from lily.recipes import loader, preflight, quantization, tasks
 
     recipe = loader.load_recipe(target, list(overrides))
     prepared = preflight.prepare(recipe)
     model = prepared.meta
     wish = wish_of(recipe, batch=batch, tokens=tokens)
     dtype = dtype_of(model.config) if recipe.model.dtype == "auto" else recipe.model.dtype
-    plan = plan_for(model, wish, name=_said(recipe.model), dtype=dtype)
+    quantised = recipe.model.quantization
+    size = None if quantised == "none" else quantization.frozen_bytes(model, recipe.task, quantised)
+    plan = plan_for(model, wish, name=_said(recipe.model), dtype=dtype if size is None else quantised, base_bytes=size)
     preview = tasks.preview(recipe, prepared.tokenizer, prepared.splits.train[0])
     return RecipeReport(recipe.name, recipe.method, loader.dump_recipe(recipe), plan, tuple(preview.segments))
 

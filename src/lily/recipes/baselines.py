@@ -90,9 +90,11 @@ def _linear(labels: Sequence[str] | None, strength: float = 1.0) -> Any:
 
 def _features(recipe: Recipe, rows: Sequence[Row]) -> Any:
     from lily.recipes.evaluate import by_length, device_of, inference, place
+    from lily.recipes.runner import precision_of
 
     tokenizer = models.load_tokenizer(recipe.model)
-    encoder = place(models.load_model(recipe.model, recipe.task, ("0", "1")).base_model)
+    model = models.load_model(recipe.model, recipe.task, ("0", "1"), precision=precision_of(recipe))
+    encoder = place(model.base_model)
     encoded = [encode_text(row, recipe, tokenizer) for row in rows]
     out: list[Any] = [None] * len(rows)
     with inference(encoder, recipe):

@@ -123,7 +123,8 @@ def load_for_export(
                 f"{path}: the command line exports task_type CAUSAL_LM and SEQ_CLS, not {config.task_type}; in "
                 " Python, lily.export takes any model"
             )
-    source = source.model_copy(update={"dtype": dtype})
+    # Merged into few bits an update would be rounded away: it goes into the weights that they were made of.
+    source = source.model_copy(update={"dtype": dtype, "quantization": "none"})
     labels = kept_labels(path) or tuple(str(i) for i in range(_classes(path)))
     if weights:
         model = models.load_model(source, task, labels)

@@ -138,8 +138,9 @@ def device_of(model: torch.nn.Module) -> torch.device:
 
 
 def place(model: Any) -> Any:
-    """The model, moved to the GPU if there is one."""
-    return model.to("cuda") if torch.cuda.is_available() else model
+    """The model, moved to the GPU if there is one; transformers has put a quantised one there itself."""
+    quantised = getattr(model, "is_quantized", False)
+    return model.to("cuda") if torch.cuda.is_available() and not quantised else model
 
 
 def answers(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], recipe: Recipe) -> list[str]:
@@ -213,7 +214,10 @@ class Adapter:
         self.tokenizer = models.load_tokenizer(self.recipe.model)
         self._splits: data.Splits | None = None
         self._labels = kept_labels(self.path)
-        base = models.load_model(self.recipe.model, self.recipe.task, self.labels)
+        from lily.recipes.runner import precision_of
+
+        precision = precision_of(self.recipe)
+        base = models.load_model(self.recipe.model, self.recipe.task, self.labels, precision=precision)
         self.model = place(PeftModel.from_pretrained(base, str(self.path))).eval()
 
     @property

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from lily.errors import LilyError
-from lily.recipes import convert
+from lily.recipes import convert, quantization
 from lily.recipes.schema import Model, Task
 from lily.recipes.sources import fetch
 
@@ -60,14 +60,22 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
 
 
 def load_model(
-    model: Model, task: Task, labels: Sequence[str] | None = None, *, announce: Callable[[str], None] | None = None
+    model: Model,
+    task: Task,
+    labels: Sequence[str] | None = None,
+    *,
+    precision: str = "float32",
+    announce: Callable[[str], None] | None = None,
 ) -> PreTrainedModel:
     """The pretrained model with the task's head, in eval mode. A head of another size is replaced by a new one.
+
+    A quantised one is prepared for training: its function is the same then as where it is only used.
 
     Args:
         model: where it is.
         task: decides the head.
         labels: the classes, for text-classification.
+        precision: in what the products with 4-bit weights are computed.
         announce: called with one line if a head is replaced.
 
     Raises:
@@ -77,6 +85,10 @@ def load_model(
 
     source = local_model(model)
     dtype = "auto" if model.dtype == "auto" else getattr(torch, model.dtype)
+    options: dict[str, Any] = {}
+    if model.quantization != "none":
+        meta = meta_model(model, task, len(labels or ()) or 2)
+        options = quantization.loading_options(model.quantization, meta, task, getattr(torch, precision))
     loaded, info = _loaded(
         "model",
         source,
@@ -88,6 +100,7 @@ def load_model(
             trust_remote_code=model.trust_remote_code,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            **options,
             **_head(task, labels),
         ),
     )
@@ -101,7 +114,9 @@ def load_model(
         # What needs a tokenizer loads it itself, and says what is wrong with it.
         with contextlib.suppress(LilyError):
             loaded.config.pad_token_id = load_tokenizer(model).pad_token_id
-    return loaded.eval()
+    if options:
+        loaded = quantization.prepared(loaded)
+    return cast("PreTrainedModel", loaded.eval())
 
 
 def meta_model(model: Model, task: Task, num_labels: int = 2) -> PreTrainedModel:

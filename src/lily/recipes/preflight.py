@@ -31,6 +31,7 @@ EXTRAS = {
     "datasets": '"lily-peft[sft]"',
     "tensorboard": "tensorboard",
     "wandb": "wandb",
+    "bitsandbytes": '"lily-peft[quantized]"',
 }
 
 # What a resumed run may change: nothing that the finished part depends on.
@@ -99,6 +100,8 @@ def check_packages(recipe: Recipe) -> None:
     needed = ["sklearn", "scipy", *recipe.train.report_to]
     if recipe.task == "sft":
         needed += ["trl", "datasets"]
+    if recipe.model.quantization != "none":
+        needed += ["bitsandbytes", "accelerate"]
     for name in needed:
         if find_spec(name) is None and not (name == "tensorboard" and find_spec("tensorboardX")):
             raise LilyError(missing(name))

@@ -125,6 +125,7 @@ def build_trainer(
             raise LilyError('task: sft needs TRL; pip install "lily-peft[sft]"') from None
         if quiet:
             disable_progress_bars()
+        trained = {p: p.data for p in model.parameters() if p.requires_grad}
         config = SFTConfig(
             **arguments, max_length=recipe.data.max_length, packing=recipe.train.packing, eval_packing=False
         )
@@ -134,6 +135,11 @@ def build_trainer(
             eval_dataset=Dataset.from_list(list(validation)),
             **common,
         )
+        for p, data in trained.items():
+            if (
+                p.dtype != data.dtype
+            ):  # TRL rounds adapters on quantised models to bfloat16, which small steps get lost in
+                p.data = data
     else:
         trainer = _with_best(Trainer)(
             args=TrainingArguments(**arguments, train_sampling_strategy="group_by_length"),

@@ -17,6 +17,7 @@ from lily.recipes.places import Places
 Task = Literal["text-classification", "text-regression", "sft"]
 MethodName = Literal["lily", "lora", "none"]
 Baseline = Literal["majority", "tfidf", "frozen", "lora"]
+Quantization = Literal["none", "nf4", "int8"]
 Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman", "mse", "loss", "perplexity", "exact_match"]
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -74,6 +75,11 @@ class Model(Source):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "float32", description="Data type of the frozen weights; auto keeps the file's."
+    )
+    quantization: Quantization = Field(
+        "none",
+        description="Of the frozen linear layers, by bitsandbytes: nf4 (4 bits, double quantisation) or int8. The rest "
+        "is then float32; merging goes into the weights as they were before.",
     )
     trust_remote_code: bool = Field(False, description="Run code from the model's repository. Off unless you say so.")
 

@@ -34,6 +34,8 @@ class Result:
         best: epoch and value of the main metric on the validation rows.
         last: the same after the last epoch.
         parameters: trainable ones of the adapter and of a new head, and those of the frozen model.
+        quantization: of the frozen model.
+        base_bytes: of the frozen model in memory.
         seconds: training alone, and the whole run.
         baselines: name -> metrics (and parameters and seconds, where it was trained).
         history: all evaluations on the validation rows.
@@ -56,6 +58,8 @@ class Result:
     parameters: dict[str, int] = field(default_factory=dict)
     adapter: dict[str, Any] = field(default_factory=dict)
     adapter_bytes: int = 0
+    quantization: str = "none"
+    base_bytes: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -133,10 +137,11 @@ def _listed(labels: Sequence[str] | None) -> list[str] | None:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """The untrained model with its adapter, the parameters of the frozen one, and what was said of its head."""
+    """The untrained model with its adapter, parameters and bytes of the frozen one, and what was said of its head."""
 
     model: Any
     base_parameters: int
+    base_bytes: int
     new_head: str | None
 
 
@@ -144,18 +149,24 @@ def _load(recipe: Recipe, prepared: Prepared) -> _Loaded:
     from peft import get_peft_model
     from transformers import set_seed
 
-    from lily.recipes import evaluate
+    from lily.recipes import evaluate, runner
 
     set_seed(recipe.seed)
     said: list[str] = []
     with located(recipe, "model", recipe.model.kind):
-        base = models.load_model(recipe.model, recipe.task, prepared.splits.labels, announce=said.append)
+        base = models.load_model(
+            recipe.model,
+            recipe.task,
+            prepared.splits.labels,
+            precision=runner.precision_of(recipe),
+            announce=said.append,
+        )
     for line in said:
         print(line, file=sys.stderr)
-    total = sum(p.numel() for p in base.parameters())
+    total, size = base.num_parameters(), base.get_memory_footprint()
     set_seed(recipe.seed)
     model = base if prepared.config is None else get_peft_model(base, prepared.config)
-    return _Loaded(evaluate.place(model), total, next(iter(said), None))
+    return _Loaded(evaluate.place(model), total, size, next(iter(said), None))
 
 
 def _run(
@@ -185,6 +196,7 @@ def _run(
     result = Result(
         recipe.name, recipe.method, recipe.task, recipe.seed, names[0], split, _listed(splits.labels), before
     )
+    result.quantization, result.base_bytes = recipe.model.quantization, loaded.base_bytes
     result.precision = runner.precision_of(recipe)
     result.device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     result.versions = {
