@@ -41,7 +41,8 @@ def placement(module: nn.Module, spread: bool = False) -> Placement:
     if weight is None:
         weight = next(chain(base.parameters(), base.buffers()))
     dtype = getattr(base, "compute_dtype", None) or weight.dtype
-    device = execution_device(base) or (torch.device("cpu") if weight.is_meta and spread else weight.device)
+    away = spread and weight.device.type == "meta"
+    device = execution_device(base) or (torch.device("cpu") if away else weight.device)
     return device, dtype if dtype.is_floating_point else None
 
 
