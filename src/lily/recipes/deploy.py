@@ -123,6 +123,7 @@ def load_for_export(
                 f"{path}: the command line exports task_type CAUSAL_LM and SEQ_CLS, not {config.task_type}; in "
                 " Python, lily.export takes any model"
             )
+    quantised = source.quantization
     # Merged into few bits an update would be rounded away: it goes into the weights that they were made of.
     source = source.model_copy(update={"dtype": dtype, "quantization": "none"})
     labels = kept_labels(path) or tuple(str(i) for i in range(_classes(path)))
@@ -134,6 +135,8 @@ def load_for_export(
         model.to_empty(device="cpu")
     loaded = PeftModel.from_pretrained(model, str(path))
     facts: dict[str, Any] = {"adapter": str(path)}
+    if quantised != "none":
+        facts["trained_on"] = f"the base model in {quantised}"
     if (path / REPORT).is_file():
         facts["collapse"] = json.loads((path / REPORT).read_text("utf-8"))
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lily.plan import SAVED_HEADS
+from lily.quantised import keep_differentiable
 from lily.recipes.schema import Quantization, Task
 
 if TYPE_CHECKING:
@@ -54,10 +55,12 @@ def kept_modules(model: nn.Module, task: Task) -> set[str]:
 def prepared(model: Any) -> Any:
     """A quantised model ready to carry an adapter: all frozen, what is not quantised in float32. See PEFT.
 
-    Gradient checkpointing is the trainer's business.
+    Also where nothing is trained, so that the function is the one of training. Gradient checkpointing is the trainer's
+    business.
     """
     from peft import prepare_model_for_kbit_training
 
+    keep_differentiable(model)
     return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 
 

@@ -121,7 +121,8 @@ def card(recipe: Recipe, result: Result) -> str:
         "",
         recipe.description.strip(),
         "",
-        f"{what} ({', '.join(f'{k} {v}' for k, v in result.adapter.items())}) for {base}, trained on {data}.",
+        f"{what} ({', '.join(f'{k} {v}' for k, v in result.adapter.items())}) for {base}{_bits(recipe)}, trained on "
+        f"{data}.",
         "",
         f"| | {' | '.join(names)} |",
         f"| --- | {' | '.join('---' for _ in names)} |",
@@ -136,7 +137,8 @@ def card(recipe: Recipe, result: Result) -> str:
         "```python",
         *(["import lily  # lets PEFT read this adapter"] if recipe.method == "lily" else []),
         "from peft import PeftModel",
-        f"from transformers import {_auto(recipe)}",
+        f"from transformers import {_auto(recipe)}"
+        f"{', BitsAndBytesConfig' if recipe.model.quantization != 'none' else ''}",
         "",
         f"base = {_auto(recipe)}.from_pretrained({_load(recipe, result)})",
         'model = PeftModel.from_pretrained(base, "path/of/this/folder")',
@@ -146,6 +148,11 @@ def card(recipe: Recipe, result: Result) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _bits(recipe: Recipe) -> str:
+    quantization = recipe.model.quantization
+    return "" if quantization == "none" else f" in {quantization}, which was frozen"
 
 
 def _trained(result: Result) -> str:
@@ -167,4 +174,10 @@ def _load(recipe: Recipe, result: Result) -> str:
     where = repr(recipe.model.hub or recipe.model.path or "path/of/the/base/model")
     count = 1 if recipe.task == "text-regression" else len(result.labels or ())
     replaced = ", ignore_mismatched_sizes=True" if result.new_head else ""
-    return where if recipe.task == "sft" else f"{where}, num_labels={count}{replaced}"
+    options = {
+        "none": "",
+        "int8": ", quantization_config=BitsAndBytesConfig(load_in_8bit=True)",
+        "nf4": ', quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", '
+        "bnb_4bit_use_double_quant=True)",
+    }[recipe.model.quantization]
+    return f"{where}{options}" if recipe.task == "sft" else f"{where}, num_labels={count}{replaced}{options}"
