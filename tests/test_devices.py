@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import accelerate
 import pytest
 import torch
 from devices import FIRST, SECOND, Elsewhere, Machine, MixedDevicesError
-from helpers import TARGETS, build, inputs, logits, predict, randomise
+from helpers import TARGETS, build, inputs, logits, predict, randomise, two_processes
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from transformers import AutoModelForCausalLM
 
 import lily
 from lily import LilyConfig, fused
 from lily.config import ROUTINGS
+from lily.errors import LilyError
 from lily.export import as_lora
 
 ROOT = "base_model.model."
@@ -331,3 +334,70 @@ def test_lora_made_on_offloaded_weights_is_no_better(folder, tmp_path):
     """The control: PEFT itself puts LoRA's tensors on the meta device there, so ours need not copy what it does."""
     model = get_peft_model(offloaded(folder, tmp_path), LoraConfig(target_modules=["q_proj"]))
     assert any(p.is_meta for name, p in model.named_parameters() if "lora" in name)
+
+
+# Pipeline stages: processes that hold some of the layers each.
+
+
+class Stage(nn.Module):
+    """Blocks of the adapted `Plain`, the head after the last, and the bank."""
+
+    def __init__(self, root, blocks, last):
+        super().__init__()
+        self.blocks, self.lily_bank = root.blocks[blocks], root.lily_bank
+        self.head = root.head if last else nn.Identity()
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block["down"](torch.tanh(block["up"](x)))
+        return self.head(x)
+
+
+def plain(routing):
+    model = LilyConfig(r=3, num_A=1, num_B=2, routing=routing, target_modules=["up", "down"])
+    return randomise(get_peft_model(build("plain"), model)).train()
+
+
+def steps_of_a_stage(rank, routing="token"):
+    """Three steps of a pipeline of two stages with four micro-batches; the adapter's tensors afterwards."""
+    root = plain(routing).base_model.model
+    stage = Stage(root, slice(0, 2) if rank == 0 else slice(2, 3), last=rank == 1)
+    pipeline = PipelineStage(stage, rank, 2, torch.device("cpu"))
+    schedule = ScheduleGPipe(pipeline, 4, loss_fn=lambda y, target: (y - target).square().mean())
+    trained = [p for p in stage.parameters() if p.requires_grad]
+    optimiser = torch.optim.SGD(trained, lr=0.1)
+    for step in range(3):
+        x, target = pipelined(step)
+        schedule.step(x) if rank == 0 else schedule.step(target=target)
+        lily.sum_bank_gradients(stage)
+        optimiser.step()
+        optimiser.zero_grad()
+    return {name: p.detach().numpy() for name, p in root.named_parameters() if p.requires_grad}
+
+
+def pipelined(step):
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(8, 5, 8, generator=generator), torch.randn(8, 5, 5, generator=generator)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("routing", ["token", "static"])
+def test_pipeline_stages_train_the_adapter_that_one_process_does(routing):
+    model = plain(routing)
+    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for step in range(3):
+        x, target = pipelined(step)
+        (model(x) - target).square().mean().backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    first, second = two_processes(partial(steps_of_a_stage, routing=routing))
+    for name, expected in model.base_model.model.named_parameters():
+        if expected.requires_grad:
+            owners = (first, second) if "lily_bank" in name else (second,) if "blocks.2" in name else (first,)
+            for owner in owners:
+                torch.testing.assert_close(torch.tensor(owner[name]), expected.detach(), rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_a_stage_without_the_bank_is_told_to_have_it():
+    with pytest.raises(LilyError, match="this Linear holds no lily_bank"):
+        lily.sum_bank_gradients(nn.Linear(2, 2))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -354,3 +356,16 @@ def test_two_adapters_switch_on_a_quantised_base(make):
     model.delete_adapter("other")
     assert other
     assert torch.equal(predict(model, inputs("llama")), states["default"])
+
+
+def test_the_documented_example_runs(folder, monkeypatch):
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install 'lily-peft[quantized]'")
+    page = Path(__file__).parents[1] / "docs" / "quantization.md"
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    load = AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda _, **options: load(folder, **options))
+    scope = {}
+    exec(compile(code, page.name, "exec"), scope)
+    assert {type(m).__name__ for n, m in scope["base"].named_modules() if n.endswith("base_layer")} == {"Linear4bit"}
+    losses = train(scope["model"])
+    assert losses[-1] < losses[0]

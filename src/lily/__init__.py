@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lily import export
     from lily.collapsing import CollapseReport, collapse
     from lily.health import HealthCallback
+    from lily.pipeline import sum_bank_gradients
     from lily.settle import SettleCallback, Settling
 
 register()
@@ -29,6 +30,7 @@ LAZY = {
     "SettleCallback": "lily.settle",
     "Settling": "lily.settle",
     "export": "lily.export",
+    "sum_bank_gradients": "lily.pipeline",
 }
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "export",
     "register",
     "select_modules",
+    "sum_bank_gradients",
     "unregister",
 ]
 
