@@ -135,10 +135,9 @@ def build_trainer(
             eval_dataset=Dataset.from_list(list(validation)),
             **common,
         )
+        # TRL rounds what trains on a quantised model to bfloat16, in which a small step changes nothing.
         for p, data in trained.items():
-            if (
-                p.dtype != data.dtype
-            ):  # TRL rounds adapters on quantised models to bfloat16, which small steps get lost in
+            if p.dtype != data.dtype:
                 p.data = data
     else:
         trainer = _with_best(Trainer)(
