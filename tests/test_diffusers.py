@@ -138,7 +138,7 @@ def output(model, inputs):
 
 
 def lily(kind, way="add_adapter", **options):
-    config = LilyConfig(r=4, num_A=2, num_B=3, target_modules=TARGETS, **{"routing": "static", **options})
+    config = LilyConfig(r=4, num_A=2, num_B=3, **{"target_modules": TARGETS, "routing": "static", **options})
     return randomise(WAYS[way](KINDS[kind][0](), config), scale=0.4).eval()
 
 
@@ -158,6 +158,17 @@ def test_a_pipeline_loads_the_export_and_computes_the_same(kind, way, tmp_path):
     assert (output(getattr(pipe, component), inputs()) - expected).abs().max() <= 1e-5
     pipe.unload_lora_weights()
     assert torch.equal(output(fresh, inputs()), plain)
+
+
+def test_a_pipeline_loads_an_export_with_convolutions(tmp_path):
+    convolutions = ["conv_in", "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "conv_out"]
+    model = lily("unet", target_modules=[*TARGETS, *convolutions])
+    expected = output(model, unet_inputs())
+    export.write_lora(export.as_lora(model, target="diffusers"), tmp_path / "lora", layout="diffusers")
+    fresh = unet()
+    pipeline("unet", fresh).load_lora_weights(str(tmp_path / "lora"))
+    assert (output(fresh, unet_inputs()) - expected).abs().max() <= 1e-5
+    assert "Conv2d" in {type(layer).__name__ for layer in fresh.modules() if hasattr(layer, "lora_A")}
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -177,7 +177,7 @@ def test_a_failed_injection_leaves_the_model_as_it_was():
     model = build("llama")
     before = [name for name, _ in model.named_modules()]
     with pytest.raises(LilyError):
-        get_peft_model(model, config_for("llama", target_modules=["q_proj", "embed_tokens"]))
+        get_peft_model(model, config_for("llama", target_modules=["q_proj", "input_layernorm"]))
     with pytest.raises(LilyError):
         get_peft_model(model, config_for("llama", rank_pattern={r"layers\.0\.self_attn\.q_proj": 2}))
     assert [name for name, _ in model.named_modules()] == before

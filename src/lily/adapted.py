@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lily.bank import BANK, LilyBank
 from lily.config import LilyConfig
 from lily.errors import LilyError
-from lily.layer import LilyLayer
+from lily.layer import LilyLayer, layers_of
 from lily.model import settle_file_format, watch_masks
 from lily.plan import SharingPlan
 
@@ -89,6 +89,6 @@ def find(model: nn.Module, adapter: str | None = None) -> Adapted:
     if adapter not in bank.plans:
         raise LilyError(f"no adapter {adapter!r} on this model; there are {', '.join(bank.plans)}")
     configs = getattr(model, "peft_config", None) or getattr(root, "peft_config", {})
-    modules = dict(root.named_modules())
-    layers = {name: cast(LilyLayer, modules[name]) for name in bank.plans[adapter].slots}
+    named = layers_of(root)
+    layers = {name: named[name] for name in bank.plans[adapter].slots}
     return Adapted(adapter, root, bank, cast(LilyConfig, configs[adapter]), layers)

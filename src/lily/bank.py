@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from lily.kinds import EMBEDDING
 from lily.masks import MaskTracker, watch
 from lily.placement import Placement
-from lily.plan import SharingPlan, Slot
+from lily.plan import Group, SharingPlan, Slot
 
 BANK = "lily_bank"
 
@@ -50,7 +51,8 @@ class LilyBank(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     delete adapters layer by layer, treat the shared tensors as they treat a layer's own.
 
     Attributes:
-        lily_A: adapter -> list of A, each (r, in), numbered as `SharingPlan.blocks`.
+        lily_A: adapter -> list of A, each (r, in), numbered as `SharingPlan.blocks`; of a parameter that stacks experts
+            one tensor of all its A, (A * r, in).
         lily_B: adapter -> list of B, each (experts * r, out), one per group; stock PEFT's layout.
         plans: adapter -> its sharing plan.
         placements: adapter -> device and dtype of each A and B, those of the first layer that uses it.
@@ -88,24 +90,32 @@ class LilyBank(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self._active_adapter: str | list[str] = []
         self.merged_adapters: list[str] = []
 
-    def add(self, adapter: str, plan: SharingPlan, places: Mapping[str, Placement], init_weights: bool) -> None:
-        """Create the tensors of a plan: A Kaiming-uniform, B zero (or Kaiming-uniform too).
+    def add(
+        self,
+        adapter: str,
+        plan: SharingPlan,
+        places: Mapping[str, Placement],
+        init_weights: bool,
+        activation: str = "none",
+    ) -> None:
+        """Create the tensors of a plan; see `first_values` for what is in them.
 
         Args:
             adapter: its name; an adapter of that name is replaced.
             plan: who shares what.
             places: device and dtype by layer.
-            init_weights: False starts B at random.
+            init_weights: False starts all of them at random.
+            activation: between A and B.
         """
         self.plans[adapter] = plan
-        on_A, on_B = [places[block[0]] for _, block in plan.blocks], [places[g.members[0]] for g in plan.groups]
+        on_A, on_B = [places[block[0]] for _, block in plan.blocks], [places[g.layers[0]] for g in plan.groups]
         self.placements[adapter] = (on_A, on_B)
         self.lily_A[adapter] = nn.ParameterList(
-            _shared(group.r, group.in_features, place, zero=False)
+            _shared(group.rows_A, group.in_features, place, first_values(group, init_weights, activation)[0])
             for (group, _), place in zip(plan.blocks, on_A, strict=True)
         )
         self.lily_B[adapter] = nn.ParameterList(
-            _shared(g.num_B * g.r, g.out_features, place, zero=init_weights)
+            _shared(g.num_B * g.r, g.out_features, place, first_values(g, init_weights, activation)[1])
             for g, place in zip(plan.groups, on_B, strict=True)
         )
 
@@ -172,11 +182,27 @@ def bank_of(model: nn.Module) -> LilyBank:
     return bank
 
 
-def _shared(rows: int, columns: int, place: Placement, zero: bool) -> nn.Parameter:
+Fill = Callable[[Tensor], Tensor]
+
+
+def first_values(group: Group, init_weights: bool, activation: str) -> tuple[Fill, Fill]:
+    """How the A and the B of a group start: A Kaiming-uniform and B zero, so that the update is zero.
+
+    An embedding's A starts at zero and its B as standard normal numbers, as LoRA's do: A has a column for every row of
+    the embedding, and those of rows that training never looks up must not move with B. (After ReLU, whose gradient at
+    zero is zero, that A would never learn.)
+    """
+    if not init_weights:
+        return _kaiming, _kaiming
+    if group.kind == EMBEDDING and activation != "relu":
+        return nn.init.zeros_, nn.init.normal_
+    return _kaiming, nn.init.zeros_
+
+
+def _kaiming(weight: Tensor) -> Tensor:
+    return nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+
+
+def _shared(rows: int, columns: int, place: Placement, fill: Fill) -> nn.Parameter:
     device, dtype = place
-    weight = torch.empty(rows, columns)
-    if zero:
-        nn.init.zeros_(weight)
-    else:
-        nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
-    return nn.Parameter(weight.to(device, dtype))
+    return nn.Parameter(fill(torch.empty(rows, columns)).to(device, dtype))

@@ -20,7 +20,8 @@ from typing import Any
 
 from lily.config import DYNAMIC, ROUTINGS
 from lily.errors import LilyError
-from lily.plan import ModuleSpec, SharingPlan, router_size, target_name
+from lily.kinds import EMBEDDING, PARAMETERS, ModuleSpec
+from lily.plan import SharingPlan, group_key, router_size
 
 DEFAULT_RANK = 32  # the paper's rank for encoders and vision transformers, and stock PEFT's default
 LAYERS_PER_A = 14  # Hugging Face's best run: 28 layers, two A
@@ -50,8 +51,30 @@ def parse_count(value: str | int) -> int:
 
 
 def lora_parameters(modules: Sequence[ModuleSpec], r: int) -> int:
-    """Parameters of LoRA of rank `r` on these layers: `r * (in + out)` each."""
-    return r * sum(m.in_features + m.out_features for m in modules)
+    """Parameters of LoRA of rank `r` on these layers: `r * (in + out)` each, and for each of stacked experts."""
+    return r * sum(m.experts * (m.in_features + m.out_features) for m in modules)
+
+
+def lora_compute(modules: Sequence[ModuleSpec], r: int, tokens: int) -> float:
+    """Multiply-adds of LoRA of rank `r`, as a share of these layers' own; see `Compute`.
+
+    Args:
+        modules: the layers.
+        r: LoRA's rank.
+        tokens: of a batch, for which the update of a parameter is computed once.
+    """
+    extra = sum(_lora_of(m, r, tokens) for m in modules)
+    return extra / sum(_base_of(m.kind, m.in_features, m.out_features) * m.experts for m in modules)
+
+
+def _lora_of(m: ModuleSpec, r: int, tokens: int) -> float:
+    if m.kind in PARAMETERS:
+        return m.experts * r * m.in_features * m.out_features / tokens
+    return r * ((0 if m.kind == EMBEDDING else m.in_features) + m.out_features)
+
+
+def _base_of(kind: str, in_features: int, out_features: int) -> int:
+    return (1 if kind == EMBEDDING else in_features) * out_features
 
 
 def equal_lora_rank(modules: Sequence[ModuleSpec], parameters: int) -> int:
@@ -202,8 +225,10 @@ def _not_both(**values: int | None) -> None:
 
 
 def _shapes(modules: Sequence[ModuleSpec], targets: object) -> list[_Shape]:
-    layers = Counter((target_name(m.name, targets), m.in_features, m.out_features) for m in modules)
-    return [_Shape(*key, count) for key, count in layers.items()]
+    layers: Counter[ModuleSpec] = Counter()
+    for m in modules:
+        layers[group_key(m, targets)] += m.experts
+    return [_Shape(key.name, key.in_features, key.out_features, count) for key, count in layers.items()]
 
 
 def _parameters(shapes: Sequence[_Shape], r: int, sharing: _Sharing, routing: str) -> int:
@@ -315,15 +340,17 @@ def _why_rank(shapes: Sequence[_Shape], rank: int, given: int | None, budget: in
 
 @dataclass(frozen=True)
 class Compute:
-    """Multiply-adds per token, summed over the adapted layers.
+    """Multiply-adds per token (of a convolution: per pixel), summed over the adapted layers.
 
     Attributes:
-        base: the frozen layers: in * out.
-        down: h = x A^T: r * in.
+        base: the frozen layers: in * out; of an embedding, which looks up, out.
+        down: h = x A^T: r * in; of an embedding 0.
         router: h R^T: r * num_B with dynamic routing and more than one expert, else 0.
         expand_first: concat(w_e h) concat(B_e): num_B * r * out.
         combine_first: h (sum w_e B_e): r * out, and `combine` for every distinct w.
         combine: sum w_e B_e: num_B * r * out per combination; 0 with one expert.
+        parameters: the updates of adapted parameters, num_B * r * out + r * in * out for each matrix, once for all
+            tokens of the batch; all experts count, in `base` too.
         tokens_per_combine: how many tokens share one combination: 1 (token), the tokens of a sample (sequence) or
             of the batch (all others).
         form: the cheaper form, `expand-first` or `combine-first`.
@@ -338,6 +365,7 @@ class Compute:
     expand_first: int
     combine_first: int
     combine: int
+    parameters: int
     tokens_per_combine: int
     form: str
     share: float
@@ -384,6 +412,7 @@ def estimate(
         adapter     = 16 * parameters               # weight, gradient and Adam's two moments
         activations = batch * tokens * (weight_bytes * sum over all linear layers of (in + out)
                                         + 4 * sum over adapted layers of (r + num_B))
+                      + weight_bytes * sum over adapted parameters of in * out    # the updated weights
 
     The activations are a rough figure: every linear layer's input and output counts once, which stands for what the
     layers around it keep; attention scores, dropout masks and the allocator's slack are not in it.
@@ -404,29 +433,32 @@ def estimate(
     _require(modules)
     _positive(batch=batch, tokens=tokens)
     if base_parameters is None:
-        base_parameters = sum(m.in_features * m.out_features for m in modules)
+        base_parameters = sum(m.experts * m.in_features * m.out_features for m in modules)
     trained = plan.parameters.total
     weights, adapter = weight_bytes * base_parameters if base_bytes is None else base_bytes, 16 * trained
     wide = sum(m.in_features + m.out_features for m in (modules if linear is None else linear))
-    hidden = sum(len(g.members) * (g.r + g.num_B) for g in plan.groups)
-    activations = batch * tokens * (weight_bytes * wide + 4 * hidden)
+    hidden = sum(len(g.members) * (g.r + g.num_B) for g in plan.groups if g.kind not in PARAMETERS)
+    updated = sum(len(g.members) * g.in_features * g.out_features for g in plan.groups if g.kind in PARAMETERS)
+    activations = batch * tokens * (weight_bytes * wide + 4 * hidden) + weight_bytes * updated
     memory = Memory(weights, adapter, activations, weights + adapter + activations)
     return Estimate(_compute(plan, batch, tokens), 4 * trained, memory)
 
 
 def _compute(plan: SharingPlan, batch: int, tokens: int) -> Compute:
-    layers = [(g, len(g.members)) for g in plan.groups]
-    base = sum(n * g.in_features * g.out_features for g, n in layers)
-    down = sum(n * g.r * g.in_features for g, n in layers)
+    counted = [(g, len(g.members)) for g in plan.groups]
+    layers = [(g, n) for g, n in counted if g.kind not in PARAMETERS]
+    base = sum(n * _base_of(g.kind, g.in_features, g.out_features) for g, n in counted)
+    down = sum(n * g.r * g.in_features for g, n in layers if g.kind != EMBEDDING)
+    updates = sum(n * g.r * g.out_features * (g.num_B + g.in_features) for g, n in counted if g.kind in PARAMETERS)
     router = sum(n * g.r * g.num_B for g, n in layers if g.num_B > 1 and plan.routing in DYNAMIC)
     expand = sum(n * g.num_B * g.r * g.out_features for g, n in layers)
     shared = sum(n * g.r * g.out_features for g, n in layers)
     combine = sum(n * g.num_B * g.r * g.out_features for g, n in layers if g.num_B > 1)
     per_combine = {"token": 1, "sequence": tokens}.get(plan.routing, batch * tokens)
     by_form = {
-        "expand-first": (down + router + expand) / base,
-        "combine-first": (down + router + shared + combine / per_combine) / base,
+        "expand-first": (down + router + expand + updates / (batch * tokens)) / base,
+        "combine-first": (down + router + shared + combine / per_combine + updates / (batch * tokens)) / base,
     }
     form = min(by_form, key=lambda name: by_form[name])
     shares = (by_form[form], *by_form.values())
-    return Compute(base, down, router, expand, shared, combine, per_combine, form, *shares)
+    return Compute(base, down, router, expand, shared, combine, updates, per_combine, form, *shares)

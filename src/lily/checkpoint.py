@@ -7,6 +7,9 @@ Written: stock PEFT's names, each shared tensor once, under the first layer that
     <layer>.lily_router.weight  (experts, r)         token, sequence and batch routing
     <layer>.lily_logits         (experts,)           static routing
 
+A convolution's A is (r, channels * height * width), an embedding's (r, rows). Of a parameter that stacks the experts of
+a mixture, `<layer>` is its name; its A are one tensor, one below the other, and its logits (stacked, experts).
+
 Read: that; stock's, which repeats shared tensors under every layer; and the paper repository's (`lily_lp` for A,
 `lily_hp` for B, as a parameter (experts, r, out) or a linear layer's weight). Who shares what is known from the plan,
 never guessed from memory addresses. Only where stock would group these layers otherwise (under a regular expression,
@@ -24,7 +27,8 @@ from torch import Tensor
 
 from lily.bank import BANK
 from lily.errors import LilyError
-from lily.plan import Group, ModuleSpec, SharingPlan, router_size
+from lily.kinds import ModuleSpec
+from lily.plan import Group, SharingPlan, router_size
 
 PREFIX = "base_model.model."
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
@@ -64,7 +68,7 @@ def dump(state: Mapping[str, Tensor], adapter: str, plan: SharingPlan, every_lay
     Returns:
         Names as in the module's docstring, with `.{adapter}` inserted where PEFT expects to remove it.
     """
-    clean = {_unwrapped(key): value for key, value in state.items()}
+    clean = {unwrapped(key): value for key, value in state.items()}
     marker = f"{BANK}.lily_A.{adapter}."
     root = next((key.partition(marker)[0] for key in clean if marker in key), None)
     if root is None:
@@ -74,7 +78,7 @@ def dump(state: Mapping[str, Tensor], adapter: str, plan: SharingPlan, every_lay
         for name in block if every_layer else block[:1]:
             out[f"{root}{name}.lily_A.{adapter}.weight"] = clean[f"{root}{BANK}.lily_A.{adapter}.{number}"]
     for number, group in enumerate(plan.groups):
-        for name in group.members if every_layer else group.members[:1]:
+        for name in group.layers if every_layer else group.layers[:1]:
             out[f"{root}{name}.lily_B.{adapter}.weight"] = clean[f"{root}{BANK}.lily_B.{adapter}.{number}"]
     for name in plan.slots:
         for key in (f"{root}{name}.lily_router.{adapter}.weight", f"{root}{name}.lily_logits.{adapter}"):
@@ -83,7 +87,8 @@ def dump(state: Mapping[str, Tensor], adapter: str, plan: SharingPlan, every_lay
     return out
 
 
-def _unwrapped(key: str) -> str:
+def unwrapped(key: str) -> str:
+    """A name without the parts that wrappers (FSDP, compile) put into it."""
     for wrapper in WRAPPERS:
         key = key.replace(wrapper, "")
     return key
@@ -116,7 +121,7 @@ def parse(state: Mapping[str, Tensor], plan: SharingPlan, settled: float | None 
             )
         raise Regrouped(regrouped)
     A = {i: _shared(found["A"], block, f"A of {block[0]}") for i, (_, block) in enumerate(plan.blocks)}
-    B = {i: _shared(found["B"], g.members, f"B of {g.name}") for i, g in enumerate(plan.groups)}
+    B = {i: _shared(found["B"], g.layers, f"B of {g.name}") for i, g in enumerate(plan.groups)}
     parts: Found = {"router": {}, "logits": {}}
     for name in plan.slots:
         group = plan.group_of(name)
@@ -171,7 +176,7 @@ def _collect(state: Mapping[str, Tensor], plan: SharingPlan) -> tuple[Found, dic
     found: Found = {"A": {}, "B": {}, "router": {}, "logits": {}}
     other: dict[str, Tensor] = {}
     for key, tensor in state.items():
-        match = KEY.match(_unwrapped(key))
+        match = KEY.match(unwrapped(key))
         if match is None:
             other[key] = tensor
             continue
@@ -188,10 +193,10 @@ def _collect(state: Mapping[str, Tensor], plan: SharingPlan) -> tuple[Found, dic
 
 def _checked(key: str, tensor: Tensor, part: str, group: Group) -> Tensor:
     expected = {
-        "A": (group.r, group.in_features),
+        "A": (group.rows_A, group.in_features),
         "B": (group.num_B * group.r, group.out_features),
         "router": (group.num_B, group.r),
-        "logits": (group.num_B,),
+        "logits": group.logits_shape,
     }[part]
     if part == "B" and tuple(tensor.shape) == (group.num_B, group.r, group.out_features):
         tensor = tensor.reshape(expected)  # the paper's nn.Parameter form
@@ -218,7 +223,7 @@ def _equal(x: Tensor, y: Tensor) -> bool:
 
 def _contradiction(found: Found, plan: SharingPlan) -> tuple[str, str, str] | None:
     """A part and two layers that share it in the plan and not in the file; None: there are none."""
-    for part, shares in (("A", [b for _, b in plan.blocks]), ("B", [g.members for g in plan.groups])):
+    for part, shares in (("A", [b for _, b in plan.blocks]), ("B", [g.layers for g in plan.groups])):
         for layers in shares:
             copies = [name for name in layers if name in found[part]]
             for name in copies[1:]:
@@ -239,10 +244,10 @@ def _plan_of(found: Found, plan: SharingPlan) -> SharingPlan:
             "own: either the base model is another one (of another depth, say) than the adapter was trained on, or the "
             "file is damaged; load it on its own base model, or save the adapter again"
         )
-    by_shape: dict[tuple[int, int, int], list[str]] = {}
+    by_shape: dict[tuple[object, ...], list[str]] = {}
     for name in plan.slots:
         group = plan.group_of(name)
-        by_shape.setdefault((group.in_features, group.out_features, group.r), []).append(name)
+        by_shape.setdefault((group.kind, group.shape, group.r), []).append(name)
     order = {name: i for i, name in enumerate(plan.slots)}
     groups = []
     for names in by_shape.values():
@@ -267,4 +272,4 @@ def _classes(names: list[str], tensors: dict[str, Tensor]) -> list[list[str]]:
 
 def specs_of(plan: SharingPlan) -> list[ModuleSpec]:
     """The layers of a plan."""
-    return [ModuleSpec(name, plan.group_of(name).in_features, plan.group_of(name).out_features) for name in plan.slots]
+    return [spec for group in plan.groups for spec in group.specs]

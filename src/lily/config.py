@@ -42,13 +42,17 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
         scaling: multiplies the update directly (there is no `alpha / r`). Finite and not zero.
         routing: what the expert weights depend on: `token`, `sequence`, `batch`, `static` or `uniform`. Default:
             `token` for causal models (`task_type` CAUSAL_LM or SEQ_2_SEQ_LM, or a model that is causal or a
-            state-space model), else `sequence`. A configuration written by stock PEFT has no such key and means
-            `batch`, as does a plain `peft.LilyConfig`.
+            state-space model), else `sequence`; with `target_parameters`, `static`. A configuration written by stock
+            PEFT has no such key and means `batch`, as does a plain `peft.LilyConfig`.
         dropout: probability, on the hidden state of rank r, in [0, 1).
         activation: between A and B: `none`, `relu`, `gelu` or `silu`.
         target_modules: names (suffixes at a dot boundary), a regular expression, or `"all-linear"`. Default: by
             architecture, as for LoRA.
         exclude_modules: names or a regular expression to leave out.
+        target_parameters: names of parameters to adapt (suffixes at a dot boundary), as LoRA has it: matrices, and the
+            stacked weights of a mixture's experts, such as `experts.gate_up_proj`. Their update must be a matrix, so
+            the routing is `static` (the default then) or `uniform`, or `num_B` is 1. `target_modules=[]` beside it
+            means no layers; leaving it out means those of the architecture, where they are known.
         layers_to_transform: layer indices to adapt; with names in `target_modules` only.
         layers_pattern: name of the layer list, with `layers_to_transform`.
         rank_pattern: rank for modules that match a name or regular expression. Ranks inside one group must agree.
@@ -74,6 +78,9 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
     )
     dropout: float = field(default=0.0, metadata={"help": "Dropout probability on the hidden state of rank r."})
     activation: str = field(default="none", metadata={"help": "Between A and B: none, relu, gelu or silu."})
+    target_parameters: list[str] | None = field(
+        default=None, metadata={"help": "Names of parameters to adapt, such as stacked weights of experts."}
+    )
     rank_pattern: dict[str, int] | None = field(
         default_factory=dict, metadata={"help": "Rank for modules that match a name or regular expression."}
     )
@@ -108,7 +115,7 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
         self.layers_by_name: dict[str, int] | None = None
         self.stock_grouping = False
         if self.routing is None:
-            self.routing = "batch" if from_file else "token" if self.task_type in CAUSAL_TASKS else "sequence"
+            self.routing = "batch" if from_file else self.default_routing(self.task_type in CAUSAL_TASKS)
         if self.stride_A is None and self.num_A is None:
             self.stride_A = 1
         self.rank_pattern = self.rank_pattern or {}
@@ -116,6 +123,10 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), (list, tuple)):
                 setattr(self, name, set(getattr(self, name)))
+
+    def default_routing(self, causal: bool) -> str:
+        """What the routing is where none is asked for, on a model that is `causal` or not."""
+        return "static" if self.target_parameters else "token" if causal else "sequence"
 
     @property
     def dynamic(self) -> bool:
@@ -193,6 +204,8 @@ def stock_refusal(config: LilyConfig) -> str | None:
         return "rank_pattern"
     if config.bias != "none":
         return f"bias={config.bias}"
+    if config.target_parameters:
+        return "target_parameters"
     if config.stride_A is None and config.resolved_stride is None:
         return "num_A with groups of different sizes"
     return None
@@ -244,6 +257,7 @@ def _check(c: LilyConfig) -> None:
     if not isinstance(c.init_weights, bool):
         raise LilyError(f"init_weights={c.init_weights!r} is not a bool; give True (B starts at zero) or False")
     _check_names(c)
+    _check_parameters(c)
     _check_layers(c)
     _check_rank_pattern(c)
 
@@ -279,10 +293,35 @@ def _check_names(c: LilyConfig) -> None:
             raise LilyError(
                 f"{name}={value!r} is not valid; give a list of module names, a regular expression or 'all-linear'"
             )
-        elif name == "target_modules" and not value:
+        elif name == "target_modules" and not value and not c.target_parameters:
             raise LilyError(f"target_modules is empty; {TARGETS_HINT}")
     if c.modules_to_save is not None and not _is_names(c.modules_to_save):
         raise LilyError(f"modules_to_save={c.modules_to_save!r} is not a list of names; write ['classifier']")
+
+
+def _check_parameters(c: LilyConfig) -> None:
+    if c.target_parameters is None:
+        return
+    if not _is_names(c.target_parameters):
+        raise LilyError(
+            f"target_parameters={c.target_parameters!r} is not a list of names; write ['experts.gate_up_proj', "
+            "'experts.down_proj']"
+        )
+    c.target_parameters = sorted(set(c.target_parameters)) or None
+    if c.target_parameters is None:
+        return
+    apart = "or train the parameters with an adapter of their own, as a second one"
+    if c.num_B > 1 and c.routing in DYNAMIC:
+        raise LilyError(
+            f"routing={c.routing!r} looks at tokens, and those that reach target_parameters are not seen; use "
+            f"routing='static' (the default with target_parameters), 'uniform' or num_B=1, {apart}"
+        )
+    if c.activation != "none" or c.dropout:
+        wrong, fix = ("activation", "'none'") if c.activation != "none" else ("dropout", "0")
+        raise LilyError(
+            f"{wrong}={getattr(c, wrong)!r} acts on hidden states, and target_parameters have none: their update is "
+            f"added to the weight; use {wrong}={fix}, {apart}"
+        )
 
 
 def _is_names(value: object) -> bool:

@@ -25,9 +25,14 @@ from torch import Tensor, nn
 from lily._version import __version__
 from lily.adapted import Adapted, find
 from lily.config import LilyConfig
+from lily.conv import Conv2d
 from lily.errors import LilyError
 from lily.files import new_folder, write_text
+from lily.kinds import CONV2D, EMBEDDING, EXPERTS, LINEAR, MATRIX, PARAMETERS
 from lily.layer import Factors, LilyLayer
+from lily.parameters import NESTED
+from lily.plan import Group
+from lily.targets import select_parameters
 
 PROVENANCE = "lily_provenance.json"
 PREFIX = "base_model.model."
@@ -46,6 +51,7 @@ class Target:
         modules_to_save: whether it reads modules saved whole.
         biases: whether it reads trained biases.
         blocks_only: whether it adapts the linear layers of the numbered blocks only, so no output layer.
+        kinds: of what it adapts; see `lily.kinds`.
     """
 
     ranks: tuple[int, ...] = ()
@@ -53,13 +59,14 @@ class Target:
     modules_to_save: bool = True
     biases: bool = True
     blocks_only: bool = False
+    kinds: tuple[str, ...] = (LINEAR,)
 
 
 TARGETS = {
-    "peft": Target(),
+    "peft": Target(kinds=(LINEAR, CONV2D, EMBEDDING, MATRIX, EXPERTS)),
     "vllm": Target(VLLM_RANKS, uniform=True, modules_to_save=False, biases=False, blocks_only=True),
     "llama.cpp": Target(uniform=True, modules_to_save=False, biases=False),
-    "diffusers": Target(uniform=True, modules_to_save=False, biases=False),
+    "diffusers": Target(uniform=True, modules_to_save=False, biases=False, kinds=(LINEAR, CONV2D)),
 }
 
 
@@ -68,16 +75,21 @@ class Layer:
     """One layer of an exported LoRA.
 
     Attributes:
-        A: (rank, in).
-        B: (out, rank).
+        A: (rank, in), or (experts, rank, in).
+        B: (out, rank), or (experts, out, rank).
         scale: what the reader multiplies by, alpha / rank.
-        energy: share of the update's squared norm that is kept; 1 is all of it.
+        energy: share of the update's squared norm that is kept (of experts, the least); 1 is all of it.
     """
 
     A: Tensor
     B: Tensor
     scale: float
     energy: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        """Rows of A, columns of B."""
+        return self.A.shape[-2]
 
 
 @dataclass(frozen=True)
@@ -86,6 +98,7 @@ class LoraExport:
 
     Attributes:
         layers: name -> its matrices.
+        groups: name -> the group that the layer was in.
         rank: the largest rank.
         config: PEFT's configuration of it.
         other: biases and modules saved whole, by their names in the file.
@@ -94,6 +107,7 @@ class LoraExport:
     """
 
     layers: dict[str, Layer]
+    groups: dict[str, Group]
     rank: int
     config: LoraConfig
     other: dict[str, Tensor]
@@ -115,9 +129,33 @@ class LoraExport:
         """The file's entries."""
         out = dict(self.other)
         for name, layer in self.layers.items():
-            out[f"{PREFIX}{name}.lora_A.weight"] = layer.A.contiguous()
-            out[f"{PREFIX}{name}.lora_B.weight"] = layer.B.contiguous()
+            for key, tensor in lora_entries(name, layer, self.groups).items():
+                out[f"{PREFIX}{key}"] = tensor.contiguous()
         return out
+
+
+def lora_entries(name: str, layer: Layer, groups: Mapping[str, Group]) -> dict[str, Tensor]:
+    """One layer's entries of a file, as PEFT's LoRA lays out a layer of that kind.
+
+    Source: `peft.tuners.lora.layer` (`_ConvNd`, `Embedding`, `ParamWrapper`).
+
+    Args:
+        name: of the layer.
+        layer: its matrices.
+        groups: of all layers, in the model's order: adapted parameters of one module are nested, the last outermost.
+    """
+    group, A, B = groups[name], layer.A, layer.B
+    if group.kind == CONV2D:
+        A, B = A.view(-1, *group.shape[1:]), B.view(*B.shape, 1, 1)
+    elif group.kind == EMBEDDING:
+        return {f"{name}.lora_embedding_A": A, f"{name}.lora_embedding_B": B}
+    elif group.kind in PARAMETERS:
+        module = name.rpartition(".")[0]
+        beside = [n for n, g in groups.items() if g.kind in PARAMETERS and n.rpartition(".")[0] == module]
+        name = module + NESTED * (len(beside) - 1 - beside.index(name))
+        if group.kind == EXPERTS:  # A expert by expert, B with the experts innermost
+            A, B = A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
+    return {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
 
 
 def as_lora(
@@ -168,10 +206,10 @@ def as_lora(
             f"rank {rank} keeps too little of {len(poor)} of {len(layers)} layers (least: {poor[worst]:.1%} of the "
             f"energy of {worst}; the tolerance is {1 - tolerance:.1%}); give a larger rank, or force"
         )
-    largest = max(layer.A.shape[0] for layer in layers.values())
+    largest = max(layer.rank for layer in layers.values())
     rank_to = _padded_rank(largest, target, wanted)
     layers = {
-        name: _finished(layer, rank_to if wanted.uniform or wanted.ranks else layer.A.shape[0], dtype, wanted.uniform)
+        name: _finished(layer, rank_to if wanted.uniform or wanted.ranks else layer.rank, dtype, wanted.uniform)
         for name, layer in layers.items()
     }
     config = _lora_config(found, layers, rank_to)
@@ -183,7 +221,8 @@ def as_lora(
     }  # fmt: skip
     if rank is not None and rank < own:
         facts["energies"] = {name: layer.energy for name, layer in layers.items()}
-    return LoraExport(layers, rank_to, config, other, facts, _component(found.root))
+    groups = {name: found.plan.group_of(name) for name in found.layers}
+    return LoraExport(layers, groups, rank_to, config, other, facts, _component(found.root))
 
 
 def _origin(found: Adapted, kind: str, further: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -210,6 +249,18 @@ def _check_readable(target: str, wanted: Target, found: Adapted, other: Mapping[
         )
     if found.config.bias != "none" and not wanted.biases:
         raise LilyError(f"{target} reads no trained biases (bias={found.config.bias!r}); export --to merged instead")
+    strange = next((n for n in found.layers if found.plan.group_of(n).kind not in wanted.kinds), None)
+    if strange is not None:
+        raise LilyError(
+            f"{target} reads LoRAs of {' and '.join(wanted.kinds)} layers, and {strange} is of the kind "
+            f"{found.plan.group_of(strange).kind}; export --to merged instead, or a LoRA for PEFT"
+        )
+    for name, layer in found.layers.items():
+        if isinstance(layer, Conv2d) and (more := layer.beyond_lora()) is not None:
+            raise LilyError(
+                f"{target} reads a LoRA of a convolution as one without {more}, which {name} has; export --to merged "
+                "instead, or train without it (exclude_modules)"
+            )
     outside = [name for name in found.layers if not any(part.isdigit() for part in name.split("."))]
     if outside and wanted.blocks_only:
         raise LilyError(
@@ -230,17 +281,17 @@ def saved_modules(config: LilyConfig) -> list[str] | None:
 
 def _cut(f: Factors, rank: int | None) -> Layer:
     """A layer's update at its own rank, exactly, or at a smaller one by a truncated SVD of its two thin factors."""
-    r = f.A.shape[0]
+    r = f.A.shape[-2]
     if rank is None or rank >= r:
-        return Layer(f.A, f.B.T, f.scaling)
-    q_in, r_in = torch.linalg.qr(f.A.T.double())  # (in, r)
-    q_out, r_out = torch.linalg.qr(f.B.T.double())  # (out, r)
-    u, s, v = torch.linalg.svd(r_out @ r_in.T)
-    total = s.square().sum()
-    energy = float(s[:rank].square().sum() / total) if total > 0 else 1.0
-    root = s[:rank].sqrt()
-    A = (q_in @ (v[:rank].T * root)).T
-    B = q_out @ (u[:, :rank] * root)
+        return Layer(f.A, f.B.mT, f.scaling)
+    q_in, r_in = torch.linalg.qr(f.A.mT.double())  # (..., in, r)
+    q_out, r_out = torch.linalg.qr(f.B.mT.double())  # (..., out, r)
+    u, s, v = torch.linalg.svd(r_out @ r_in.mT)
+    total, kept = s.square().sum(-1), s[..., :rank].square().sum(-1)
+    energy = float(torch.where(total > 0, kept / total, 1.0).min())
+    root = s[..., :rank].sqrt()
+    A = (q_in @ (v[..., :rank, :].mT * root.unsqueeze(-2))).mT
+    B = q_out @ (u[..., :rank] * root.unsqueeze(-2))
     return Layer(A.to(f.A.dtype), B.to(f.B.dtype), f.scaling, energy)
 
 
@@ -257,9 +308,8 @@ def _padded_rank(rank: int, target: str, wanted: Target) -> int:
 
 def _finished(layer: Layer, rank: int, dtype: torch.dtype | None, uniform: bool) -> Layer:
     """Padded with zeros to `rank`; the scaling as an alpha that is a whole number, else inside B."""
-    missing = rank - layer.A.shape[0]
-    A = torch.cat([layer.A, layer.A.new_zeros(missing, layer.A.shape[1])])
-    B = torch.cat([layer.B, layer.B.new_zeros(layer.B.shape[0], missing)], dim=1)
+    missing = rank - layer.rank
+    A, B = nn.functional.pad(layer.A, (0, 0, 0, missing)), nn.functional.pad(layer.B, (0, missing))
     scale = layer.scale
     if uniform or not (scale * rank).is_integer() or scale <= 0:
         B, scale = B * scale, 1.0
@@ -268,13 +318,14 @@ def _finished(layer: Layer, rank: int, dtype: torch.dtype | None, uniform: bool)
 
 def _lora_config(found: Adapted, layers: Mapping[str, Layer], rank: int) -> LoraConfig:
     config = found.config
-    ranks = {name: layer.A.shape[0] for name, layer in layers.items()}
+    ranks = {name: layer.rank for name, layer in layers.items()}
     alphas = {name: round(layer.scale * ranks[name]) for name, layer in layers.items()}
     alpha = alphas[next(n for n, r in ranks.items() if r == rank)]
     return LoraConfig(
         r=rank,
         lora_alpha=alpha,
-        target_modules=_targets(found),
+        target_modules=_target_modules(found),
+        target_parameters=_target_parameters(found),
         rank_pattern={n: r for n, r in ranks.items() if r != rank},
         alpha_pattern={n: a for n, a in alphas.items() if a != alpha},
         fan_in_fan_out=any(type(m.get_base_layer()).__name__ == "Conv1D" for m in found.layers.values()),
@@ -287,11 +338,23 @@ def _lora_config(found: Adapted, layers: Mapping[str, Layer], rank: int) -> Lora
     )
 
 
-def _targets(found: Adapted) -> list[str]:
+def _target_modules(found: Adapted) -> list[str]:
     """The shortest names that mean these layers and no others."""
-    inside = tuple(f"{name}." for name in found.layers)
-    others = [n for n, _ in found.root.named_modules() if n and n not in found.layers and not n.startswith(inside)]
-    return sorted(_find_minimal_target_modules(list(found.layers), others))
+    layers = [name for name in found.layers if found.plan.group_of(name).kind not in PARAMETERS]
+    if not layers:
+        return []
+    inside = tuple(f"{name}." for name in layers)
+    others = [n for n, _ in found.root.named_modules() if n and n not in layers and not n.startswith(inside)]
+    return sorted(_find_minimal_target_modules(layers, others))
+
+
+def _target_parameters(found: Adapted) -> list[str] | None:
+    """The names of the adapted parameters, or `module.parameter` of them where no others are called that."""
+    names = [name for name in found.layers if found.plan.group_of(name).kind in PARAMETERS]
+    short = sorted({".".join(name.split(".")[-2:]) for name in names})
+    if names and {spec.name for spec in select_parameters(found.root, short)} == set(names):
+        return short
+    return names or None
 
 
 def _other(model: nn.Module, found: Adapted, frozen: bool = True) -> dict[str, Tensor]:
@@ -366,7 +429,7 @@ def _pipeline_state(export: LoraExport, component: str | None) -> dict[str, Tens
             "which part of a pipeline this LoRA is for cannot be read off the adapted model; "
             "name it: write_lora(..., layout='diffusers', component='unet') or 'transformer'"
         )
-    plain = all(layer.scale == 1 and layer.A.shape[0] == export.rank for layer in export.layers.values())
+    plain = all(layer.scale == 1 and layer.rank == export.rank for layer in export.layers.values())
     if export.other or not plain:
         raise LilyError(
             "a diffusers file holds nothing but A and B of one rank, without a scale; "
@@ -469,8 +532,11 @@ def write_stock(
         return
     if config.bias != "none":
         raise LilyError(f"stock Lily trains no biases (bias={config.bias!r}); export --to lora or --to merged")
-    bases = [layer.get_base_layer() for layer in found.layers.values()]
-    other = {type(base).__name__ for base in bases if not isinstance(base, nn.Linear)}
+    other = {
+        type(layer.get_base_layer()).__name__
+        for name, layer in found.layers.items()
+        if found.plan.group_of(name).kind != LINEAR or not isinstance(layer.get_base_layer(), nn.Linear)
+    }
     if other:
         raise LilyError(f"stock Lily adapts nn.Linear only, not {', '.join(sorted(other))}; export --to lora")
     factors = {name: layer.factors(found.name) for name, layer in found.layers.items()}

@@ -6,6 +6,9 @@ Source: "Low-Rank Interconnected Adaptation across Layers" (arXiv 2407.09946), s
     p = softmax(h @ R.T)                     # R: (experts, r)       the router, one per layer
     y = base(x) + scaling * mix(h, p, B)     # B: (experts, r, out)  shared by all layers of a group
 
+A convolution and an embedding differ in the first line alone: `down_conv`, `down_embedding`. The weights of a mixture's
+experts, whose tokens nobody sees, are updated themselves, by `A.T @ static_B`.
+
 Letters: `x` input, `h` hidden (rank r), `p` expert weights per token, `w` the mixing weights that a routing makes of
 `p`, `E` experts. Leading dimensions are (batch, tokens) where a layer sees sequences.
 """
@@ -16,7 +19,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor] | None] = {
     "none": None,
@@ -27,11 +30,42 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor] | None] = {
 
 
 def down(x: Tensor, A: Tensor, activation: str = "none", dropout: float = 0.0, training: bool = False) -> Tensor:
-    """Project down: `x` (..., in) with `A` (r, in) gives `h` (..., r).
+    """Project down: `x` (..., in) with `A` (r, in) gives `h` (..., r)."""
+    return hidden(x @ A.T, activation, dropout, training)
+
+
+def down_conv(x: Tensor, A: Tensor, layer: nn.Conv2d) -> Tensor:
+    """Project down where the layer is a convolution: A is the kernel of a narrow one, and tokens are output pixels.
+
+    Args:
+        x: (batch, channels, height, width).
+        A: (r, channels * kernel height * kernel width).
+        layer: whose stride, padding and dilation count.
+
+    Returns:
+        (batch, output height, output width, r); before the activation.
+    """
+    kernel = A.view(-1, layer.in_channels, *layer.kernel_size)
+    a: Tensor = layer._conv_forward(x, kernel, None)
+    return a.movedim(1, -1)
+
+
+def down_embedding(ids: Tensor, A: Tensor, layer: nn.Embedding) -> Tensor:
+    """Project down where the layer looks up rows: the columns of `A` (r, rows) that `ids` (...) name, (..., r).
+
+    `padding_idx`, `max_norm` and `scale_grad_by_freq` of the layer hold for A too, as in PEFT's LoRA. Before the
+    activation.
+    """
+    options = (layer.padding_idx, layer.max_norm, layer.norm_type, layer.scale_grad_by_freq)
+    return F.embedding(ids, A.T, *options)
+
+
+def hidden(a: Tensor, activation: str = "none", dropout: float = 0.0, training: bool = False) -> Tensor:
+    """The hidden state h of what A made of the input, (..., r).
 
     Dropout acts on h, after the activation, so the router and the experts see the same h.
     """
-    h = x @ A.T
+    h = a
     act = ACTIVATIONS[activation]
     if act is not None:
         h = act(h)
@@ -89,7 +123,7 @@ def mix(h: Tensor, w: Tensor, B: Tensor) -> Tensor:
 
     Args:
         h: (..., r).
-        w: (E,), (batch, 1, E) or (..., E).
+        w: (E,), (batch, 1, E) (or more ones between) or (..., E).
         B: (E, r, out).
 
     Returns:
@@ -98,8 +132,10 @@ def mix(h: Tensor, w: Tensor, B: Tensor) -> Tensor:
     E, r, out = B.shape
     if w.ndim == 1:
         return h @ torch.einsum("e,ero->ro", w, B)
-    if w.ndim == 3 and w.shape[1] == 1 and h.ndim == 3 and h.shape[1] > E:
-        return torch.bmm(h, torch.einsum("be,ero->bro", w[:, 0], B))  # (batch, tokens, r) @ (batch, r, out)
+    tokens = h.shape[1:-1].numel()
+    if w.ndim == h.ndim >= 3 and w.shape[1:-1].numel() == 1 and tokens > E:
+        combined = torch.einsum("be,ero->bro", w.flatten(0, -2), B)
+        return torch.bmm(h.flatten(1, -2), combined).view(*h.shape[:-1], out)  # (batch, tokens, r) @ (batch, r, out)
     expanded = (w.unsqueeze(-1) * h.unsqueeze(-2)).flatten(-2)  # (..., E * r)
     return expanded @ B.reshape(E * r, out)
 
@@ -135,8 +171,28 @@ def lily(
     Returns:
         (..., out), of the dtype of the matrix products.
     """
-    h = down(x, A, activation, dropout, training)
+    return up(down(x, A, activation, dropout, training), B, router, routing, scaling, mask)
+
+
+def up(
+    h: Tensor, B: Tensor, router: Tensor | None, routing: str, scaling: float = 1.0, mask: Tensor | None = None
+) -> Tensor:
+    """The update (..., out) that `h` (..., r) leads to, for a layer of any kind; see `lily` for the arguments."""
     return scaling * mix(h, weights(h, B.shape[0], router, routing, mask), B)
+
+
+def static_B(B: Tensor, logits: Tensor | None) -> Tensor:
+    """The experts mixed by weights that depend on nothing.
+
+    Args:
+        B: (E, r, out).
+        logits: (E,), or (layers, E) of several layers at once; None: all experts weigh the same.
+
+    Returns:
+        (r, out), or (layers, r, out).
+    """
+    w = B.new_full(B.shape[:1], 1 / B.shape[0]) if logits is None else softmax(logits.to(B)).to(B.dtype)
+    return torch.einsum("...e,ero->...ro", w, B)
 
 
 def weights(h: Tensor, experts: int, router: Tensor | None, routing: str, mask: Tensor | None = None) -> Tensor:

@@ -1,4 +1,8 @@
-"""One adapted layer: its own router, where its shared tensors are, and one call into the mathematics."""
+"""One adapted layer: its own router, where its shared tensors are, and one call into the mathematics.
+
+Here: what layers of all kinds have in common, and the linear one. Others: `lily.conv`, `lily.embedding`,
+`lily.parameters`.
+"""
 
 from __future__ import annotations
 
@@ -38,11 +42,11 @@ class NotStaticError(LilyError):
 
 @dataclass(frozen=True)
 class Factors:
-    """The update of a layer whose routing is static: `scaling * B.T @ A`.
+    """The update of a layer whose routing is static: `scaling * B.T @ A`; of stacked experts, one each.
 
     Attributes:
-        A: (r, in).
-        B: (r, out), the experts already mixed.
+        A: (r, in), or (experts, r, in).
+        B: (r, out), or (experts, r, out), the experts of B already mixed.
         scaling: multiplies the update.
     """
 
@@ -52,8 +56,8 @@ class Factors:
 
     @property
     def delta(self) -> Tensor:
-        """The update as (out, in)."""
-        return self.scaling * (self.B.T @ self.A)
+        """The update as (out, in), or (experts, out, in)."""
+        return self.scaling * (self.B.mT @ self.A)
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,10 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
         merged_as: adapter -> how it was merged into the base weight.
         rounding: adapter -> share of its update's norm that the last merge rounded away.
         transposed: whether the base weight is (in, out), as GPT-2's `Conv1D` has it.
+        converts: whether PEFT's conversion to LoRA, which knows linear layers alone, can take it.
     """
+
+    converts = False
 
     adapter_layer_names: tuple[str, ...] = ("lily_router", "lily_logits")
     other_param_names: tuple[str, ...] = (
@@ -108,6 +115,28 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
         """The shared tensors."""
         return self._bank[0]
 
+    @property
+    def base(self) -> nn.Module:
+        """The base layer itself, whatever is around it."""
+        return self.get_base_layer()  # type: ignore[no-any-return]
+
+    @property
+    def adapted_weight(self) -> Any:
+        """The base weight that the update is for; None where the base layer has none."""
+        return weight_of(self.get_base_layer())
+
+    def name_in_plan(self, path: str) -> str:
+        """What a plan calls the layer that is at `path` in the model."""
+        return path
+
+    def acting(self) -> list[str]:
+        """The adapters that take part in a forward now. A merged one that is switched off is taken out first."""
+        if self.merged_adapters:
+            if self._disable_adapters:
+                self.unmerge()
+            return []
+        return [] if self._disable_adapters else [name for name in self.active_adapters if name in self.slots]
+
     def _get_available_adapters(self) -> set[str]:
         return set(self.slots)
 
@@ -132,10 +161,10 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
             nn.init.kaiming_uniform_(router.weight, a=math.sqrt(5))
             self.lily_router[adapter] = router
             if config.settled is not None:
-                self.lily_logits[adapter] = nn.Parameter(torch.zeros(group.num_B))
+                self.lily_logits[adapter] = nn.Parameter(torch.zeros(group.logits_shape))
         elif group.num_B > 1 and config.routing == "static":
             # Random, not zero: with equal weights all experts get equal gradients and would stay equal for ever.
-            self.lily_logits[adapter] = nn.Parameter(torch.randn(group.num_B))
+            self.lily_logits[adapter] = nn.Parameter(torch.randn(group.logits_shape))
         self._move_adapter_to_device_of_base_layer(adapter, device)
 
     def router_of(self, adapter: str) -> Tensor | None:
@@ -173,15 +202,27 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
 
         Args:
             adapter: its name; must be on this layer.
-            x: (..., in), of any floating dtype: it is cast to the adapter's, as PEFT does.
+            x: what the base layer takes; if floating, it is cast to the adapter's dtype, as PEFT does.
 
         Returns:
-            (..., out).
+            Of the shape of the base layer's output.
         """
         A, B = self.tensors_of(adapter, x.device)
-        x = self._cast_input_dtype(x, A.dtype)
-        h = functional.down(x, A, self.activation[adapter], self.dropout[adapter], self.training)
-        return self.scaling[adapter] * functional.mix(h, self._weights(adapter, h, x), B)
+        a = self._down(x, A)
+        h = functional.hidden(a, self.activation[adapter], self.dropout[adapter], self.training)
+        return self._out(self.scaling[adapter] * functional.mix(h, self._weights(adapter, h, x), B), x)
+
+    def _down(self, x: Tensor, A: Tensor) -> Tensor:
+        """What A makes of the input: (..., r), tokens and all that stands for them before r."""
+        return self._cast_input_dtype(x, A.dtype) @ A.T  # type: ignore[no-any-return]
+
+    def _out(self, update: Tensor, x: Tensor) -> Tensor:
+        """The update (..., out) in the shape of the base layer's output."""
+        return update
+
+    def _mask(self, x: Tensor, h: Tensor) -> Tensor | None:
+        """Which tokens of the input count, (batch, tokens); None: all do."""
+        return self.bank.masks.mask_for(x)
 
     def _fast(self, adapter: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, fused.How, Tensor | None] | None:
         """What `fused` needs to compute the adapter's update, or None where only the reference can."""
@@ -237,7 +278,7 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
         experts, router, routing = self.num_B[adapter], self.router_of(adapter), self.routing[adapter]
         statistics = self.statistics.get(adapter)
         settled = self.bank.settled.get(adapter) if experts > 1 else None
-        mask = self.bank.masks.mask_for(x) if routing == "sequence" or statistics is not None else None
+        mask = self._mask(x, h) if routing == "sequence" or statistics is not None else None
         if settled is None:
             w = functional.weights(h, experts, router, routing, mask)
         else:
@@ -270,19 +311,20 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
         tensors = self.tensors_of(adapter, self.bank.pair(adapter, self.slots[adapter])[1].device)
         A, B = (t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in tensors)
         logits = self.lily_logits.get(adapter) if self.num_B[adapter] > 1 else None
-        if logits is None:
-            w = B.new_full((self.num_B[adapter],), 1 / self.num_B[adapter])
-        else:
-            w = functional.softmax(logits.detach().to(B)).to(B.dtype)
         with torch.autocast(B.device.type, enabled=False):
-            return Factors(A, torch.einsum("e,ero->ro", w, B), self.scaling[adapter])
+            mixed = self._mixed(B, None if logits is None else logits.detach())
+        return Factors(A, mixed, self.scaling[adapter])
+
+    def _mixed(self, B: Tensor, logits: Tensor | None) -> Tensor:
+        """The B of each matrix of the base weight, its experts mixed by static weights."""
+        return functional.static_B(B, logits)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT's `convert_to_lora` can take this layer's adapter; see `is_static`."""
-        return adapter_name in self.slots and self.is_static(adapter_name)
+        return self.converts and adapter_name in self.slots and self.is_static(adapter_name)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The adapter's update in the base weight's own orientation: (out, in), or (in, out) for `Conv1D`.
+        """The adapter's update in the shape and orientation of the base weight.
 
         Raises:
             LilyError: if the update depends on the data.
@@ -291,7 +333,7 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
 
     def _oriented(self, factors: Factors) -> Tensor:
         with torch.autocast(factors.A.device.type, enabled=False):
-            return factors.delta.T if self.transposed else factors.delta
+            return factors.delta.mT if self.transposed else factors.delta
 
     def check_merge(self, adapter: str, safe_merge: bool = False) -> None:
         """Refuse what cannot be merged, before anything is.
@@ -305,7 +347,7 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
         """
         factors = self.factors(adapter)
         base = self.get_base_layer()
-        weight = weight_of(base)
+        weight = self.adapted_weight
         plain = type(weight) in fused.PLAIN
         # A float8 weight is quantised too: its scale is somewhere else.
         if not plain or not weight.is_floating_point() or weight.element_size() == 1:
@@ -329,7 +371,7 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
             LilyError: see `check_merge`. The weight is then as it was.
         """
         for name in self._mergeable(safe_merge, adapter_names):
-            weight, factors = self.get_base_layer().weight, self.factors(name)
+            weight, factors = self.adapted_weight, self.factors(name)
             merged, undo, error = fold(weight.data, self._wide(factors, weight))
             weight.data.copy_(merged)
             kept = replace(factors, A=factors.A.clone(), B=factors.B.clone())
@@ -351,16 +393,17 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
         if not merge:
             self.unmerge()
             return base
+        weight = self.adapted_weight
         for name in self._mergeable(safe_merge, adapter_names):
-            merged, error = add(base.weight.data, self._wide(self.factors(name), base.weight))  # type: ignore[arg-type]
-            base.weight.data.copy_(merged)  # type: ignore[operator]
+            merged, error = add(weight.data, self._wide(self.factors(name), weight))
+            weight.data.copy_(merged)
             self.rounding[name] = error
         return base
 
     def unmerge(self) -> None:
         """Take all merged adapters out of the base weight again, last in first out."""
         while self.merged_adapters:
-            name, weight = self.merged_adapters.pop(), self.get_base_layer().weight
+            name, weight = self.merged_adapters.pop(), self.adapted_weight
             record = self.merged_as.pop(name)
             self.rounding.pop(name, None)
             restored, exact = unfold(weight.data, self._wide(record.factors, weight), record.undo)
@@ -387,6 +430,8 @@ class Linear(nn.Module, LilyLayer):
         base_layer: the frozen layer.
         bank: the shared tensors.
     """
+
+    converts = True
 
     def __init__(self, base_layer: nn.Module, bank: LilyBank) -> None:
         super().__init__()
@@ -420,6 +465,32 @@ class Linear(nn.Module, LilyLayer):
         return "lily." + super().__repr__()
 
 
+class Beside(nn.Module, LilyLayer):
+    """An adapted layer whose base layer is called as it is, the updates beside it: the base of other kinds.
+
+    Args:
+        base_layer: the frozen layer.
+        bank: the shared tensors.
+    """
+
+    def __init__(self, base_layer: nn.Module, bank: LilyBank) -> None:
+        super().__init__()
+        LilyLayer.__init__(self, base_layer, bank)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What the base layer makes of `x`, and the updates, in its dtype."""
+        adapters, base = self.acting(), self.base_layer
+        if "_hf_hook" in base.__dict__:  # accelerate may run the base layer on another device than its input's
+            x = x.to(execution_device(base) or x.device)
+        result: Tensor = base(x, *args, **kwargs)
+        for adapter in adapters:
+            result = result + self.update_of(adapter, x).to(result.dtype)
+        return result
+
+    def __repr__(self) -> str:
+        return "lily." + super().__repr__()
+
+
 def is_plain(base: nn.Module, x: Tensor, dtype: torch.dtype) -> bool:
     """Whether calling `base` on `x` is nothing but a product with a frozen weight, in `dtype`, plus a bias."""
     if type(base) is not nn.Linear and type(base).__name__ != "Conv1D":
@@ -433,3 +504,9 @@ def is_plain(base: nn.Module, x: Tensor, dtype: torch.dtype) -> bool:
         return False
     hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
     return not any(hooks) and "forward" not in base.__dict__
+
+
+def layers_of(root: nn.Module) -> dict[str, LilyLayer]:
+    """All adapted layers of a model, by the names that plans have for them."""
+    found = ((path, module) for path, module in root.named_modules() if isinstance(module, LilyLayer))
+    return {layer.name_in_plan(path): layer for path, layer in found}

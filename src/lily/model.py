@@ -9,14 +9,20 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, onload_layer
 from peft.utils import TRANSFORMERS_MODELS_TO_LILY_TARGET_MODULES_MAPPING
+from peft.utils.integrations import init_empty_weights
+from peft.utils.other import _get_submodules
 from torch import Tensor, nn
 
 from lily import checkpoint
 from lily.bank import BANK, LilyBank, Settled, bank_of
 from lily.config import CAUSAL_TASKS, LilyConfig
+from lily.conv import Conv2d
+from lily.embedding import Embedding
 from lily.errors import LilyError
-from lily.layer import LilyLayer, Linear
-from lily.placement import is_spread, onload, placement
+from lily.kinds import CONV2D, EMBEDDING, LINEAR, PARAMETERS, ModuleSpec
+from lily.layer import LilyLayer, Linear, layers_of
+from lily.parameters import Parameter
+from lily.placement import Placement, is_spread, onload, placement
 from lily.plan import (
     SharingPlan,
     build_plan,
@@ -26,6 +32,9 @@ from lily.plan import (
     stock_grouping_differs,
 )
 from lily.quantised import keep_differentiable
+from lily.targets import select_targets
+
+LAYERS = {LINEAR: Linear, CONV2D: Conv2d, EMBEDDING: Embedding}
 
 # Share of an update's norm lost to the base weight's precision, from which on merging says so.
 REPORTED_ROUNDING = 0.01
@@ -61,7 +70,7 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
             LilyError: see `lily.plan.select_modules` and `lily.plan.build_plan`.
         """
         config = self.peft_config[adapter_name] = LilyConfig.from_stock(self.peft_config[adapter_name])
-        if state_dict is not None and config.target_modules is None:
+        if state_dict is not None and config.target_modules is None and not config.target_parameters:
             config.target_modules = {
                 key.rsplit(f".{self.prefix}", 1)[0].removeprefix(checkpoint.PREFIX) for key in state_dict
             }
@@ -72,12 +81,20 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         bank.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         watch_masks(model)
 
+    def _prepare_adapter_config(self, peft_config: LilyConfig, model_config: dict[str, Any]) -> LilyConfig:
+        """PEFT's choice of modules by architecture, where none are given; an unknown one needs none with parameters."""
+        known = model_config.get("model_type") in self.target_module_mapping
+        if peft_config.target_modules is None and peft_config.target_parameters and not known:
+            return peft_config
+        prepared: LilyConfig = super()._prepare_adapter_config(peft_config, model_config)
+        return prepared
+
     def _prepare_model(self, peft_config: LilyConfig, model: nn.Module) -> None:
         """PEFT's last step before it replaces a layer: decide everything here, so that nothing fails half-way."""
-        modules = select_modules(model, peft_config)
+        specs = select_targets(model, peft_config)
         _settle_routing(peft_config, model)
-        self._plan = build_plan(modules, peft_config)
-        self._places = {m.name: placement(model.get_submodule(m.name), is_spread(model)) for m in modules}
+        self._plan = build_plan(specs, peft_config)
+        self._places = {spec.name: _place(model, spec) for spec in specs}
         settle_file_format(peft_config, self._plan, model)
 
     def _create_and_replace(
@@ -90,20 +107,50 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         current_key: str,
         **_: Any,
     ) -> None:
-        if not hasattr(self.model, BANK):
-            self.model.add_module(BANK, LilyBank())
-        bank, plan = bank_of(self.model), self._plan
-        if bank.plans.get(adapter_name) is not plan:  # first layer of this adapter
-            bank.add(adapter_name, plan, self._places, peft_config.init_weights)
-            if peft_config.settled is not None:
-                bank.settled[adapter_name] = Settled(peft_config.settled)
-        layer = target if isinstance(target, LilyLayer) else Linear(target, bank)
+        bank, plan = self._bank(adapter_name, peft_config), self._plan
         group, slot, device = plan.group_of(current_key), plan.slots[current_key], self._places[current_key][0]
+        layer: Any = target if isinstance(target, LilyLayer) else LAYERS[group.kind](target, bank)
         layer.update_layer(adapter_name, group, slot, peft_config, device)
         if layer is not target:
-            if adapter_name not in self.active_adapters:
-                layer.requires_grad_(False)
-            self._replace_module(parent, target_name, layer, target)
+            self._put(layer, adapter_name, parent, target_name)
+
+    def _inject_parameters(
+        self, peft_config: LilyConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        """PEFT's step after the layers are replaced: adapt the parameters, as the plan has them."""
+        plan = self._plan
+        names = [name for group in plan.groups if group.kind in PARAMETERS for name in group.layers]
+        context = init_empty_weights if low_cpu_mem_usage else contextlib.nullcontext
+        for name in names:
+            path, _, short = name.rpartition(".")
+            parent, target, target_name = _get_submodules(model, path)
+            nest = target.nest if isinstance(target, Parameter) else []
+            found = next((layer for layer in nest if layer.weight_name == short), None)
+            with context():
+                bank = self._bank(adapter_name, peft_config)
+                layer = found or Parameter(target, bank, short)
+                group, slot, device = plan.group_of(name), plan.slots[name], self._places[name][0]
+                layer.update_layer(adapter_name, group, slot, peft_config, device)
+            if found is None:
+                self._put(layer, adapter_name, parent, target_name)
+        return names
+
+    def _bank(self, adapter_name: str, peft_config: LilyConfig) -> LilyBank:
+        """The bank, with this adapter's tensors in it."""
+        if not hasattr(self.model, BANK):
+            self.model.add_module(BANK, LilyBank())
+        bank = bank_of(self.model)
+        if bank.plans.get(adapter_name) is not self._plan:  # first layer of this adapter
+            bank.add(adapter_name, self._plan, self._places, peft_config.init_weights, peft_config.activation)
+            if peft_config.settled is not None:
+                bank.settled[adapter_name] = Settled(peft_config.settled)
+        return bank
+
+    def _put(self, layer: nn.Module, adapter_name: str, parent: nn.Module, target_name: str) -> None:
+        if adapter_name not in self.active_adapters:
+            for own in (p for name, p in layer.named_parameters() if not name.startswith("base_layer.")):
+                own.requires_grad_(False)
+        setattr(parent, target_name, layer)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's also moves the adapter to the base weight (nowhere, if that is offloaded) and wants it named `weight`.
@@ -148,7 +195,7 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
                     # the values themselves matter to the safe check only, which makes offloaded ones be read
                     with onload_layer(layer) if safe_merge else contextlib.nullcontext():
                         layer.check_merge(adapter, safe_merge)
-                    tied = names.get(id(layer.get_base_layer().weight), [])
+                    tied = names.get(id(layer.adapted_weight), [])
                     if len(tied) > 1:
                         raise LilyError(
                             f"{' and '.join(tied)} are one tensor, so merging into one would change the other; untie "
@@ -189,6 +236,8 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         as_configured = plan == build_plan(checkpoint.specs_of(plan), written)
         if config.settled == 1:  # what the routers hold is no longer used
             state_dict = {k: v for k, v in state_dict.items() if f".lily_router.{adapter_name}." not in k}
+        names = {path: name for name, path in _logits_keys(model, adapter_name).items()}
+        state_dict = {names.get(checkpoint.unwrapped(k), k): v for k, v in state_dict.items()}
         out = checkpoint.dump(state_dict, adapter_name, plan, every_layer=not as_configured)
         out.update(cls._get_learnable_bias_state_dict(model, state_dict, config))
         return out
@@ -208,10 +257,22 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         out.update({f"{root}{BANK}.lily_A.{adapter_name}.{i}": t for i, t in tensors.A.items()})
         out.update({f"{root}{BANK}.lily_B.{adapter_name}.{i}": t for i, t in tensors.B.items()})
         out.update({f"{root}{name}.lily_router.{adapter_name}.weight": t for name, t in tensors.router.items()})
-        out.update({f"{root}{name}.lily_logits.{adapter_name}": t for name, t in tensors.logits.items()})
+        keys = _logits_keys(model, adapter_name)
+        for name, t in tensors.logits.items():
+            key = f"{root}{name}.lily_logits.{adapter_name}"
+            out[keys.get(key, key)] = t
         if is_spread(model):
             bank.arrived = {key.removeprefix(root): t for key, t in out.items()}
         return out
+
+
+def _logits_keys(model: nn.Module, adapter: str) -> dict[str, str]:
+    """The logits of adapted parameters: what they are called in files -> what in the model, where they are nested."""
+    return {
+        f"{m.name_in_plan(path)}.lily_logits.{adapter}": f"{path}.lily_logits.{adapter}"
+        for path, m in ((checkpoint.unwrapped(path), m) for path, m in model.named_modules())
+        if isinstance(m, Parameter)
+    }
 
 
 def watch_masks(model: nn.Module) -> None:
@@ -254,8 +315,8 @@ def _regroup(model: nn.Module, config: LilyConfig, adapter: str, plan: SharingPl
     """Rebuild an adapter's shared tensors for another plan over the same layers."""
     bank = bank_of(model)
     old = bank.tensors(adapter)[0][0]
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LilyLayer)}
-    places = {name: placement(layers[name], is_spread(model)) for name in plan.slots}
+    layers = layers_of(model)
+    places = {spec.name: _place(model, spec) for spec in checkpoint.specs_of(plan)}
     bank.add(adapter, plan, places, init_weights=True)
     for tensors in bank.tensors(adapter):
         tensors.requires_grad_(old.requires_grad)
@@ -265,11 +326,17 @@ def _regroup(model: nn.Module, config: LilyConfig, adapter: str, plan: SharingPl
     settle_file_format(config, plan, model)
 
 
+def _place(model: nn.Module, spec: ModuleSpec) -> Placement:
+    """Where the adapter of a layer or of a parameter goes."""
+    path, _, short = spec.name.rpartition(".") if spec.kind in PARAMETERS else (spec.name, "", None)
+    return placement(model.get_submodule(path), is_spread(model), short)
+
+
 def _settle_routing(config: LilyConfig, model: nn.Module) -> None:
     """Choose the default that depends on the model, and warn of a routing that lets a causal model see ahead."""
     causal = is_causal(model)
     if config.routing_is_default:
-        config.routing = "token" if causal or config.task_type in CAUSAL_TASKS else "sequence"
+        config.routing = config.default_routing(causal or config.task_type in CAUSAL_TASKS)
     if causal and config.num_B > 1 and config.routing in ("batch", "sequence"):
         seen = "later tokens and padding" + (" and the other samples of the batch" if config.routing == "batch" else "")
         warnings.warn(
@@ -283,7 +350,11 @@ def settle_file_format(config: LilyConfig, plan: SharingPlan, model: nn.Module) 
     """Find out how the adapter can be written so that stock PEFT reads it rightly or not at all."""
     config.resolved_stride, config.layers_by_name = resolved_stride(plan, config), plan.layers_by_name
     config.stock_refusal, config.portable_targets = None, None
-    if not stock_grouping_differs(plan, config.target_modules):
+    other = next((group.kind for group in plan.groups if group.kind != LINEAR), None)
+    if other is not None:
+        config.stock_refusal = f"adapted {other} layers"
+        return
+    if not stock_grouping_differs(plan, config.target_modules or ()):
         return
     names = {group.name for group in plan.groups}
     again = copy.copy(config)

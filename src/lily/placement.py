@@ -7,16 +7,18 @@ module that holds them, and are small: they stay on the device that computes.
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
 import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook, remove_hook_from_module
 from accelerate.utils import set_module_tensor_to_device
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+
+from lily.kinds import base_of
 
 # Device and dtype that a layer's adapter takes (None: PyTorch's default dtype).
 Placement = tuple[torch.device, torch.dtype | None]
@@ -28,16 +30,17 @@ WEIGHTS = ("weight", "qweight", "W_q")
 HOLDER = re.compile(r"(^|\.)lily_(A|B|router|logits)(\.|$)")
 
 
-def placement(module: nn.Module, spread: bool = False) -> Placement:
+def placement(module: nn.Module, spread: bool = False, parameter: str | None = None) -> Placement:
     """Where a layer's adapter goes: where its base layer computes, in its weight's dtype if that is a floating one.
 
     Args:
         module: the layer, adapted or not.
         spread: whether accelerate spreads its model (`is_spread`); a weight on the meta device is then somewhere else,
             also where PEFT has taken accelerate's hooks off in order to load an adapter.
+        parameter: the name of the one that is adapted, if it is not the layer.
     """
-    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    weight = weight_of(base)
+    base = base_of(module)
+    weight = weight_of(base) if parameter is None else getattr(base, parameter)
     if weight is None:
         weight = next(chain(base.parameters(), base.buffers()))
     dtype = getattr(base, "compute_dtype", None) or weight.dtype
@@ -60,6 +63,35 @@ def execution_device(module: nn.Module) -> torch.device | None:
 def is_spread(model: nn.Module) -> bool:
     """Whether accelerate keeps weights of the model in main memory or on disk between forwards."""
     return bool({"cpu", "disk"}.intersection((getattr(model, "hf_device_map", None) or {}).values()))
+
+
+def call_with(module: nn.Module, weights: Callable[[], Mapping[str, Tensor]], args: Any, kwargs: Any) -> Any:
+    """Call a module with other tensors in the place of some of its parameters.
+
+    Args:
+        module: where accelerate keeps its weights elsewhere, they are brought in first.
+        weights: the tensors by name; called when the module's own parameters are there.
+        args: of the module.
+        kwargs: of the module.
+    """
+    hook = _hook(module)
+    if hook is None or not hook.offload:
+        with _standing_in(module, weights()):
+            return module(*args, **kwargs)
+    args, kwargs = hook.pre_forward(module, *args, **kwargs)
+    with _standing_in(module, weights()):
+        output = module._old_forward(*args, **kwargs)  # type: ignore[operator]
+    return hook.post_forward(module, output)
+
+
+@contextlib.contextmanager
+def _standing_in(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    own = {name: module._parameters[name] for name in tensors}
+    module._parameters.update(tensors)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        module._parameters.update(own)
 
 
 def onload(root: nn.Module, known: Mapping[str, Tensor] | None = None) -> None:

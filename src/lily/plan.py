@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import difflib
 import math
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +18,6 @@ from functools import cached_property
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _ExcludedModule,
-    _get_in_out_features,
     _maybe_include_all_linear_layers,
     check_target_module_exists,
 )
@@ -29,9 +27,7 @@ from torch import nn
 
 from lily.config import DYNAMIC, LilyConfig
 from lily.errors import LilyError
-
-# PEFT can size these too, but they do not compute x @ W.T on their last dimension.
-NOT_LINEAR = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.MultiheadAttention)
+from lily.kinds import EMBEDDING, EXPERTS, LINEAR, MATRIX, ModuleSpec, base_of, layer_spec
 
 # What PEFT adds to modules_to_save by itself for a task, after a plan is made and before layers are replaced.
 SAVED_HEADS = {
@@ -46,25 +42,21 @@ class NoTargetError(LilyError, NoMatchingPeftModuleError):  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
-class ModuleSpec:
-    """A linear layer to adapt: its dotted name in the model and its sizes."""
-
-    name: str
-    in_features: int
-    out_features: int
-
-
-@dataclass(frozen=True)
 class Group:
-    """Layers of one target name and one shape: they share the experts B, and each block of them shares an A.
+    """Layers of one target name, kind and shape: they share the experts B, and each block of them shares an A.
+
+    The matrices that a parameter stacks (a mixture's experts) are a group of their own: they are its members, named by
+    their index, and what they share is kept under the parameter's name, their A as one tensor.
 
     Attributes:
-        name: the target name, such as `q_proj`.
+        name: the target name, such as `q_proj`; of stacked experts the parameter's full name.
         in_features: columns of A.
         out_features: columns of B.
         r: rank.
         num_B: experts.
-        blocks: consecutive module names that share one A, in the model's order.
+        blocks: consecutive names that share one A, in the model's order.
+        kind: of its layers; see `lily.kinds.ModuleSpec`.
+        kernel: of convolutions.
     """
 
     name: str
@@ -73,11 +65,49 @@ class Group:
     r: int
     num_B: int
     blocks: tuple[tuple[str, ...], ...]
+    kind: str = LINEAR
+    kernel: tuple[int, ...] = ()
 
     @property
     def members(self) -> tuple[str, ...]:
-        """All module names of the group, in the model's order."""
+        """All names of the group, in the model's order."""
         return tuple(name for block in self.blocks for name in block)
+
+    @property
+    def kept(self) -> tuple[tuple[str, ...], ...]:
+        """For each tensor that holds A: the names of what uses it. They are the blocks, but for stacked experts."""
+        return ((self.name,),) if self.kind == EXPERTS else self.blocks
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The names of what is adapted: its members, or the parameter that stacks them."""
+        return tuple(name for block in self.kept for name in block)
+
+    @property
+    def rows_A(self) -> int:
+        """Rows of each tensor that holds A."""
+        return self.r * (len(self.blocks) if self.kind == EXPERTS else 1)
+
+    @property
+    def logits_shape(self) -> tuple[int, ...]:
+        """Of one layer's static logits: (num_B,), or (experts, num_B) of a parameter that stacks experts."""
+        return (len(self.members), self.num_B) if self.kind == EXPERTS else (self.num_B,)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the base weights: (out, in), (out, channels, height, width), (rows, out), or (experts, out, in)."""
+        if self.kernel:
+            return (self.out_features, self.in_features // math.prod(self.kernel), *self.kernel)
+        if self.kind == EMBEDDING:
+            return (self.in_features, self.out_features)
+        return (*((len(self.members),) if self.kind == EXPERTS else ()), self.out_features, self.in_features)
+
+    @property
+    def specs(self) -> list[ModuleSpec]:
+        """What `build_plan` made the group of."""
+        experts = len(self.members) if self.kind == EXPERTS else 1
+        sizes = (self.in_features, self.out_features, self.kind, self.kernel, experts)
+        return [ModuleSpec(name, *sizes) for name in self.layers]
 
     @property
     def stride(self) -> int:
@@ -123,19 +153,19 @@ class SharingPlan:
 
     @cached_property
     def slots(self) -> dict[str, Slot]:
-        """Module name -> its place among the shared tensors. A's are numbered through all groups."""
+        """Layer -> its place among the shared tensors. A's are numbered through all groups."""
         slots: dict[str, Slot] = {}
         a = 0
         for b, group in enumerate(self.groups):
-            for block in group.blocks:
+            for block in group.kept:
                 slots.update((name, Slot(a, b)) for name in block)
                 a += 1
         return slots
 
     @property
     def blocks(self) -> tuple[tuple[Group, tuple[str, ...]], ...]:
-        """(group, layers) of every A, in the order of their numbers."""
-        return tuple((group, block) for group in self.groups for block in group.blocks)
+        """(group, layers) of every tensor that holds A, in the order of their numbers."""
+        return tuple((group, block) for group in self.groups for block in group.kept)
 
     def group_of(self, name: str) -> Group:
         """The group of a module.
@@ -171,7 +201,7 @@ class SharingPlan:
             f"{total.total:,} parameters (A {total.A:,}, B {total.B:,}, router {total.router:,})"
         ]
         for g in self.groups:
-            lines.append(f"{g.name} ({g.out_features}, {g.in_features}): r={g.r}, {g.num_B} experts")
+            lines.append(f"{g.name} {g.shape}: r={g.r}, {g.num_B} experts")
             lines += [f"  A{i}: {', '.join(block)}" for i, block in enumerate(g.blocks)]
         return "\n".join(lines)
 
@@ -186,12 +216,14 @@ def router_size(routing: str, r: int, num_B: int) -> int:
 def build_plan(modules: Sequence[ModuleSpec], config: LilyConfig) -> SharingPlan:
     """Decide who shares what.
 
-    A group is one target name and one shape. The name is the module's own last name, however the module was
+    A group is one target name, one kind and one shape. The name is the module's own last name, however the module was
     selected; only where a list names it several times over (`proj` and `attn.proj`), the longest of those. Inside a
     group, layers keep their order and every `stride_A` of them share an A.
 
+    The experts that one parameter stacks are a group of their own, in the order of their index.
+
     Args:
-        modules: the layers to adapt, in the order in which the model yields them.
+        modules: the layers and parameters to adapt, in the order in which the model yields them.
         config: the adapter's configuration.
 
     Returns:
@@ -201,21 +233,31 @@ def build_plan(modules: Sequence[ModuleSpec], config: LilyConfig) -> SharingPlan
         LilyError: if `rank_pattern` gives layers of one group different ranks, or has a key that fits no layer.
     """
     _check_rank_pattern([m.name for m in modules], config)
-    members: dict[tuple[str, int, int], list[str]] = {}
+    members: dict[ModuleSpec, list[str]] = {}
     expression = config.target_modules if isinstance(config.target_modules, str) else None
     for m in modules:
         # To stock PEFT, everything that a regular expression selects is one target.
         stock = expression if config.stock_grouping else None
-        key = (stock or target_name(m.name, config.target_modules), m.in_features, m.out_features)
-        members.setdefault(key, []).append(m.name)
+        key = group_key(m, config.target_modules)
+        members.setdefault(replace(key, name=stock or key.name), []).append(m.name)
     groups = []
-    for (name, in_features, out_features), names in members.items():
+    for key, layers in members.items():
+        r = _group_rank(key.name, layers, config)
+        names = [f"{key.name}.{i}" for i in range(key.experts)] if key.kind == EXPERTS else layers
         stride = config.stride_A or math.ceil(len(names) / (config.num_A or 1))
         blocks = tuple(tuple(names[i : i + stride]) for i in range(0, len(names), stride))
-        r = _group_rank(name, names, config)
-        groups.append(Group(name, in_features, out_features, r, config.num_B, blocks))
+        groups.append(Group(key.name, key.in_features, key.out_features, r, config.num_B, blocks, key.kind, key.kernel))
     plan = SharingPlan(tuple(groups), str(config.routing))
     return replace(plan, stock_differs=stock_grouping_differs(plan, config.target_modules or ()))
+
+
+def group_key(spec: ModuleSpec, targets: object) -> ModuleSpec:
+    """What all layers of a group have in common, under the group's name; see `build_plan`."""
+    if spec.kind == EXPERTS:
+        return spec
+    if spec.kind == MATRIX:  # most are called `weight`, so that its module's name belongs to it
+        return replace(spec, name=".".join(spec.name.split(".")[-2:]))
+    return replace(spec, name=target_name(spec.name, targets))
 
 
 def target_name(module: str, targets: object) -> str:
@@ -266,12 +308,13 @@ def stock_grouping_differs(plan: SharingPlan, targets: str | Iterable[str]) -> b
     module's name ends with (as text, in the order of a set); so only lists in which exactly one name fits are safe.
     """
     seen: dict[tuple[str, int, int], int] = {}
-    for b, group in enumerate(plan.groups):
+    linear = [group for group in plan.groups if group.kind == LINEAR]  # stock adapts nothing else
+    for b, group in enumerate(linear):
         for name in group.members:
             hits = [targets] if isinstance(targets, str) else [t for t in targets if name.endswith(t)]
             if len(hits) != 1 or seen.setdefault((hits[0], group.in_features, group.out_features), b) != b:
                 return True
-    return len(seen) != len(plan.groups)
+    return len(seen) != len(linear)
 
 
 def select_modules(model: nn.Module, config: LilyConfig) -> list[ModuleSpec]:
@@ -289,12 +332,12 @@ def select_modules(model: nn.Module, config: LilyConfig) -> list[ModuleSpec]:
 
     Raises:
         NoTargetError: (a LilyError) if nothing matches, with near matches.
-        LilyError: if a match is not a linear layer, or is read by its parent without being called, or if an index in
-            `config.layers_to_transform` chooses no layer.
+        LilyError: if a match is of no kind that can be adapted, or is read by its parent without being called, or if
+            an index in `config.layers_to_transform` chooses no layer.
     """
     all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
     _maybe_include_all_linear_layers(config, model)
-    modules = dict(_own_modules(model))
+    modules = dict(own_modules(model))
     uncalled = {f"{n}.out_proj" for n, m in modules.items() if isinstance(m, nn.MultiheadAttention)}
     if all_linear and isinstance(config.target_modules, set):
         config.target_modules -= uncalled
@@ -307,7 +350,7 @@ def select_modules(model: nn.Module, config: LilyConfig) -> list[ModuleSpec]:
                 f"{name} belongs to torch.nn.MultiheadAttention, which reads its weight without calling it, so an "
                 f"adapter there would do nothing; leave it out with exclude_modules=['{name.rpartition('.')[2]}']"
             )
-        found.append(_spec(name, module))
+        found.append(layer_spec(name, module))
     if not found:
         raise _no_target(config, modules)
     _check_layer_indices(found, config)
@@ -326,7 +369,7 @@ def _check_layer_indices(found: Sequence[ModuleSpec], config: LilyConfig) -> Non
             )
 
 
-def _own_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+def own_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
     """Modules of the base model: adapted layers stand for their base layer, and adapter internals are skipped."""
     inside: list[str] = []
     for name, module in model.named_modules():
@@ -337,23 +380,6 @@ def _own_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
             if not hasattr(module, "base_layer"):
                 continue
         yield name, module
-
-
-def _spec(name: str, module: nn.Module) -> ModuleSpec:
-    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    sizes: tuple[int | None, int | None] = (None, None)
-    if not isinstance(base, NOT_LINEAR):
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            sizes = _get_in_out_features(base)
-        if any("Unsupported layer type" in str(w.message) for w in caught):
-            sizes = (None, None)
-    if sizes[0] is None or sizes[1] is None:
-        raise LilyError(
-            f"target {name} is a {type(base).__name__}, not a linear layer; Lily adapts nn.Linear (quantised ones "
-            "included) and GPT-2's Conv1D. Narrow target_modules, or leave it out with exclude_modules"
-        )
-    return ModuleSpec(name, int(sizes[0]), int(sizes[1]))
 
 
 def _no_target(config: LilyConfig, modules: dict[str, nn.Module]) -> NoTargetError:
@@ -383,7 +409,7 @@ def _no_target(config: LilyConfig, modules: dict[str, nn.Module]) -> NoTargetErr
 
 
 def _is_linear(module: nn.Module) -> bool:
-    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    base = base_of(module)
     return isinstance(base, nn.Linear) or type(base).__name__ == "Conv1D"
 
 

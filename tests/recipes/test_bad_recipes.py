@@ -111,7 +111,7 @@ WORLD: list[tuple[dict[str, Any], str]] = [
     ({"targets": "(query"}, "is not a regular expression"),
     ({"lily": {"params": "3"}}, "3 parameters are too few"),
     ({"lily": {"params": "lots"}}, "'lots'"),
-    ({"method": "lora", "targets": ["embeddings.word_embeddings"]}, "not a linear layer"),
+    ({"method": "lora", "targets": ["embeddings.LayerNorm"]}, "not a linear layer"),
 ]
 
 

@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
@@ -21,6 +22,7 @@ from rich.text import Text
 from lily.budget import parse_count
 from lily.commands.plan_report import (
     TASKS,
+    GroupReport,
     PlanReport,
     RecipeReport,
     Wish,
@@ -30,6 +32,7 @@ from lily.commands.plan_report import (
     recipe_report,
 )
 from lily.errors import LilyError
+from lily.kinds import EXPERTS
 
 TRAINED = (">>>", "<<<")  # no tokenizer's special tokens look like these, as [CLS] and <s> do like brackets
 MOST_RUNS = 8  # blocks shown in a table; --json has them all
@@ -57,16 +60,32 @@ def render_plan(report: PlanReport, console: Console) -> None:
 def _sharing_table(report: PlanReport) -> Table:
     table = Table(title="Who shares what", title_justify="left")
     table.add_column("group")
-    table.add_column("shape (out, in)")
+    table.add_column("shape (out, in)")  # of experts (experts, out, in), of an embedding (rows, out)
     table.add_column("layers", justify="right")
     table.add_column("layers that share an A", ratio=1)
     for name in ("experts", "r", "parameters"):
         table.add_column(name, justify="right")
-    for g in report.groups:
-        shape = f"({g.out_features}, {g.in_features})"
-        sharing = shorten(g.sharing)
-        table.add_row(g.name, shape, str(g.layers), sharing, str(g.num_B), str(g.r), f"{g.parameters:,}")
+    for name, alike in folded(report.groups).items():
+        g, size = alike[0], sum(group.parameters for group in alike)
+        layers = f"{len(alike)} x {g.layers}" if len(alike) > 1 else str(g.layers)
+        table.add_row(name, str(g.shape), layers, shorten(g.sharing), str(g.num_B), str(g.r), f"{size:,}")
     return table
+
+
+def folded(groups: Sequence[GroupReport]) -> dict[str, list[GroupReport]]:
+    """Groups by name; those of stacked experts, one for each layer, by their name with `*` for the layer's number."""
+    rows: dict[str, list[GroupReport]] = {}
+    for group in groups:
+        name = group.name
+        if group.kind == EXPERTS:
+            name = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+        kept = rows.setdefault(name, [])
+        same = not kept or replace(group, name=kept[0].name, blocks=kept[0].blocks) == kept[0]
+        if same and (not kept or group.kind == EXPERTS):
+            kept.append(group)
+        else:  # of another shape, in its own row
+            rows[f"{group.name} {group.shape}"] = [group]
+    return rows
 
 
 def _cost_table(report: PlanReport) -> Table:
@@ -172,6 +191,10 @@ def plan_command(
     exclude: Annotated[
         str | None, typer.Option(help="Modules to leave out: names with commas, or an expression.")
     ] = None,
+    target_parameters: Annotated[
+        str | None,
+        typer.Option(help="Parameters to adapt, such as experts.down_proj; alone, no modules. Names with commas."),
+    ] = None,
     r: Annotated[int | None, typer.Option(help="Rank.")] = None,
     num_a: Annotated[int | None, typer.Option("--num-a", help="How many A per group.")] = None,
     stride_a: Annotated[int | None, typer.Option("--stride-a", help="Layers per A; instead of --num-a.")] = None,
@@ -192,8 +215,10 @@ def plan_command(
 ) -> None:
     """Show what an adapter shares, trains and costs, without loading weights; of a recipe, its dry run."""
     report: PlanReport | RecipeReport
+    parameters = [name.strip() for name in (target_parameters or "").split(",") if name.strip()]
     asked: dict[str, Any] = {
-        "targets": names_or_regex(targets),
+        "targets": [] if targets is None and parameters else names_or_regex(targets),
+        "target_parameters": parameters or None,
         "exclude": names_or_regex(exclude),
         "r": r,
         "num_A": num_a,

@@ -9,10 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lily.budget import Choice, Estimate, choose, equal_lora_rank, estimate, lora_parameters, parse_count
+from lily.budget import Choice, Estimate, choose, equal_lora_rank, estimate, lora_compute, lora_parameters, parse_count
 from lily.config import LilyConfig
 from lily.errors import LilyError
-from lily.plan import SAVED_HEADS, Group, ModuleSpec, SharingPlan, build_plan, is_causal, router_size, select_modules
+from lily.kinds import ModuleSpec
+from lily.plan import SAVED_HEADS, Group, SharingPlan, build_plan, is_causal, router_size
+from lily.targets import select_targets
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,13 +49,19 @@ class Wish:
     task: str | None = None
     batch: int = 8
     tokens: int = 512
+    target_parameters: list[str] | None = None
 
 
 @dataclass(frozen=True)
 class GroupReport:
-    """One row of the sharing table. `blocks` are the module names that share an A, `sharing` their layer numbers."""
+    """One row of the sharing table. `blocks` are the names that share an A, `sharing` their layer numbers.
+
+    `kind` and `shape`, of the base weights, are `lily.plan.Group`'s.
+    """
 
     name: str
+    kind: str
+    shape: tuple[int, ...]
     in_features: int
     out_features: int
     layers: int
@@ -170,13 +178,14 @@ def plan_for(
     """
     asked = LilyConfig(
         target_modules=wish.targets,
+        target_parameters=wish.target_parameters,
         exclude_modules=wish.exclude,
         modules_to_save=SAVED_HEADS.get(wish.task or ""),
         routing=wish.routing,
         task_type=wish.task,
     )
-    routing = "token" if asked.routing_is_default and is_causal(model) else str(asked.routing)
-    modules = select_modules(model, asked)  # replaces all-linear by the names it stands for
+    routing = asked.default_routing(True) if asked.routing_is_default and is_causal(model) else str(asked.routing)
+    modules = select_targets(model, asked)  # replaces all-linear by the names it stands for
     choice = choose(
         modules,
         parameters=wish.parameters,
@@ -188,7 +197,8 @@ def plan_for(
         routing=routing,
         targets=asked.target_modules,
     )
-    plan = build_plan(modules, LilyConfig(target_modules=asked.target_modules, routing=routing, **choice.options))
+    found = {"target_modules": asked.target_modules, "target_parameters": asked.target_parameters}
+    plan = build_plan(modules, LilyConfig(routing=routing, **found, **choice.options))
     return _report(model, modules, plan, choice, wish, name=name, dtype=dtype, base_bytes=base_bytes)
 
 
@@ -216,7 +226,8 @@ def _report(
     )
     total = plan.parameters
     # Lily fills a budget up to the grain of its rank; LoRA of the rank to be matched must not lose it to that grain.
-    lora = _lora(modules, total.total if wish.match_lora is None else lora_parameters(modules, wish.match_lora))
+    budget = total.total if wish.match_lora is None else lora_parameters(modules, wish.match_lora)
+    lora = _lora(modules, budget, wish.batch * wish.tokens)
     return PlanReport(
         model=name,
         dtype=dtype,
@@ -243,6 +254,8 @@ def _group(group: Group, routing: str) -> GroupReport:
     routers = layers * router_size(routing, group.r, group.num_B)
     return GroupReport(
         group.name,
+        group.kind,
+        group.shape,
         group.in_features,
         group.out_features,
         layers,
@@ -254,10 +267,10 @@ def _group(group: Group, routing: str) -> GroupReport:
     )
 
 
-def _lora(modules: Sequence[ModuleSpec], budget: int) -> LoraReport:
+def _lora(modules: Sequence[ModuleSpec], budget: int, tokens: int) -> LoraReport:
     r = equal_lora_rank(modules, budget)
     size = lora_parameters(modules, r)
-    return LoraReport(r, size, size / sum(m.in_features * m.out_features for m in modules), 4 * size)
+    return LoraReport(r, size, lora_compute(modules, r, tokens), 4 * size)
 
 
 def _linear_layers(model: nn.Module) -> Iterator[ModuleSpec]:
@@ -412,6 +425,7 @@ def wish_of(recipe: Recipe, *, batch: int | None = None, tokens: int | None = No
     lily = recipe.lily
     return Wish(
         targets=recipe.targets,
+        target_parameters=recipe.target_parameters,
         exclude=recipe.exclude,
         r=lily.r,
         num_A=lily.num_A,

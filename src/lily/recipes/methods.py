@@ -13,9 +13,11 @@ from torch import nn
 from lily.budget import choose, equal_lora_rank, parse_count
 from lily.config import LilyConfig
 from lily.errors import LilyError
-from lily.plan import SAVED_HEADS, ModuleSpec, build_plan, is_causal, select_modules
+from lily.kinds import ModuleSpec
+from lily.plan import SAVED_HEADS, build_plan, is_causal
 from lily.recipes.places import located
 from lily.recipes.schema import Recipe
+from lily.targets import select_targets
 
 # LilyConfig's options -> what recipes call them.
 KEYS = {"target_modules": "targets", "exclude_modules": "exclude"}
@@ -42,7 +44,10 @@ def peft_config(recipe: Recipe, model: nn.Module) -> PeftConfig | None:
     task_type = task_type_of(recipe)
     if recipe.method == "lora":
         config = lily_config(recipe, model)
-        modules = select_modules(model, config)
+        modules = select_targets(model, config)
+        if config.target_parameters and recipe.lora.dropout:
+            with located(recipe, "lora", "dropout"):
+                raise LilyError("LoRA of target_parameters knows no dropout; set lora.dropout to 0")
         r = recipe.lora.r
         rank = r if isinstance(r, int) else equal_lora_rank(modules, build_plan(modules, config).parameters.total)
         return LoraConfig(
@@ -51,6 +56,7 @@ def peft_config(recipe: Recipe, model: nn.Module) -> PeftConfig | None:
             lora_dropout=recipe.lora.dropout,
             target_modules=config.target_modules,
             exclude_modules=recipe.exclude,
+            target_parameters=config.target_parameters,
             task_type=task_type,
         )
     if recipe.task == "sft":
@@ -73,6 +79,7 @@ def lily_config(recipe: Recipe, model: nn.Module) -> LilyConfig:
     block = recipe.lily
     common: dict[str, Any] = {
         "exclude_modules": recipe.exclude,
+        "target_parameters": recipe.target_parameters,
         "routing": block.routing,
         "task_type": task_type_of(recipe),
     }
@@ -80,7 +87,9 @@ def lily_config(recipe: Recipe, model: nn.Module) -> LilyConfig:
     with located(recipe, "targets"), in_recipes_words():
         heads = SAVED_HEADS.get(task_type_of(recipe))
         asked = LilyConfig(target_modules=targets, modules_to_save=heads, **common)
-        modules: list[ModuleSpec] = select_modules(model, asked)
+        modules: list[ModuleSpec] = select_targets(model, asked)
+    own = asked.routing_is_default and is_causal(model)
+    routing = asked.default_routing(True) if own else str(asked.routing)
     with located(recipe, "lily", *(["params"] if block.params is not None else [])):
         choice = choose(
             modules,
@@ -89,7 +98,7 @@ def lily_config(recipe: Recipe, model: nn.Module) -> LilyConfig:
             num_A=block.num_A,
             stride_A=block.stride_A,
             num_B=block.num_B,
-            routing="token" if asked.routing_is_default and is_causal(model) else str(asked.routing),
+            routing=routing,
             targets=asked.target_modules,
         )
     return LilyConfig(

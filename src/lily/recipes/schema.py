@@ -225,6 +225,9 @@ class Recipe(Section):
     method: MethodName = "lily"
     targets: list[str] | str = Field("all-linear", description="Target modules, in PEFT's conventions.")
     exclude: list[str] | None = Field(None, description="Modules to leave out.")
+    target_parameters: list[str] | None = Field(
+        None, description="Parameters to adapt too, such as [experts.gate_up_proj]; `targets: []` for these alone."
+    )
     lily: Lily = Lily()
     lora: Lora = Lora()
     train: Train = Train()
