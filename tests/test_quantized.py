@@ -208,6 +208,23 @@ def test_every_gradient_on_a_quantised_base_is_the_references(make, monkeypatch)
         torch.testing.assert_close(fast, reference, rtol=2e-3, atol=2e-4 * float(reference.abs().max()))
 
 
+@pytest.mark.parametrize("config_of", ["Int8WeightOnlyConfig", "IntxWeightOnlyConfig"])
+def test_a_compiled_model_on_torchao_weights_gives_the_same_gradients(config_of):
+    """Compiled, their tensors are to be called through their layer as well, which is no plain product."""
+    tool = pytest.importorskip("torchao.quantization", reason="needs torchao: pip install 'lily-peft[dev]'")
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(128, 128, bias=False))
+    tool.quantize_(base, getattr(tool, config_of)())
+    model = randomise(get_peft_model(base, LilyConfig(r=4, num_B=2, routing="token", target_modules=["0"]))).train()
+    x = torch.randn(4, 6, 128, requires_grad=True)
+
+    def gradients(run):
+        return torch.autograd.grad(run(x).square().sum(), [x, *(p for p in model.parameters() if p.requires_grad)])
+
+    for compiled, eager in zip(gradients(torch.compile(model, backend="aot_eager")), gradients(model), strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4 * float(eager.abs().max()))
+
+
 def test_inference_before_training_costs_no_gradient(make):
     """On some CPUs, bitsandbytes' 4-bit layers turn at the first inference into ones that give none."""
 

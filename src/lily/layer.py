@@ -498,6 +498,8 @@ def is_plain(base: nn.Module, x: Tensor, dtype: torch.dtype) -> bool:
     weight: Any = base.weight
     if weight.requires_grad or weight.device != x.device:
         return False
+    if hasattr(type(weight), "__tensor_flatten__"):  # a quantised or sharded one, which compiling does not hide
+        return False
     if not torch.compiler.is_compiling() and type(weight) not in fused.PLAIN:
         return False
     if weight.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
