@@ -78,6 +78,7 @@ def _load_adapter(
 # What decides an adapter's function besides its tensors: two that differ here cannot be swapped.
 HOTSWAP_KEYS = [
     "r", "stride_A", "num_A", "num_B", "scaling", "routing", "activation", "rank_pattern", "settled", "target_modules",
+    "target_parameters",
 ]  # fmt: skip
 
 _stock_hotswap = hotswap.hotswap_adapter_from_state_dict
