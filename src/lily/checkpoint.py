@@ -120,6 +120,43 @@ def parse(state: Mapping[str, Tensor], plan: SharingPlan, settled: float | None 
                 "stock PEFT shares it alike, so the file is damaged; save the adapter again"
             )
         raise Regrouped(regrouped)
+    return _placed(found, plan, settled, other)
+
+
+def check_names(state: Mapping[str, Tensor], plan: SharingPlan, settled: float | None = None) -> dict[str, Tensor]:
+    """Hold the names and shapes of an adapter file against a plan, before any tensor is read.
+
+    Args:
+        state: as for `parse`, but tensors on the meta device will do.
+        plan: as for `parse`.
+        settled: as for `parse`.
+
+    Returns:
+        What is no tensor of Lily's (saved modules, biases), under its names in the file.
+
+    Raises:
+        LilyError: as `parse`, but for duplicates that disagree.
+    """
+    found, other = _collect(state, plan)
+    _placed(found, plan, settled, other)
+    return other
+
+
+def resolve(
+    state: Mapping[str, Tensor], plan: SharingPlan, settled: float | None = None
+) -> tuple[AdapterTensors, SharingPlan]:
+    """As `parse`, under the file's own sharing where that contradicts the plan.
+
+    Returns:
+        The tensors, and the plan whose places they have.
+    """
+    try:
+        return parse(state, plan, settled), plan
+    except Regrouped as regrouped:
+        return parse(state, regrouped.plan, settled), regrouped.plan
+
+
+def _placed(found: Found, plan: SharingPlan, settled: float | None, other: dict[str, Tensor]) -> AdapterTensors:
     A = {i: _shared(found["A"], block, f"A of {block[0]}") for i, (_, block) in enumerate(plan.blocks)}
     B = {i: _shared(found["B"], g.layers, f"B of {g.name}") for i, g in enumerate(plan.groups)}
     parts: Found = {"router": {}, "logits": {}}

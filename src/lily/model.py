@@ -21,6 +21,7 @@ from lily.embedding import Embedding
 from lily.errors import LilyError
 from lily.kinds import CONV2D, EMBEDDING, LINEAR, PARAMETERS, ModuleSpec
 from lily.layer import LilyLayer, Linear, layers_of
+from lily.loading import current
 from lily.parameters import Parameter
 from lily.placement import Placement, is_spread, onload, placement
 from lily.plan import (
@@ -96,6 +97,8 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         self._plan = build_plan(specs, peft_config)
         self._places = {spec.name: _place(model, spec) for spec in specs}
         settle_file_format(peft_config, self._plan, model)
+        if (opened := current()) is not None:
+            opened.check(self._plan, peft_config, model)
 
     def _create_and_replace(
         self,
@@ -248,11 +251,9 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
     ) -> dict[str, Tensor]:
         bank, root = _find_bank(model)
         checkpoint.check_base(bank.plans[adapter_name], config.adapted_layers, config.base_model_name_or_path)
-        try:
-            tensors = checkpoint.parse(state_dict, bank.plans[adapter_name], config.settled)
-        except checkpoint.Regrouped as regrouped:
-            _regroup(model.get_submodule(root.rstrip(".")), config, adapter_name, regrouped.plan)
-            tensors = checkpoint.parse(state_dict, regrouped.plan, config.settled)
+        tensors, plan = checkpoint.resolve(state_dict, bank.plans[adapter_name], config.settled)
+        if plan is not bank.plans[adapter_name]:
+            _regroup(model.get_submodule(root.rstrip(".")), config, adapter_name, plan)
         out = dict(tensors.other)
         out.update({f"{root}{BANK}.lily_A.{adapter_name}.{i}": t for i, t in tensors.A.items()})
         out.update({f"{root}{BANK}.lily_B.{adapter_name}.{i}": t for i, t in tensors.B.items()})

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import re
-from typing import Any
-
 import peft
 import torch
-from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lily import LilyModel as StockModel
 from peft.tuners.lora import conversion
-from peft.utils import PeftType, hotswap, load_peft_weights
+from peft.utils import PeftType, hotswap
 from torch import Tensor, nn
-from transformers.integrations.peft import PeftAdapterMixin
 
 from lily.bank import LilyBank
 from lily.config import EXTENDED_TYPE, LilyConfig
+from lily.entries import HOTSWAP_KEYS, PATCHES
 from lily.model import LilyModel
 
 _stock_conversion = conversion._convert_module_to_lora
@@ -32,73 +28,6 @@ def _convert_module_to_lora(
     return found
 
 
-_stock_load_adapter = PeftAdapterMixin.load_adapter
-
-
-def _load_adapter(
-    self: Any,
-    peft_model_id: str | None = None,
-    adapter_name: str | None = None,
-    peft_config: Any = None,
-    adapter_state_dict: dict[str, Tensor] | None = None,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    """`model.load_adapter` of transformers, which its `from_pretrained` uses too.
-
-    It matches names of tensors to names of parameters itself, and so would miss the bank; Lily's files are read by
-    PEFT's own loading instead. Anything else goes its usual way.
-    """
-    load_config = kwargs.get("load_config")
-    source = peft_model_id or getattr(load_config, "pretrained_model_name_or_path", None)
-    hub = {**(getattr(load_config, "download_kwargs", None) or {}), **(kwargs.get("adapter_kwargs") or {})}
-    hub["local_files_only"] = hub.get("local_files_only") or kwargs.get("local_files_only")
-    hub = {key: hub[key] for key in ("revision", "token", "cache_dir", "subfolder", "local_files_only") if hub.get(key)}
-    config = peft_config
-    if config is None and source is not None:
-        config = PeftConfig.from_pretrained(source, **hub)
-    name = adapter_name or "default"
-    known = name in getattr(self, "peft_config", {})
-    if not isinstance(config, LilyConfig) or known or kwargs.get("hotswap") is True:
-        return _stock_load_adapter(self, peft_model_id, adapter_name, peft_config, adapter_state_dict, *args, **kwargs)
-    config.inference_mode = not kwargs.get("is_trainable", False)
-    state = adapter_state_dict if adapter_state_dict is not None else load_peft_weights(source, device="cpu", **hub)
-    inject_adapter_in_model(config, self, name)
-    self._hf_peft_config_loaded = True
-    try:
-        found = set_peft_model_state_dict(self, state, adapter_name=name)
-    except Exception:
-        self.delete_adapter(name)
-        raise
-    if config.inference_mode:
-        self.eval()
-    return found
-
-
-# What decides an adapter's function besides its tensors: two that differ here cannot be swapped.
-HOTSWAP_KEYS = [
-    "r", "stride_A", "num_A", "num_B", "scaling", "routing", "activation", "rank_pattern", "settled", "target_modules",
-    "target_parameters",
-]  # fmt: skip
-
-_stock_hotswap = hotswap.hotswap_adapter_from_state_dict
-
-
-def _hotswap(
-    model: nn.Module, state_dict: dict[str, Tensor], adapter_name: str, config: PeftConfig, *args: Any, **kwargs: Any
-) -> None:
-    """PEFT's second half of `hotswap_adapter`, which knows LoRA's tensors alone: copy ours into their places.
-
-    The parameters stay the same objects, so a compiled model is not compiled again.
-    """
-    if not isinstance(config, LilyConfig):
-        _stock_hotswap(model, state_dict, adapter_name, config, *args, **kwargs)
-        return
-    inserted = re.compile(rf"(lily_[A-Za-z]+)\.{re.escape(adapter_name)}(?=\.|$)")
-    plain = {inserted.sub(r"\1", key): tensor for key, tensor in state_dict.items()}
-    set_peft_model_state_dict(getattr(model, "_orig_mod", model), plain, adapter_name=adapter_name)
-
-
 def register() -> None:
     """Make PEFT use this package wherever it meets `PeftType.LILY`. `import lily` does; calling it again is harmless.
 
@@ -110,9 +39,9 @@ def register() -> None:
     PEFT_TYPE_TO_CONFIG_MAPPING[EXTENDED_TYPE] = LilyConfig
     PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LILY] = LilyModel
     conversion._convert_module_to_lora = _convert_module_to_lora
-    PeftAdapterMixin.load_adapter = _load_adapter
     hotswap.CONFIG_KEYS_TO_CHECK[PeftType.LILY] = HOTSWAP_KEYS
-    hotswap.hotswap_adapter_from_state_dict = _hotswap
+    for owner, name, ours, _ in PATCHES:
+        setattr(owner, name, ours)
 
 
 def unregister() -> None:
@@ -121,6 +50,6 @@ def unregister() -> None:
     PEFT_TYPE_TO_CONFIG_MAPPING.pop(EXTENDED_TYPE, None)
     PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LILY] = StockModel
     conversion._convert_module_to_lora = _stock_conversion
-    PeftAdapterMixin.load_adapter = _stock_load_adapter
     hotswap.CONFIG_KEYS_TO_CHECK.pop(PeftType.LILY, None)
-    hotswap.hotswap_adapter_from_state_dict = _stock_hotswap
+    for owner, name, _, stock in PATCHES:
+        setattr(owner, name, stock)
