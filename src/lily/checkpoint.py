@@ -160,13 +160,20 @@ def _placed(found: Found, plan: SharingPlan, settled: float | None, other: dict[
     A = {i: _shared(found["A"], block, f"A of {block[0]}") for i, (_, block) in enumerate(plan.blocks)}
     B = {i: _shared(found["B"], g.layers, f"B of {g.name}") for i, g in enumerate(plan.groups)}
     parts: Found = {"router": {}, "logits": {}}
+    if settled is None and plan.routing != "uniform":  # the paper's files have routers there, too
+        spare = "router" if plan.routing == "static" else "logits"
+        if found[spare]:
+            raise LilyError(
+                f"the adapter file has lily_{spare} for {next(iter(found[spare]))}, which routing={plan.routing!r} has no "
+                "use for; is it the file of this configuration?"
+            )
     for name in plan.slots:
         group = plan.group_of(name)
         if not router_size(plan.routing, group.r, group.num_B):
             continue
         needed = {"logits" if plan.routing == "static" else "router"}
         if settled is not None:
-            needed = {"logits"} | ({"router"} if name in found["router"] else set())
+            needed = {"logits"} | ({"router"} if found["router"] else set())
         for part in needed:
             if name not in found[part]:
                 raise LilyError(

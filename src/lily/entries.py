@@ -142,7 +142,12 @@ def _hotswap(
     if folder is None:
         _stock_hotswap(model, model_name_or_path, adapter_name, torch_device, **kwargs)
         return
-    with loading.in_progress(Opened.folder(folder)):
+    with loading.in_progress(Opened.folder(folder)) as opened:
+        known = getattr(model, "_orig_mod", model).peft_config.get(adapter_name)
+        if isinstance(known, LilyConfig) and (plan := loading.plan_of(model, adapter_name)) is not None:
+            # PEFT's own first step, so that what differs in general is told before what does in detail
+            hotswap.check_hotswap_configs_compatible(known, LilyConfig.from_pretrained(str(folder)))
+            opened.check(plan, known, model, adapter_name)
         _stock_hotswap(model, model_name_or_path, adapter_name, torch_device, **kwargs)
 
 
@@ -219,7 +224,7 @@ def _transformers(
 
 # (owner, attribute, ours, stock); functions that PEFT's modules import from one another are replaced in each.
 PATCHES: list[tuple[Any, str, Any, Any]] = [
-    (PeftConfigMixin, "from_json_file", classmethod(_from_json_file), _stock_from_json_file),
+    (PeftConfigMixin, "from_json_file", classmethod(_from_json_file), _stock_from_json_file),  # type: ignore[arg-type]
     (PeftModel, "from_pretrained", classmethod(_from_pretrained), _stock_from_pretrained),
     (PeftModel, "load_adapter", _load_adapter, _stock_load_adapter),
     (PeftAdapterMixin, "load_adapter", _transformers, _stock_transformers),

@@ -18,7 +18,6 @@ import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import _find_minimal_target_modules
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -32,6 +31,7 @@ from lily.kinds import CONV2D, EMBEDDING, EXPERTS, LINEAR, MATRIX, PARAMETERS
 from lily.layer import Factors, LilyLayer
 from lily.parameters import NESTED
 from lily.plan import Group
+from lily.reading import blame, parse_text, read_header, read_json
 from lily.targets import select_parameters
 
 PROVENANCE = "lily_provenance.json"
@@ -567,14 +567,16 @@ def provenance(folder: str | Path) -> dict[str, Any] | None:
         LilyError: if what it says cannot be read.
     """
     folder = Path(folder)
-    try:
-        if (folder / PROVENANCE).is_file():
-            return dict(json.loads((folder / PROVENANCE).read_text("utf-8")))
-        for file in sorted(folder.glob("*.safetensors")):
-            with safe_open(file, "pt") as opened:
-                text = (opened.metadata() or {}).get("lily")
-            if text:
-                return dict(json.loads(text))
-    except (ValueError, TypeError) as error:
-        raise LilyError(f"{folder}: its provenance cannot be read ({error})") from None
+    if (folder / PROVENANCE).is_file():
+        return _facts(folder / PROVENANCE, read_json(folder / PROVENANCE))
+    for file in sorted(folder.glob("*.safetensors")):
+        text = read_header(file).metadata.get("lily")
+        if text:
+            return _facts(file, parse_text(file, text.encode("utf-8", "surrogatepass")).value)
     return None
+
+
+def _facts(file: Path, found: Any) -> dict[str, Any]:
+    if not isinstance(found, dict):
+        raise blame(file, "its provenance is no object with named values")
+    return found

@@ -27,11 +27,13 @@ from lily import checkpoint, reading
 from lily.bank import LilyBank
 from lily.config import EXTENDED_TYPE, LilyConfig
 from lily.errors import LilyError
-from lily.patterns import check_patterns
+from lily.patterns import MAX_LENGTH, check_patterns
 from lily.plan import SharingPlan
 from lily.reading import blame
 
 LILY_TYPES = (PeftType.LILY.value, EXTENDED_TYPE)
+
+MAX_RANKS = 1_000  # expressions, each of which is compiled
 
 WRAPPED = re.compile(r"\.(original_module|modules_to_save\.[^.]+)(?=\.|$)")
 
@@ -69,6 +71,13 @@ def config_values(path: Path, ours: bool = False) -> dict[str, Any] | None:
     for key, value in values.items():
         if key in hints and not _fits(value, hints[key]):
             raise blame(path, f"{key}={value!r} is of the wrong type; expected {_name(hints[key])}")
+        if isinstance(value, str) and len(value) > MAX_LENGTH:
+            raise blame(path, f"{key} has {len(value)} characters, at most {MAX_LENGTH} are read")
+    ranks = values.get("rank_pattern") or {}
+    if len(ranks) > MAX_RANKS or any(len(key) > MAX_LENGTH for key in ranks):
+        raise blame(
+            path, f"rank_pattern has {len(ranks)} entries; at most {MAX_RANKS} of {MAX_LENGTH} characters are read"
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of unknown keys; PEFT warns when it builds the configuration itself

@@ -117,10 +117,11 @@ def parse_json(path: Path, most: int = MAX_JSON) -> Json:
         data = file.read(most + 1)
     if len(data) > most:
         raise blame(path, f"is larger than {most} bytes, which no such file is; is it the right one?")
-    return _parse(path, data)
+    return parse_text(path, data)
 
 
-def _parse(path: Path, data: bytes) -> Json:
+def parse_text(path: Path, data: bytes) -> Json:
+    """As `parse_json`, for a text that was found in a file."""
     found = Json()
     odd = found.oddities
 
@@ -210,7 +211,7 @@ def read_header(path: Path) -> Header:
         data = file.read(length)
     if not data.startswith(b"{"):
         raise blame(path, "its header is no JSON object; is it a safetensors file?")
-    found = _parse(path, data)
+    found = parse_text(path, data)
     if found.oddities:
         raise blame(path, f"header: {found.oddities[0]}")
     values: dict[str, Any] = found.value
@@ -267,7 +268,7 @@ def read_tensors(header: Header) -> dict[str, Tensor]:
         with safe_open(header.path, "pt") as opened:
             for name in header.entries:
                 tensor = opened.get_tensor(name)
-                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                if tensor.dtype in FLOATS and not bool(torch.isfinite(tensor).all()):
                     raise blame(header.path, f"{name!r} holds NaN or an infinity; save a healthy adapter again")
                 out[name] = tensor
     except (OSError, SafetensorError) as error:

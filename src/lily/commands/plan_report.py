@@ -400,8 +400,10 @@ def recipe_report(
         LilyError: for whatever is wrong with the recipe, its data or its model.
     """
     from lily.recipes import loader, preflight, quantization, tasks
+    from lily.recipes.train import output_folder
 
     recipe = loader.load_recipe(target, list(overrides))
+    preflight.check_output(recipe, output_folder(recipe))
     prepared = preflight.prepare(recipe)
     model = prepared.meta
     wish = wish_of(recipe, batch=batch, tokens=tokens)

@@ -101,11 +101,13 @@ def _method(recipe: Recipe) -> Iterator[Problem]:
 
 def _output(recipe: Recipe) -> Iterator[Problem]:
     try:
-        named = {name for _, name, _, _ in string.Formatter().parse(recipe.output) if name is not None}
+        parts = list(string.Formatter().parse(recipe.output))
     except ValueError as error:
         yield ("output",), f"is not a name with placeholders ({error})"
         return
-    unknown = sorted(named - PLACEHOLDERS)
+    unknown = sorted({name for _, name, _, _ in parts if name is not None} - PLACEHOLDERS)
+    if not recipe.output.isprintable() or any(spec or conversion for _, _, spec, conversion in parts):
+        yield ("output",), "is not a plain path with {name}, {method} and {seed}"
     if unknown:
         yield ("output",), f"unknown placeholder {unknown[0]!r}; known: {{name}}, {{method}} and {{seed}}"
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft import PeftConfig, PeftModel
-from safetensors import safe_open
 
 from lily.config import LilyConfig
 from lily.errors import LilyError
 from lily.export import provenance
 from lily.files import new_folder, write_text
 from lily.gguf_lora import describe_gguf
+from lily.reading import read_header, read_json, read_tensors
 from lily.recipes import data, models
 from lily.recipes.evaluate import Adapter, Judge, adapter_path, batches, kept_labels, kept_recipe, recipe_of
 from lily.recipes.report import LABELS
@@ -138,7 +139,7 @@ def load_for_export(
     if quantised != "none":
         facts["trained_on"] = f"the base model in {quantised}"
     if (path / REPORT).is_file():
-        facts["collapse"] = json.loads((path / REPORT).read_text("utf-8"))
+        facts["collapse"] = read_json(path / REPORT)
     try:
         tokenizer = models.load_tokenizer(source)
     except LilyError:
@@ -164,11 +165,9 @@ def _base(path: Path, config: LilyConfig, base: str | None) -> Model:
 
 def _classes(path: Path) -> int:
     """Outputs of the classification head that the adapter file holds; 2 if it holds none."""
-    with safe_open(path / "adapter_model.safetensors", "pt") as opened:
-        for key in opened.keys():  # noqa: SIM118
-            if ".lily_" not in key and key.endswith("weight"):
-                size: int = opened.get_slice(key).get_shape()[0]
-                return size
+    for key, entry in read_header(path / "adapter_model.safetensors").entries.items():
+        if ".lily_" not in key and key.endswith("weight") and entry.shape:
+            return entry.shape[0]
     return 2
 
 
@@ -206,7 +205,7 @@ def describe(folder: str) -> dict[str, Any]:
     else:
         raise LilyError(f"{folder} holds neither an adapter (adapter_config.json) nor a model (config.json)")
     if (path / REPORT).is_file():
-        facts["collapse"] = json.loads((path / REPORT).read_text("utf-8"))
+        facts["collapse"] = read_json(path / REPORT)
     origin = provenance(path)
     if origin is not None:
         facts["provenance"] = origin
@@ -217,8 +216,7 @@ def _zero_routers(files: list[Path]) -> bool:
     """Whether all routers weigh all experts alike, whatever the data: so static adapters are written for stock PEFT."""
     routers = []
     for file in files:
-        with safe_open(file, "pt") as opened:
-            routers += [opened.get_tensor(key) for key in opened.keys() if ".lily_router" in key]  # noqa: SIM118
+        routers += [tensor for key, tensor in read_tensors(read_header(file)).items() if ".lily_router" in key]
     return bool(routers) and not any(bool(router.any()) for router in routers)
 
 
@@ -226,12 +224,8 @@ def _tensors(files: list[Path]) -> dict[str, dict[str, int]]:
     parts = ("lily_A", "lily_B", "lily_router", "lily_logits", "lora_A", "lora_B", "other")
     found = {part: {"count": 0, "parameters": 0} for part in parts}
     for file in files:
-        with safe_open(file, "pt") as opened:
-            for key in opened.keys():  # noqa: SIM118
-                part = next((p for p in parts if f".{p}" in key), "other")
-                size = 1
-                for n in opened.get_slice(key).get_shape():
-                    size *= n
-                found[part]["count"] += 1
-                found[part]["parameters"] += size
+        for key, entry in read_header(file).entries.items():
+            part = next((p for p in parts if f".{p}" in key), "other")
+            found[part]["count"] += 1
+            found[part]["parameters"] += math.prod(entry.shape)
     return found

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import peft
 import torch
-from peft import PeftModel, set_peft_model_state_dict
-from safetensors.torch import load_file
+from peft import PeftModel
 
 from lily.errors import LilyError
+from lily.reading import blame, read_json
 from lily.recipes import data, loader, models
 from lily.recipes import metrics as metric_tools
 from lily.recipes.data import Row
@@ -26,8 +26,12 @@ if TYPE_CHECKING:
 
 
 def load_weights(model: PeftModel, folder: Path) -> None:
-    """Put a saved adapter's weights into the model's adapter of the same shape."""
-    set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+    """Put a saved adapter's weights into the model's adapter of the same shape.
+
+    Raises:
+        LilyError: if a Lily adapter's file is damaged or does not fit; the model is then as it was.
+    """
+    peft.set_peft_model_state_dict(model, peft.load_peft_weights(str(folder), device="cpu"))
 
 
 class Judge:
@@ -357,9 +361,18 @@ def kept_recipe(path: Path) -> Path | None:
 
 
 def kept_labels(path: Path) -> tuple[str, ...] | None:
-    """The classes kept beside an adapter."""
+    """The classes kept beside an adapter.
+
+    Raises:
+        LilyError: if the file is no list of names.
+    """
     file = path / LABELS
-    return tuple(json.loads(file.read_text("utf-8"))) if file.is_file() else None
+    if not file.is_file():
+        return None
+    labels = read_json(file)
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise blame(file, "expected a list of the classes' names")
+    return tuple(labels)
 
 
 def batches(

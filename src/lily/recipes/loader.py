@@ -34,6 +34,7 @@ class Document:
 
     values: dict[str, Any]
     places: dict[Key, str] = field(default_factory=dict)
+    overridden: set[Key] = field(default_factory=set)
 
     def place(self, path: Key) -> str:
         """Where the key at `path`, or the nearest one above it, was written."""
@@ -91,7 +92,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     problems = [f"{document.place(path)}: {'.'.join(path)}: {text}" for path, text in checks.problems(recipe)]
     if problems:
         raise LilyError(_join(problems))
-    return recipe.written_at(Places(document.places))
+    return recipe.written_at(Places(document.places, frozenset(document.overridden)))
 
 
 def dump_recipe(recipe: Recipe, *, complete: bool = True) -> str:
@@ -250,6 +251,7 @@ def _override(document: Document, text: str) -> None:
     _replace_source(where, path[-1], parsed)
     where[path[-1]] = parsed
     document.places[path] = f"override {text!r}"
+    document.overridden.add(path)
 
 
 def _explain(error: ValidationError, document: Document) -> Iterator[str]:

@@ -17,9 +17,15 @@ Key = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Places:
-    """Where each key was written ("file:line", or an override's text). No part of what a recipe says: all are equal."""
+    """Where each key was written ("file:line", or an override's text). No part of what a recipe says: all are equal.
+
+    Attributes:
+        written: key -> place.
+        overridden: the keys that the user gave beside the file, on the command line.
+    """
 
     written: Mapping[Key, str] = field(default_factory=dict, compare=False)
+    overridden: frozenset[Key] = field(default=frozenset(), compare=False)
 
     def of(self, key: Key) -> str | None:
         """Where `key`, or the nearest one above it, was written; None: nowhere, it is a default."""

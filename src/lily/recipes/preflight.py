@@ -131,6 +131,24 @@ def check_length(recipe: Recipe, model: nn.Module) -> None:
                 )
 
 
+def check_output(recipe: Recipe, output: Path) -> None:
+    """Refuse a recipe's file that writes elsewhere than below the working directory; the command line may.
+
+    Raises:
+        LilyError: if it names such a folder, itself or through a link.
+    """
+    key = ("output",)
+    if key not in recipe.places.written or key in recipe.places.overridden:
+        return
+    home = Path.cwd()
+    if not output.resolve().is_relative_to(home.resolve()):
+        with located(recipe, *key):
+            raise LilyError(
+                f"output {output} is outside the working directory {home}; a recipe's file may only write below it. "
+                f"If you want that, say so: output={output}"
+            )
+
+
 def check_folder(recipe: Recipe, output: Path, resume: bool, overwrite: bool) -> None:
     """Refuse to touch what is not this run's.
 
@@ -138,6 +156,7 @@ def check_folder(recipe: Recipe, output: Path, resume: bool, overwrite: bool) ->
         LilyError: if the folder exists and neither flag is given; to resume, if it holds no run or another one; to
             overwrite, if it holds anything that no run wrote.
     """
+    check_output(recipe, output)
     if output.exists() and not output.is_dir():
         raise LilyError(f"output {output} is a file; name a folder")
     found = sorted(p.name for p in output.iterdir()) if output.is_dir() else []
