@@ -13,7 +13,7 @@ import pickle
 import random
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -209,14 +209,15 @@ def headers(good: Folder, rng: random.Random) -> Iterator[Case]:
         yield _tensors(good, "header", f"{name} twice", packed(twice, good.body))
         begin, end = entry["data_offsets"]
         for offsets in ([end, begin], [begin + 4, end + 4], [begin, end + 4], [0, 0], [-4, end], [begin], [], "0,4",
-                        [float(begin), float(end)], [begin, 1 << 62], [True, end], None, [begin, end, end]):  # fmt: skip
+                        None, [float(begin), float(end)], [begin, 1 << 62], [True, end], [begin, end, end]):  # fmt: skip
             changed = {**good.header, name: {**entry, "data_offsets": offsets}}
             if changed != good.header:
                 yield _tensors(good, "header", f"{name} offsets {offsets}", packed(changed, good.body))
         for harm in ({}, [], None, 1, {**entry, "more": 1}, {"dtype": "F32"}):
             yield _tensors(good, "header", f"{name} is {harm}", packed({**good.header, name: harm}, good.body))
-        for other in ("../../../etc/passwd", "/etc/passwd", f"..{name}", f"{name}/../x", f"{name}\n", f"{name}\x00", "",
-                      f"\x1b[2J{name}", name.replace(".", "\\"), f"{name}\u202e", "a" * 100_000, f"{name}.{name}"):  # fmt: skip
+        for other in ("../../../etc/passwd", "/etc/passwd", f"..{name}", f"{name}/../x", f"{name}\n", f"{name}\x00",
+                      f"\x1b[2J{name}", name.replace(".", "\\"), f"{name}\u202e", "a" * 100_000,
+                      f"{name}.{name}", ""):  # fmt: skip
             renamed = {other if key == name else key: value for key, value in good.header.items()}
             yield _tensors(good, "name", f"{name} is called {other[:40]!r}", packed(renamed, good.body))
 
@@ -281,7 +282,8 @@ def tensors(good: Folder, rng: random.Random) -> Iterator[Case]:
     strange = ["base_model.model.blocks.0.up.weight", "base_model.model.blocks.0.up.base_layer.weight", "extra",
                "base_model.model.blocks.7.up.lily_A.weight", "base_model.model.head.lily_A.weight", "head.weight",
                "base_model.model.head.bias", "base_model.model.lily_bank.lily_A.default.0", "blocks.0.up.lily_A",
-               "base_model.model.blocks.0.up.lora_A.weight", "__class__", "base_model.model.blocks.0.down.bias"]  # fmt: skip
+               "base_model.model.blocks.0.up.lora_A.weight", "__class__",
+               "base_model.model.blocks.0.down.bias"]  # fmt: skip
     for name in strange:
         if name not in good.header:
             yield _tensors(good, "extra tensor", name, _with(good, {name: ("F32", [4], four)}))
@@ -395,8 +397,8 @@ def configs(good: Folder, rng: random.Random) -> Iterator[Case]:
 
 
 POOL: list[Any] = [
-    None, True, False, -1, 0, 3, 10**18, 2**63, 1.5, 1e308, "", "x", "up", "none", "a\nb\x1b[0m", "x" * 5000, [], [1], ["x"],
-    [[1]], [None], {}, {"a": 1}, {"up": "x"}, {"a": {"b": []}},
+    None, True, False, -1, 0, 3, 10**18, 2**63, 1.5, 1e308, "", "x", "up", "none", "a\nb\x1b[0m", "x" * 5000, [], [1],
+    ["x"], [[1]], [None], {}, {"a": 1}, {"up": "x"}, {"a": {"b": []}},
 ]  # fmt: skip
 
 
@@ -449,7 +451,6 @@ def other_bases(good: Folder, rng: random.Random) -> Iterator[Case]:
         "narrower": {"width": 4}, "wider": {"width": 16}, "an inner size": {"inner": 8}, "other names": {"up": "gate"},
     }  # fmt: skip
     for name, options in bases.items():
-        # Stock's format does not say how many layers an adapter is for; nothing is missing for one block less.
         yield Case("base", f"{good.name}: {name}", good.write, base=lambda options=options: Other(**options))
     if good.config.get("modules_to_save"):
         yield Case("base", f"{good.name}: more classes", good.write, base=lambda: Other(out=9))
@@ -459,6 +460,3 @@ def read_plainly(folder: Path) -> dict[str, torch.Tensor]:
     """What the format's own library reads."""
     with safe_open(folder / TENSORS, "pt") as opened:
         return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-
-
-__all__ = ["Case", "Folder", "cases", "good_folders", "read_plainly", "replace"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import tracemalloc
@@ -11,11 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from corpus import CONFIG, TARGETS, TENSORS, Case, cases, good_folders, read_plainly
-from helpers import build, randomise, tally
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from helpers import build, inputs, predict, randomise, tally
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils.hotswap import hotswap_adapter
 from torch import nn
 
@@ -99,7 +101,8 @@ class Bench:
                 loaded = self.ways[way](folder, model)
             except LilyError as error:
                 text = str(error)
-                assert "\n" not in text and text.isprintable() and len(text) < 700, (label, text)
+                assert text.isprintable(), (label, text)  # so it is one line
+                assert len(text) < 700, (label, text)
                 assert str(folder / CONFIG) in text or str(folder / TENSORS) in text, (label, text)
                 assert same(before, fingerprint(model)), f"{label} changed the model: {text}"
                 return "refused"
@@ -169,3 +172,184 @@ def test_a_sample_of_spoilt_folders_is_refused_and_changes_nothing(good, benches
 def test_every_spoilt_folder_is_refused_and_changes_nothing(good, benches, tmp_path):
     counts = run([case for folder in good for case in cases(folder)], benches, tmp_path)
     assert sum(n for key, n in counts.items() if key.endswith("refused")) >= 1000
+
+
+def put(folder: Path, good: Any, **changes: Any) -> Path:
+    """A good folder with some of its configuration changed."""
+    folder.mkdir()
+    good.write(folder)
+    (folder / CONFIG).write_text(json.dumps({**good.config, **changes}))
+    return folder
+
+
+def refused(folder: Path, base: nn.Module | None = None) -> str:
+    model = build("plain") if base is None else base
+    before = fingerprint(model)
+    with guarded(str(folder)), pytest.raises(LilyError) as caught:
+        PeftModel.from_pretrained(model, folder)
+    assert same(before, fingerprint(model))
+    tally("inputs rejected")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("where", ["target_modules", "exclude_modules", "modules_to_save", "rank_pattern"])
+@pytest.mark.parametrize("pattern", ["(a|a)*b", "(.*)*x"])
+def test_an_expression_that_does_not_end_is_stopped(good, tmp_path, monkeypatch, where, pattern):
+    monkeypatch.setattr("lily.patterns.SECONDS", 1.0)
+    name = "a" * 40
+    base = nn.ModuleDict({name: nn.Linear(8, 12), "blocks": build("plain").blocks, "head": nn.Linear(8, 5)})
+    value: Any = {"modules_to_save": [pattern], "rank_pattern": {pattern: 2}}.get(where, pattern)
+    text = refused(put(tmp_path / "x", good[0], **{where: value}), base)
+    assert "takes longer than" in text
+    assert str(tmp_path / "x" / CONFIG) in text
+
+
+def test_an_expression_that_ends_selects_what_it_says(tmp_path):
+    config = lily.LilyConfig(r=4, target_modules=r"(.*\.)*blocks\.(\d+)+\.(up|down)")
+    model = randomise(get_peft_model(build("plain"), config))
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(build("plain"), tmp_path)
+    assert torch.equal(predict(again, inputs("plain")), predict(model.eval(), inputs("plain")))
+
+
+@pytest.mark.parametrize("filling", [b"[", b" ", b"1,", b'"a",'])
+def test_a_hundred_megabytes_of_json_are_refused_unread(good, tmp_path, filling):
+    folder = put(tmp_path / "x", good[0])
+    text = good[0].config_bytes[:-1] + b', "x": ['
+    (folder / CONFIG).write_bytes(text + filling * (100_000_000 // len(filling)))
+    tracemalloc.start()
+    try:
+        assert "larger than" in refused(folder)
+        assert tracemalloc.get_traced_memory()[1] < 20e6
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("length", [40_000_000, 10_000_000_000])
+def test_a_huge_header_is_refused_unread(good, tmp_path, length):
+    folder = put(tmp_path / "x", good[0])
+    with open(folder / TENSORS, "wb") as file:
+        file.write(length.to_bytes(8, "little") + b"{")
+        file.truncate(length + 100)  # sparse
+    tracemalloc.start()
+    try:
+        assert f"names a header of {length} bytes" in refused(folder)
+        assert tracemalloc.get_traced_memory()[1] < 20e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_huge_sizes_are_refused_before_anything_is_allocated(good, tmp_path):
+    for i, changes in enumerate([{"r": 10**18}, {"num_B": 10**18}, {"r": 10**9, "num_B": 10**9}, {"num_A": 10**18}]):
+        text = refused(put(tmp_path / f"{i}", good[0], stride_A=None, **changes))
+        assert "has shape" in text or "has no" in text or "different values" in text or "holds" in text
+
+
+def test_a_tensor_file_of_many_gigabytes_is_refused_by_its_header(good, tmp_path):
+    folder = put(tmp_path / "x", good[0])
+    header = json.dumps({"x": {"dtype": "F32", "shape": [10**10], "data_offsets": [0, 4 * 10**10]}}).encode()
+    with open(folder / TENSORS, "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + 4 * 10**10)  # sparse
+    assert "has no A of" in refused(folder)
+
+
+@pytest.fixture
+def llama_folder(tmp_path) -> Path:
+    config = lily.LilyConfig(r=4, num_B=3, target_modules=["q_proj"], routing="token", task_type="CAUSAL_LM")
+    randomise(get_peft_model(build("llama"), config)).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def damaged(folder: Path) -> Path:
+    data = bytearray((folder / TENSORS).read_bytes())
+    data[-4:] = b"\0\0\xc0\x7f"  # NaN, which only shows when the last tensor is read
+    (folder / TENSORS).write_bytes(bytes(data))
+    return folder
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_transformers_own_loading_leaves_the_model_as_it_was(llama_folder, others):
+    model = build("llama")
+    if others:
+        model.load_adapter(str(llama_folder), adapter_name="first")
+    damaged(llama_folder)
+    before = fingerprint(model)
+    with pytest.raises(LilyError, match=f"{TENSORS}: .*NaN"):
+        model.load_adapter(str(llama_folder), adapter_name="evil")
+    assert same(before, fingerprint(model))
+    tally("inputs rejected")
+
+
+def test_a_state_dict_is_set_whole_or_not_at_all(good, tmp_path):
+    folder = put(tmp_path / "x", next(g for g in good if g.name == "saved"))
+    model = PeftModel.from_pretrained(build("plain"), folder)
+    state = peft.load_peft_weights(str(folder), device="cpu")
+    before = fingerprint(model)
+    for name in state:
+        for harm in (torch.zeros(1), torch.zeros(state[name].shape, dtype=torch.int64), None):
+            spoilt = {key: value + 1 for key, value in state.items()}
+            spoilt.pop(name) if harm is None else spoilt.update({name: harm})
+            with pytest.raises(LilyError):
+                peft.set_peft_model_state_dict(model, spoilt)
+            assert same(before, fingerprint(model)), name
+    peft.set_peft_model_state_dict(model, {key: value + 1 for key, value in state.items()})
+    found = get_peft_model_state_dict(model)
+    assert all(torch.equal(found[key], value + 1) for key, value in state.items())
+
+
+def test_a_pickle_is_never_read_by_any_name(good, tmp_path):
+    pickled = next(c for folder in good for c in cases(folder) if c.name.endswith("missing beside a pickle"))
+    for i, load in enumerate([
+        lambda f: peft.load_peft_weights(str(f)),
+        lambda f: PeftModel.from_pretrained(build("plain"), f),
+        lambda f: PeftModel.from_pretrained(build("plain"), f, config=PeftConfig.from_pretrained(f)),
+    ]):  # fmt: skip
+        folder = tmp_path / f"{i}"
+        folder.mkdir()
+        pickled.write(folder)
+        with pytest.raises(LilyError, match=r"adapter_model.bin is a pickle, which can run code and is never read"):
+            load(folder)
+        assert not (folder / "marker").exists()
+
+
+def test_links_inside_the_hubs_cache_and_inside_the_folder_are_followed(good, tmp_path):
+    repository = tmp_path / "models--a--b"
+    snapshot, blobs = repository / "snapshots" / "main", repository / "blobs"
+    snapshot.mkdir(parents=True)
+    good[0].write(snapshot)
+    blobs.mkdir()
+    for i, name in enumerate((CONFIG, TENSORS)):
+        (snapshot / name).rename(blobs / f"{i}")
+        (snapshot / name).symlink_to(f"../../blobs/{i}")
+    PeftModel.from_pretrained(build("plain"), snapshot)
+    folder = put(tmp_path / "x", good[0])
+    (folder / TENSORS).rename(folder / "v1.safetensors")
+    (folder / TENSORS).symlink_to("v1.safetensors")
+    PeftModel.from_pretrained(build("plain"), folder)
+
+
+def test_lora_is_left_to_peft(tmp_path):
+    model = get_peft_model(build("plain"), LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False)).eval()
+    model.save_pretrained(tmp_path / "lora")
+    expected = predict(model, inputs("plain"))
+    text = (tmp_path / "lora" / CONFIG).read_text()
+    # What PEFT reads stays readable: a link, a key twice, tensors that are not finite or in a pickle.
+    (tmp_path / "config").write_text(text[:-1] + ', "r": 2}')
+    (tmp_path / "lora" / CONFIG).unlink()
+    (tmp_path / "lora" / CONFIG).symlink_to(tmp_path / "config")
+    torch.save(peft.load_peft_weights(str(tmp_path / "lora")), tmp_path / "lora" / "adapter_model.bin")
+    (tmp_path / "lora" / TENSORS).unlink()
+    again = PeftModel.from_pretrained(build("plain"), tmp_path / "lora").eval()
+    assert torch.equal(predict(again, inputs("plain")), expected)
+
+
+def test_unregistering_gives_every_way_back_to_peft():
+    from lily.entries import PATCHES
+
+    lily.unregister()
+    try:
+        assert all(owner.__dict__[name] is stock for owner, name, _, stock in PATCHES)
+    finally:
+        lily.register()
+    assert all(owner.__dict__[name] is ours for owner, name, ours, _ in PATCHES)

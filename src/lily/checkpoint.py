@@ -164,8 +164,8 @@ def _placed(found: Found, plan: SharingPlan, settled: float | None, other: dict[
         spare = "router" if plan.routing == "static" else "logits"
         if found[spare]:
             raise LilyError(
-                f"the adapter file has lily_{spare} for {next(iter(found[spare]))}, which routing={plan.routing!r} has no "
-                "use for; is it the file of this configuration?"
+                f"the adapter file has lily_{spare} for {next(iter(found[spare]))}, for which routing={plan.routing!r} "
+                "has no use; is it the file of this configuration?"
             )
     for name in plan.slots:
         group = plan.group_of(name)

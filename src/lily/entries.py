@@ -50,6 +50,11 @@ def _download(options: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in options.items() if key in DOWNLOAD and value is not None}
 
 
+def _configs(model: Any) -> dict[str, PeftConfig]:
+    """Adapter -> configuration; a model without adapters has none."""
+    return dict(getattr(getattr(model, "_orig_mod", model), "peft_config", None) or {})
+
+
 def _from_json_file(cls: Any, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
     """`PeftConfig.from_json_file`, through which every `adapter_config.json` is read."""
     values = loading.config_values(Path(path_json_file), ours=issubclass(cls, LilyConfig))
@@ -125,7 +130,7 @@ def _set_state(
     low_cpu_mem_usage: bool = False,
 ) -> Any:
     """`set_peft_model_state_dict`: all of a Lily adapter's tensors fit before the first is copied."""
-    config = (getattr(model, "peft_config", None) or {}).get(adapter_name)
+    config = _configs(model).get(adapter_name)
     plan = loading.plan_of(model, adapter_name)
     if isinstance(config, LilyConfig) and plan is not None:
         opened = loading.current()
@@ -143,7 +148,7 @@ def _hotswap(
         _stock_hotswap(model, model_name_or_path, adapter_name, torch_device, **kwargs)
         return
     with loading.in_progress(Opened.folder(folder)) as opened:
-        known = getattr(model, "_orig_mod", model).peft_config.get(adapter_name)
+        known = _configs(model).get(adapter_name)
         if isinstance(known, LilyConfig) and (plan := loading.plan_of(model, adapter_name)) is not None:
             # PEFT's own first step, so that what differs in general is told before what does in detail
             hotswap.check_hotswap_configs_compatible(known, LilyConfig.from_pretrained(str(folder)))
