@@ -209,7 +209,8 @@ def headers(good: Folder, rng: random.Random) -> Iterator[Case]:
         yield _tensors(good, "header", f"{name} twice", packed(twice, good.body))
         begin, end = entry["data_offsets"]
         for offsets in ([end, begin], [begin + 4, end + 4], [begin, end + 4], [0, 0], [-4, end], [begin], [], "0,4",
-                        None, [float(begin), float(end)], [begin, 1 << 62], [True, end], [begin, end, end]):  # fmt: skip
+                        None, [float(begin), float(end)], [begin, 1 << 62], [True, end],
+                        [begin, end, end]):  # fmt: skip
             changed = {**good.header, name: {**entry, "data_offsets": offsets}}
             if changed != good.header:
                 yield _tensors(good, "header", f"{name} offsets {offsets}", packed(changed, good.body))

@@ -335,7 +335,7 @@ def _read_config(target: str) -> Any:
     except ImportError:
         raise LilyError("lily plan needs transformers; pip install 'lily-peft[demo]'") from None
     try:
-        return AutoConfig.from_pretrained(str(path) if path.exists() else target)
+        return AutoConfig.from_pretrained(str(path) if path.exists() else target, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         why = str(error).strip().splitlines()[0]
         if path.exists():

@@ -7,6 +7,7 @@ import difflib
 import gzip
 import io
 import json
+import os
 import random
 import re
 import sys
@@ -27,6 +28,14 @@ FORMATS = {".csv": "csv", ".tsv": "tsv", ".json": "json", ".jsonl": "jsonl", ".p
 ROLES = ("system", "user", "assistant")
 
 csv.field_size_limit(1 << 24)
+
+# Of a .gz file: text shrinks to a fifth, and logs to a fiftieth; beyond both limits it is a bomb.
+MAX_UNPACKED = 1 << 30
+MAX_RATIO = 100
+
+
+class Bomb(LilyError):
+    """A file that expands without bound; unlike other bad values, not what makes a JSON file invalid."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +158,7 @@ def stream_rows(path: Path | str, format: str = "auto", header: Sequence[str] | 
         yield from _parquet(name)
         return
     try:
-        open_ = gzip.open if name.endswith(".gz") else open
+        open_ = _Unpacked if name.endswith(".gz") else open
         with open_(name, "rb") as raw, io.TextIOWrapper(cast(BinaryIO, raw), "utf-8-sig", newline="") as text:
             if kind in ("csv", "tsv"):
                 yield from _delimited(text, name, kind, header)
@@ -161,6 +170,20 @@ def stream_rows(path: Path | str, format: str = "auto", header: Sequence[str] | 
         raise LilyError(f"{name}: not UTF-8 text ({error.reason}); save it as UTF-8") from None
     except (OSError, EOFError, zlib.error) as error:
         raise LilyError(f"{name}: cannot be read ({error}); check the path and the file") from None
+
+
+class _Unpacked(gzip.GzipFile):
+    """A .gz file that does not expand without bound: a few megabytes of zeros fill any memory."""
+
+    def read1(self, size: int = -1) -> bytes:
+        """As `gzip.GzipFile.read1`, which text is read through."""
+        data = super().read1(size)
+        if self.tell() > max(MAX_UNPACKED, MAX_RATIO * os.path.getsize(self.name)):
+            raise Bomb(
+                f"{self.name}: expands to over {MAX_UNPACKED >> 20} MiB and {MAX_RATIO} times its size; unpack it "
+                "yourself if that is what it should hold"
+            )
+        return data
 
 
 def _delimited(text: TextIO, name: str, kind: str, header: Sequence[str] | None) -> Iterator[Row]:
@@ -200,7 +223,7 @@ def _jsonl(text: TextIO, name: str) -> Iterator[Row]:
 def _json(text: TextIO, name: str) -> Iterator[Row]:
     try:
         value = json.load(text)
-    except UnicodeDecodeError:
+    except (UnicodeDecodeError, Bomb):
         raise
     except (ValueError, RecursionError) as error:
         raise LilyError(f"{name}: not valid JSON: {error}; for one object per line write format: jsonl") from None
@@ -214,14 +237,14 @@ def _json(text: TextIO, name: str) -> Iterator[Row]:
 
 def _parquet(name: str) -> Iterator[Row]:
     try:
-        from pyarrow import ArrowInvalid, parquet
+        from pyarrow import ArrowException, parquet
     except ImportError:
         raise LilyError(f"{name}: reading parquet needs pyarrow; pip install pyarrow") from None
     try:
         with parquet.ParquetFile(name) as file:
             for batch in file.iter_batches():
                 yield from batch.to_pylist()
-    except (ArrowInvalid, OSError) as error:
+    except (ArrowException, OSError) as error:
         raise LilyError(f"{name}: not a readable parquet file: {error}") from None
 
 
