@@ -79,7 +79,8 @@ def _from_pretrained(cls: type[PeftModel], *args: Any, **kwargs: Any) -> PeftMod
     mapping = given.arguments.get("key_mapping") or getattr(model, "_checkpoint_conversion_mapping", None)
     opened = Opened.folder(folder, mapping, options.get("ignore_mismatched_sizes", False))
     with loading.in_progress(opened):
-        loading.check_config(LilyConfig.from_pretrained(str(folder)) if config is None else config, model)
+        known = LilyConfig.from_pretrained(str(folder)) if config is None else LilyConfig.from_stock(config)
+        loading.check_config(known, model)
         return stock(*given.args, **given.kwargs)
 
 

@@ -136,6 +136,7 @@ class Opened:
     ) -> None:
         self.header, self.key_mapping, self.loose_sizes = header, key_mapping, loose_sizes
         self.shapes = _mapped(shapes, key_mapping)
+        self.fits = False
         self._state: dict[str, Tensor] | None = None if header else dict(shapes)
 
     @classmethod
@@ -181,6 +182,7 @@ class Opened:
         with naming(self.header.path if self.header else None):
             check_fit(self.shapes, plan, config, model, adapter, self.loose_sizes)
             checkpoint.resolve(self.state, plan, config.settled)
+        self.fits = True
 
 
 # What is being loaded while PEFT runs: it does not hand its files from one step to the next.
@@ -194,12 +196,16 @@ def current() -> Opened | None:
 
 @contextlib.contextmanager
 def in_progress(opened: Opened) -> Iterator[Opened]:
-    """Within: PEFT's steps find `opened`, and what they refuse is told with its file."""
+    """Within: PEFT's steps find `opened`, and what they refuse before it is known to fit is told with its file."""
     token = _current.set(opened)
     config_file = opened.header.path.with_name(CONFIG_NAME) if opened.header else None
     try:
+        yield opened
+    except ValueError as error:
+        if opened.fits and not isinstance(error, LilyError):
+            raise  # of the model, or of where it is put
         with naming(config_file):
-            yield opened
+            raise
     finally:
         _current.reset(token)
 
@@ -296,7 +302,7 @@ def check_fit(
     mine = {**own, **{_plain(name): tensor for name, tensor in saved.items()}}
     biases = _biases(own, plan, config)
     trained = {*biases, *map(_plain, saved)}
-    embeddings = _embeddings(model)
+    embeddings, sized = _embeddings(model), not (loose_sizes or _sharded(model))
     for name, tensor in other.items():
         plain = _plain(name)
         if plain not in mine or not (plain in trained or plain.rpartition(".")[0] in embeddings):
@@ -305,7 +311,7 @@ def check_fit(
                 f"{sorted(config.modules_to_save or ())}, bias={config.bias!r}) on this model; is it the base model "
                 "that the adapter was trained on?"
             )
-        if not loose_sizes and not _sharded(model) and tuple(tensor.shape) != _shape(mine[plain]):
+        if sized and tuple(tensor.shape) != _shape(mine[plain]):
             raise LilyError(
                 f"{name!r} has shape {tuple(tensor.shape)}, but the model's own has {_shape(mine[plain])}; is it the "
                 "base model that the adapter was trained on?"

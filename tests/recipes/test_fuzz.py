@@ -52,7 +52,8 @@ VALUES = st.recursive(
 # Pieces of YAML that mean something to its parser: anchors, aliases, merges, tags, blocks, flows, documents.
 PIECES = st.sampled_from(
     ["name: x\n", "task: sft\n", "lily:\n", "  r: 4\n", "- ", "  - a\n", "&a ", "*a", "<<: *a\n", "!!set ",
-     "!!python/name:os.system ", "!!binary ", "!!timestamp ", "!x ", "? ", ": ", "{", "}", "[", "]", ",", "|\n", ">-\n", "---\n", "...\n",
+     "!!python/name:os.system ", "!!binary ", "!!timestamp ", "!x ", "? ", ": ", "{", "}", "[", "]", ",", "|\n",
+     ">-\n", "---\n", "...\n",
      "%YAML 1.1\n", "# c\n", "'", '"', "\\x00", "\t", "\n", "\u2028", "\ufeff", "extends: x\n", "0x_", "1:2:3",
      "~", "=", "y: &y [*y]\n"]
 )  # fmt: skip
