@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import peft
-import peft.functional
 import peft.peft_model
 import peft.utils
 from huggingface_hub import hf_hub_download
@@ -239,5 +238,5 @@ PATCHES: list[tuple[Any, str, Any, Any]] = [
     *((m, "load_peft_weights", _load_weights, _stock_load_weights)
       for m in (peft, peft.utils, peft.peft_model, save_and_load, hotswap)),
     *((m, "set_peft_model_state_dict", _set_state, _stock_set_state)
-      for m in (peft, peft.utils, peft.peft_model, peft.functional, save_and_load)),
+      for m in (peft, peft.utils, peft.peft_model, save_and_load)),
 ]  # fmt: skip
