@@ -44,7 +44,9 @@ def check_patterns(config: LilyConfig, names: Sequence[str]) -> None:
             longer than any model of this size needs.
     """
     most = max(MAX_NAMES, len(names))
-    for key in ("target_modules", "exclude_modules", "rank_pattern", "modules_to_save", "layers_to_transform"):
+    keys = ("target_modules", "target_parameters", "exclude_modules", "rank_pattern", "modules_to_save",
+            "layers_to_transform")  # fmt: skip
+    for key in keys:
         value = getattr(config, key)
         if isinstance(value, (set, list, tuple, dict)) and len(value) > most:
             raise LilyError(f"{key} has {len(value)} entries, but this model has {len(names)} modules")
