@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -165,27 +166,40 @@ def randomise(model: nn.Module, scale: float = 0.2, seed: int = 2) -> nn.Module:
     return model
 
 
-def two_processes(work: Callable[[int], Any]) -> list[Any]:
-    """What `work(rank)`, a function of a test module, returns in each of two distributed processes."""
+def processes(work: Callable[[int], Any], count: int = 2) -> list[Any]:
+    """What `work(rank)`, a function of a test module or a partial of one, returns in each of several processes."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     context = mp.get_context("spawn")
     queue = context.Queue()
-    workers = [context.Process(target=_worker, args=(work, rank, port, queue)) for rank in range(2)]
+    workers = [context.Process(target=_worker, args=(work, rank, count, port, queue)) for rank in range(count)]
     for worker in workers:
         worker.start()
-    found = dict(queue.get(timeout=240) for _ in workers)
-    for worker in workers:
-        worker.join()
-    return [found[rank] for rank in range(2)]
+    found = {}
+    try:
+        for _ in workers:
+            rank, result, failed = queue.get(timeout=400)
+            assert failed is None, f"process {rank}:\n{failed}"
+            found[rank] = result
+    finally:
+        for worker in workers:
+            if len(found) < count:
+                worker.kill()
+            worker.join()
+    return [found[rank] for rank in range(count)]
 
 
-def _worker(work: Callable[[int], Any], rank: int, port: int, queue: Any) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def _worker(work: Callable[[int], Any], rank: int, count: int, port: int, queue: Any) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(count))
+    os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(count))
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    queue.put((rank, work(rank)))
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=count)
+    try:
+        queue.put((rank, work(rank), None))
+    except BaseException:
+        queue.put((rank, None, traceback.format_exc()))
+        raise
     torch.distributed.destroy_process_group()
 
 

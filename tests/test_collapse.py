@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from helpers import build, inputs, predict, randomise, two_processes
+from helpers import build, inputs, predict, processes, randomise
 from peft import PeftModel, get_peft_model
 from test_merge import layers
 from test_model import adapted, config_for
@@ -276,13 +276,13 @@ def refit_a_half(rank):
 
 
 def test_two_processes_refit_alike():
-    first, second = two_processes(refit_a_half)
+    first, second = processes(refit_a_half)
     assert first == second
     assert first[0]["refit_steps"] == 6
 
 
 def test_two_processes_find_what_one_does():
-    found = two_processes(collapse_a_half)
+    found = processes(collapse_a_half)
     alone = lily.collapse(
         adapted("llama", routing="token"), [padded(seed, tokens=8 + seed) for seed in (1, 2, 3, 4)]
     ).to_dict()

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import build, inputs, predict, randomise, two_processes
+from helpers import build, inputs, predict, processes, randomise
 from peft import PeftModel, get_peft_model
 from test_merge import base_bits, layers, same_bits
 from test_model import adapted, config_for
@@ -375,5 +375,5 @@ def settle_on_own_rows(rank):
 
 
 def test_two_processes_settle_on_the_same_weights():
-    first, second = two_processes(settle_on_own_rows)
+    first, second = processes(settle_on_own_rows)
     assert first == second

@@ -16,6 +16,7 @@ from lily.registry import register, unregister
 if TYPE_CHECKING:
     from lily import export
     from lily.collapsing import CollapseReport, collapse
+    from lily.distributed import gathered_state, save_adapter
     from lily.health import HealthCallback
     from lily.pipeline import sum_bank_gradients
     from lily.settle import SettleCallback, Settling
@@ -30,6 +31,8 @@ LAZY = {
     "SettleCallback": "lily.settle",
     "Settling": "lily.settle",
     "export": "lily.export",
+    "gathered_state": "lily.distributed",
+    "save_adapter": "lily.distributed",
     "sum_bank_gradients": "lily.pipeline",
 }
 
@@ -46,7 +49,9 @@ __all__ = [
     "build_plan",
     "collapse",
     "export",
+    "gathered_state",
     "register",
+    "save_adapter",
     "select_modules",
     "sum_bank_gradients",
     "unregister",

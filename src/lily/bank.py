@@ -126,10 +126,13 @@ class LilyBank(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def pair(self, adapter: str, slot: Slot) -> tuple[Tensor, Tensor]:
         """One layer's A and B; like `tensors`, but for one look-up at each forward."""
         (tensors_A, tensors_B), (a, b) = self.tensors(adapter), (str(slot.A), str(slot.B))
-        # A list of parameters spends longer on its index than a small product takes; where a sharding engine has put
-        # something else in a parameter's place, the attribute is that.
-        A, B = tensors_A._parameters.get(a), tensors_B._parameters.get(b)
-        return getattr(tensors_A, a) if A is None else A, getattr(tensors_B, b) if B is None else B
+        # A list of parameters spends longer on its index than a small product takes. Subscripts and not get(): by them
+        # DeepSpeed's ZeRO-3, which replaces the dictionary, notices that a layer uses a parameter which is not its own,
+        # and gathers it. Where FSDP1 has put a plain tensor in a parameter's place, the attribute is that.
+        of_A, of_B = tensors_A._parameters, tensors_B._parameters
+        A = of_A[a] if a in of_A else getattr(tensors_A, a)
+        B = of_B[b] if b in of_B else getattr(tensors_B, b)
+        return cast(Tensor, A), cast(Tensor, B)
 
     def watch(self, model: nn.Module, layers: list[str]) -> None:
         """Have the attention mask of `model`'s forwards noted for `layers`; none: stop noting it."""

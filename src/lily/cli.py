@@ -16,7 +16,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from lily.commands import bench, deploy, evaluate, plan, recipes, train
-from lily.errors import LilyError
+from lily.errors import ElsewhereError, LilyError
 from lily.files import disk_error
 
 app = typer.Typer(
@@ -44,7 +44,8 @@ def main() -> None:
     try:
         app()
     except LilyError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not isinstance(error, ElsewhereError):
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except (KeyboardInterrupt, SystemExit) as end:  # typer turns Ctrl-C into exit code 130
         if isinstance(end, SystemExit) and end.code != 130:

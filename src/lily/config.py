@@ -44,6 +44,9 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
             `token` for causal models (`task_type` CAUSAL_LM or SEQ_2_SEQ_LM, or a model that is causal or a
             state-space model), else `sequence`; with `target_parameters`, `static`. A configuration written by stock
             PEFT has no such key and means `batch`, as does a plain `peft.LilyConfig`.
+        batch_scope: what a batch is to `batch` routing when several processes train: `local`, the rows of each, as in
+            stock PEFT; or `global`, the rows of all, by an exchange between them. For training only; not written to
+            files.
         dropout: probability, on the hidden state of rank r, in [0, 1).
         activation: between A and B: `none`, `relu`, `gelu` or `silu`.
         target_modules: names (suffixes at a dot boundary), a regular expression, or `"all-linear"`. Default: by
@@ -75,6 +78,9 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
     num_A: int | None = field(default=None, metadata={"help": "How many A per group; instead of `stride_A`."})
     routing: str | None = field(
         default=None, metadata={"help": "What expert weights depend on: token, sequence, batch, static or uniform."}
+    )
+    batch_scope: str = field(
+        default="local", metadata={"help": "For batch routing on several processes: local or global."}
     )
     dropout: float = field(default=0.0, metadata={"help": "Dropout probability on the hidden state of rank r."})
     activation: str = field(default="none", metadata={"help": "Between A and B: none, relu, gelu or silu."})
@@ -158,6 +164,7 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
             if isinstance(value, set):
                 values[key] = sorted(value)
         values["peft_type"] = PeftType.LILY.value
+        del values["batch_scope"]
         refusal = self.stock_refusal or stock_refusal(self)
         if refusal is not None:
             values["peft_type"] = EXTENDED_TYPE
@@ -236,6 +243,12 @@ def _check(c: LilyConfig) -> None:
     if c.scaling == 0:
         raise LilyError("scaling=0 switches the adapter off; give a number such as 1.0")
     _check_choice("routing", c.routing, ROUTINGS)
+    _check_choice("batch_scope", c.batch_scope, ("local", "global"))
+    if c.batch_scope == "global" and c.routing != "batch":
+        raise LilyError(
+            f"batch_scope='global' is for routing='batch', but routing={c.routing!r} does not look at other samples; "
+            "leave it out"
+        )
     _check_choice("activation", c.activation, ACTIVATIONS)
     _check_choice("bias", c.bias, BIASES)
     _check_number("dropout", c.dropout)

@@ -9,3 +9,7 @@ class LilyError(ValueError):
     A ``ValueError``, so code written for PEFT (which raises ``ValueError`` for bad configs) catches it unchanged.
     The command line prints the message alone and exits with code 2.
     """
+
+
+class ElsewhereError(LilyError):
+    """Another process of the same run has found an error and tells it. The command line says nothing more."""

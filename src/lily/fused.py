@@ -60,7 +60,7 @@ def product_dtype(x: Tensor, A: Tensor, B: Tensor) -> torch.dtype | None:
 
     Half-precision inputs stay as they are, whatever the adapter's dtype; under autocast its dtype counts.
     """
-    if A.dtype != B.dtype or not x.is_floating_point() or A.device != x.device:
+    if A.dtype != B.dtype or not x.is_floating_point() or A.device != x.device or A.ndim != 2:
         return None
     if not torch.compiler.is_compiling() and not _is_ordinary(A, B):
         return None

@@ -23,6 +23,7 @@ from lily.merging import Undo, add, fold, unfold
 from lily.observe import RoutingStatistics
 from lily.placement import execution_device, onload, weight_of
 from lily.plan import Group, Slot
+from lily.sharding import is_here, mean_of_all
 
 
 class NotStaticError(LilyError):
@@ -68,6 +69,19 @@ class Merged:
     undo: Undo
 
 
+class Router(nn.Linear):
+    """R (experts, r). Its layer reads the weight and never calls it.
+
+    Engines that gather a module's weights when it is called must therefore leave it to the block that it is part of.
+    PEFT's wrapping policy for FSDP1 makes units of trained modules without children; hence the child.
+    """
+
+    def __init__(self, r: int, experts: int) -> None:
+        super().__init__(r, experts, bias=False)
+        self.not_a_unit = nn.Identity()
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+
+
 class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
     """State of an adapted layer. A and B are in the bank; see `lily.bank`.
 
@@ -86,7 +100,7 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
 
     adapter_layer_names: tuple[str, ...] = ("lily_router", "lily_logits")
     other_param_names: tuple[str, ...] = (
-        "slots", "r", "num_B", "scaling", "routing", "activation", "dropout", "statistics", "rounding",
+        "slots", "r", "num_B", "scaling", "routing", "batch_scope", "activation", "dropout", "statistics", "rounding",
     )  # fmt: skip
 
     def __init__(self, base_layer: nn.Module, bank: LilyBank) -> None:
@@ -101,6 +115,7 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
         self.num_B: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
         self.routing: dict[str, str] = {}
+        self.batch_scope: dict[str, str] = {}
         self.activation: dict[str, str] = {}
         self.dropout: dict[str, float] = {}
         self.statistics: dict[str, RoutingStatistics] = {}
@@ -155,11 +170,10 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
         self.slots[adapter] = slot
         self.r[adapter], self.num_B[adapter] = group.r, group.num_B
         self.scaling[adapter], self.routing[adapter] = config.scaling, str(config.routing)
+        self.batch_scope[adapter] = config.batch_scope
         self.activation[adapter], self.dropout[adapter] = config.activation, config.dropout
         if group.num_B > 1 and config.routing in DYNAMIC:
-            router = nn.Linear(group.r, group.num_B, bias=False)
-            nn.init.kaiming_uniform_(router.weight, a=math.sqrt(5))
-            self.lily_router[adapter] = router
+            self.lily_router[adapter] = Router(group.r, group.num_B)
             if config.settled is not None:
                 self.lily_logits[adapter] = nn.Parameter(torch.zeros(group.logits_shape))
         elif group.num_B > 1 and config.routing == "static":
@@ -184,6 +198,12 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
     def tensors_of(self, adapter: str, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (experts, r, out), where the bank has them now, or on a device."""
         num_B, (A, B) = self.num_B[adapter], self._pair(adapter, device)
+        if not (is_here(A) and is_here(B)):
+            raise LilyError(
+                f"the shared tensors of adapter {adapter!r} are sharded and have not been gathered: lily_bank was made "
+                "a unit of its own, or the model is called past its wrapper; wrap the root of the model, whose part "
+                "the bank is, and call that (with FSDP2: fully_shard(model) after fully_shard(layer) for each layer)"
+            )
         return A, B.view(num_B, B.shape[0] // num_B, B.shape[1])
 
     def _pair(self, adapter: str, device: torch.device | None) -> tuple[Tensor, Tensor]:
@@ -232,7 +252,7 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
             if settled.begun and not settled.done:
                 return None
             routing, router = self._settled_router(adapter, settled.done)
-        if routing == "batch" and not self.training:
+        if routing == "batch" and (not self.training or self.batch_scope[adapter] == "global"):
             return None  # what batch routing is for is stock PEFT's results, to the last bit
         A, B = self._pair(adapter, x.device)
         dtype = fused.product_dtype(x, A, B)
@@ -279,13 +299,14 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
         statistics = self.statistics.get(adapter)
         settled = self.bank.settled.get(adapter) if experts > 1 else None
         mask = self._mask(x, h) if routing == "sequence" or statistics is not None else None
-        if settled is None:
-            w = functional.weights(h, experts, router, routing, mask)
-        else:
+        if settled is not None:
             logits = cast(Tensor, self.lily_logits[adapter])
             target = functional.softmax(logits).to(h.dtype)
             if settled.done:
                 return functional.softmax(self._settled_router(adapter, True)[1]).to(h.dtype)
+        if routing == "batch" and self.training and router is not None and self.batch_scope[adapter] == "global":
+            w = mean_of_all(functional.route(h, router))
+        else:
             w = functional.weights(h, experts, router, routing, mask)
         if statistics is not None and statistics.wants(self.training):
             seen = functional.weights(h, experts, router, "token") if statistics.per_token else w

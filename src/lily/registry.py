@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+import re
+from typing import Any
+
 import peft
 import torch
+from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lily import LilyModel as StockModel
 from peft.tuners.lora import conversion
 from peft.utils import PeftType, hotswap
 from torch import Tensor, nn
 
+from lily import sharding
 from lily.bank import LilyBank
 from lily.config import EXTENDED_TYPE, LilyConfig
 from lily.entries import HOTSWAP_KEYS, PATCHES
+from lily.errors import LilyError
 from lily.model import LilyModel
 
 _stock_conversion = conversion._convert_module_to_lora
@@ -28,6 +35,24 @@ def _convert_module_to_lora(
     return found
 
 
+_stock_save_pretrained = PeftModel.save_pretrained
+
+MATRICES = re.compile(r"\.lily_(A|B|router)\.")
+
+
+@functools.wraps(_stock_save_pretrained)
+def _save_pretrained(self: PeftModel, save_directory: str, *args: Any, **kwargs: Any) -> None:
+    """Stock's, but for an adapter that is in parts: it would wait for processes that never come, or write a part."""
+    if kwargs.get("state_dict") is None:
+        for name, p in self.named_parameters():
+            if MATRICES.search(name) and not sharding.is_here(p):
+                raise LilyError(
+                    f"cannot save to {save_directory}: {name} is sharded, and this process holds a part of it; call "
+                    "lily.save_adapter(model, folder) in all processes instead"
+                )
+    _stock_save_pretrained(self, save_directory, *args, **kwargs)
+
+
 def register() -> None:
     """Make PEFT use this package wherever it meets `PeftType.LILY`. `import lily` does; calling it again is harmless.
 
@@ -40,6 +65,7 @@ def register() -> None:
     PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LILY] = LilyModel
     conversion._convert_module_to_lora = _convert_module_to_lora
     hotswap.CONFIG_KEYS_TO_CHECK[PeftType.LILY] = HOTSWAP_KEYS
+    PeftModel.save_pretrained = _save_pretrained
     for owner, name, ours, _ in PATCHES:
         setattr(owner, name, ours)
 
@@ -51,5 +77,6 @@ def unregister() -> None:
     PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LILY] = StockModel
     conversion._convert_module_to_lora = _stock_conversion
     hotswap.CONFIG_KEYS_TO_CHECK.pop(PeftType.LILY, None)
+    PeftModel.save_pretrained = _stock_save_pretrained
     for owner, name, _, stock in PATCHES:
         setattr(owner, name, stock)

@@ -22,6 +22,7 @@ from lily.collapsing import TINY
 from lily.config import DYNAMIC
 from lily.errors import LilyError
 from lily.observe import RoutingStatistics
+from lily.sharding import is_sharded
 
 # Steps that the running mean looks back, as a share of training.
 WINDOW = 0.05
@@ -99,6 +100,11 @@ class Settling:
         """
         if not self.total_steps:
             raise LilyError("Settling does not know how long training is; give total_steps")
+        if any(is_sharded(p) for p in self.logits):
+            raise LilyError(
+                "a routing cannot settle while an engine (FSDP, ZeRO-3) holds the adapter in parts; train under DDP, "
+                "or without settle and collapse the adapter afterwards"
+            )
         window = max(1, round(WINDOW * self.total_steps))
         first = max(0, round(self.start * self.total_steps) - window)
         share = share_settled(step / self.total_steps, self.start, self.end)

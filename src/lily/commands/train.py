@@ -26,9 +26,10 @@ def train_command(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
     """Train a recipe; ends with a table of results and an adapter folder that PEFT loads."""
-    from lily.recipes import loader
+    from lily.recipes import loader, ranks
 
-    chosen = loader.load_recipe(recipe, [*(overrides or []), *([f"output={output}"] if output else [])])
+    changes = [*(overrides or []), *([f"output={output}"] if output else [])]
+    chosen = ranks.in_turn(lambda: loader.load_recipe(recipe, changes))
     if resume and overwrite:
         raise LilyError("--resume and --overwrite exclude each other; give one of them")
     quieten()
@@ -39,11 +40,12 @@ def train_command(
         result = train(chosen, resume=resume, overwrite=overwrite, quiet=quiet)
     except (KeyboardInterrupt, SystemExit, OSError):
         run = output_folder(chosen)
-        if (run / "recipe.yaml").is_file():
+        if ranks.is_first() and (run / "recipe.yaml").is_file():
             kept = checkpoints.last(run) or "the start"
             print(f"\nthe same command with --resume goes on from {kept}", file=sys.stderr)
         raise
-    report.print_result(result, chosen, output_folder(chosen), Console())
+    if ranks.is_first():
+        report.print_result(result, chosen, output_folder(chosen), Console())
 
 
 def quieten() -> None:

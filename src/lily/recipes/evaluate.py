@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import peft
 import torch
 from peft import PeftModel
 
@@ -20,18 +19,10 @@ from lily.recipes.data import Row
 from lily.recipes.report import LABELS
 from lily.recipes.schema import File, Recipe
 from lily.recipes.tasks import IGNORED, Example, conversation, encode, encode_text, prompt_ids
+from lily.sharding import root_gathered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-def load_weights(model: PeftModel, folder: Path) -> None:
-    """Put a saved adapter's weights into the model's adapter of the same shape.
-
-    Raises:
-        LilyError: if a Lily adapter's file is damaged or does not fit; the model is then as it was.
-    """
-    peft.set_peft_model_state_dict(model, peft.load_peft_weights(str(folder), device="cpu"))
 
 
 class Judge:
@@ -155,12 +146,13 @@ def answers(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[An
         for batch in by_length(encoded, recipe.train.eval_batch_size):
             ids = {"input_ids": [encoded[i]["input_ids"] for i in batch]}
             padded = tokenizer.pad(ids, return_tensors="pt", padding_side="left").to(device_of(model))
-            generated = model.generate(
-                **padded,
-                max_new_tokens=recipe.generation.max_new_tokens,
-                do_sample=False,
-                pad_token_id=tokenizer.pad_token_id,
-            )
+            with root_gathered(model):
+                generated = model.generate(
+                    **padded,
+                    max_new_tokens=recipe.generation.max_new_tokens,
+                    do_sample=False,
+                    pad_token_id=tokenizer.pad_token_id,
+                )
             texts = tokenizer.batch_decode(generated[:, padded["input_ids"].shape[1] :], skip_special_tokens=True)
             for i, text in zip(batch, texts, strict=True):
                 out[i] = text.strip()

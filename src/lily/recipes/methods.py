@@ -104,6 +104,7 @@ def lily_config(recipe: Recipe, model: nn.Module) -> LilyConfig:
     return LilyConfig(
         target_modules=asked.target_modules,
         scaling=block.scaling,
+        batch_scope=block.batch_scope,
         dropout=block.dropout,
         activation=block.activation,
         settled=None if block.settle is None else 0.0,

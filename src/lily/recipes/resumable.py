@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lily import distributed
 from lily.health import HealthCallback
 from lily.recipes import checkpoints
 from lily.recipes.checkpoints import Moment
+from lily.recipes.parallel import Parallel
 from lily.recipes.signals import Signals
 from lily.recipes.states import load_state, random_state, save_state, set_random_state
+from lily.sharding import plain_names
 
 Every = int | Literal["epoch"]
 
@@ -52,7 +55,7 @@ class Cadence(TrainerCallback):  # type: ignore[misc]
         control.should_save = due(self.save_every, state.global_step, state.epoch, last)
 
 
-class Resumable(Trainer):  # type: ignore[misc]
+class Resumable(Parallel):
     """To be mixed in before a Trainer.
 
     Attributes:
@@ -153,8 +156,8 @@ class Resumable(Trainer):  # type: ignore[misc]
 
     @property
     def _by_engine(self) -> bool:
-        """Whether the parameters are sharded by an engine, which writes and reads them in its own way."""
-        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        """Whether an engine writes and reads its optimiser in its own way."""
+        return bool(self.is_deepspeed_enabled)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         step, main = self.state.global_step, bool(self.args.should_save)
@@ -177,11 +180,10 @@ class Resumable(Trainer):  # type: ignore[misc]
         """A run writes cards of its own, beside the adapters."""
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if self._by_engine:
-            super()._save(output_dir, state_dict)
-            (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
-        elif self.args.should_save:
-            self.model.save_pretrained(output_dir)
+        if self.args.should_save:
+            model = distributed.peft_model_of(self.model)
+            with plain_names(model):
+                model.save_pretrained(output_dir, state_dict=state_dict)
 
     def _save_rng_state(self, output_dir: str) -> None:
         save_state(
@@ -191,8 +193,9 @@ class Resumable(Trainer):  # type: ignore[misc]
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self._by_engine:
             super()._save_optimizer_and_scheduler(output_dir)
-        elif self.args.should_save:
-            states = {"optimizer": self.optimizer.state_dict(), "scheduler": self.lr_scheduler.state_dict()}
+            return
+        states = {"optimizer": self.optimizer_state(), "scheduler": self.lr_scheduler.state_dict()}
+        if self.args.should_save:
             save_state(states, Path(output_dir), "optimizer")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -200,7 +203,7 @@ class Resumable(Trainer):  # type: ignore[misc]
             super()._load_optimizer_and_scheduler(checkpoint)
         else:
             states = load_state(Path(checkpoint), "optimizer")
-            self.optimizer.load_state_dict(states["optimizer"])
+            self.load_optimizer_state(states["optimizer"])
             self.lr_scheduler.load_state_dict(states["scheduler"])
 
     def _save_scaler(self, output_dir: str) -> None:

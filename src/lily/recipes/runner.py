@@ -23,8 +23,9 @@ from transformers import (
     TrainingArguments,
 )
 
+from lily.distributed import from_first, rank, save_adapter, world_size
 from lily.errors import LilyError
-from lily.files import new_folder, write_text
+from lily.files import write_text
 from lily.health import HealthCallback
 from lily.recipes import metrics as metric_tools
 from lily.recipes.methods import learning_rate
@@ -34,12 +35,6 @@ from lily.recipes.tasks import Example
 from lily.settle import SettleCallback
 
 Evaluate = Callable[[torch.nn.Module], dict[str, float]]
-
-
-def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Write a PEFT folder that is complete from the moment it has its name; an older one is replaced."""
-    with new_folder(folder, overwrite=True) as new:
-        model.save_pretrained(str(new))
 
 
 class Progress:
@@ -59,8 +54,9 @@ class Progress:
         self.folder, self.file = output / "best", output / "progress.json"
         self.metric, self.patience = metric, patience
         self.history: list[dict[str, float]] = []
-        if self.file.is_file() and self.folder.is_dir():
+        if rank() == 0 and self.file.is_file() and self.folder.is_dir():
             self.history = json.loads(self.file.read_text("utf-8"))
+        self.history = from_first(self.history)
 
     @property
     def best(self) -> dict[str, float]:
@@ -76,8 +72,9 @@ class Progress:
         """Take note of an evaluation; True means that patience is used up."""
         self.history = [h for h in self.history if h["step"] < found["step"]] + [found]
         if self.best is found:
-            save_adapter(model, self.folder)
-        write_text(self.file, json.dumps(self.history))
+            save_adapter(model, self.folder, overwrite=True)
+        if rank() == 0:
+            write_text(self.file, json.dumps(self.history))
         return self.exhausted
 
     @property
@@ -115,8 +112,7 @@ def build_trainer(
     """
     names = metric_tools.metrics_of(recipe)
     arguments = _arguments(recipe, output, quiet)
-    optimiser = torch.optim.AdamW(_groups(recipe, model), weight_decay=recipe.train.weight_decay)
-    common: dict[str, Any] = {"model": model, "processing_class": tokenizer, "optimizers": (optimiser, None)}
+    common: dict[str, Any] = {"model": model, "processing_class": tokenizer}
     if recipe.task == "sft":
         try:
             from datasets import Dataset, disable_progress_bars
@@ -141,7 +137,7 @@ def build_trainer(
                 p.data = data
     else:
         trainer = _with_best(Trainer)(
-            args=TrainingArguments(**arguments, train_sampling_strategy="group_by_length"),
+            args=TrainingArguments(**arguments),
             train_dataset=list(train),
             eval_dataset=list(validation),
             data_collator=DataCollatorWithPadding(tokenizer),
@@ -156,6 +152,7 @@ def build_trainer(
     trainer.add_callback(Cadence(recipe.train.evaluate_every, recipe.train.save_every or recipe.train.evaluate_every))
     trainer.health = HealthCallback(lambda said: print(f"warning: {said}", file=sys.stderr))
     trainer.add_callback(trainer.health)
+    trainer.recipe = recipe
     trainer.generate = generate
     trainer.names = names
     trainer.progress = Progress(output, names[0], recipe.train.early_stopping)
@@ -191,6 +188,7 @@ def _with_best(base: type[Trainer]) -> Any:
                 found["eval_perplexity"] = float(np.exp(min(found["eval_loss"], 80.0)))
                 if self.generate is not None:
                     found.update({f"eval_{name}": value for name, value in self.generate(self.model).items()})
+            found = from_first(found)  # the processes decide alike, also where their arithmetic differs in a last bit
             step, epoch = self.state.global_step, float(self.state.epoch or 0.0)
             values = {name: found[f"eval_{name}"] for name in self.names}
             settled = self.settled()
@@ -220,7 +218,7 @@ def _arguments(recipe: Recipe, output: Path, quiet: bool) -> dict[str, Any]:
         "output_dir": str(output / "checkpoints"),
         "num_train_epochs": t.epochs,
         "max_steps": t.max_steps or -1,
-        "per_device_train_batch_size": t.batch_size,
+        "per_device_train_batch_size": t.batch_size // world_size(),
         "per_device_eval_batch_size": t.eval_batch_size,
         "gradient_accumulation_steps": t.gradient_accumulation,
         "learning_rate": learning_rate(recipe),
@@ -243,15 +241,3 @@ def _arguments(recipe: Recipe, output: Path, quiet: bool) -> dict[str, Any]:
         "disable_tqdm": quiet,
         "log_level": "error" if quiet else "passive",
     }
-
-
-def _groups(recipe: Recipe, model: torch.nn.Module) -> list[dict[str, Any]]:
-    """Parameter groups: the adapter, and a new head with its own learning rate."""
-    rate = learning_rate(recipe)
-    adapter: list[torch.nn.Parameter] = []
-    head: list[torch.nn.Parameter] = []
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            (head if "modules_to_save" in name else adapter).append(p)
-    groups = [(adapter, rate), (head, recipe.train.head_learning_rate or rate)]
-    return [{"params": params, "lr": lr} for params, lr in groups if params]

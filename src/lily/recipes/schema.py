@@ -149,6 +149,9 @@ class Lily(Section):
     routing: Literal["batch", "sequence", "token", "static", "uniform"] | None = Field(
         None, description="Default: token for causal models, sequence otherwise."
     )
+    batch_scope: Literal["local", "global"] = Field(
+        "local", description="For batch routing on several processes: the mean over each one's rows, or over all rows."
+    )
     dropout: Fraction = 0.0
     activation: Literal["none", "relu", "gelu", "silu"] = "none"
     settle: Settle | None = Field(None, description="Become static while learning: exact to merge and to export.")

@@ -8,12 +8,14 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from lily.distributed import load_weights, save_adapter
 from lily.files import write_text
-from lily.recipes import checkpoints, data, loader, models, preflight, report
+from lily.recipes import checkpoints, data, loader, models, preflight, ranks, report
 from lily.recipes import metrics as metric_tools
 from lily.recipes.data import Splits
 from lily.recipes.places import located
@@ -51,7 +53,7 @@ class Result:
     metric: str
     split: str
     labels: list[str] | None
-    before: dict[str, float]
+    before: dict[str, float] = field(default_factory=dict)
     final: dict[str, float] = field(default_factory=dict)
     best: dict[str, float] | None = None
     last: dict[str, float] | None = None
@@ -102,17 +104,25 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, quie
     """
     started = time.perf_counter()
     output = output_folder(recipe)
-    preflight.check_folder(recipe, output, resume, overwrite)
-    prepared = preflight.prepare(recipe)
-    checkpoint = checkpoints.last(output) if resume else None
-    # before the folder is touched: what weights reveal is a mistake like any other, and writes nothing
-    loaded = _load(recipe, prepared)
 
-    if overwrite and not resume:
-        checkpoints.clear(output)
-    output.mkdir(parents=True, exist_ok=True)
-    write_text(output / "recipe.yaml", loader.dump_recipe(recipe))
-    checkpoints.restore(output, checkpoint)
+    def checked() -> tuple[Prepared, _Loaded]:
+        ranks.check(recipe)
+        preflight.check_folder(recipe, output, resume, overwrite)
+        prepared = preflight.prepare(recipe)
+        # before the folder is touched: what weights reveal is a mistake like any other, and writes nothing
+        return prepared, _load(recipe, prepared)
+
+    def begun() -> Path | None:
+        checkpoint = checkpoints.last(output) if resume else None
+        if overwrite and not resume:
+            checkpoints.clear(output)
+        output.mkdir(parents=True, exist_ok=True)
+        write_text(output / "recipe.yaml", loader.dump_recipe(recipe))
+        checkpoints.restore(output, checkpoint)
+        return checkpoint
+
+    prepared, loaded = ranks.in_turn(checked)
+    checkpoint = ranks.on_first(begun)
     with Signals() as signals:
         result = _run(recipe, prepared, loaded, output, checkpoint, signals, quiet)
         # written before the baselines too: what took hours does not wait for them
@@ -125,6 +135,8 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, quie
 
 def _write(result: Result, recipe: Recipe, output: Path, started: float) -> None:
     result.seconds["total"] = time.perf_counter() - started
+    if not ranks.is_first():
+        return
     result.write(output / "metrics.json")
     for name in ("best", "last"):
         if (output / name).is_dir():
@@ -161,12 +173,13 @@ def _load(recipe: Recipe, prepared: Prepared) -> _Loaded:
             precision=runner.precision_of(recipe),
             announce=said.append,
         )
-    for line in said:
+    for line in said if ranks.is_first() else ():
         print(line, file=sys.stderr)
     total, size = base.num_parameters(), base.get_memory_footprint()
     set_seed(recipe.seed)
     model = base if prepared.config is None else get_peft_model(base, prepared.config)
-    return _Loaded(evaluate.place(model), total, size, next(iter(said), None))
+    placed = model if ranks.to_be_sharded() else evaluate.place(model)
+    return _Loaded(placed, total, size, next(iter(said), None))
 
 
 def _run(
@@ -191,12 +204,13 @@ def _run(
 
     split = "test" if splits.test else "validation"
     judge = evaluate.Judge(recipe, tokenizer, splits.labels)
-    before = judge(model, splits.held_out)
-    samples = evaluate.samples(model, tokenizer, splits.held_out, recipe, "before")
-    result = Result(
-        recipe.name, recipe.method, recipe.task, recipe.seed, names[0], split, _listed(splits.labels), before
-    )
+    result = Result(recipe.name, recipe.method, recipe.task, recipe.seed, names[0], split, _listed(splits.labels))
     result.quantization, result.base_bytes = recipe.model.quantization, loaded.base_bytes
+
+    def judge_untrained(m: Any) -> None:
+        result.before = judge(m, splits.held_out)
+        result.samples = evaluate.samples(m, tokenizer, splits.held_out, recipe, "before")
+
     result.precision = runner.precision_of(recipe)
     result.device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     result.versions = {
@@ -207,7 +221,8 @@ def _run(
     result.parameters = _parameters(model, loaded.base_parameters)
     result.adapter, result.new_head = report.adapter_summary(model, recipe), loaded.new_head
     if config is None:
-        result.final, result.samples = before, samples
+        judge_untrained(model)
+        result.final = result.before
         return result
 
     trainer = runner.build_trainer(
@@ -220,11 +235,16 @@ def _run(
         by_generation(splits.validation) if generated else None,
         quiet,
     )
+    if trainer.shards:  # whole, the model may not fit where its parts do
+        trainer.look = judge_untrained
+    else:
+        judge_untrained(model)
     trainer.signals = signals
     trainer.resume(checkpoint)
     result.seconds["train"] = trainer.seconds
     result.router = {name: value for name, value in trainer.health.routers.state.items() if name != "in_a_row"}
-    runner.save_adapter(model, output / "last")
+    model = trainer.usable
+    save_adapter(model, output / "last", overwrite=True)
     result.adapter = report.adapter_summary(model, recipe)
     progress, metric = trainer.progress, names[0]
     if not progress.history or progress.history[-1]["step"] != trainer.state.global_step:
@@ -233,10 +253,10 @@ def _run(
     result.last, result.best = (
         {"epoch": found["epoch"], "value": found[metric]} for found in (progress.history[-1], progress.best)
     )
-    evaluate.load_weights(model, output / "best")
+    load_weights(model, output / "best")
     result.final = judge(model, splits.held_out)
-    result.adapter_bytes = (output / "best" / "adapter_model.safetensors").stat().st_size
-    result.samples = evaluate.samples(model, tokenizer, splits.held_out, recipe, "after", samples)
+    result.adapter_bytes = ranks.on_first(lambda: (output / "best" / "adapter_model.safetensors").stat().st_size)
+    result.samples = evaluate.samples(model, tokenizer, splits.held_out, recipe, "after", result.samples)
     return result
 
 
@@ -256,7 +276,7 @@ def _baselines(recipe: Recipe, splits: Splits, output: Path, resume: bool, quiet
             if recipe.method == "lora":
                 continue
             other = recipe.model_copy(update={"method": "lora", "baselines": [], "output": str(output / "lora")})
-            begun = resume and (output / "lora" / "recipe.yaml").is_file()
+            begun = resume and ranks.on_first((output / "lora" / "recipe.yaml").is_file)
             lora = train(other, resume=begun, overwrite=not begun, quiet=quiet)
             found[name] = {
                 **lora.final,
@@ -265,5 +285,5 @@ def _baselines(recipe: Recipe, splits: Splits, output: Path, resume: bool, quiet
                 "bytes": lora.adapter_bytes,
             }
         else:
-            found[name] = baselines.run(name, recipe, splits)
+            found[name] = ranks.on_first(partial(baselines.run, name, recipe, splits))
     return found

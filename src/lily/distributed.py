@@ -1,0 +1,232 @@
+"""Adapters of models that several processes hold together: gathered, saved and loaded.
+
+DDP keeps a whole model in every process; FSDP and DeepSpeed's ZeRO-3 keep a part of each tensor in each. An adapter is
+small beside its model, so it alone is gathered, a tensor (or, under FSDP1, a unit) at a time, and is written once, by
+the first process, as the same files that one process writes.
+
+    lily.save_adapter(model, "adapter")          # every process calls it
+    lily.distributed.load_weights(model, "adapter")
+
+Every function here that takes a model is a collective one: all processes must call it, with the model as its engine
+wrapped it (DDP, FSDP, DeepSpeedEngine) or with the PeftModel itself. Without a process group they do what PEFT does.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import peft
+import torch
+import torch.distributed as dist
+from peft import PeftModel, get_peft_model_state_dict
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from lily import sharding
+from lily.checkpoint import unwrapped
+from lily.errors import LilyError
+from lily.files import new_folder
+
+
+def world_size() -> int:
+    """How many processes share the work; 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this process; the one that writes is 0."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def peft_model_of(model: nn.Module) -> PeftModel:
+    """The PeftModel inside what an engine made of it.
+
+    Raises:
+        LilyError: if there is none.
+    """
+    found = next((m for m in model.modules() if isinstance(m, PeftModel)), None)
+    if found is None:
+        raise LilyError(f"this {type(model).__name__} holds no PeftModel; make one with peft.get_peft_model")
+    return found
+
+
+def gathered_state(model: nn.Module) -> dict[str, Tensor]:
+    """The whole tensors of the model's adapters, on the CPU of the first process.
+
+    Args:
+        model: as its engine wrapped it. All processes must call this.
+
+    Returns:
+        In the first process: name in the `PeftModel` -> tensor, for what adapters consist of (frozen adapters, saved
+        modules and their buffers included); for `PeftModel.save_pretrained(state_dict=...)`. In the others: nothing.
+    """
+    parameters, buffers = _parts(model)
+    found: dict[str, Tensor] = {}
+    for unit in sharding.units(model, parameters, change=False):
+        for name, p in unit.items():
+            tensor = sharding.whole(p)
+            if rank() == 0:
+                found[parameters[name]] = tensor.detach().cpu().clone()
+    if rank() == 0:
+        found.update({name: b.detach().cpu().clone() for name, b in buffers.items()})
+    return found
+
+
+def save_adapter(model: nn.Module, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
+    """Gather the adapter once and write it as PEFT does, from the first process.
+
+    Args:
+        model: as its engine wrapped it. All processes must call this.
+        folder: complete from the moment it has its name.
+        overwrite: replace it if it exists.
+
+    Raises:
+        LilyError: in all processes, if the folder exists or its parent does not.
+        OSError: in all processes, if it cannot be written.
+    """
+    state, failed = gathered_state(model), None
+    if rank() == 0:
+        try:
+            inner = peft_model_of(model)
+            with new_folder(folder, overwrite) as new, sharding.plain_names(inner):
+                inner.save_pretrained(str(new), state_dict=state)
+        except (LilyError, OSError) as error:
+            failed = error
+    failed = from_first(failed)
+    if failed is not None:
+        raise failed
+
+
+def load_weights(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Put a saved adapter's weights into the model's active adapter, which must be of the same configuration.
+
+    Args:
+        model: as its engine wrapped it. All processes must call this; only the first one reads the folder.
+        folder: a PEFT folder.
+
+    Raises:
+        LilyError: in all processes, if the file lacks a tensor of the adapter or has one of another shape.
+        OSError: in all processes, if it cannot be read.
+    """
+    if world_size() == 1:
+        file = peft.load_peft_weights(str(folder), device="cpu")
+        peft.set_peft_model_state_dict(peft_model_of(model), file)
+        return
+    parameters, buffers = _parts(model)
+    state: Any = None
+    if rank() == 0:
+        try:
+            state = _by_name(model, peft.load_peft_weights(str(folder), device="cpu"))
+        except (LilyError, OSError) as error:
+            state = error
+    state = from_first(state)
+    if isinstance(state, Exception):
+        raise state
+    with torch.no_grad():
+        for unit in sharding.units(model, parameters, change=True):
+            for name, p in unit.items():
+                if parameters[name] in state:
+                    sharding.put(p, state[parameters[name]])
+        for name, buffer in buffers.items():
+            if name in state:
+                buffer.copy_(state[name])
+
+
+def optimizer_state(model: nn.Module, optimizer: Any) -> dict[str, Any]:
+    """The optimiser's state as one process that has the whole model would have it: `state_dict()` of a plain one.
+
+    Args:
+        model: as its engine (DDP, FSDP1 or FSDP2) wrapped it. All processes must call this.
+        optimizer: of its parameters; one that accelerate wrapped will do.
+
+    Returns:
+        In the first process: the state, on the CPU. In the others: something to be ignored.
+    """
+    plain = getattr(optimizer, "optimizer", optimizer)
+    numbers = {name: i for i, name in enumerate(_optimised(model, plain))}
+    named: Any = get_optimizer_state_dict(model, plain, options=_whole_states(model))
+    groups = [{**group, "params": [numbers[n] for n in group["params"]]} for group in named["param_groups"]]
+    return {"state": {numbers[name]: state for name, state in named["state"].items()}, "param_groups": groups}
+
+
+def load_optimizer_state(model: nn.Module, optimizer: Any, state: dict[str, Any]) -> None:
+    """Put back what `optimizer_state`, or a plain optimiser's `state_dict()`, gave; all processes must call it.
+
+    Args:
+        model: as its engine wrapped it.
+        optimizer: of its parameters.
+        state: the same in all processes.
+    """
+    plain = getattr(optimizer, "optimizer", optimizer)
+    names = _optimised(model, plain)
+    groups = [{**group, "params": [names[i] for i in group["params"]]} for group in state["param_groups"]]
+    named: Any = {"state": {names[i]: values for i, values in state["state"].items()}, "param_groups": groups}
+    set_optimizer_state_dict(model, plain, named, options=StateDictOptions(full_state_dict=True))
+
+
+def _optimised(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Names of the optimiser's parameters, in its order."""
+    sharding.reshard(model)
+    names = {id(p): unwrapped(name) for name, p in model.named_parameters()}
+    return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+
+
+def _whole_states(model: nn.Module) -> StateDictOptions:
+    # on a model that is on the CPU already, FSDP1 offloads into memory that it then gives back
+    offload = next(model.parameters()).device.type != "cpu"
+    return StateDictOptions(full_state_dict=True, cpu_offload=offload)
+
+
+def from_first(value: Any) -> Any:
+    """The first process's `value`, in all of them; anything that pickles."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _parts(model: nn.Module) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """What the adapters consist of: names of parameters in `model` -> in its PeftModel; name there -> buffer."""
+    sharding.reshard(model)
+    peft_model = peft_model_of(model)
+    root = next(name for name, module in model.named_modules() if module is peft_model)
+    inside = f"{root}." if root else ""
+    prefix = getattr(peft_model.base_model, "prefix", "lora_")
+    parameters = {
+        name: unwrapped(name.removeprefix(inside))
+        for name, p in model.named_parameters()
+        if p.requires_grad or prefix in name or SAVED in name
+    }
+    buffers = {unwrapped(name): b for name, b in peft_model.named_buffers() if SAVED in name}
+    return parameters, buffers
+
+
+SAVED = "modules_to_save."
+
+
+def _by_name(model: nn.Module, file: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A file's tensors by their names in the PeftModel.
+
+    PEFT knows the way there: it is asked what it would write of the tensors that the model has now.
+    """
+    parameters, buffers = _parts(model)
+    here = {parameters[name]: p for name, p in model.named_parameters() if name in parameters} | buffers
+    names = {id(tensor): name for name, tensor in here.items()}
+    out = {}
+    inner = peft_model_of(model)
+    with sharding.plain_names(inner):
+        written = get_peft_model_state_dict(inner, state_dict=here)
+    for key, tensor in written.items():
+        expected = sharding.shape_of(tensor)
+        if key not in file:
+            raise LilyError(f"the adapter file has no {key}; is it the file of this configuration and base model?")
+        if file[key].shape != expected and not sharding.is_flat(tensor):
+            raise LilyError(f"{key!r} has shape {tuple(file[key].shape)} in the file, expected {tuple(expected)}")
+        out[names[id(tensor)]] = file[key]
+    return out

@@ -1,0 +1,187 @@
+"""What a sharding engine makes of a parameter, and the way from there to the whole tensor and back.
+
+FSDP2 puts a DTensor in its place, FSDP1 a flat piece of its values (or none), DeepSpeed's ZeRO-3 an empty tensor that
+remembers its shape.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def is_partitioned(p: Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO-3 holds the tensor in parts."""
+    return hasattr(p, "ds_id")
+
+
+def is_flat(p: Tensor) -> bool:
+    """Whether FSDP1 holds the tensor in parts, whose shape says nothing."""
+    return getattr(p, "_fsdp_flattened", False)
+
+
+def is_sharded(p: Tensor) -> bool:
+    """Whether an engine holds the tensor in parts."""
+    return isinstance(p, DTensor) or is_flat(p) or is_partitioned(p)
+
+
+def is_here(t: Tensor) -> bool:
+    """Whether a tensor that has two dimensions or more when it is whole is so now, all of it in this process."""
+    return not isinstance(t, DTensor) and t.ndim >= 2
+
+
+def shape_of(p: Tensor) -> torch.Size:
+    """The whole tensor's shape."""
+    shape: torch.Size = p.ds_shape if is_partitioned(p) else p.shape  # type: ignore[attr-defined]
+    return shape
+
+
+def whole(p: Tensor) -> Tensor:
+    """The whole tensor; under FSDP2 a collective operation, under ZeRO-3 and FSDP1 within `gathered` only."""
+    if isinstance(p, DTensor):
+        # with CPU offload the parts wait where the processes' network may not reach
+        there: Any = p.to(p.device_mesh.device_type)
+        found: Tensor = there.full_tensor()
+        return found
+    return p
+
+
+def put(p: Tensor, value: Tensor) -> None:
+    """Give a tensor new values, which all processes have whole; as `whole`, the other way round."""
+    if isinstance(p, DTensor):
+        there = value.to(p.device_mesh.device_type, p.dtype)
+        p.copy_(distribute_tensor(there, p.device_mesh, p.placements))
+    else:
+        p.copy_(value)
+
+
+def reshard(model: nn.Module) -> None:
+    """Put FSDP2's parts back in place of whole tensors, which a forward without backward leaves at the root."""
+    if dist.is_available():
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+@contextlib.contextmanager
+def root_gathered(model: nn.Module) -> Iterator[None]:
+    """Within, a method other than forward, such as `generate`, can be called on a model under FSDP1.
+
+    FSDP2's root is told of such methods by transformers.
+    """
+    if _fsdp1_units(model)[:1] == [model]:
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        with FullyShardedDataParallel.summon_full_params(model, recurse=False, writeback=False):
+            yield
+    else:
+        yield
+
+
+def units(model: nn.Module, wanted: Iterable[str], change: bool) -> Iterator[dict[str, Tensor]]:
+    """The named parameters, in portions within which `whole` and `put` work. All processes must go through them.
+
+    Args:
+        model: as its engine wrapped it.
+        wanted: names as `named_parameters` of the model has them.
+        change: whether they are to be changed.
+    """
+    names = set(wanted)
+    found: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if name in names}
+    flat = _fsdp1_units(model)
+    if flat:
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        for unit in flat:
+            own = {id(p) for module in _modules_of(unit, flat) for p in module.parameters(recurse=False)}
+            with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=change):
+                yield {name: p for name, p in found.items() if id(p) in own}
+    elif any(is_partitioned(p) for p in found.values()):
+        zero: Any = importlib.import_module("deepspeed").zero
+        with zero.GatheredParameters(list(found.values()), modifier_rank=0 if change else None):
+            yield found
+    else:
+        yield found
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over all processes. What each does with it has a part in the gradient of what every one gave."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor) -> Tensor:
+        t = t.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(t)
+        return t
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _sum_of_all(grad)
+
+
+def _sum_of_all(t: Tensor) -> Tensor:
+    summed: Tensor = _Sum.apply(t)  # type: ignore[no-untyped-call]
+    return summed
+
+
+def mean_of_all(p: Tensor) -> Tensor:
+    """The mean over all rows of all processes, who must all ask for it; differentiable.
+
+    Args:
+        p: (..., E), of any number of rows in each process.
+
+    Returns:
+        (E,), the same in all processes.
+    """
+    rows = p.reshape(-1, p.shape[-1])
+    if not (dist.is_available() and dist.is_initialized()):
+        return rows.mean(dim=0)
+    wide = torch.promote_types(p.dtype, torch.float32)
+    sums = torch.cat([rows.sum(dim=0, dtype=wide), rows.new_tensor([rows.shape[0]], dtype=wide)])
+    total = _sum_of_all(sums)
+    return (total[:-1] / total[-1].detach()).to(p.dtype)
+
+
+@contextlib.contextmanager
+def plain_names(model: nn.Module) -> Iterator[None]:
+    """Within, modules have the names that they had before FSDP1 put itself between them, which PEFT goes by."""
+    flat = _fsdp1_units(model)
+    wrapped = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if any(child is unit for unit in flat)
+    ]
+    try:
+        for parent, name, child in wrapped:
+            parent._modules[name] = next(child.children())
+        yield
+    finally:
+        for parent, name, child in wrapped:
+            parent._modules[name] = child
+
+
+def _fsdp1_units(model: nn.Module) -> list[nn.Module]:
+    if not dist.is_available():
+        return []
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return [m for m in model.modules() if isinstance(m, FullyShardedDataParallel)]
+
+
+def _modules_of(unit: nn.Module, others: list[nn.Module]) -> Iterator[nn.Module]:
+    """The modules whose parameters are this unit's: those below it and not below another unit inside it."""
+    stack = list(unit.children())
+    while stack:
+        module = stack.pop()
+        if not any(module is other for other in others):
+            yield module
+            stack.extend(module.children())
