@@ -42,8 +42,10 @@ def let_accelerate_shard_on_the_cpu() -> None:
     def init(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
         original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
-            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
-            self.device = PartialState().device = torch.device("cpu")
+            # every new AcceleratorState begins with what PartialState holds
+            PartialState._shared_state.update(distributed_type=DistributedType.FSDP, device=torch.device("cpu"))
+            self.__dict__.update(PartialState._shared_state)
+            self.fsdp_plugin = fsdp_plugin
             if self.mixed_precision != "no":
                 fsdp_plugin.set_mixed_precision(self.mixed_precision)
 
