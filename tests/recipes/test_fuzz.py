@@ -140,6 +140,15 @@ def test_any_overrides_make_a_recipe_or_one_error(tmp_path, count):
     check(count, st.lists(one, max_size=3), prove)
 
 
+@pytest.mark.parametrize("kind", ["timestamp", "int", "float", "bool", "null", "binary", "str", "merge", "value"])
+@pytest.mark.parametrize("value", ["", "x", "'1'", "-", "0b", "2020-01-01T99:99:99Z"])
+def test_a_tagged_value_is_what_its_tag_says_or_one_error(tmp_path, kind, value):
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL) + f"description: !!{kind} {value}\n")
+    loaded(path, [])
+    loaded(path, [f"seed=!!{kind} {value}"])
+
+
 def test_anchors_are_read_and_bombs_of_them_are_not(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text(yaml.safe_dump(MINIMAL) + "metrics: &m [accuracy, f1]\nbaselines: []\n")

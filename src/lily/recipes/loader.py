@@ -200,7 +200,8 @@ def _construct(node: yaml.Node, at: Key, place: str, places: dict[Key, str]) -> 
     loader = yaml.SafeLoader("")
     try:
         return loader.construct_object(node, deep=True)
-    except ValueError as error:  # the YAML of 2020-13-45 is a date, and there is no such day
+    # The YAML of 2020-13-45 is a date, and there is no such day; other text under a tag (!!timestamp x) ends as it may.
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
         raise LilyError(f"{where}: {'.'.join(at)}: not a value of its YAML type ({error}); quote it") from None
     finally:
         loader.dispose()
