@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -56,6 +57,10 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
             stacked weights of a mixture's experts, such as `experts.gate_up_proj`. Their update must be a matrix, so
             the routing is `static` (the default then) or `uniform`, or `num_B` is 1. `target_modules=[]` beside it
             means no layers; leaving it out means those of the architecture, where they are known.
+        target_slices: layer -> which slices of its output to adapt, each with experts of its own, such as
+            `{"qkv": ["k", "v"]}`; where the architecture's layout is not known, `{"qkv": {"v": [1536, 2304]}}` (start
+            and stop among the outputs, and a period where heads repeat); see `lily.slices`. The layers need not be in
+            `target_modules` too.
         layers_to_transform: layer indices to adapt; with names in `target_modules` only.
         layers_pattern: name of the layer list, with `layers_to_transform`.
         rank_pattern: rank for modules that match a name or regular expression. Ranks inside one group must agree.
@@ -86,6 +91,9 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
     activation: str = field(default="none", metadata={"help": "Between A and B: none, relu, gelu or silu."})
     target_parameters: list[str] | None = field(
         default=None, metadata={"help": "Names of parameters to adapt, such as stacked weights of experts."}
+    )
+    target_slices: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Layer -> slices of its output to adapt, such as qkv: [k, v]."}
     )
     rank_pattern: dict[str, int] | None = field(
         default_factory=dict, metadata={"help": "Rank for modules that match a name or regular expression."}
@@ -129,6 +137,8 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), (list, tuple)):
                 setattr(self, name, set(getattr(self, name)))
+        if self.target_slices and not isinstance(self.target_modules, str):
+            self.target_modules = set(self.target_modules or ()) | set(self.target_slices)
 
     def default_routing(self, causal: bool) -> str:
         """What the routing is where none is asked for, on a model that is `causal` or not."""
@@ -213,6 +223,8 @@ def stock_refusal(config: LilyConfig) -> str | None:
         return f"bias={config.bias}"
     if config.target_parameters:
         return "target_parameters"
+    if config.target_slices:
+        return "target_slices"
     if config.stride_A is None and config.resolved_stride is None:
         return "num_A with groups of different sizes"
     return None
@@ -271,6 +283,7 @@ def _check(c: LilyConfig) -> None:
         raise LilyError(f"init_weights={c.init_weights!r} is not a bool; give True (B starts at zero) or False")
     _check_names(c)
     _check_parameters(c)
+    _check_slices(c)
     _check_layers(c)
     _check_rank_pattern(c)
 
@@ -335,6 +348,24 @@ def _check_parameters(c: LilyConfig) -> None:
             f"{wrong}={getattr(c, wrong)!r} acts on hidden states, and target_parameters have none: their update is "
             f"added to the weight; use {wrong}={fix}, {apart}"
         )
+
+
+def _check_slices(c: LilyConfig) -> None:
+    if c.target_slices is None:
+        return
+    well_formed = isinstance(c.target_slices, Mapping) and all(
+        isinstance(name, str) and name and slices and isinstance(slices, (Mapping, list, tuple, set))
+        and all(isinstance(part, str) and part and "." not in part for part in slices)
+        for name, slices in c.target_slices.items()
+    )  # fmt: skip
+    if not well_formed:
+        raise LilyError(
+            f"target_slices={c.target_slices!r} is not valid; write {{'qkv': ['k', 'v']}}, or where the layout is not "
+            "known {'qkv': {'v': [1536, 2304]}}"
+        )
+    # as a file has them, so that a configuration and its own copy from a file are equal
+    plain = {k: dict(v) if isinstance(v, Mapping) else sorted(v) for k, v in c.target_slices.items()}
+    c.target_slices = plain or None
 
 
 def _is_names(value: object) -> bool:

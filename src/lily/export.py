@@ -27,9 +27,9 @@ from lily.config import LilyConfig
 from lily.conv import Conv2d
 from lily.errors import LilyError
 from lily.files import new_folder, write_text
-from lily.kinds import CONV2D, EMBEDDING, EXPERTS, LINEAR, MATRIX, PARAMETERS
+from lily.kinds import CONV2D, EMBEDDING, EXPERTS, LINEAR, MATRIX, PARAMETERS, SLICE, layer_spec
 from lily.layer import Factors, LilyLayer
-from lily.parameters import NESTED
+from lily.nested import NESTED
 from lily.plan import Group
 from lily.reading import blame, parse_text, read_header, read_json
 from lily.targets import select_parameters
@@ -189,15 +189,11 @@ def as_lora(
     wanted = TARGETS.get(target)
     if wanted is None:
         raise LilyError(f"no export target {target!r}; choose one of {', '.join(TARGETS)}")
-    own = max(group.r for group in found.plan.groups)
-    if rank is not None and not 1 <= rank <= own:
-        raise LilyError(
-            f"rank={rank} is not valid: the adapter has {own}; give a positive integer up to that, or leave it out for "
-            "an exact export"
-        )
     other = _other(model, found, frozen=wanted.modules_to_save)
     _check_readable(target, wanted, found, other)
-    factors = {name: layer.factors(found.name) for name, layer in found.layers.items()}
+    factors, groups = _joined(found)
+    own = max(f.A.shape[-2] for f in factors.values())
+    _check_rank(rank, own)
     layers = {name: _cut(f, rank) for name, f in factors.items()}
     poor = {n: layer.energy for n, layer in layers.items() if 1 - layer.energy > tolerance}
     if poor and not force:
@@ -221,8 +217,45 @@ def as_lora(
     }  # fmt: skip
     if rank is not None and rank < own:
         facts["energies"] = {name: layer.energy for name, layer in layers.items()}
-    groups = {name: found.plan.group_of(name) for name in found.layers}
     return LoraExport(layers, groups, rank_to, config, other, facts, _component(found.root))
+
+
+def _check_rank(rank: int | None, own: int) -> None:
+    if rank is not None and not 1 <= rank <= own:
+        raise LilyError(
+            f"rank={rank} is not valid: the adapter has {own}; give a positive integer up to that, or leave it out for "
+            "an exact export"
+        )
+
+
+def _joined(found: Adapted) -> tuple[dict[str, Factors], dict[str, Group]]:
+    """Each layer's update and group, where the slices of one layer have become one update of the whole layer.
+
+    That is exact: its rank is the sum of theirs, A has theirs one below the other, and B is zero where a slice's
+    columns meet the outputs of another.
+    """
+    factors: dict[str, Factors] = {}
+    groups: dict[str, Group] = {}
+    slices: dict[str, list[tuple[Group, Factors]]] = {}
+    for name, layer in found.layers.items():
+        group, update = found.plan.group_of(name), layer.factors(found.name)
+        if group.kind == SLICE:
+            slices.setdefault(name.rpartition(".")[0], []).append((group, update))
+        else:
+            factors[name], groups[name] = update, group
+    for name, parts in slices.items():
+        out = layer_spec(name, found.root.get_submodule(name)).out_features
+        wide = []
+        for group, update in parts:
+            assert group.rows is not None
+            whole = update.B.new_zeros(update.B.shape[0], out)
+            part = group.rows.view(whole)
+            part.copy_((update.scaling * update.B).view(part.shape))
+            wide.append(whole)
+        factors[name] = Factors(torch.cat([update.A for _, update in parts]), torch.cat(wide), 1.0)
+        first, rank = parts[0][0], factors[name].A.shape[0]
+        groups[name] = Group(name, first.in_features, out, rank, 1, ((name,),))
+    return factors, groups
 
 
 def _origin(found: Adapted, kind: str, further: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -249,13 +282,13 @@ def _check_readable(target: str, wanted: Target, found: Adapted, other: Mapping[
         )
     if found.config.bias != "none" and not wanted.biases:
         raise LilyError(f"{target} reads no trained biases (bias={found.config.bias!r}); export --to merged instead")
-    strange = next((n for n in found.layers if found.plan.group_of(n).kind not in wanted.kinds), None)
-    if strange is not None:
-        raise LilyError(
-            f"{target} reads LoRAs of {' and '.join(wanted.kinds)} layers, and {strange} is of the kind "
-            f"{found.plan.group_of(strange).kind}; export --to merged instead, or a LoRA for PEFT"
-        )
     for name, layer in found.layers.items():
+        kind = found.plan.group_of(name).kind
+        if kind not in wanted.kinds and not (kind == SLICE and LINEAR in wanted.kinds):
+            raise LilyError(
+                f"{target} reads LoRAs of {' and '.join(wanted.kinds)} layers, and {name} is of the kind {kind}; "
+                "export --to merged instead, or a LoRA for PEFT"
+            )
         if isinstance(layer, Conv2d) and (more := layer.beyond_lora()) is not None:
             raise LilyError(
                 f"{target} reads a LoRA of a convolution as one without {more}, which {name} has; export --to merged "
@@ -340,7 +373,8 @@ def _lora_config(found: Adapted, layers: Mapping[str, Layer], rank: int) -> Lora
 
 def _target_modules(found: Adapted) -> list[str]:
     """The shortest names that mean these layers and no others."""
-    layers = [name for name in found.layers if found.plan.group_of(name).kind not in PARAMETERS]
+    specs = [spec for group in found.plan.groups for spec in group.specs if group.kind not in PARAMETERS]
+    layers = list(dict.fromkeys(spec.path for spec in specs))
     if not layers:
         return []
     inside = tuple(f"{name}." for name in layers)

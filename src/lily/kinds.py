@@ -15,10 +15,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import nn
 
 from lily.errors import LilyError
+from lily.slices import Rows
 
 LINEAR, CONV2D, EMBEDDING = "linear", "conv2d", "embedding"
+SLICE = "slice"  # some outputs of a linear layer
+BLOCK = "block"  # beside a whole module, whatever it computes
 MATRIX, EXPERTS = "matrix", "experts"  # parameters: one matrix, or a stack of them
 PARAMETERS = (MATRIX, EXPERTS)
+PARTS = (SLICE, MATRIX, EXPERTS)  # of a module, which bear its name and their own
 
 # PEFT can size these too, but they do not compute x @ W.T on their last dimension.
 NOT_LINEAR = (nn.Conv1d, nn.Conv3d, nn.MultiheadAttention)
@@ -31,12 +35,14 @@ class ModuleSpec:
     """What to adapt: its dotted name in the model and its sizes.
 
     Attributes:
-        name: of the layer, or of the parameter.
+        name: of the layer, of the parameter, or of a layer and one of its slices.
         in_features: columns of A.
         out_features: columns of B.
-        kind: `linear`, `conv2d` or `embedding` for a layer; `matrix` or `experts` for a parameter.
+        kind: `linear`, `conv2d` or `embedding` for a layer; `slice` for some outputs of a linear one; `block` for any
+            module that an adapter runs beside; `matrix` or `experts` for a parameter.
         kernel: (height, width) of a convolution, whose `in_features` are its channels times that.
         experts: how many matrices a parameter stacks; 1 for anything else.
+        rows: of a slice: which outputs of its layer it is.
     """
 
     name: str
@@ -45,6 +51,12 @@ class ModuleSpec:
     kind: str = LINEAR
     kernel: tuple[int, ...] = ()
     experts: int = 1
+    rows: Rows | None = None
+
+    @property
+    def path(self) -> str:
+        """The module that the adapter goes on: the one of that name, or the one that has the part of that name."""
+        return self.name.rpartition(".")[0] if self.kind in PARTS else self.name
 
 
 def layer_spec(name: str, module: nn.Module) -> ModuleSpec:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, onload_layer
@@ -22,6 +23,7 @@ from lily.errors import LilyError
 from lily.kinds import CONV2D, EMBEDDING, LINEAR, PARAMETERS, ModuleSpec
 from lily.layer import LilyLayer, Linear, layers_of
 from lily.loading import current
+from lily.nested import Nested
 from lily.parameters import Parameter
 from lily.placement import Placement, is_spread, onload, placement
 from lily.plan import (
@@ -33,6 +35,7 @@ from lily.plan import (
     stock_grouping_differs,
 )
 from lily.quantised import keep_differentiable
+from lily.sliced import Slice
 from lily.targets import select_targets
 
 LAYERS = {LINEAR: Linear, CONV2D: Conv2d, EMBEDDING: Embedding}
@@ -96,6 +99,9 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         _settle_routing(peft_config, model)
         self._plan = build_plan(specs, peft_config)
         self._places = {spec.name: _place(model, spec) for spec in specs}
+        self._parts: dict[str, list[str]] = {}
+        for spec in specs:
+            self._parts.setdefault(spec.path, []).append(spec.name)
         settle_file_format(peft_config, self._plan, model)
         if (opened := current()) is not None:
             opened.check(self._plan, peft_config, model)
@@ -111,10 +117,34 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         **_: Any,
     ) -> None:
         bank, plan = self._bank(adapter_name, peft_config), self._plan
+        if current_key not in plan.slots:
+            for name in self._parts[current_key]:
+                self._adapt_part(peft_config, adapter_name, name, Slice)
+            return
         group, slot, device = plan.group_of(current_key), plan.slots[current_key], self._places[current_key][0]
         layer: Any = target if isinstance(target, LilyLayer) else LAYERS[group.kind](target, bank)
         layer.update_layer(adapter_name, group, slot, peft_config, device)
         if layer is not target:
+            self._put(layer, adapter_name, parent, target_name)
+
+    def _adapt_part(
+        self,
+        peft_config: LilyConfig,
+        adapter_name: str,
+        name: str,
+        kind: type[Nested],
+        context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    ) -> None:
+        """Put an adapter on a part of a module, around those that are there."""
+        path, _, part = name.rpartition(".")
+        parent, target, target_name = _get_submodules(self.model, path)
+        nest = target.nest if isinstance(target, kind) else []
+        found = next((layer for layer in nest if layer.part == part), None)
+        with context():
+            layer = found or kind(target, self._bank(adapter_name, peft_config), part)
+            group, slot, device = self._plan.group_of(name), self._plan.slots[name], self._places[name][0]
+            layer.update_layer(adapter_name, group, slot, peft_config, device)
+        if found is None:
             self._put(layer, adapter_name, parent, target_name)
 
     def _inject_parameters(
@@ -125,17 +155,7 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         names = [name for group in plan.groups if group.kind in PARAMETERS for name in group.layers]
         context = init_empty_weights if low_cpu_mem_usage else contextlib.nullcontext
         for name in names:
-            path, _, short = name.rpartition(".")
-            parent, target, target_name = _get_submodules(model, path)
-            nest = target.nest if isinstance(target, Parameter) else []
-            found = next((layer for layer in nest if layer.weight_name == short), None)
-            with context():
-                bank = self._bank(adapter_name, peft_config)
-                layer = found or Parameter(target, bank, short)
-                group, slot, device = plan.group_of(name), plan.slots[name], self._places[name][0]
-                layer.update_layer(adapter_name, group, slot, peft_config, device)
-            if found is None:
-                self._put(layer, adapter_name, parent, target_name)
+            self._adapt_part(peft_config, adapter_name, name, Parameter, context)
         return names
 
     def _bank(self, adapter_name: str, peft_config: LilyConfig) -> LilyBank:
@@ -198,7 +218,7 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
                     # the values themselves matter to the safe check only, which makes offloaded ones be read
                     with onload_layer(layer) if safe_merge else contextlib.nullcontext():
                         layer.check_merge(adapter, safe_merge)
-                    tied = names.get(id(layer.adapted_weight), [])
+                    tied = names.get(id(getattr(layer.base, layer.weight_name, None)), [])
                     if len(tied) > 1:
                         raise LilyError(
                             f"{' and '.join(tied)} are one tensor, so merging into one would change the other; untie "
@@ -239,7 +259,7 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         as_configured = plan == build_plan(checkpoint.specs_of(plan), written)
         if config.settled == 1:  # what the routers hold is no longer used
             state_dict = {k: v for k, v in state_dict.items() if f".lily_router.{adapter_name}." not in k}
-        names = {path: name for name, path in _logits_keys(model, adapter_name).items()}
+        names = {path: name for name, path in _part_keys(model, adapter_name).items()}
         state_dict = {names.get(checkpoint.unwrapped(k), k): v for k, v in state_dict.items()}
         out = checkpoint.dump(state_dict, adapter_name, plan, every_layer=not as_configured)
         out.update(cls._get_learnable_bias_state_dict(model, state_dict, config))
@@ -257,22 +277,22 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         out = dict(tensors.other)
         out.update({f"{root}{BANK}.lily_A.{adapter_name}.{i}": t for i, t in tensors.A.items()})
         out.update({f"{root}{BANK}.lily_B.{adapter_name}.{i}": t for i, t in tensors.B.items()})
-        out.update({f"{root}{name}.lily_router.{adapter_name}.weight": t for name, t in tensors.router.items()})
-        keys = _logits_keys(model, adapter_name)
-        for name, t in tensors.logits.items():
-            key = f"{root}{name}.lily_logits.{adapter_name}"
-            out[keys.get(key, key)] = t
+        own = {f"{root}{name}.lily_router.{adapter_name}.weight": t for name, t in tensors.router.items()}
+        own |= {f"{root}{name}.lily_logits.{adapter_name}": t for name, t in tensors.logits.items()}
+        keys = _part_keys(model, adapter_name)
+        out.update({keys.get(key, key): t for key, t in own.items()})
         if is_spread(model):
             bank.arrived = {key.removeprefix(root): t for key, t in out.items()}
         return out
 
 
-def _logits_keys(model: nn.Module, adapter: str) -> dict[str, str]:
-    """The logits of adapted parameters: what they are called in files -> what in the model, where they are nested."""
+def _part_keys(model: nn.Module, adapter: str) -> dict[str, str]:
+    """Routers and logits of parts of modules: what they are called in files -> what in the model, where they nest."""
     return {
-        f"{m.name_in_plan(path)}.lily_logits.{adapter}": f"{path}.lily_logits.{adapter}"
+        f"{m.name_in_plan(path)}.{own}": f"{path}.{own}"
         for path, m in ((checkpoint.unwrapped(path), m) for path, m in model.named_modules())
-        if isinstance(m, Parameter)
+        if isinstance(m, Nested)
+        for own in (f"lily_logits.{adapter}", f"lily_router.{adapter}.weight")
     }
 
 
@@ -328,9 +348,9 @@ def _regroup(model: nn.Module, config: LilyConfig, adapter: str, plan: SharingPl
 
 
 def _place(model: nn.Module, spec: ModuleSpec) -> Placement:
-    """Where the adapter of a layer or of a parameter goes."""
-    path, _, short = spec.name.rpartition(".") if spec.kind in PARAMETERS else (spec.name, "", None)
-    return placement(model.get_submodule(path), is_spread(model), short)
+    """Where the adapter of a layer or of a part of one goes."""
+    parameter = spec.name.rpartition(".")[2] if spec.kind in PARAMETERS else None
+    return placement(model.get_submodule(spec.path), is_spread(model), parameter)
 
 
 def _settle_routing(config: LilyConfig, model: nn.Module) -> None:

@@ -6,7 +6,6 @@ update has to be a matrix (static weights), and it is added to the weight for th
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -17,14 +16,12 @@ from torch import Tensor, nn
 from lily.bank import LilyBank
 from lily.config import LilyConfig
 from lily.kinds import EXPERTS, is_transposed
-from lily.layer import LilyLayer
+from lily.nested import Nested
 from lily.placement import call_with, placement
 from lily.plan import Group, Slot
 
-NESTED = ".base_layer"
 
-
-class Parameter(nn.Module, LilyLayer):
+class Parameter(Nested):
     """An adapted parameter of `base_layer`; two of one module are nested, as PEFT's LoRA nests them.
 
     Like there, the update is in force while the module is called; who reads the parameter from outside gets the
@@ -33,13 +30,12 @@ class Parameter(nn.Module, LilyLayer):
     Args:
         base_layer: the module that owns the parameter, or another adapted parameter of it.
         bank: the shared tensors.
-        parameter_name: of the parameter in that module.
+        part: the parameter's name in that module.
     """
 
-    def __init__(self, base_layer: nn.Module, bank: LilyBank, parameter_name: str) -> None:
-        super().__init__()
-        LilyLayer.__init__(self, base_layer, bank)
-        self.weight_name = parameter_name
+    def __init__(self, base_layer: nn.Module, bank: LilyBank, part: str) -> None:
+        super().__init__(base_layer, bank, part)
+        self.weight_name = part
         self.experts = 0  # of a matrix
         self.strides: dict[str, int] = {}
 
@@ -47,15 +43,6 @@ class Parameter(nn.Module, LilyLayer):
     def adapted_weight(self) -> Any:
         """The parameter as the module has it."""
         return getattr(self.base, self.weight_name)
-
-    def name_in_plan(self, path: str) -> str:
-        """See `LilyLayer.name_in_plan`: the parameter's own name, wherever it is in the nest."""
-        return f"{re.sub(rf'({re.escape(NESTED)})+$', '', path)}.{self.weight_name}"
-
-    @property
-    def nest(self) -> list[Parameter]:
-        """It and the adapted parameters inside it, outermost first."""
-        return [self, *(self.base_layer.nest if isinstance(self.base_layer, Parameter) else [])]
 
     def update_layer(
         self, adapter: str, group: Group, slot: Slot, config: LilyConfig, device: torch.device | None = None
@@ -106,18 +93,6 @@ class Parameter(nn.Module, LilyLayer):
     def _mixed(self, B: Tensor, logits: Tensor | None) -> Tensor:
         mixed = super()._mixed(B, logits)
         return mixed if not self.experts or mixed.ndim == 3 else mixed.expand(self.experts, *mixed.shape)
-
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Module:
-        """See `LilyLayer`; the adapted parameters inside this one are unloaded too."""
-        base = super().unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
-        for inner in self.nest[1:2]:
-            inner.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
-        return base
-
-    def __repr__(self) -> str:
-        return f"lily.Parameter(\n  ({self.weight_name})\n" + super().__repr__().partition("\n")[2]
 
 
 def _updated(acting: Sequence[tuple[Parameter, Sequence[str]]]) -> dict[str, Tensor]:

@@ -27,7 +27,8 @@ from torch import nn
 
 from lily.config import DYNAMIC, LilyConfig
 from lily.errors import LilyError
-from lily.kinds import EMBEDDING, EXPERTS, LINEAR, MATRIX, ModuleSpec, base_of, layer_spec
+from lily.kinds import EMBEDDING, EXPERTS, LINEAR, MATRIX, SLICE, ModuleSpec, base_of, layer_spec
+from lily.slices import Rows
 
 # What PEFT adds to modules_to_save by itself for a task, after a plan is made and before layers are replaced.
 SAVED_HEADS = {
@@ -57,6 +58,7 @@ class Group:
         blocks: consecutive names that share one A, in the model's order.
         kind: of its layers; see `lily.kinds.ModuleSpec`.
         kernel: of convolutions.
+        rows: of slices: which outputs of their layers they are.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Group:
     blocks: tuple[tuple[str, ...], ...]
     kind: str = LINEAR
     kernel: tuple[int, ...] = ()
+    rows: Rows | None = None
 
     @property
     def members(self) -> tuple[str, ...]:
@@ -106,7 +109,7 @@ class Group:
     def specs(self) -> list[ModuleSpec]:
         """What `build_plan` made the group of."""
         experts = len(self.members) if self.kind == EXPERTS else 1
-        sizes = (self.in_features, self.out_features, self.kind, self.kernel, experts)
+        sizes = (self.in_features, self.out_features, self.kind, self.kernel, experts, self.rows)
         return [ModuleSpec(name, *sizes) for name in self.layers]
 
     @property
@@ -246,7 +249,8 @@ def build_plan(modules: Sequence[ModuleSpec], config: LilyConfig) -> SharingPlan
         names = [f"{key.name}.{i}" for i in range(key.experts)] if key.kind == EXPERTS else layers
         stride = config.stride_A or math.ceil(len(names) / (config.num_A or 1))
         blocks = tuple(tuple(names[i : i + stride]) for i in range(0, len(names), stride))
-        groups.append(Group(key.name, key.in_features, key.out_features, r, config.num_B, blocks, key.kind, key.kernel))
+        sizes = (key.in_features, key.out_features, r, config.num_B)
+        groups.append(Group(key.name, *sizes, blocks, key.kind, key.kernel, key.rows))
     plan = SharingPlan(tuple(groups), str(config.routing))
     return replace(plan, stock_differs=stock_grouping_differs(plan, config.target_modules or ()))
 
@@ -255,7 +259,7 @@ def group_key(spec: ModuleSpec, targets: object) -> ModuleSpec:
     """What all layers of a group have in common, under the group's name; see `build_plan`."""
     if spec.kind == EXPERTS:
         return spec
-    if spec.kind == MATRIX:  # most are called `weight`, so that its module's name belongs to it
+    if spec.kind in (MATRIX, SLICE):  # `weight` and `v` mean little without their module's name
         return replace(spec, name=".".join(spec.name.split(".")[-2:]))
     return replace(spec, name=target_name(spec.name, targets))
 

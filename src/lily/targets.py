@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from lily.config import LilyConfig
 from lily.errors import LilyError
-from lily.kinds import PARAMETERS, ModuleSpec, base_of, parameter_spec
+from lily.kinds import LINEAR, PARAMETERS, SLICE, ModuleSpec, base_of, parameter_spec
 from lily.layer import LilyLayer
 from lily.parameters import Parameter
 from lily.plan import NoTargetError, own_modules, select_modules
+from lily.sliced import Slice
+from lily.slices import layout_of, rows_of
 
 
 def select_targets(model: nn.Module, config: LilyConfig) -> list[ModuleSpec]:
@@ -33,10 +36,47 @@ def select_targets(model: nn.Module, config: LilyConfig) -> list[ModuleSpec]:
         LilyError: if a match cannot be adapted.
     """
     specs = select_modules(model, config) if config.target_modules or not config.target_parameters else []
+    specs = select_slices(model, specs, config.target_slices)
     if config.target_parameters:
         specs += select_parameters(model, config.target_parameters)
     _check_layers(model, specs)
     return specs
+
+
+def select_slices(
+    model: nn.Module, specs: Sequence[ModuleSpec], wanted: Mapping[str, object] | None
+) -> list[ModuleSpec]:
+    """`specs` with the slices of a layer in its place, where `LilyConfig.target_slices` asks for them.
+
+    Raises:
+        NoTargetError: (a LilyError) if a name in `wanted` is none of these layers.
+        LilyError: if a layer is not linear, or has no such slices.
+    """
+    out: list[ModuleSpec] = []
+    matched: set[str] = set()
+    for spec in specs:
+        hits = [t for t in wanted or () if spec.name == t or spec.name.endswith(f".{t}")]
+        matched.update(hits)
+        if not hits:
+            out.append(spec)
+            continue
+        if spec.kind != LINEAR:
+            raise LilyError(f"target_slices: {spec.name} is of the kind {spec.kind}; only linear layers are sliced")
+        parent, _, short = spec.name.rpartition(".")
+        owner = base_of(model.get_submodule(parent))
+        layout = layout_of(short, base_of(model.get_submodule(spec.name)), owner, getattr(model, "config", None))
+        asked = (wanted or {})[max(hits, key=len)]
+        out += [
+            replace(spec, name=f"{spec.name}.{part}", out_features=rows.size(spec.out_features), kind=SLICE, rows=rows)
+            for part, rows in rows_of(spec.name, asked, layout, spec.out_features).items()
+        ]
+    for name in wanted or ():
+        if name not in matched:
+            known = list(dict.fromkeys(spec.name.rpartition(".")[2] for spec in specs))
+            raise NoTargetError(
+                f"target_slices has the key {name!r}, which fits no adapted layer; adapted: {', '.join(known)}"
+            )
+    return out
 
 
 def select_parameters(model: nn.Module, targets: Sequence[str]) -> list[ModuleSpec]:
@@ -88,13 +128,18 @@ def _check_owner(name: str, path: str, base: nn.Module) -> None:
 
 
 def _check_layers(model: nn.Module, specs: Sequence[ModuleSpec]) -> None:
-    """Refuse a layer that is to be adapted both as a layer and by its parameters."""
-    layers = {spec.name for spec in specs if spec.kind not in PARAMETERS}
+    """Refuse a layer that is to be adapted in two ways: as a whole, by its slices, or by its parameters."""
+    layers = {spec.path for spec in specs if spec.kind not in PARAMETERS}
     for spec in specs:
-        inside = spec.kind in PARAMETERS
-        path = spec.name.rpartition(".")[0] if inside else spec.name
+        inside, path = spec.kind in PARAMETERS, spec.path
         module = model.get_submodule(path)
         other = isinstance(module, LilyLayer) and isinstance(module, Parameter) != inside
+        sliced = isinstance(module, LilyLayer) and isinstance(module, Slice) != (spec.kind == SLICE)
+        if sliced and not inside and not isinstance(module, Parameter):
+            raise LilyError(
+                f"{path} is adapted as a whole by one adapter and by its slices by another; give both the same "
+                "target_slices"
+            )
         if (inside and path in layers) or other or (inside and _foreign(module)):
             raise LilyError(
                 f"{path} would be adapted as a layer and by its parameter too; leave it out of target_modules or of "
