@@ -51,17 +51,20 @@ class Adapted:
             logits: layer -> logits (experts,) of its weights; default: those that the layers have already.
         """
         for name, layer in self.layers.items():
+            router = layer.router_of(self.name)
             layer.routing[self.name] = "static"
-            if layer.num_B[self.name] == 1:
+            if router is None:
                 continue
-            router = cast(Tensor, layer.lily_router[self.name].weight)
             if logits is not None:
                 like = logits[name].to(router.device, torch.float32)
                 layer.lily_logits[self.name] = nn.Parameter(like, requires_grad=router.requires_grad)
-            del layer.lily_router[self.name]
+            if self.name in layer.lily_router:
+                del layer.lily_router[self.name]
         self.bank.settled.pop(self.name, None)
-        self.bank.plans[self.name] = replace(self.plan, routing="static")
-        self.config.routing, self.config.settled = "static", None
+        if self.name in self.bank.lily_R:
+            del self.bank.lily_R[self.name]
+        self.bank.plans[self.name] = replace(self.plan, routing="static", shared_router=False)
+        self.config.routing, self.config.settled, self.config.shared_router = "static", None, False
         settle_file_format(self.config, self.plan, self.root)
         self.watch_masks()
 

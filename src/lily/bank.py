@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -54,6 +55,8 @@ class LilyBank(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         lily_A: adapter -> list of A, each (r, in), numbered as `SharingPlan.blocks`; of a parameter that stacks experts
             one tensor of all its A, (A * r, in).
         lily_B: adapter -> list of B, each (experts * r, out), one per group; stock PEFT's layout.
+        lily_R: adapter -> list of routers R, each (experts, r), one per group, where a group's layers share one; of a
+            group that has none, (0, r).
         plans: adapter -> its sharing plan.
         placements: adapter -> device and dtype of each A and B, those of the first layer that uses it.
         settled: adapter -> how far its routing has settled; absent: it is not settling.
@@ -65,7 +68,7 @@ class LilyBank(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     weight = None
     bias = None
 
-    adapter_layer_names: tuple[str, ...] = ("lily_A", "lily_B")
+    adapter_layer_names: tuple[str, ...] = ("lily_A", "lily_B", "lily_R")
     other_param_names: tuple[str, ...] = ("plans", "placements", "settled")
 
     if TYPE_CHECKING:  # BaseTunerLayer's own, which has no types
@@ -80,6 +83,7 @@ class LilyBank(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         super().__init__()
         self.lily_A = nn.ModuleDict({})
         self.lily_B = nn.ModuleDict({})
+        self.lily_R = nn.ModuleDict({})
         self.plans: dict[str, SharingPlan] = {}
         self.placements: dict[str, tuple[list[Placement], list[Placement]]] = {}
         self.settled: dict[str, Settled] = {}
@@ -96,7 +100,7 @@ class LilyBank(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         plan: SharingPlan,
         places: Mapping[str, Placement],
         init_weights: bool,
-        activation: str = "none",
+        activations: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """Create the tensors of a plan; see `first_values` for what is in them.
 
@@ -105,19 +109,25 @@ class LilyBank(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             plan: who shares what.
             places: device and dtype by layer.
             init_weights: False starts all of them at random.
-            activation: between A and B.
+            activations: group -> what is between its A and B, if anything.
         """
         self.plans[adapter] = plan
+        starts = {g.name: first_values(g, init_weights, activations.get(g.name, "none")) for g in plan.groups}
         on_A, on_B = [places[block[0]] for _, block in plan.blocks], [places[g.layers[0]] for g in plan.groups]
         self.placements[adapter] = (on_A, on_B)
         self.lily_A[adapter] = nn.ParameterList(
-            _shared(group.rows_A, group.in_features, place, first_values(group, init_weights, activation)[0])
+            _shared(group.rows_A, group.in_features, place, starts[group.name][0])
             for (group, _), place in zip(plan.blocks, on_A, strict=True)
         )
         self.lily_B[adapter] = nn.ParameterList(
-            _shared(g.num_B * g.r, g.out_features, place, first_values(g, init_weights, activation)[1])
+            _shared(g.num_B * g.r, g.out_features, place, starts[g.name][1])
             for g, place in zip(plan.groups, on_B, strict=True)
         )
+        if plan.shared_router:
+            self.lily_R[adapter] = nn.ParameterList(
+                _shared(g.num_B if g.num_B > 1 else 0, g.r, place, _kaiming)
+                for g, place in zip(plan.groups, on_B, strict=True)
+            )
 
     def tensors(self, adapter: str) -> tuple[nn.ParameterList, nn.ParameterList]:
         """The A and the B of an adapter, in the plan's order. Ask at each use: sharding swaps the parameters."""
@@ -133,6 +143,10 @@ class LilyBank(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         A = of_A[a] if a in of_A else getattr(tensors_A, a)
         B = of_B[b] if b in of_B else getattr(tensors_B, b)
         return cast(Tensor, A), cast(Tensor, B)
+
+    def router(self, adapter: str, slot: Slot) -> Tensor:
+        """The router R (experts, r) that the layers of a group share."""
+        return cast(nn.ParameterList, self.lily_R[adapter])[slot.B]
 
     def watch(self, model: nn.Module, layers: list[str]) -> None:
         """Have the attention mask of `model`'s forwards noted for `layers`; none: stop noting it."""
@@ -151,7 +165,9 @@ class LilyBank(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         if adapter_name not in self.plans:
             return
-        for tensors, places in zip(self.tensors(adapter_name), self.placements[adapter_name], strict=True):
+        on_A, on_B = self.placements[adapter_name]
+        moved = [(self.lily_A, on_A), (self.lily_B, on_B), (self.lily_R, on_B)]
+        for tensors, places in [(all_[adapter_name], places) for all_, places in moved if adapter_name in all_]:
             for i, (home, dtype) in enumerate(places):
                 if tensors[i].device.type != "meta":
                     tensors[i] = nn.Parameter(tensors[i].to(device or home, dtype), tensors[i].requires_grad)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -44,7 +44,8 @@ class AdapterTensors:
     Attributes:
         A: number of the A -> (r, in).
         B: number of the group -> (experts * r, out).
-        router: layer -> R (experts, r).
+        router: layer -> R (experts, r), where each has its own.
+        shared_router: number of the group -> R (experts, r), where its layers share one.
         logits: layer -> logits (experts,) of static weights.
         other: everything else in the file (saved modules, biases), untouched.
     """
@@ -54,6 +55,7 @@ class AdapterTensors:
     router: dict[str, Tensor]
     logits: dict[str, Tensor]
     other: dict[str, Tensor]
+    shared_router: dict[int, Tensor] = field(default_factory=dict)
 
 
 def dump(state: Mapping[str, Tensor], adapter: str, plan: SharingPlan, every_layer: bool = False) -> dict[str, Tensor]:
@@ -80,6 +82,10 @@ def dump(state: Mapping[str, Tensor], adapter: str, plan: SharingPlan, every_lay
     for number, group in enumerate(plan.groups):
         for name in group.layers if every_layer else group.layers[:1]:
             out[f"{root}{name}.lily_B.{adapter}.weight"] = clean[f"{root}{BANK}.lily_B.{adapter}.{number}"]
+    for number, group in enumerate(plan.groups if plan.shared_router else ()):
+        if group.num_B > 1:
+            key = f"{root}{group.layers[0]}.lily_router.{adapter}.weight"
+            out[key] = clean[f"{root}{BANK}.lily_R.{adapter}.{number}"]
     for name in plan.slots:
         for key in (f"{root}{name}.lily_router.{adapter}.weight", f"{root}{name}.lily_logits.{adapter}"):
             if key in clean:
@@ -167,6 +173,13 @@ def _placed(found: Found, plan: SharingPlan, settled: float | None, other: dict[
                 f"the adapter file has lily_{spare} for {next(iter(found[spare]))}, for which routing={plan.routing!r} "
                 "has no use; is it the file of this configuration?"
             )
+    if plan.shared_router:
+        shared = {
+            i: _shared(found["router"], group.layers, f"router of {group.name}")
+            for i, group in enumerate(plan.groups)
+            if group.num_B > 1
+        }
+        return AdapterTensors(A, B, {}, {}, other, shared)
     for name in plan.slots:
         group = plan.group_of(name)
         if not router_size(plan.routing, group.r, group.num_B):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lily.adapted import Adapted, find
 from lily.bank import Settled
+from lily.config import DYNAMIC
 from lily.drift import Batch, Drift, divergence, is_distribution, kept_rows, outputs
 from lily.errors import LilyError
 from lily.observe import RoutingStatistics
@@ -114,9 +115,10 @@ def collapse(
     """
     found = find(model, adapter)
     config = found.config
-    if config.activation != "none":
+    bent = next((a for layer in found.layers.values() if (a := layer.activation[found.name]) != "none"), None)
+    if bent is not None:
         raise LilyError(
-            f"adapter {found.name!r} has activation={config.activation!r}: even with static weights its update is not "
+            f"adapter {found.name!r} has activation={bent!r}: even with static weights its update is not "
             "linear, so it merges and exports to nothing; use it unmerged"
         )
     if not config.dynamic:
@@ -175,7 +177,7 @@ def _evaluating(model: nn.Module, found: Adapted) -> Iterator[None]:
         found.bank.settled.pop(found.name, None)
         for layer in found.layers.values():
             layer.statistics.pop(found.name, None)
-            if found.name in layer.lily_router and found.name in layer.lily_logits:  # it did not end well
+            if layer.routing[found.name] in DYNAMIC and found.name in layer.lily_logits:  # it did not end well
                 del layer.lily_logits[found.name]
         found.watch_masks()
         for module, training in modes.items():

@@ -61,6 +61,13 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
             `{"qkv": ["k", "v"]}`; where the architecture's layout is not known, `{"qkv": {"v": [1536, 2304]}}` (start
             and stop among the outputs, and a period where heads repeat); see `lily.slices`. The layers need not be in
             `target_modules` too.
+        parallel_modules: names (suffixes at a dot boundary) or class names of whole modules, such as `mlp` or `Mlp`, that
+            an adapter runs beside: input -> A -> activation -> B, added to the module's output. For any module whose
+            input and output share the leading dimensions; not merged or exported, since it is no matrix of the model.
+        group_options: target -> options of its own, for layers of that name: `num_B`, `stride_A` or `num_A`,
+            `scaling`, `dropout`, `activation`, such as `{"mlp": {"activation": "relu"}}`. Ranks: `rank_pattern`.
+        shared_router: one router for all layers of a group, instead of one per layer (the paper's Vim). With a routing
+            that looks at the data.
         layers_to_transform: layer indices to adapt; with names in `target_modules` only.
         layers_pattern: name of the layer list, with `layers_to_transform`.
         rank_pattern: rank for modules that match a name or regular expression. Ranks inside one group must agree.
@@ -95,6 +102,13 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
     target_slices: dict[str, Any] | None = field(
         default=None, metadata={"help": "Layer -> slices of its output to adapt, such as qkv: [k, v]."}
     )
+    parallel_modules: list[str] | None = field(
+        default=None, metadata={"help": "Names or classes of whole modules that an adapter runs beside."}
+    )
+    group_options: dict[str, dict[str, Any]] | None = field(
+        default=None, metadata={"help": "Target -> options of its own, such as mlp: {activation: relu}."}
+    )
+    shared_router: bool = field(default=False, metadata={"help": "One router for all layers of a group."})
     rank_pattern: dict[str, int] | None = field(
         default_factory=dict, metadata={"help": "Rank for modules that match a name or regular expression."}
     )
@@ -147,7 +161,19 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
     @property
     def dynamic(self) -> bool:
         """Whether the expert weights depend on the data, so that the adapter cannot be merged as it is."""
-        return self.num_B > 1 and self.routing in DYNAMIC and self.settled != 1
+        routed = self.num_B > 1 or any(own.get("num_B", 1) > 1 for own in (self.group_options or {}).values())
+        return routed and self.routing in DYNAMIC and self.settled != 1
+
+    def options_of(self, group: str) -> Options:
+        """The options that hold for the layers of a group.
+
+        Args:
+            group: its name in the plan, such as `q_proj` or `qkv.v`.
+        """
+        own = self.group_options or {}
+        fitting = [key for key in own if group == key or group.endswith(f".{key}")]
+        values = {name: getattr(self, name) for name in OPTIONS}
+        return Options(**{**values, **(_sharing(own[max(fitting, key=len)]) if fitting else {})})
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
@@ -204,6 +230,21 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
         write_text(os.path.join(save_directory, CONFIG_NAME), json.dumps(values, indent=2, sort_keys=True))
 
 
+OPTIONS = ("num_B", "stride_A", "num_A", "scaling", "dropout", "activation")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What may differ from one group of layers to another; see `LilyConfig` for each."""
+
+    num_B: int
+    stride_A: int | None
+    num_A: int | None
+    scaling: float
+    dropout: float
+    activation: str
+
+
 def stock_refusal(config: LilyConfig) -> str | None:
     """Why stock PEFT would compute something else from this configuration, or None if it would not.
 
@@ -223,8 +264,9 @@ def stock_refusal(config: LilyConfig) -> str | None:
         return f"bias={config.bias}"
     if config.target_parameters:
         return "target_parameters"
-    if config.target_slices:
-        return "target_slices"
+    for name in ("target_slices", "parallel_modules", "group_options", "shared_router"):
+        if getattr(config, name):
+            return name
     if config.stride_A is None and config.resolved_stride is None:
         return "num_A with groups of different sizes"
     return None
@@ -242,18 +284,7 @@ def _from_paper(values: dict[str, Any]) -> dict[str, Any]:
 
 def _check(c: LilyConfig) -> None:
     _check_int("r", c.r, "a positive integer such as 32")
-    for name in ("stride_A", "num_A"):
-        if getattr(c, name) is not None:
-            _check_int(name, getattr(c, name), "a positive integer such as 2")
-    if c.stride_A is not None and c.num_A is not None:
-        raise LilyError(
-            f"stride_A={c.stride_A} and num_A={c.num_A} say the same thing twice; give one of them, "
-            "stride_A (layers per A) or num_A (A per group)"
-        )
-    _check_int("num_B", c.num_B, "a positive integer: 1 for one shared B without a router, 2 or more for experts")
-    _check_number("scaling", c.scaling)
-    if c.scaling == 0:
-        raise LilyError("scaling=0 switches the adapter off; give a number such as 1.0")
+    _check_options(c)
     _check_choice("routing", c.routing, ROUTINGS)
     _check_choice("batch_scope", c.batch_scope, ("local", "global"))
     if c.batch_scope == "global" and c.routing != "batch":
@@ -261,11 +292,7 @@ def _check(c: LilyConfig) -> None:
             f"batch_scope='global' is for routing='batch', but routing={c.routing!r} does not look at other samples; "
             "leave it out"
         )
-    _check_choice("activation", c.activation, ACTIVATIONS)
     _check_choice("bias", c.bias, BIASES)
-    _check_number("dropout", c.dropout)
-    if not 0 <= c.dropout < 1:
-        raise LilyError(f"dropout={c.dropout} is not a probability below 1; give a number in [0, 1) such as 0.1")
     if c.settled is not None:
         _check_number("settled", c.settled)
         if not 0 <= c.settled <= 1:
@@ -284,6 +311,8 @@ def _check(c: LilyConfig) -> None:
     _check_names(c)
     _check_parameters(c)
     _check_slices(c)
+    _check_parallel(c)
+    _check_group_options(c)
     _check_layers(c)
     _check_rank_pattern(c)
 
@@ -366,6 +395,60 @@ def _check_slices(c: LilyConfig) -> None:
     # as a file has them, so that a configuration and its own copy from a file are equal
     plain = {k: dict(v) if isinstance(v, Mapping) else sorted(v) for k, v in c.target_slices.items()}
     c.target_slices = plain or None
+
+
+def _check_parallel(c: LilyConfig) -> None:
+    if c.parallel_modules is not None and not _is_names(c.parallel_modules):
+        raise LilyError(f"parallel_modules={c.parallel_modules!r} is not a list of names; write ['mlp']")
+    c.parallel_modules = sorted(set(c.parallel_modules or ())) or None
+
+
+def _check_group_options(c: LilyConfig) -> None:
+    if not isinstance(c.shared_router, bool):
+        raise LilyError(f"shared_router={c.shared_router!r} is not a bool")
+    if c.shared_router and (c.routing not in DYNAMIC or c.settled is not None):
+        why = f"routing={c.routing!r}" if c.routing not in DYNAMIC else "settling"
+        raise LilyError(
+            f"shared_router=True: with {why} each layer has weights of its own, and no router; leave shared_router out"
+        )
+    if c.group_options is None:
+        return
+    if not isinstance(c.group_options, Mapping) or not all(
+        isinstance(key, str) and key and isinstance(own, Mapping) for key, own in c.group_options.items()
+    ):
+        raise LilyError(f"group_options={c.group_options!r} is not valid; write {{'mlp': {{'activation': 'relu'}}}}")
+    for key, own in c.group_options.items():
+        if unknown := sorted(map(str, own.keys() - set(OPTIONS))):
+            hint = "ranks are given by rank_pattern; " if unknown[0] == "r" else ""
+            raise LilyError(f"group_options[{key!r}] has {unknown[0]!r}; {hint}it may have {', '.join(OPTIONS)}")
+        try:
+            _check_options(Options(**{**{name: getattr(c, name) for name in OPTIONS}, **_sharing(own)}))
+        except LilyError as error:
+            raise LilyError(f"group_options[{key!r}]: {error}") from None
+    c.group_options = {key: dict(own) for key, own in c.group_options.items()} or None
+
+
+def _sharing(own: Mapping[str, Any]) -> dict[str, Any]:
+    return {"stride_A": None, "num_A": None, **own} if {"stride_A", "num_A"} & own.keys() else dict(own)
+
+
+def _check_options(c: LilyConfig | Options) -> None:
+    for name in ("stride_A", "num_A"):
+        if getattr(c, name) is not None:
+            _check_int(name, getattr(c, name), "a positive integer such as 2")
+    if c.stride_A is not None and c.num_A is not None:
+        raise LilyError(
+            f"stride_A={c.stride_A} and num_A={c.num_A} say the same thing twice; give one of them, "
+            "stride_A (layers per A) or num_A (A per group)"
+        )
+    _check_int("num_B", c.num_B, "a positive integer: 1 for one shared B without a router, 2 or more for experts")
+    _check_number("scaling", c.scaling)
+    if c.scaling == 0:
+        raise LilyError("scaling=0 switches the adapter off; give a number such as 1.0")
+    _check_choice("activation", c.activation, ACTIVATIONS)
+    _check_number("dropout", c.dropout)
+    if not 0 <= c.dropout < 1:
+        raise LilyError(f"dropout={c.dropout} is not a probability below 1; give a number in [0, 1) such as 0.1")
 
 
 def _is_names(value: object) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,6 +101,27 @@ def _conv_spec(name: str, base: nn.Conv2d) -> ModuleSpec:
         )
     kernel = tuple(base.kernel_size)
     return ModuleSpec(name, base.in_channels * math.prod(kernel), base.out_channels, CONV2D, kernel)
+
+
+def block_spec(name: str, module: nn.Module) -> ModuleSpec:
+    """What goes into a module and comes out of it: the input of its first linear layer and the output of its last.
+
+    Raises:
+        LilyError: if it has none.
+    """
+    sizes = [(spec.in_features, spec.out_features) for spec in _linear_layers(module)]
+    if not sizes:
+        raise LilyError(
+            f"parallel_modules: {name} is a {type(module).__name__} without linear layers, so that the sizes of its "
+            "input and output are not known; name a module that has some"
+        )
+    return ModuleSpec(name, sizes[0][0], sizes[-1][1], BLOCK)
+
+
+def _linear_layers(module: nn.Module) -> Iterator[ModuleSpec]:
+    for inner in module.modules():
+        if isinstance(inner, nn.Linear) or type(inner).__name__ == "Conv1D":
+            yield layer_spec("", inner)
 
 
 def parameter_spec(name: str, module: nn.Module) -> ModuleSpec:

@@ -169,10 +169,11 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
         """
         self.slots[adapter] = slot
         self.r[adapter], self.num_B[adapter] = group.r, group.num_B
-        self.scaling[adapter], self.routing[adapter] = config.scaling, str(config.routing)
+        own = config.options_of(group.name)
+        self.scaling[adapter], self.routing[adapter] = own.scaling, str(config.routing)
         self.batch_scope[adapter] = config.batch_scope
-        self.activation[adapter], self.dropout[adapter] = config.activation, config.dropout
-        if group.num_B > 1 and config.routing in DYNAMIC:
+        self.activation[adapter], self.dropout[adapter] = own.activation, own.dropout
+        if group.num_B > 1 and config.routing in DYNAMIC and not config.shared_router:
             self.lily_router[adapter] = Router(group.r, group.num_B)
             if config.settled is not None:
                 self.lily_logits[adapter] = nn.Parameter(torch.zeros(group.logits_shape))
@@ -181,19 +182,21 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
             self.lily_logits[adapter] = nn.Parameter(torch.randn(group.logits_shape))
         self._move_adapter_to_device_of_base_layer(adapter, device)
 
-    def router_of(self, adapter: str) -> Tensor | None:
-        """R (experts, r), the static logits (experts,), or None where the routing learns nothing."""
+    def router_of(self, adapter: str, device: torch.device | None = None) -> Tensor | None:
+        """R (experts, r), the static logits (experts,), or None where the routing learns nothing; on a device."""
         if self.num_B[adapter] == 1 or self.routing[adapter] == "uniform":
             return None
         router = self._router(adapter)
         if router.is_meta:
             onload(self)
             router = self._router(adapter)
-        return router
+        return router if device is None or router.device == device else router.to(device)
 
     def _router(self, adapter: str) -> Tensor:
-        static = self.routing[adapter] == "static"
-        return cast(Tensor, self.lily_logits[adapter] if static else self.lily_router[adapter].weight)
+        if self.routing[adapter] == "static":
+            return cast(Tensor, self.lily_logits[adapter])
+        own = self.lily_router[adapter] if adapter in self.lily_router else None
+        return self.bank.router(adapter, self.slots[adapter]) if own is None else cast(Tensor, own.weight)
 
     def tensors_of(self, adapter: str, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (experts, r, out), where the bank has them now, or on a device."""
@@ -246,7 +249,7 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
 
     def _fast(self, adapter: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, fused.How, Tensor | None] | None:
         """What `fused` needs to compute the adapter's update, or None where only the reference can."""
-        bank, routing, router = self._bank[0], self.routing[adapter], self.router_of(adapter)
+        bank, routing, router = self._bank[0], self.routing[adapter], self.router_of(adapter, x.device)
         settled = bank.settled.get(adapter) if router is not None else None
         if settled is not None:
             if settled.begun and not settled.done:
@@ -278,7 +281,7 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
 
         Without any, distributed training would wait for it.
         """
-        router, logits = cast(Tensor, self.lily_router[adapter].weight), cast(Tensor, self.lily_logits[adapter])
+        router, logits = cast(Tensor, self.router_of(adapter)), cast(Tensor, self.lily_logits[adapter])
         used, idle = (logits, router) if done else (router, logits)
         if self.training and idle.requires_grad:
             used = used + 0 * idle.sum().to(used.dtype)
@@ -291,11 +294,11 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
         if statistics.wants(self.training):
             mask = self.bank.masks.mask_for(x)
             h = functional.down(self._cast_input_dtype(x, A.dtype), A, self.activation[adapter])
-            router, routing = self.router_of(adapter), "token" if statistics.per_token else self.routing[adapter]
+            router, routing = self.router_of(adapter, x.device), "token" if statistics.per_token else self.routing[adapter]
             statistics.add(functional.weights(h, self.num_B[adapter], router, routing, mask), h, mask)
 
     def _weights(self, adapter: str, h: Tensor, x: Tensor) -> Tensor:
-        experts, router, routing = self.num_B[adapter], self.router_of(adapter), self.routing[adapter]
+        experts, router, routing = self.num_B[adapter], self.router_of(adapter, h.device), self.routing[adapter]
         statistics = self.statistics.get(adapter)
         settled = self.bank.settled.get(adapter) if experts > 1 else None
         mask = self._mask(x, h) if routing == "sequence" or statistics is not None else None

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, onload_layer
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists, onload_layer
 from peft.utils import TRANSFORMERS_MODELS_TO_LILY_TARGET_MODULES_MAPPING
 from peft.utils.integrations import init_empty_weights
 from peft.utils.other import _get_submodules
@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from lily import checkpoint
 from lily.bank import BANK, LilyBank, Settled, bank_of
+from lily.block import Block
 from lily.config import CAUSAL_TASKS, LilyConfig
 from lily.conv import Conv2d
 from lily.embedding import Embedding
 from lily.errors import LilyError
-from lily.kinds import CONV2D, EMBEDDING, LINEAR, PARAMETERS, ModuleSpec
+from lily.kinds import BLOCK, CONV2D, EMBEDDING, LINEAR, PARAMETERS, ModuleSpec
 from lily.layer import LilyLayer, Linear, layers_of
 from lily.loading import current
 from lily.nested import Nested
@@ -38,7 +39,7 @@ from lily.quantised import keep_differentiable
 from lily.sliced import Slice
 from lily.targets import select_targets
 
-LAYERS = {LINEAR: Linear, CONV2D: Conv2d, EMBEDDING: Embedding}
+LAYERS = {LINEAR: Linear, CONV2D: Conv2d, EMBEDDING: Embedding, BLOCK: Block}
 
 # Share of an update's norm lost to the base weight's precision, from which on merging says so.
 REPORTED_ROUNDING = 0.01
@@ -88,7 +89,8 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
     def _prepare_adapter_config(self, peft_config: LilyConfig, model_config: dict[str, Any]) -> LilyConfig:
         """PEFT's choice of modules by architecture, where none are given; an unknown one needs none with parameters."""
         known = model_config.get("model_type") in self.target_module_mapping
-        if peft_config.target_modules is None and peft_config.target_parameters and not known:
+        others = peft_config.parallel_modules or (peft_config.target_parameters and not known)
+        if peft_config.target_modules is None and others:
             return peft_config
         prepared: LilyConfig = super()._prepare_adapter_config(peft_config, model_config)
         return prepared
@@ -105,6 +107,12 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         settle_file_format(peft_config, self._plan, model)
         if (opened := current()) is not None:
             opened.check(self._plan, peft_config, model)
+
+    def _check_target_module_exists(self, peft_config: LilyConfig, key: str) -> Any:
+        """See PEFT; a module that an adapter is to run beside is named elsewhere than in `target_modules`."""
+        if key in self._plan.slots and self._plan.group_of(key).kind == BLOCK:
+            return True
+        return bool(peft_config.target_modules) and check_target_module_exists(peft_config, key)
 
     def _create_and_replace(
         self,
@@ -164,7 +172,8 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
             self.model.add_module(BANK, LilyBank())
         bank = bank_of(self.model)
         if bank.plans.get(adapter_name) is not self._plan:  # first layer of this adapter
-            bank.add(adapter_name, self._plan, self._places, peft_config.init_weights, peft_config.activation)
+            activations = {g.name: peft_config.options_of(g.name).activation for g in self._plan.groups}
+            bank.add(adapter_name, self._plan, self._places, peft_config.init_weights, activations)
             if peft_config.settled is not None:
                 bank.settled[adapter_name] = Settled(peft_config.settled)
         return bank
@@ -277,6 +286,7 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         out = dict(tensors.other)
         out.update({f"{root}{BANK}.lily_A.{adapter_name}.{i}": t for i, t in tensors.A.items()})
         out.update({f"{root}{BANK}.lily_B.{adapter_name}.{i}": t for i, t in tensors.B.items()})
+        out.update({f"{root}{BANK}.lily_R.{adapter_name}.{i}": t for i, t in tensors.shared_router.items()})
         own = {f"{root}{name}.lily_router.{adapter_name}.weight": t for name, t in tensors.router.items()}
         own |= {f"{root}{name}.lily_logits.{adapter_name}": t for name, t in tensors.logits.items()}
         keys = _part_keys(model, adapter_name)

@@ -147,11 +147,13 @@ class SharingPlan:
     Attributes:
         groups: in the order in which the model reaches their first layer.
         routing: decides what a layer's own router holds.
+        shared_router: whether the layers of a group share one router.
         stock_differs: whether stock PEFT would group the same layers otherwise, so that a file of its may do so.
     """
 
     groups: tuple[Group, ...]
     routing: str
+    shared_router: bool = False
     stock_differs: bool = field(default=False, compare=False)
 
     @cached_property
@@ -194,7 +196,10 @@ class SharingPlan:
         return Parameters(
             A=sum(len(g.blocks) * g.r * g.in_features for g in self.groups),
             B=sum(g.num_B * g.r * g.out_features for g in self.groups),
-            router=sum(len(g.members) * router_size(self.routing, g.r, g.num_B) for g in self.groups),
+            router=sum(
+                (1 if self.shared_router else len(g.members)) * router_size(self.routing, g.r, g.num_B)
+                for g in self.groups
+            ),
         )
 
     def __str__(self) -> str:
@@ -247,11 +252,13 @@ def build_plan(modules: Sequence[ModuleSpec], config: LilyConfig) -> SharingPlan
     for key, layers in members.items():
         r = _group_rank(key.name, layers, config)
         names = [f"{key.name}.{i}" for i in range(key.experts)] if key.kind == EXPERTS else layers
-        stride = config.stride_A or math.ceil(len(names) / (config.num_A or 1))
+        own = config.options_of(key.name)
+        stride = own.stride_A or math.ceil(len(names) / (own.num_A or 1))
         blocks = tuple(tuple(names[i : i + stride]) for i in range(0, len(names), stride))
-        sizes = (key.in_features, key.out_features, r, config.num_B)
+        sizes = (key.in_features, key.out_features, r, own.num_B)
         groups.append(Group(key.name, *sizes, blocks, key.kind, key.kernel, key.rows))
-    plan = SharingPlan(tuple(groups), str(config.routing))
+    _check_keys("group_options", config.group_options, [group.name for group in groups])
+    plan = SharingPlan(tuple(groups), str(config.routing), config.shared_router)
     return replace(plan, stock_differs=stock_grouping_differs(plan, config.target_modules or ()))
 
 
@@ -282,6 +289,15 @@ def _check_rank_pattern(names: Sequence[str], config: LilyConfig) -> None:
             raise LilyError(
                 f"rank_pattern has the key {key!r}, which fits no adapted layer; {hint}adapted: {', '.join(known)}"
             )
+
+
+def _check_keys(option: str, given: Iterable[str] | None, names: Sequence[str]) -> None:
+    """Refuse a key that none of `names` is or ends with."""
+    for key in given or ():
+        if not any(name == key or name.endswith(f".{key}") for name in names):
+            near = difflib.get_close_matches(key, names, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise LilyError(f"{option} has the key {key!r}, which fits no group; {hint}groups: {', '.join(names)}")
 
 
 def _group_rank(group: str, names: Sequence[str], config: LilyConfig) -> int:

@@ -28,10 +28,12 @@ class Slice(Nested):
 
     rows: Rows
 
-    def update_layer(self, adapter: str, group: Group, slot: Slot, config: LilyConfig) -> None:
+    def update_layer(
+        self, adapter: str, group: Group, slot: Slot, config: LilyConfig, device: torch.device | None = None
+    ) -> None:
         """See `LilyLayer.update_layer`."""
         self.rows = cast(Rows, group.rows)
-        super().update_layer(adapter, group, slot, config)
+        super().update_layer(adapter, group, slot, config, device)
 
     @property
     def adapted_weight(self) -> Any:
@@ -48,6 +50,7 @@ class Slice(Nested):
         """`x` (..., in) -> (..., out) of the whole layer, in the dtype of its output."""
         adapters = self.acting()
         result = cast(Tensor, self.base_layer(x, *args, **kwargs))
+        x = x.to(result.device)  # accelerate may run the base layer on another device than its input's
         for adapter in adapters:
             part = self.rows.view(result)
             fast = self._fast(adapter, x)

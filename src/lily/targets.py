@@ -11,7 +11,7 @@ from torch import nn
 
 from lily.config import LilyConfig
 from lily.errors import LilyError
-from lily.kinds import LINEAR, PARAMETERS, SLICE, ModuleSpec, base_of, parameter_spec
+from lily.kinds import BLOCK, LINEAR, PARAMETERS, SLICE, ModuleSpec, base_of, block_spec, parameter_spec
 from lily.layer import LilyLayer
 from lily.parameters import Parameter
 from lily.plan import NoTargetError, own_modules, select_modules
@@ -20,7 +20,7 @@ from lily.slices import layout_of, rows_of
 
 
 def select_targets(model: nn.Module, config: LilyConfig) -> list[ModuleSpec]:
-    """The layers and then the parameters that `config` targets, each in the model's order.
+    """The layers, then the blocks and the parameters that `config` targets, each in the model's order.
 
     Like `lily.plan.select_modules`, it reads names and sizes only.
 
@@ -35,8 +35,10 @@ def select_targets(model: nn.Module, config: LilyConfig) -> list[ModuleSpec]:
         NoTargetError: (a LilyError) if a target matches nothing, with near matches.
         LilyError: if a match cannot be adapted.
     """
-    specs = select_modules(model, config) if config.target_modules or not config.target_parameters else []
+    others = config.target_parameters or config.parallel_modules
+    specs = select_modules(model, config) if config.target_modules or not others else []
     specs = select_slices(model, specs, config.target_slices)
+    specs += select_blocks(model, config.parallel_modules)
     if config.target_parameters:
         specs += select_parameters(model, config.target_parameters)
     _check_layers(model, specs)
@@ -77,6 +79,30 @@ def select_slices(
                 f"target_slices has the key {name!r}, which fits no adapted layer; adapted: {', '.join(known)}"
             )
     return out
+
+
+def select_blocks(model: nn.Module, wanted: Sequence[str] | None) -> list[ModuleSpec]:
+    """The modules, by name or class, that an adapter is to run beside (`LilyConfig.parallel_modules`).
+
+    Raises:
+        NoTargetError: (a LilyError) if one of `wanted` matches nothing.
+        LilyError: if the sizes of a match cannot be known.
+    """
+    specs: list[ModuleSpec] = []
+    matched: set[str] = set()
+    for name, module in own_modules(model):
+        base = base_of(module)
+        hits = [w for w in wanted or () if name == w or name.endswith(f".{w}") or type(base).__name__ == w]
+        matched.update(hits)
+        if hits:
+            specs.append(block_spec(name, base))
+    for name in wanted or ():
+        if name not in matched:
+            known = list(dict.fromkeys(type(m).__name__ for _, m in own_modules(model)))
+            raise NoTargetError(
+                f"parallel_modules={name!r} matches no module by name or class: {', '.join(known[:20])}"
+            )
+    return specs
 
 
 def select_parameters(model: nn.Module, targets: Sequence[str]) -> list[ModuleSpec]:
@@ -129,6 +155,13 @@ def _check_owner(name: str, path: str, base: nn.Module) -> None:
 
 def _check_layers(model: nn.Module, specs: Sequence[ModuleSpec]) -> None:
     """Refuse a layer that is to be adapted in two ways: as a whole, by its slices, or by its parameters."""
+    blocks = tuple(f"{spec.name}." for spec in specs if spec.kind == BLOCK)
+    for spec in specs:
+        if spec.name.startswith(blocks):
+            raise LilyError(
+                f"{spec.name} is inside {next(b for b in blocks if spec.name.startswith(b))[:-1]}, beside which an "
+                "adapter of parallel_modules runs; leave one of them out, or give it an adapter of its own"
+            )
     layers = {spec.path for spec in specs if spec.kind not in PARAMETERS}
     for spec in specs:
         inside, path = spec.kind in PARAMETERS, spec.path
