@@ -11,7 +11,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
-from helpers import BUILDERS
+import torchvision_cpu
+
+torchvision_cpu.declare()
+
+from helpers import BUILDERS  # noqa: E402
 
 
 @pytest.fixture(params=sorted(BUILDERS))

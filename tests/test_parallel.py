@@ -1,4 +1,4 @@
-"""Adapters beside whole modules, options of single groups, and routers that layers share: the paper's vision settings."""
+"""Adapters beside whole modules, options of single groups, and routers that layers share."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def test_layers_that_share_a_router_have_one(shared, tmp_path):
 
 def test_a_shared_router_equals_the_formula_and_learns_from_all_layers(shared):
     found = find(shared)
-    name, layer = next((n, m) for n, m in found.layers.items() if n.endswith("query"))
+    layer = next(m for n, m in found.layers.items() if n.endswith("query"))
     x = torch.randn(2, 5, 32)
     A, B = layer.tensors_of("default")
     R = layer.router_of("default")

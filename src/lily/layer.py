@@ -294,7 +294,10 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
         if statistics.wants(self.training):
             mask = self.bank.masks.mask_for(x)
             h = functional.down(self._cast_input_dtype(x, A.dtype), A, self.activation[adapter])
-            router, routing = self.router_of(adapter, x.device), "token" if statistics.per_token else self.routing[adapter]
+            router, routing = (
+                self.router_of(adapter, x.device),
+                "token" if statistics.per_token else self.routing[adapter],
+            )
             statistics.add(functional.weights(h, self.num_B[adapter], router, routing, mask), h, mask)
 
     def _weights(self, adapter: str, h: Tensor, x: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from lily import fused
-from lily.bank import LilyBank
 from lily.config import LilyConfig
 from lily.kinds import layer_spec
 from lily.layer import Factors
