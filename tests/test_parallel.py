@@ -158,6 +158,7 @@ def shared() -> PeftModel:
     return randomise(get_peft_model(build("bert"), config)).eval()
 
 
+@pytest.mark.filterwarnings("error:Found missing adapter keys")
 def test_layers_that_share_a_router_have_one(shared, tmp_path):
     found = find(shared)
     routers = {id(m.router_of("default")) for n, m in found.layers.items() if n.endswith("query")}

@@ -18,6 +18,7 @@ from lily.errors import LilyError
 from lily.export import as_lora, write_lora
 from lily.kinds import layer_spec
 from lily.layer import LilyLayer
+from lily.sliced import Slice
 from lily.slices import Rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:routing=.* on a causal model")
@@ -62,11 +63,13 @@ def logits(model: nn.Module) -> torch.Tensor:
         return model(input_ids=IDS).logits
 
 
+def named(module: nn.Module, part: str) -> Slice:
+    return next(layer for layer in module.nest if layer.part == part)
+
+
 def rows(module: nn.Module, part: str) -> torch.Tensor:
     """Output numbers of a slice."""
-    while module.part != part:
-        module = module.base_layer
-    return module.rows.view(torch.arange(layer_spec(part, module).out_features)).flatten()
+    return named(module, part).rows.view(torch.arange(layer_spec(part, module).out_features)).flatten()
 
 
 def test_slices_equal_the_formula_on_their_outputs_and_leave_the_rest(fused, routing):
@@ -78,7 +81,7 @@ def test_slices_equal_the_formula_on_their_outputs_and_leave_the_rest(fused, rou
         module = found.root.get_submodule(path)
         expected = module.get_base_layer()(x)
         for part in ("k", "v"):
-            layer = module.nested(part)
+            layer = named(module, part)
             A, B = layer.tensors_of("default")
             update = functional.lily(x, A, B, layer.router_of("default"), routing=routing)
             expected[..., rows(module, part)] += update
@@ -100,7 +103,7 @@ def test_gradients_equal_those_of_the_formula(fused, routing):
     got = torch.autograd.grad((module(x) * weight).sum(), [x, *wanted], allow_unused=True)
     y = module.get_base_layer()(x)
     for part in ("k", "v"):
-        layer = module.nested(part)
+        layer = named(module, part)
         A, B = layer.tensors_of("default")
         update = functional.lily(x, A, B, layer.router_of("default"), routing=routing)
         y = y.index_add(-1, rows(module, part), update)

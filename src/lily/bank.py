@@ -55,8 +55,7 @@ class LilyBank(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         lily_A: adapter -> list of A, each (r, in), numbered as `SharingPlan.blocks`; of a parameter that stacks experts
             one tensor of all its A, (A * r, in).
         lily_B: adapter -> list of B, each (experts * r, out), one per group; stock PEFT's layout.
-        lily_R: adapter -> list of routers R, each (experts, r), one per group, where a group's layers share one; of a
-            group that has none, (0, r).
+        lily_R: adapter -> number of the group -> router R (experts, r), where a group's layers share one.
         plans: adapter -> its sharing plan.
         placements: adapter -> device and dtype of each A and B, those of the first layer that uses it.
         settled: adapter -> how far its routing has settled; absent: it is not settling.
@@ -124,10 +123,12 @@ class LilyBank(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             for g, place in zip(plan.groups, on_B, strict=True)
         )
         if plan.shared_router:
-            self.lily_R[adapter] = nn.ParameterList(
-                _shared(g.num_B if g.num_B > 1 else 0, g.r, place, _kaiming)
-                for g, place in zip(plan.groups, on_B, strict=True)
-            )
+            routers = {
+                str(i): _shared(g.num_B, g.r, place, _kaiming)
+                for i, (g, place) in enumerate(zip(plan.groups, on_B, strict=True))
+                if g.num_B > 1
+            }
+            self.lily_R[adapter] = nn.ParameterDict(routers)
 
     def tensors(self, adapter: str) -> tuple[nn.ParameterList, nn.ParameterList]:
         """The A and the B of an adapter, in the plan's order. Ask at each use: sharding swaps the parameters."""
@@ -146,7 +147,7 @@ class LilyBank(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def router(self, adapter: str, slot: Slot) -> Tensor:
         """The router R (experts, r) that the layers of a group share."""
-        return cast(nn.ParameterList, self.lily_R[adapter])[slot.B]
+        return getattr(self.lily_R[adapter], str(slot.B))  # type: ignore[no-any-return]
 
     def watch(self, model: nn.Module, layers: list[str]) -> None:
         """Have the attention mask of `model`'s forwards noted for `layers`; none: stop noting it."""
@@ -165,12 +166,13 @@ class LilyBank(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         if adapter_name not in self.plans:
             return
-        on_A, on_B = self.placements[adapter_name]
-        moved = [(self.lily_A, on_A), (self.lily_B, on_B), (self.lily_R, on_B)]
-        for tensors, places in [(all_[adapter_name], places) for all_, places in moved if adapter_name in all_]:
-            for i, (home, dtype) in enumerate(places):
-                if tensors[i].device.type != "meta":
-                    tensors[i] = nn.Parameter(tensors[i].to(device or home, dtype), tensors[i].requires_grad)
+        (on_A, on_B), holders = self.placements[adapter_name], (self.lily_A, self.lily_B, self.lily_R)
+        for holder, places in zip(holders, (on_A, on_B, on_B), strict=True):
+            own = holder[adapter_name]._parameters if adapter_name in holder else {}
+            for number, tensor in own.items():
+                home, dtype = places[int(number)]
+                if tensor is not None and tensor.device.type != "meta":
+                    own[number] = nn.Parameter(tensor.to(device or home, dtype), tensor.requires_grad)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Layers decide; see `lily.registry` for how PEFT's conversion passes the bank over."""

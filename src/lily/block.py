@@ -52,11 +52,12 @@ class Block(nn.Module, LilyLayer):
             shapes = [str(tuple(t.shape)) if isinstance(t, Tensor) else type(t).__name__ for t in (x, result)]
             raise LilyError(
                 f"a {type(self.base_layer).__name__} cannot have an adapter beside it: its input and output are "
-                f"{' and '.join(shapes)}, expected (..., {A.shape[1]}) and (..., {B.shape[2]}); leave it out of parallel_modules"
+                f"{' and '.join(shapes)}, expected (..., {A.shape[1]}) and (..., {B.shape[2]}); leave it "
+                "out of parallel_modules"
             )
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        like = next(self.get_base_layer().parameters())
+        like = next(self.base.parameters())
         dtype = like.dtype if like.is_floating_point() else None
         if adapter_name in self.lily_router:
             self.lily_router[adapter_name].to(device or like.device, dtype)

@@ -59,9 +59,9 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
             means no layers; leaving it out means those of the architecture, where they are known.
         target_slices: layer -> which slices of its output to adapt, each with experts of its own, such as
             `{"qkv": ["k", "v"]}`; where the architecture's layout is not known, `{"qkv": {"v": [1536, 2304]}}` (start
-            and stop among the outputs, and a period where heads repeat); see `lily.slices`. The layers need not be in
-            `target_modules` too.
-        parallel_modules: names (suffixes at a dot boundary) or class names of whole modules, such as `mlp` or `Mlp`, that
+            and stop among the outputs, and a period where heads repeat); see `lily.slices`. The layers need not be
+            in `target_modules` too.
+        parallel_modules: names (suffixes at a dot boundary) or classes of whole modules, such as `mlp` or `Mlp`, which
             an adapter runs beside: input -> A -> activation -> B, added to the module's output. For any module whose
             input and output share the leading dimensions; not merged or exported, since it is no matrix of the model.
         group_options: target -> options of its own, for layers of that name: `num_B`, `stride_A` or `num_A`,
@@ -148,11 +148,10 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
             self.stride_A = 1
         self.rank_pattern = self.rank_pattern or {}
         _check(self)
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(getattr(self, name), (list, tuple)):
-                setattr(self, name, set(getattr(self, name)))
-        if self.target_slices and not isinstance(self.target_modules, str):
-            self.target_modules = set(self.target_modules or ()) | set(self.target_slices)
+        for name, more in (("target_modules", self.target_slices or ()), ("exclude_modules", ())):
+            value = getattr(self, name)
+            if not isinstance(value, str) and (value is not None or more):
+                setattr(self, name, {*(value or ()), *more})
 
     def default_routing(self, causal: bool) -> str:
         """What the routing is where none is asked for, on a model that is `causal` or not."""

@@ -140,6 +140,11 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
         """The base weight that the update is for; None where the base layer has none."""
         return weight_of(self.get_base_layer())
 
+    @property
+    def whole_weight(self) -> Any:
+        """The parameter that `adapted_weight` is, or is a part of."""
+        return self.adapted_weight
+
     def name_in_plan(self, path: str) -> str:
         """What a plan calls the layer that is at `path` in the model."""
         return path
@@ -195,8 +200,9 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
     def _router(self, adapter: str) -> Tensor:
         if self.routing[adapter] == "static":
             return cast(Tensor, self.lily_logits[adapter])
-        own = self.lily_router[adapter] if adapter in self.lily_router else None
-        return self.bank.router(adapter, self.slots[adapter]) if own is None else cast(Tensor, own.weight)
+        if adapter not in self.lily_router:
+            return self.bank.router(adapter, self.slots[adapter])
+        return cast(Tensor, self.lily_router[adapter].weight)
 
     def tensors_of(self, adapter: str, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (experts, r, out), where the bank has them now, or on a device."""

@@ -227,7 +227,7 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
                     # the values themselves matter to the safe check only, which makes offloaded ones be read
                     with onload_layer(layer) if safe_merge else contextlib.nullcontext():
                         layer.check_merge(adapter, safe_merge)
-                    tied = names.get(id(getattr(layer.base, layer.weight_name, None)), [])
+                    tied = names.get(id(layer.whole_weight), [])
                     if len(tied) > 1:
                         raise LilyError(
                             f"{' and '.join(tied)} are one tensor, so merging into one would change the other; untie "

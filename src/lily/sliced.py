@@ -35,12 +35,17 @@ class Slice(Nested):
         super().update_layer(adapter, group, slot, config, device)
 
     @property
+    def whole_weight(self) -> Any:
+        """The weight of the whole layer."""
+        return super().adapted_weight
+
+    @property
     def adapted_weight(self) -> Any:
         """The slice's part of the base weight, as a view: (runs, run, in), or (in, runs, run) of `Conv1D`.
 
         What is no plain weight is given as it is.
         """
-        weight = super().adapted_weight
+        weight = self.whole_weight
         if type(weight) not in (nn.Parameter, Tensor) or weight.ndim != 2:
             return weight
         return self.rows.view(weight) if self.transposed else self.rows.view(weight.mT).permute(1, 2, 0)

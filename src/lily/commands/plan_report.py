@@ -197,7 +197,10 @@ def plan_for(
         routing=routing,
         targets=asked.target_modules,
     )
-    found = {"target_modules": asked.target_modules, "target_parameters": asked.target_parameters}
+    found: dict[str, Any] = {
+        "target_modules": asked.target_modules,
+        "target_parameters": asked.target_parameters,
+    }
     plan = build_plan(modules, LilyConfig(routing=routing, **found, **choice.options))
     return _report(model, modules, plan, choice, wish, name=name, dtype=dtype, base_bytes=base_bytes)
 
