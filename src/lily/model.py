@@ -14,7 +14,7 @@ from peft.utils.integrations import init_empty_weights
 from peft.utils.other import _get_submodules
 from torch import Tensor, nn
 
-from lily import checkpoint
+from lily import checkpoint, mixers
 from lily.bank import BANK, LilyBank, Settled, bank_of
 from lily.block import Block
 from lily.config import CAUSAL_TASKS, LilyConfig
@@ -85,6 +85,7 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         bank = bank_of(model)
         bank.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         watch_masks(model)
+        mixers.watch(model)
 
     def _prepare_adapter_config(self, peft_config: LilyConfig, model_config: dict[str, Any]) -> LilyConfig:
         """PEFT's choice of modules by architecture, where none are given; an unknown one needs none with parameters."""
@@ -204,6 +205,7 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         """Remove an adapter, its shared tensors included. See PEFT."""
         super().delete_adapter(adapter_name)
         bank_of(self.model).delete_adapter(adapter_name)
+        mixers.watch(self.model)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Fold static adapters into the base weights; `unmerge_adapter` restores every bit. See PEFT.
@@ -248,6 +250,7 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         if merge:
             _report_rounding(nn.ModuleList(layers))
         bank_of(model).watch(model, [])
+        mixers.watch(model)
         delattr(model, BANK)
         return model
 

@@ -29,6 +29,7 @@ from lily.config import DYNAMIC, LilyConfig
 from lily.errors import LilyError
 from lily.kinds import EMBEDDING, EXPERTS, LINEAR, MATRIX, SLICE, ModuleSpec, base_of, layer_spec
 from lily.slices import Rows
+from lily.uncalled import uncalled
 
 # What PEFT adds to modules_to_save by itself for a task, after a plan is made and before layers are replaced.
 SAVED_HEADS = {
@@ -358,16 +359,16 @@ def select_modules(model: nn.Module, config: LilyConfig) -> list[ModuleSpec]:
     all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
     _maybe_include_all_linear_layers(config, model)
     modules = dict(own_modules(model))
-    uncalled = {f"{n}.out_proj" for n, m in modules.items() if isinstance(m, nn.MultiheadAttention)}
+    inert = {name: found for name, found in uncalled(modules).items() if found.remedy is None}
     if all_linear and isinstance(config.target_modules, set):
-        config.target_modules -= uncalled
+        config.target_modules -= inert.keys()
     found = []
     for name, module in modules.items():
         if not check_target_module_exists(config, name):
             continue
-        if name in uncalled:
+        if name in inert:
             raise LilyError(
-                f"{name} belongs to torch.nn.MultiheadAttention, which reads its weight without calling it, so an "
+                f"{name} belongs to {inert[name].parent}, which reads its weight {inert[name].why}, so an "
                 f"adapter there would do nothing; leave it out with exclude_modules=['{name.rpartition('.')[2]}']"
             )
         found.append(layer_spec(name, module))

@@ -1,0 +1,142 @@
+"""State-space mixers that call what they would otherwise only read: see `lily.uncalled` for which layers these are.
+
+A mixer of transformers hands the weights of `x_proj`, `dt_proj` and `out_proj` to one fused kernel in training, and on
+every path multiplies by the weight of `dt_proj`. In a mixer with an adapter on one of them, two hooks around its
+forward choose the path that it takes in evaluation (it calls `x_proj` and `out_proj`, and convolution and scan still
+have kernels of their own) and put the adapted `dt_proj` in its weight's place. Other mixers are left alone.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from typing import Any
+
+from torch import Tensor, nn
+
+from lily.layer import LilyLayer
+from lily.uncalled import children_read
+
+
+class Applied:
+    """An adapted layer, to a mixer that multiplies by its weight: `layer.weight @ x` is what the layer does.
+
+    Args:
+        layer: the adapted layer.
+    """
+
+    def __init__(self, layer: LilyLayer) -> None:
+        self.layer = layer
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The layer, as a mixer of a quantised model calls it."""
+        return self.layer(x)  # type: ignore[operator,no-any-return]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.layer, name)
+
+    @property
+    def weight(self) -> Product:
+        """To be multiplied from the right."""
+        return Product(self.layer)
+
+
+class Product:
+    """The weight of an adapted layer that adds its updates to a product.
+
+    Args:
+        layer: the adapted layer.
+    """
+
+    def __init__(self, layer: LilyLayer) -> None:
+        self.layer = layer
+
+    def __matmul__(self, columns: Tensor) -> Tensor:
+        """Columns (..., in, tokens) -> (..., out, tokens), without the layer's bias."""
+        # The mixer's own product, so that an adapter that adds nothing changes not even a rounding.
+        result: Tensor = self.layer.get_base_layer().weight @ columns
+        rows = columns.transpose(-1, -2)
+        for adapter in self.layer.active_adapters:
+            if adapter in self.layer.slots:
+                result = result + self.layer.update_of(adapter, rows).transpose(-1, -2).to(result.dtype)
+        return result
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.layer.get_base_layer().weight, name)
+
+
+class Calling:
+    """The hooks around one mixer's forward.
+
+    Attributes:
+        training: what the mixer's flag was before the forward that is running.
+        handles: take the hooks off again.
+    """
+
+    def __init__(self, mixer: nn.Module) -> None:
+        self.training: bool | None = None
+        self.handles = [
+            mixer.register_forward_pre_hook(self.enter),
+            mixer.register_forward_hook(self.leave, always_call=True),
+        ]
+
+    def enter(self, mixer: nn.Module, args: Any) -> None:
+        """Choose the path. What is merged or switched off is in the weights alone, which any path reads."""
+        acting = {name: layer for name, layer in adapted(mixer).items() if not (layer.merged or layer.disable_adapters)}
+        if not acting:
+            return
+        # The mixer's own flag, not its children's: dropout in an adapter goes on.
+        self.training, mixer.training = mixer.training, False
+        for name, layer in acting.items():
+            if children_read(mixer)[name].remedy == "applied":
+                mixer.__dict__[name] = Applied(layer)  # found before the child of that name, which stays where it is
+
+    def leave(self, mixer: nn.Module, args: Any, output: Any) -> None:
+        """Put back what `enter` changed, also after a forward that raised."""
+        if self.training is not None:
+            self.training, mixer.training = None, self.training
+        for name in children_read(mixer):
+            mixer.__dict__.pop(name, None)
+
+
+def adapted(mixer: nn.Module) -> dict[str, LilyLayer]:
+    """The layers with an adapter that the mixer would not, or not always, call."""
+    children = ((name, mixer._modules.get(name)) for name in children_read(mixer))
+    return {name: layer for name, layer in children if isinstance(layer, LilyLayer) and layer.slots}
+
+
+def watch(model: nn.Module) -> None:
+    """Put the hooks on the mixers that need them now, and take them off the others.
+
+    Args:
+        model: with or without adapters.
+    """
+    begun = []
+    for name, mixer in model.named_modules():
+        if not children_read(mixer):
+            continue
+        there, needed = _calling(mixer), adapted(mixer)
+        if needed and there is None:
+            Calling(mixer)
+            begun += [f"{name}.{child}" for child in needed]
+        elif not needed and there is not None:
+            for handle in there.handles:
+                handle.remove()
+    if begun and kernels_installed():
+        names = sorted({name.rpartition(".")[2] for name in begun})
+        warnings.warn(
+            f"{', '.join(names)}: {len(begun)} adapted layers are read by their mixers' fused training kernel without "
+            "being called, so these mixers do without it: the same result in more time and memory. Leave them out of "
+            "target_modules to keep it",
+            stacklevel=3,
+        )
+
+
+def kernels_installed() -> bool:
+    """Whether there may be a fused kernel at all: from mamba_ssm, or from the hub by way of `kernels`."""
+    return any(importlib.util.find_spec(package) is not None for package in ("mamba_ssm", "kernels"))
+
+
+def _calling(mixer: nn.Module) -> Calling | None:
+    owners = (getattr(hook, "__self__", None) for hook in mixer._forward_pre_hooks.values())
+    return next((owner for owner in owners if isinstance(owner, Calling)), None)

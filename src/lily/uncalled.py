@@ -1,0 +1,80 @@
+"""Layers whose weights their parent reads without calling them, so that an adapter on one would silently do nothing.
+
+Decided from classes and attributes alone, so the meta device is enough. What `lily.mixers` can make a parent call is
+marked; the rest is refused when a plan is made.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+# What transformers' mixers call in training, where a kernel is installed, in place of everything after in_proj.
+FUSED = ("mamba_inner_fn", "mamba2_split_conv1d_scan_combined", "mamba_split_conv1d_scan_combined")
+
+# The flag by which the original Mamba, Mamba-2 and Vim choose their kernels -> the weights that those read.
+MAMBA = ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")
+ORIGINAL = {
+    "use_fast_path": (*MAMBA, *(f"{name}_b" for name in MAMBA)),
+    "use_mem_eff_path": ("conv1d", "out_proj"),
+}
+
+
+@dataclass(frozen=True)
+class Uncalled:
+    """A layer that its parent does not always call.
+
+    Attributes:
+        parent: the class that reads its weight.
+        why: when and how, completing "PARENT reads its weight ...".
+        remedy: what makes an adapter on it act: "unfused", the parent's path without the fused kernel; "applied", that
+            path and the layer in its weight's place; None: nothing does.
+    """
+
+    parent: str
+    why: str
+    remedy: str | None = None
+
+
+def uncalled(modules: Mapping[str, nn.Module]) -> dict[str, Uncalled]:
+    """Which of a model's layers are read without being called.
+
+    Args:
+        modules: by their dotted names.
+
+    Returns:
+        The layer's dotted name -> why, and what can be done.
+    """
+    return {
+        f"{name}.{child}" if name else child: found
+        for name, module in modules.items()
+        for child, found in children_read(module).items()
+    }
+
+
+def children_read(module: nn.Module) -> dict[str, Uncalled]:
+    """The same for the children of one module, by their own names."""
+    parent = type(module).__name__
+    if isinstance(module, nn.MultiheadAttention):
+        return {"out_proj": Uncalled("torch.nn.MultiheadAttention", "without calling it")}
+    if not isinstance(module._parameters.get("A_log"), nn.Parameter):
+        return {}
+    for flag, names in ORIGINAL.items():
+        if hasattr(module, flag):
+            found = Uncalled(parent, "in a product or a fused kernel, without calling it")
+            return {name: found for name in names if name in module._modules}
+    # A subclass may call what it likes: what counts is whose forward it is.
+    home = next(cls.__module__ for cls in type(module).__mro__ if "forward" in vars(cls))
+    if not home.startswith("transformers.models."):
+        return {}
+    read = {
+        "conv1d": Uncalled(parent, "without calling it"),
+        "dt_proj": Uncalled(parent, "in a product, without calling it", "applied"),
+    }
+    if any(name in vars(sys.modules[home]) for name in FUSED):
+        fused = Uncalled(parent, "in a fused kernel, without calling it, when it trains on a GPU", "unfused")
+        read.update(x_proj=fused, out_proj=fused)
+    return {name: found for name, found in read.items() if name in module._modules}
