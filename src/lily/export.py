@@ -33,6 +33,7 @@ from lily.nested import NESTED
 from lily.plan import Group
 from lily.reading import blame, parse_text, read_header, read_json
 from lily.targets import select_parameters
+from lily.uncalled import uncalled
 
 PROVENANCE = "lily_provenance.json"
 PREFIX = "base_model.model."
@@ -274,6 +275,15 @@ def _header(facts: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _check_readable(target: str, wanted: Target, found: Adapted, other: Mapping[str, Tensor]) -> None:
+    read = uncalled(dict(found.root.named_modules()))
+    # PEFT's LoRA acts in calls, so never on dt_proj, and refuses out_proj of state-space models.
+    lost = [name for name in found.layers if name in read and name.endswith(("dt_proj", "out_proj"))]
+    if lost:
+        why = read[lost[0]]
+        raise LilyError(
+            f"no reader of a LoRA applies one to {lost[0]}: {why.parent} reads its weight {why.why}; export --to "
+            "merged instead, or train without it (exclude_modules)"
+        )
     saved = saved_modules(found.config)
     if saved and not wanted.modules_to_save:
         raise LilyError(

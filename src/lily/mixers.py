@@ -26,19 +26,12 @@ class Applied:
     """
 
     def __init__(self, layer: LilyLayer) -> None:
-        self.layer = layer
+        self.layer, self.weight, self.bias = layer, Product(layer), layer.bias
 
     def __call__(self, x: Tensor) -> Tensor:
         """The layer, as a mixer of a quantised model calls it."""
-        return self.layer(x)  # type: ignore[operator,no-any-return]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.layer, name)
-
-    @property
-    def weight(self) -> Product:
-        """To be multiplied from the right."""
-        return Product(self.layer)
+        result: Tensor = self.layer(x)
+        return result
 
 
 class Product:
@@ -61,9 +54,6 @@ class Product:
                 result = result + self.layer.update_of(adapter, rows).transpose(-1, -2).to(result.dtype)
         return result
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.layer.get_base_layer().weight, name)
-
 
 class Calling:
     """The hooks around one mixer's forward.
@@ -82,7 +72,11 @@ class Calling:
 
     def enter(self, mixer: nn.Module, args: Any) -> None:
         """Choose the path. What is merged or switched off is in the weights alone, which any path reads."""
-        acting = {name: layer for name, layer in adapted(mixer).items() if not (layer.merged or layer.disable_adapters)}
+        layers = adapted(mixer)
+        for layer in layers.values():
+            if layer.merged and layer.disable_adapters:
+                layer.unmerge()  # as the layer would if it were called
+        acting = {name: layer for name, layer in layers.items() if not (layer.merged or layer.disable_adapters)}
         if not acting:
             return
         # The mixer's own flag, not its children's: dropout in an adapter goes on.
@@ -94,7 +88,7 @@ class Calling:
     def leave(self, mixer: nn.Module, args: Any, output: Any) -> None:
         """Put back what `enter` changed, also after a forward that raised."""
         if self.training is not None:
-            self.training, mixer.training = None, self.training
+            mixer.training, self.training = self.training, None
         for name in children_read(mixer):
             mixer.__dict__.pop(name, None)
 

@@ -38,6 +38,7 @@ from lily.plan import (
 from lily.quantised import keep_differentiable
 from lily.sliced import Slice
 from lily.targets import select_targets
+from lily.uncalled import uncalled
 
 LAYERS = {LINEAR: Linear, CONV2D: Conv2d, EMBEDDING: Embedding, BLOCK: Block}
 
@@ -387,6 +388,10 @@ def settle_file_format(config: LilyConfig, plan: SharingPlan, model: nn.Module) 
     other = next((group.kind for group in plan.groups if group.kind != LINEAR), None)
     if other is not None:
         config.stock_refusal = f"adapted {other} layers"
+        return
+    read = uncalled(dict(model.named_modules()))
+    if any(read[name].remedy == "applied" for name in plan.slots if name in read):
+        config.stock_refusal = "an adapter on a layer that is read without being called"
         return
     if not stock_grouping_differs(plan, config.target_modules or ()):
         return

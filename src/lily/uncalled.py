@@ -62,14 +62,12 @@ def children_read(module: nn.Module) -> dict[str, Uncalled]:
         return {"out_proj": Uncalled("torch.nn.MultiheadAttention", "without calling it")}
     if not isinstance(module._parameters.get("A_log"), nn.Parameter):
         return {}
-    for flag, names in ORIGINAL.items():
-        if hasattr(module, flag):
-            found = Uncalled(parent, "in a product or a fused kernel, without calling it")
-            return {name: found for name in names if name in module._modules}
     # A subclass may call what it likes: what counts is whose forward it is.
     home = next(cls.__module__ for cls in type(module).__mro__ if "forward" in vars(cls))
     if not home.startswith("transformers.models."):
-        return {}
+        found = Uncalled(parent, "in a product or a fused kernel, without calling it")
+        names = next((names for flag, names in ORIGINAL.items() if hasattr(module, flag)), ())
+        return {name: found for name in names if name in module._modules}
     read = {
         "conv1d": Uncalled(parent, "without calling it"),
         "dt_proj": Uncalled(parent, "in a product, without calling it", "applied"),
@@ -77,4 +75,4 @@ def children_read(module: nn.Module) -> dict[str, Uncalled]:
     if any(name in vars(sys.modules[home]) for name in FUSED):
         fused = Uncalled(parent, "in a fused kernel, without calling it, when it trains on a GPU", "unfused")
         read.update(x_proj=fused, out_proj=fused)
-    return {name: found for name, found in read.items() if name in module._modules}
+    return {name: reason for name, reason in read.items() if name in module._modules}

@@ -335,7 +335,7 @@ def _train(
     for _ in range(definition.steps):
         rows = next(order, None)
         if rows is None:
-            order = iter(torch.randperm(size).split(definition.batch))
+            order = iter(torch.split(torch.randperm(size), definition.batch))
             rows = next(order)
         model(**batch(rows)).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

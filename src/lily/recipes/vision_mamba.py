@@ -135,7 +135,8 @@ class VisionMambaBlock(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens (batch, tokens, hidden) -> the same shape."""
-        return tokens + self.mixer(self.norm(tokens))
+        mixed: Tensor = self.mixer(self.norm(tokens))
+        return tokens + mixed
 
 
 class VisionMambaForImageClassification(PreTrainedModel):  # type: ignore[misc]
@@ -155,8 +156,8 @@ class VisionMambaForImageClassification(PreTrainedModel):  # type: ignore[misc]
         super().__init__(config)
         if config.image_size % config.patch_size:
             raise ValueError(f"image_size={config.image_size} is not a multiple of patch_size={config.patch_size}")
-        size, self.middle = config.hidden_size, (config.image_size // config.patch_size) ** 2 // 2
-        patches = (config.image_size // config.patch_size) ** 2
+        size, patches = config.hidden_size, (config.image_size // config.patch_size) ** 2
+        self.middle = patches // 2
         self.patch_embed = nn.Conv2d(config.num_channels, size, config.patch_size, stride=config.patch_size)
         self.pos_embed = nn.Parameter(torch.empty(1, patches + int(config.class_token), size))
         self.cls_token = nn.Parameter(torch.empty(1, 1, size)) if config.class_token else None
@@ -174,7 +175,7 @@ class VisionMambaForImageClassification(PreTrainedModel):  # type: ignore[misc]
         Returns:
             (batch, hidden).
         """
-        tokens = self.patch_embed(pixel_values).flatten(2).transpose(1, 2)
+        tokens: Tensor = self.patch_embed(pixel_values).flatten(2).transpose(1, 2)
         if self.cls_token is not None:
             token = self.cls_token.expand(len(tokens), -1, -1)
             tokens = torch.cat([tokens[:, : self.middle], token, tokens[:, self.middle :]], dim=1)
