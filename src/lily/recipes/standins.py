@@ -129,13 +129,15 @@ def build(name: str, definition: Standin) -> Path:
     """
     if definition.data in TEXTS:
         texts = TEXTS[definition.data]()
-        target = _folder(name, definition, _digest(text.encode() for text in texts))
+        data, reader = _digest(text.encode() for text in texts), "tokenizers"
         make = partial(_train_language_model, definition, texts)
     else:
-        # Pixels, not files: another Pillow may decode an image otherwise.
-        pixels, labels, names = load_images(definition, image_rows(definition))
-        target = _folder(name, definition, _digest([pixels.numpy().tobytes(), labels.numpy().tobytes()]))
-        make = partial(_train_classifier, definition, pixels, labels, names)
+        rows = image_rows(definition)
+        data, reader = _digest(part for row in rows for part in (row["label"].encode(), _bytes(row))), "pillow"
+        make = partial(_train_classifier, definition, rows)
+    versions = [importlib.metadata.version(package) for package in ("torch", "transformers", reader)]
+    decides = json.dumps([VERSION, asdict(definition), data, versions], sort_keys=True)
+    target = cache_folder() / "standins" / f"{name}-{hashlib.sha256(decides.encode()).hexdigest()[:16]}"
     if not target.is_dir():
         with building(target) as folder, _reproducible(definition.seed):
             folder.mkdir()
@@ -145,13 +147,11 @@ def build(name: str, definition: Standin) -> Path:
     return target
 
 
-def _folder(name: str, definition: Standin, data: str) -> Path:
-    versions = [importlib.metadata.version(package) for package in ("torch", "transformers", "tokenizers")]
-    decides = json.dumps([VERSION, asdict(definition), data, versions], sort_keys=True)
-    return cache_folder() / "standins" / f"{name}-{hashlib.sha256(decides.encode()).hexdigest()[:16]}"
+def _bytes(row: dict[str, Any]) -> bytes:
+    return Path(row["image"]).read_bytes()
 
 
-def _digest(parts: Iterator[bytes] | Sequence[bytes]) -> str:
+def _digest(parts: Iterator[bytes]) -> str:
     digest = hashlib.sha256()
     for part in parts:
         digest.update(len(part).to_bytes(8, "little") + part)
@@ -300,12 +300,13 @@ def classifier(definition: Standin, names: Sequence[str]) -> PreTrainedModel:
     return VisionMambaForImageClassification(config)
 
 
-def _train_classifier(definition: Standin, pixels: Tensor, labels: Tensor, names: Sequence[str], folder: Path) -> None:
+def _train_classifier(definition: Standin, rows: Sequence[dict[str, Any]], folder: Path) -> None:
+    pixels, labels, names = load_images(definition, rows)
     model = classifier(definition, names)
     mirrored = definition.data != "digits"
 
-    def batch(rows: Tensor) -> dict[str, Tensor]:
-        return {"pixel_values": jitter(pixels[rows], mirrored), "labels": labels[rows]}
+    def batch(chosen: Tensor) -> dict[str, Tensor]:
+        return {"pixel_values": jitter(pixels[chosen], mirrored), "labels": labels[chosen]}
 
     _train(model, definition, len(pixels), batch)
     model.save_pretrained(folder)
