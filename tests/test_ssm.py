@@ -115,7 +115,7 @@ def test_mixers_without_such_an_adapter_keep_their_kernel(kind, kernel):
     assert len(kernel) == 3
 
 
-@pytest.mark.parametrize("leave", ["unload", "delete_adapter", "disable_adapter", "merge"])
+@pytest.mark.parametrize("leave", ["unload", "delete_adapter", "disable_adapter", "merge", "set_adapter"])
 def test_a_mixer_takes_its_kernel_again_when_no_adapter_acts_in_it(leave, kernel):
     model = adapted("mamba", ["dt_proj", "out_proj"], num_B=1).train()
     if leave == "unload":
@@ -123,6 +123,10 @@ def test_a_mixer_takes_its_kernel_again_when_no_adapter_acts_in_it(leave, kernel
     elif leave == "delete_adapter":
         model.delete_adapter("default")
         model.base_model.model(input_ids=IDS)
+    elif leave == "set_adapter":
+        model.add_adapter("second", LilyConfig(target_modules=["in_proj"], r=4, task_type="CAUSAL_LM"))
+        model.set_adapter("second")
+        model(input_ids=IDS)
     elif leave == "merge":
         model.merge_adapter()
         model(input_ids=IDS)
@@ -131,7 +135,7 @@ def test_a_mixer_takes_its_kernel_again_when_no_adapter_acts_in_it(leave, kernel
             model(input_ids=IDS)
     assert len(kernel) == 2
     hooks = [hook for m in mixers_of(model) for hook in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())]
-    assert bool(hooks) == (leave in ("disable_adapter", "merge"))
+    assert bool(hooks) == (leave not in ("unload", "delete_adapter"))
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

@@ -76,7 +76,7 @@ class Calling:
         for layer in layers.values():
             if layer.merged and layer.disable_adapters:
                 layer.unmerge()  # as the layer would if it were called
-        acting = {name: layer for name, layer in layers.items() if not (layer.merged or layer.disable_adapters)}
+        acting = {name: layer for name, layer in layers.items() if _acts(layer)}
         if not acting:
             return
         # The mixer's own flag, not its children's: dropout in an adapter goes on.
@@ -97,6 +97,11 @@ def adapted(mixer: nn.Module) -> dict[str, LilyLayer]:
     """The layers with an adapter that the mixer would not, or not always, call."""
     children = ((name, mixer._modules.get(name)) for name in children_read(mixer))
     return {name: layer for name, layer in children if isinstance(layer, LilyLayer) and layer.slots}
+
+
+def _acts(layer: LilyLayer) -> bool:
+    active = any(adapter in layer.slots for adapter in layer.active_adapters)
+    return active and not layer.merged and not layer.disable_adapters
 
 
 def watch(model: nn.Module) -> None:
