@@ -2,6 +2,8 @@
 
     python benchmarks/standins.py --out benchmarks/results/standins.json [NAME ...]
 
+The measurements are added to the file; what is in it is printed as the tables of docs/standins.md.
+
 Text: perplexity of headlines kept from training, beside an untrained model's and that of counting tokens. Images: a
 logistic regression on the frozen features of classes that the stand-in never saw, beside the same on the features of
 the untrained model and on the pixels.
@@ -43,7 +45,30 @@ def main() -> None:
         found[name] = {"folder": folder.name, "seconds_to_make_or_find": round(seconds), **measured}
         chosen.out.parent.mkdir(parents=True, exist_ok=True)
         write_text(chosen.out, json.dumps(found, indent=2) + "\n")
-        print(name, json.dumps(found[name], indent=2), flush=True)
+    print(tables(found))
+
+
+def tables(found: dict[str, Any]) -> str:
+    """The measurements as Markdown."""
+    lines = [
+        "| text | parameters | tokens trained on | perplexity, held-out | untrained | token counts |",
+        "|" + " --- |" * 6,
+    ]
+    for name, row in found.items():
+        if "perplexity" in row:
+            after, before, counts = (row["perplexity"][k] for k in ("trained", "untrained", "token_counts"))
+            sizes = f"{row['parameters']:,} | {row['training_tokens']:,}"
+            lines.append(f"| `{name}` | {sizes} | {after:.1f} | {before:.0f} | {counts:.0f} |")
+    lines += [
+        "",
+        "| images | parameters | accuracy in training | probe of unseen classes | untrained | pixels |",
+        "|" + " --- |" * 6,
+    ]
+    for name, row in found.items():
+        if "probe_accuracy" in row:
+            scores = " | ".join(f"{row['probe_accuracy'][k]:.1%}" for k in ("trained", "untrained", "pixels"))
+            lines.append(f"| `{name}` | {row['parameters']:,} | {row['training_accuracy']:.1%} | {scores} |")
+    return "\n".join(lines)
 
 
 def text(folder: Path, definition: Standin) -> dict[str, Any]:
