@@ -131,13 +131,13 @@ def collapse(
             f"adapter {found.name!r} was saved while it settles (settled={config.settled:g}): finish that training, "
             "whose result is static, or collapse a checkpoint from before"
         )
-    run = forward or _call
+    run = forward or call
     batches = list(batches)
     held_out = batches if held_out is None else list(held_out)
     if not batches or not held_out:
         raise LilyError("collapse needs calibration data, but there is no batch; give at least one")
     routing = str(config.routing)
-    with _evaluating(model, found):
+    with evaluating(model, found):
         before = metric(model) if metric else None
         statistics = _record(model, found, batches, run)
         logits = {name: s.mean.clamp(min=TINY).log() for name, s in statistics.items()}
@@ -157,7 +157,8 @@ def collapse(
     return report
 
 
-def _call(model: nn.Module, batch: Batch) -> Any:
+def call(model: nn.Module, batch: Batch) -> Any:
+    """The model's outputs for a batch in any of the forms that `collapse` takes."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if isinstance(batch, Tensor):
         return model(batch.to(device))
@@ -167,7 +168,7 @@ def _call(model: nn.Module, batch: Batch) -> Any:
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module, found: Adapted) -> Iterator[None]:
+def evaluating(model: nn.Module, found: Adapted) -> Iterator[None]:
     """Within: eval mode, masks noted. After: the mode as it was, and nothing recorded any more."""
     modes = {module: module.training for module in model.modules()}
     model.eval()

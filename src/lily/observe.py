@@ -8,6 +8,26 @@ import torch
 from torch import Tensor
 
 
+def per_token(w: Tensor, h: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The weights of a forward for each token, and which tokens count, in float64.
+
+    Args:
+        w: the weights used: (E,), (batch, 1, E) or (..., E).
+        h: (..., r), whose leading shape says how many tokens each of them stands for.
+        mask: (batch, tokens), nonzero where a token counts; None: all do.
+
+    Returns:
+        (..., E) and (...), of h's leading shape.
+    """
+    w = w.detach().double().expand(*h.shape[:-1], -1)
+    counts = w.new_ones(h.shape[:-1])
+    if mask is not None:
+        m = (mask != 0).double()
+        m = m.reshape(-1) if h.ndim == 2 else m.reshape(*m.shape, *([1] * (h.ndim - 1 - m.ndim)))
+        counts = counts * m
+    return w, counts
+
+
 @dataclass
 class RoutingStatistics:
     """Sums over tokens of the expert weights that a layer used, in float64.
@@ -45,12 +65,7 @@ class RoutingStatistics:
             mask: (batch, tokens), nonzero where a token counts; None: all do.
         """
         with torch.no_grad():
-            w = w.detach().double().expand(*h.shape[:-1], -1)
-            counts = w.new_ones(h.shape[:-1])
-            if mask is not None:
-                m = (mask != 0).double()
-                m = m.reshape(-1) if h.ndim == 2 else m.reshape(*m.shape, *([1] * (h.ndim - 1 - m.ndim)))
-                counts = counts * m
+            w, counts = per_token(w, h, mask)
             weighted = (w * counts.unsqueeze(-1)).flatten(0, -2)
             if self.count.device != w.device:
                 self.total, self.square, self.count = (t.to(w.device) for t in (self.total, self.square, self.count))

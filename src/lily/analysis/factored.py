@@ -1,0 +1,238 @@
+"""Updates as products of thin factors: what rank and overlap are computed from, never from a full (out, in) matrix.
+
+With `B_e^T = Q_out C_e` and `A^T = Q_in D` (thin QR, once per shared tensor) an update `s (sum_e w_e B_e)^T A` is
+`Q_out (s sum_e w_e C_e) D^T Q_in^T`, so everything that a singular value decomposition tells is in the small matrix in
+the middle.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig
+from peft.tuners.lora import LoraLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lily import functional
+from lily.adapted import Adapted, find
+from lily.errors import LilyError
+from lily.layer import LilyLayer
+from lily.plan import router_size
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """How a layer weighs its experts over data: all that the rank of its updates depends on.
+
+    Attributes:
+        mean: mean weights over tokens, (E,).
+        second: mean of the outer product of the weights with themselves, (E, E): covariance + mean mean^T.
+        source: `static` (the adapter's own constant weights), `data` (measured), or `equal` (assumed: nothing known).
+    """
+
+    mean: Tensor
+    second: Tensor
+    source: str
+
+    @classmethod
+    def constant(cls, weights: Tensor) -> Mixing:
+        """Weights (E,) that are the same for every token."""
+        w = weights.detach().double().cpu()
+        return cls(w, torch.outer(w, w), "static")
+
+    @classmethod
+    def assumed(cls, experts: int) -> Mixing:
+        """What is assumed of a data-dependent routing without data: each token uses one expert, all equally often.
+
+        The mean is that of equal weights, and the union is all that the experts can span.
+        """
+        mean = torch.full((experts,), 1 / experts, dtype=torch.float64)
+        return cls(mean, torch.diag(mean), "equal")
+
+
+@dataclass(frozen=True)
+class Factored:
+    """A layer's update, ready for any mixing of its experts. Everything in float64.
+
+    Attributes:
+        name: of the layer.
+        group: layers of one group can be compared: one target name and one shape.
+        shared: number of its A; layers with the same one share it.
+        out_basis: (out, m), orthonormal columns.
+        out_core: (m, E, r), with the scaling: `scaling * B_e^T = out_basis @ out_core[:, e]`.
+        in_basis: (in, n), orthonormal columns.
+        in_core: (n, r): `A^T = in_basis @ in_core`.
+        static: its constant mixing, or None where it depends on the data.
+    """
+
+    name: str
+    group: str
+    shared: int
+    out_basis: Tensor
+    out_core: Tensor
+    in_basis: Tensor
+    in_core: Tensor
+    static: Mixing | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.out_basis.shape[0], self.in_basis.shape[0]
+
+    @property
+    def r(self) -> int:
+        """Rank of the factors."""
+        return int(self.in_core.shape[1])
+
+    @property
+    def experts(self) -> int:
+        """How many experts are mixed."""
+        return int(self.out_core.shape[1])
+
+    def core(self, mean: Tensor) -> Tensor:
+        """The expected update in the two bases, (m, n)."""
+        return torch.einsum("e,mer->mr", mean, self.out_core) @ self.in_core.T
+
+    def union_core(self, second: Tensor) -> Tensor:
+        """A (m, k n) matrix with the singular values of all tokens' updates side by side; see `lily.analysis.rank`."""
+        values, vectors = torch.linalg.eigh((second + second.T) / 2)
+        root = vectors * values.clamp(min=0).sqrt()  # (E, k): root @ root.T = second
+        mixed = torch.einsum("ek,mer->kmr", root, self.out_core) @ self.in_core.T  # (k, m, n)
+        return mixed.permute(1, 0, 2).flatten(1)
+
+
+def lily_layers(model: nn.Module, adapter: str | None = None) -> list[Factored]:
+    """The layers of a Lily adapter.
+
+    Args:
+        model: carries the adapter.
+        adapter: default: the active one.
+
+    Raises:
+        LilyError: if there is no such adapter, or its update is not linear.
+    """
+    found = find(model, adapter)
+    if found.config.activation != "none":
+        raise LilyError(
+            f"adapter {found.name!r} has activation={found.config.activation!r} between A and B, so its update is no "
+            "matrix and has no rank; rank is told of adapters with activation='none'"
+        )
+    return list(_lily_layers(found))
+
+
+@torch.no_grad()
+def _lily_layers(found: Adapted) -> Iterator[Factored]:
+    downs: dict[int, tuple[Tensor, Tensor]] = {}
+    ups: dict[int, tuple[Tensor, Tensor]] = {}
+    for name, layer in found.layers.items():
+        slot = layer.slots[found.name]
+        A, B = (t.detach().double().cpu() for t in layer.tensors_of(found.name))  # (r, in), (E, r, out)
+        if slot.A not in downs:
+            downs[slot.A] = torch.linalg.qr(A.T)
+        if slot.B not in ups:
+            basis, core = torch.linalg.qr(B.flatten(0, 1).T)  # (out, m), (m, E r)
+            ups[slot.B] = basis, core.unflatten(1, B.shape[:2])
+        (out_basis, out_core), (in_basis, in_core) = ups[slot.B], downs[slot.A]
+        core = layer.scaling[found.name] * out_core
+        group = found.plan.group_of(name)
+        title = f"{group.name} ({group.out_features}, {group.in_features})"
+        yield Factored(name, title, slot.A, out_basis, core, in_basis, in_core, static_mixing(layer, found))
+
+
+def static_mixing(layer: LilyLayer, found: Adapted) -> Mixing | None:
+    """A layer's constant weights, or None where they depend on the data."""
+    name, experts = found.name, layer.num_B[found.name]
+    if router_size(layer.routing[name], layer.r[name], experts) == 0:
+        return Mixing.constant(torch.full((experts,), 1 / experts))
+    settled = found.bank.settled.get(name)
+    if layer.routing[name] == "static" or (settled is not None and settled.done):
+        return Mixing.constant(functional.softmax(layer.lily_logits[name].detach().double()))
+    return None
+
+
+def lora_layers(source: nn.Module | str | Path, adapter: str | None = None) -> list[Factored]:
+    """The layers of a LoRA adapter of PEFT.
+
+    Args:
+        source: a model that carries it, or an adapter's folder, which needs no base model.
+        adapter: of a model; default: the active one.
+
+    Raises:
+        LilyError: if there is no LoRA, or its update is no product of two matrices (DoRA).
+    """
+    pairs = _lora_of_model(source, adapter) if isinstance(source, nn.Module) else _lora_of_folder(Path(source))
+    out = []
+    for number, (name, A, B, scale) in enumerate(pairs):
+        A, B = (t.detach().double().cpu().flatten(1) for t in (A, B))  # (r, in), (out, r)
+        if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
+            raise LilyError(f"{name}: its lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} are no product of rank r")
+        in_basis, in_core = torch.linalg.qr(A.T)
+        out_basis, out_core = torch.linalg.qr(B)
+        group = f"{name.rpartition('.')[2]} ({B.shape[0]}, {A.shape[1]})"
+        core = scale * out_core.unsqueeze(1)
+        out.append(Factored(name, group, number, out_basis, core, in_basis, in_core, Mixing.constant(torch.ones(1))))
+    if not out:
+        raise LilyError(f"{source if not isinstance(source, nn.Module) else type(source).__name__} holds no LoRA layer")
+    return out
+
+
+Pair = tuple[str, Tensor, Tensor, float]
+
+
+def _lora_of_model(model: nn.Module, adapter: str | None) -> Iterator[Pair]:
+    root: Any = getattr(model, "get_base_model", lambda: model)()
+    for name, module in root.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        chosen = adapter or next(iter(module.active_adapters), "")
+        if chosen in module.lora_A:
+            if chosen in getattr(module, "use_dora", {}) and module.use_dora[chosen]:
+                raise LilyError(f"{name} is a DoRA layer, whose update is no product of two thin matrices")
+            yield name, module.lora_A[chosen].weight, module.lora_B[chosen].weight, float(module.scaling[chosen])
+
+
+def _lora_of_folder(folder: Path) -> Iterator[Pair]:
+    file = folder / SAFETENSORS_WEIGHTS_NAME
+    if not (folder / "adapter_config.json").is_file() or not file.is_file():
+        raise LilyError(f"{folder} holds no adapter (adapter_config.json and {SAFETENSORS_WEIGHTS_NAME})")
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        state = load_file(file)
+    except (SafetensorError, json.JSONDecodeError, TypeError, KeyError) as error:
+        raise LilyError(f"{folder}: its adapter cannot be read ({error})") from None
+    if not isinstance(config, LoraConfig):
+        raise LilyError(f"{folder} is a {getattr(config.peft_type, 'value', config.peft_type)} adapter, not a LoRA")
+    if config.use_dora:
+        raise LilyError(f"{folder} is a DoRA adapter, whose update is no product of two thin matrices")
+    for key, A in state.items():
+        if not key.endswith(".lora_A.weight"):
+            continue
+        name = key.removesuffix(".lora_A.weight").removeprefix("base_model.model.")
+        B = state.get(key.replace(".lora_A.", ".lora_B."))
+        if B is None:
+            raise LilyError(f"{file}: {name} has a lora_A and no lora_B; is the file complete?")
+        yield name, A, B, _lora_scale(config, name, A.shape[0])
+
+
+def _lora_scale(config: LoraConfig, name: str, rank: int) -> float:
+    patterns: Mapping[str, Any] = config.alpha_pattern or {}
+    alpha = float(patterns.get(get_pattern_key(list(patterns), name), config.lora_alpha))
+    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
+
+
+def grouped(layers: Sequence[Factored]) -> dict[str, list[Factored]]:
+    """Group -> its layers, in order."""
+    out: dict[str, list[Factored]] = {}
+    for layer in layers:
+        out.setdefault(layer.group, []).append(layer)
+    return out

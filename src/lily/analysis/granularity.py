@@ -1,0 +1,100 @@
+"""Granularity: the shapes that one budget buys, from few matrices of large rank to many of small rank.
+
+Arithmetic alone, as `lily.budget`, which chooses one of these shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lily.budget import WELL_USED, choose, parse_count
+from lily.config import LilyConfig
+from lily.errors import LilyError
+from lily.plan import ModuleSpec, build_plan
+
+
+@dataclass(frozen=True)
+class Point:
+    """One shape within a budget.
+
+    Attributes:
+        r: the largest rank that fits.
+        num_A: A per group.
+        num_B: experts per group.
+        parameters: what an adapter of this shape trains.
+        share: of the budget.
+        union: the largest rank that the updates of all tokens can span together in any layer: num_B * r at most.
+    """
+
+    r: int
+    num_A: int
+    num_B: int
+    parameters: int
+    share: float
+    union: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values for JSON."""
+        return asdict(self)
+
+
+def frontier(
+    modules: Sequence[ModuleSpec],
+    parameters: int | str,
+    *,
+    num_A: Iterable[int] | None = None,
+    num_B: Iterable[int] | None = None,
+    routing: str = "token",
+    targets: object = None,
+    least: float = WELL_USED,
+) -> tuple[Point, ...]:
+    """All shapes of (nearly) equal size: for each num_A and num_B the largest rank that fits.
+
+    Args:
+        modules: the layers to adapt.
+        parameters: the budget, such as `1.2M`; no point exceeds it.
+        num_A: values to look at; default: 1 to the depth, those that mean different sharing.
+        num_B: likewise; default: 1 to the depth.
+        routing: decides how large the routers are.
+        targets: the adapter's `target_modules`; see `lily.plan.build_plan`.
+        least: share of the budget that a point must use. A smaller one comes from a rank that is bounded by the
+            layers' sizes, and would be no fair comparison.
+
+    Returns:
+        Points by falling rank, then by num_A. Of several num_A that lead to the same sharing, the smallest.
+
+    Raises:
+        LilyError: if no shape fits.
+    """
+    budget = parse_count(parameters)
+    depth = max(len(g.members) for g in build_plan(modules, LilyConfig(target_modules=_targets(targets))).groups)
+    widest = max(m.out_features for m in modules)
+    points: dict[tuple[tuple[int, ...], int], Point] = {}
+    refused: LilyError | None = None
+    for experts in num_B or range(1, depth + 1):
+        for count in num_A or range(1, depth + 1):
+            try:
+                choice = choose(
+                    modules, parameters=budget, num_A=count, num_B=experts, routing=routing, targets=targets
+                )
+            except LilyError as error:
+                refused = error
+                continue
+            config = LilyConfig(r=choice.r, num_A=count, num_B=experts, target_modules=_targets(targets))
+            blocks = tuple(len(g.blocks) for g in build_plan(modules, config).groups)
+            share = choice.parameters / budget
+            if share >= least:
+                point = Point(choice.r, count, experts, choice.parameters, share, min(widest, experts * choice.r))
+                points.setdefault((blocks, experts), point)
+    if not points:
+        raise refused or LilyError(
+            f"no shape uses {least:.0%} of {budget:,} parameters, because ranks are bounded by the layers' sizes; "
+            "give a smaller budget, or a smaller `least`"
+        )
+    return tuple(sorted(points.values(), key=lambda p: (-p.r, p.num_A, p.num_B)))
+
+
+def _targets(targets: object) -> Any:
+    return "all-linear" if targets is None else targets
