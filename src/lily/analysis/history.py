@@ -1,0 +1,151 @@
+"""Expert weights while an adapter learns: recorded at a few steps, kept in `routing.json`."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lily.adapted import Adapted, find
+from lily.collapsing import reduce
+from lily.errors import LilyError
+from lily.files import write_text
+from lily.observe import RoutingStatistics
+
+FILE = "routing.json"
+# So many steps of a training are looked at unless `every` says otherwise: a router moves slowly, and a recorded step
+# projects its inputs twice.
+SNAPSHOTS = 100
+
+
+@dataclass(frozen=True)
+class RoutingHistory:
+    """Mean expert weights of the steps that were looked at.
+
+    Attributes:
+        steps: their numbers.
+        tokens: tokens of each, over all processes.
+        layers: layer -> mean weights at each step, (steps, E).
+    """
+
+    steps: tuple[int, ...]
+    tokens: tuple[int, ...]
+    layers: dict[str, tuple[tuple[float, ...], ...]]
+
+    def accumulated(self, layer: str) -> tuple[float, ...]:
+        """Mean weights of a layer over all tokens of all recorded steps, (E,)."""
+        rows = self.layers[layer]
+        total = sum(self.tokens) or 1
+        return tuple(
+            sum(n * row[e] for n, row in zip(self.tokens, rows, strict=True)) / total for e in range(len(rows[0]))
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def load(cls, file: str | Path) -> RoutingHistory:
+        """Read `routing.json`.
+
+        Raises:
+            LilyError: if it is none.
+        """
+        try:
+            values = json.loads(Path(file).read_text("utf-8"))
+            steps, tokens = (tuple(int(v) for v in values[name]) for name in ("steps", "tokens"))
+            layers = {
+                str(name): tuple(tuple(float(w) for w in row) for row in rows)
+                for name, rows in values["layers"].items()
+            }
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise LilyError(f"{file}: no record of routing ({type(error).__name__}: {error})") from None
+        for name, rows in layers.items():
+            widths = {len(row) for row in rows}
+            if len(rows) != len(steps) or len(widths) > 1 or not all(math.isfinite(w) for row in rows for w in row):
+                raise LilyError(f"{file}: the record of {name} is not one row of finite weights for each step")
+        if len(tokens) != len(steps):
+            raise LilyError(f"{file}: {len(tokens)} numbers of tokens for {len(steps)} steps")
+        return cls(steps, tokens, layers)
+
+
+class RoutingCallback(TrainerCallback):  # type: ignore[misc]
+    """Records the routing of a `Trainer`'s adapter: `Trainer(..., callbacks=[RoutingCallback()])`.
+
+    Every checkpoint folder gets a `routing.json` of what was recorded so far, and `output_dir` one at the end. A
+    resumed training goes on with its checkpoint's. Layers with constant weights have nothing to record.
+
+    Args:
+        every: look at every so many steps; default: at about 100 of all steps.
+        adapter: default: the active one.
+    """
+
+    def __init__(self, every: int | None = None, adapter: str | None = None) -> None:
+        if every is not None and every < 1:
+            raise LilyError(f"every={every} is not valid; give a positive number of steps")
+        self.every, self.adapter = every, adapter
+        self.found: Adapted | None = None
+        self.history = RoutingHistory((), (), {})
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        """Find the adapter; of a resumed training, what it had recorded.
+
+        Raises:
+            LilyError: if there is no adapter, or it is settling, which needs the same record.
+        """
+        self.found = find(_unwrapped(model), self.adapter)
+        if self.found.config.settled is not None:
+            raise LilyError("a routing that settles is recorded by SettleCallback already; leave RoutingCallback out")
+        self.step_size = self.every or max(1, state.max_steps // SNAPSHOTS)
+        self.history = RoutingHistory((), (), {})
+        kept = Path(args.output_dir) / f"checkpoint-{state.global_step}" / FILE
+        if state.global_step and kept.is_file():
+            self.history = RoutingHistory.load(kept)
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Before a step that is looked at."""
+        if state.global_step % self.step_size or self.found is None or not self.found.config.dynamic:
+            return
+        for layer in self.found.layers.values():
+            experts = layer.num_B[self.found.name]
+            layer.statistics[self.found.name] = RoutingStatistics.empty(experts, training_only=True)
+        self.found.watch_masks()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """After it: note what was recorded."""
+        found = self.found
+        if found is None or not any(found.name in layer.statistics for layer in found.layers.values()):
+            return
+        rows, tokens = dict(self.history.layers), 0
+        for name, layer in found.layers.items():
+            seen = layer.statistics.pop(found.name)
+            reduce(seen)
+            tokens = max(tokens, int(seen.count.item()))
+            rows[name] = (*rows.get(name, ()), tuple(seen.mean.tolist()))
+        found.watch_masks()
+        self.history = RoutingHistory((*self.history.steps, state.global_step), (*self.history.tokens, tokens), rows)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Into the checkpoint's folder."""
+        self._write(Path(args.output_dir) / f"checkpoint-{state.global_step}", state)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Beside the checkpoints."""
+        self._write(Path(args.output_dir), state)
+
+    def _write(self, folder: Path, state: TrainerState) -> None:
+        if self.history.steps and state.is_world_process_zero and folder.is_dir():
+            write_text(folder / FILE, json.dumps(self.history.to_dict()))
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside what distributed training or a compiler put around it."""
+    inner = getattr(model, "_orig_mod", model)
+    return inner.module if isinstance(inner, nn.parallel.DistributedDataParallel) else inner
