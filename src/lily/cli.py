@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from lily.commands import bench, deploy, evaluate, plan, recipes, train
+from lily.commands import bench, deploy, evaluate, inspect, plan, recipes, train
 from lily.errors import ElsewhereError, LilyError
 from lily.files import disk_error
 
@@ -33,7 +33,7 @@ app.command("predict")(evaluate.predict_command)
 app.command("generate")(evaluate.generate_command)
 app.command("collapse")(deploy.collapse_command)
 app.command("export")(deploy.export_command)
-app.command("inspect")(deploy.inspect_command)
+app.command("inspect")(inspect.inspect_command)
 app.command("bench")(bench.bench_command)
 app.command("recipes")(recipes.recipes_command)
 app.command("schema")(recipes.schema_command)

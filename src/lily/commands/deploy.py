@@ -1,4 +1,4 @@
-"""`lily collapse`, `lily export` and `lily inspect`: taking an adapter where a LoRA goes."""
+"""`lily collapse` and `lily export`: taking an adapter where a LoRA goes."""
 
 from __future__ import annotations
 
@@ -67,14 +67,15 @@ def collapse_command(
     if as_json:
         print(json.dumps(report.to_dict()))
     else:
-        _print_collapse(report.to_dict(), Console(), every=True)
+        print_collapse(report.to_dict(), Console(), every=True)
         print(f"static adapter: {out}")
 
 
-def _print_collapse(report: Mapping[str, Any], console: Console, every: bool = False) -> None:
+def print_collapse(report: Mapping[str, Any], console: Console, every: bool = False) -> None:
+    """What a collapse did and what it cost, as a table: all layers, or those that changed most with the data."""
     layers = report["layers"]
     common = _common([layer["name"] for layer in layers])
-    table = Table(title=f"layers of {common}" if common else None)
+    table = Table(title=escape(f"layers of {common}") if common else None)
     table.add_column("layer", no_wrap=True)
     for head in ("weights", "from uniform", "variance", "update moved"):
         table.add_column(head)
@@ -82,7 +83,7 @@ def _print_collapse(report: Mapping[str, Any], console: Console, every: bool = F
     for layer in shown:
         error = layer["update_error"]
         table.add_row(
-            layer["name"].removeprefix(f"{common}."),
+            escape(layer["name"].removeprefix(f"{common}.")),
             " ".join(f"{w:.2f}" for w in layer["weights"]),
             f"{layer['uniformity']:.3f}",
             f"{layer['variance']:.4f}",
@@ -90,12 +91,12 @@ def _print_collapse(report: Mapping[str, Any], console: Console, every: bool = F
         )
     console.print(table)
     drift, before = report["drift"], report["drift_before_refit"]
-    console.print(f"{report['routing']} routing collapsed over {report['tokens']:,} tokens; {_drift(drift)}")
+    console.print(f"{escape(report['routing'])} routing collapsed over {report['tokens']:,} tokens; {_drift(drift)}")
     if before is not None:
         kept = f"kept {report['refit_steps']} steps" if report["refit_steps"] else "did not help and was dropped"
         console.print(f"the re-fit {kept}; before it {_drift(before)}")
     for name, value in report["metrics"].get("before", {}).items():
-        console.print(f"{name}: {value:.4f} before, {report['metrics']['after'][name]:.4f} after")
+        console.print(f"{escape(name)}: {value:.4f} before, {report['metrics']['after'][name]:.4f} after")
 
 
 def _common(names: Sequence[str]) -> str:
@@ -192,52 +193,12 @@ def _print_lora(lora: Any, model: Any, rank: int | None, console: Console) -> No
         f"(the Lily adapter: {own / 1e6:.2f} MB; a LoRA repeats what layers share)"
     )
     if rank is not None:
-        _print_energies(lora.energies, console)
+        print_energies(lora.energies, console)
 
 
-def _print_energies(energies: Mapping[str, float], console: Console) -> None:
+def print_energies(energies: Mapping[str, float], console: Console) -> None:
+    """What each layer kept of its update when its rank was cut."""
     table = Table("layer", "energy kept")
     for name, energy in energies.items():
-        table.add_row(name, f"{energy:.2%}")
+        table.add_row(escape(name), f"{energy:.2%}")
     console.print(table)
-
-
-def inspect_command(folder: Folder, as_json: Json = False) -> None:
-    """Say what a folder holds and where it came from: an adapter, an exported LoRA, a merged model."""
-    quieten()
-    from lily.recipes.deploy import describe
-
-    facts = describe(folder)
-    if as_json:
-        print(json.dumps(facts))
-        return
-    console = Console()
-    console.print(f"[bold]{escape(facts['folder'])}[/]: {facts['kind']}, {facts['bytes'] / 1e6:.2f} MB", soft_wrap=True)
-    for name, value in facts.get("config", {}).items():
-        console.print(f"  {name}: {escape(str(value))}", soft_wrap=True)
-    for name, tensors in facts.get("tensors", {}).items():
-        console.print(f"  {name}: {tensors['count']} tensors, {tensors['parameters']:,} parameters")
-    if "static" in facts:
-        console.print(f"  {_ways(facts)}")
-    origin = facts.get("provenance", {})
-    if origin:
-        console.print("came from:")
-        for name, value in origin.items():
-            if name not in ("collapse", "plan", "energies"):
-                console.print(f"  {name}: {escape(str(value))}", soft_wrap=True)
-        for line in origin.get("plan", [])[:1]:
-            console.print(f"  plan: {escape(line)}", soft_wrap=True)
-        if origin.get("energies"):
-            _print_energies(origin["energies"], console)
-    report = facts.get("collapse") or origin.get("collapse")
-    if report:
-        _print_collapse(report, console)
-
-
-def _ways(facts: Mapping[str, Any]) -> str:
-    """What can be done with one of our adapters as it is."""
-    if not facts["static"]:
-        return "depends on the data; `lily collapse` makes it static"
-    if facts["zero_routers"]:
-        return "does not depend on the data: its routers are zero, as in an export for stock PEFT"
-    return "merges and exports exactly"

@@ -1,4 +1,4 @@
-"""Making an adapter static and taking it elsewhere: what `lily collapse`, `lily export` and `lily inspect` do."""
+"""Making an adapter static and taking it elsewhere: what `lily collapse` and `lily export` do."""
 
 from __future__ import annotations
 
