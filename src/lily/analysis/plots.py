@@ -1,0 +1,182 @@
+"""Figures of an adapter with matplotlib, for papers and notebooks; `lily inspect --report` draws its own.
+
+Each function gives a `Picture`: a matplotlib figure and the alternative text that says what it shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lily.analysis.granularity import Point
+from lily.analysis.rank import RankReport
+from lily.analysis.routing import RoutingReport
+from lily.analysis.words import (
+    rank_words,
+    routing_words,
+    sharing_words,
+    short_names,
+    title_of,
+    weights_by_group,
+)
+from lily.errors import LilyError
+from lily.files import new_file
+from lily.plan import SharingPlan
+
+COLOURS = ("#7fb2e5", "#f2b56b", "#8fcf9f", "#e59bb6", "#c5b3e6", "#d9cf7a", "#9fd3d6", "#d3b29a")
+LINES = ("#2f6fb0", "#a8650a", "#2f7d43", "#a83f6c", "#6a4fb0", "#7a6d10", "#1f7a80", "#855a38")
+LILY, UNION, LORA = "#6d35a5", "#0b7a75", "#b4540a"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure and what it shows.
+
+    Attributes:
+        figure: matplotlib's.
+        alt: alternative text, for a page's `alt` attribute.
+    """
+
+    figure: Any
+    alt: str
+
+    def save(self, file: str | Path, overwrite: bool = False) -> None:
+        """Write it as the file's ending says; text stays text in an SVG, and the same data give the same file.
+
+        Raises:
+            LilyError: if the file exists, or matplotlib does not know its ending.
+        """
+        from matplotlib import rc_context
+
+        with (
+            new_file(file, overwrite) as path,
+            rc_context({"svg.fonttype": "none", "svg.hashsalt": "lily"}),
+        ):
+            try:
+                self.figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+            except ValueError as error:
+                raise LilyError(f"{file}: {error}") from None
+
+
+def _figure(width: float, height: float) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise LilyError('a plot needs matplotlib; pip install "lily-peft[plots]"') from None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def rank_plot(report: RankReport, lora: RankReport | None = None, name: str = "Lily") -> Picture:
+    """Numerical rank by layer, and the spectrum, beside a LoRA's.
+
+    Args:
+        report: of the adapter.
+        lora: of a LoRA to compare with.
+        name: of the adapter, for the legend.
+    """
+    figure = _figure(11, 4)
+    ranks, spectrum = figure.subplots(1, 2, width_ratios=(3, 2))
+    numbers = range(len(report.layers))
+    ranks.plot(numbers, [v.expected.numerical_rank(report.threshold) for v in report.layers], "o", color=LILY,
+               label=f"{name}, expected update")  # fmt: skip
+    if any(v.union is not None for v in report.layers) and not report.assumed:
+        union = [v.union.numerical_rank(report.threshold) if v.union else float("nan") for v in report.layers]
+        ranks.plot(numbers, union, "o", color=UNION, fillstyle="none", label=f"{name}, union over tokens")
+    if lora is not None:
+        by_name = {v.name: v.expected.numerical_rank(lora.threshold) for v in lora.layers}
+        ranks.plot(numbers, [by_name.get(v.name, float("nan")) for v in report.layers], "D", color=LORA, label="LoRA")
+    ranks.set_xlabel("adapted layer, in the model's order of groups")
+    ranks.set_ylabel("numerical rank (directions)")
+    ranks.set_ylim(bottom=0)
+    ranks.legend()
+    for found, colour, said in ((report, LILY, name), (lora, LORA, "LoRA")):
+        if found is not None:
+            _spectra(spectrum, found, colour, said)
+    spectrum.axhline(report.threshold, color="#565d69", linestyle="--", label=f"threshold {report.threshold:g}")
+    spectrum.set_yscale("log")
+    spectrum.set_xlabel("direction")
+    spectrum.set_ylabel("singular value / largest")
+    if spectrum.get_legend_handles_labels()[0]:
+        spectrum.legend()
+    return Picture(figure, rank_words(report, lora))
+
+
+def _spectra(axes: Any, report: RankReport, colour: str, name: str) -> None:
+    named = False
+    for layer in report.layers:
+        values = layer.expected.values
+        if values and values[0] > 0:
+            relative = [v / values[0] for v in values]
+            label = None if named else f"{name}, each layer"
+            axes.plot(range(1, len(relative) + 1), relative, color=colour, alpha=0.35, linewidth=1, label=label)
+            named = True
+
+
+def router_plot(report: RoutingReport) -> Picture:
+    """Mean expert weights over layers and experts, a panel for each group."""
+    groups = {g: v for g, v in weights_by_group(report).items() if len(v[0].mean) > 1}
+    if not groups:
+        raise LilyError("there is one B in each group, so nothing is routed and there is no router to draw")
+    figure = _figure(4.2 * len(groups), 0.5 + 0.5 * max(len(v[0].mean) for v in groups.values()) + 1.2)
+    panels = figure.subplots(1, len(groups), squeeze=False)[0]
+    for panel, (group, layers) in zip(panels, groups.items(), strict=True):
+        table = [[layer.mean[e] for layer in layers] for e in range(len(layers[0].mean))]
+        image = panel.imshow(table, vmin=0, vmax=1, cmap="Purples", aspect="auto")
+        panel.set_title(group)
+        panel.set_xlabel("layer")
+        panel.set_xticks(range(len(layers)), short_names([v.name for v in layers]))
+        panel.set_yticks(range(len(table)), [f"B{e}" for e in range(len(table))])
+    figure.colorbar(image, ax=list(panels), label="mean weight")
+    return Picture(figure, routing_words(report))
+
+
+def sharing_plot(plan: SharingPlan, report: RoutingReport | None = None) -> Picture:
+    """Which layers share which A (boxes), and how each mixes the experts of its group (bands).
+
+    Args:
+        plan: who shares what.
+        report: for the bands; default: of equal height.
+    """
+    known = weights_by_group(report) if report is not None else {}
+    figure = _figure(4.2 * len(plan.groups), 3.4)
+    panels = figure.subplots(1, len(plan.groups), squeeze=False)[0]
+    for panel, group in zip(panels, plan.groups, strict=True):
+        at = 0
+        for number, block in enumerate(group.blocks):
+            panel.barh(1.14, len(block) - 0.08, left=at - 0.46, height=0.18, color="#efe8f6", edgecolor=LILY)
+            panel.text(at + len(block) / 2 - 0.5, 1.14, f"A{plan.slots[block[0]].A}", ha="center", va="center")
+            at += len(group.blocks[number])
+        layers = known.get(title_of(group))
+        for e in range(group.num_B):
+            shares = [v.mean[e] for v in layers] if layers else [1 / group.num_B] * at
+            bottom = [sum(v.mean[:e]) for v in layers] if layers else [e / group.num_B] * at
+            panel.bar(range(at), shares, 0.92, bottom, color=COLOURS[e % len(COLOURS)], label=f"B{e}")
+        panel.set_title(title_of(group))
+        panel.set_xlabel("layer")
+        panel.set_ylabel("share of each expert")
+        panel.set_yticks([0, 0.5, 1])
+        panel.set_xticks(range(at), short_names(group.members))
+        panel.legend(loc="lower right")
+    return Picture(figure, " ".join(f"{title_of(g)}: {sharing_words(g)}" for g in plan.groups))
+
+
+def granularity_plot(points: Sequence[Point]) -> Picture:
+    """The shapes that one budget buys: rank against the number of A, a line for each number of B."""
+    figure = _figure(6, 4)
+    panel = figure.subplots()
+    for i, experts in enumerate(sorted({p.num_B for p in points})):
+        chosen = sorted((p for p in points if p.num_B == experts), key=lambda p: p.num_A)
+        panel.plot([p.num_A for p in chosen], [p.r for p in chosen], "o-", color=LINES[i % len(LINES)],
+                   label=f"num_B = {experts}")  # fmt: skip
+    panel.set_xlabel("num_A (A per group)")
+    panel.set_ylabel("r (rank)")
+    panel.set_ylim(bottom=0)
+    panel.legend()
+    best, least = max(points, key=lambda p: p.r), min(points, key=lambda p: p.r)
+    alt = (
+        f"{len(points)} shapes of {least.share:.0%} to {best.share:.0%} of one budget: from rank {best.r} with num_A="
+        f"{best.num_A} and num_B={best.num_B} to rank {least.r} with num_A={least.num_A} and num_B={least.num_B}."
+    )
+    return Picture(figure, alt)
