@@ -207,3 +207,27 @@ def test_a_damaged_lora_folder_ends_in_one_error(tmp_path):
     (tmp_path / "adapter_model.safetensors").write_bytes(b"\x00" * 40)
     with pytest.raises(LilyError, match="cannot be read"):
         lora_layers(tmp_path)
+
+
+class Stack(torch.nn.Module):
+    """Four experts' matrices in one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = torch.nn.Parameter(torch.randn(4, 6, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("...i,eoi->...o", x, self.up)
+
+
+def test_each_of_stacked_experts_has_a_rank_of_its_own():
+    torch.manual_seed(0)
+    config = lily.LilyConfig(r=2, stride_A=2, num_B=3, target_parameters=["0.up"], target_modules=[])
+    model = randomise(get_peft_model(torch.nn.Sequential(Stack()), config))
+    layers = lily_layers(model)
+    delta = next(iter(find(model).layers.values())).get_delta_weight("default").double()
+    assert [layer.name for layer in layers] == ["0.up.0", "0.up.1", "0.up.2", "0.up.3"]
+    assert [layer.shared for layer in layers] == [0, 0, 1, 1]
+    for layer, update in zip(layers, delta, strict=True):
+        found = torch.linalg.svdvals(layer.core(layer.static.mean))
+        assert torch.allclose(found, torch.linalg.svdvals(update)[: len(found)], atol=1e-6)

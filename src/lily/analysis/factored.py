@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from lily import functional
 from lily.adapted import Adapted, find
 from lily.errors import LilyError
+from lily.kinds import EXPERTS
 from lily.layer import LilyLayer
 from lily.plan import router_size
 
@@ -112,7 +113,7 @@ class Factored:
 
 
 def lily_layers(model: nn.Module, adapter: str | None = None) -> list[Factored]:
-    """The layers of a Lily adapter.
+    """The layers of a Lily adapter; the experts that a parameter stacks are a layer each.
 
     Args:
         model: carries the adapter.
@@ -122,9 +123,10 @@ def lily_layers(model: nn.Module, adapter: str | None = None) -> list[Factored]:
         LilyError: if there is no such adapter, or its update is not linear.
     """
     found = find(model, adapter)
-    if found.config.activation != "none":
+    bent = next((a for layer in found.layers.values() if (a := layer.activation[found.name]) != "none"), None)
+    if bent is not None:
         raise LilyError(
-            f"adapter {found.name!r} has activation={found.config.activation!r} between A and B, so its update is no "
+            f"adapter {found.name!r} has activation={bent!r} between A and B, so its update is no "
             "matrix and has no rank; rank is told of adapters with activation='none'"
         )
     return list(_lily_layers(found))
@@ -132,31 +134,36 @@ def lily_layers(model: nn.Module, adapter: str | None = None) -> list[Factored]:
 
 @torch.no_grad()
 def _lily_layers(found: Adapted) -> Iterator[Factored]:
-    downs: dict[int, tuple[Tensor, Tensor]] = {}
+    downs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
     ups: dict[int, tuple[Tensor, Tensor]] = {}
     for name, layer in found.layers.items():
         slot = layer.slots[found.name]
         A, B = (t.detach().double().cpu() for t in layer.tensors_of(found.name))  # (r, in), (E, r, out)
-        if slot.A not in downs:
-            downs[slot.A] = torch.linalg.qr(A.T)
         if slot.B not in ups:
             basis, core = torch.linalg.qr(B.flatten(0, 1).T)  # (out, m), (m, E r)
             ups[slot.B] = basis, core.unflatten(1, B.shape[:2])
-        (out_basis, out_core), (in_basis, in_core) = ups[slot.B], downs[slot.A]
+        out_basis, out_core = ups[slot.B]
         core = layer.scaling[found.name] * out_core
         group = found.plan.group_of(name)
         title = f"{group.name} ({group.out_features}, {group.in_features})"
-        yield Factored(name, title, slot.A, out_basis, core, in_basis, in_core, static_mixing(layer, found))
+        stacked = group.kind == EXPERTS
+        for i, member in enumerate(group.members if stacked else (name,)):
+            shared = (slot.A, i // group.stride if stacked else 0)
+            if shared not in downs:
+                downs[shared] = torch.linalg.qr((A[i] if A.ndim == 3 else A).T)
+            number = list(downs).index(shared)
+            yield Factored(member, title, number, out_basis, core, *downs[shared], static_mixing(layer, found, i))
 
 
-def static_mixing(layer: LilyLayer, found: Adapted) -> Mixing | None:
-    """A layer's constant weights, or None where they depend on the data."""
+def static_mixing(layer: LilyLayer, found: Adapted, expert: int = 0) -> Mixing | None:
+    """A layer's constant weights, or None where they depend on the data; of stacked experts, those of one of them."""
     name, experts = found.name, layer.num_B[found.name]
     if router_size(layer.routing[name], layer.r[name], experts) == 0:
         return Mixing.constant(torch.full((experts,), 1 / experts))
     settled = found.bank.settled.get(name)
     if layer.routing[name] == "static" or (settled is not None and settled.done):
-        return Mixing.constant(functional.softmax(layer.lily_logits[name].detach().double()))
+        logits = layer.lily_logits[name].detach().double()
+        return Mixing.constant(functional.softmax(logits[expert] if logits.ndim == 2 else logits))
     return None
 
 

@@ -12,7 +12,8 @@ from typing import Any
 from lily.budget import WELL_USED, choose, parse_count
 from lily.config import LilyConfig
 from lily.errors import LilyError
-from lily.plan import ModuleSpec, build_plan
+from lily.kinds import ModuleSpec
+from lily.plan import build_plan
 
 
 @dataclass(frozen=True)
