@@ -398,22 +398,28 @@ def lily_formula(x: Tensor, W: Tensor, A: Tensor, B: Tensor, R: Tensor | None, d
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_the_papers_setting_for_vim_is_its_formula(dropout):
-    """in_proj: r 8, 5 experts, token routing, dropout on h, A per layer; dt_proj: A per layer, one B, no router."""
-    model = get_peft_model(
-        vim(), LilyConfig(target_modules=["in_proj"], r=8, num_B=5, stride_A=1, routing="token", dropout=dropout), "in"
+    """in_proj: r 8, 5 experts, token routing, one router, dropout on h, A per layer; dt_proj: A per layer, one B."""
+    config = LilyConfig(
+        target_modules=["in_proj", "dt_proj"],
+        r=8,
+        num_B=5,
+        stride_A=1,
+        routing="token",
+        shared_router=True,
+        group_options={"in_proj": {"dropout": dropout}, "dt_proj": {"num_B": 1}},
     )
-    model.add_adapter("dt", LilyConfig(target_modules=["dt_proj"], r=8, num_B=1, stride_A=1))
-    model.base_model.set_adapter(["in", "dt"])
-    randomise(model)
-    plans = model.base_model.model.lily_bank.plans
-    assert [len(group.blocks) for name in ("in", "dt") for group in plans[name].groups] == [3, 3]
+    model = randomise(get_peft_model(vim(), config))
+    bank = model.base_model.model.lily_bank
+    groups = bank.plans["default"].groups
+    assert [(len(group.blocks), group.num_B) for group in groups] == [(3, 5), (3, 1)]
+    assert sum(p.numel() for p in bank.lily_R.parameters()) == 5 * 8
     mixer = model.base_model.model.layers[1].mixer.double()
     model.base_model.model.lily_bank.double()
     x = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     mixer.train(dropout > 0)
 
-    (A, B), R = mixer.in_proj.tensors_of("in"), mixer.in_proj.lily_router["in"].weight
-    dt_A, dt_B = mixer.dt_proj.tensors_of("dt")
+    (A, B), R = mixer.in_proj.tensors_of("default"), mixer.in_proj.router_of("default")
+    dt_A, dt_B = mixer.dt_proj.tensors_of("default")
 
     def project(x: Tensor) -> Tensor:
         return lily_formula(x, mixer.in_proj.base_layer.weight, A, B, R, dropout)
