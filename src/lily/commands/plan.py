@@ -137,6 +137,8 @@ def render_recipe(report: RecipeReport, console: Console) -> None:
     if report.method != "lily":
         console.print(f"The recipe trains with method {report.method}; this is what its lily block would give.")
     render_plan(report.plan, console)
+    if not report.preview:
+        return
     console.rule("first example", align="left")
     marked = "in green" if console.is_terminal else f"between {TRAINED[0]} and {TRAINED[1]}"
     console.print(Text(f"The loss counts on the parts {marked} only."))

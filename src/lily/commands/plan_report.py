@@ -19,6 +19,7 @@ from lily.targets import select_targets
 if TYPE_CHECKING:
     from torch import nn
 
+    from lily.recipes.dreambooth.schema import DreamBooth
     from lily.recipes.schema import Recipe, Source
 
 TASKS = {
@@ -137,7 +138,8 @@ class RecipeReport:
         method: the recipe's; the plan is Lily's in any case.
         recipe: the resolved recipe as YAML.
         plan: for the recipe's model.
-        preview: (text, trained) of the first training example: the loss counts where trained is True.
+        preview: (text, trained) of the first training example: the loss counts where trained is True; empty where
+            there is no text.
     """
 
     name: str
@@ -405,8 +407,10 @@ def recipe_report(
     from lily.recipes import loader, preflight, quantization, tasks
     from lily.recipes.train import output_folder
 
-    recipe = loader.load_recipe(target, list(overrides))
+    recipe = loader.load_any(target, list(overrides))
     preflight.check_output(recipe, output_folder(recipe))
+    if recipe.task == "dreambooth":
+        return _drawing_report(recipe, batch, tokens)
     prepared = preflight.prepare(recipe)
     model = prepared.meta
     wish = wish_of(recipe, batch=batch, tokens=tokens)
@@ -418,6 +422,19 @@ def recipe_report(
     return RecipeReport(recipe.name, recipe.method, loader.dump_recipe(recipe), plan, tuple(preview.segments))
 
 
+def _drawing_report(recipe: DreamBooth, batch: int | None, tokens: int | None) -> RecipeReport:
+    """The dry run of subject-driven generation: its images are not looked at, and there is no text to preview."""
+    from lily.recipes import loader
+    from lily.recipes.dreambooth.run import planned
+
+    family, model, _ = planned(recipe)
+    usual = (recipe.subject.resolution // 16) ** 2  # where attention begins: an eighth by the autoencoder, then half
+    wish = wish_of(recipe, batch=batch, tokens=tokens or usual)
+    name = f"{family.component} of {recipe.model.hub or recipe.model.path or recipe.model.standin}"
+    plan = plan_for(model, wish, name=name, dtype=recipe.model.dtype)
+    return RecipeReport(recipe.name, recipe.method, loader.dump_recipe(recipe), plan, ())
+
+
 def _said(source: Source) -> str:
     """A source as the recipe says it, short enough for a title."""
     if source.package is not None:
@@ -425,8 +442,10 @@ def _said(source: Source) -> str:
     return source.hub or source.path or ""
 
 
-def wish_of(recipe: Recipe, *, batch: int | None = None, tokens: int | None = None) -> Wish:
+def wish_of(recipe: Recipe | DreamBooth, *, batch: int | None = None, tokens: int | None = None) -> Wish:
     """What a recipe asks of a plan."""
+    from lily.recipes.methods import task_type_of
+
     lily = recipe.lily
     return Wish(
         targets=recipe.targets,
@@ -438,9 +457,9 @@ def wish_of(recipe: Recipe, *, batch: int | None = None, tokens: int | None = No
         num_B=lily.num_B,
         parameters=None if lily.params is None else parse_count(lily.params),
         routing=lily.routing,
-        task="CAUSAL_LM" if recipe.task == "sft" else "SEQ_CLS",
+        task=task_type_of(recipe),
         batch=batch or recipe.train.batch_size,
-        tokens=tokens or recipe.data.max_length,
+        tokens=tokens or (512 if recipe.task == "dreambooth" else recipe.data.max_length),
     )
 
 

@@ -30,7 +30,7 @@ def recipes_command(
         Console().print(table)
         return
     # a start for one's own: what it leaves open should stay open
-    text = loader.dump_recipe(loader.load_recipe(name), complete=False)
+    text = loader.dump_recipe(loader.load_any(name), complete=False)
     if copy is None:
         print(text, end="")
         return
@@ -41,8 +41,13 @@ def recipes_command(
     write_text(copy, text)
 
 
-def schema_command() -> None:
+def schema_command(
+    task: Annotated[str | None, typer.Argument(help="dreambooth; default: the recipes for text.")] = None,
+) -> None:
     """Print the JSON Schema of recipes, for editors."""
+    from lily.recipes.dreambooth.schema import DreamBooth
     from lily.recipes.schema import Recipe
 
-    print(json.dumps(Recipe.model_json_schema(), indent=2))
+    if task not in (None, "dreambooth"):
+        raise LilyError(f"{task!r} has no schema of its own; give dreambooth, or leave it out")
+    print(json.dumps((Recipe if task is None else DreamBooth).model_json_schema(), indent=2))

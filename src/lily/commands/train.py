@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import sys
 import warnings
-from typing import Annotated
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from lily.errors import LilyError
+
+if TYPE_CHECKING:
+    from lily.recipes.dreambooth.schema import DreamBooth
+    from lily.recipes.schema import Recipe
+    from lily.recipes.train import Result
 
 Recipe_ = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name, or a YAML file.")]
 Overrides = Annotated[
@@ -29,23 +35,37 @@ def train_command(
     from lily.recipes import loader, ranks
 
     changes = [*(overrides or []), *([f"output={output}"] if output else [])]
-    chosen = ranks.in_turn(lambda: loader.load_recipe(recipe, changes))
+    chosen = ranks.in_turn(lambda: loader.load_any(recipe, changes))
     if resume and overwrite:
         raise LilyError("--resume and --overwrite exclude each other; give one of them")
     quieten()
-    from lily.recipes import checkpoints, report
-    from lily.recipes.train import output_folder, train
+    from lily.recipes import checkpoints
+    from lily.recipes.train import output_folder
 
     try:
-        result = train(chosen, resume=resume, overwrite=overwrite, quiet=quiet)
+        result, show = _train(chosen, resume=resume, overwrite=overwrite, quiet=quiet)
     except (KeyboardInterrupt, SystemExit, OSError):
         run = output_folder(chosen)
         if ranks.is_first() and (run / "recipe.yaml").is_file():
-            kept = checkpoints.last(run) or "the start"
+            drawn = chosen.task == "dreambooth"
+            kept = "the last complete checkpoint" if drawn else checkpoints.last(run) or "the start"
             print(f"\nthe same command with --resume goes on from {kept}", file=sys.stderr)
         raise
     if ranks.is_first():
-        report.print_result(result, chosen, output_folder(chosen), Console())
+        show(result, chosen, output_folder(chosen), Console())
+
+
+def _train(recipe: Recipe | DreamBooth, **how: bool) -> tuple[Result, Callable[..., None]]:
+    """Train a recipe by its task; with what prints the result."""
+    if recipe.task == "dreambooth":
+        from lily.recipes.dreambooth import report as drawn
+        from lily.recipes.dreambooth import run
+
+        return run.train(recipe, **how), drawn.print_result
+    from lily.recipes import report
+    from lily.recipes.train import train
+
+    return train(recipe, **how), report.print_result
 
 
 def quieten() -> None:

@@ -15,6 +15,8 @@ from pydantic.fields import FieldInfo
 
 from lily.errors import LilyError
 from lily.recipes import checks
+from lily.recipes.dreambooth import schema as dreambooth
+from lily.recipes.dreambooth.schema import DreamBooth
 from lily.recipes.places import Key, Places
 from lily.recipes.schema import SOURCES, Recipe, Section
 
@@ -43,7 +45,8 @@ class Document:
 
 def shipped() -> dict[str, Path]:
     """The recipes that come with the package: name -> file."""
-    return {path.stem: path for path in sorted(LIBRARY.glob("*.yaml")) if not path.stem.startswith("_")}
+    files = (path for path in sorted(LIBRARY.rglob("*.yaml")) if not path.stem.startswith("_"))
+    return {path.relative_to(LIBRARY).with_suffix("").as_posix(): path for path in files}
 
 
 def describe(path: Path) -> str:
@@ -82,20 +85,30 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         LilyError: lists every problem found, one per line, each with its file and line.
     """
+    recipe = load_any(name_or_path, overrides)
+    if isinstance(recipe, DreamBooth):
+        raise LilyError(f"{name_or_path} is a recipe of task dreambooth; this works on recipes for text")
+    return recipe
+
+
+def load_any(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe | DreamBooth:
+    """`load_recipe` for a recipe of any kind; its `task` says which."""
     document = read(str(find(name_or_path)))
     for override in overrides:
         _override(document, override)
+    kind: type[Recipe | DreamBooth] = DreamBooth if document.values.get("task") == "dreambooth" else Recipe
     try:
-        recipe = Recipe.model_validate(document.values)
+        recipe = kind.model_validate(document.values)
     except ValidationError as error:
-        raise LilyError(_join(_explain(error, document))) from None
-    problems = [f"{document.place(path)}: {'.'.join(path)}: {text}" for path, text in checks.problems(recipe)]
+        raise LilyError(_join(_explain(error, document, kind))) from None
+    found = dreambooth.problems(recipe) if isinstance(recipe, DreamBooth) else checks.problems(recipe)
+    problems = [f"{document.place(path)}: {'.'.join(path)}: {text}" for path, text in found]
     if problems:
         raise LilyError(_join(problems))
     return recipe.written_at(Places(document.places, frozenset(document.overridden)))
 
 
-def dump_recipe(recipe: Recipe, *, complete: bool = True) -> str:
+def dump_recipe(recipe: Recipe | DreamBooth, *, complete: bool = True) -> str:
     """The effective recipe as YAML that loads back to an equal recipe.
 
     Args:
@@ -255,35 +268,34 @@ def _override(document: Document, text: str) -> None:
     document.overridden.add(path)
 
 
-def _explain(error: ValidationError, document: Document) -> Iterator[str]:
+def _explain(error: ValidationError, document: Document, kind: type[Section]) -> Iterator[str]:
     for problem in error.errors():
         path = tuple(str(part) for part in problem["loc"])
         # A union names its alternatives inside the location; they are no keys of the recipe.
         while path and path not in document.places and path[:-1] in document.places:
             path = path[:-1]
-        name, kind, given = ".".join(path) or "recipe", problem["type"], problem.get("input")
-        if kind == "extra_forbidden":
-            text = f"unknown key; {_near(path)}"
-        elif kind == "missing":
+        name, wrong, given = ".".join(path) or "recipe", problem["type"], problem.get("input")
+        if wrong == "extra_forbidden":
+            text = f"unknown key; {_near(path, kind)}"
+        elif wrong == "missing":
             name, text = ".".join(str(part) for part in problem["loc"]), "is required, but missing"
-        elif kind == "value_error":
+        elif wrong == "value_error":
             text = problem["msg"].removeprefix("Value error, ")
         else:
             text = f"{problem['msg'][0].lower()}{problem['msg'][1:]}, got {given!r}"
         yield f"{document.place(path)}: {name}: {text}"
 
 
-def _near(path: Key) -> str:
-    known, key = list(_fields(path[:-1])), ALIASES.get(path[-1], path[-1])
-    elsewhere = [f"{name}.{key}" for name in Recipe.model_fields if key in _fields((name,)) and key not in known]
+def _near(path: Key, kind: type[Section]) -> str:
+    known, key = list(_fields(path[:-1], kind)), ALIASES.get(path[-1], path[-1])
+    elsewhere = [f"{name}.{key}" for name in kind.model_fields if key in _fields((name,), kind) and key not in known]
     if key in known or elsewhere:
         return f"did you mean {' or '.join(elsewhere or [key])}?"
     near = difflib.get_close_matches(path[-1], known, n=2, cutoff=0.5)
     return f"did you mean {' or '.join(near)}?" if near else f"known here: {', '.join(known)}"
 
 
-def _fields(path: Key) -> Mapping[str, FieldInfo]:
-    section: type[Section] = Recipe
+def _fields(path: Key, section: type[Section]) -> Mapping[str, FieldInfo]:
     for part in path:
         info = section.model_fields.get(part)
         inner = None if info is None else _section(info.annotation)

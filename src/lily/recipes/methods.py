@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft import LoraConfig, PeftConfig
 from peft.utils.constants import DUMMY_TARGET_MODULES
@@ -19,13 +19,16 @@ from lily.recipes.places import located
 from lily.recipes.schema import Recipe
 from lily.targets import select_targets
 
+if TYPE_CHECKING:
+    from lily.recipes.dreambooth.schema import DreamBooth
+
 # LilyConfig's options -> what recipes call them.
 KEYS = {"target_modules": "targets", "exclude_modules": "exclude"}
 
 HEADS = ("classifier", "score", "classification_head")
 
 
-def peft_config(recipe: Recipe, model: nn.Module) -> PeftConfig | None:
+def peft_config(recipe: Recipe | DreamBooth, model: nn.Module) -> PeftConfig | None:
     """The adapter that the recipe's method puts on a model.
 
     Args:
@@ -69,12 +72,12 @@ def peft_config(recipe: Recipe, model: nn.Module) -> PeftConfig | None:
     return LoraConfig(target_modules=DUMMY_TARGET_MODULES, task_type=task_type)
 
 
-def task_type_of(recipe: Recipe) -> str:
-    """PEFT's name of the task."""
-    return "CAUSAL_LM" if recipe.task == "sft" else "SEQ_CLS"
+def task_type_of(recipe: Recipe | DreamBooth) -> str | None:
+    """PEFT's name of the task; it has none for drawing."""
+    return {"sft": "CAUSAL_LM", "dreambooth": None}.get(recipe.task, "SEQ_CLS")
 
 
-def lily_config(recipe: Recipe, model: nn.Module) -> LilyConfig:
+def lily_config(recipe: Recipe | DreamBooth, model: nn.Module) -> LilyConfig:
     """The recipe's Lily, with what it leaves open of r, num_A and num_B chosen by `lily.budget`."""
     block = recipe.lily
     common: dict[str, Any] = {
@@ -85,7 +88,7 @@ def lily_config(recipe: Recipe, model: nn.Module) -> LilyConfig:
     }
     targets = set(recipe.targets) if isinstance(recipe.targets, list) else recipe.targets
     with located(recipe, "targets"), in_recipes_words():
-        heads = SAVED_HEADS.get(task_type_of(recipe))
+        heads = SAVED_HEADS.get(task_type_of(recipe) or "")
         asked = LilyConfig(target_modules=targets, modules_to_save=heads, **common)
         modules: list[ModuleSpec] = select_targets(model, asked)
     own = asked.routing_is_default and is_causal(model)
@@ -125,7 +128,7 @@ def in_recipes_words() -> Iterator[None]:
         raise type(error)(said) from None
 
 
-def learning_rate(recipe: Recipe) -> float:
+def learning_rate(recipe: Recipe | DreamBooth) -> float:
     """The adapter's learning rate: the method's own, or the schedule's."""
     own = {"lily": recipe.lily.learning_rate, "lora": recipe.lora.learning_rate, "none": None}[recipe.method]
     return own or recipe.train.learning_rate

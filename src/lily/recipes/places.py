@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from lily.errors import LilyError
-
-if TYPE_CHECKING:
-    from lily.recipes.schema import Recipe
 
 Key = tuple[str, ...]
 
@@ -38,6 +35,14 @@ class LocatedError(LilyError):
     """An error that says already where the recipe is wrong."""
 
 
+class Placed(Protocol):
+    """A recipe of any kind."""
+
+    @property
+    def places(self) -> Places:
+        """Where its keys were written."""
+
+
 class located:
     """Within: an error gets the place of the recipe's key in front. The innermost of several such blocks wins.
 
@@ -46,7 +51,7 @@ class located:
         key: path of the key to blame.
     """
 
-    def __init__(self, recipe: Recipe, *key: str) -> None:
+    def __init__(self, recipe: Placed, *key: str) -> None:
         self.recipe, self.key = recipe, key
 
     def __enter__(self) -> None:

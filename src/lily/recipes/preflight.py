@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from lily.recipes.dreambooth.schema import DreamBooth
     from lily.recipes.tasks import Example
 
 # Module -> what to install.
@@ -32,6 +33,7 @@ EXTRAS = {
     "tensorboard": "tensorboard",
     "wandb": "wandb",
     "bitsandbytes": '"lily-peft[quantized]"',
+    "diffusers": '"lily-peft[diffusion]"',
 }
 
 # What a resumed run may change: nothing that the finished part depends on.
@@ -131,7 +133,7 @@ def check_length(recipe: Recipe, model: nn.Module) -> None:
                 )
 
 
-def check_output(recipe: Recipe, output: Path) -> None:
+def check_output(recipe: Recipe | DreamBooth, output: Path) -> None:
     """Refuse a recipe's file that writes elsewhere than below the working directory; the command line may.
 
     Raises:
@@ -149,7 +151,7 @@ def check_output(recipe: Recipe, output: Path) -> None:
             )
 
 
-def check_folder(recipe: Recipe, output: Path, resume: bool, overwrite: bool) -> None:
+def check_folder(recipe: Recipe | DreamBooth, output: Path, resume: bool, overwrite: bool) -> None:
     """Refuse to touch what is not this run's.
 
     Raises:
@@ -173,7 +175,7 @@ def check_folder(recipe: Recipe, output: Path, resume: bool, overwrite: bool) ->
     if resume:
         if not (output / "recipe.yaml").is_file():
             raise LilyError(f"output {output} holds no run, so there is nothing to resume; leave --resume away")
-        changed = list(_changes(loader.load_recipe(str(output / "recipe.yaml")), recipe))
+        changed = list(_changes(loader.load_any(str(output / "recipe.yaml")), recipe))
         if changed:
             raise LilyError(
                 f"--resume: {'; '.join(changed)}. Give the same recipe again, or start anew with --overwrite"
@@ -185,7 +187,7 @@ def _own(name: str) -> bool:
     return name in checkpoints.OWN or checkpoints.is_leftover(name)
 
 
-def _changes(then: Recipe, now: Recipe) -> Iterator[str]:
+def _changes(then: Recipe | DreamBooth, now: Recipe | DreamBooth) -> Iterator[str]:
     before, after = (_flat(recipe.model_dump(mode="json")) for recipe in (then, now))
     for key in sorted(before.keys() | after.keys()):
         free = any(key == name or key.startswith(f"{name}.") for name in FREE)

@@ -17,6 +17,7 @@ from lily.recipes.metrics import metrics_of, shown
 from lily.recipes.schema import Recipe
 
 if TYPE_CHECKING:
+    from lily.recipes.dreambooth.schema import DreamBooth
     from lily.recipes.train import Result
 
 LABELS = "labels.json"
@@ -24,7 +25,7 @@ LABELS = "labels.json"
 LICENCES = "The base model's and the data's licences apply to this adapter as well; check them before you share it."
 
 
-def adapter_summary(model: Any, recipe: Recipe) -> dict[str, Any]:
+def adapter_summary(model: Any, recipe: Recipe | DreamBooth) -> dict[str, Any]:
     """The adapter in a few numbers: method, rank, sharing, learning rate."""
     config = getattr(model, "peft_config", {}).get("default")
     if config is None or recipe.method == "none":

@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -34,6 +34,9 @@ from lily.recipes.resumable import Cadence, Resumable
 from lily.recipes.schema import Recipe
 from lily.recipes.tasks import Example
 from lily.settle import SettleCallback
+
+if TYPE_CHECKING:
+    from lily.recipes.dreambooth.schema import DreamBooth
 
 Evaluate = Callable[[torch.nn.Module], dict[str, float]]
 
@@ -202,7 +205,7 @@ def _with_best(base: type[Trainer]) -> Any:
     return RecipeTrainer
 
 
-def precision_of(recipe: Recipe) -> str:
+def precision_of(recipe: Recipe | DreamBooth) -> str:
     """What the recipe's precision means on this machine: `auto` is bfloat16 where the hardware multiplies it."""
     chosen = recipe.train.precision
     if chosen != "auto":

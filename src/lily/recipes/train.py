@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lily.distributed import load_weights, save_adapter
 from lily.files import write_text
@@ -22,6 +22,9 @@ from lily.recipes.places import located
 from lily.recipes.preflight import Prepared
 from lily.recipes.schema import Recipe
 from lily.recipes.signals import Signals
+
+if TYPE_CHECKING:
+    from lily.recipes.dreambooth.schema import DreamBooth
 
 
 @dataclass
@@ -78,7 +81,7 @@ class Result:
         write_text(path, json.dumps(asdict(self), indent=2))
 
 
-def output_folder(recipe: Recipe) -> Path:
+def output_folder(recipe: Recipe | DreamBooth) -> Path:
     """The run's folder, placeholders filled in."""
     return Path(recipe.output.format(name=recipe.name, method=recipe.method, seed=recipe.seed)).expanduser()
 

@@ -1,0 +1,107 @@
+"""Adapters on a denoiser, through diffusers' own `add_adapter`, and their files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.training_utils import cast_training_params
+from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lily.checkpoint import PREFIX
+from lily.errors import LilyError
+from lily.export import as_lora, write_lora
+from lily.files import new_folder
+from lily.recipes.dreambooth.families import Family
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def add(model: Any, config: PeftConfig) -> list[nn.Parameter]:
+    """Put an adapter on a frozen denoiser.
+
+    Returns:
+        What it trains, in float32 whatever the denoiser is.
+    """
+    model.add_adapter(config)
+    cast_training_params(model, torch.float32)
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """The adapter's tensors, on the CPU, by their names in a file."""
+    found = get_peft_model_state_dict(model)
+    return {f"{PREFIX}{name}": tensor.detach().cpu().contiguous() for name, tensor in found.items()}
+
+
+def save(model: Any, folder: Path) -> None:
+    """Write a folder that PEFT loads; an older one is replaced when the new one is complete."""
+    with new_folder(folder, overwrite=True) as new:
+        model.peft_config["default"].save_pretrained(str(new))
+        save_file(state_of(model), new / WEIGHTS, metadata={"format": "pt"})
+
+
+def load(model: Any, folder: str | Path) -> PeftConfig:
+    """Put a saved adapter on a denoiser, by diffusers' `add_adapter`, for use.
+
+    Args:
+        model: a diffusers model without an adapter, such as `pipe.unet`.
+        folder: what `save` wrote.
+
+    Returns:
+        The adapter's configuration.
+
+    Raises:
+        LilyError: if the folder holds no adapter, or one for another model.
+    """
+    folder = Path(folder)
+    for name in ("adapter_config.json", WEIGHTS):
+        if not (folder / name).is_file():
+            raise LilyError(f"{folder} holds no adapter ({name} is missing); name a run's last/ folder")
+    config = PeftConfig.from_pretrained(str(folder))
+    model.add_adapter(config)
+    load_weights(model, folder / WEIGHTS)
+    model.requires_grad_(False).eval()
+    return config
+
+
+def load_weights(model: nn.Module, file: Path) -> None:
+    """Put a file's tensors into the adapter that the model carries.
+
+    Raises:
+        LilyError: if the file has others.
+    """
+    state = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(file).items()}
+    strangers = set_peft_model_state_dict(model, state).unexpected_keys
+    if strangers:
+        raise LilyError(f"{file} does not fit the adapter: it holds {strangers[0]}, which the adapter has not")
+
+
+def write_for_pipelines(model: Any, pipe: Any, family: Family, folder: Path) -> bool:
+    """Write what a pipeline's `load_lora_weights` reads.
+
+    Args:
+        model: the denoiser with its adapter.
+        pipe: the pipeline that it belongs to.
+        family: of the pipeline.
+        folder: replaced when the new one is complete.
+
+    Returns:
+        False, and nothing is written, where the adapter depends on what it sees, which no LoRA does.
+    """
+    config = model.peft_config["default"]
+    if str(getattr(config.peft_type, "value", config.peft_type)) == "LORA":
+        with new_folder(folder, overwrite=True) as new:
+            named: dict[str, Any] = {
+                f"{family.component}_lora_layers": get_peft_model_state_dict(model),
+                f"{family.component}_lora_adapter_metadata": config.to_dict(),
+            }
+            pipe.save_lora_weights(str(new), **named)
+        return True
+    if config.dynamic or config.activation != "none":
+        return False
+    write_lora(as_lora(model, target="diffusers"), folder, layout="diffusers", overwrite=True)
+    return True

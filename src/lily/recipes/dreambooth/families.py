@@ -1,0 +1,184 @@
+"""The pipelines that can be trained, as far as they differ: which part denoises, and how it is called.
+
+Everything else (schedules, text encoders, autoencoders, sampling) is diffusers' own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lily.errors import LilyError
+from lily.recipes.dreambooth.objectives import Diffusion, Flow, Objective
+
+
+@dataclass(frozen=True)
+class Text:
+    """Encoded prompts.
+
+    Attributes:
+        tokens: (prompts, length, width).
+        pooled: (prompts, width).
+    """
+
+    tokens: Tensor
+    pooled: Tensor
+
+    def rows(self, indices: Sequence[int] | Tensor) -> Text:
+        """Some of the prompts, in this order."""
+        return Text(self.tokens[indices], self.pooled[indices])
+
+    def to(self, *where: Any) -> Text:
+        """On another device or in another dtype."""
+        return Text(self.tokens.to(*where), self.pooled.to(*where))
+
+
+class Family:
+    """What the loop needs to know of a kind of pipeline.
+
+    Attributes:
+        component: the pipeline's name of the part that denoises, which is adapted.
+        kind: class of that part, in diffusers.
+        flow: whether it is trained by flow matching.
+        guided_by_negative: whether sampling takes a negative prompt (classifier-free guidance).
+        optional: parts that a pipeline may have been saved without.
+    """
+
+    component: str
+    kind: str
+    flow = True
+    guided_by_negative = True
+    optional: tuple[str, ...] = ()
+
+    def objective(
+        self, scheduler: Any, *, min_snr_gamma: float | None = None, weighting: str = "logit_normal",
+        logit_mean: float = 0.0, logit_std: float = 1.0,
+    ) -> Objective:  # fmt: skip
+        """The objective that the pipeline's scheduler goes with."""
+        if self.flow:
+            return Flow(scheduler, weighting, logit_mean, logit_std)
+        return Diffusion(scheduler, min_snr_gamma)
+
+    def encode(self, pipe: Any, prompts: Sequence[str], max_tokens: int | None) -> Text:
+        """Prompts as the pipeline encodes them.
+
+        Args:
+            pipe: with its text encoders.
+            prompts: any number; an empty one is what guidance steers away from.
+            max_tokens: for a T5 encoder; default: the pipeline's own.
+        """
+        raise NotImplementedError
+
+    def predict(self, model: nn.Module, noisy: Tensor, times: Tensor, text: Text, sizes: Tensor) -> Tensor:
+        """Call the denoiser.
+
+        Args:
+            model: the denoiser.
+            noisy: (batch, channels, height, width).
+            times: (batch,), as the scheduler numbers them.
+            text: one row per sample.
+            sizes: (batch, 6): original height and width, crop's top and left, target height and width.
+
+        Returns:
+            (batch, channels, height, width).
+        """
+        raise NotImplementedError
+
+
+class Sdxl(Family):
+    """Stable Diffusion XL: a UNet, two CLIP text encoders, sizes as a condition."""
+
+    component, kind, flow = "unet", "UNet2DConditionModel", False
+
+    def encode(self, pipe: Any, prompts: Sequence[str], max_tokens: int | None) -> Text:
+        """See `Family.encode`; an empty prompt is all zeros where the pipeline says so."""
+        tokens, _, pooled, _ = pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False)
+        if pipe.config.force_zeros_for_empty_prompt:
+            empty = torch.tensor([not p for p in prompts], device=tokens.device)
+            tokens, pooled = tokens.masked_fill(empty[:, None, None], 0), pooled.masked_fill(empty[:, None], 0)
+        return Text(tokens, pooled)
+
+    def predict(self, model: nn.Module, noisy: Tensor, times: Tensor, text: Text, sizes: Tensor) -> Tensor:
+        """See `Family.predict`."""
+        added = {"text_embeds": text.pooled, "time_ids": sizes.to(noisy)}
+        out: Tensor = model(noisy, times, encoder_hidden_states=text.tokens, added_cond_kwargs=added).sample
+        return out
+
+
+class Sd3(Family):
+    """Stable Diffusion 3: a transformer over patches and text together, trained by flow matching."""
+
+    component, kind = "transformer", "SD3Transformer2DModel"
+    optional = ("text_encoder_3", "tokenizer_3")
+
+    def encode(self, pipe: Any, prompts: Sequence[str], max_tokens: int | None) -> Text:
+        """See `Family.encode`."""
+        length = {} if max_tokens is None else {"max_sequence_length": max_tokens}
+        tokens, _, pooled, _ = pipe.encode_prompt(
+            list(prompts), None, None, do_classifier_free_guidance=False, **length
+        )
+        return Text(tokens, pooled)
+
+    def predict(self, model: nn.Module, noisy: Tensor, times: Tensor, text: Text, sizes: Tensor) -> Tensor:
+        """See `Family.predict`."""
+        out: Tensor = model(
+            hidden_states=noisy, timestep=times, encoder_hidden_states=text.tokens, pooled_projections=text.pooled
+        ).sample
+        return out
+
+
+class Flux(Family):
+    """FLUX: as `Sd3`, on latents packed two by two, with positions given and guidance learned."""
+
+    component, kind = "transformer", "FluxTransformer2DModel"
+    guided_by_negative = False
+    guidance = 1.0  # what the guidance-distilled model is told while it trains, as in diffusers' examples
+
+    def encode(self, pipe: Any, prompts: Sequence[str], max_tokens: int | None) -> Text:
+        """See `Family.encode`."""
+        length = {} if max_tokens is None else {"max_sequence_length": max_tokens}
+        tokens, pooled, _ = pipe.encode_prompt(list(prompts), None, **length)
+        return Text(tokens, pooled)
+
+    def predict(self, model: nn.Module, noisy: Tensor, times: Tensor, text: Text, sizes: Tensor) -> Tensor:
+        """See `Family.predict`."""
+        from diffusers import FluxPipeline
+
+        batch, channels, height, width = noisy.shape
+        positions = FluxPipeline._prepare_latent_image_ids(batch, height // 2, width // 2, noisy.device, noisy.dtype)
+        guided = getattr(model, "config", None) is not None and model.config.guidance_embeds
+        packed: Tensor = model(
+            hidden_states=FluxPipeline._pack_latents(noisy, batch, channels, height, width),
+            timestep=times / 1000,
+            guidance=noisy.new_full((batch,), self.guidance) if guided else None,
+            pooled_projections=text.pooled,
+            encoder_hidden_states=text.tokens,
+            txt_ids=noisy.new_zeros(text.tokens.shape[1], 3),
+            img_ids=positions,
+        ).sample
+        # (batch, height/2 * width/2, channels * 4) back to where _pack_latents took them from
+        out = packed.view(batch, height // 2, width // 2, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
+        return out.reshape(batch, channels, height, width)
+
+
+# A pipeline's class, as model_index.json has it -> what is known of it.
+FAMILIES: dict[str, type[Family]] = {
+    "StableDiffusionXLPipeline": Sdxl,
+    "StableDiffusion3Pipeline": Sd3,
+    "FluxPipeline": Flux,
+}
+
+
+def family_of(pipeline: str) -> Family:
+    """What is known of a pipeline's class.
+
+    Raises:
+        LilyError: if nothing is.
+    """
+    if pipeline not in FAMILIES:
+        raise LilyError(f"{pipeline} is no pipeline that can be trained here; those are {', '.join(FAMILIES)}")
+    return FAMILIES[pipeline]()

@@ -1,0 +1,294 @@
+"""The training loop: accelerate around diffusers' parts.
+
+What a step draws at random (images, noise, times, dropout) follows from the seed and the step's number alone, so a run
+that goes on from a checkpoint continues as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lily.errors import LilyError
+from lily.files import new_folder, write_text
+from lily.recipes.dreambooth import adapters
+from lily.recipes.dreambooth.families import Family, Text
+from lily.recipes.dreambooth.latents import Encoded
+from lily.recipes.dreambooth.objectives import Objective
+from lily.recipes.dreambooth.schema import DreamBooth, Steps
+
+STATE, PROGRESS = "state.pt", "progress.json"
+EVALUATED = 4  # samples at a time, of the fixed loss
+
+
+@dataclass(frozen=True)
+class World:
+    """What the loop works on.
+
+    Attributes:
+        model: the denoiser with its adapter.
+        family: of its pipeline.
+        objective: what it is trained on.
+        dtype: of its frozen weights.
+        images: the subject, encoded.
+        prior: images of its class, encoded; None without prior preservation.
+        text: the subject's prompt, and the class's where there is a prior: one row each.
+    """
+
+    model: Any
+    family: Family
+    objective: Objective
+    dtype: torch.dtype
+    images: Encoded
+    prior: Encoded | None
+    text: Text
+
+    def losses(
+        self, model: nn.Module, images: Encoded, rows: list[int], latents: Tensor, noise: Tensor, times: Tensor
+    ) -> Tensor:
+        """The loss of each sample, (batch,); `rows` says which prompt each goes with."""
+        text = self.text.rows(rows).to(self.dtype)
+
+        def predict(noisy: Tensor, at: Tensor) -> Tensor:
+            return self.family.predict(model, noisy.to(self.dtype), at, text, images.sizes)
+
+        return self.objective.losses(predict, latents, noise, times)
+
+
+def generator(*numbers: int) -> torch.Generator:
+    """A source of randomness that follows from these numbers alone."""
+    seed = 0
+    for number in numbers:
+        seed = (seed * 6364136223846793005 + number + 1442695040888963407) % 2**63
+    return torch.Generator().manual_seed(seed)
+
+
+def chosen(count: int, batch: int, micro: int, seed: int) -> Tensor:
+    """The images of a batch: every image once, in an order of its own each time round.
+
+    Args:
+        count: of images.
+        batch: how many to choose.
+        micro: number of the batch, from 0.
+        seed: of the run.
+
+    Returns:
+        (batch,) indices.
+    """
+    positions = range(micro * batch, (micro + 1) * batch)
+    orders = {p // count: torch.randperm(count, generator=generator(seed, 1, p // count)) for p in positions}
+    return torch.stack([orders[p // count][p % count] for p in positions])
+
+
+def train_loss(world: World, model: nn.Module, recipe: DreamBooth, micro: int) -> Tensor:
+    """The loss of one batch, prior preservation included.
+
+    Args:
+        world: what to train on.
+        model: as accelerate prepared it.
+        recipe: batch size and weights.
+        micro: number of the batch, from 0.
+    """
+    count, source = recipe.train.batch_size, generator(recipe.seed, 0, micro)
+    torch.manual_seed(int(torch.randint(2**62, (), generator=source)))  # for dropout
+    parts = [world.images.rows(chosen(len(world.images), count, micro, recipe.seed))]
+    if world.prior is not None:
+        parts.append(world.prior.rows(chosen(len(world.prior), count, micro, recipe.seed + 1)))
+    images = Encoded(*(torch.cat([getattr(p, n) for p in parts]) for n in ("mean", "std", "sizes")))
+    latents, times = images.draw(source), world.objective.draw(len(images), source)
+    noise = torch.randn(latents.shape, generator=source).to(latents)
+    rows = [number for number in range(len(parts)) for _ in range(count)]
+    losses = world.losses(model, images, rows, latents, noise, times)
+    weight = 0.0 if recipe.subject.prior is None else recipe.subject.prior.weight
+    return losses[:count].mean() + (weight * losses[count:].mean() if world.prior is not None else 0.0)
+
+
+@torch.no_grad()
+def fixed_loss(world: World, images: Encoded, row: int, times: int, seed: int) -> float:
+    """The loss with the same noise at the same levels every time, so that two of them can be compared.
+
+    Args:
+        world: the model and its objective.
+        images: what to take it of.
+        row: the prompt that goes with them.
+        times: noise levels of each image.
+        seed: of the noise.
+    """
+    training = world.model.training
+    world.model.eval()
+    levels, total = world.objective.even(times), 0.0
+    for number in range(len(images)):
+        source = generator(seed, 2, number)
+        noise = torch.randn(times, *images.mean.shape[1:], generator=source).to(images.mean)
+        for at in torch.arange(times).split(EVALUATED):
+            same = images.rows(torch.full((len(at),), number))
+            losses = world.losses(world.model, same, [row] * len(at), same.mean, noise[at], levels[at])
+            total += float(losses.sum())
+    world.model.train(training)
+    return total / (times * len(images))
+
+
+def accelerator_for(train: Steps, precision: str) -> Any:
+    """An accelerator for one process.
+
+    Raises:
+        LilyError: for several processes, or float16 without a GPU.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    if precision == "float16" and not torch.cuda.is_available():
+        raise LilyError("train.precision=float16 needs a GPU; use bfloat16 or float32")
+    AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run may have had another precision
+    accelerator = Accelerator(
+        mixed_precision={"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[precision],
+        gradient_accumulation_steps=train.gradient_accumulation,
+        cpu=not torch.cuda.is_available(),
+    )
+    if accelerator.num_processes > 1:
+        raise LilyError(
+            f"task dreambooth runs in one process, not {accelerator.num_processes}; start it without a launcher"
+        )
+    return accelerator
+
+
+class Run:
+    """A training run: its state, its checkpoints, its history.
+
+    Args:
+        recipe: the schedule.
+        world: what to train on.
+        accelerator: from `accelerator_for`.
+        folder: of the checkpoints.
+        validate: called with the step before training, every `validation.every` steps and at the end, in eval mode;
+            returns what goes into the history.
+
+    Attributes:
+        history: what every validation found, with its step.
+    """
+
+    def __init__(
+        self,
+        recipe: DreamBooth,
+        world: World,
+        accelerator: Any,
+        folder: Path,
+        validate: Callable[[int], dict[str, float]],
+    ) -> None:
+        from diffusers.optimization import get_scheduler
+
+        from lily.recipes.methods import learning_rate
+
+        t = recipe.train
+        self.recipe, self.world, self.accelerator, self.folder, self.validate = (
+            recipe, world, accelerator, folder, validate,
+        )  # fmt: skip
+        self.parameters = [p for p in world.model.parameters() if p.requires_grad]
+        optimiser = torch.optim.AdamW(self.parameters, lr=learning_rate(recipe), weight_decay=t.weight_decay)
+        name = "constant_with_warmup" if t.schedule == "constant" else t.schedule
+        schedule = get_scheduler(name, optimiser, num_warmup_steps=t.warmup, num_training_steps=t.max_steps)
+        self.model, self.optimiser, self.schedule = accelerator.prepare(world.model, optimiser, schedule)
+        self.history: list[dict[str, float]] = []
+        self.step = 0
+
+    def run(self, quiet: bool = False) -> None:
+        """Train to the recipe's last step, with a validation and a checkpoint every so often.
+
+        Raises:
+            LilyError: if the loss is not a number any more; the last checkpoint stands.
+        """
+        from tqdm.auto import tqdm
+
+        total, every = self.recipe.train.max_steps, self.recipe.validation.every
+        if not self.history:
+            self._note({})
+        self.model.train()
+        losses: list[float] = []
+        with tqdm(total=total, initial=self.step, disable=quiet, desc="steps") as bar:
+            while self.step < total:
+                losses.append(self._one_step())
+                self.step += 1
+                bar.update()
+                bar.set_postfix(loss=f"{losses[-1]:.4f}")
+                if self.step % every == 0 or self.step == total:
+                    self._note({"train_loss": sum(losses) / len(losses)})
+                    losses = []
+                    self._save()
+        self.world.model.eval()
+
+    def _one_step(self) -> float:
+        accumulated, value = self.recipe.train.gradient_accumulation, 0.0
+        for part in range(accumulated):
+            with self.accelerator.accumulate(self.model):
+                with self.accelerator.autocast():
+                    loss = train_loss(self.world, self.model, self.recipe, self.step * accumulated + part)
+                if not math.isfinite(loss.item()):
+                    raise LilyError(
+                        f"the loss is {loss.item()} at step {self.step + 1}; lower train.learning_rate"
+                        f"{self._last_words()}"
+                    )
+                self.accelerator.backward(loss)
+                if self.accelerator.sync_gradients:
+                    self.accelerator.clip_grad_norm_(self.parameters, self.recipe.train.max_grad_norm)
+                self.optimiser.step()
+                self.schedule.step()
+                self.optimiser.zero_grad()
+            value += loss.item() / accumulated
+        return value
+
+    def _last_words(self) -> str:
+        kept = last_checkpoint(self.folder)
+        return "" if kept is None else f"; the adapter of step {int(kept.name.rpartition('-')[2])} is in {kept}"
+
+    def _note(self, found: dict[str, float]) -> None:
+        self.world.model.eval()
+        self.history.append({"step": self.step, **found, **self.validate(self.step)})
+        self.world.model.train()
+
+    def _save(self) -> None:
+        """A checkpoint under its step's number, complete from the moment it has its name; older ones go."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        target = self.folder / f"checkpoint-{self.step}"
+        with new_folder(target, overwrite=True) as new:
+            save_file(adapters.state_of(self.world.model), new / adapters.WEIGHTS)
+            kept = {"optimiser": self.optimiser.state_dict(), "schedule": self.schedule.state_dict()}
+            if self.accelerator.scaler is not None:
+                kept["scaler"] = self.accelerator.scaler.state_dict()
+            torch.save(kept, new / STATE)
+            write_text(new / PROGRESS, json.dumps({"step": self.step, "history": self.history}))
+        for old in self.folder.glob("checkpoint-*"):
+            if old != target:
+                shutil.rmtree(old)
+
+    def resume(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            LilyError: if it cannot be read.
+        """
+        try:
+            kept = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
+            progress = json.loads((checkpoint / PROGRESS).read_text("utf-8"))
+            adapters.load_weights(self.world.model, checkpoint / adapters.WEIGHTS)
+            self.optimiser.load_state_dict(kept["optimiser"])
+            self.schedule.load_state_dict(kept["schedule"])
+            if self.accelerator.scaler is not None and "scaler" in kept:
+                self.accelerator.scaler.load_state_dict(kept["scaler"])
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise LilyError(f"checkpoint {checkpoint} cannot be read ({error}); start anew with --overwrite") from None
+        self.step, self.history = int(progress["step"]), list(progress["history"])
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint, or None."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+    return found[-1] if found else None

@@ -1,0 +1,289 @@
+"""`lily train` for subject-driven generation: from a recipe to an adapter, its figures and its images."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lily.errors import LilyError
+from lily.files import new_folder, write_text
+from lily.plan import select_modules
+from lily.recipes import loader, methods, preflight
+from lily.recipes.dreambooth.schema import DreamBooth
+from lily.recipes.places import located
+from lily.recipes.sources import local_path
+from lily.recipes.train import Result, output_folder
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from torch import nn
+
+    from lily.recipes.dreambooth.families import Family, Text
+    from lily.recipes.dreambooth.latents import Encoded
+    from lily.recipes.dreambooth.loop import World
+
+CLASS_IMAGES = "class-images"
+EXTRA = '"lily-peft[diffusion]"'
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run, ready to start.
+
+    Attributes:
+        family: of the pipeline.
+        meta: its denoiser on the meta device.
+        config: the adapter to put on it.
+        subject: the subject's images.
+        prior: given images of its class; None where there is no prior, or its images are drawn.
+    """
+
+    family: Family
+    meta: nn.Module
+    config: PeftConfig
+    subject: list[Path]
+    prior: list[Path] | None
+
+
+def planned(recipe: DreamBooth) -> tuple[Family, nn.Module, PeftConfig]:
+    """The denoiser without weights and the adapter that the recipe puts on it.
+
+    Raises:
+        LilyError: for missing packages, a pipeline that is not known, or targets that match nothing.
+    """
+    for name in ("diffusers", "accelerate", "PIL"):
+        if find_spec(name) is None:
+            raise LilyError(f"{name} is not installed; pip install {EXTRA}")
+    from lily.recipes.dreambooth.pipelines import meta_denoiser
+
+    with located(recipe, "model", recipe.model.kind):
+        family, meta = meta_denoiser(recipe.model)
+    config = methods.peft_config(recipe, meta)
+    assert config is not None  # there is no method `none` here
+    return family, meta, config
+
+
+def prepare(recipe: DreamBooth) -> Prepared:
+    """Everything that a run needs besides the weights, checked.
+
+    Raises:
+        LilyError: for anything wrong with packages, images, pipeline or targets.
+    """
+    from lily.recipes.dreambooth.latents import image_files, read
+
+    family, meta, config = planned(recipe)
+    with located(recipe, "subject", "images"):
+        subject = image_files(local_path(recipe.subject.images))
+        read(subject, 8)
+    given = None
+    if recipe.subject.prior is not None and recipe.subject.prior.images is not None:
+        with located(recipe, "subject", "prior", "images"):
+            given = image_files(local_path(recipe.subject.prior.images))[: recipe.subject.prior.count]
+            read(given, 8)
+    return Prepared(family, meta, config, subject, given)
+
+
+def train(recipe: DreamBooth, *, resume: bool = False, overwrite: bool = False, quiet: bool = False) -> Result:
+    """Train and write a recipe's adapter, with images before, during and after.
+
+    Args:
+        recipe: what to do.
+        resume: go on from the run's last complete checkpoint.
+        overwrite: replace the run's folder.
+        quiet: no progress bar.
+
+    Returns:
+        The result, also written to the run's folder: `metrics.json`, `recipe.yaml`, `last/` (the adapter for PEFT),
+        `diffusers/` (the same for a pipeline's `load_lora_weights`, where that can hold it) and `samples/`.
+
+    Raises:
+        LilyError: for anything wrong with recipe, images, pipeline or folder, and if the loss stops being a number.
+    """
+    started = time.perf_counter()
+    output = output_folder(recipe)
+    preflight.check_folder(recipe, output, resume, overwrite)
+    prepared = prepare(recipe)
+    pipe = _load(recipe, prepared)
+
+    if overwrite and not resume:
+        shutil.rmtree(output, ignore_errors=True)
+    (output / "samples").mkdir(parents=True, exist_ok=True)
+    write_text(output / "recipe.yaml", loader.dump_recipe(recipe))
+    result = _run(recipe, prepared, pipe, output, resume, quiet)
+    del pipe
+    _write(result, recipe, output, started)
+    if "lora" in recipe.baselines and recipe.method != "lora":
+        result.baselines["lora"] = _lora(recipe, output, quiet)
+        _write(result, recipe, output, started)
+    return result
+
+
+def _write(result: Result, recipe: DreamBooth, output: Path, started: float) -> None:
+    from lily.recipes.dreambooth.report import card
+
+    result.seconds["total"] = time.perf_counter() - started
+    result.write(output / "metrics.json")
+    write_text(output / "last" / "recipe.yaml", loader.dump_recipe(recipe))
+    write_text(output / "last" / "README.md", card(recipe, result))
+
+
+def _load(recipe: DreamBooth, prepared: Prepared) -> Any:
+    """The pipeline, whose denoiser must be what was planned for."""
+    from lily.recipes.dreambooth.pipelines import load_pipeline
+
+    with located(recipe, "model", recipe.model.kind):
+        pipe = load_pipeline(recipe.model)
+        model = getattr(pipe, prepared.family.component)
+        step = pipe.vae_scale_factor * 2  # both a UNet's levels and a transformer's patches need an even number
+        if recipe.subject.resolution % step:
+            raise LilyError(f"subject.resolution={recipe.subject.resolution}: the pipeline needs a multiple of {step}")
+        wanted = methods.lily_config(recipe, prepared.meta)
+        there, known = (select_modules(m, wanted) for m in (model, prepared.meta))
+        if there != known:
+            raise LilyError(
+                f"model.architecture={recipe.model.architecture}: the pipeline has other layers ({len(there)} to adapt, "
+                f"{len(known)} expected); leave it out"
+            )
+    return pipe
+
+
+def _run(recipe: DreamBooth, prepared: Prepared, pipe: Any, output: Path, resume: bool, quiet: bool) -> Result:
+    import torch
+    from accelerate.utils import set_seed
+
+    from lily.recipes import report, runner
+    from lily.recipes.dreambooth import adapters, loop, samples
+
+    v, family = recipe.validation, prepared.family
+    precision = runner.precision_of(recipe)
+    accelerator = loop.accelerator_for(recipe.train, precision)
+    pipe.to(accelerator.device)
+    model = getattr(pipe, family.component)
+    total = sum(p.numel() for p in model.parameters())
+    prompts = v.prompts or [recipe.subject.prompt]
+    text, drawn, empty = _texts(recipe, pipe, family, prompts)
+
+    prior = _prior(recipe, prepared, pipe, family, text, empty, output)
+    images = _encoded(recipe, pipe, prepared.subject)
+    set_seed(recipe.seed)
+    adapters.add(model, prepared.config)
+    if recipe.train.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    objective = family.objective(
+        pipe.scheduler, min_snr_gamma=recipe.train.min_snr_gamma, weighting=recipe.train.weighting,
+        logit_mean=recipe.train.logit_mean, logit_std=recipe.train.logit_std,
+    )  # fmt: skip
+    dtype = getattr(torch, recipe.model.dtype)
+    world = loop.World(model, family, objective, dtype, images, prior, text)
+
+    def validate(step: int) -> dict[str, float]:
+        with accelerator.autocast():
+            found = {"loss": loop.fixed_loss(world, images, 0, v.times, v.seed)}
+            if prior is not None:
+                found["prior_loss"] = loop.fixed_loss(world, prior, 1, v.times, v.seed)
+            for number, prompt in enumerate(drawn):
+                made = samples.draw(pipe, family, prompt, empty, recipe.subject.resolution, v, v.images, v.seed)
+                samples.write_grid(made, output / "samples" / _grid(step, number))
+        return found
+
+    run = loop.Run(recipe, world, accelerator, output / "checkpoints", validate)
+    checkpoint = loop.last_checkpoint(output / "checkpoints") if resume else None
+    if checkpoint is not None:
+        run.resume(checkpoint)
+    clock = time.perf_counter()
+    run.run(quiet)
+    result = Result(recipe.name, recipe.method, recipe.task, recipe.seed, "loss", "train", None, _loss(run.history[0]))
+    result.seconds["train"] = time.perf_counter() - clock
+    adapters.save(model, output / "last")
+    adapters.write_for_pipelines(model, pipe, family, output / "diffusers")
+    result.final, result.history = _loss(run.history[-1]), run.history
+    epochs = run.step * recipe.train.batch_size * recipe.train.gradient_accumulation / len(images)
+    result.last = {"epoch": epochs, "value": run.history[-1]["loss"]}
+    best = min(run.history[1:], key=lambda found: found["loss"])
+    result.best = {"epoch": epochs * best["step"] / run.step, "value": best["loss"]}
+    result.precision = precision
+    result.device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    names = ("lily-peft", "peft", "torch", "transformers", "diffusers", "accelerate")
+    result.versions = {"python": platform.python_version(), **{name: version(name) for name in names}}
+    result.rows = {"train": len(images), "prior": 0 if prior is None else len(prior), "validation": 0, "test": 0}
+    result.parameters = {"adapter": sum(p.numel() for p in run.parameters), "head": 0, "base": total}
+    result.adapter = {**report.adapter_summary(model, recipe), "component": family.component}
+    result.adapter_bytes = (output / "last" / adapters.WEIGHTS).stat().st_size
+    result.samples = [
+        {"prompt": prompt, "before": f"samples/{_grid(0, number)}", "after": f"samples/{_grid(run.step, number)}"}
+        for number, prompt in enumerate(prompts)
+    ]
+    return result
+
+
+def _grid(step: int, number: int) -> str:
+    return f"step-{step:05d}-prompt-{number}.png"
+
+
+def _loss(found: dict[str, float]) -> dict[str, float]:
+    return {name: found[name] for name in ("loss", "prior_loss") if name in found}
+
+
+def _texts(recipe: DreamBooth, pipe: Any, family: Family, prompts: list[str]) -> tuple[Text, list[Text], Text]:
+    """Prompts to train on, prompts to draw, and the empty one; then the text encoders go, to free their memory."""
+    import torch
+
+    prior = [] if recipe.subject.prior is None else [recipe.subject.prior.prompt]
+    known = [recipe.subject.prompt, *prior]
+    with torch.no_grad():
+        every = family.encode(pipe, [*known, *prompts, ""], recipe.model.max_tokens)
+    for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        if getattr(pipe, name, None) is not None:
+            setattr(pipe, name, None)
+    one_each = [every.rows([i]) for i in range(len(known), len(every.tokens))]
+    return every.rows(list(range(len(known)))), one_each[:-1], one_each[-1]
+
+
+def _encoded(recipe: DreamBooth, pipe: Any, files: list[Path]) -> Encoded:
+    from lily.recipes.dreambooth.latents import encode, read
+
+    return encode(pipe.vae, *read(files, recipe.subject.resolution), batch=1)
+
+
+def _prior(
+    recipe: DreamBooth, prepared: Prepared, pipe: Any, family: Family, text: Text, empty: Text, output: Path
+) -> Encoded | None:
+    """Images of the class, given or drawn by the pipeline while it has no adapter yet, encoded."""
+    from lily.recipes.dreambooth.latents import image_files
+    from lily.recipes.dreambooth.samples import draw
+
+    wanted = recipe.subject.prior
+    if wanted is None:
+        return None
+    if prepared.prior is not None:
+        return _encoded(recipe, pipe, prepared.prior)
+    folder = output / CLASS_IMAGES
+    if not folder.is_dir():  # a resumed run has them
+        resolution = recipe.subject.resolution
+        made = draw(pipe, family, text.rows([1]), empty, resolution, recipe.validation, wanted.count, recipe.seed)
+        with new_folder(folder) as new:
+            for number, image in enumerate(made):
+                image.save(new / f"{number:04d}.png")
+    return _encoded(recipe, pipe, image_files(folder))
+
+
+def _lora(recipe: DreamBooth, output: Path, quiet: bool) -> dict[str, float]:
+    """The same run with LoRA, in a folder inside."""
+    changes: dict[str, Any] = {"method": "lora", "baselines": [], "output": str(output / "lora")}
+    if recipe.subject.prior is not None and (output / CLASS_IMAGES).is_dir():
+        prior = recipe.subject.prior.model_copy(update={"images": str(output / CLASS_IMAGES)})
+        changes["subject"] = recipe.subject.model_copy(update={"prior": prior})
+    other = recipe.model_copy(update=changes)
+    lora = train(other, overwrite=True, quiet=quiet)
+    return {
+        **lora.final,
+        "parameters": lora.parameters["adapter"],
+        "seconds": lora.seconds["train"],
+        "bytes": lora.adapter_bytes,
+    }

@@ -1,0 +1,77 @@
+"""Images that a pipeline draws, always from the same noise, and files of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lily.files import new_file
+from lily.recipes.dreambooth.families import Family, Text
+from lily.recipes.dreambooth.schema import Validation
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@torch.no_grad()
+def draw(
+    pipe: Any, family: Family, text: Text, empty: Text, resolution: int, settings: Validation, images: int, seed: int
+) -> list[Image]:
+    """Images for one prompt.
+
+    Args:
+        pipe: with the denoiser as it is now; its scheduler is left as it was.
+        family: of the pipeline.
+        text: one row, the prompt.
+        empty: one row, what guidance steers away from.
+        resolution: pixels.
+        settings: sampler steps and guidance.
+        images: how many.
+        seed: of their noise.
+    """
+    scheduler = pipe.scheduler
+    pipe.scheduler = type(scheduler).from_config(scheduler.config)
+    away: dict[str, Any] = {}
+    if family.guided_by_negative:
+        away = {
+            "negative_prompt_embeds": empty.tokens,
+            "negative_pooled_prompt_embeds": empty.pooled,
+        }
+    drawn: list[Image] = []
+    try:
+        for number in range(images):  # one at a time: each image's noise is its own, and memory is that of one
+            drawn += pipe(
+                prompt_embeds=text.tokens,
+                pooled_prompt_embeds=text.pooled,
+                **away,
+                height=resolution,
+                width=resolution,
+                num_inference_steps=settings.steps,
+                guidance_scale=settings.guidance,
+                generator=torch.Generator().manual_seed(seed + number),
+            ).images
+    finally:
+        pipe.scheduler = scheduler
+    return drawn
+
+
+def write_grid(images: list[Image], file: Path, smallest: int = 256) -> None:
+    """Images side by side as one PNG that appears whole; small ones are enlarged, pixel by pixel, to be seen.
+
+    Args:
+        images: all of one size.
+        file: replaced if it exists.
+        smallest: pixels that each is shown at, at least.
+    """
+    from PIL import Image as Images
+
+    wide, high = images[0].size
+    times = max(1, smallest // wide)
+    grid = Images.new("RGB", (len(images) * wide * times, high * times))
+    for number, image in enumerate(images):
+        shown = image.resize((wide * times, high * times), Images.Resampling.NEAREST)
+        grid.paste(shown, (number * wide * times, 0))
+    with new_file(file, overwrite=True) as new:
+        grid.save(new, format="PNG")
