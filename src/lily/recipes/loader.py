@@ -232,8 +232,9 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def _replace_source(section: dict[str, Any], key: str, value: Any) -> None:
     """A source of another kind takes the place of the inherited one and of what describes it."""
-    if key in SOURCES and value is not None and section.get(key) is None:
-        for inherited in (*SOURCES, *OF_A_SOURCE):
+    kinds = (*SOURCES, "standin")
+    if key in kinds and value is not None and section.get(key) is None:
+        for inherited in (*kinds, *OF_A_SOURCE):
             section.pop(inherited, None)
 
 

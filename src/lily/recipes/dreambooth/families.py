@@ -150,11 +150,11 @@ class Flux(Family):
 
         batch, channels, height, width = noisy.shape
         positions = FluxPipeline._prepare_latent_image_ids(batch, height // 2, width // 2, noisy.device, noisy.dtype)
-        guided = getattr(model, "config", None) is not None and model.config.guidance_embeds
+        config: Any = model.config
         packed: Tensor = model(
             hidden_states=FluxPipeline._pack_latents(noisy, batch, channels, height, width),
             timestep=times / 1000,
-            guidance=noisy.new_full((batch,), self.guidance) if guided else None,
+            guidance=noisy.new_full((batch,), self.guidance) if config.guidance_embeds else None,
             pooled_projections=text.pooled,
             encoder_hidden_states=text.tokens,
             txt_ids=noisy.new_zeros(text.tokens.shape[1], 3),

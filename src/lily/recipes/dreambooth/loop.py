@@ -129,7 +129,7 @@ def fixed_loss(world: World, images: Encoded, row: int, times: int, seed: int) -
     for number in range(len(images)):
         source = generator(seed, 2, number)
         noise = torch.randn(times, *images.mean.shape[1:], generator=source).to(images.mean)
-        for at in torch.arange(times).split(EVALUATED):
+        for at in torch.split(torch.arange(times), EVALUATED):
             same = images.rows(torch.full((len(at),), number))
             losses = world.losses(world.model, same, [row] * len(at), same.mean, noise[at], levels[at])
             total += float(losses.sum())
@@ -283,8 +283,11 @@ class Run:
             self.schedule.load_state_dict(kept["schedule"])
             if self.accelerator.scaler is not None and "scaler" in kept:
                 self.accelerator.scaler.load_state_dict(kept["scaler"])
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise LilyError(f"checkpoint {checkpoint} cannot be read ({error}); start anew with --overwrite") from None
+        except Exception as error:  # of a spoiled file torch says whatever its unpickler stumbles over
+            raise LilyError(
+                f"checkpoint {checkpoint} cannot be read ({type(error).__name__}: {error}); remove it and start anew "
+                "with --overwrite"
+            ) from None
         self.step, self.history = int(progress["step"]), list(progress["history"])
 
 

@@ -89,7 +89,8 @@ class Diffusion:
         if self.gamma is None:
             return losses
         snr = compute_snr(self.scheduler, times)
-        return losses * snr.clamp(max=self.gamma) / (snr + 1 if velocity else snr)
+        weighted: Tensor = losses * snr.clamp(max=self.gamma) / (snr + 1 if velocity else snr)
+        return weighted
 
 
 class Flow:
@@ -112,7 +113,8 @@ class Flow:
         share = compute_density_for_timestep_sampling(
             self.weighting, count, self.mean, self.std, mode_scale=1.29, generator=generator
         )
-        return (share * self.steps).long().clamp(max=self.steps - 1)
+        times: Tensor = (share * self.steps).long().clamp(max=self.steps - 1)
+        return times
 
     def even(self, count: int) -> Tensor:
         """See `Objective.even`."""

@@ -76,7 +76,7 @@ def load_pipeline(model: Pipeline) -> Any:
     source = source_of(model)
     family, index = _family(model, source)
     # A pipeline that was saved without an optional part does not say so, and diffusers asks for it.
-    absent = {part: None for part in family.optional if part not in index}
+    absent = {part: None for part in family.optional if not any(index.get(part) or ())}
     name = next(name for name, kind in FAMILIES.items() if type(family) is kind)
     pipe = _loaded(
         "pipeline",

@@ -22,7 +22,11 @@ def print_result(result: Result, recipe: DreamBooth, output: Path, console: Cons
     names = list(result.final)
     table = Table("", *names, "trained", "seconds", "file", title=f"{result.name}: {result.rows['train']} images, "
                   f"seed {result.seed}")  # fmt: skip
-    own = {"parameters": result.parameters["adapter"], "seconds": result.seconds["train"], "bytes": result.adapter_bytes}
+    own = {
+        "parameters": result.parameters["adapter"],
+        "seconds": result.seconds["train"],
+        "bytes": result.adapter_bytes,
+    }
     table.add_row("untrained", *(f"{result.before[name]:.4f}" for name in names), "", "", "")
     for name, found in result.baselines.items():
         table.add_row(name, *(f"{found[n]:.4f}" for n in names), *_costs(found))

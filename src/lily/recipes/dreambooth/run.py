@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from lily.recipes.dreambooth.families import Family, Text
     from lily.recipes.dreambooth.latents import Encoded
-    from lily.recipes.dreambooth.loop import World
 
 CLASS_IMAGES = "class-images"
 EXTRA = '"lily-peft[diffusion]"'
@@ -147,8 +146,8 @@ def _load(recipe: DreamBooth, prepared: Prepared) -> Any:
         there, known = (select_modules(m, wanted) for m in (model, prepared.meta))
         if there != known:
             raise LilyError(
-                f"model.architecture={recipe.model.architecture}: the pipeline has other layers ({len(there)} to adapt, "
-                f"{len(known)} expected); leave it out"
+                f"model.architecture={recipe.model.architecture}: the pipeline has other layers ({len(there)} to "
+                f"adapt, {len(known)} expected); leave it out"
             )
     return pipe
 

@@ -158,5 +158,3 @@ def problems(recipe: DreamBooth) -> Iterator[tuple[Key, str]]:
         return
     if unknown := sorted(named - PLACEHOLDERS):
         yield ("output",), f"unknown placeholder {unknown[0]!r}; known: {{name}}, {{method}} and {{seed}}"
-
-

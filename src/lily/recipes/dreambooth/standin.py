@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from lily.errors import LilyError
 from lily.recipes.dreambooth import tiny
-from lily.recipes.dreambooth.families import FAMILIES, Text
+from lily.recipes.dreambooth.families import FAMILIES
 from lily.recipes.dreambooth.latents import Encoded, encode
 from lily.recipes.images import Preprocess, read_images
 from lily.recipes.sources import building, cache_folder, local_path
@@ -78,10 +78,11 @@ def _autoencoder(target: Path, pixels: torch.Tensor, steps: int = 1000, batch: i
             latent = vae.encode(images).latent_dist
             noise = torch.randn(latent.mean.shape, generator=generator)
             again = vae.decode(latent.mean + latent.std * noise).sample
-            return F.l1_loss(again, images) + 1e-4 * latent.kl().mean() / latent.mean[0].numel()
+            close = F.l1_loss(again, images) + 1e-4 * latent.kl().mean() / latent.mean[0].numel()
+            return torch.as_tensor(close)
 
         _descend("autoencoder", vae, loss, steps, 2e-3)
-        vae.register_to_config(scaling_factor=_scale(vae, pixels[:500]), shift_factor=None)
+        vae.register_to_config(scaling_factor=_scale(vae, pixels[:500]))
         with building(target) as temporary:
             vae.save_pretrained(temporary, safe_serialization=True)
     return AutoencoderKL.from_pretrained(target, local_files_only=True, use_safetensors=True).eval()
@@ -125,7 +126,7 @@ def _encode(vae: Any, pixels: torch.Tensor) -> Encoded:
     sizes = torch.tensor([RESOLUTION, RESOLUTION, 0, 0, RESOLUTION, RESOLUTION], dtype=torch.float32)
     parts = [
         encode(vae, F.interpolate(part, RESOLUTION, mode="bicubic").clamp(-1, 1), sizes.expand(len(part), 6), 100)
-        for part in pixels.split(1000)
+        for part in torch.split(pixels, 1000)
     ]
     return Encoded(*(torch.cat([getattr(p, name) for p in parts]) for name in ("mean", "std", "sizes")))
 
@@ -142,7 +143,7 @@ def _descend(
     started, total = time.perf_counter(), 0.0
     for step in range(1, steps + 1):
         value = loss()
-        value.backward()
+        value.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         schedule.step()

@@ -70,6 +70,7 @@ def autoencoder(seed: int, width: int = 16) -> Any:
         latent_channels=CHANNELS,
         norm_num_groups=8,
         mid_block_add_attention=False,  # so that it works at sizes it was not trained at
+        shift_factor=0.0,
         use_quant_conv=False,
         use_post_quant_conv=False,
     ).eval()
