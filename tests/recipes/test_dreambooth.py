@@ -20,10 +20,10 @@ from lily.recipes import loader
 
 diffusers = pytest.importorskip("diffusers", reason='diffusers is not installed: pip install "lily-peft[diffusion]"')
 
-from lily import LilyConfig
-from lily.recipes import methods
-from lily.recipes.dreambooth import adapters, families, latents, loop, objectives, pipelines, run, samples, tiny
-from lily.recipes.dreambooth.schema import Pipeline
+from lily import LilyConfig  # noqa: E402
+from lily.recipes import methods  # noqa: E402
+from lily.recipes.dreambooth import adapters, families, latents, loop, objectives, pipelines, run, samples, tiny  # noqa: E402
+from lily.recipes.dreambooth.schema import Pipeline  # noqa: E402
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -232,7 +232,7 @@ def test_a_run_learns_its_images_beside_lora_and_reloads_through_diffusers(kind,
     assert [found["step"] for found in written["history"]] == [0, 6, 12]
     lora = written["baselines"]["lora"]
     assert lora["loss"] < written["before"]["loss"]
-    assert 0 < lora["parameters"] <= written["parameters"]["adapter"] or written["parameters"]["adapter"] > 0
+    assert lora["parameters"] > 0 < written["parameters"]["adapter"]
     for step in (0, 6, 12):
         assert (output / "samples" / f"step-{step:05d}-prompt-0.png").is_file()
     before, after = (pixels(output / written["samples"][0][when]) for when in ("before", "after"))
@@ -510,6 +510,27 @@ def test_the_default_routing_of_a_denoiser_looks_at_each_image_alone(tmp_path, p
     _, meta, config = run.planned(recipe(tmp_path, values(pipes["sdxl"], subject, tmp_path / "run")))
     assert config.routing == "sequence"
     assert methods.lily_config(recipe(tmp_path, values(pipes["sdxl"], subject, tmp_path / "run")), meta).num_B == 2
+
+
+def test_a_trained_adapter_becomes_static_and_exports_to_a_pipeline(tmp_path, pipes, subject):
+    chosen, _ = trained(tmp_path, pipes["sdxl"], subject, "train.max_steps=2")
+    last, static, exported = (str(tmp_path / name) for name in ("run/last", "static", "exported"))
+    refused = CliRunner().invoke(app, ["export", last, "--to", "lora", "--for", "diffusers", "--out", exported])
+    assert "collapse" in str(refused.exception)
+    out = CliRunner().invoke(app, ["collapse", last, "--out", static, "--json"])
+    assert out.exit_code == 0, out.output
+    assert 0 < json.loads(out.stdout)["drift"]["relative_error"] < 0.5
+    out = CliRunner().invoke(app, ["export", static, "--to", "lora", "--for", "diffusers", "--out", exported])
+    assert out.exit_code == 0, out.output
+
+    expected = fresh(pipes["sdxl"], tmp_path)(chosen, lambda pipe, model: adapters.load(model, static))
+    for folder in (exported, f"{static}/diffusers"):
+        again = fresh(pipes["sdxl"], tmp_path)(chosen, lambda pipe, model, f=folder: pipe.load_lora_weights(f))
+        assert (again - expected).abs().max() <= 1
+    for kind in ("merged", "gguf"):
+        refused = CliRunner().invoke(app, ["export", static, "--to", kind, "--out", str(tmp_path / kind)])
+        assert isinstance(refused.exception, LilyError), refused.exception
+    tally("loads held", 2)
 
 
 # --- the trained stand-ins ------------------------------------------------------------------------------------------

@@ -21,8 +21,7 @@ Out = Annotated[str, typer.Option("--out", help="What to write; it appears when 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 KINDS = ("lora", "merged", "stock", "gguf")
-# A diffusers pipeline is no model that the command line loads, and GGUF is a kind of its own.
-READERS = ("peft", "vllm")
+READERS = ("peft", "vllm", "diffusers")  # GGUF is a kind of its own
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # What each kind makes use of.
 OPTIONS: dict[str, tuple[str, ...]] = {
@@ -116,7 +115,7 @@ def export_command(
     out: Out,
     target: Annotated[
         str,
-        typer.Option("--for", help="lora: what will read it: peft or vllm."),
+        typer.Option("--for", help="lora: what will read it: peft, vllm or diffusers."),
     ] = "peft",
     rank: Annotated[int | None, typer.Option(min=1, help="lora: a smaller rank, by truncated SVD.")] = None,
     tolerance: Annotated[
@@ -149,6 +148,8 @@ def export_command(
     model, tokenizer, facts = load_for_export(
         adapter, recipe=recipe, base=base, weights=to == "merged", dtype=dtype if to == "merged" else "auto"
     )
+    if to == "gguf" and not hasattr(model, "get_base_model"):
+        raise LilyError(f"{adapter} is for a pipeline, which llama.cpp does not run; export --to lora --for diffusers")
     console = Console()
     if to == "merged":
         export.write_merged(model, out, tokenizer=tokenizer, overwrite=overwrite, provenance=facts)
@@ -170,7 +171,8 @@ def export_command(
 
             write_gguf(lora, model.get_base_model().config, out, overwrite=overwrite)
         else:
-            export.write_lora(lora, out, overwrite=overwrite)
+            layout = "diffusers" if target == "diffusers" else "peft"
+            export.write_lora(lora, out, overwrite=overwrite, layout=layout)
     console.print(f"written: {out}", soft_wrap=True)
 
 

@@ -16,7 +16,8 @@ from lily.export import provenance
 from lily.files import new_folder, write_text
 from lily.gguf_lora import describe_gguf
 from lily.reading import read_header, read_json, read_tensors
-from lily.recipes import data, models
+from lily.recipes import data, loader, models
+from lily.recipes.dreambooth.schema import DreamBooth
 from lily.recipes.evaluate import Adapter, Judge, adapter_path, batches, kept_labels, kept_recipe, recipe_of
 from lily.recipes.report import LABELS
 from lily.recipes.schema import File, Model
@@ -59,6 +60,14 @@ def collapse_adapter(
     """
     from lily.collapsing import collapse
 
+    drawing = drawing_recipe(adapter_path(folder), recipe)
+    if drawing is not None:
+        from lily.recipes.dreambooth import deploy as dreambooth
+
+        if calibration is not None or held_out is not None:
+            raise LilyError("--data and --held-out are for text; the recipe's own images calibrate this adapter")
+        path = adapter_path(folder)
+        return dreambooth.collapse_adapter(path, output, drawing, refit_steps=refit_steps, overwrite=overwrite)
     with new_folder(output, overwrite) as new:  # first, so that hours of work do not end at a folder that exists
         used = Adapter(folder, recipe)
         if used.recipe.method != "lily":
@@ -96,7 +105,7 @@ def _rows(file: str, used: Adapter, labelled: bool = True) -> list[data.Row]:
 
 def load_for_export(
     folder: str, *, recipe: str | None = None, base: str | None = None, weights: bool = False, dtype: str = "auto"
-) -> tuple[PeftModel, Any, dict[str, Any]]:
+) -> tuple[Any, Any, dict[str, Any]]:
     """An adapter on its base model.
 
     Args:
@@ -107,13 +116,23 @@ def load_for_export(
         dtype: of those weights; auto keeps the file's.
 
     Returns:
-        The model, the base model's tokenizer (None if it has none) and what is known of the adapter's origin.
+        The model (a PeftModel, or a diffusers model), the base model's tokenizer (None if it has none) and what is
+        known of the adapter's origin.
 
     Raises:
         LilyError: if the adapter or its base model is missing, or they do not fit.
     """
     path = adapter_path(folder)
     config = _lily_config(path)
+    drawing = drawing_recipe(path, recipe)
+    if drawing is not None:
+        from lily.recipes.dreambooth import deploy as dreambooth
+
+        if weights:
+            raise LilyError(
+                f"{path} is for a pipeline, of which no merged model is written; export --to lora --for diffusers"
+            )
+        return dreambooth.without_weights(path, drawing), None, {"adapter": str(path)}
     if recipe is not None or (base is None and kept_recipe(path) is not None):
         chosen = recipe_of(path, recipe)
         source, task = chosen.model, chosen.task
@@ -145,6 +164,13 @@ def load_for_export(
     except LilyError:
         tokenizer = None
     return loaded, tokenizer, facts
+
+
+def drawing_recipe(path: Path, recipe: str | None) -> DreamBooth | None:
+    """The recipe named, or the one kept beside an adapter, if it is one for drawing."""
+    named = recipe or kept_recipe(path)
+    found = None if named is None else loader.load_any(str(named))
+    return found if isinstance(found, DreamBooth) else None
 
 
 def _lily_config(path: Path) -> LilyConfig:

@@ -40,8 +40,13 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 def save(model: Any, folder: Path) -> None:
     """Write a folder that PEFT loads; an older one is replaced when the new one is complete."""
     with new_folder(folder, overwrite=True) as new:
-        model.peft_config["default"].save_pretrained(str(new))
-        save_file(state_of(model), new / WEIGHTS, metadata={"format": "pt"})
+        write(model, new)
+
+
+def write(model: Any, folder: Path) -> None:
+    """Write what PEFT loads into a folder that somebody else brings to its name."""
+    model.peft_config["default"].save_pretrained(str(folder))
+    save_file(state_of(model), folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def load(model: Any, folder: str | Path) -> PeftConfig:

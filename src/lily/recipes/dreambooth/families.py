@@ -105,7 +105,9 @@ class Sdxl(Family):
     def predict(self, model: nn.Module, noisy: Tensor, times: Tensor, text: Text, sizes: Tensor) -> Tensor:
         """See `Family.predict`."""
         added = {"text_embeds": text.pooled, "time_ids": sizes.to(noisy)}
-        out: Tensor = model(noisy, times, encoder_hidden_states=text.tokens, added_cond_kwargs=added).sample
+        out: Tensor = model(
+            sample=noisy, timestep=times, encoder_hidden_states=text.tokens, added_cond_kwargs=added
+        ).sample
         return out
 
 

@@ -52,6 +52,19 @@ class World:
     prior: Encoded | None
     text: Text
 
+    @classmethod
+    def of(
+        cls, recipe: DreamBooth, pipe: Any, family: Family, images: Encoded, prior: Encoded | None, text: Text
+    ) -> World:
+        """What a recipe makes of a pipeline whose denoiser has its adapter."""
+        t = recipe.train
+        objective = family.objective(
+            pipe.scheduler, min_snr_gamma=t.min_snr_gamma, weighting=t.weighting, logit_mean=t.logit_mean,
+            logit_std=t.logit_std,
+        )  # fmt: skip
+        dtype = getattr(torch, recipe.model.dtype)
+        return cls(getattr(pipe, family.component), family, objective, dtype, images, prior, text)
+
     def losses(
         self, model: nn.Module, images: Encoded, rows: list[int], latents: Tensor, noise: Tensor, times: Tensor
     ) -> Tensor:

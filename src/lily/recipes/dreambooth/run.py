@@ -108,7 +108,7 @@ def train(recipe: DreamBooth, *, resume: bool = False, overwrite: bool = False, 
     output = output_folder(recipe)
     preflight.check_folder(recipe, output, resume, overwrite)
     prepared = prepare(recipe)
-    pipe = _load(recipe, prepared)
+    pipe = load(recipe, prepared)
 
     if overwrite and not resume:
         shutil.rmtree(output, ignore_errors=True)
@@ -132,8 +132,12 @@ def _write(result: Result, recipe: DreamBooth, output: Path, started: float) -> 
     write_text(output / "last" / "README.md", card(recipe, result))
 
 
-def _load(recipe: DreamBooth, prepared: Prepared) -> Any:
-    """The pipeline, whose denoiser must be what was planned for."""
+def load(recipe: DreamBooth, prepared: Prepared) -> Any:
+    """The pipeline, whose denoiser must be what was planned for.
+
+    Raises:
+        LilyError: if it is not, or cannot be loaded.
+    """
     from lily.recipes.dreambooth.pipelines import load_pipeline
 
     with located(recipe, "model", recipe.model.kind):
@@ -166,20 +170,15 @@ def _run(recipe: DreamBooth, prepared: Prepared, pipe: Any, output: Path, resume
     model = getattr(pipe, family.component)
     total = sum(p.numel() for p in model.parameters())
     prompts = v.prompts or [recipe.subject.prompt]
-    text, drawn, empty = _texts(recipe, pipe, family, prompts)
+    text, drawn, empty = texts(recipe, pipe, family, prompts)
 
     prior = _prior(recipe, prepared, pipe, family, text, empty, output)
-    images = _encoded(recipe, pipe, prepared.subject)
+    images = encoded(recipe, pipe, prepared.subject)
     set_seed(recipe.seed)
     adapters.add(model, prepared.config)
     if recipe.train.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    objective = family.objective(
-        pipe.scheduler, min_snr_gamma=recipe.train.min_snr_gamma, weighting=recipe.train.weighting,
-        logit_mean=recipe.train.logit_mean, logit_std=recipe.train.logit_std,
-    )  # fmt: skip
-    dtype = getattr(torch, recipe.model.dtype)
-    world = loop.World(model, family, objective, dtype, images, prior, text)
+    world = loop.World.of(recipe, pipe, family, images, prior, text)
 
     def validate(step: int) -> dict[str, float]:
         with accelerator.autocast():
@@ -229,7 +228,7 @@ def _loss(found: dict[str, float]) -> dict[str, float]:
     return {name: found[name] for name in ("loss", "prior_loss") if name in found}
 
 
-def _texts(recipe: DreamBooth, pipe: Any, family: Family, prompts: list[str]) -> tuple[Text, list[Text], Text]:
+def texts(recipe: DreamBooth, pipe: Any, family: Family, prompts: list[str]) -> tuple[Text, list[Text], Text]:
     """Prompts to train on, prompts to draw, and the empty one; then the text encoders go, to free their memory."""
     import torch
 
@@ -244,7 +243,8 @@ def _texts(recipe: DreamBooth, pipe: Any, family: Family, prompts: list[str]) ->
     return every.rows(list(range(len(known)))), one_each[:-1], one_each[-1]
 
 
-def _encoded(recipe: DreamBooth, pipe: Any, files: list[Path]) -> Encoded:
+def encoded(recipe: DreamBooth, pipe: Any, files: list[Path]) -> Encoded:
+    """Images at the recipe's resolution, behind the pipeline's autoencoder."""
     from lily.recipes.dreambooth.latents import encode, read
 
     return encode(pipe.vae, *read(files, recipe.subject.resolution), batch=1)
@@ -261,7 +261,7 @@ def _prior(
     if wanted is None:
         return None
     if prepared.prior is not None:
-        return _encoded(recipe, pipe, prepared.prior)
+        return encoded(recipe, pipe, prepared.prior)
     folder = output / CLASS_IMAGES
     if not folder.is_dir():  # a resumed run has them
         resolution = recipe.subject.resolution
@@ -269,7 +269,7 @@ def _prior(
         with new_folder(folder) as new:
             for number, image in enumerate(made):
                 image.save(new / f"{number:04d}.png")
-    return _encoded(recipe, pipe, image_files(folder))
+    return encoded(recipe, pipe, image_files(folder))
 
 
 def _lora(recipe: DreamBooth, output: Path, quiet: bool) -> dict[str, float]:
