@@ -108,7 +108,7 @@ def test_the_recipe_in_the_docs_is_valid(tmp_path):
     for i, block in enumerate(blocks("yaml")):
         path = tmp_path / f"{i}.yaml"
         path.write_text(block)
-        assert loader.load_recipe(str(path)).name == yaml.safe_load(block)["name"]
+        assert loader.load_any(str(path)).name == yaml.safe_load(block)["name"]
 
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
@@ -120,7 +120,7 @@ def test_every_command_exists_with_its_options(command):
         if argument.startswith("--"):
             assert argument in shown.stdout, argument
     if name in ("train", "plan") and not arguments[0].startswith("path"):
-        loader.load_recipe(arguments[0], [a for a in arguments[1:] if "=" in a])
+        loader.load_any(arguments[0], [a for a in arguments[1:] if "=" in a])
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if c[1] in ("recipes", "schema")], ids=" ".join)
@@ -140,7 +140,8 @@ def test_the_readmes_commands_run_in_their_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "headlines.csv").write_text('input.1.content\n"area man wins award"\n"parliament passes budget"\n')
     for command in commands():
-        if any(word.startswith("path/") for word in command):
+        # The offline recipes of images train a model first: their own tests run them.
+        if any("path/" in word or word.startswith("offline/") for word in command):
             continue
         few = ["data.max_train=64", "train.max_steps=2", "baselines=[]"] if command[1] == "train" else []
         done = subprocess.run([sys.executable, "-m", *command, *few], capture_output=True, text=True, check=False)

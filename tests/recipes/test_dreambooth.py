@@ -490,10 +490,12 @@ def test_the_command_line_plans_trains_and_prints_the_schema(tmp_path, pipes, su
     schema = json.loads(CliRunner().invoke(app, ["schema", "dreambooth"]).stdout)
     assert schema["title"] == "DreamBooth"
     card = (tmp_path / "run" / "last" / "README.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    pipe = pipelines.load_pipeline(Pipeline(path=str(pipes["sd3"])))
-    exec(code.replace("path/of/this/folder", str(tmp_path / "run" / "last")), {"pipe": pipe})
-    assert "default" in pipe.transformer.peft_config
+    guide = (Path(__file__).parents[2] / "docs" / "diffusion.md").read_text().replace("pipe.unet", "pipe.transformer")
+    for page in (card, guide):
+        (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+        pipe = pipelines.load_pipeline(Pipeline(path=str(pipes["sd3"])))
+        exec(re.sub(r'"[^"]*"', repr(str(tmp_path / "run" / "last")), code), {"pipe": pipe})
+        assert "default" in pipe.transformer.peft_config
 
 
 def test_a_saved_adapter_that_does_not_fit_is_refused(tmp_path, pipes, subject):
