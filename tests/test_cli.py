@@ -102,7 +102,7 @@ def test_an_interrupted_process_says_so_and_exits_with_130():
     script = "import os, signal, lily.cli as c, lily.commands.recipes as r\n"
     # A job in the background of a shell ignores the signal, and so would its children.
     script += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    script += "import lily.recipes.loader as l; l.load_recipe = lambda *a: os.kill(os.getpid(), signal.SIGINT)\n"
+    script += "import lily.recipes.loader as l; l.load_any = lambda *a: os.kill(os.getpid(), signal.SIGINT)\n"
     script += "import sys; sys.argv = ['lily', 'recipes', 'quickstart']; c.main()"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert run.returncode == 130
