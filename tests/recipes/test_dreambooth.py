@@ -217,6 +217,16 @@ def test_the_papers_sdxl_recipe_plans_without_a_download_or_an_image(monkeypatch
     assert "first example" not in CliRunner().invoke(app, ["plan", "paper/dreambooth-sdxl"]).stdout
 
 
+@pytest.mark.parametrize("kind", ["sdxl", "flow"])
+def test_an_offline_recipe_plans_without_building_its_pipeline(kind, tmp_path, monkeypatch):
+    monkeypatch.setenv("LILY_CACHE", str(tmp_path / "cache"))
+    out = CliRunner().invoke(app, ["plan", f"offline/dreambooth-{kind}-tiny", "--json"])
+    assert out.exit_code == 0, out.output
+    plan = json.loads(out.stdout)["plan"]
+    assert 0.9 * plan["parameters"]["total"] < plan["lora"]["parameters"] <= plan["parameters"]["total"]
+    assert not (tmp_path / "cache").exists()
+
+
 # --- the run --------------------------------------------------------------------------------------------------------
 
 

@@ -49,6 +49,12 @@ def meta_denoiser(model: Pipeline) -> tuple[Family, nn.Module]:
         pipeline, file = KNOWN[model.architecture]
         family = family_of(pipeline)
         config = json.loads((Path(__file__).parent / file).read_text("utf-8"))
+    elif model.standin is not None:  # what is known of it needs no training
+        from lily.recipes.dreambooth.standin import KINDS
+
+        pipe = KINDS[model.standin]()
+        family = family_of(type(pipe).__name__)
+        config = dict(getattr(pipe, family.component).config)
     else:
         source = source_of(model)
         family, _ = _family(model, source)

@@ -142,12 +142,13 @@ def load(recipe: DreamBooth, prepared: Prepared) -> Any:
 
     with located(recipe, "model", recipe.model.kind):
         pipe = load_pipeline(recipe.model)
-        model = getattr(pipe, prepared.family.component)
-        step = pipe.vae_scale_factor * 2  # both a UNet's levels and a transformer's patches need an even number
+    step = pipe.vae_scale_factor * 2  # both a UNet's levels and a transformer's patches need an even number
+    with located(recipe, "subject", "resolution"):
         if recipe.subject.resolution % step:
             raise LilyError(f"subject.resolution={recipe.subject.resolution}: the pipeline needs a multiple of {step}")
-        wanted = methods.lily_config(recipe, prepared.meta)
-        there, known = (select_modules(m, wanted) for m in (model, prepared.meta))
+    wanted = methods.lily_config(recipe, prepared.meta)
+    there, known = (select_modules(m, wanted) for m in (getattr(pipe, prepared.family.component), prepared.meta))
+    with located(recipe, "model", "architecture"):
         if there != known:
             raise LilyError(
                 f"model.architecture={recipe.model.architecture}: the pipeline has other layers ({len(there)} to "
