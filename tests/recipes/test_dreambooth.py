@@ -250,12 +250,12 @@ def test_a_run_learns_its_images_beside_lora_and_reloads_through_diffusers(kind,
     assert not torch.equal(before, after)
 
     again = fresh(pipes[kind], tmp_path)(chosen, lambda pipe, model: adapters.load(model, output / "last"))
-    assert torch.equal(again, after)
+    assert (again - after).abs().max() <= 1  # of 255: a frozen adapter takes other kernels than one in training
     lora_after = pixels(output / "lora" / written["samples"][0]["after"])
     again = fresh(pipes[kind], tmp_path)(
         chosen, lambda pipe, model: pipe.load_lora_weights(str(output / "lora" / "diffusers"))
     )
-    assert (again - lora_after).abs().max() <= 1  # of 255: the file is loaded by other code, which may add up otherwise
+    assert (again - lora_after).abs().max() <= 1
     tally("loads held", 2)
 
 
@@ -567,4 +567,5 @@ def test_a_small_pretrained_pipeline_learns_a_real_subject(kind, tmp_path):
     v = chosen.validation
     made = samples.draw(again, family, text.rows([0]), text.rows([1]), 64, v, v.images, v.seed)
     samples.write_grid(made, tmp_path / "again.png")
-    assert torch.equal(pixels(tmp_path / "again.png"), pixels(tmp_path / "run" / result.samples[0]["after"]))
+    after = pixels(tmp_path / "run" / result.samples[0]["after"])
+    assert (pixels(tmp_path / "again.png") - after).abs().max() <= 1
