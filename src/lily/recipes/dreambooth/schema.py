@@ -120,6 +120,7 @@ class DreamBooth(Section):
     targets: list[str] | str = Field(
         ["to_q", "to_k", "to_v", "to_out.0"], description="Target modules, in PEFT's conventions."
     )
+    target_parameters: list[str] | None = Field(None, description="Parameters to adapt too.")
     exclude: list[str] | None = Field(None, description="Modules to leave out.")
     lily: Lily = Lily()
     lora: Lora = Lora()
