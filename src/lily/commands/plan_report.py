@@ -395,6 +395,8 @@ def recipe_report(
 ) -> RecipeReport:
     """The dry run of a recipe: all that `lily train` checks before it reads weights, and nothing that it writes.
 
+    Of a recipe that describes its hub's model itself (`model.architecture`) the plan alone: nothing is downloaded.
+
     Args:
         target: path of a YAML file, or name of a recipe that ships.
         overrides: `key=value` each.
@@ -404,22 +406,28 @@ def recipe_report(
     Raises:
         LilyError: for whatever is wrong with the recipe, its data or its model.
     """
-    from lily.recipes import loader, preflight, quantization, tasks
+    from lily.recipes import loader, models, preflight, quantization, tasks
+    from lily.recipes.places import located
     from lily.recipes.train import output_folder
 
     recipe = loader.load_any(target, list(overrides))
     preflight.check_output(recipe, output_folder(recipe))
     if recipe.task == "dreambooth":
         return _drawing_report(recipe, batch, tokens)
-    prepared = preflight.prepare(recipe)
-    model = prepared.meta
+    segments: tuple[tuple[str, bool], ...] = ()
+    if recipe.model.architecture is not None:
+        with located(recipe, "model", "architecture"):
+            model = models.described_model(recipe.model, recipe.task)
+    else:
+        prepared = preflight.prepare(recipe)
+        model = prepared.meta
+        segments = tuple(tasks.preview(recipe, prepared.tokenizer, prepared.splits.train[0]).segments)
     wish = wish_of(recipe, batch=batch, tokens=tokens)
     dtype = dtype_of(model.config) if recipe.model.dtype == "auto" else recipe.model.dtype
     quantised = recipe.model.quantization
     size = None if quantised == "none" else quantization.frozen_bytes(model, recipe.task, quantised)
     plan = plan_for(model, wish, name=_said(recipe.model), dtype=dtype if size is None else quantised, base_bytes=size)
-    preview = tasks.preview(recipe, prepared.tokenizer, prepared.splits.train[0])
-    return RecipeReport(recipe.name, recipe.method, loader.dump_recipe(recipe), plan, tuple(preview.segments))
+    return RecipeReport(recipe.name, recipe.method, loader.dump_recipe(recipe), plan, segments)
 
 
 def _drawing_report(recipe: DreamBooth, batch: int | None, tokens: int | None) -> RecipeReport:

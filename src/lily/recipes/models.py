@@ -125,7 +125,6 @@ def meta_model(model: Model, task: Task, num_labels: int = 2) -> PreTrainedModel
     Raises:
         LilyError: if its config cannot be had.
     """
-    import torch
     from transformers import AutoConfig
 
     source = local_model(model)
@@ -140,12 +139,32 @@ def meta_model(model: Model, task: Task, num_labels: int = 2) -> PreTrainedModel
             **_head(task, labels),
         ),
     )
+    return _without_weights(config, task, source, model.trust_remote_code)
+
+
+def described_model(model: Model, task: Task) -> PreTrainedModel:
+    """The model on the meta device, built from the recipe's own description of a hub's model; nothing is downloaded.
+
+    Raises:
+        LilyError: if transformers has no such model.
+    """
+    from transformers import AutoConfig
+
+    values = dict(model.architecture or {})
+    kind = values.pop("model_type")
+    source = f"model.architecture ({kind})"
+    labels = ["0", "1"]
+    config = _loaded("config", source, lambda: AutoConfig.for_model(kind, **values, **_head(task, labels)))
+    return _without_weights(config, task, source)
+
+
+def _without_weights(config: Any, task: Task, source: Path | str, trust_remote_code: bool = False) -> PreTrainedModel:
+    import torch
+
     with torch.device("meta"):
         build = _class(task).from_config
-        return cast(
-            "PreTrainedModel",
-            _loaded("config", source, lambda: build(config, trust_remote_code=model.trust_remote_code)),
-        )
+        made = _loaded("config", source, lambda: build(config, trust_remote_code=trust_remote_code))
+    return cast("PreTrainedModel", made)
 
 
 def _new_head(

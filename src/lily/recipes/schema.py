@@ -8,7 +8,7 @@ nothing but the recipe itself. Checks that need the data or the model are in :mo
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
@@ -82,6 +82,17 @@ class Model(Source):
         "is then float32; merging goes into the weights as they were before.",
     )
     trust_remote_code: bool = Field(False, description="Run code from the model's repository. Off unless you say so.")
+    architecture: dict[str, Any] | None = Field(
+        None,
+        description="What the hub's config.json says of sizes, with its model_type: `lily plan` then downloads "
+        "nothing, and leaves data and tokenizer to `lily train`. With `hub` only; training reads the hub's own.",
+    )
+
+    @model_validator(mode="after")
+    def _described(self) -> Model:
+        if self.architecture is not None and (self.hub is None or "model_type" not in self.architecture):
+            raise ValueError("architecture goes with hub, and needs a model_type such as roberta")
+        return self
 
 
 class File(Source):
