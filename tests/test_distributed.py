@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from functools import partial
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from engines import ENGINES, wrap
+from engines import ENGINES, let_accelerate_shard_on_the_cpu, wrap
 from helpers import build, inputs, processes, randomise, tally
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from transformers import Trainer, TrainingArguments
 
 import lily
 from lily import distributed
@@ -218,6 +220,51 @@ def test_the_bank_reads_shared_tensors_in_the_way_that_zero3_notices():
     model(**batch(0))
     for tensors in lists:
         assert set(tensors._parameters.read) == {str(i) for i in range(len(tensors))}
+
+
+def by_trainer(folder: Path, kind: str, stop: int, resume: bool, rank: int) -> None:
+    """transformers' own Trainer under FSDP2, with checkpoints of one kind."""
+    os.environ.update(
+        ACCELERATE_USE_FSDP="true",
+        FSDP_VERSION="2",
+        FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
+        FSDP_TRANSFORMER_CLS_TO_WRAP="LlamaDecoderLayer",
+        FSDP_STATE_DICT_TYPE=kind,
+        FSDP_RESHARD_AFTER_FORWARD="true",
+        FSDP_CPU_RAM_EFFICIENT_LOADING="false",
+        FSDP_OFFLOAD_PARAMS="false",
+    )
+    let_accelerate_shard_on_the_cpu()
+    rows = [{name: value[i] for name, value in batch(0).items()} for i in range(ROWS)] * 6
+    arguments = TrainingArguments(
+        str(folder / "trainer"),
+        per_device_train_batch_size=ROWS // dist.get_world_size(),
+        max_steps=stop,
+        save_steps=3,
+        learning_rate=1e-3,
+        lr_scheduler_type="constant",
+        train_sampling_strategy="sequential",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = Trainer(adapted("token"), arguments, train_dataset=rows)
+    trainer.train(resume_from_checkpoint=str(folder / "trainer" / "checkpoint-3") if resume else None)
+    if stop == 6:
+        lily.save_adapter(trainer.model, folder / f"resumed-{resume}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["SHARDED_STATE_DICT", "FULL_STATE_DICT"])
+def test_the_checkpoints_of_a_trainer_under_fsdp2_resume_on_fewer_processes(tmp_path, kind):
+    processes(partial(by_trainer, tmp_path, kind, 6, False), 4)
+    processes(partial(by_trainer, tmp_path, kind, 6, True), 2)
+    whole, resumed = loaded(tmp_path / "resumed-False"), loaded(tmp_path / "resumed-True")
+    untrained = dict(adapted("token").named_parameters())
+    for name, tensor in whole.items():
+        assert torch.allclose(tensor, resumed[name], rtol=0, atol=1e-5), name
+        assert not torch.equal(tensor, untrained[name]), name
+    tally("loads held")
 
 
 def with_deepspeed(folder: Path, stage: int, method: str, rank: int) -> Any:

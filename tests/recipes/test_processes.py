@@ -91,18 +91,21 @@ def test_a_recipe_on_two_processes_ends_as_on_one(tmp_path, recipe, alone, engin
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [("ddp", "fsdp2"), ("fsdp2", "fsdp1"), ("fsdp1", "alone")])
-def test_a_run_resumes_on_another_number_of_processes_and_another_engine(tmp_path, recipe, alone, before, after):
+def test_a_run_resumes_on_another_number_of_processes_and_another_engine(tmp_path, recipe, before, after):
+    same = ["train.schedule=constant", "train.warmup=0"]  # whatever the number of steps
+    train(loader.load_recipe(recipe, [f"output={tmp_path / 'alone'}", *same]), quiet=True)
     out = tmp_path / "moved"
-    processes(partial(run, recipe, before, [f"output={out}", "train.max_steps=3", "train.save_every=3"], False), 4)
-    resumed = [f"output={out}", "train.max_steps=10"]
+    stopped = [f"output={out}", "train.max_steps=3", "train.save_every=3", *same]
+    processes(partial(run, recipe, before, stopped, False), 4)
+    resumed = [f"output={out}", "train.max_steps=10", *same]
     if after == "alone":
         run(recipe, "none", resumed, True, 0)
     else:
         processes(partial(run, recipe, after, resumed, True), 2)
-    assert (out / "last" / "adapter_model.safetensors").is_file()
-    x, y = (load_file(folder / "last" / "adapter_model.safetensors") for folder in (alone, out))
+    x, y = (load_file(tmp_path / name / "last" / "adapter_model.safetensors") for name in ("alone", "moved"))
     for key in x:
-        assert torch.allclose(x[key], y[key], rtol=0, atol=2e-3), key
+        assert torch.allclose(x[key], y[key], rtol=0, atol=1e-5), key
+    tally("loads held")
 
 
 def launched(*arguments: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
