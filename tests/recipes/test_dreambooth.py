@@ -321,7 +321,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_leaves_its_last_checkpoint(tm
 
 def test_a_checkpoint_that_cannot_be_read_says_so(tmp_path, pipes, subject):
     chosen, _ = trained(tmp_path, pipes["sd3"], subject)
-    (loop.last_checkpoint(tmp_path / "run" / "checkpoints") / loop.STATE).write_bytes(b"torn")
+    (loop.last_checkpoint(tmp_path / "run" / "checkpoints") / f"{loop.STATE}.json").write_bytes(b"torn")
     with pytest.raises(LilyError, match="cannot be read"):
         run.train(chosen, resume=True, quiet=True)
     tally("faults survived")

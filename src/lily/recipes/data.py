@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import difflib
 import gzip
 import io
 import json
+import math
 import os
 import random
 import re
@@ -337,12 +339,10 @@ def _class(value: Any, columns: Columns, where: str) -> str:
 
 
 def _number(value: Any, columns: Columns, where: str) -> float:
-    try:
+    with contextlib.suppress(TypeError, ValueError):
         number = float(value)
-        if number == number and abs(number) != float("inf"):
+        if math.isfinite(number):
             return number
-    except (TypeError, ValueError):
-        pass
     raise LilyError(f"{where}: label column {columns.label!r} holds {_short(value)}, expected a finite number")
 
 

@@ -41,7 +41,7 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     source = local_model(model)
-    tokenizer = _loaded(
+    tokenizer = loading(
         "tokenizer",
         source,
         lambda: AutoTokenizer.from_pretrained(
@@ -89,7 +89,7 @@ def load_model(
     if model.quantization != "none":
         meta = meta_model(model, task, len(labels or ()) or 2)
         options = quantization.loading_options(model.quantization, meta, task, getattr(torch, precision))
-    loaded, info = _loaded(
+    loaded, info = loading(
         "model",
         source,
         lambda: _class(task).from_pretrained(
@@ -129,7 +129,7 @@ def meta_model(model: Model, task: Task, num_labels: int = 2) -> PreTrainedModel
 
     source = local_model(model)
     labels = [str(i) for i in range(num_labels)]
-    config = _loaded(
+    config = loading(
         "config",
         source,
         lambda: AutoConfig.from_pretrained(
@@ -154,7 +154,7 @@ def described_model(model: Model, task: Task) -> PreTrainedModel:
     kind = values.pop("model_type")
     source = f"model.architecture ({kind})"
     labels = ["0", "1"]
-    config = _loaded("config", source, lambda: AutoConfig.for_model(kind, **values, **_head(task, labels)))
+    config = loading("config", source, lambda: AutoConfig.for_model(kind, **values, **_head(task, labels)))
     return _without_weights(config, task, source)
 
 
@@ -163,7 +163,7 @@ def _without_weights(config: Any, task: Task, source: Path | str, trust_remote_c
 
     with torch.device("meta"):
         build = _class(task).from_config
-        made = _loaded("config", source, lambda: build(config, trust_remote_code=trust_remote_code))
+        made = loading("config", source, lambda: build(config, trust_remote_code=trust_remote_code))
     return cast("PreTrainedModel", made)
 
 
@@ -205,7 +205,17 @@ def _head(task: Task, labels: Sequence[str] | None) -> dict[str, Any]:
     }
 
 
-def _loaded(what: str, source: Path | str, load: Any) -> Any:
+def loading(what: str, source: Path | str, load: Callable[[], Any]) -> Any:
+    """What `load` returns.
+
+    Args:
+        what: is loaded, for the message.
+        source: where from.
+        load: transformers' or diffusers' own loading.
+
+    Raises:
+        LilyError: in place of whatever it raises.
+    """
     try:
         return load()
     except LilyError:

@@ -54,8 +54,8 @@ class located:
     def __init__(self, recipe: Placed, *key: str) -> None:
         self.recipe, self.key = recipe, key
 
-    def __enter__(self) -> None:
-        pass
+    def __enter__(self) -> located:
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

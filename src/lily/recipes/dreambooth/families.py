@@ -5,6 +5,7 @@ Everything else (schedules, text encoders, autoencoders, sampling) is diffusers'
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +38,7 @@ class Text:
         return Text(self.tokens.to(*where), self.pooled.to(*where))
 
 
-class Family:
+class Family(ABC):
     """What the loop needs to know of a kind of pipeline.
 
     Attributes:
@@ -63,6 +64,7 @@ class Family:
             return Flow(scheduler, weighting, logit_mean, logit_std)
         return Diffusion(scheduler, min_snr_gamma)
 
+    @abstractmethod
     def encode(self, pipe: Any, prompts: Sequence[str], max_tokens: int | None) -> Text:
         """Prompts as the pipeline encodes them.
 
@@ -71,8 +73,8 @@ class Family:
             prompts: any number; an empty one is what guidance steers away from.
             max_tokens: for a T5 encoder; default: the pipeline's own.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def predict(self, model: nn.Module, noisy: Tensor, times: Tensor, text: Text, sizes: Tensor) -> Tensor:
         """Call the denoiser.
 
@@ -86,7 +88,6 @@ class Family:
         Returns:
             (batch, channels, height, width).
         """
-        raise NotImplementedError
 
 
 class Sdxl(Family):

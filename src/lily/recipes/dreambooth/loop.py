@@ -25,8 +25,9 @@ from lily.recipes.dreambooth.families import Family, Text
 from lily.recipes.dreambooth.latents import Encoded
 from lily.recipes.dreambooth.objectives import Objective
 from lily.recipes.dreambooth.schema import DreamBooth, Steps
+from lily.recipes.states import load_state, save_state
 
-STATE, PROGRESS = "state.pt", "progress.json"
+STATE, PROGRESS = "state", "progress.json"
 EVALUATED = 4  # samples at a time, of the fixed loss
 
 
@@ -276,7 +277,7 @@ class Run:
             kept = {"optimiser": self.optimiser.state_dict(), "schedule": self.schedule.state_dict()}
             if self.accelerator.scaler is not None:
                 kept["scaler"] = self.accelerator.scaler.state_dict()
-            torch.save(kept, new / STATE)
+            save_state(kept, new, STATE)
             write_text(new / PROGRESS, json.dumps({"step": self.step, "history": self.history}))
         for old in self.folder.glob("checkpoint-*"):
             if old != target:
@@ -289,14 +290,14 @@ class Run:
             LilyError: if it cannot be read.
         """
         try:
-            kept = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
+            kept = load_state(checkpoint, STATE)
             progress = json.loads((checkpoint / PROGRESS).read_text("utf-8"))
             adapters.load_weights(self.world.model, checkpoint / adapters.WEIGHTS)
             self.optimiser.load_state_dict(kept["optimiser"])
             self.schedule.load_state_dict(kept["schedule"])
             if self.accelerator.scaler is not None and "scaler" in kept:
                 self.accelerator.scaler.load_state_dict(kept["scaler"])
-        except Exception as error:  # of a spoiled file torch says whatever its unpickler stumbles over
+        except Exception as error:  # each part of a spoiled checkpoint has its own way to say so
             raise LilyError(
                 f"checkpoint {checkpoint} cannot be read ({type(error).__name__}: {error}); remove it and start anew "
                 "with --overwrite"

@@ -12,7 +12,7 @@ from torch import nn
 from lily.errors import LilyError
 from lily.recipes.dreambooth.families import FAMILIES, Family, family_of
 from lily.recipes.dreambooth.schema import Pipeline
-from lily.recipes.models import _loaded
+from lily.recipes.models import loading
 from lily.recipes.sources import local_path
 
 # Name of an architecture -> its pipeline and the configuration of its denoiser, beside this file.
@@ -58,7 +58,7 @@ def meta_denoiser(model: Pipeline) -> tuple[Family, nn.Module]:
     else:
         source = source_of(model)
         family, _ = _family(model, source)
-        config = _loaded(
+        config = loading(
             "config",
             source,
             lambda: getattr(diffusers, family.kind).load_config(
@@ -66,7 +66,7 @@ def meta_denoiser(model: Pipeline) -> tuple[Family, nn.Module]:
             ),
         )
     with torch.device("meta"):
-        built: nn.Module = _loaded("config", model.kind, lambda: getattr(diffusers, family.kind).from_config(config))
+        built: nn.Module = loading("config", model.kind, lambda: getattr(diffusers, family.kind).from_config(config))
     return family, built.requires_grad_(False)
 
 
@@ -84,7 +84,7 @@ def load_pipeline(model: Pipeline) -> Any:
     # A pipeline that was saved without an optional part does not say so, and diffusers asks for it.
     absent = {part: None for part in family.optional if not any(index.get(part) or ())}
     name = next(name for name, kind in FAMILIES.items() if type(family) is kind)
-    pipe = _loaded(
+    pipe = loading(
         "pipeline",
         source,
         lambda: getattr(diffusers, name).from_pretrained(
@@ -108,7 +108,7 @@ def _family(model: Pipeline, source: Path | str) -> tuple[Family, dict[str, Any]
     """What is known of a pipeline, and what its index says of its parts."""
     from diffusers import DiffusionPipeline
 
-    index: dict[str, Any] = _loaded(
+    index: dict[str, Any] = loading(
         "pipeline",
         source,
         lambda: DiffusionPipeline.load_config(source, revision=model.revision, local_files_only=model.hub is None),
