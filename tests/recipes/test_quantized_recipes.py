@@ -22,7 +22,7 @@ from lily.recipes.quantization import frozen_bytes
 pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install 'lily-peft[quantized]'")
 pytestmark = pytest.mark.filterwarnings("ignore:routing=.* on a causal model")
 
-CHANGES = ["train.epochs=4", "lily.routing=token"]
+CHANGES = ["train.epochs=8", "lily.routing=token"]
 
 
 @pytest.fixture(scope="module")
