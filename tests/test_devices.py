@@ -9,7 +9,7 @@ import accelerate
 import pytest
 import torch
 from devices import FIRST, SECOND, Elsewhere, Machine, MixedDevicesError
-from helpers import TARGETS, build, inputs, logits, predict, randomise, two_processes
+from helpers import TARGETS, build, inputs, logits, predict, processes, randomise
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
@@ -390,7 +390,7 @@ def test_pipeline_stages_train_the_adapter_that_one_process_does(routing):
         (model(x) - target).square().mean().backward()
         optimiser.step()
         optimiser.zero_grad()
-    first, second = two_processes(partial(steps_of_a_stage, routing=routing))
+    first, second = processes(partial(steps_of_a_stage, routing=routing))
     for name, expected in model.base_model.model.named_parameters():
         if expected.requires_grad:
             owners = (first, second) if "lily_bank" in name else (second,) if "blocks.2" in name else (first,)

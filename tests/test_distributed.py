@@ -130,7 +130,9 @@ def check_alike(
         tally("loads held")
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "engine", [pytest.param(engine, marks=pytest.mark.slow) if engine == "fsdp1" else engine for engine in ENGINES]
+)
 def test_two_processes_train_and_save_what_one_does(tmp_path, engine):
     check_alike(tmp_path, engine, 2, ("token", "lora"))
 

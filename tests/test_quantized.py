@@ -245,6 +245,7 @@ def test_inference_before_training_costs_no_gradient(make):
         torch.testing.assert_close(a, b, rtol=0.1, atol=0.1 * float(b.abs().max()))  # repacked scales are rounded
 
 
+@pytest.mark.slow
 def test_a_loaded_adapter_is_collapsed_and_refitted_on_a_quantised_base(make, tmp_path):
     model = randomise(get_peft_model(make(), config()))
     model.save_pretrained(tmp_path / "adapter")

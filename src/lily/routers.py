@@ -125,7 +125,7 @@ class RouterWatch:
     @staticmethod
     def wants(step: int, total: int) -> bool:
         """Whether to look at the step after `step` of `total`."""
-        return step % max(1, min(AT_LEAST, total // SAMPLES)) == 0
+        return step % max(2, min(AT_LEAST, total // SAMPLES)) == 0  # others may want to record the steps between
 
     def attach(self, model: nn.Module) -> None:
         """Have every router recorded that decides by the data, and that nobody else is recording."""

@@ -291,10 +291,15 @@ def test_chat_recipes_check_their_own_columns(world, chat_model):
         (["train", "quickstart", "--resume", "--overwrite"], "exclude each other"),
         (["eval", "/nowhere"], "holds no adapter"),
         (["predict", "/nowhere", "--input", "/no.csv"], "/no.csv does not exist"),
-        (["generate", "/nowhere", "--prompt", "hi"], "holds no adapter"),
-        (["recipes", "nothing"], "no recipe 'nothing'"),
-        (["recipes", "--copy", "x.yaml"], "needs the recipe's name"),
-        (["plan", "/nowhere"], "/nowhere"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)  # each starts a process
+            for case in (
+                (["generate", "/nowhere", "--prompt", "hi"], "holds no adapter"),
+                (["recipes", "nothing"], "no recipe 'nothing'"),
+                (["recipes", "--copy", "x.yaml"], "needs the recipe's name"),
+                (["plan", "/nowhere"], "/nowhere"),
+            )
+        ),
     ],
 )
 def test_the_command_line_ends_with_one_message_and_exit_code_2(tmp_path, arguments, message):

@@ -352,6 +352,7 @@ def test_every_image_is_seen_once_each_time_round():
     assert len({tuple(row.tolist()) for row in seen}) > 1
 
 
+@pytest.mark.slow
 def test_checkpointing_the_forward_changes_no_gradient(tmp_path, pipes, subject):
     found = []
     for name in ("false", "true"):
@@ -362,6 +363,7 @@ def test_checkpointing_the_forward_changes_no_gradient(tmp_path, pipes, subject)
     assert all(torch.allclose(a, found[1][name], atol=1e-6) for name, a in found[0].items())
 
 
+@pytest.mark.slow
 def test_half_precision_weights_train_a_float32_adapter(tmp_path, pipes, subject):
     _, result = trained(
         tmp_path, pipes["sdxl"], subject, "model.dtype=bfloat16", "train.precision=bfloat16", "train.max_steps=2"

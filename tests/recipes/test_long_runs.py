@@ -104,7 +104,7 @@ def test_a_report_on_many_routers_stays_short():
     assert len(said) < 500
 
 
-@pytest.mark.parametrize(("total", "expected"), [(10, 10), (500, 50), (50_000, 500)])
+@pytest.mark.parametrize(("total", "expected"), [(10, 5), (500, 50), (50_000, 500)])
 def test_routers_are_looked_at_in_few_steps_but_often_enough(total, expected):
     looked = [step for step in range(total) if RouterWatch.wants(step, total)]
     assert len(looked) == expected

@@ -91,6 +91,7 @@ class RoutingCallback(TrainerCallback):  # type: ignore[misc]
         self.every, self.adapter = every, adapter
         self.found: Adapted | None = None
         self.history = RoutingHistory((), (), {})
+        self.recording = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
@@ -113,16 +114,21 @@ class RoutingCallback(TrainerCallback):  # type: ignore[misc]
         """Before a step that is looked at."""
         if state.global_step % self.step_size or self.found is None or not self.found.config.dynamic:
             return
-        for layer in self.found.layers.values():
+        layers = list(self.found.layers.values())
+        if any(self.found.name in layer.statistics for layer in layers):
+            return  # somebody else records this step
+        for layer in layers:
             experts = layer.num_B[self.found.name]
             layer.statistics[self.found.name] = RoutingStatistics.empty(experts, training_only=True)
+        self.recording = True
         self.found.watch_masks()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """After it: note what was recorded."""
         found = self.found
-        if found is None or not any(found.name in layer.statistics for layer in found.layers.values()):
+        if found is None or not self.recording:
             return
+        self.recording = False
         rows, tokens = dict(self.history.layers), 0
         for name, layer in found.layers.items():
             seen = layer.statistics.pop(found.name)

@@ -151,12 +151,13 @@ def build_trainer(
     if quiet:
         trainer.remove_callback(PrinterCallback)
     settle = recipe.lily.settle
-    if recipe.method == "lily":
-        # what settles is recorded by settling itself
-        trainer.add_callback(RoutingCallback() if settle is None else SettleCallback(settle.start, settle.end))
+    if recipe.method == "lily" and settle is not None:
+        trainer.add_callback(SettleCallback(settle.start, settle.end))
     trainer.add_callback(Cadence(recipe.train.evaluate_every, recipe.train.save_every or recipe.train.evaluate_every))
     trainer.health = HealthCallback(lambda said: print(f"warning: {said}", file=sys.stderr))
     trainer.add_callback(trainer.health)
+    if recipe.method == "lily" and settle is None:  # what settles is recorded by settling itself
+        trainer.add_callback(RoutingCallback())
     trainer.recipe = recipe
     trainer.generate = generate
     trainer.names = names
