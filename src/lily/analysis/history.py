@@ -16,6 +16,7 @@ from lily.collapsing import reduce
 from lily.errors import LilyError
 from lily.files import write_text
 from lily.observe import RoutingStatistics
+from lily.routers import RouterWatch
 
 FILE = "routing.json"
 # So many steps of a training are looked at unless `every` says otherwise: a router moves slowly, and a recorded step
@@ -81,7 +82,8 @@ class RoutingCallback(TrainerCallback):  # type: ignore[misc]
     resumed training goes on with its checkpoint's. Layers with constant weights have nothing to record.
 
     Args:
-        every: look at every so many steps; default: at about 100 of all steps.
+        every: look at every so many steps; default: at 50 to 100 of all, without those at which
+            `lily.HealthCallback` looks.
         adapter: default: the active one.
     """
 
@@ -114,10 +116,9 @@ class RoutingCallback(TrainerCallback):  # type: ignore[misc]
         """Before a step that is looked at."""
         if state.global_step % self.step_size or self.found is None or not self.found.config.dynamic:
             return
-        layers = list(self.found.layers.values())
-        if any(self.found.name in layer.statistics for layer in layers):
-            return  # somebody else records this step
-        for layer in layers:
+        if self.every is None and RouterWatch.wants(state.global_step, state.max_steps):
+            return  # left to those who watch the routers' health, on all processes alike
+        for layer in self.found.layers.values():
             experts = layer.num_B[self.found.name]
             layer.statistics[self.found.name] = RoutingStatistics.empty(experts, training_only=True)
         self.recording = True
@@ -131,7 +132,9 @@ class RoutingCallback(TrainerCallback):  # type: ignore[misc]
         self.recording = False
         rows, tokens = dict(self.history.layers), 0
         for name, layer in found.layers.items():
-            seen = layer.statistics.pop(found.name)
+            # taken away by somebody else, perhaps; all processes must reduce alike
+            nothing = RoutingStatistics.empty(layer.num_B[found.name])
+            seen = layer.statistics.pop(found.name, nothing)
             reduce(seen)
             tokens = max(tokens, int(seen.count.item()))
             rows[name] = (*rows.get(name, ()), tuple(seen.mean.tolist()))
