@@ -46,8 +46,8 @@ SCHEMA: list[tuple[dict[str, Any], str]] = [
     ({"name": "My Run"}, "name: string should match pattern"),
     ({"task": "classify"}, "task: input should be 'text-classification', 'text-regression' or 'sft', got 'classify'"),
     ({"model": KeyError}, "model: is required, but missing"),
-    ({"model": {}}, "model: give exactly one of path, package and hub, got none"),
-    ({"model.hub": "a/b"}, "model: give exactly one of path, package and hub, got path and hub"),
+    ({"model": {}}, "model: give exactly one of path, package, hub and standin, got none"),
+    ({"model.hub": "a/b"}, "model: give exactly one of path, package, hub and standin, got path and hub"),
     ({"model.revision": "main"}, "model: revision goes with hub"),
     ({"model.dtype": "int8"}, "model.dtype: input should be 'auto', 'float32', 'bfloat16' or 'float16'"),
     ({"data.train": "rows.csv"}, "data.train: input should be a valid dictionary"),
@@ -73,6 +73,22 @@ SCHEMA: list[tuple[dict[str, Any], str]] = [
     ({"seed": 2**40}, "seed: input should be less than 4294967296"),
     ({"data.test": {"hub": "a/b"}}, "data.test: needs split: which split of a/b to use"),
     ({"model": {"hub": "a/b", "format": "gguf"}}, "model.format: gguf goes with path or package"),
+    ({"model": {"standin": "mamba-lm", "format": "gguf"}}, "model.format: gguf goes with path or package"),
+    (
+        {"model": {"standin": "vim-smal"}},
+        "model.standin: there is no stand-in 'vim-smal'; did you mean vim-small? there are",
+    ),
+    ({"model.standin": "mamba-lm"}, "model: give exactly one of path, package, hub and standin, got path and standin"),
+    ({"data.train": {"standin": "mamba-lm"}}, "data.train.standin: unknown key"),
+    ({"train.min_learning_rate": 1e-5}, "train.min_learning_rate: is where a cosine ends, but schedule is linear"),
+    (
+        {"train.min_learning_rate": 1.0, "train.schedule": "cosine"},
+        "train.min_learning_rate: 1 is not below train.learning_rate, 0.01",
+    ),
+    (
+        {"train.min_learning_rate": 1e-3, "train.schedule": "cosine", "lily.learning_rate": 1e-3},
+        "train.min_learning_rate: 0.001 is not below lily.learning_rate",
+    ),
     (
         {"model": {"package": {**PACKAGE, "name": "--requirement=/x"}}},
         "model.package.name: string should match pattern",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,11 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from PIL import Image
+from recipes_helpers import sft, write_recipe
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
+from typer.testing import CliRunner
 
 from lily import LilyError
-from lily.recipes import standins
+from lily.cli import app
+from lily.recipes import deploy, loader, standins, train
 from lily.recipes.standins import STANDINS, Standin
 
 TEXT = Standin(
@@ -165,3 +170,28 @@ def test_the_image_stand_in_separates_classes_that_it_never_saw_better_than_an_u
         probe = LogisticRegression(max_iter=300).fit(x[::2], labels[::2])
         scores.append(probe.score(x[1::2], labels[1::2]))
     assert scores[0] > scores[1]
+
+
+def test_a_recipe_names_a_stand_in_and_its_adapter_says_how_to_load_it(tmp_path, chat_table, monkeypatch):
+    monkeypatch.setitem(STANDINS, "tiny", TEXT)
+    values = sft(tmp_path, chat_table, tmp_path, model={"standin": "tiny"}, metrics=["loss"])
+    values["data"]["max_length"] = 64
+    recipe = loader.load_recipe(write_recipe(tmp_path, values), ["train.max_steps=2", "generation.samples=0"])
+    assert "the stand-in tiny" in CliRunner().invoke(app, ["plan", str(tmp_path / "recipe.yaml")]).stdout
+    train.train(recipe, quiet=True)
+    adapter = tmp_path / "run" / "best"
+    model, words, _ = deploy.load_for_export(str(adapter))
+    assert (type(model.get_base_model()).__name__, words.eos_token) == ("MambaForCausalLM", standins.END)
+    card = (adapter / "README.md").read_text("utf-8")
+    assert "the stand-in `tiny`" in card
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    found: dict[str, object] = {}
+    exec(code.replace("path/of/this/folder", str(adapter)), found)
+    assert isinstance(found["model"], PeftModel)
+
+
+def test_a_stand_in_takes_the_place_of_an_inherited_model_and_the_other_way_round(tmp_path):
+    assert loader.load_recipe("quickstart", ["model.standin=mamba-lm"]).model.package is None
+    path = write_recipe(tmp_path, {"extends": "chat", "model": {"standin": "mamba-lm"}})
+    assert loader.load_recipe(path).model.kind == "standin"
+    assert loader.load_recipe(path, ["model.hub=some/model"]).model.standin is None

@@ -314,3 +314,19 @@ def test_the_model_card_says_how_to_load(finished):
     assert card.startswith("---\nlibrary_name: peft\n")
     assert "import lily" in card
     assert "| this adapter |" in card
+
+
+def test_a_cosine_ends_at_the_least_learning_rate_of_the_adapter_and_in_proportion_of_the_head(tmp_path, encoder):
+    changes = ["train.schedule=cosine", "train.min_learning_rate=1e-3", "train.epochs=1", "train.warmup=0"]
+    recipe = make(classification, tmp_path, encoder, [*changes, "train.head_learning_rate=0.02"])
+    rates = []
+    with pytest.MonkeyPatch.context() as patch:
+        step = torch.optim.lr_scheduler.LambdaLR.step
+        patch.setattr(
+            torch.optim.lr_scheduler.LambdaLR,
+            "step",
+            lambda self, *more: (step(self, *more), rates.append(self.get_last_lr()))[0],
+        )
+        train.train(recipe, quiet=True)
+    assert rates[-1] == pytest.approx([1e-3, 2e-3])
+    assert rates == sorted(rates, reverse=True)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from lily.recipes.dreambooth.schema import DreamBooth
-    from lily.recipes.schema import Recipe, Source
+    from lily.recipes.schema import Model, Recipe
 
 TASKS = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -443,11 +443,11 @@ def _drawing_report(recipe: DreamBooth, batch: int | None, tokens: int | None) -
     return RecipeReport(recipe.name, recipe.method, loader.dump_recipe(recipe), plan, ())
 
 
-def _said(source: Source) -> str:
-    """A source as the recipe says it, short enough for a title."""
-    if source.package is not None:
-        return f"{source.package.member} of {source.package.name} {source.package.version}"
-    return source.hub or source.path or ""
+def _said(model: Model) -> str:
+    """A model as the recipe says it, short enough for a title."""
+    if model.package is not None:
+        return f"{model.package.member} of {model.package.name} {model.package.version}"
+    return model.hub or model.path or f"the stand-in {model.standin}"
 
 
 def wish_of(recipe: Recipe | DreamBooth, *, batch: int | None = None, tokens: int | None = None) -> Wish:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import string
 from collections.abc import Iterator
 
-from lily.recipes.schema import File, Recipe
+from lily.errors import LilyError
+from lily.recipes import standins
+from lily.recipes.schema import STANDIN, File, Recipe
 
 Problem = tuple[tuple[str, ...], str]
 
@@ -23,6 +25,7 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
     yield from _split(recipe)
     yield from _hub(recipe)
     yield from _method(recipe)
+    yield from _schedule(recipe)
     yield from _output(recipe)
     for name in ("train", "validation", "test"):
         file: File | None = getattr(recipe.data, name)
@@ -70,8 +73,13 @@ def _hub(recipe: Recipe) -> Iterator[Problem]:
         file: File | None = getattr(recipe.data, name)
         if file is not None and file.hub is not None and file.split is None:
             yield ("data", name), f"needs split: which split of {file.hub} to use (otherwise the training rows are)"
-    if recipe.model.hub is not None and recipe.model.format != "transformers":
+    if recipe.model.kind in ("hub", STANDIN) and recipe.model.format != "transformers":
         yield ("model", "format"), f"{recipe.model.format} goes with path or package; remove it"
+    if recipe.model.standin is not None:
+        try:
+            standins.check_name(recipe.model.standin)
+        except LilyError as error:
+            yield ("model", STANDIN), str(error)
 
 
 def _method(recipe: Recipe) -> Iterator[Problem]:
@@ -97,6 +105,18 @@ def _method(recipe: Recipe) -> Iterator[Problem]:
         yield ("train", "head_learning_rate"), "sft has no new head; use learning_rate"
     if isinstance(recipe.targets, list) and not recipe.targets:
         yield ("targets",), "is empty; name modules such as [q_proj, v_proj], or write all-linear"
+
+
+def _schedule(recipe: Recipe) -> Iterator[Problem]:
+    least, at = recipe.train.min_learning_rate, ("train", "min_learning_rate")
+    if least is None:
+        return
+    if recipe.train.schedule != "cosine":
+        yield at, f"is where a cosine ends, but schedule is {recipe.train.schedule}; remove it, or write cosine"
+    for section in ("train", "lily", "lora"):
+        start = getattr(recipe, section).learning_rate
+        if start is not None and least >= start:
+            yield at, f"{least:g} is not below {section}.learning_rate, {start:g}, from where the cosine falls"
 
 
 def _output(recipe: Recipe) -> Iterator[Problem]:

@@ -18,7 +18,7 @@ from lily.recipes import checks
 from lily.recipes.dreambooth import schema as dreambooth
 from lily.recipes.dreambooth.schema import DreamBooth
 from lily.recipes.places import Key, Places
-from lily.recipes.schema import SOURCES, Recipe, Section
+from lily.recipes.schema import SOURCES, STANDIN, Recipe, Section
 
 LIBRARY = Path(__file__).parent / "library"
 MAX_BYTES = 1 << 20  # a recipe is a page of text; anything larger is a mistake or an attack
@@ -232,7 +232,7 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def _replace_source(section: dict[str, Any], key: str, value: Any) -> None:
     """A source of another kind takes the place of the inherited one and of what describes it."""
-    kinds = (*SOURCES, "standin")
+    kinds = (*SOURCES, STANDIN)
     if key in kinds and value is not None and section.get(key) is None:
         for inherited in (*kinds, *OF_A_SOURCE):
             section.pop(inherited, None)

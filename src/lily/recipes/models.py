@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from lily.errors import LilyError
-from lily.recipes import convert, quantization
+from lily.recipes import convert, quantization, standins
 from lily.recipes.schema import Model, Task
 from lily.recipes.sources import fetch
 
@@ -22,6 +22,8 @@ def local_model(model: Model) -> Path | str:
     Raises:
         LilyError: if it cannot be had.
     """
+    if model.standin is not None:
+        return standins.standin(model.standin)
     if model.hub is not None:
         return model.hub
     path = fetch(model)

@@ -106,6 +106,8 @@ def finish_adapter(folder: Path, recipe: Recipe, result: Result) -> None:
 def card(recipe: Recipe, result: Result) -> str:
     """The model card, in Markdown with the Hub's front matter."""
     base = _named(recipe.model.hub, recipe.model.path, recipe.model.package)
+    if recipe.model.standin is not None:
+        base = f"the stand-in `{recipe.model.standin}` (`lily.recipes.standins`)"
     data = _named(recipe.data.train.hub, recipe.data.train.path, recipe.data.train.package)
     names = metrics_of(recipe)
     what, own, tags = "An adapter", "this adapter", [recipe.method, recipe.task]
@@ -140,6 +142,7 @@ def card(recipe: Recipe, result: Result) -> str:
         "from peft import PeftModel",
         f"from transformers import {_auto(recipe)}"
         f"{', BitsAndBytesConfig' if recipe.model.quantization != 'none' else ''}",
+        *(["", "from lily.recipes.standins import standin"] if recipe.model.standin else []),
         "",
         f"base = {_auto(recipe)}.from_pretrained({_load(recipe, result)})",
         'model = PeftModel.from_pretrained(base, "path/of/this/folder")',
@@ -173,6 +176,8 @@ def _auto(recipe: Recipe) -> str:
 
 def _load(recipe: Recipe, result: Result) -> str:
     where = repr(recipe.model.hub or recipe.model.path or "path/of/the/base/model")
+    if recipe.model.standin is not None:
+        where = f"standin({recipe.model.standin!r})"
     count = 1 if recipe.task == "text-regression" else len(result.labels or ())
     replaced = ", ignore_mismatched_sizes=True" if result.new_head else ""
     options = {

@@ -229,7 +229,10 @@ def _arguments(recipe: Recipe, output: Path, quiet: bool) -> dict[str, Any]:
         "gradient_accumulation_steps": t.gradient_accumulation,
         "learning_rate": learning_rate(recipe),
         "warmup_steps": t.warmup,
-        "lr_scheduler_type": t.schedule,
+        "lr_scheduler_type": t.schedule if t.min_learning_rate is None else "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {}
+        if t.min_learning_rate is None
+        else {"min_lr_rate": t.min_learning_rate / learning_rate(recipe)},
         "max_grad_norm": t.max_grad_norm,
         "bf16": precision == "bfloat16",
         "fp16": precision == "float16",

@@ -8,7 +8,7 @@ nothing but the recipe itself. Checks that need the data or the model are in :mo
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
@@ -24,6 +24,7 @@ PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 SOURCES = ("path", "package", "hub")
+STANDIN = "standin"
 
 
 class Section(BaseModel):
@@ -45,6 +46,8 @@ class Package(Section):
 class Source(Section):
     """Where something is: exactly one of `path`, `package` and `hub`."""
 
+    kinds: ClassVar[tuple[str, ...]] = SOURCES
+
     path: str | None = Field(None, description="Local file or folder. `~` and $VARIABLES are expanded; relative "
                              "paths are taken from the working directory.")  # fmt: skip
     package: Package | None = Field(None, description="File or folder inside a Python package.")
@@ -54,22 +57,30 @@ class Source(Section):
 
     @property
     def kind(self) -> str:
-        """Which of the three keys is given."""
-        return next(name for name in SOURCES if getattr(self, name) is not None)
+        """Which of the keys that say where is given."""
+        return next(name for name in self.kinds if getattr(self, name) is not None)
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Source:
-        given = [name for name in SOURCES if getattr(self, name) is not None]
+        given = [name for name in self.kinds if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"give exactly one of path, package and hub, got {' and '.join(given) or 'none'}")
+            known = f"{', '.join(self.kinds[:-1])} and {self.kinds[-1]}"
+            raise ValueError(f"give exactly one of {known}, got {' and '.join(given) or 'none'}")
         if self.revision is not None and self.hub is None:
             raise ValueError("revision goes with hub; remove it, or name a hub id")
         return self
 
 
 class Model(Source):
-    """The pretrained model to adapt."""
+    """The pretrained model to adapt: exactly one of `path`, `package`, `hub` and `standin`."""
 
+    kinds: ClassVar[tuple[str, ...]] = (*SOURCES, STANDIN)
+
+    standin: str | None = Field(
+        None,
+        description="A small model that is built and briefly trained here, the first time it is used: mamba-lm, "
+        "vim-small or vim-digits; see docs/standins.md.",
+    )
     format: Literal["transformers", "gguf", "onnx-dinov2"] = Field(
         "transformers", description="gguf and onnx-dinov2 are converted once to a transformers folder in the cache."
     )
@@ -203,6 +214,9 @@ class Train(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     warmup: Annotated[float, Field(ge=0)] = Field(0.06, description="Below 1: share of all steps; else: steps.")
     schedule: Literal["linear", "cosine", "constant"] = "linear"
+    min_learning_rate: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Where the cosine ends, instead of at zero; that of a head, as much below its own start."
+    )
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     evaluate_every: PositiveInt | Literal["epoch"] = Field("epoch", description="Steps, or `epoch`.")
     save_every: PositiveInt | Literal["epoch"] | None = Field(

@@ -110,11 +110,20 @@ def standin(name: str) -> Path:
     Raises:
         LilyError: for another name, or if the data cannot be had.
     """
+    check_name(name)
+    return build(name, STANDINS[name])
+
+
+def check_name(name: str) -> None:
+    """Refuse what is no key of `STANDINS`.
+
+    Raises:
+        LilyError: with near matches.
+    """
     if name not in STANDINS:
         near = difflib.get_close_matches(name, STANDINS, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise LilyError(f"there is no stand-in {name!r}; {hint}there are {', '.join(STANDINS)}")
-    return build(name, STANDINS[name])
 
 
 def build(name: str, definition: Standin) -> Path:
