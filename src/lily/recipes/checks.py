@@ -6,8 +6,8 @@ import string
 from collections.abc import Iterator
 
 from lily.errors import LilyError
-from lily.recipes import standins
-from lily.recipes.schema import STANDIN, File, Recipe
+from lily.recipes import scoring, standins
+from lily.recipes.schema import STANDIN, File, Pattern, Recipe
 
 Problem = tuple[tuple[str, ...], str]
 
@@ -22,6 +22,7 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
     """Every combination that cannot work: (path of the key, what is wrong and how to fix it)."""
     yield from _columns(recipe)
     yield from _metrics(recipe)
+    yield from _answers(recipe)
     yield from _split(recipe)
     yield from _hub(recipe)
     yield from _method(recipe)
@@ -57,6 +58,24 @@ def _metrics(recipe: Recipe) -> Iterator[Problem]:
     for metric in recipe.metrics:
         if metric not in allowed:
             yield ("metrics",), f"{metric} is not a metric of {recipe.task}; choose from {', '.join(allowed)}"
+
+
+def _answers(recipe: Recipe) -> Iterator[Problem]:
+    template, answer = recipe.data.template, recipe.generation.answer
+    if template is not None:
+        at = ("data", "template")
+        if recipe.task != "sft" or recipe.data.columns.messages is not None:
+            yield at, "is for sft with prompt and completion; remove it"
+        elif recipe.data.chat:
+            yield at, "takes the place of the tokenizer's chat template; write chat: false beside it"
+        if template.count("{prompt}") != 1:
+            yield at, f"must have {{prompt}} once, where the prompt goes; it has it {template.count('{prompt}')} times"
+    if answer != "whole" and recipe.task != "sft":
+        yield ("generation", "answer"), "is for sft only"
+    if isinstance(answer, Pattern):
+        wrong = scoring.problem_of(answer)
+        if wrong is not None:
+            yield ("generation", "answer", "pattern"), wrong
 
 
 def _split(recipe: Recipe) -> Iterator[Problem]:

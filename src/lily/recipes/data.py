@@ -303,6 +303,12 @@ def prompt_of(row: Row, columns: Columns, where: str) -> Any:
     return _messages(messages, columns.messages, where)[:-1]
 
 
+def completion_of(row: Row) -> str:
+    """What a canonical sft row wants to hear (last), white space at the ends aside."""
+    completion: str = row["messages"][-1]["content"] if "messages" in row else row["completion"]
+    return completion.strip()
+
+
 def _get(row: Row, column: str, role: str, where: str) -> Any:
     if column in row:
         return row[column]

@@ -13,12 +13,12 @@ from peft import PeftModel
 
 from lily.errors import LilyError
 from lily.reading import blame, read_json
-from lily.recipes import data, loader, models
+from lily.recipes import data, loader, models, scoring
 from lily.recipes import metrics as metric_tools
 from lily.recipes.data import Row
 from lily.recipes.report import LABELS
 from lily.recipes.schema import File, Recipe
-from lily.recipes.tasks import IGNORED, Example, conversation, encode, encode_text, prompt_ids
+from lily.recipes.tasks import IGNORED, Example, asked, conversation, encode, encode_text, prompt_ids
 from lily.sharding import root_gathered
 
 if TYPE_CHECKING:
@@ -159,17 +159,12 @@ def answers(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[An
     return out
 
 
-def _last_turns(rows: Sequence[Row], recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[tuple[Any, str]]:
-    turns = [conversation(row, recipe, tokenizer)[-1] for row in rows]
-    eos = tokenizer.eos_token or ""
-    return [(p, c.removesuffix(eos).strip() if isinstance(c, str) else c[0]["content"].strip()) for p, c in turns]
-
-
 def exact_match(model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], recipe: Recipe) -> float:
-    """Share of rows whose greedy answer is the completion, white space at the ends aside."""
-    turns = _last_turns(rows, recipe, tokenizer)
-    given = answers(model, tokenizer, [prompt for prompt, _ in turns], recipe)
-    return metric_tools.compute(["exact_match"], given, [c for _, c in turns])["exact_match"]
+    """Share of rows whose greedy answer is the completion's, each read as `generation.answer` says."""
+    expected = scoring.expected_answers(rows, recipe)
+    prompts = [conversation(row, recipe, tokenizer)[-1][0] for row in rows]
+    given = [scoring.answer_in(text, recipe) for text in answers(model, tokenizer, prompts, recipe)]
+    return metric_tools.compute(["exact_match"], given, expected)["exact_match"]
 
 
 def samples(
@@ -183,12 +178,13 @@ def samples(
     """The first held-out prompts with the model's answers under the key `when`, added to those of `earlier`."""
     if recipe.task != "sft" or recipe.generation.samples == 0:
         return []
-    turns = _last_turns(rows[: recipe.generation.samples], recipe, tokenizer)
-    given = answers(model, tokenizer, [prompt for prompt, _ in turns], recipe)
+    rows = rows[: recipe.generation.samples]
+    prompts = [conversation(row, recipe, tokenizer)[-1][0] for row in rows]
+    given = answers(model, tokenizer, prompts, recipe)
     out = []
-    for i, (prompt, expected) in enumerate(turns):
+    for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
         text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-        known = earlier[i] if earlier else {"prompt": text, "expected": expected}
+        known = earlier[i] if earlier else {"prompt": text, "expected": data.completion_of(row)}
         out.append({**known, when: given[i]})
     return out
 
@@ -278,12 +274,7 @@ class Adapter:
         recipe, columns = self.recipe, self.recipe.data.columns
         if recipe.task == "sft":
             prompts = [data.prompt_of(row, columns, f"row {number + i}") for i, row in enumerate(batch, 1)]
-            turns = [
-                [{"role": "user", "content": p}]
-                if isinstance(p, str) and recipe.data.chat and self.tokenizer.chat_template
-                else p
-                for p in prompts
-            ]
+            turns = [asked(p, recipe, self.tokenizer) if isinstance(p, str) else p for p in prompts]
             given = answers(self.model, self.tokenizer, turns, recipe)
             return [(text,) for text in given]
         inputs = [data.inputs_of(row, recipe, f"row {number + i}") for i, row in enumerate(batch, 1)]
@@ -300,8 +291,7 @@ class Adapter:
         """The answer to one prompt; `streamer` gets it token by token."""
         if self.recipe.task != "sft":
             raise LilyError(f"{self.path} is an adapter for {self.recipe.task}; `lily predict` uses it")
-        chat = self.recipe.data.chat and self.tokenizer.chat_template
-        turn = [{"role": "user", "content": prompt}] if chat else prompt
+        turn = asked(prompt, self.recipe, self.tokenizer)
         ids = torch.tensor([prompt_ids(turn, self.tokenizer)], device=device_of(self.model))
         with inference(self.model, self.recipe):
             out = self.model.generate(

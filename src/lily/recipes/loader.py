@@ -270,16 +270,18 @@ def _override(document: Document, text: str) -> None:
 
 
 def _explain(error: ValidationError, document: Document, kind: type[Section]) -> Iterator[str]:
+    written = {key[:i] for key in document.places for i in range(len(key) + 1)}
     for problem in error.errors():
-        path = tuple(str(part) for part in problem["loc"])
-        # A union names its alternatives inside the location; they are no keys of the recipe.
-        while path and path not in document.places and path[:-1] in document.places:
-            path = path[:-1]
+        path: Key = ()
+        for part in map(str, problem["loc"]):
+            # A union names its alternatives inside the location; they are no keys of the recipe.
+            if (*path, part) in written:
+                path = (*path, part)
         name, wrong, given = ".".join(path) or "recipe", problem["type"], problem.get("input")
         if wrong == "extra_forbidden":
             text = f"unknown key; {_near(path, kind)}"
         elif wrong == "missing":
-            name, text = ".".join(str(part) for part in problem["loc"]), "is required, but missing"
+            name, text = ".".join((*path, str(problem["loc"][-1]))), "is required, but missing"
         elif wrong == "value_error":
             text = problem["msg"].removeprefix("Value error, ")
         else:

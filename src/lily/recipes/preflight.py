@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lily.errors import LilyError
-from lily.recipes import checkpoints, data, loader, methods, models
+from lily.recipes import checkpoints, data, loader, methods, models, scoring
 from lily.recipes.data import Splits
+from lily.recipes.metrics import metrics_of
 from lily.recipes.places import located
 from lily.recipes.schema import Recipe
 
@@ -90,6 +91,9 @@ def prepare(recipe: Recipe) -> Prepared:
         tasks.encode(
             splits.test, recipe, tokenizer, None, "the test rows"
         )  # for what it refuses: no answer of them may fit
+    if recipe.task == "sft" and "exact_match" in metrics_of(recipe):
+        for rows in (splits.validation, splits.test):
+            scoring.expected_answers(rows, recipe)
     return Prepared(splits, tokenizer, train, validation, config, meta)
 
 

@@ -150,6 +150,9 @@ class Data(Section):
     max_test: PositiveInt | None = None
     max_length: PositiveInt = Field(128, description="Tokens an example is cut to.")
     chat: bool = Field(True, description="sft: put prompt and completion in the tokenizer's chat template, if any.")
+    template: str | None = Field(
+        None, description="sft: a text of your own around each prompt, with {prompt} where it goes; with chat: false."
+    )
 
 
 class Settle(Section):
@@ -233,11 +236,22 @@ class Train(Section):
     report_to: list[Literal["tensorboard", "wandb"]] = []
 
 
+class Pattern(Section):
+    """An answer is the first match of a regular expression, or that match's first group if there are groups."""
+
+    pattern: str = Field(min_length=1, description="As in Python's re, such as true|false.")
+
+
 class Generation(Section):
     """sft: what to generate for exact_match and for the samples shown before and after training."""
 
     max_new_tokens: PositiveInt = 64
     samples: Annotated[int, Field(ge=0)] = 3
+    answer: Literal["whole", "number"] | Pattern = Field(
+        "whole",
+        description="What exact_match compares of a generated text and of the completion: the whole; number: what "
+        "follows ####, else the last number (GSM8K); or {pattern: ...}.",
+    )
 
 
 class Recipe(Section):

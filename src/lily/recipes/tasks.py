@@ -94,9 +94,17 @@ def conversation(row: Row, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -
                 raise LilyError("data.columns.messages needs a tokenizer with a chat template; this model's has none")
         messages = row["messages"]
         return [(messages[:i], [m]) for i, m in enumerate(messages) if m["role"] == "assistant" and i > 0]
-    if recipe.data.chat and tokenizer.chat_template:
-        return [([{"role": "user", "content": row["prompt"]}], [{"role": "assistant", "content": row["completion"]}])]
-    return [(row["prompt"], row["completion"] + (tokenizer.eos_token or ""))]
+    prompt, completion = asked(row["prompt"], recipe, tokenizer), row["completion"]
+    if isinstance(prompt, str):
+        return [(prompt, completion + (tokenizer.eos_token or ""))]
+    return [(prompt, [{"role": "assistant", "content": completion}])]
+
+
+def asked(prompt: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """A prompt as the model is asked: in the recipe's template, or as the messages of the tokenizer's chat template."""
+    if recipe.data.template is not None:
+        return recipe.data.template.replace("{prompt}", prompt)
+    return [{"role": "user", "content": prompt}] if recipe.data.chat and tokenizer.chat_template else prompt
 
 
 def prompt_ids(prompt: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
