@@ -28,6 +28,7 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
     yield from _method(recipe)
     yield from _schedule(recipe)
     yield from _output(recipe)
+    yield from _forgetting(recipe)
     for name in ("train", "validation", "test"):
         file: File | None = getattr(recipe.data, name)
         if file is not None:
@@ -136,6 +137,17 @@ def _schedule(recipe: Recipe) -> Iterator[Problem]:
         start = getattr(recipe, section).learning_rate
         if start is not None and least >= start:
             yield at, f"{least:g} is not below {section}.learning_rate, {start:g}, from where the cosine falls"
+
+
+def _forgetting(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.forgetting is None:
+        return
+    if recipe.task != "sft":
+        yield (
+            ("forgetting",),
+            f"is measured by a language model's loss, which a model for {recipe.task} has not; remove it",
+        )
+    yield from _file(("forgetting", "file"), recipe.forgetting.file)
 
 
 def _output(recipe: Recipe) -> Iterator[Problem]:

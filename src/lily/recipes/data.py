@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO, cast
+from typing import Any, BinaryIO, TextIO, TypeVar, cast
 
 from lily.errors import LilyError
 from lily.recipes.places import located
@@ -25,6 +25,7 @@ from lily.recipes.schema import Columns, File, Recipe
 from lily.recipes.sources import fetch
 
 Row = dict[str, Any]
+T = TypeVar("T")
 
 FORMATS = {".csv": "csv", ".tsv": "tsv", ".json": "json", ".jsonl": "jsonl", ".parquet": "parquet"}
 ROLES = ("system", "user", "assistant")
@@ -309,7 +310,25 @@ def completion_of(row: Row) -> str:
     return completion.strip()
 
 
-def _get(row: Row, column: str, role: str, where: str) -> Any:
+def texts_of(file: File, column: str, key: str, most: int, seed: int) -> list[str]:
+    """A fixed sample of the texts in one column of a table that need not have the recipe's columns.
+
+    Args:
+        file: the table.
+        column: of the text.
+        key: what to call the recipe's key that names the column.
+        most: texts to take.
+        seed: decides which.
+
+    Raises:
+        LilyError: names the row that has no text there.
+    """
+    rows = _sample(list(enumerate(read_rows(file), 1)), most, seed)
+    places = [(row, f"{name_of(file)}, row {number}") for number, row in rows]
+    return [_text(_get(row, column, key, where, ""), column, where) for row, where in places]
+
+
+def _get(row: Row, column: str, role: str, where: str, section: str = "data.columns.") -> Any:
     if column in row:
         return row[column]
     value: Any = row
@@ -321,7 +340,7 @@ def _get(row: Row, column: str, role: str, where: str) -> Any:
         else:
             near = difflib.get_close_matches(column, row, n=1)
             raise LilyError(
-                f"{where}: no column {column!r} (data.columns.{role}); "
+                f"{where}: no column {column!r} ({section}{role}); "
                 + (f"did you mean {near[0]!r}? " if near else "")
                 + f"columns: {', '.join(map(str, row))}"
             )
@@ -399,13 +418,13 @@ def _carve(
     return _shuffled(left, seed), {name: _shuffled(part, seed) for name, part in carved.items()}
 
 
-def _shuffled(rows: Iterable[Row], seed: int) -> list[Row]:
+def _shuffled(rows: Iterable[T], seed: int) -> list[T]:
     out = list(rows)
     random.Random(seed).shuffle(out)
     return out
 
 
-def _sample(rows: list[Row], most: int | None, seed: int) -> list[Row]:
+def _sample(rows: list[T], most: int | None, seed: int) -> list[T]:
     return rows if most is None or most >= len(rows) else _shuffled(rows, seed)[:most]
 
 

@@ -42,7 +42,7 @@ class Judge:
         """Metric -> value. Predictions do not depend on how rows are batched (unless the routing is `batch`)."""
         recipe = self.recipe
         if recipe.task == "sft":
-            loss = _token_loss(model, encode(rows, recipe, self.tokenizer, None), recipe, self.tokenizer)
+            loss = token_loss(model, encode(rows, recipe, self.tokenizer, None), recipe, self.tokenizer)
             found = {"loss": loss, "perplexity": float(np.exp(min(loss, 80.0)))}
             if "exact_match" in self.names:
                 found["exact_match"] = exact_match(model, self.tokenizer, rows, recipe)
@@ -76,7 +76,7 @@ def head_outputs(
     return np.stack(out)
 
 
-def _token_loss(
+def token_loss(
     model: torch.nn.Module, examples: Sequence[Example], recipe: Recipe, tokenizer: PreTrainedTokenizerBase
 ) -> float:
     """Mean cross-entropy over all tokens that carry a label."""

@@ -73,7 +73,9 @@ def _one(name: Metric, predicted: Any, expected: Any) -> float:
 
 
 def shown(name: str, value: float | None) -> str:
-    """A metric for a table: per cent where it is a share or a correlation."""
+    """A metric for a table: per cent where it is a share or a correlation, with its sign where it is a difference."""
     if value is None or math.isnan(value):
         return "-"
+    if name == "forgetting":
+        return f"{value:+.4f}"
     return f"{value:.4f}" if name in LOWER_IS_BETTER else f"{100 * value:.1f}"

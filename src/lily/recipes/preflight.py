@@ -56,6 +56,7 @@ class Prepared:
         validation: encoded validation examples.
         config: what to put on the model; None where there is nothing to train.
         meta: the model on the meta device.
+        general: encoded texts aside from the task, to measure forgetting on.
     """
 
     splits: Splits
@@ -64,6 +65,7 @@ class Prepared:
     validation: list[Example]
     config: PeftConfig | None
     meta: PreTrainedModel
+    general: list[Example]
 
 
 def prepare(recipe: Recipe) -> Prepared:
@@ -75,7 +77,7 @@ def prepare(recipe: Recipe) -> Prepared:
     check_packages(recipe)
     splits = data.load_splits(recipe)
 
-    from lily.recipes import tasks
+    from lily.recipes import forgetting, tasks
 
     with located(recipe, "model", recipe.model.kind):
         meta = models.meta_model(recipe.model, recipe.task, tasks.num_labels(recipe, splits))
@@ -94,7 +96,8 @@ def prepare(recipe: Recipe) -> Prepared:
     if recipe.task == "sft" and "exact_match" in metrics_of(recipe):
         for rows in (splits.validation, splits.test):
             scoring.expected_answers(rows, recipe)
-    return Prepared(splits, tokenizer, train, validation, config, meta)
+    general = forgetting.general_text(recipe, tokenizer)
+    return Prepared(splits, tokenizer, train, validation, config, meta, general)
 
 
 def check_packages(recipe: Recipe) -> None:

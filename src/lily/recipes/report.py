@@ -39,7 +39,7 @@ def adapter_summary(model: Any, recipe: Recipe | DreamBooth) -> dict[str, Any]:
 
 def print_result(result: Result, recipe: Recipe, output: Path, console: Console) -> None:
     """The closing table: every contestant on the same held-out rows, then where things are."""
-    names = metrics_of(recipe)
+    names, final = _told(result, recipe)
     rows = result.rows[result.split]
     table = Table(
         "",
@@ -58,8 +58,10 @@ def print_result(result: Result, recipe: Recipe, output: Path, console: Console)
     }
     table.add_row("untrained", *_values(names, result.before), "", "", "")
     title = recipe.method if recipe.method != "lily" else f"Lily ({result.adapter.get('routing')})"
-    table.add_row(f"[bold]{title}[/]", *_values(names, result.final), *_costs(own))
+    table.add_row(f"[bold]{title}[/]", *_values(names, final), *_costs(own))
     console.print(table)
+    if result.forgetting:
+        console.print(_forgetting(result))
     for sample in result.samples:
         console.print(f"[dim]{escape(sample['prompt'].strip()[-300:])}[/]")
         answers = ", ".join(f"{k}: {escape(repr(sample[k]))}" for k in ("expected", "before", "after") if k in sample)
@@ -70,6 +72,19 @@ def print_result(result: Result, recipe: Recipe, output: Path, console: Console)
             f"{result.best['epoch']:g}; {result.seconds['total']:.0f} s in all"
         )
         console.print(f"adapter: {output / 'best'}    figures: {output / 'metrics.json'}")
+
+
+def _told(result: Result, recipe: Recipe) -> tuple[list[str], dict[str, float]]:
+    """What the tables' columns are named, and the run's own values of them."""
+    names: list[str] = list(metrics_of(recipe))
+    if not result.forgetting:
+        return names, result.final
+    return [*names, "forgetting"], {**result.final, "forgetting": result.forgetting["increase"]}
+
+
+def _forgetting(result: Result) -> str:
+    before, after = (result.forgetting[name] for name in ("before", "after"))
+    return f"Forgetting: the loss per token of general text, {before:.4f} before training and {after:.4f} after."
 
 
 def _title(name: str, recipe: Recipe) -> str:
@@ -109,7 +124,7 @@ def card(recipe: Recipe, result: Result) -> str:
     if recipe.model.standin is not None:
         base = f"the stand-in `{recipe.model.standin}` (`lily.recipes.standins`)"
     data = _named(recipe.data.train.hub, recipe.data.train.path, recipe.data.train.package)
-    names = metrics_of(recipe)
+    names, final = _told(result, recipe)
     what, own, tags = "An adapter", "this adapter", [recipe.method, recipe.task]
     if recipe.method == "none":
         what, own, tags = "A new head, without an adapter", "this head", [recipe.task]
@@ -131,8 +146,9 @@ def card(recipe: Recipe, result: Result) -> str:
         f"| --- | {' | '.join('---' for _ in names)} |",
         *(f"| {_title(n, recipe)} | {' | '.join(_values(names, v))} |" for n, v in result.baselines.items()),
         f"| untrained | {' | '.join(_values(names, result.before))} |",
-        f"| {own} | {' | '.join(_values(names, result.final))} |",
+        f"| {own} | {' | '.join(_values(names, final))} |",
         "",
+        *([_forgetting(result), ""] if result.forgetting else []),
         f"On {result.rows[result.split]:,} {result.split} rows; seed {result.seed}; "
         f"trained: {_trained(result)}. "
         f"Versions: {', '.join(f'{k} {v}' for k, v in result.versions.items())}.",

@@ -254,6 +254,15 @@ class Generation(Section):
     )
 
 
+class Forgetting(Section):
+    """sft: text aside from the task, the model's loss on which tells what training made it forget."""
+
+    file: File
+    column: str = Field(description="Where the text is; dotted names reach into nested rows.")
+    max_rows: PositiveInt = Field(64, description="Use at most this many rows (a fixed sample).")
+    max_length: PositiveInt = Field(128, description="Tokens a text is cut to.")
+
+
 class Recipe(Section):
     """One experiment, from files to figures."""
 
@@ -274,6 +283,7 @@ class Recipe(Section):
     lora: Lora = Lora()
     train: Train = Train()
     generation: Generation = Generation()
+    forgetting: Forgetting | None = Field(None, description="Also measure the loss on general text.")
     metrics: list[Metric] = Field([], description="The first one chooses the best checkpoint. Default: by task.")
     baselines: list[Baseline] = Field([], description="Also reported on the same held-out rows.")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0

@@ -46,6 +46,8 @@ class Result:
         history: all evaluations on the validation rows.
         router: what `lily.routers` saw of the routing in the last step that it looked at.
         new_head: what was said where the model's own head was of another size.
+        forgetting: mean loss per token of general text `before` training, after it (`last`), with the best adapter
+            (`after`) and by how much that has grown (`increase`); empty: not measured.
         samples: prompts with the expected answer and those before and after training.
     """
 
@@ -74,6 +76,7 @@ class Result:
     history: list[dict[str, float]] = field(default_factory=list)
     router: dict[str, Any] = field(default_factory=dict)
     new_head: str | None = None
+    forgetting: dict[str, float] = field(default_factory=dict)
     samples: list[dict[str, str]] = field(default_factory=list)
 
     def write(self, path: Path) -> None:
@@ -196,7 +199,7 @@ def _run(
 ) -> Result:
     import torch
 
-    from lily.recipes import evaluate, runner
+    from lily.recipes import evaluate, forgetting, runner
 
     splits, tokenizer, config, model = prepared.splits, prepared.tokenizer, prepared.config, loaded.model
     names = metric_tools.metrics_of(recipe)
@@ -213,6 +216,10 @@ def _run(
     def judge_untrained(m: Any) -> None:
         result.before = judge(m, splits.held_out)
         result.samples = evaluate.samples(m, tokenizer, splits.held_out, recipe, "before")
+        result.forgetting = forgetting.of(before=general_loss(m)) if prepared.general else {}
+
+    def general_loss(m: Any) -> float:
+        return evaluate.token_loss(m, prepared.general, recipe, tokenizer)
 
     result.precision = runner.precision_of(recipe)
     result.device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
@@ -256,8 +263,12 @@ def _run(
     result.last, result.best = (
         {"epoch": found["epoch"], "value": found[metric]} for found in (progress.history[-1], progress.best)
     )
+    last = general_loss(model) if prepared.general else None
     load_weights(model, output / "best")
     result.final = judge(model, splits.held_out)
+    if last is not None:
+        again = progress.best["step"] != progress.history[-1]["step"]
+        result.forgetting = forgetting.of(result.forgetting["before"], last, general_loss(model) if again else last)
     result.adapter_bytes = ranks.on_first(lambda: (output / "best" / "adapter_model.safetensors").stat().st_size)
     result.samples = evaluate.samples(model, tokenizer, splits.held_out, recipe, "after", result.samples)
     return result
@@ -286,6 +297,7 @@ def _baselines(recipe: Recipe, splits: Splits, output: Path, resume: bool, quiet
                 "parameters": lora.parameters["adapter"],
                 "seconds": lora.seconds["train"],
                 "bytes": lora.adapter_bytes,
+                **({"forgetting": lora.forgetting["increase"]} if lora.forgetting else {}),
             }
         else:
             found[name] = ranks.on_first(partial(baselines.run, name, recipe, splits))
