@@ -12,8 +12,9 @@ from lily.recipes.schema import STANDIN, File, Pattern, Recipe
 Problem = tuple[tuple[str, ...], str]
 
 CLASSIFICATION = ("accuracy", "f1", "matthews", "loss")
+CHOSEN = ("accuracy", "accuracy_norm")
 REGRESSION = ("pearson", "spearman", "mse", "loss")
-SFT = ("loss", "perplexity", "exact_match")
+SFT = ("loss", "perplexity", "exact_match", *CHOSEN)
 METRICS = {"text-classification": CLASSIFICATION, "text-regression": REGRESSION, "sft": SFT}
 PLACEHOLDERS = {"name", "method", "seed"}
 
@@ -71,6 +72,12 @@ def _answers(recipe: Recipe) -> Iterator[Problem]:
             yield at, "takes the place of the tokenizer's chat template; write chat: false beside it"
         if template.count("{prompt}") != 1:
             yield at, f"must have {{prompt}} once, where the prompt goes; it has it {template.count('{prompt}')} times"
+    if recipe.data.choices is not None and (recipe.task != "sft" or recipe.data.columns.messages is not None):
+        yield ("data", "choices"), "are for sft with prompt and completion; remove them"
+    if recipe.task == "sft" and recipe.data.choices is None:
+        for metric in recipe.metrics:
+            if metric in CHOSEN:
+                yield ("metrics",), f"{metric} of sft needs data.choices: the texts that are chosen from"
     if answer != "whole" and recipe.task != "sft":
         yield ("generation", "answer"), "is for sft only"
     if isinstance(answer, Pattern):

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, TextIO, TypeVar, cast
 
 from lily.errors import LilyError
 from lily.recipes.places import located
-from lily.recipes.schema import Columns, File, Recipe
+from lily.recipes.schema import Choices, Columns, File, Recipe
 from lily.recipes.sources import fetch
 
 Row = dict[str, Any]
@@ -46,7 +46,7 @@ class Splits:
     """The examples of a recipe, with canonical keys.
 
     Attributes:
-        train: rows with text, text_pair and label; or prompt and completion; or messages.
+        train: rows with text, text_pair and label; or prompt and completion (and choices); or messages.
         validation: chooses the best epoch.
         test: gives the final figure; may be empty.
         labels: the classes, in the order of their ids; None outside classification.
@@ -270,7 +270,11 @@ def _canonical(row: Row, number: int, file: File, recipe: Recipe, labelled: bool
         with located(recipe, "data", "columns", "messages"):
             return {"messages": _messages(_get(row, columns.messages, "messages", where), columns.messages, where)}
     if recipe.task == "sft":
-        return {name: _text_of(row, name, recipe, where) for name in ("prompt", "completion")}
+        texts = {name: _text_of(row, name, recipe, where) for name in ("prompt", "completion")}
+        if recipe.data.choices is None:
+            return texts
+        with located(recipe, "data", "choices"):
+            return {**texts, "choices": _choices(row, texts, recipe.data.choices, where)}
     out = inputs_of(row, recipe, where)
     if not labelled:
         return out
@@ -353,6 +357,31 @@ def _text(value: Any, column: str, where: str) -> str:
     return value
 
 
+def _choices(row: Row, texts: Row, said: Choices, where: str) -> list[str]:
+    """The completions that a row offers."""
+    if said.column is not None:
+        found = _get(row, said.column, "column", where, "data.choices.")
+        if not isinstance(found, list) or not all(isinstance(choice, str) and choice.strip() for choice in found):
+            raise LilyError(f"{where}: column {said.column!r} holds {_short(found)}, expected a list of texts")
+    else:
+        _, mark, rest = texts["prompt"].rpartition(str(said.after))
+        if not mark:
+            raise LilyError(
+                f"{where}: the prompt has no {said.after!r} (data.choices.after): {_short(texts['prompt'])}"
+            )
+        line = (rest.splitlines() or [""])[0]
+        found = [choice.strip() for choice in line.split(said.separator) if choice.strip()]
+    choices = [said.completion.replace("{choice}", choice) for choice in found]
+    if len(choices) < 2:
+        raise LilyError(f"{where}: data.choices finds {len(choices)}, expected two or more")
+    if texts["completion"] not in choices:
+        raise LilyError(
+            f"{where}: the completion {_short(texts['completion'])} is none of the choices "
+            f"({', '.join(map(_short, choices))})"
+        )
+    return choices
+
+
 def _class(value: Any, columns: Columns, where: str) -> str:
     if isinstance(value, bool) or (isinstance(value, (str, int)) and str(value).strip()):
         return str(value)
@@ -394,7 +423,7 @@ def _short(value: Any) -> str:
 
 def _key(row: Row) -> str:
     """What makes two rows the same input: case and spaces do not count, nor does what is to be learnt."""
-    inputs = [v for k, v in sorted(row.items()) if k not in ("label", "completion", "messages")]
+    inputs = [v for k, v in sorted(row.items()) if k not in ("label", "completion", "messages", "choices")]
     inputs += [m["content"] for m in row.get("messages", [])[:-1]]
     return json.dumps([" ".join(text.casefold().split()) for text in inputs])
 

@@ -13,7 +13,7 @@ from peft import PeftModel
 
 from lily.errors import LilyError
 from lily.reading import blame, read_json
-from lily.recipes import data, loader, models, scoring
+from lily.recipes import choices, data, loader, models, scoring
 from lily.recipes import metrics as metric_tools
 from lily.recipes.data import Row
 from lily.recipes.report import LABELS
@@ -44,8 +44,7 @@ class Judge:
         if recipe.task == "sft":
             loss = token_loss(model, encode(rows, recipe, self.tokenizer, None), recipe, self.tokenizer)
             found = {"loss": loss, "perplexity": float(np.exp(min(loss, 80.0)))}
-            if "exact_match" in self.names:
-                found["exact_match"] = exact_match(model, self.tokenizer, rows, recipe)
+            found |= self.beyond_loss(model, rows)
             return {name: found[name] for name in self.names}
         outputs = head_outputs(model, rows, recipe, self.tokenizer)
         if self.labels is not None:
@@ -59,6 +58,15 @@ class Judge:
             loss = float(np.mean((predicted - expected) ** 2))
         found = metric_tools.compute(self.names, predicted, expected)
         return {name: found.get(name, loss) for name in self.names}
+
+    def beyond_loss(self, model: torch.nn.Module, rows: Sequence[Row]) -> dict[str, float]:
+        """The recipe's metrics of sft that the loss does not give: of generated answers, and of choices."""
+        found: dict[str, float] = {}
+        if "exact_match" in self.names:
+            found["exact_match"] = exact_match(model, self.tokenizer, rows, self.recipe)
+        if self.recipe.data.choices is not None and {"accuracy", "accuracy_norm"} & set(self.names):
+            found |= choices.accuracies(model, rows, self.recipe, self.tokenizer)
+        return found
 
 
 def head_outputs(

@@ -15,6 +15,7 @@ DEFAULTS: dict[str, list[Metric]] = {
     "text-regression": ["pearson", "spearman"],
     "sft": ["loss", "perplexity"],
 }
+SCORED = ("exact_match", "accuracy", "accuracy_norm")  # of sft: not known from the loss
 LOWER_IS_BETTER = ("loss", "perplexity", "mse")
 
 

@@ -77,7 +77,7 @@ def prepare(recipe: Recipe) -> Prepared:
     check_packages(recipe)
     splits = data.load_splits(recipe)
 
-    from lily.recipes import forgetting, tasks
+    from lily.recipes import choices, forgetting, tasks
 
     with located(recipe, "model", recipe.model.kind):
         meta = models.meta_model(recipe.model, recipe.task, tasks.num_labels(recipe, splits))
@@ -93,9 +93,11 @@ def prepare(recipe: Recipe) -> Prepared:
         tasks.encode(
             splits.test, recipe, tokenizer, None, "the test rows"
         )  # for what it refuses: no answer of them may fit
-    if recipe.task == "sft" and "exact_match" in metrics_of(recipe):
-        for rows in (splits.validation, splits.test):
+    for rows in (splits.validation, splits.test):
+        if recipe.task == "sft" and "exact_match" in metrics_of(recipe):
             scoring.expected_answers(rows, recipe)
+        if recipe.data.choices is not None:
+            choices.check(rows, recipe, tokenizer)
     general = forgetting.general_text(recipe, tokenizer)
     return Prepared(splits, tokenizer, train, validation, config, meta, general)
 

@@ -1,7 +1,7 @@
 """The trainers: transformers' Trainer and TRL's SFTTrainer, with what a recipe adds to them.
 
-Added: metrics that need generation, the best adapter kept as a plain PEFT folder, early stopping on the recipe's own
-metric. Everything else (schedule, accumulation, checkpointing, resuming, logging) is theirs.
+Added: metrics that the loss does not give, the best adapter kept as a plain PEFT folder, early stopping on the
+recipe's own metric. Everything else (schedule, accumulation, checkpointing, resuming, logging) is theirs.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def build_trainer(
     train: Sequence[Example],
     validation: Sequence[Example],
     output: Path,
-    generate: Evaluate | None,
+    beyond_loss: Evaluate | None,
     quiet: bool,
 ) -> Any:
     """The recipe's trainer.
@@ -108,7 +108,7 @@ def build_trainer(
         train: encoded examples.
         validation: encoded examples.
         output: the run's folder.
-        generate: further validation metrics that need generation.
+        beyond_loss: further validation metrics, which the loss does not give.
         quiet: no progress bar.
 
     Returns:
@@ -159,7 +159,7 @@ def build_trainer(
     if recipe.method == "lily" and settle is None:  # what settles is recorded by settling itself
         trainer.add_callback(RoutingCallback())
     trainer.recipe = recipe
-    trainer.generate = generate
+    trainer.beyond_loss = beyond_loss
     trainer.names = names
     trainer.progress = Progress(output, names[0], recipe.train.early_stopping)
     return trainer
@@ -174,7 +174,7 @@ def score(recipe: Recipe, predictions: Any, labels: Any) -> dict[str, float]:
 
 def _with_best(base: type[Trainer]) -> Any:
     class RecipeTrainer(Resumable, base):  # type: ignore[misc]
-        generate: Evaluate | None = None
+        beyond_loss: Evaluate | None = None
         names: Sequence[str] = ()
 
         def training_step(self, *arguments: Any, **more: Any) -> torch.Tensor:
@@ -188,12 +188,12 @@ def _with_best(base: type[Trainer]) -> Any:
             return getattr(config, "settled", None)
 
         def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
-            """Also: metrics that need generation, and the best adapter."""
+            """Also: metrics that the loss does not give, and the best adapter."""
             with self.signals.deferred(False):
                 found: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
                 found["eval_perplexity"] = float(np.exp(min(found["eval_loss"], 80.0)))
-                if self.generate is not None:
-                    found.update({f"eval_{name}": value for name, value in self.generate(self.model).items()})
+                if self.beyond_loss is not None:
+                    found.update({f"eval_{name}": value for name, value in self.beyond_loss(self.model).items()})
             found = from_first(found)  # the processes decide alike, also where their arithmetic differs in a last bit
             step, epoch = self.state.global_step, float(self.state.epoch or 0.0)
             values = {name: found[f"eval_{name}"] for name in self.names}

@@ -18,7 +18,9 @@ Task = Literal["text-classification", "text-regression", "sft"]
 MethodName = Literal["lily", "lora", "none"]
 Baseline = Literal["majority", "tfidf", "frozen", "lora"]
 Quantization = Literal["none", "nf4", "int8"]
-Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman", "mse", "loss", "perplexity", "exact_match"]
+Metric = Literal[
+    "accuracy", "f1", "matthews", "pearson", "spearman", "mse", "loss", "perplexity", "exact_match", "accuracy_norm"
+]
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -136,6 +138,25 @@ class Split(Section):
     seed: int = Field(0, description="Fixes the split whatever the training seed is.")
 
 
+class Choices(Section):
+    """sft: the texts among which a model chooses, for accuracy and accuracy_norm. One of `column` and `after`."""
+
+    column: str | None = Field(None, description="Column that holds them in a list.")
+    after: str | None = Field(
+        None, min_length=1, description="Text of the prompt after which its line lists them: 'Answer format: '."
+    )
+    separator: str = Field("/", min_length=1, description="Between them in the prompt; with `after`.")
+    completion: str = Field("{choice}", description="What a completion says for a {choice}.")
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Choices:
+        if (self.column is None) == (self.after is None):
+            raise ValueError("give exactly one of column and after")
+        if self.completion.count("{choice}") != 1:
+            raise ValueError("completion must have {choice} once, where the choice goes")
+        return self
+
+
 class Data(Section):
     """The labelled examples."""
 
@@ -153,6 +174,7 @@ class Data(Section):
     template: str | None = Field(
         None, description="sft: a text of your own around each prompt, with {prompt} where it goes; with chat: false."
     )
+    choices: Choices | None = Field(None, description="sft: what accuracy and accuracy_norm choose from.")
 
 
 class Settle(Section):

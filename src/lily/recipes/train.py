@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lily.distributed import load_weights, save_adapter
 from lily.files import write_text
-from lily.recipes import checkpoints, data, loader, models, preflight, ranks, report
+from lily.recipes import checkpoints, loader, models, preflight, ranks, report
 from lily.recipes import metrics as metric_tools
 from lily.recipes.data import Splits
 from lily.recipes.places import located
@@ -203,13 +203,9 @@ def _run(
 
     splits, tokenizer, config, model = prepared.splits, prepared.tokenizer, prepared.config, loaded.model
     names = metric_tools.metrics_of(recipe)
-    generated = "exact_match" in names
-
-    def by_generation(rows: Sequence[data.Row]) -> Any:
-        return lambda m: {"exact_match": evaluate.exact_match(m, tokenizer, rows, recipe)} if generated else {}
-
     split = "test" if splits.test else "validation"
     judge = evaluate.Judge(recipe, tokenizer, splits.labels)
+    scored = recipe.task == "sft" and any(name in metric_tools.SCORED for name in names)
     result = Result(recipe.name, recipe.method, recipe.task, recipe.seed, names[0], split, _listed(splits.labels))
     result.quantization, result.base_bytes = recipe.model.quantization, loaded.base_bytes
 
@@ -242,7 +238,7 @@ def _run(
         prepared.train,
         prepared.validation,
         output,
-        by_generation(splits.validation) if generated else None,
+        partial(judge.beyond_loss, rows=splits.validation) if scored else None,
         quiet,
     )
     if trainer.shards:  # whole, the model may not fit where its parts do
