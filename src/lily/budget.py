@@ -63,14 +63,17 @@ def lora_compute(modules: Sequence[ModuleSpec], r: int, tokens: int) -> float:
         r: LoRA's rank.
         tokens: of a batch, for which the update of a parameter is computed once.
     """
-    extra = sum(_lora_of(m, r, tokens) for m in modules)
-    return extra / sum(_base_of(m.kind, m.in_features, m.out_features) * m.experts for m in modules)
+    return sum(_lora_of(m, r, tokens) for m in modules) / _bases(modules)
 
 
 def _lora_of(m: ModuleSpec, r: int, tokens: int) -> float:
     if m.kind in PARAMETERS:
         return m.experts * r * m.in_features * m.out_features / tokens
     return r * ((0 if m.kind == EMBEDDING else m.in_features) + m.out_features)
+
+
+def _bases(modules: Sequence[ModuleSpec]) -> int:
+    return sum(_base_of(m.kind, m.in_features, m.out_features) * m.experts for m in modules)
 
 
 def _base_of(kind: str, in_features: int, out_features: int) -> int:
@@ -128,11 +131,12 @@ class _Shape:
 
 @dataclass(frozen=True)
 class _Sharing:
-    """How much is shared: exactly one of num_A and stride_A, and num_B."""
+    """How much is shared: exactly one of num_A and stride_A, num_B, and whether a group has one router."""
 
     num_A: int | None
     stride_A: int | None
     num_B: int
+    shared_router: bool = False
 
     def count_A(self, layers: int) -> int:
         stride = self.stride_A or math.ceil(layers / (self.num_A or 1))
@@ -150,6 +154,7 @@ def choose(
     num_B: int | None = None,
     routing: str = "token",
     targets: object = None,
+    shared_router: bool = False,
 ) -> Choice:
     """Choose what is not given of r, num_A and num_B.
 
@@ -168,6 +173,7 @@ def choose(
         num_B: experts per group.
         routing: decides how large the routers are.
         targets: the adapter's `target_modules`, which decide how layers group; see `lily.plan.build_plan`.
+        shared_router: whether the layers of a group have one router.
 
     Raises:
         LilyError: if the budget is too small (with the smallest one that works), said twice, or a value is not
@@ -183,7 +189,7 @@ def choose(
     depth = max(s.layers for s in shapes)
 
     def sharing(n: int) -> _Sharing:
-        return _Sharing(num_A if num_A or stride_A else n, stride_A, num_B or n)
+        return _Sharing(num_A if num_A or stride_A else n, stride_A, num_B or n, shared_router)
 
     def cost(rank: int, n: int) -> int:
         return _parameters(shapes, rank, sharing(n), routing)
@@ -234,7 +240,7 @@ def _shapes(modules: Sequence[ModuleSpec], targets: object) -> list[_Shape]:
 def _parameters(shapes: Sequence[_Shape], r: int, sharing: _Sharing, routing: str) -> int:
     return sum(
         r * (sharing.count_A(s.layers) * s.in_features + sharing.num_B * s.out_features)
-        + s.layers * router_size(routing, r, sharing.num_B)
+        + (1 if sharing.shared_router else s.layers) * router_size(routing, r, sharing.num_B)
         for s in shapes
     )
 
@@ -402,6 +408,7 @@ def estimate(
     linear: Sequence[ModuleSpec] | None = None,
     weight_bytes: int = 4,
     base_bytes: int | None = None,
+    whole: Sequence[ModuleSpec] | None = None,
 ) -> Estimate:
     """What a plan costs to compute, to store and to train.
 
@@ -426,6 +433,7 @@ def estimate(
         linear: all linear layers of the model; default: the adapted ones.
         weight_bytes: bytes per frozen weight and per activation: 4 for float32, 2 for bfloat16.
         base_bytes: of the frozen weights, where they are quantised.
+        whole: the whole layers that hold `modules`, which the adapter's products are a share of; default: `modules`.
 
     Raises:
         LilyError: if there are no layers, or batch or tokens is not positive.
@@ -441,13 +449,12 @@ def estimate(
     updated = sum(len(g.members) * g.in_features * g.out_features for g in plan.groups if g.kind in PARAMETERS)
     activations = batch * tokens * (weight_bytes * wide + 4 * hidden) + weight_bytes * updated
     memory = Memory(weights, adapter, activations, weights + adapter + activations)
-    return Estimate(_compute(plan, batch, tokens), 4 * trained, memory)
+    return Estimate(_compute(plan, batch, tokens, _bases(modules if whole is None else whole)), 4 * trained, memory)
 
 
-def _compute(plan: SharingPlan, batch: int, tokens: int) -> Compute:
+def _compute(plan: SharingPlan, batch: int, tokens: int, base: int) -> Compute:
     counted = [(g, len(g.members)) for g in plan.groups]
     layers = [(g, n) for g, n in counted if g.kind not in PARAMETERS]
-    base = sum(n * _base_of(g.kind, g.in_features, g.out_features) for g, n in counted)
     down = sum(n * g.r * g.in_features for g, n in layers if g.kind != EMBEDDING)
     updates = sum(n * g.r * g.out_features * (g.num_B + g.in_features) for g, n in counted if g.kind in PARAMETERS)
     router = sum(n * g.r * g.num_B for g, n in layers if g.num_B > 1 and plan.routing in DYNAMIC)

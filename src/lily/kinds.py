@@ -109,7 +109,7 @@ def block_spec(name: str, module: nn.Module) -> ModuleSpec:
     Raises:
         LilyError: if it has none.
     """
-    sizes = [(spec.in_features, spec.out_features) for spec in _linear_layers(module)]
+    sizes = [(spec.in_features, spec.out_features) for spec in linear_layers(name, module)]
     if not sizes:
         raise LilyError(
             f"parallel_modules: {name} is a {type(module).__name__} without linear layers, so that the sizes of its "
@@ -118,10 +118,16 @@ def block_spec(name: str, module: nn.Module) -> ModuleSpec:
     return ModuleSpec(name, sizes[0][0], sizes[-1][1], BLOCK)
 
 
-def _linear_layers(module: nn.Module) -> Iterator[ModuleSpec]:
-    for inner in module.modules():
+def linear_layers(name: str, module: nn.Module) -> Iterator[ModuleSpec]:
+    """The linear layers of a module: itself, or inside it.
+
+    Args:
+        name: the module's.
+        module: a module without adapters.
+    """
+    for path, inner in module.named_modules(prefix=name):
         if isinstance(inner, nn.Linear) or type(inner).__name__ == "Conv1D":
-            yield layer_spec("", inner)
+            yield layer_spec(path, inner)
 
 
 def parameter_spec(name: str, module: nn.Module) -> ModuleSpec:

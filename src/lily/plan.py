@@ -197,11 +197,13 @@ class SharingPlan:
         return Parameters(
             A=sum(len(g.blocks) * g.r * g.in_features for g in self.groups),
             B=sum(g.num_B * g.r * g.out_features for g in self.groups),
-            router=sum(
-                (1 if self.shared_router else len(g.members)) * router_size(self.routing, g.r, g.num_B)
-                for g in self.groups
-            ),
+            router=sum(map(self.routers_of, self.groups)),
         )
+
+    def routers_of(self, group: Group) -> int:
+        """Parameters of a group's routers."""
+        routers = 1 if self.shared_router else len(group.members)
+        return routers * router_size(self.routing, group.r, group.num_B)
 
     def __str__(self) -> str:
         total = self.parameters
@@ -241,7 +243,6 @@ def build_plan(modules: Sequence[ModuleSpec], config: LilyConfig) -> SharingPlan
     Raises:
         LilyError: if `rank_pattern` gives layers of one group different ranks, or has a key that fits no layer.
     """
-    _check_rank_pattern([m.name for m in modules], config)
     members: dict[ModuleSpec, list[str]] = {}
     expression = config.target_modules if isinstance(config.target_modules, str) else None
     for m in modules:
@@ -249,6 +250,8 @@ def build_plan(modules: Sequence[ModuleSpec], config: LilyConfig) -> SharingPlan
         stock = expression if config.stock_grouping else None
         key = group_key(m, config.target_modules)
         members.setdefault(replace(key, name=stock or key.name), []).append(m.name)
+    _check_keys("group_options", config.group_options, list(dict.fromkeys(key.name for key in members)))
+    _check_rank_pattern([m.name for m in modules], config)
     groups = []
     for key, layers in members.items():
         r = _group_rank(key.name, layers, config)
@@ -258,7 +261,6 @@ def build_plan(modules: Sequence[ModuleSpec], config: LilyConfig) -> SharingPlan
         blocks = tuple(tuple(names[i : i + stride]) for i in range(0, len(names), stride))
         sizes = (key.in_features, key.out_features, r, own.num_B)
         groups.append(Group(key.name, *sizes, blocks, key.kind, key.kernel, key.rows))
-    _check_keys("group_options", config.group_options, [group.name for group in groups])
     plan = SharingPlan(tuple(groups), str(config.routing), config.shared_router)
     return replace(plan, stock_differs=stock_grouping_differs(plan, config.target_modules or ()))
 

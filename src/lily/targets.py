@@ -6,12 +6,23 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
 from lily.config import LilyConfig
 from lily.errors import LilyError
-from lily.kinds import BLOCK, LINEAR, PARAMETERS, SLICE, ModuleSpec, base_of, block_spec, parameter_spec
+from lily.kinds import (
+    BLOCK,
+    LINEAR,
+    PARAMETERS,
+    SLICE,
+    ModuleSpec,
+    base_of,
+    block_spec,
+    layer_spec,
+    linear_layers,
+    parameter_spec,
+)
 from lily.layer import LilyLayer
 from lily.parameters import Parameter
 from lily.plan import NoTargetError, own_modules, select_modules
@@ -103,6 +114,32 @@ def select_blocks(model: nn.Module, wanted: Sequence[str] | None) -> list[Module
                 f"parallel_modules={name!r} matches no module by name or class: {', '.join(known[:20])}"
             )
     return specs
+
+
+def whole_layers(
+    model: nn.Module, specs: Sequence[ModuleSpec], exclude: list[str] | str | None = None
+) -> list[ModuleSpec]:
+    """Where LoRA can go instead: a sliced layer whole, the linear layers inside a module with an adapter beside it.
+
+    Args:
+        model: without adapters.
+        specs: what Lily adapts.
+        exclude: modules inside of modules to leave out.
+
+    Returns:
+        Layers and parameters, each once.
+    """
+    found: dict[str, ModuleSpec] = {}
+    for spec in specs:
+        here = [spec]
+        if spec.kind == SLICE:
+            here = [layer_spec(spec.path, model.get_submodule(spec.path))]
+        elif spec.kind == BLOCK:
+            inside = list(linear_layers(spec.name, model.get_submodule(spec.name)))
+            free = LilyConfig(target_modules=[inner.name for inner in inside], exclude_modules=exclude)
+            here = [inner for inner in inside if check_target_module_exists(free, inner.name)]
+        found |= {one.name: one for one in here}
+    return list(found.values())
 
 
 def select_parameters(model: nn.Module, targets: Sequence[str]) -> list[ModuleSpec]:

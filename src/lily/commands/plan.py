@@ -98,7 +98,7 @@ def _cost_table(report: PlanReport) -> Table:
     for part, label in (
         ("A", "A, shared by neighbours"),
         ("B", "B, shared by all"),
-        ("router", "routers, one a layer"),
+        ("router", "routers"),
     ):
         table.add_row(label, f"{parts[part]:,}", "")
     table.add_row("trainable parameters", f"{parts['total']:,}", f"{lora.parameters:,}")

@@ -13,8 +13,8 @@ from lily.budget import Choice, Estimate, choose, equal_lora_rank, estimate, lor
 from lily.config import LilyConfig
 from lily.errors import LilyError
 from lily.kinds import ModuleSpec
-from lily.plan import SAVED_HEADS, Group, SharingPlan, build_plan, is_causal, router_size
-from lily.targets import select_targets
+from lily.plan import SAVED_HEADS, Group, SharingPlan, build_plan, is_causal
+from lily.targets import select_targets, whole_layers
 
 if TYPE_CHECKING:
     from torch import nn
@@ -219,6 +219,7 @@ def _report(
     base_bytes: int | None,
 ) -> PlanReport:
     size = sum(p.numel() for p in model.parameters())
+    whole = whole_layers(model, modules, wish.exclude)
     costs = estimate(
         plan,
         modules,
@@ -228,18 +229,19 @@ def _report(
         linear=list(_linear_layers(model)),
         weight_bytes=WEIGHT_BYTES.get(dtype, 4),
         base_bytes=base_bytes,
+        whole=whole,
     )
     total = plan.parameters
     # Lily fills a budget up to the grain of its rank; LoRA of the rank to be matched must not lose it to that grain.
-    budget = total.total if wish.match_lora is None else lora_parameters(modules, wish.match_lora)
-    lora = _lora(modules, budget, wish.batch * wish.tokens)
+    budget = total.total if wish.match_lora is None else lora_parameters(whole, wish.match_lora)
+    lora = _lora(whole, budget, wish.batch * wish.tokens)
     return PlanReport(
         model=name,
         dtype=dtype,
         model_parameters=size,
         routing=plan.routing,
         options=choice.options,
-        groups=tuple(_group(g, plan.routing) for g in plan.groups),
+        groups=tuple(_group(g, plan.routers_of(g)) for g in plan.groups),
         parameters={"A": total.A, "B": total.B, "router": total.router, "total": total.total},
         share_of_model=total.total / size,
         batch=wish.batch,
@@ -251,19 +253,17 @@ def _report(
     )
 
 
-def _group(group: Group, routing: str) -> GroupReport:
+def _group(group: Group, routers: int) -> GroupReport:
     numbers = iter(depth_numbers(group.members))
     sharing = tuple(compress([next(numbers) for _ in block]) for block in group.blocks)
     shared = len(group.blocks) * group.r * group.in_features + group.num_B * group.r * group.out_features
-    layers = len(group.members)
-    routers = layers * router_size(routing, group.r, group.num_B)
     return GroupReport(
         group.name,
         group.kind,
         group.shape,
         group.in_features,
         group.out_features,
-        layers,
+        len(group.members),
         sharing,
         group.r,
         group.num_B,
@@ -406,7 +406,7 @@ def recipe_report(
     Raises:
         LilyError: for whatever is wrong with the recipe, its data or its model.
     """
-    from lily.recipes import loader, models, preflight, quantization, tasks
+    from lily.recipes import loader, methods, models, preflight, quantization, tasks
     from lily.recipes.places import located
     from lily.recipes.train import output_folder
 
@@ -426,20 +426,32 @@ def recipe_report(
     dtype = dtype_of(model.config) if recipe.model.dtype == "auto" else recipe.model.dtype
     quantised = recipe.model.quantization
     size = None if quantised == "none" else quantization.frozen_bytes(model, recipe.task, quantised)
-    plan = plan_for(model, wish, name=_said(recipe.model), dtype=dtype if size is None else quantised, base_bytes=size)
+    decided = methods.decide(recipe, model)
+    plan = _report(
+        model,
+        decided.modules,
+        decided.plan,
+        decided.choice,
+        wish,
+        name=_said(recipe.model),
+        dtype=dtype if size is None else quantised,
+        base_bytes=size,
+    )
     return RecipeReport(recipe.name, recipe.method, loader.dump_recipe(recipe), plan, segments)
 
 
 def _drawing_report(recipe: DreamBooth, batch: int | None, tokens: int | None) -> RecipeReport:
     """The dry run of subject-driven generation: its images are not looked at, and there is no text to preview."""
-    from lily.recipes import loader
+    from lily.recipes import loader, methods
     from lily.recipes.dreambooth.run import planned
 
     family, model, _ = planned(recipe)
     usual = (recipe.subject.resolution // 16) ** 2  # where attention begins: an eighth by the autoencoder, then half
     wish = wish_of(recipe, batch=batch, tokens=tokens or usual)
     name = f"{family.component} of {recipe.model.hub or recipe.model.path or recipe.model.standin}"
-    plan = plan_for(model, wish, name=name, dtype=recipe.model.dtype)
+    found = methods.decide(recipe, model)
+    dtype = recipe.model.dtype
+    plan = _report(model, found.modules, found.plan, found.choice, wish, name=name, dtype=dtype, base_bytes=None)
     return RecipeReport(recipe.name, recipe.method, loader.dump_recipe(recipe), plan, ())
 
 

@@ -6,7 +6,7 @@ import string
 from collections.abc import Iterator
 
 from lily.errors import LilyError
-from lily.recipes import scoring, standins
+from lily.recipes import lily_checks, scoring, standins
 from lily.recipes.schema import STANDIN, File, Pattern, Recipe
 
 Problem = tuple[tuple[str, ...], str]
@@ -26,6 +26,7 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
     yield from _answers(recipe)
     yield from _split(recipe)
     yield from _hub(recipe)
+    yield from lily_checks.problems(recipe)
     yield from _method(recipe)
     yield from _schedule(recipe)
     yield from _output(recipe)
@@ -110,16 +111,19 @@ def _hub(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _method(recipe: Recipe) -> Iterator[Problem]:
-    if recipe.lily.num_A is not None and recipe.lily.stride_A is not None:
-        yield ("lily", "stride_A"), "says the same as num_A; give one of them"
     settle = recipe.lily.settle
     if settle is not None and settle.start >= settle.end:
         yield ("lily", "settle"), f"start {settle.start:g} must come before end {settle.end:g}"
     if settle is not None and (recipe.lily.routing in ("static", "uniform") or recipe.lily.num_B == 1):
         what = "num_B=1 has no router" if recipe.lily.num_B == 1 else f"routing {recipe.lily.routing} is static"
         yield ("lily", "settle"), f"{what}, so there is nothing to settle; remove one of them"
-    if settle is not None and recipe.lily.activation != "none":
+    activations = [recipe.lily.activation, *(own.activation for own in (recipe.lily.groups or {}).values())]
+    if settle is not None and set(activations) - {"none", None}:
         yield ("lily", "settle"), "an adapter with an activation is not linear, so it cannot be merged; remove one"
+    if settle is not None and recipe.lily.parallel:
+        yield ("lily", "settle"), "what runs beside a module (lily.parallel) is never merged; remove one"
+    if settle is not None and recipe.lily.shared_router:
+        yield ("lily", "settle"), "gives each layer weights of its own; remove it, or shared_router"
     if recipe.task == "sft":
         for baseline in recipe.baselines:
             if baseline != "lora":
@@ -130,8 +134,6 @@ def _method(recipe: Recipe) -> Iterator[Problem]:
         yield ("train", "packing"), "does not work with messages here; give prompt and completion"
     if recipe.train.head_learning_rate is not None and recipe.task == "sft":
         yield ("train", "head_learning_rate"), "sft has no new head; use learning_rate"
-    if isinstance(recipe.targets, list) and not recipe.targets:
-        yield ("targets",), "is empty; name modules such as [q_proj, v_proj], or write all-linear"
 
 
 def _schedule(recipe: Recipe) -> Iterator[Problem]:

@@ -16,6 +16,7 @@ from lily.analysis.words import title_of
 from lily.budget import equal_lora_rank
 from lily.checkpoint import specs_of
 from lily.errors import LilyError
+from lily.kinds import BLOCK, SLICE
 from lily.plan import SharingPlan
 from lily.recipes import data
 from lily.recipes.deploy import describe, load_for_export
@@ -34,7 +35,7 @@ class Insight:
         plan: who shares what; None: it is no Lily adapter, or its base model's configuration is not here.
         rank: of its updates.
         lora: rank of the LoRA that the run trained as its baseline.
-        equal_lora: the rank of LoRA that as many parameters buy on these layers.
+        equal_lora: the rank of LoRA that as many parameters buy on these layers; None: it cannot be on them.
         routing: over the data that were read, or the constant weights.
         history: of the routing during training.
         run: figures of the run; None: the folder is not a run's.
@@ -198,7 +199,10 @@ def _rows(told: Insight, used: Adapter, file: str | None, rows: int) -> tuple[li
 
 def _ranked(told: Insight, model: Any, folder: str, threshold: float) -> Insight:
     plan = find(model).plan
-    told = replace(told, plan=plan, equal_lora=equal_lora_rank(specs_of(plan), plan.parameters.total))
+    # LoRA of a slice, or beside a module, is nothing that anybody could use instead.
+    alike = not any(group.kind in (SLICE, BLOCK) for group in plan.groups)
+    equal = equal_lora_rank(specs_of(plan), plan.parameters.total) if alike else None
+    told = replace(told, plan=plan, equal_lora=equal)
     try:
         mixings = told.routing.mixings if told.routing is not None else None
         told = replace(told, rank=rank_report(lily_layers(model), mixings, threshold))

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -299,20 +299,24 @@ def _near(path: Key, kind: type[Section]) -> str:
 
 
 def _fields(path: Key, section: type[Section]) -> Mapping[str, FieldInfo]:
-    for part in path:
+    parts = iter(path)
+    for part in parts:
         info = section.model_fields.get(part)
-        inner = None if info is None else _section(info.annotation)
-        if inner is None:
+        inner, named = (None, False) if info is None else _section(info.annotation)
+        if inner is None or (named and next(parts, None) is None):
             return {}
         section = inner
     return section.model_fields
 
 
-def _section(annotation: Any) -> type[Section] | None:
-    for candidate in (annotation, *getattr(annotation, "__args__", ())):
-        if isinstance(candidate, type) and issubclass(candidate, Section):
-            return candidate
-    return None
+def _section(annotation: Any) -> tuple[type[Section] | None, bool]:
+    """The section that a key holds, and whether it holds one for each of some names."""
+    for candidate in (annotation, *get_args(annotation)):
+        named = get_origin(candidate) is dict
+        kind = get_args(candidate)[1] if named else candidate
+        if isinstance(kind, type) and get_origin(kind) is None and issubclass(kind, Section):
+            return kind, named
+    return None, False
 
 
 def _join(problems: Iterator[str] | list[str]) -> str:

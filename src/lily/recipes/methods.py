@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from peft import LoraConfig, PeftConfig
+from peft.tuners.tuners_utils import _find_minimal_target_modules
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
-from lily.budget import choose, equal_lora_rank, parse_count
+from lily.budget import Choice, choose, equal_lora_rank, parse_count
 from lily.config import LilyConfig
 from lily.errors import LilyError
-from lily.kinds import ModuleSpec
-from lily.plan import SAVED_HEADS, build_plan, is_causal
-from lily.recipes.places import located
-from lily.recipes.schema import Recipe
-from lily.targets import select_targets
+from lily.kinds import PARAMETERS, ModuleSpec
+from lily.plan import SAVED_HEADS, SharingPlan, build_plan, is_causal
+from lily.recipes.places import Key, located
+from lily.recipes.schema import Lily, Recipe
+from lily.targets import select_targets, whole_layers
 
 if TYPE_CHECKING:
     from lily.recipes.dreambooth.schema import DreamBooth
 
 # LilyConfig's options -> what recipes call them.
-KEYS = {"target_modules": "targets", "exclude_modules": "exclude"}
+KEYS: dict[str, Key] = {
+    "target_modules": ("targets",),
+    "exclude_modules": ("exclude",),
+    "target_parameters": ("target_parameters",),
+    "target_slices": ("lily", "slices"),
+    "parallel_modules": ("lily", "parallel"),
+    "group_options": ("lily", "groups"),
+    "rank_pattern": ("lily", "groups"),
+    "shared_router": ("lily", "shared_router"),
+}
 
 HEADS = ("classifier", "score", "classification_head")
 
@@ -46,18 +58,21 @@ def peft_config(recipe: Recipe | DreamBooth, model: nn.Module) -> PeftConfig | N
         return lily_config(recipe, model)
     task_type = task_type_of(recipe)
     if recipe.method == "lora":
-        config = lily_config(recipe, model)
-        modules = select_targets(model, config)
+        lily = decide(recipe, model)
+        config, layers = lily.config, whole_layers(model, lily.modules, recipe.exclude)
+        if not layers:
+            with located(recipe, "exclude"):
+                raise LilyError("leaves LoRA no layer inside the modules of lily.parallel; relax it")
         if config.target_parameters and recipe.lora.dropout:
             with located(recipe, "lora", "dropout"):
                 raise LilyError("LoRA of target_parameters knows no dropout; set lora.dropout to 0")
         r = recipe.lora.r
-        rank = r if isinstance(r, int) else equal_lora_rank(modules, build_plan(modules, config).parameters.total)
+        rank = r if isinstance(r, int) else equal_lora_rank(layers, lily.plan.parameters.total)
         return LoraConfig(
             r=rank,
             lora_alpha=recipe.lora.alpha or 2 * rank,
             lora_dropout=recipe.lora.dropout,
-            target_modules=config.target_modules,
+            target_modules=lora_targets(model, config, layers),
             exclude_modules=recipe.exclude,
             target_parameters=config.target_parameters,
             task_type=task_type,
@@ -77,19 +92,70 @@ def task_type_of(recipe: Recipe | DreamBooth) -> str | None:
     return {"sft": "CAUSAL_LM", "dreambooth": None}.get(recipe.task, "SEQ_CLS")
 
 
+def lora_targets(model: nn.Module, config: LilyConfig, layers: Sequence[ModuleSpec]) -> Any:
+    """LoRA's `target_modules` for what `config` adapts: its own, and the layers inside of modules.
+
+    Args:
+        model: the base model.
+        config: Lily's.
+        layers: from `lily.targets.whole_layers`.
+    """
+    if not config.parallel_modules:
+        return config.target_modules
+    names = [layer.name for layer in layers if layer.kind not in PARAMETERS]
+    others = [name for name, _ in model.named_modules() if name and name not in set(names)]
+    return _find_minimal_target_modules(names, others)
+
+
+@dataclass(frozen=True)
+class Decided:
+    """A recipe's Lily on a model.
+
+    Attributes:
+        config: what to put on it.
+        modules: what is adapted.
+        plan: who shares what.
+        choice: r, num_A and num_B, and why.
+    """
+
+    config: LilyConfig
+    modules: Sequence[ModuleSpec]
+    plan: SharingPlan
+    choice: Choice
+
+
 def lily_config(recipe: Recipe | DreamBooth, model: nn.Module) -> LilyConfig:
     """The recipe's Lily, with what it leaves open of r, num_A and num_B chosen by `lily.budget`."""
+    return decide(recipe, model).config
+
+
+def decide(recipe: Recipe | DreamBooth, model: nn.Module) -> Decided:
+    """The recipe's Lily, and what it is on a model.
+
+    Args:
+        recipe: decides targets and budget.
+        model: the base model; the meta device will do.
+
+    Raises:
+        LilyError: if the targets match nothing, or the budget does not fit.
+    """
     block = recipe.lily
     common: dict[str, Any] = {
         "exclude_modules": recipe.exclude,
         "target_parameters": recipe.target_parameters,
+        "target_slices": block.slices,
+        "parallel_modules": block.parallel,
+        "shared_router": block.shared_router,
         "routing": block.routing,
         "task_type": task_type_of(recipe),
     }
     targets = set(recipe.targets) if isinstance(recipe.targets, list) else recipe.targets
-    with located(recipe, "targets"), in_recipes_words():
+    named = targets or recipe.target_parameters
+    # Where only slices are named, they are what is not found.
+    words = KEYS if targets or not block.slices else {**KEYS, "target_modules": KEYS["target_slices"]}
+    with in_recipes_words(recipe, words):
         heads = SAVED_HEADS.get(task_type_of(recipe) or "")
-        asked = LilyConfig(target_modules=targets, modules_to_save=heads, **common)
+        asked = LilyConfig(target_modules=targets if named else None, modules_to_save=heads, **common)
         modules: list[ModuleSpec] = select_targets(model, asked)
     own = asked.routing_is_default and is_causal(model)
     routing = asked.default_routing(True) if own else str(asked.routing)
@@ -103,29 +169,46 @@ def lily_config(recipe: Recipe | DreamBooth, model: nn.Module) -> LilyConfig:
             num_B=block.num_B,
             routing=routing,
             targets=asked.target_modules,
+            shared_router=block.shared_router,
         )
-    return LilyConfig(
-        target_modules=asked.target_modules,
-        scaling=block.scaling,
-        batch_scope=block.batch_scope,
-        dropout=block.dropout,
-        activation=block.activation,
-        settled=None if block.settle is None else 0.0,
-        **choice.options,
-        **common,
-    )
+    with in_recipes_words(recipe, words):
+        config = LilyConfig(
+            target_modules=asked.target_modules,
+            scaling=block.scaling,
+            batch_scope=block.batch_scope,
+            dropout=block.dropout,
+            activation=block.activation,
+            settled=None if block.settle is None else 0.0,
+            group_options={name: own.options for name, own in (block.groups or {}).items() if own.options} or None,
+            rank_pattern={re.escape(name): own.r for name, own in (block.groups or {}).items() if own.r is not None},
+            **choice.options,
+            **common,
+        )
+        plan = replace(build_plan(modules, config), routing=routing)
+    return Decided(config, modules, plan, replace(choice, reason=(*choice.reason, *_own_reasons(block))))
+
+
+def _own_reasons(block: Lily) -> Iterator[str]:
+    for name, own in (block.groups or {}).items():
+        given = {"r": own.r, **own.options} if own.r is not None else own.options
+        if given:
+            yield f"{name}: {', '.join(f'{key}={value}' for key, value in given.items())}, as given for this group."
 
 
 @contextmanager
-def in_recipes_words() -> Iterator[None]:
-    """Within: errors about `LilyConfig`'s options name the recipe's keys."""
+def in_recipes_words(recipe: Recipe | DreamBooth, words: Mapping[str, Key] = KEYS) -> Iterator[None]:
+    """Within: errors about `LilyConfig`'s options name the recipe's keys, and where they were written."""
     try:
         yield
     except LilyError as error:
         said = str(error)
-        for option, key in KEYS.items():
-            said = said.replace(option, key)
-        raise type(error)(said) from None
+        # An error names first what is wrong, and then perhaps what could be given instead.
+        blamed = [(said.index(option), key) for option, key in words.items() if option in said]
+        written = sorted((at, key) for at, key in blamed if key in recipe.places.written)
+        for option, key in words.items():
+            said = said.replace(option, ".".join(key))
+        with located(recipe, *(written[0][1] if written else KEYS["target_modules"])):
+            raise type(error)(said) from None
 
 
 def learning_rate(recipe: Recipe | DreamBooth) -> float:

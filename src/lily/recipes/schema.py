@@ -22,6 +22,8 @@ Metric = Literal[
     "accuracy", "f1", "matthews", "pearson", "spearman", "mse", "loss", "perplexity", "exact_match", "accuracy_norm"
 ]
 
+Activation = Literal["none", "relu", "gelu", "silu"]
+
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -184,8 +186,25 @@ class Settle(Section):
     end: Fraction = Field(0.8, description="From here on it is static, and training goes on.")
 
 
+class Group(Section):
+    """What layers of one name have of their own; what is left out is the block's."""
+
+    r: PositiveInt | None = None
+    num_A: PositiveInt | None = None
+    stride_A: PositiveInt | None = None
+    num_B: PositiveInt | None = None
+    scaling: Annotated[float, Field(gt=0)] | None = None
+    dropout: Fraction | None = None
+    activation: Activation | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What is given besides the rank, as `LilyConfig.group_options` has it."""
+        return self.model_dump(exclude_none=True, exclude={"r"})
+
+
 class Lily(Section):
-    """Lily's own options: see `lily.LilyConfig`, whose names these are. `params` replaces r, num_A and num_B."""
+    """Lily's own options, most by the names of `lily.LilyConfig`. `params` replaces r, num_A and num_B."""
 
     params: str | int | None = Field(None, description="Budget such as 1.2M: r, num_A and num_B follow from it.")
     r: PositiveInt | None = None
@@ -200,7 +219,19 @@ class Lily(Section):
         "local", description="For batch routing on several processes: the mean over each one's rows, or over all rows."
     )
     dropout: Fraction = 0.0
-    activation: Literal["none", "relu", "gelu", "silu"] = "none"
+    activation: Activation = "none"
+    slices: dict[str, list[str] | dict[str, list[int]]] | None = Field(
+        None,
+        description="Parts of a fused projection instead of all of it: `{qkv: [k, v]}`, or where the layout is not "
+        "known, outputs from, to (and every how many they repeat): `{qkv: {v: [1536, 2304]}}`.",
+    )
+    parallel: list[str] | None = Field(
+        None, description="Names or classes of whole modules to run an adapter beside, such as [mlp]."
+    )
+    groups: dict[str, Group] | None = Field(
+        None, description="Options of layers of one name, such as `{mlp: {r: 64, activation: relu}}` or `{qkv.v: ...}`."
+    )
+    shared_router: bool = Field(False, description="One router for all layers of a group, instead of one per layer.")
     settle: Settle | None = Field(None, description="Become static while learning: exact to merge and to export.")
     learning_rate: Annotated[float, Field(gt=0)] | None = Field(None, description="Replaces train.learning_rate.")
 

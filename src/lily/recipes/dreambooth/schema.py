@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
+from lily.recipes import lily_checks
 from lily.recipes.places import Key, Places
 from lily.recipes.schema import Lily, Lora, PositiveInt, Section
 
@@ -144,8 +145,7 @@ class DreamBooth(Section):
 
 def problems(recipe: DreamBooth) -> Iterator[tuple[Key, str]]:
     """Every combination that cannot work: (path of the key, what is wrong and how to fix it)."""
-    if recipe.lily.num_A is not None and recipe.lily.stride_A is not None:
-        yield ("lily", "stride_A"), "says the same as num_A; give one of them"
+    yield from lily_checks.problems(recipe)
     if recipe.lily.settle is not None:
         yield ("lily", "settle"), "is for text; train with routing: static, or collapse the adapter afterwards"
     if isinstance(recipe.targets, list) and not recipe.targets:
