@@ -11,5 +11,9 @@ class LilyError(ValueError):
     """
 
 
+class DivergedError(LilyError):
+    """Training has left the finite numbers: the input is well-formed, but a learning rate or scaling is too large."""
+
+
 class ElsewhereError(LilyError):
     """Another process of the same run has found an error and tells it. The command line says nothing more."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lily.errors import LilyError
+from lily.errors import DivergedError
 from lily.routers import RouterWatch
 
 # float16: steps in a row that may overflow. Some do while the gradient scaler looks for its scale.
@@ -63,7 +63,7 @@ class HealthCallback(TrainerCallback):  # type: ignore[misc]
     """Watches a `Trainer` (transformers', TRL's): `Trainer(..., callbacks=[lily.HealthCallback()])`.
 
     A gradient that is not finite stops training before the step is taken, and weights that are not before they are
-    saved, by a `LilyError` that names the step, the tensors and the last good checkpoint. Under float16 single
+    saved, by a `DivergedError` that names the step, the tensors and the last good checkpoint. Under float16 single
     overflows are the gradient scaler's business. The loss is logged as it is: `logging_nan_inf_filter`, which hides
     what is not finite, is switched off. Routers are looked at in some steps; those that have collapsed are reported
     once. One wait for the device per step; works without Lily too, for the finite part.
@@ -105,7 +105,7 @@ class HealthCallback(TrainerCallback):  # type: ignore[misc]
         """After the gradient of a step, before it is used.
 
         Raises:
-            LilyError: if loss or gradient are not finite.
+            DivergedError: if loss or gradient are not finite.
         """
         self.routers.collect(state.global_step + 1)
         loss, self._loss = self._loss, None
@@ -122,7 +122,7 @@ class HealthCallback(TrainerCallback):  # type: ignore[misc]
             what = f"the gradient has overflowed in {OVERFLOWS} steps in a row"
         else:
             what = _listed("the gradient", model, gradients)
-        raise LilyError(str(_fault(args, state.global_step + 1, what, optimizer)))
+        raise DivergedError(str(_fault(args, state.global_step + 1, what, optimizer)))
 
     def on_step_end(
         self,
@@ -136,7 +136,7 @@ class HealthCallback(TrainerCallback):  # type: ignore[misc]
         """Before anything is logged, judged or saved.
 
         Raises:
-            LilyError: if a weight is not finite.
+            DivergedError: if a weight is not finite.
         """
         if control.should_log or control.should_evaluate or control.should_save:
             self.check_weights(args, state, model, optimizer)
@@ -153,7 +153,7 @@ class HealthCallback(TrainerCallback):  # type: ignore[misc]
         """Before an epoch's result is judged or saved.
 
         Raises:
-            LilyError: if a weight is not finite.
+            DivergedError: if a weight is not finite.
         """
         self.check_weights(args, state, model, optimizer)
 
@@ -161,11 +161,11 @@ class HealthCallback(TrainerCallback):  # type: ignore[misc]
         """Refuse to go on with weights that are not finite.
 
         Raises:
-            LilyError: names the step, the tensors and the last checkpoint.
+            DivergedError: names the step, the tensors and the last checkpoint.
         """
         weights = {p: _local(p.detach()) for p in _parameters(optimizer)}
         if not _finite(list(weights.values()), args):
-            raise LilyError(str(_fault(args, state.global_step, _listed("the weight", model, weights), optimizer)))
+            raise DivergedError(str(_fault(args, state.global_step, _listed("the weight", model, weights), optimizer)))
 
 
 def _parameters(optimizer: Any) -> list[nn.Parameter]:

@@ -64,6 +64,29 @@ def test_forgetting_is_the_loss_on_general_text_before_and_after_training(tmp_pa
     assert f"{found['increase']:+.4f}" in (tmp_path / "run" / "best" / "README.md").read_text()
 
 
+def test_the_best_adapter_is_chosen_among_those_that_forget_no_more_than_the_limit(tmp_path, chat_model):
+    def trained(*overrides):
+        recipe = make(
+            tmp_path,
+            chat_model,
+            overrides=["train.epochs=4", "metrics=[loss]", "train.learning_rate=0.004", *overrides],
+        )
+        return train.train(recipe, overwrite=True, quiet=True)
+
+    free = trained()
+    grown = {h["epoch"]: h["general_loss"] - free.forgetting["before"] for h in free.history}
+    limit = free.forgetting["increase"] - 1e-4  # excludes what was chosen without one
+    bound = trained(f"forgetting.limit={limit}")
+    assert bound.history == free.history
+    within = [h for h in free.history if grown[h["epoch"]] <= limit]
+    assert within
+    assert bound.best["epoch"] == min(within, key=lambda h: h["loss"])["epoch"] != free.best["epoch"]
+    assert bound.forgetting["increase"] == pytest.approx(grown[bound.best["epoch"]])
+    assert bound.forgetting["last"] == free.forgetting["last"]
+    nearest = trained("forgetting.limit=1e-9")
+    assert nearest.best["epoch"] == min(grown, key=lambda epoch: grown[epoch])
+
+
 def test_a_run_that_trains_nothing_forgets_nothing(tmp_path, chat_model):
     found = train.train(make(tmp_path, chat_model, overrides=["method=none"]), quiet=True).forgetting
     assert found["before"] == found["after"] == found["last"]

@@ -330,3 +330,31 @@ def test_a_cosine_ends_at_the_least_learning_rate_of_the_adapter_and_in_proporti
         train.train(recipe, quiet=True)
     assert rates[-1] == pytest.approx([1e-3, 2e-3])
     assert rates == sorted(rates, reverse=True)
+
+
+def test_a_watch_stops_a_run_that_goes_on_later_to_where_an_undisturbed_one_ends(tmp_path, encoder):
+    recipe = make(classification, tmp_path, encoder, ["train.epochs=3"])
+    whole = train.train(recipe, quiet=True)
+    expected = {name: load_file(tmp_path / "run" / name / "adapter_model.safetensors") for name in ("best", "last")}
+    seen = []
+
+    def watch(history):
+        seen.append([h["epoch"] for h in history])
+        return len(history) == 2
+
+    paused = train.train(recipe, overwrite=True, quiet=True, watch=watch)
+    assert seen == [[1.0], [1.0, 2.0]]
+    assert paused.history == whole.history[:2]
+    assert train.train(recipe, resume=True, quiet=True).history == whole.history
+    for name, tensors in expected.items():
+        found = load_file(tmp_path / "run" / name / "adapter_model.safetensors")
+        assert all(torch.equal(found[key], tensor) for key, tensor in tensors.items())
+
+
+def test_a_trial_of_a_search_leaves_the_test_rows_alone(tmp_path, encoder, monkeypatch):
+    recipe = make(classification, tmp_path, encoder, ["train.epochs=2"])
+    monkeypatch.setattr(evaluate.Judge, "__call__", lambda *_: pytest.fail("rows were judged"))
+    result = train.train(recipe, quiet=True, validation_only=True)
+    assert result.split == "validation"
+    assert result.before == {}
+    assert result.final["accuracy"] == result.best["value"]

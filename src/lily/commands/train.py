@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -55,7 +55,7 @@ def train_command(
         show(result, chosen, output_folder(chosen), Console())
 
 
-def _train(recipe: Recipe | DreamBooth, **how: bool) -> tuple[Result, Callable[..., None]]:
+def _train(recipe: Recipe | DreamBooth, **how: Any) -> tuple[Result, Callable[..., None]]:
     """Train a recipe by its task; with what prints the result."""
     if recipe.task == "dreambooth":
         from lily.recipes.dreambooth import report as drawn

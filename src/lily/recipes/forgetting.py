@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from lily.recipes.tasks import Example
 
+LOSS = "general_loss"  # what the evaluations of a run call it
 SHORTEST = 2  # tokens: the first one is not predicted
 
 
@@ -36,6 +37,12 @@ def general_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Exa
         if not fitting:
             raise LilyError(f"no text of {data.name_of(asked.file)} has {SHORTEST} tokens; there is nothing to predict")
     return [{"input_ids": ids, "labels": ids} for ids in fitting]
+
+
+def most(recipe: Recipe, found: dict[str, float]) -> float | None:
+    """The largest loss on general text that the recipe allows its best adapter; None: any."""
+    limit = None if recipe.forgetting is None else recipe.forgetting.limit
+    return None if limit is None else found["before"] + limit
 
 
 def of(before: float, last: float | None = None, after: float | None = None) -> dict[str, float]:

@@ -29,6 +29,7 @@ from lily.errors import LilyError
 from lily.files import write_text
 from lily.health import HealthCallback
 from lily.recipes import metrics as metric_tools
+from lily.recipes.forgetting import LOSS
 from lily.recipes.methods import learning_rate
 from lily.recipes.resumable import Cadence, Resumable
 from lily.recipes.schema import Recipe
@@ -52,7 +53,10 @@ class Progress:
     Attributes:
         history: what every evaluation on the validation rows found, with its epoch and step.
         best: the best of them. Where the adapter settles, only what was found after that counts.
+        most: the largest loss on general text that the best may have; None: any.
     """
+
+    most: float | None = None
 
     def __init__(self, output: Path, metric: str, patience: int | None) -> None:
         self.folder, self.file = output / "best", output / "progress.json"
@@ -64,8 +68,14 @@ class Progress:
 
     @property
     def best(self) -> dict[str, float]:
-        """The first evaluation that no later one beats, among the final ones if there are any."""
+        """The first evaluation that no later one beats, among the final ones if there are any.
+
+        Where there is a limit to forgetting, among those within it; if there are none, the one nearest to it.
+        """
         eligible = [h for h in self.history if h.get("final", 1.0)] or self.history
+        if self.most is not None:
+            within = [h for h in eligible if h[LOSS] <= self.most]
+            eligible = within or [min(eligible, key=lambda h: h[LOSS])]
         best = eligible[0]
         for found in eligible[1:]:
             if metric_tools.better(self.metric, found[self.metric], best[self.metric]):
@@ -175,6 +185,8 @@ def score(recipe: Recipe, predictions: Any, labels: Any) -> dict[str, float]:
 def _with_best(base: type[Trainer]) -> Any:
     class RecipeTrainer(Resumable, base):  # type: ignore[misc]
         beyond_loss: Evaluate | None = None
+        general: Callable[[torch.nn.Module], float] | None = None
+        watch: Callable[[Sequence[dict[str, float]]], bool] | None = None
         names: Sequence[str] = ()
 
         def training_step(self, *arguments: Any, **more: Any) -> torch.Tensor:
@@ -194,12 +206,15 @@ def _with_best(base: type[Trainer]) -> Any:
                 found["eval_perplexity"] = float(np.exp(min(found["eval_loss"], 80.0)))
                 if self.beyond_loss is not None:
                     found.update({f"eval_{name}": value for name, value in self.beyond_loss(self.model).items()})
+                if self.general is not None:
+                    found[f"eval_{LOSS}"] = self.general(self.model)
             found = from_first(found)  # the processes decide alike, also where their arithmetic differs in a last bit
             step, epoch = self.state.global_step, float(self.state.epoch or 0.0)
-            values = {name: found[f"eval_{name}"] for name in self.names}
+            values = {name: found[f"eval_{name}"] for name in (*self.names, LOSS) if f"eval_{name}" in found}
             settled = self.settled()
             final = {} if settled is None else {"final": float(settled == 1)}
-            if self.progress.update(self.model, {"step": step, "epoch": epoch, **values, **final}):
+            exhausted = self.progress.update(self.model, {"step": step, "epoch": epoch, **values, **final})
+            if exhausted or (self.watch is not None and self.watch(self.progress.history)):
                 self.control.should_training_stop = True
             return found
 

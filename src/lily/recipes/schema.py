@@ -314,6 +314,9 @@ class Forgetting(Section):
     column: str = Field(description="Where the text is; dotted names reach into nested rows.")
     max_rows: PositiveInt = Field(64, description="Use at most this many rows (a fixed sample).")
     max_length: PositiveInt = Field(128, description="Tokens a text is cut to.")
+    limit: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="The best adapter is one whose loss has grown no more than this; if none is, the nearest."
+    )
 
 
 class Recipe(Section):

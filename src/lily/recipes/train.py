@@ -6,7 +6,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -25,6 +25,9 @@ from lily.recipes.signals import Signals
 
 if TYPE_CHECKING:
     from lily.recipes.dreambooth.schema import DreamBooth
+
+# Is shown the evaluations so far after each of them; whether training should stop.
+Watch = Callable[[Sequence[dict[str, float]]], bool]
 
 
 @dataclass
@@ -89,7 +92,15 @@ def output_folder(recipe: Recipe | DreamBooth) -> Path:
     return Path(recipe.output.format(name=recipe.name, method=recipe.method, seed=recipe.seed)).expanduser()
 
 
-def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, quiet: bool = False) -> Result:
+def train(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+    watch: Watch | None = None,
+    validation_only: bool = False,
+) -> Result:
     """Train, evaluate and write a recipe's adapter.
 
     Everything that can be checked without weights is checked first, so a mistake costs seconds and writes nothing.
@@ -99,6 +110,8 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, quie
         resume: go on from the run's last complete checkpoint.
         overwrite: replace the run's folder.
         quiet: no progress bar.
+        watch: may stop the training, as if its time were up; resumed, it goes on from there.
+        validation_only: leave the test rows alone and do not judge the untrained model: a trial of a search.
 
     Returns:
         The result, also written to the run's folder: `metrics.json`, `recipe.yaml`, `best/` and `last/` (adapters).
@@ -130,7 +143,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, quie
     prepared, loaded = ranks.in_turn(checked)
     checkpoint = ranks.on_first(begun)
     with Signals() as signals:
-        result = _run(recipe, prepared, loaded, output, checkpoint, signals, quiet)
+        result = _run(recipe, prepared, loaded, output, checkpoint, signals, quiet, watch, validation_only)
         # written before the baselines too: what took hours does not wait for them
         _write(result, recipe, output, started)
         if recipe.baselines:
@@ -196,6 +209,8 @@ def _run(
     checkpoint: Path | None,
     signals: Signals,
     quiet: bool,
+    watch: Watch | None,
+    validation_only: bool,
 ) -> Result:
     import torch
 
@@ -203,15 +218,16 @@ def _run(
 
     splits, tokenizer, config, model = prepared.splits, prepared.tokenizer, prepared.config, loaded.model
     names = metric_tools.metrics_of(recipe)
-    split = "test" if splits.test else "validation"
+    split = "test" if splits.test and not validation_only else "validation"
     judge = evaluate.Judge(recipe, tokenizer, splits.labels)
     scored = recipe.task == "sft" and any(name in metric_tools.SCORED for name in names)
     result = Result(recipe.name, recipe.method, recipe.task, recipe.seed, names[0], split, _listed(splits.labels))
     result.quantization, result.base_bytes = recipe.model.quantization, loaded.base_bytes
 
     def judge_untrained(m: Any) -> None:
-        result.before = judge(m, splits.held_out)
-        result.samples = evaluate.samples(m, tokenizer, splits.held_out, recipe, "before")
+        if not validation_only:
+            result.before = judge(m, splits.held_out)
+            result.samples = evaluate.samples(m, tokenizer, splits.held_out, recipe, "before")
         result.forgetting = forgetting.of(before=general_loss(m)) if prepared.general else {}
 
     def general_loss(m: Any) -> float:
@@ -241,11 +257,17 @@ def _run(
         partial(judge.beyond_loss, rows=splits.validation) if scored else None,
         quiet,
     )
+
+    def look(m: Any) -> None:
+        judge_untrained(m)
+        trainer.progress.most = forgetting.most(recipe, result.forgetting)
+
     if trainer.shards:  # whole, the model may not fit where its parts do
-        trainer.look = judge_untrained
+        trainer.look = look
     else:
-        judge_untrained(model)
-    trainer.signals = signals
+        look(model)
+    trainer.signals, trainer.watch = signals, watch
+    trainer.general = general_loss if prepared.general else None
     trainer.resume(checkpoint)
     result.seconds["train"] = trainer.seconds
     result.router = {name: value for name, value in trainer.health.routers.state.items() if name != "in_a_row"}
@@ -259,14 +281,16 @@ def _run(
     result.last, result.best = (
         {"epoch": found["epoch"], "value": found[metric]} for found in (progress.history[-1], progress.best)
     )
-    last = general_loss(model) if prepared.general else None
-    load_weights(model, output / "best")
-    result.final = judge(model, splits.held_out)
-    if last is not None:
-        again = progress.best["step"] != progress.history[-1]["step"]
-        result.forgetting = forgetting.of(result.forgetting["before"], last, general_loss(model) if again else last)
+    if prepared.general:
+        last, after = (found[forgetting.LOSS] for found in (progress.history[-1], progress.best))
+        result.forgetting = forgetting.of(result.forgetting["before"], last, after)
+    if validation_only:
+        result.final = {name: progress.best[name] for name in names}
+    else:
+        load_weights(model, output / "best")
+        result.final = judge(model, splits.held_out)
+        result.samples = evaluate.samples(model, tokenizer, splits.held_out, recipe, "after", result.samples)
     result.adapter_bytes = ranks.on_first(lambda: (output / "best" / "adapter_model.safetensors").stat().st_size)
-    result.samples = evaluate.samples(model, tokenizer, splits.held_out, recipe, "after", result.samples)
     return result
 
 
