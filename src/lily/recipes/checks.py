@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from lily.errors import LilyError
 from lily.recipes import lily_checks, scoring, standins
-from lily.recipes.schema import STANDIN, File, Pattern, Recipe
+from lily.recipes.schema import MEAN, STANDIN, File, Pattern, Recipe
 
 Problem = tuple[tuple[str, ...], str]
 
@@ -31,10 +31,8 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
     yield from _schedule(recipe)
     yield from _output(recipe)
     yield from _forgetting(recipe)
-    for name in ("train", "validation", "test"):
-        file: File | None = getattr(recipe.data, name)
-        if file is not None:
-            yield from _file(("data", name), file)
+    for key, file in recipe.data.files.items():
+        yield from _file(("data", *key), file)
 
 
 def _columns(recipe: Recipe) -> Iterator[Problem]:
@@ -92,15 +90,16 @@ def _split(recipe: Recipe) -> Iterator[Problem]:
     carved = (0.0 if data.validation else data.split.validation) + (0.0 if data.test else data.split.test)
     if carved >= 1:
         yield ("data", "split"), f"validation and test take {carved:.2f} of the rows; leave some for training"
+    if MEAN in (data.tests or ()):
+        yield ("data", "tests", MEAN), "is what the mean over the sets is called; choose another name"
     if data.validation is None and data.split.validation == 0:
         yield ("data", "split"), "no validation rows: give data.validation, or a share in data.split.validation"
 
 
 def _hub(recipe: Recipe) -> Iterator[Problem]:
-    for name in ("validation", "test"):
-        file: File | None = getattr(recipe.data, name)
-        if file is not None and file.hub is not None and file.split is None:
-            yield ("data", name), f"needs split: which split of {file.hub} to use (otherwise the training rows are)"
+    for key, file in recipe.data.files.items():
+        if key[0] not in ("train", "mix") and file.hub is not None and file.split is None:
+            yield ("data", *key), f"needs split: which split of {file.hub} to use (otherwise the training rows are)"
     if recipe.model.kind in ("hub", STANDIN) and recipe.model.format != "transformers":
         yield ("model", "format"), f"{recipe.model.format} goes with path or package; remove it"
     if recipe.model.standin is not None:

@@ -15,12 +15,12 @@ import re
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO, TypeVar, cast
 
 from lily.errors import LilyError
-from lily.recipes.places import located
+from lily.recipes.places import Key, located
 from lily.recipes.schema import Choices, Columns, File, Recipe
 from lily.recipes.sources import fetch
 
@@ -50,17 +50,24 @@ class Splits:
         validation: chooses the best epoch.
         test: gives the final figure; may be empty.
         labels: the classes, in the order of their ids; None outside classification.
+        tests: further test sets, by name.
     """
 
     train: list[Row]
     validation: list[Row]
     test: list[Row]
     labels: tuple[str, ...] | None
+    tests: dict[str, list[Row]] = field(default_factory=dict)
 
     @property
     def held_out(self) -> list[Row]:
         """The rows that results are reported on: test, or validation where there is no test."""
         return self.test or self.validation
+
+    @property
+    def judged(self) -> dict[str, list[Row]]:
+        """All rows that metrics are computed of, by what to call them."""
+        return {"validation": self.validation, "test": self.test, **self.tests}
 
 
 def load_splits(recipe: Recipe) -> Splits:
@@ -70,7 +77,9 @@ def load_splits(recipe: Recipe) -> Splits:
         LilyError: names the file, the row and the column of the first thing that is wrong.
     """
     data = recipe.data
-    pool = _rows_at("train", data.train, recipe)
+    pool = _rows_at(("train",), recipe)
+    for name in data.mix or ():
+        pool += _rows_at(("mix", name), recipe)
     if data.deduplicate:
         pool = list({_key(row): row for row in reversed(pool)}.values())[::-1]
     parts: dict[str, list[Row]] = {}
@@ -78,24 +87,28 @@ def load_splits(recipe: Recipe) -> Splits:
     carve = {name: share for name, share in shares.items() if getattr(data, name) is None and share > 0}
     train, carved = _carve(pool, carve, data.split.seed, recipe.task == "text-classification")
     for name in shares:
-        file: File | None = getattr(data, name)
-        parts[name] = carved.get(name, []) if file is None else _rows_at(name, file, recipe)
+        parts[name] = carved.get(name, []) if getattr(data, name) is None else _rows_at((name,), recipe)
     seed = data.split.seed
     known, train = train, _sample(train, data.max_train, seed)
     parts["validation"] = _sample(parts["validation"], data.max_validation, seed)
     parts["test"] = _sample(parts["test"], data.max_test, seed)
+    tests = {name: _sample(_rows_at(("tests", name), recipe), data.max_test, seed) for name in data.tests or ()}
     if not train or not parts["validation"]:
         with located(recipe, "data", "train"):
             raise LilyError(
                 f"data.train has {len(pool)} rows, too few to train ({len(train)}) and validate "
                 f"({len(parts['validation'])}); give more rows or a smaller data.split"
             )
-    labels = _labels(known, parts, recipe) if recipe.task == "text-classification" else None
-    return Splits(train, parts["validation"], parts["test"], labels)
+    named: dict[Key, list[Row]] = {(name,): rows for name, rows in parts.items()}
+    named |= {("tests", name): rows for name, rows in tests.items()}
+    labels = _labels(known, named, recipe) if recipe.task == "text-classification" else None
+    return Splits(train, parts["validation"], parts["test"], labels, tests)
 
 
-def _rows_at(name: str, file: File, recipe: Recipe) -> list[Row]:
-    with located(recipe, "data", name, file.kind):
+def _rows_at(key: Key, recipe: Recipe) -> list[Row]:
+    """The rows of the recipe's file at a path below `data`."""
+    file = recipe.data.files[key]
+    with located(recipe, "data", *key, file.kind):
         return rows_of(file, recipe)
 
 
@@ -457,7 +470,7 @@ def _sample(rows: list[T], most: int | None, seed: int) -> list[T]:
     return rows if most is None or most >= len(rows) else _shuffled(rows, seed)[:most]
 
 
-def _labels(train: list[Row], parts: dict[str, list[Row]], recipe: Recipe) -> tuple[str, ...]:
+def _labels(train: list[Row], parts: dict[Key, list[Row]], recipe: Recipe) -> tuple[str, ...]:
     found, column = {row["label"] for row in train}, recipe.data.columns.label
     with located(recipe, "data", "columns", "label"):
         if len(found) < 2:
@@ -468,11 +481,13 @@ def _labels(train: list[Row], parts: dict[str, list[Row]], recipe: Recipe) -> tu
             raise LilyError(
                 f"label column {column!r} holds {len(found)} classes; for numbers write task: text-regression"
             )
-    for name, rows in parts.items():
+    for key, rows in parts.items():
         unknown = sorted({row["label"] for row in rows} - found)
         if unknown:
             known = ", ".join(sorted(found))
-            with located(recipe, "data", name):
-                raise LilyError(f"data.{name} has the label {unknown[0]!r}, which no training row has (known: {known})")
+            with located(recipe, "data", *key):
+                raise LilyError(
+                    f"data.{'.'.join(key)} has the label {unknown[0]!r}, which no training row has (known: {known})"
+                )
     numeric = all(re.fullmatch(r"-?[0-9]{1,18}", label) for label in found)
     return tuple(sorted(found, key=lambda label: (int(label) if numeric else 0, label)))

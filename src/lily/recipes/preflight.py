@@ -89,11 +89,10 @@ def prepare(recipe: Recipe) -> Prepared:
         tasks.encode(rows, recipe, tokenizer, splits.labels, f"the {name} rows")
         for name, rows in (("training", splits.train), ("validation", splits.validation))
     )
-    if recipe.task == "sft" and splits.test:
-        tasks.encode(
-            splits.test, recipe, tokenizer, None, "the test rows"
-        )  # for what it refuses: no answer of them may fit
-    for rows in (splits.validation, splits.test):
+    for name, rows in splits.judged.items():
+        if recipe.task == "sft" and name != "validation":
+            # for what it refuses: no answer of them may fit
+            tasks.encode(rows, recipe, tokenizer, None, f"the {name} rows")
         if recipe.task == "sft" and "exact_match" in metrics_of(recipe):
             scoring.expected_answers(rows, recipe)
         if recipe.data.choices is not None:

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lily.files import write_text
-from lily.recipes import loader, methods
+from lily.recipes import loader, methods, testsets
 from lily.recipes.metrics import metrics_of, shown
 from lily.recipes.schema import Recipe
 
@@ -60,6 +60,12 @@ def print_result(result: Result, recipe: Recipe, output: Path, console: Console)
     title = recipe.method if recipe.method != "lily" else f"Lily ({result.adapter.get('routing')})"
     table.add_row(f"[bold]{title}[/]", *_values(names, final), *_costs(own))
     console.print(table)
+    if result.tests:
+        header, *lines = _tests(result, recipe)
+        sets = Table(*header)
+        for line in lines:
+            sets.add_row(*line)
+        console.print(sets)
     if result.forgetting:
         console.print(_forgetting(result))
     for sample in result.samples:
@@ -72,6 +78,18 @@ def print_result(result: Result, recipe: Recipe, output: Path, console: Console)
             f"{result.best['epoch']:g}; {result.seconds['total']:.0f} s in all"
         )
         console.print(f"adapter: {output / 'best'}    figures: {output / 'metrics.json'}")
+
+
+def _tests(result: Result, recipe: Recipe) -> list[list[str]]:
+    counts = {name.removeprefix("tests."): count for name, count in result.rows.items() if name.startswith("tests.")}
+    return testsets.tabled(result.tests, metrics_of(recipe), counts)
+
+
+def _tests_card(result: Result, recipe: Recipe) -> list[str]:
+    if not result.tests:
+        return []
+    header, *lines = _tests(result, recipe)
+    return [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *lines)] + [""]
 
 
 def _told(result: Result, recipe: Recipe) -> tuple[list[str], dict[str, float]]:
@@ -123,7 +141,8 @@ def card(recipe: Recipe, result: Result) -> str:
     base = _named(recipe.model.hub, recipe.model.path, recipe.model.package)
     if recipe.model.standin is not None:
         base = f"the stand-in `{recipe.model.standin}` (`lily.recipes.standins`)"
-    data = _named(recipe.data.train.hub, recipe.data.train.path, recipe.data.train.package)
+    files = [recipe.data.train, *(recipe.data.mix or {}).values()]
+    data = ", ".join(_named(file.hub, file.path, file.package) for file in files)
     names, final = _told(result, recipe)
     what, own, tags = "An adapter", "this adapter", [recipe.method, recipe.task]
     if recipe.method == "none":
@@ -149,6 +168,7 @@ def card(recipe: Recipe, result: Result) -> str:
         f"| {own} | {' | '.join(_values(names, final))} |",
         "",
         *([_forgetting(result), ""] if result.forgetting else []),
+        *_tests_card(result, recipe),
         f"On {result.rows[result.split]:,} {result.split} rows; seed {result.seed}; "
         f"trained: {_trained(result)}. "
         f"Versions: {', '.join(f'{k} {v}' for k, v in result.versions.items())}.",

@@ -24,9 +24,11 @@ Metric = Literal[
 
 Activation = Literal["none", "relu", "gelu", "silu"]
 
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
+MEAN = "mean"  # what the mean over data.tests is called among them
 SOURCES = ("path", "package", "hub")
 STANDIN = "standin"
 
@@ -163,20 +165,38 @@ class Data(Section):
     """The labelled examples."""
 
     train: File
+    mix: dict[Name, File] | None = Field(
+        None, description="Further training files with the same columns, by names of yours."
+    )
     validation: File | None = None
     test: File | None = None
+    tests: dict[Name, File] | None = Field(
+        None, description="Further test sets, each judged by itself, and their mean."
+    )
     columns: Columns
     split: Split = Split()
     deduplicate: bool = Field(False, description="Drop repeated inputs before splitting, so none is on both sides.")
     max_train: PositiveInt | None = Field(None, description="Use at most this many training rows (a fixed sample).")
     max_validation: PositiveInt | None = None
-    max_test: PositiveInt | None = None
+    max_test: PositiveInt | None = Field(None, description="Of test, and of each of tests.")
     max_length: PositiveInt = Field(128, description="Tokens an example is cut to.")
     chat: bool = Field(True, description="sft: put prompt and completion in the tokenizer's chat template, if any.")
     template: str | None = Field(
         None, description="sft: a text of your own around each prompt, with {prompt} where it goes; with chat: false."
     )
     choices: Choices | None = Field(None, description="sft: what accuracy and accuracy_norm choose from.")
+
+    @property
+    def files(self) -> dict[tuple[str, ...], File]:
+        """Every table, by its key's path below `data`."""
+        known: dict[tuple[str, ...], File | None] = {
+            ("train",): self.train,
+            ("validation",): self.validation,
+            ("test",): self.test,
+        }
+        for name in ("mix", "tests"):
+            known |= {(name, key): file for key, file in (getattr(self, name) or {}).items()}
+        return {key: file for key, file in known.items() if file is not None}
 
 
 class Settle(Section):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lily.distributed import load_weights, save_adapter
 from lily.files import write_text
-from lily.recipes import checkpoints, loader, models, preflight, ranks, report
+from lily.recipes import checkpoints, loader, models, preflight, ranks, report, testsets
 from lily.recipes import metrics as metric_tools
 from lily.recipes.data import Splits
 from lily.recipes.places import located
@@ -39,6 +39,7 @@ class Result:
         split: what `before` and `final` are measured on: test, or validation where there is no test.
         before: all metrics of the untrained model on that split.
         final: all metrics of the best adapter on that split.
+        tests: the same two for each further test set, and their mean: name -> before or final -> metrics.
         best: epoch and value of the main metric on the validation rows.
         last: the same after the last epoch.
         parameters: trainable ones of the adapter and of a new head, and those of the frozen model.
@@ -63,6 +64,7 @@ class Result:
     labels: list[str] | None
     before: dict[str, float] = field(default_factory=dict)
     final: dict[str, float] = field(default_factory=dict)
+    tests: testsets.Figures = field(default_factory=dict)
     best: dict[str, float] | None = None
     last: dict[str, float] | None = None
     parameters: dict[str, int] = field(default_factory=dict)
@@ -227,6 +229,7 @@ def _run(
     def judge_untrained(m: Any) -> None:
         if not validation_only:
             result.before = judge(m, splits.held_out)
+            result.tests = testsets.judged(judge, m, splits.tests, "before")
             result.samples = evaluate.samples(m, tokenizer, splits.held_out, recipe, "before")
         result.forgetting = forgetting.of(before=general_loss(m)) if prepared.general else {}
 
@@ -240,11 +243,13 @@ def _run(
         **{name: version(name) for name in ("lily-peft", "peft", "torch", "transformers")},
     }
     result.rows = {"train": len(splits.train), "validation": len(splits.validation), "test": len(splits.test)}
+    result.rows |= {f"tests.{name}": len(rows) for name, rows in splits.tests.items()}
     result.parameters = _parameters(model, loaded.base_parameters)
     result.adapter, result.new_head = report.adapter_summary(model, recipe), loaded.new_head
     if config is None:
         judge_untrained(model)
         result.final = result.before
+        result.tests = {name: {**found, "final": found["before"]} for name, found in result.tests.items()}
         return result
 
     trainer = runner.build_trainer(
@@ -289,6 +294,7 @@ def _run(
     else:
         load_weights(model, output / "best")
         result.final = judge(model, splits.held_out)
+        result.tests = testsets.judged(judge, model, splits.tests, "final", result.tests)
         result.samples = evaluate.samples(model, tokenizer, splits.held_out, recipe, "after", result.samples)
     result.adapter_bytes = ranks.on_first(lambda: (output / "best" / "adapter_model.safetensors").stat().st_size)
     return result
