@@ -360,9 +360,11 @@ def recipe(**changes: Any) -> Recipe:
 
 
 def test_a_recipe_asks_for_what_its_keys_say() -> None:
-    wish = wish_of(recipe(targets=["query"], exclude=["head"], lily={"params": "1.2M", "routing": "static"}))
+    wish = wish_of(
+        recipe(targets=["query"], exclude=["head"], lily={"params": "1.2M", "routing": "static"}), nn.Module()
+    )
     assert wish == Wish(
         ["query"], ["head"], parameters=1_200_000, routing="static", task="SEQ_CLS", batch=32, tokens=48
     )
-    wish = wish_of(recipe(task="sft", lily={"r": 4, "stride_A": 2, "num_B": 3}), batch=2, tokens=5)
+    wish = wish_of(recipe(task="sft", lily={"r": 4, "stride_A": 2, "num_B": 3}), nn.Module(), batch=2, tokens=5)
     assert wish == Wish(r=4, stride_A=2, num_B=3, task="CAUSAL_LM", batch=2, tokens=5)

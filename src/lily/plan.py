@@ -364,6 +364,11 @@ def select_modules(model: nn.Module, config: LilyConfig) -> list[ModuleSpec]:
     inert = {name: found for name, found in uncalled(modules).items() if found.remedy is None}
     if all_linear and isinstance(config.target_modules, set):
         config.target_modules -= inert.keys()
+        # what trains whole needs no adapter
+        saved = tuple(config.modules_to_save or ())
+        config.target_modules -= {
+            n for n in config.target_modules if n in saved or n.endswith(tuple(f".{s}" for s in saved))
+        }
     found = []
     for name, module in modules.items():
         if not check_target_module_exists(config, name):

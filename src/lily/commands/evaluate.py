@@ -47,7 +47,9 @@ def eval_command(
 
 def predict_command(
     adapter: Folder,
-    input: Annotated[str, typer.Option("--input", help="csv, tsv, json, jsonl or parquet; - for jsonl on stdin.")],
+    input: Annotated[
+        str, typer.Option("--input", help="csv, tsv, json, jsonl or parquet; - for jsonl on stdin; a folder of images.")
+    ],
     output: Annotated[str, typer.Option("--output", help="A jsonl file; - for stdout.")] = "-",
     recipe: RecipeOption = None,
     prefix: Annotated[
@@ -56,7 +58,7 @@ def predict_command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file.")] = False,
 ) -> None:
     """Add a prediction to every row, streaming: rows in, rows out."""
-    from lily.recipes import data, sources
+    from lily.recipes import sources
 
     target = Path(output).expanduser()
     if output != "-" and target.exists() and not overwrite:
@@ -65,7 +67,8 @@ def predict_command(
         raise LilyError(f"--output {output}: there is no folder {target.parent}; make it first")
     source: Path | str = input if input == "-" else sources.local_path(input)
     used = _adapter(adapter, recipe)
-    rows = used.predict(data.stream_rows(source, header=used.recipe.data.train.header), prefix)
+    rows, folder = _rows(used, source)
+    rows = used.predict(rows, prefix, folder)
     if output == "-":
         _write(rows, sys.stdout)
         return
@@ -90,6 +93,17 @@ def generate_command(
     from transformers import TextStreamer
 
     used.generate(prompt, TextStreamer(used.tokenizer, skip_prompt=True, skip_special_tokens=True))
+
+
+def _rows(used: Any, source: Path | str) -> tuple[Iterable[dict[str, Any]], Path | None]:
+    """The rows of what is to be predicted, and the folder that paths of images in them are relative to."""
+    from lily.recipes import data, images
+
+    if isinstance(source, str):
+        return data.stream_rows(source), None
+    if used.recipe.task == "image-classification" and images.holds_images(source):
+        return images.rows_below(source, used.recipe.data.columns.image or "image"), None
+    return data.stream_rows(source, header=used.recipe.data.train.header), source.parent
 
 
 def _adapter(folder: str, recipe: str | None) -> Any:

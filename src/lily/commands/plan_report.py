@@ -51,6 +51,7 @@ class Wish:
     batch: int = 8
     tokens: int = 512
     target_parameters: list[str] | None = None
+    heads: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ def plan_for(
         target_modules=wish.targets,
         target_parameters=wish.target_parameters,
         exclude_modules=wish.exclude,
-        modules_to_save=SAVED_HEADS.get(wish.task or ""),
+        modules_to_save=SAVED_HEADS.get(wish.task or "") or wish.heads,
         routing=wish.routing,
         task_type=wish.task,
     )
@@ -421,8 +422,8 @@ def recipe_report(
     else:
         prepared = preflight.prepare(recipe)
         model = prepared.meta
-        segments = tuple(tasks.preview(recipe, prepared.tokenizer, prepared.splits.train[0]).segments)
-    wish = wish_of(recipe, batch=batch, tokens=tokens)
+        segments = tuple(tasks.preview(recipe, prepared.processor, prepared.splits.train[0]).segments)
+    wish = wish_of(recipe, model, batch=batch, tokens=tokens)
     dtype = dtype_of(model.config) if recipe.model.dtype == "auto" else recipe.model.dtype
     quantised = recipe.model.quantization
     size = None if quantised == "none" else quantization.frozen_bytes(model, recipe.task, quantised)
@@ -447,7 +448,7 @@ def _drawing_report(recipe: DreamBooth, batch: int | None, tokens: int | None) -
 
     family, model, _ = planned(recipe)
     usual = (recipe.subject.resolution // 16) ** 2  # where attention begins: an eighth by the autoencoder, then half
-    wish = wish_of(recipe, batch=batch, tokens=tokens or usual)
+    wish = wish_of(recipe, model, batch=batch, tokens=tokens or usual)
     name = f"{family.component} of {recipe.model.hub or recipe.model.path or recipe.model.standin}"
     found = methods.decide(recipe, model)
     dtype = recipe.model.dtype
@@ -462,9 +463,24 @@ def _said(model: Model) -> str:
     return model.hub or model.path or f"the stand-in {model.standin}"
 
 
-def wish_of(recipe: Recipe | DreamBooth, *, batch: int | None = None, tokens: int | None = None) -> Wish:
+def _tokens(recipe: Recipe | DreamBooth, model: nn.Module) -> int:
+    """Tokens of a sample; of an image its patches, and one that stands for the whole."""
+    from lily.recipes.models import image_size
+
+    if recipe.task == "dreambooth":
+        return 512
+    if recipe.task != "image-classification":
+        return recipe.data.max_length
+    patch = getattr(model.config, "patch_size", 16)
+    size = recipe.data.image.size or image_size(model.config)
+    return (size // (patch if isinstance(patch, int) else patch[0])) ** 2 + 1
+
+
+def wish_of(
+    recipe: Recipe | DreamBooth, model: nn.Module, *, batch: int | None = None, tokens: int | None = None
+) -> Wish:
     """What a recipe asks of a plan."""
-    from lily.recipes.methods import task_type_of
+    from lily.recipes.methods import saved_heads, task_type_of
 
     lily = recipe.lily
     return Wish(
@@ -478,8 +494,9 @@ def wish_of(recipe: Recipe | DreamBooth, *, batch: int | None = None, tokens: in
         parameters=None if lily.params is None else parse_count(lily.params),
         routing=lily.routing,
         task=task_type_of(recipe),
+        heads=saved_heads(recipe, model),
         batch=batch or recipe.train.batch_size,
-        tokens=tokens or (512 if recipe.task == "dreambooth" else recipe.data.max_length),
+        tokens=tokens or _tokens(recipe, model),
     )
 
 

@@ -11,9 +11,10 @@ import numpy as np
 
 from lily.recipes import models
 from lily.recipes.data import Row, Splits
+from lily.recipes.methods import heads_of
 from lily.recipes.metrics import compute, metrics_of
 from lily.recipes.schema import Recipe
-from lily.recipes.tasks import encode_text
+from lily.recipes.tasks import collate, encode_inputs
 
 
 def run(name: str, recipe: Recipe, splits: Splits) -> dict[str, float]:
@@ -72,7 +73,7 @@ def _tfidf(splits: Splits, known: Any) -> Any:
 
 
 def _frozen(recipe: Recipe, splits: Splits, known: Any) -> Any:
-    """A linear model on the frozen encoder's mean last hidden state."""
+    """A linear model on the frozen encoder's mean last hidden state; for images on what the model's head reads."""
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
@@ -89,20 +90,36 @@ def _linear(labels: Sequence[str] | None, strength: float = 1.0) -> Any:
 
 
 def _features(recipe: Recipe, rows: Sequence[Row]) -> Any:
-    from lily.recipes.evaluate import by_length, device_of, inference, place
+    from lily.recipes.evaluate import by_length, device_of, inference, place, to_device
     from lily.recipes.runner import precision_of
 
-    tokenizer = models.load_tokenizer(recipe.model)
-    model = models.load_model(recipe.model, recipe.task, ("0", "1"), precision=precision_of(recipe))
-    encoder = place(model.base_model)
-    encoded = [encode_text(row, recipe, tokenizer) for row in rows]
+    model = place(models.load_model(recipe.model, recipe.task, ("0", "1"), precision=precision_of(recipe)))
+    processor = models.load_processor(recipe, model.config)
+    pooled = _read_by_head if recipe.task == "image-classification" else _mean_state
+    encoded = [encode_inputs(row, recipe, processor) for row in rows]
     out: list[Any] = [None] * len(rows)
-    with inference(encoder, recipe):
+    with inference(model, recipe):
         for batch in by_length(encoded, recipe.train.eval_batch_size):
-            padded = tokenizer.pad([encoded[i] for i in batch], return_tensors="pt").to(device_of(encoder))
-            states = encoder(**padded).last_hidden_state.float()
-            mask = padded["attention_mask"].unsqueeze(-1).float()
-            means = ((states * mask).sum(1) / mask.sum(1)).cpu().numpy()
-            for i, row in zip(batch, means, strict=True):
+            inputs = to_device(collate([encoded[i] for i in batch], processor), device_of(model))
+            for i, row in zip(batch, pooled(model, inputs).float().cpu().numpy(), strict=True):
                 out[i] = row
     return np.stack(out)
+
+
+def _mean_state(model: Any, inputs: dict[str, Any]) -> Any:
+    """The mean of the last hidden states, padding left out."""
+    states = model.base_model(**inputs).last_hidden_state.float()
+    mask = inputs["attention_mask"].unsqueeze(-1).float()
+    return (states * mask).sum(1) / mask.sum(1)
+
+
+def _read_by_head(model: Any, inputs: dict[str, Any]) -> Any:
+    """What the model's own head reads of an image: models differ in how they pool."""
+    read: list[Any] = []
+    (name,) = heads_of(model)
+    hook = model.get_submodule(name).register_forward_pre_hook(lambda _, given: read.append(given[0]))
+    try:
+        model(**inputs)
+    finally:
+        hook.remove()
+    return read[0].flatten(1)

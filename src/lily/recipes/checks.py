@@ -15,7 +15,12 @@ CLASSIFICATION = ("accuracy", "f1", "matthews", "loss")
 CHOSEN = ("accuracy", "accuracy_norm")
 REGRESSION = ("pearson", "spearman", "mse", "loss")
 SFT = ("loss", "perplexity", "exact_match", *CHOSEN)
-METRICS = {"text-classification": CLASSIFICATION, "text-regression": REGRESSION, "sft": SFT}
+METRICS = {
+    "text-classification": CLASSIFICATION,
+    "image-classification": CLASSIFICATION,
+    "text-regression": REGRESSION,
+    "sft": SFT,
+}
 PLACEHOLDERS = {"name", "method", "seed"}
 
 
@@ -42,16 +47,27 @@ def _columns(recipe: Recipe) -> Iterator[Problem]:
             yield at, "sft needs prompt and completion, or messages"
         if c.messages is not None and (c.prompt is not None or c.completion is not None):
             yield at, "give either messages, or prompt and completion"
-        for name in ("text", "text_pair", "label"):
+        for name in ("text", "text_pair", "image", "label"):
             if getattr(c, name) is not None:
                 yield (*at, name), "is for classification and regression; sft has prompt, completion and messages"
+        return
+    for name in ("prompt", "completion", "messages"):
+        if getattr(c, name) is not None:
+            yield (*at, name), f"is for sft; {recipe.task} has {_inputs(recipe)} and label"
+    if recipe.task == "image-classification":
+        for name in ("text", "text_pair"):
+            if getattr(c, name) is not None:
+                yield (*at, name), "is for texts; image-classification has image and label"
         return
     for name in ("text", "label"):
         if getattr(c, name) is None:
             yield at, f"{recipe.task} needs {name}: the column that holds it"
-    for name in ("prompt", "completion", "messages"):
-        if getattr(c, name) is not None:
-            yield (*at, name), f"is for sft; {recipe.task} has text, text_pair and label"
+    if c.image is not None:
+        yield (*at, "image"), f"is for image-classification; {recipe.task} has text, text_pair and label"
+
+
+def _inputs(recipe: Recipe) -> str:
+    return "image" if recipe.task == "image-classification" else "text, text_pair"
 
 
 def _metrics(recipe: Recipe) -> Iterator[Problem]:
@@ -127,6 +143,8 @@ def _method(recipe: Recipe) -> Iterator[Problem]:
         for baseline in recipe.baselines:
             if baseline != "lora":
                 yield ("baselines",), f"{baseline} is for classification and regression; sft has lora"
+    if recipe.task == "image-classification" and "tfidf" in recipe.baselines:
+        yield ("baselines",), "tfidf is for texts; images have majority, frozen and lora"
     if recipe.train.packing and recipe.task != "sft":
         yield ("train", "packing"), "is for sft only"
     if recipe.train.packing and recipe.data.columns.messages is not None:

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO, TypeVar, cast
 
 from lily.errors import LilyError
+from lily.recipes import images
 from lily.recipes.places import Key, located
-from lily.recipes.schema import Choices, Columns, File, Recipe
+from lily.recipes.schema import CLASSIFYING, Choices, Columns, File, Recipe
 from lily.recipes.sources import fetch
 
 Row = dict[str, Any]
@@ -46,7 +47,8 @@ class Splits:
     """The examples of a recipe, with canonical keys.
 
     Attributes:
-        train: rows with text, text_pair and label; or prompt and completion (and choices); or messages.
+        train: rows with text, text_pair and label; or image and label; or prompt and completion (and choices); or
+            messages.
         validation: chooses the best epoch.
         test: gives the final figure; may be empty.
         labels: the classes, in the order of their ids; None outside classification.
@@ -85,7 +87,7 @@ def load_splits(recipe: Recipe) -> Splits:
     parts: dict[str, list[Row]] = {}
     shares = {"validation": data.split.validation, "test": data.split.test}
     carve = {name: share for name, share in shares.items() if getattr(data, name) is None and share > 0}
-    train, carved = _carve(pool, carve, data.split.seed, recipe.task == "text-classification")
+    train, carved = _carve(pool, carve, data.split.seed, recipe.task in CLASSIFYING)
     for name in shares:
         parts[name] = carved.get(name, []) if getattr(data, name) is None else _rows_at((name,), recipe)
     seed = data.split.seed
@@ -101,7 +103,7 @@ def load_splits(recipe: Recipe) -> Splits:
             )
     named: dict[Key, list[Row]] = {(name,): rows for name, rows in parts.items()}
     named |= {("tests", name): rows for name, rows in tests.items()}
-    labels = _labels(known, named, recipe) if recipe.task == "text-classification" else None
+    labels = _labels(known, named, recipe) if recipe.task in CLASSIFYING else None
     return Splits(train, parts["validation"], parts["test"], labels, tests)
 
 
@@ -123,6 +125,10 @@ def rows_of(file: File, recipe: Recipe, labelled: bool = True) -> list[Row]:
     Raises:
         LilyError: names the row and column of the first thing that is wrong.
     """
+    if recipe.task == "image-classification" and file.hub is None:
+        path = fetch(file)
+        if images.holds_images(path):
+            return list(images.read_images(path))
     return [_canonical(row, i, file, recipe, labelled) for i, row in enumerate(read_rows(file), 1)]
 
 
@@ -288,18 +294,31 @@ def _canonical(row: Row, number: int, file: File, recipe: Recipe, labelled: bool
             return texts
         with located(recipe, "data", "choices"):
             return {**texts, "choices": _choices(row, texts, recipe.data.choices, where)}
-    out = inputs_of(row, recipe, where)
+    folder = None if file.hub is not None else fetch(file).parent
+    out = inputs_of(row, recipe, where, folder)
     if not labelled:
         return out
     with located(recipe, "data", "columns", "label"):
-        label = _get(row, str(columns.label), "label", where)
+        column = columns.label or "label"
+        label = _get(row, column, "label", where)
         regression = recipe.task == "text-regression"
-        out["label"] = _number(label, columns, where) if regression else _class(label, columns, where)
+        out["label"] = _number(label, column, where) if regression else _class(label, column, where)
     return out
 
 
-def inputs_of(row: Row, recipe: Recipe, where: str) -> Row:
-    """The texts of a classification or regression row, by their canonical names."""
+def inputs_of(row: Row, recipe: Recipe, where: str, folder: Path | None = None) -> Row:
+    """The texts of a classification or regression row, or its image, by their canonical names.
+
+    Args:
+        row: as its table has it.
+        recipe: decides task and columns.
+        where: the row stands, for messages.
+        folder: that paths of images are relative to; default: the working directory.
+    """
+    if recipe.task == "image-classification":
+        column = recipe.data.columns.image or "image"
+        with located(recipe, "data", "columns", "image"):
+            return {"image": images.found(_get(row, column, "image", where), column, where, folder)}
     roles = ("text",) if recipe.data.columns.text_pair is None else ("text", "text_pair")
     return {role: _text_of(row, role, recipe, where) for role in roles}
 
@@ -395,22 +414,20 @@ def _choices(row: Row, texts: Row, said: Choices, where: str) -> list[str]:
     return choices
 
 
-def _class(value: Any, columns: Columns, where: str) -> str:
+def _class(value: Any, column: str, where: str) -> str:
     if isinstance(value, bool) or (isinstance(value, (str, int)) and str(value).strip()):
         return str(value)
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
-    raise LilyError(
-        f"{where}: label column {columns.label!r} holds {_short(value)}, expected a class (text or integer)"
-    )
+    raise LilyError(f"{where}: label column {column!r} holds {_short(value)}, expected a class (text or integer)")
 
 
-def _number(value: Any, columns: Columns, where: str) -> float:
+def _number(value: Any, column: str, where: str) -> float:
     with contextlib.suppress(TypeError, ValueError):
         number = float(value)
         if math.isfinite(number):
             return number
-    raise LilyError(f"{where}: label column {columns.label!r} holds {_short(value)}, expected a finite number")
+    raise LilyError(f"{where}: label column {column!r} holds {_short(value)}, expected a finite number")
 
 
 def _messages(value: Any, column: str, where: str) -> list[dict[str, str]]:
@@ -436,6 +453,8 @@ def _short(value: Any) -> str:
 
 def _key(row: Row) -> str:
     """What makes two rows the same input: case and spaces do not count, nor does what is to be learnt."""
+    if "image" in row:
+        return images.digest(row["image"])
     inputs = [v for k, v in sorted(row.items()) if k not in ("label", "completion", "messages", "choices")]
     inputs += [m["content"] for m in row.get("messages", [])[:-1]]
     return json.dumps([" ".join(text.casefold().split()) for text in inputs])
@@ -471,7 +490,7 @@ def _sample(rows: list[T], most: int | None, seed: int) -> list[T]:
 
 
 def _labels(train: list[Row], parts: dict[Key, list[Row]], recipe: Recipe) -> tuple[str, ...]:
-    found, column = {row["label"] for row in train}, recipe.data.columns.label
+    found, column = {row["label"] for row in train}, recipe.data.columns.label or "label"
     with located(recipe, "data", "columns", "label"):
         if len(found) < 2:
             raise LilyError(

@@ -77,11 +77,11 @@ def collapse_adapter(
         if used.labels is not None:
             data.check_labels(judged, used.labels, held_out or "the held-out split")
         device = next(used.model.parameters()).device
-        judge = Judge(used.recipe, used.tokenizer, used.labels)
+        judge = Judge(used.recipe, used.processor, used.labels)
         report = collapse(
             used.model,
-            batches(known[:rows], used.recipe, used.tokenizer, device),
-            batches(judged[:rows], used.recipe, used.tokenizer, device),
+            batches(known[:rows], used.recipe, used.processor, device),
+            batches(judged[:rows], used.recipe, used.processor, device),
             refit_steps=refit_steps,
             metric=lambda model: judge(model, judged),
         )

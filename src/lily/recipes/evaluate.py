@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +17,20 @@ from lily.recipes import choices, data, loader, models, scoring
 from lily.recipes import metrics as metric_tools
 from lily.recipes.data import Row
 from lily.recipes.report import LABELS
-from lily.recipes.schema import File, Recipe
-from lily.recipes.tasks import IGNORED, Example, asked, conversation, encode, encode_text, prompt_ids
+from lily.recipes.schema import CLASSIFYING, File, Recipe
+from lily.recipes.tasks import (
+    IGNORED,
+    Example,
+    Processor,
+    asked,
+    collate,
+    conversation,
+    encode,
+    encode_inputs,
+    length,
+    prompt_ids,
+    text_processor,
+)
 from lily.sharding import root_gathered
 
 if TYPE_CHECKING:
@@ -30,23 +42,24 @@ class Judge:
 
     Args:
         recipe: task, metrics, lengths.
-        tokenizer: the model's.
+        processor: the model's tokenizer, or what prepares its images.
         labels: the classes, for classification.
     """
 
-    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str] | None) -> None:
-        self.recipe, self.tokenizer, self.labels = recipe, tokenizer, labels
+    def __init__(self, recipe: Recipe, processor: Processor, labels: Sequence[str] | None) -> None:
+        self.recipe, self.processor, self.labels = recipe, processor, labels
         self.names = metric_tools.metrics_of(recipe)
 
     def __call__(self, model: torch.nn.Module, rows: Sequence[Row]) -> dict[str, float]:
         """Metric -> value. Predictions do not depend on how rows are batched (unless the routing is `batch`)."""
         recipe = self.recipe
         if recipe.task == "sft":
-            loss = token_loss(model, encode(rows, recipe, self.tokenizer, None), recipe, self.tokenizer)
+            tokenizer = text_processor(self.processor)
+            loss = token_loss(model, encode(rows, recipe, tokenizer, None), recipe, tokenizer)
             found = {"loss": loss, "perplexity": float(np.exp(min(loss, 80.0)))}
             found |= self.beyond_loss(model, rows)
             return {name: found[name] for name in self.names}
-        outputs = head_outputs(model, rows, recipe, self.tokenizer)
+        outputs = head_outputs(model, rows, recipe, self.processor)
         if self.labels is not None:
             ids = {name: i for i, name in enumerate(self.labels)}
             expected = np.array([ids[row["label"]] for row in rows])
@@ -70,15 +83,15 @@ class Judge:
 
 
 def head_outputs(
-    model: torch.nn.Module, rows: Sequence[Row], recipe: Recipe, tokenizer: PreTrainedTokenizerBase
+    model: torch.nn.Module, rows: Sequence[Row], recipe: Recipe, processor: Processor
 ) -> np.ndarray[Any, Any]:
     """The head's outputs (rows, outputs) in float32, in the rows' order; batched by length to waste little padding."""
-    encoded = [encode_text(row, recipe, tokenizer) for row in rows]
+    encoded = [encode_inputs(row, recipe, processor) for row in rows]
     out: list[Any] = [None] * len(rows)
     with inference(model, recipe):
         for batch in by_length(encoded, recipe.train.eval_batch_size):
-            padded = tokenizer.pad([encoded[i] for i in batch], return_tensors="pt").to(device_of(model))
-            logits = model(**padded).logits.float().cpu().numpy()
+            inputs = to_device(collate([encoded[i] for i in batch], processor), device_of(model))
+            logits = model(**inputs).logits.float().cpu().numpy()
             for i, row in zip(batch, logits, strict=True):
                 out[i] = row
     return np.stack(out)
@@ -107,7 +120,7 @@ def token_loss(
 
 def by_length(examples: Sequence[Example], size: int) -> Iterator[list[int]]:
     """Batches of indices, short examples first, so that little is padded."""
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
+    order = sorted(range(len(examples)), key=lambda i: length(examples[i]))
     for start in range(0, len(order), size):
         yield order[start : start + size]
 
@@ -133,6 +146,11 @@ class inference:
         for context in reversed(self.contexts):
             context.__exit__(*error)
         self.model.train(self.training)
+
+
+def to_device(inputs: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """A model's inputs, where the model takes them."""
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
 def device_of(model: torch.nn.Module) -> torch.device:
@@ -211,14 +229,19 @@ class Adapter:
     def __init__(self, folder: str, recipe: str | None = None) -> None:
         self.path = adapter_path(folder)
         self.recipe = recipe_of(self.path, recipe)
-        self.tokenizer = models.load_tokenizer(self.recipe.model)
         self._splits: data.Splits | None = None
         self._labels = kept_labels(self.path)
         from lily.recipes.runner import precision_of
 
         precision = precision_of(self.recipe)
         base = models.load_model(self.recipe.model, self.recipe.task, self.labels, precision=precision)
+        self.processor = models.load_processor(self.recipe, base.config)
         self.model = place(PeftModel.from_pretrained(base, str(self.path))).eval()
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer, for tasks of texts."""
+        return text_processor(self.processor)
 
     @property
     def splits(self) -> data.Splits:
@@ -230,7 +253,7 @@ class Adapter:
     @property
     def labels(self) -> Sequence[str] | None:
         """The classes, as kept with the adapter; older runs read them off the data again."""
-        if self.recipe.task != "text-classification":
+        if self.recipe.task not in CLASSIFYING:
             return None
         return self._labels or self.splits.labels
 
@@ -249,14 +272,15 @@ class Adapter:
             raise LilyError(f"the recipe has no {split} rows; choose train or validation, or give --file")
         if self.labels is not None:
             data.check_labels(rows, self.labels, str(file or split))
-        return Judge(self.recipe, self.tokenizer, self.labels)(self.model, rows)
+        return Judge(self.recipe, self.processor, self.labels)(self.model, rows)
 
-    def predict(self, rows: Iterable[Row], prefix: str = "") -> Iterator[Row]:
+    def predict(self, rows: Iterable[Row], prefix: str = "", folder: Path | None = None) -> Iterator[Row]:
         """Rows with `prediction` (and `score`, the class's probability) added, read and given batch by batch.
 
         Args:
             rows: rows with the recipe's input columns.
             prefix: put before the names of what is added.
+            folder: that paths of images are relative to; default: the working directory.
 
         Raises:
             LilyError: if a row lacks the recipe's input column, or has one that would be overwritten.
@@ -271,13 +295,13 @@ class Adapter:
                         f"row {i} has a column {taken[0]!r} of its own, which would be overwritten; rename it, or give "
                         f"the results another name with --prefix, such as --prefix lily_"
                     )
-            found = self._predict(batch, number)
+            found = self._predict(batch, number, folder)
             yield from (
                 {**row, **dict(zip(names, values, strict=True))} for row, values in zip(batch, found, strict=True)
             )
             number += len(batch)
 
-    def _predict(self, batch: list[Row], number: int) -> list[tuple[Any, ...]]:
+    def _predict(self, batch: list[Row], number: int, folder: Path | None) -> list[tuple[Any, ...]]:
         """What is found for each row: the prediction, and its probability where there are classes."""
         recipe, columns = self.recipe, self.recipe.data.columns
         if recipe.task == "sft":
@@ -285,8 +309,8 @@ class Adapter:
             turns = [asked(p, recipe, self.tokenizer) if isinstance(p, str) else p for p in prompts]
             given = answers(self.model, self.tokenizer, turns, recipe)
             return [(text,) for text in given]
-        inputs = [data.inputs_of(row, recipe, f"row {number + i}") for i, row in enumerate(batch, 1)]
-        outputs = head_outputs(self.model, inputs, recipe, self.tokenizer)
+        inputs = [data.inputs_of(row, recipe, f"row {number + i}", folder) for i, row in enumerate(batch, 1)]
+        outputs = head_outputs(self.model, inputs, recipe, self.processor)
         if self.labels is None:
             return [(float(o[0]),) for o in outputs]
         chosen = []
@@ -366,15 +390,14 @@ def kept_labels(path: Path) -> tuple[str, ...] | None:
 
 
 def batches(
-    rows: Sequence[Row], recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device
+    rows: Sequence[Row], recipe: Recipe, processor: Processor, device: torch.device
 ) -> list[dict[str, torch.Tensor]]:
     """Rows as a model's inputs, padded on the right and batched by length."""
     if recipe.task == "sft":
-        encoded: list[Any] = [{"input_ids": e["input_ids"]} for e in encode(rows, recipe, tokenizer, None)]
+        encoded: list[Any] = [{"input_ids": e["input_ids"]} for e in encode(rows, recipe, processor, None)]
     else:
-        encoded = [encode_text(row, recipe, tokenizer) for row in rows]
-    out = []
-    for chosen in by_length(encoded, recipe.train.eval_batch_size):
-        padded = tokenizer.pad([encoded[i] for i in chosen], return_tensors="pt", padding_side="right")
-        out.append(dict(padded.to(device)))
-    return out
+        encoded = [encode_inputs(row, recipe, processor) for row in rows]
+    return [
+        to_device(collate([encoded[i] for i in chosen], processor, "right"), device)
+        for chosen in by_length(encoded, recipe.train.eval_batch_size)
+    ]

@@ -6,7 +6,7 @@ import hashlib
 import shutil
 import tarfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -42,8 +42,27 @@ class Preprocess:
     norm: str = "imagenet"
     crop: bool = False
 
-    def __call__(self, path: Path) -> Tensor:
+    def batch(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """Make a model's inputs of examples.
+
+        Args:
+            examples: each with an `image`, and perhaps its class number as `labels`.
+
+        Returns:
+            `pixel_values` (batch, 3, size, size), float32, and `labels` (batch,), int64, if all have one.
+        """
+        import torch
+
+        made = {"pixel_values": torch.stack([self(example["image"]) for example in examples])}
+        if all("labels" in example for example in examples):
+            made["labels"] = torch.tensor([example["labels"] for example in examples])
+        return made
+
+    def __call__(self, source: Any) -> Tensor:
         """Read and prepare one image.
+
+        Args:
+            source: its path, or an image of PIL.
 
         Returns:
             (3, size, size), float32.
@@ -56,10 +75,13 @@ class Preprocess:
         from PIL import Image
 
         try:
-            with Image.open(path) as file:
-                image = file.convert("RGB")
+            if isinstance(source, Image.Image):
+                image = source.convert("RGB")
+            else:
+                with Image.open(source) as file:
+                    image = file.convert("RGB")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise LilyError(f"{path}: not an image that can be read ({error}); leave it out or replace it") from None
+            raise LilyError(f"{source}: not an image that can be read ({error}); leave it out or replace it") from None
         wide, high = image.size
         if self.crop:
             scale = self.size / min(wide, high)
@@ -72,6 +94,42 @@ class Preprocess:
         pixels = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255).permute(2, 0, 1)
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in NORMS[self.norm])
         return (pixels - mean) / std
+
+
+def holds_images(path: Path) -> bool:
+    """Whether a path is a folder, an archive or a list, which `read_images` reads, and not a table."""
+    return path.is_dir() or path.name.lower().endswith((*ARCHIVES, ".txt"))
+
+
+def found(value: Any, column: str, where: str, folder: Path | None = None) -> Any:
+    """The image that a table's row names, or holds as the hub's data sets do.
+
+    Args:
+        value: of the row's column.
+        column: its name, for messages.
+        where: the row stands, for messages.
+        folder: that paths are relative to; default: the working directory.
+
+    Returns:
+        The file's path as text, or the image of PIL.
+
+    Raises:
+        LilyError: if it is neither, or there is no such file.
+    """
+    if hasattr(value, "convert"):
+        return value
+    if not isinstance(value, str) or not value.strip():
+        raise LilyError(f"{where}: column {column!r} holds {value!r}, expected the path of an image")
+    path = (folder or Path()) / Path(value).expanduser()
+    if not path.is_file():
+        raise LilyError(f"{where}: there is no image {path}; paths are read relative to the table's own folder")
+    return str(path)
+
+
+def digest(image: Any) -> str:
+    """What makes two images the same: their bytes."""
+    data = image.tobytes() if hasattr(image, "convert") else Path(image).read_bytes()
+    return hashlib.sha256(data).hexdigest()
 
 
 def read_images(path: Path) -> Iterator[dict[str, Any]]:
@@ -93,6 +151,26 @@ def read_images(path: Path) -> Iterator[dict[str, Any]]:
         yield from _by_class(unpacked(path))
     else:
         yield from _listed(path)
+
+
+def rows_below(path: Path, column: str) -> Iterator[dict[str, Any]]:
+    """Rows of the images anywhere below a folder, or in an archive or a list, without their classes.
+
+    Args:
+        path: the folder, archive or list.
+        column: that holds the image's path.
+
+    Raises:
+        LilyError: if there is none.
+    """
+    if path.is_file() and not path.name.lower().endswith(ARCHIVES):
+        files = [row["image"] for row in _listed(path)]
+    else:
+        top = path if path.is_dir() else unpacked(path)
+        files = sorted(str(p) for p in top.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
+    if not files:
+        raise LilyError(f"{path}: there are no images ({', '.join(ENDINGS)})")
+    yield from ({column: file} for file in files)
 
 
 def _by_class(folder: Path) -> Iterator[dict[str, Any]]:

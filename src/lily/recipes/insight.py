@@ -22,8 +22,8 @@ from lily.recipes import data
 from lily.recipes.deploy import describe, load_for_export
 from lily.recipes.evaluate import Adapter, adapter_path, batches, by_length, device_of
 from lily.recipes.figures import RunFigures, newest_checkpoint, run_figures, run_of
-from lily.recipes.schema import File
-from lily.recipes.tasks import encode_text
+from lily.recipes.schema import CLASSIFYING, File
+from lily.recipes.tasks import encode_inputs
 
 
 @dataclass(frozen=True)
@@ -174,12 +174,12 @@ def _measured(told: Insight, folder: str, file: str | None, rows: int, recipe: s
     chosen, told = _rows(told, used, file, rows)
     labels: Sequence[object] | None = None
     if used.recipe.task != "sft":
-        encoded = [encode_text(row, used.recipe, used.tokenizer) for row in chosen]
+        encoded = [encode_inputs(row, used.recipe, used.processor) for row in chosen]
         order = [i for batch in by_length(encoded, used.recipe.train.eval_batch_size) for i in batch]
         chosen = [chosen[i] for i in order]  # a stable order, so that batches keep it and labels follow
-        if used.recipe.task == "text-classification" and all("label" in row for row in chosen):
+        if used.recipe.task in CLASSIFYING and all("label" in row for row in chosen):
             labels = [row["label"] for row in chosen]
-    made = batches(chosen, used.recipe, used.tokenizer, device_of(used.model))
+    made = batches(chosen, used.recipe, used.processor, device_of(used.model))
     where = file or ("test" if used.splits.test else "validation")
     routing = routing_report(used.model, made, labels)
     told = replace(told, routing=routing, read=f"{len(chosen):,} rows of {where}")

@@ -37,7 +37,7 @@ KEYS: dict[str, Key] = {
     "shared_router": ("lily", "shared_router"),
 }
 
-HEADS = ("classifier", "score", "classification_head")
+HEADS = ("classifier", "score", "classification_head", "head")
 
 
 def peft_config(recipe: Recipe | DreamBooth, model: nn.Module) -> PeftConfig | None:
@@ -56,7 +56,7 @@ def peft_config(recipe: Recipe | DreamBooth, model: nn.Module) -> PeftConfig | N
     """
     if recipe.method == "lily":
         return lily_config(recipe, model)
-    task_type = task_type_of(recipe)
+    task_type, heads = task_type_of(recipe), saved_heads(recipe, model)
     if recipe.method == "lora":
         lily = decide(recipe, model)
         config, layers = lily.config, whole_layers(model, lily.modules, recipe.exclude)
@@ -76,20 +76,35 @@ def peft_config(recipe: Recipe | DreamBooth, model: nn.Module) -> PeftConfig | N
             exclude_modules=recipe.exclude,
             target_parameters=config.target_parameters,
             task_type=task_type,
+            modules_to_save=heads,
         )
     if recipe.task == "sft":
         return None
-    if not any(hasattr(model, name) for name in HEADS):
+    if not heads_of(model):
         with located(recipe, "method"):
             raise LilyError(
                 f"method: none trains the head, but {type(model).__name__} has none named {', '.join(HEADS)}"
             )
-    return LoraConfig(target_modules=DUMMY_TARGET_MODULES, task_type=task_type)
+    return LoraConfig(target_modules=DUMMY_TARGET_MODULES, task_type=task_type, modules_to_save=heads)
 
 
 def task_type_of(recipe: Recipe | DreamBooth) -> str | None:
-    """PEFT's name of the task; it has none for drawing."""
-    return {"sft": "CAUSAL_LM", "dreambooth": None}.get(recipe.task, "SEQ_CLS")
+    """PEFT's name of the task; it has none for images."""
+    return {"sft": "CAUSAL_LM", "dreambooth": None, "image-classification": None}.get(recipe.task, "SEQ_CLS")
+
+
+def heads_of(model: nn.Module) -> list[str]:
+    """The names of the modules that classify what the model has read."""
+    timm = getattr(model, "timm_model", None)
+    if timm is not None:
+        classifier = timm.get_classifier()
+        return [name for name, module in model.named_modules() if module is classifier]
+    return [name for name in HEADS if hasattr(model, name)]
+
+
+def saved_heads(recipe: Recipe | DreamBooth, model: nn.Module) -> list[str] | None:
+    """Heads to train and save whole where PEFT does not know the task; where it does, it sees to them itself."""
+    return heads_of(model) if recipe.task == "image-classification" else None
 
 
 def lora_targets(model: nn.Module, config: LilyConfig, layers: Sequence[ModuleSpec]) -> Any:
@@ -154,7 +169,7 @@ def decide(recipe: Recipe | DreamBooth, model: nn.Module) -> Decided:
     # Where only slices are named, they are what is not found.
     words = KEYS if targets or not block.slices else {**KEYS, "target_modules": KEYS["target_slices"]}
     with in_recipes_words(recipe, words):
-        heads = SAVED_HEADS.get(task_type_of(recipe) or "")
+        heads = SAVED_HEADS.get(task_type_of(recipe) or "") or saved_heads(recipe, model)
         asked = LilyConfig(target_modules=targets if named else None, modules_to_save=heads, **common)
         modules: list[ModuleSpec] = select_targets(model, asked)
     own = asked.routing_is_default and is_causal(model)
@@ -179,6 +194,7 @@ def decide(recipe: Recipe | DreamBooth, model: nn.Module) -> Decided:
             dropout=block.dropout,
             activation=block.activation,
             settled=None if block.settle is None else 0.0,
+            modules_to_save=saved_heads(recipe, model),
             group_options={name: own.options for name, own in (block.groups or {}).items() if own.options} or None,
             rank_pattern={re.escape(name): own.r for name, own in (block.groups or {}).items() if own.r is not None},
             **choice.options,

@@ -12,6 +12,7 @@ from lily.recipes.schema import Metric, Recipe
 
 DEFAULTS: dict[str, list[Metric]] = {
     "text-classification": ["accuracy"],
+    "image-classification": ["accuracy"],
     "text-regression": ["pearson", "spearman"],
     "sft": ["loss", "perplexity"],
 }

@@ -1,4 +1,4 @@
-"""Pretrained models and tokenizers of recipes. Weights are read from safetensors only."""
+"""Pretrained models of recipes, and what prepares their inputs. Weights are read from safetensors only."""
 
 from __future__ import annotations
 
@@ -9,11 +9,20 @@ from typing import TYPE_CHECKING, Any, cast
 
 from lily.errors import LilyError
 from lily.recipes import convert, quantization, standins
-from lily.recipes.schema import Model, Task
+from lily.recipes.images import Preprocess
+from lily.recipes.schema import Model, Recipe, Task
 from lily.recipes.sources import fetch
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+AUTO_CLASSES: dict[Task, str] = {
+    "text-classification": "AutoModelForSequenceClassification",
+    "text-regression": "AutoModelForSequenceClassification",
+    "image-classification": "AutoModelForImageClassification",
+    "sft": "AutoModelForCausalLM",
+}
 
 
 def local_model(model: Model) -> Path | str:
@@ -61,6 +70,30 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def load_processor(recipe: Recipe, config: PretrainedConfig) -> PreTrainedTokenizerBase | Preprocess:
+    """What prepares the model's inputs: its tokenizer, or the recipe's `data.image`.
+
+    Args:
+        recipe: decides the task.
+        config: the model's, for the size of its images.
+
+    Raises:
+        LilyError: if there is no tokenizer.
+    """
+    if recipe.task != "image-classification":
+        return load_tokenizer(recipe.model)
+    image = recipe.data.image
+    return Preprocess(size=image.size or image_size(config), norm=image.norm, crop=image.crop)
+
+
+def image_size(config: PretrainedConfig) -> int:
+    """Height and width, in pixels, of the images that a model was made for; 224 if it does not say."""
+    own = getattr(config, "image_size", None)
+    if own is None:  # timm's say it there
+        own = (getattr(config, "pretrained_cfg", None) or {}).get("input_size", 224)
+    return int(own if isinstance(own, int) else own[-1])
+
+
 def load_model(
     model: Model,
     task: Task,
@@ -76,7 +109,7 @@ def load_model(
     Args:
         model: where it is.
         task: decides the head.
-        labels: the classes, for text-classification.
+        labels: the classes, for classification.
         precision: in what the products with 4-bit weights are computed.
         announce: called with one line if a head is replaced.
 
@@ -111,7 +144,7 @@ def load_model(
         line = _new_head(misfits, loaded.base_model_prefix, task, source)
         if announce is not None:
             announce(line)
-    if getattr(loaded.config, "pad_token_id", None) is None:
+    if task != "image-classification" and getattr(loaded.config, "pad_token_id", None) is None:
         # The tokenizer's own: a classifier over a decoder reads the last token that is not this one.
         # What needs a tokenizer loads it itself, and says what is wrong with it.
         with contextlib.suppress(LilyError):
@@ -188,9 +221,9 @@ def _new_head(
 
 
 def _class(task: Task) -> Any:
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    import transformers
 
-    return AutoModelForCausalLM if task == "sft" else AutoModelForSequenceClassification
+    return getattr(transformers, AUTO_CLASSES[task])
 
 
 def _head(task: Task, labels: Sequence[str] | None) -> dict[str, Any]:

@@ -54,7 +54,7 @@ class Parallel(Trainer):  # type: ignore[misc]
         rows, collate = self._encoded(self.train_dataset, "training")
         size = self.recipe.train.batch_size
         lengths = None
-        if self.recipe.task != "sft":
+        if self.recipe.task not in ("sft", "image-classification"):
             lengths = [len(row["input_ids"]) for row in self.train_dataset]
         group = size * self.recipe.train.gradient_accumulation
         batches = Batches(len(rows), size, self.recipe.seed, lengths, group)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lily.errors import LilyError
 from lily.recipes import checkpoints, data, loader, methods, models, scoring
 from lily.recipes.data import Splits
+from lily.recipes.images import Preprocess
 from lily.recipes.metrics import metrics_of
 from lily.recipes.places import located
 from lily.recipes.schema import Recipe
@@ -18,10 +19,10 @@ from lily.recipes.schema import Recipe
 if TYPE_CHECKING:
     from peft import PeftConfig
     from torch import nn
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from lily.recipes.dreambooth.schema import DreamBooth
-    from lily.recipes.tasks import Example
+    from lily.recipes.tasks import Example, Processor
 
 # Module -> what to install.
 EXTRAS = {
@@ -33,6 +34,7 @@ EXTRAS = {
     "datasets": '"lily-peft[sft]"',
     "tensorboard": "tensorboard",
     "wandb": "wandb",
+    "PIL": '"lily-peft[vision]"',
     "bitsandbytes": '"lily-peft[quantized]"',
     "diffusers": '"lily-peft[diffusion]"',
 }
@@ -51,7 +53,7 @@ class Prepared:
 
     Attributes:
         splits: the rows.
-        tokenizer: the model's.
+        processor: the model's tokenizer, or what prepares its images.
         train: encoded training examples.
         validation: encoded validation examples.
         config: what to put on the model; None where there is nothing to train.
@@ -60,7 +62,7 @@ class Prepared:
     """
 
     splits: Splits
-    tokenizer: PreTrainedTokenizerBase
+    processor: Processor
     train: list[Example]
     validation: list[Example]
     config: PeftConfig | None
@@ -81,24 +83,28 @@ def prepare(recipe: Recipe) -> Prepared:
 
     with located(recipe, "model", recipe.model.kind):
         meta = models.meta_model(recipe.model, recipe.task, tasks.num_labels(recipe, splits))
-        tokenizer = models.load_tokenizer(recipe.model)
+        processor = models.load_processor(recipe, meta.config)
     config = methods.peft_config(recipe, meta)
-    with located(recipe, "data", "max_length"):
-        check_length(recipe, meta)
+    if isinstance(processor, Preprocess):
+        with located(recipe, "data", "image", "size"):
+            check_size(processor.size, meta)
+    else:
+        with located(recipe, "data", "max_length"):
+            check_length(recipe, meta)
     train, validation = (
-        tasks.encode(rows, recipe, tokenizer, splits.labels, f"the {name} rows")
+        tasks.encode(rows, recipe, processor, splits.labels, f"the {name} rows")
         for name, rows in (("training", splits.train), ("validation", splits.validation))
     )
     for name, rows in splits.judged.items():
         if recipe.task == "sft" and name != "validation":
             # for what it refuses: no answer of them may fit
-            tasks.encode(rows, recipe, tokenizer, None, f"the {name} rows")
+            tasks.encode(rows, recipe, processor, None, f"the {name} rows")
         if recipe.task == "sft" and "exact_match" in metrics_of(recipe):
             scoring.expected_answers(rows, recipe)
         if recipe.data.choices is not None:
-            choices.check(rows, recipe, tokenizer)
-    general = forgetting.general_text(recipe, tokenizer)
-    return Prepared(splits, tokenizer, train, validation, config, meta, general)
+            choices.check(rows, recipe, processor)
+    general = forgetting.general_text(recipe, processor)
+    return Prepared(splits, processor, train, validation, config, meta, general)
 
 
 def check_packages(recipe: Recipe) -> None:
@@ -108,6 +114,8 @@ def check_packages(recipe: Recipe) -> None:
         LilyError: names what to install.
     """
     needed = ["sklearn", "scipy", *recipe.train.report_to]
+    if recipe.task == "image-classification":
+        needed += ["PIL"]
     if recipe.task == "sft":
         needed += ["trl", "datasets"]
     if recipe.model.quantization != "none":
@@ -139,6 +147,29 @@ def check_length(recipe: Recipe, model: nn.Module) -> None:
                 raise LilyError(
                     f"data.max_length={recipe.data.max_length}: the model reads at most {limit} tokens; lower it"
                 )
+
+
+def check_size(size: int, model: PreTrainedModel) -> None:
+    """Refuse images of a size that the model's positions are not for. Some models stretch theirs, others fail.
+
+    Args:
+        size: height and width in pixels.
+        model: on the meta device.
+
+    Raises:
+        LilyError: names the model's own size.
+    """
+    import torch
+
+    own = models.image_size(model.config)
+    if size == own:
+        return
+    try:
+        with torch.no_grad():
+            model(pixel_values=torch.empty(1, 3, size, size, device="meta"))
+    except (ValueError, RuntimeError) as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise LilyError(f"the model reads images of {own} x {own} pixels, not {size} ({why}); leave it out") from None
 
 
 def check_output(recipe: Recipe | DreamBooth, output: Path) -> None:

@@ -12,9 +12,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from lily.files import write_text
-from lily.recipes import loader, methods, testsets
+from lily.recipes import loader, methods, models, testsets
 from lily.recipes.metrics import metrics_of, shown
-from lily.recipes.schema import Recipe
+from lily.recipes.schema import CLASSIFYING, Recipe
 
 if TYPE_CHECKING:
     from lily.recipes.dreambooth.schema import DreamBooth
@@ -107,7 +107,7 @@ def _forgetting(result: Result) -> str:
 
 def _title(name: str, recipe: Recipe) -> str:
     titles = {
-        "majority": "majority" if recipe.task == "text-classification" else "mean",
+        "majority": "majority" if recipe.task in CLASSIFYING else "mean",
         "tfidf": "TF-IDF",
         "frozen": "frozen encoder",
         "lora": "LoRA, equal parameters" if recipe.lora.r == "equal" else "LoRA",
@@ -207,7 +207,7 @@ def _named(hub: str | None, path: str | None, package: Any) -> str:
 
 
 def _auto(recipe: Recipe) -> str:
-    return "AutoModelForCausalLM" if recipe.task == "sft" else "AutoModelForSequenceClassification"
+    return models.AUTO_CLASSES[recipe.task]
 
 
 def _load(recipe: Recipe, result: Result) -> str:

@@ -17,7 +17,6 @@ import torch
 from peft import PeftModel
 from transformers import (
     DataCollatorWithPadding,
-    PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
     TrainingArguments,
@@ -30,10 +29,11 @@ from lily.files import write_text
 from lily.health import HealthCallback
 from lily.recipes import metrics as metric_tools
 from lily.recipes.forgetting import LOSS
+from lily.recipes.images import Preprocess
 from lily.recipes.methods import learning_rate
 from lily.recipes.resumable import Cadence, Resumable
-from lily.recipes.schema import Recipe
-from lily.recipes.tasks import Example
+from lily.recipes.schema import CLASSIFYING, Recipe
+from lily.recipes.tasks import Example, Processor
 from lily.settle import SettleCallback
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class Progress:
 def build_trainer(
     recipe: Recipe,
     model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    processor: Processor,
     train: Sequence[Example],
     validation: Sequence[Example],
     output: Path,
@@ -114,7 +114,7 @@ def build_trainer(
     Args:
         recipe: schedule and task.
         model: with its adapter; frozen parameters are left out of the optimiser.
-        tokenizer: the model's.
+        processor: the model's tokenizer, or what prepares its images.
         train: encoded examples.
         validation: encoded examples.
         output: the run's folder.
@@ -126,7 +126,8 @@ def build_trainer(
     """
     names = metric_tools.metrics_of(recipe)
     arguments = _arguments(recipe, output, quiet)
-    common: dict[str, Any] = {"model": model, "processing_class": tokenizer}
+    images = isinstance(processor, Preprocess)
+    common: dict[str, Any] = {"model": model, "processing_class": None if images else processor}
     if recipe.task == "sft":
         try:
             from datasets import Dataset, disable_progress_bars
@@ -151,10 +152,10 @@ def build_trainer(
                 p.data = data
     else:
         trainer = _with_best(Trainer)(
-            args=TrainingArguments(**arguments),
+            args=TrainingArguments(**arguments, remove_unused_columns=not images),
             train_dataset=list(train),
             eval_dataset=list(validation),
-            data_collator=DataCollatorWithPadding(tokenizer),
+            data_collator=processor.batch if images else DataCollatorWithPadding(processor),
             compute_metrics=lambda out: score(recipe, out.predictions, out.label_ids),
             **common,
         )
@@ -178,7 +179,7 @@ def build_trainer(
 def score(recipe: Recipe, predictions: Any, labels: Any) -> dict[str, float]:
     """A head's outputs (rows, outputs) against labels: the recipe's metrics."""
     outputs = predictions[0] if isinstance(predictions, tuple) else predictions
-    predicted = outputs.argmax(-1) if recipe.task == "text-classification" else outputs.reshape(-1)
+    predicted = outputs.argmax(-1) if recipe.task in CLASSIFYING else outputs.reshape(-1)
     return metric_tools.compute(metric_tools.metrics_of(recipe), predicted, labels)
 
 

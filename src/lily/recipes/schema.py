@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from lily.recipes.places import Places
 
-Task = Literal["text-classification", "text-regression", "sft"]
+Task = Literal["text-classification", "text-regression", "sft", "image-classification"]
+CLASSIFYING = ("text-classification", "image-classification")
 MethodName = Literal["lily", "lora", "none"]
 Baseline = Literal["majority", "tfidf", "frozen", "lora"]
 Quantization = Literal["none", "nf4", "int8"]
@@ -113,7 +114,7 @@ class Model(Source):
 
 
 class File(Source):
-    """A table of examples."""
+    """A table of examples; for images also a folder with one folder per class, an archive of one, or VTAB's lists."""
 
     format: Literal["auto", "csv", "tsv", "json", "jsonl", "parquet"] = Field(
         "auto", description="auto goes by the file name; a .gz ending is understood for all but parquet."
@@ -128,10 +129,23 @@ class Columns(Section):
 
     text: str | None = Field(None, description="First (or only) text of classification and regression.")
     text_pair: str | None = Field(None, description="Second text, for pairs.")
-    label: str | None = Field(None, description="Class (text or integer) or number.")
+    image: str | None = Field(None, description="Path of an image, relative to its table. Default: image.")
+    label: str | None = Field(None, description="Class (text or integer) or number. Default for images: label.")
     prompt: str | None = Field(None, description="What the model is given (sft).")
     completion: str | None = Field(None, description="What the model must answer (sft); the loss is on this only.")
     messages: str | None = Field(None, description="A list of {role, content} (sft); the loss is on the assistant.")
+
+
+class Image(Section):
+    """How an image becomes a model's input: RGB, bicubic, scaled to [0, 1], normalised."""
+
+    size: PositiveInt | None = Field(None, description="Height and width in pixels. Default: the model's own, or 224.")
+    norm: Literal["imagenet", "half"] = Field(
+        "imagenet", description="Mean and deviation per channel: ImageNet's, or one half each."
+    )
+    crop: bool = Field(
+        False, description="Cut out the centre; otherwise the image is squeezed to a square, as VTAB-1K does."
+    )
 
 
 class Split(Section):
@@ -173,7 +187,8 @@ class Data(Section):
     tests: dict[Name, File] | None = Field(
         None, description="Further test sets, each judged by itself, and their mean."
     )
-    columns: Columns
+    columns: Columns = Columns()
+    image: Image = Image()
     split: Split = Split()
     deduplicate: bool = Field(False, description="Drop repeated inputs before splitting, so none is on both sides.")
     max_train: PositiveInt | None = Field(None, description="Use at most this many training rows (a fixed sample).")

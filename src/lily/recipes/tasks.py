@@ -1,22 +1,28 @@
-"""Rows to model inputs, by task: pure encoding, shared by training, evaluation and the dry run's preview."""
+"""Rows to model inputs, by task: encoding and batching, shared by training, evaluation and the dry run's preview."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Union
 
 from lily.errors import LilyError
 from lily.recipes.data import Row, Splits
+from lily.recipes.images import Preprocess
 from lily.recipes.places import located
 from lily.recipes.schema import Recipe
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # PyTorch's label of tokens that the loss skips
 
 Example = dict[str, Any]
+
+# What prepares a model's inputs: the tokenizer of texts, or the resizing and scaling of images.
+Processor = Union["PreTrainedTokenizerBase", Preprocess]
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ def num_labels(recipe: Recipe, splits: Splits) -> int:
 def encode(
     rows: Iterable[Row],
     recipe: Recipe,
-    tokenizer: PreTrainedTokenizerBase,
+    processor: Processor,
     labels: Sequence[str] | None,
     what: str = "the rows",
 ) -> list[Example]:
@@ -47,18 +53,19 @@ def encode(
     Args:
         rows: canonical rows of the recipe's task.
         recipe: decides task, length and chat template.
-        tokenizer: the model's.
+        processor: the model's tokenizer, or what prepares its images.
         labels: the classes in the order of their ids, for classification.
         what: what to call the rows in messages.
 
     Returns:
-        input_ids (and what else the model takes) with labels: a class id, a number, or token ids with `IGNORED`
-        where there is no loss. Examples of sft whose completion does not fit `data.max_length` are left out.
+        input_ids (and what else the model takes) or the image, with labels: a class id, a number, or token ids with
+        `IGNORED` where there is no loss. Examples of sft whose completion does not fit `data.max_length` are left out.
 
     Raises:
         LilyError: if no example of sft fits.
     """
     if recipe.task == "sft":
+        tokenizer = text_processor(processor)
         turns = [turn for row in rows for turn in conversation(row, recipe, tokenizer)]
         encoded = [encode_turn(prompt, completion, recipe, tokenizer) for prompt, completion in turns]
         fitting = [e for e in encoded if any(label != IGNORED for label in e["labels"])]
@@ -72,14 +79,40 @@ def encode(
         return fitting
     ids = {name: i for i, name in enumerate(labels or ())}
     return [
-        {**encode_text(row, recipe, tokenizer), "labels": ids[row["label"]] if labels is not None else row["label"]}
+        {**encode_inputs(row, recipe, processor), "labels": ids[row["label"]] if labels is not None else row["label"]}
         for row in rows
     ]
 
 
-def encode_text(row: Row, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Example:
-    """Token ids of a text or a pair, cut to `data.max_length`."""
-    return dict(tokenizer(row["text"], row.get("text_pair"), truncation=True, max_length=recipe.data.max_length))
+def encode_inputs(row: Row, recipe: Recipe, processor: Processor) -> Example:
+    """Token ids of a text or a pair, cut to `data.max_length`; of an image, where it is: it is read with its batch."""
+    if isinstance(processor, Preprocess):
+        return {"image": row["image"]}
+    return dict(processor(row["text"], row.get("text_pair"), truncation=True, max_length=recipe.data.max_length))
+
+
+def collate(examples: Sequence[Example], processor: Processor, side: str | None = None) -> dict[str, Tensor]:
+    """A model's inputs of encoded rows, padded to the longest of them.
+
+    Args:
+        examples: token ids, or images.
+        processor: made them.
+        side: where token ids are padded; default: the tokenizer's.
+    """
+    if isinstance(processor, Preprocess):
+        return processor.batch(examples)
+    return dict(processor.pad(list(examples), return_tensors="pt", padding_side=side))
+
+
+def text_processor(processor: Processor) -> PreTrainedTokenizerBase:
+    """A processor of texts, which tasks of texts have."""
+    assert not isinstance(processor, Preprocess)
+    return processor
+
+
+def length(example: Example) -> int:
+    """Tokens of an encoded row; images are all of one size."""
+    return len(example.get("input_ids", ()))
 
 
 def conversation(row: Row, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[tuple[Any, Any]]:
@@ -126,10 +159,14 @@ def encode_turn(prompt: Any, completion: Any, recipe: Recipe, tokenizer: PreTrai
     return {"input_ids": whole[: recipe.data.max_length], "labels": labels[: recipe.data.max_length]}
 
 
-def preview(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, row: Row) -> Preview:
-    """One example, decoded, with its label mask: for sft what the trainer's loss sees, else the text that is read."""
+def preview(recipe: Recipe, processor: Processor, row: Row) -> Preview:
+    """One example, decoded, with its label mask: for sft what the trainer's loss sees, else what is read."""
+    if isinstance(processor, Preprocess):
+        name = Path(row["image"]).name if isinstance(row["image"], str) else "an image"
+        return Preview(((f"{name}, {processor.size} x {processor.size}", False), (f" -> {row['label']}", True)))
+    tokenizer = processor
     if recipe.task != "sft":
-        ids = encode_text(row, recipe, tokenizer)["input_ids"]
+        ids = encode_inputs(row, recipe, tokenizer)["input_ids"]
         return Preview(((tokenizer.decode(ids), False), (f" -> {row['label']}", True)))
     segments: list[tuple[list[int], bool]] = []
     for prompt, completion in conversation(row, recipe, tokenizer)[-1:]:

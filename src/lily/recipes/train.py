@@ -218,10 +218,10 @@ def _run(
 
     from lily.recipes import evaluate, forgetting, runner
 
-    splits, tokenizer, config, model = prepared.splits, prepared.tokenizer, prepared.config, loaded.model
+    splits, processor, config, model = prepared.splits, prepared.processor, prepared.config, loaded.model
     names = metric_tools.metrics_of(recipe)
     split = "test" if splits.test and not validation_only else "validation"
-    judge = evaluate.Judge(recipe, tokenizer, splits.labels)
+    judge = evaluate.Judge(recipe, processor, splits.labels)
     scored = recipe.task == "sft" and any(name in metric_tools.SCORED for name in names)
     result = Result(recipe.name, recipe.method, recipe.task, recipe.seed, names[0], split, _listed(splits.labels))
     result.quantization, result.base_bytes = recipe.model.quantization, loaded.base_bytes
@@ -230,11 +230,11 @@ def _run(
         if not validation_only:
             result.before = judge(m, splits.held_out)
             result.tests = testsets.judged(judge, m, splits.tests, "before")
-            result.samples = evaluate.samples(m, tokenizer, splits.held_out, recipe, "before")
+            result.samples = evaluate.samples(m, processor, splits.held_out, recipe, "before")
         result.forgetting = forgetting.of(before=general_loss(m)) if prepared.general else {}
 
     def general_loss(m: Any) -> float:
-        return evaluate.token_loss(m, prepared.general, recipe, tokenizer)
+        return evaluate.token_loss(m, prepared.general, recipe, processor)
 
     result.precision = runner.precision_of(recipe)
     result.device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
@@ -255,7 +255,7 @@ def _run(
     trainer = runner.build_trainer(
         recipe,
         model,
-        tokenizer,
+        processor,
         prepared.train,
         prepared.validation,
         output,
@@ -295,7 +295,7 @@ def _run(
         load_weights(model, output / "best")
         result.final = judge(model, splits.held_out)
         result.tests = testsets.judged(judge, model, splits.tests, "final", result.tests)
-        result.samples = evaluate.samples(model, tokenizer, splits.held_out, recipe, "after", result.samples)
+        result.samples = evaluate.samples(model, processor, splits.held_out, recipe, "after", result.samples)
     result.adapter_bytes = ranks.on_first(lambda: (output / "best" / "adapter_model.safetensors").stat().st_size)
     return result
 
