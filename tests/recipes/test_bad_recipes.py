@@ -44,7 +44,7 @@ SCHEMA: list[tuple[dict[str, Any], str]] = [
     ({"lily.params": "1M"}, "lily: params chooses r, num_A and num_B; give either params or those"),
     ({"name": KeyError}, "name: is required, but missing"),
     ({"name": "My Run"}, "name: string should match pattern"),
-    ({"task": "classify"}, "task: input should be 'text-classification', 'text-regression' or 'sft', got 'classify'"),
+    ({"task": "classify"}, "'text-regression', 'sft' or 'image-classification', got 'classify'"),
     ({"model": KeyError}, "model: is required, but missing"),
     ({"model": {}}, "model: give exactly one of path, package, hub and standin, got none"),
     ({"model.hub": "a/b"}, "model: give exactly one of path, package, hub and standin, got path and hub"),
