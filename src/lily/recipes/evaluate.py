@@ -75,10 +75,11 @@ class Judge:
     def beyond_loss(self, model: torch.nn.Module, rows: Sequence[Row]) -> dict[str, float]:
         """The recipe's metrics of sft that the loss does not give: of generated answers, and of choices."""
         found: dict[str, float] = {}
+        tokenizer = text_processor(self.processor)
         if "exact_match" in self.names:
-            found["exact_match"] = exact_match(model, self.tokenizer, rows, self.recipe)
+            found["exact_match"] = exact_match(model, tokenizer, rows, self.recipe)
         if self.recipe.data.choices is not None and {"accuracy", "accuracy_norm"} & set(self.names):
-            found |= choices.accuracies(model, rows, self.recipe, self.tokenizer)
+            found |= choices.accuracies(model, rows, self.recipe, tokenizer)
         return found
 
 
