@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from lily.commands import bench, deploy, evaluate, inspect, plan, recipes, train
+from lily.commands import bench, compare, deploy, evaluate, inspect, plan, recipes, train
 from lily.errors import ElsewhereError, LilyError
 from lily.files import disk_error
 
@@ -34,6 +34,7 @@ app.command("generate")(evaluate.generate_command)
 app.command("collapse")(deploy.collapse_command)
 app.command("export")(deploy.export_command)
 app.command("inspect")(inspect.inspect_command)
+app.command("compare")(compare.compare_command)
 app.command("bench")(bench.bench_command)
 app.command("recipes")(recipes.recipes_command)
 app.command("schema")(recipes.schema_command)

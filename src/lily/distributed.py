@@ -89,7 +89,9 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], overwrite: bo
         LilyError: in all processes, if the folder exists or its parent does not.
         OSError: in all processes, if it cannot be written.
     """
-    state, failed = gathered_state(model), None
+    # alone, PEFT says itself what a file holds: of VeRA, frozen buffers too
+    alone, failed = not (dist.is_available() and dist.is_initialized()), None
+    state = None if alone else gathered_state(model)
     if rank() == 0:
         try:
             inner = peft_model_of(model)

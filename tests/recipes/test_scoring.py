@@ -109,7 +109,7 @@ def test_exact_match_compares_what_is_read_and_samples_show_the_whole_texts(made
     monkeypatch.setattr(evaluate, "answers", lambda model, tok, prompts, recipe: [next(given) for _ in prompts])
     table = [{"prompt": "is it", "completion": "so yes"}, {"prompt": "is it", "completion": "no"}]
     tok = tokenizer(chat=True)
-    assert evaluate.exact_match(None, tok, table, recipe) == 0.5
+    assert sorted(evaluate.exact_matches(None, tok, table, recipe)) == [False, True]
     shown = evaluate.samples(None, tok, table, recipe, "before")
     assert [(s["expected"], s["before"]) for s in shown] == [("so yes", "yes it is"), ("no", "awful")]
 

@@ -20,8 +20,8 @@ from lily.errors import LilyError
 from lily.files import naming, new_folder, publish, remove_folder, write_text
 
 # What a run writes into its folder.
-OWN = ("best", "last", "lora", "checkpoints", "metrics.json", "progress.json", "recipe.yaml", "samples", "diffusers",
-       "class-images")  # fmt: skip
+OWN = ("best", "last", "lora", "checkpoints", "metrics.json", "predictions.json", "progress.json", "recipe.yaml",
+       "samples", "diffusers", "class-images")  # fmt: skip
 # Inside a checkpoint, with the best adapter one folder deeper than where transformers looks for adapters to load.
 MOMENT = "progress/moment.json"
 BEST = "progress/best"

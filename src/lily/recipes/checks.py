@@ -139,6 +139,8 @@ def _method(recipe: Recipe) -> Iterator[Problem]:
         yield ("lily", "settle"), "what runs beside a module (lily.parallel) is never merged; remove one"
     if settle is not None and recipe.lily.shared_router:
         yield ("lily", "settle"), "gives each layer weights of its own; remove it, or shared_router"
+    if recipe.method == "peft" and recipe.peft.peft_type is None:
+        yield ("peft",), "method: peft needs peft_type: which of PEFT's methods, such as VERA, LOHA or IA3"
     if recipe.task == "sft":
         for baseline in recipe.baselines:
             if baseline != "lora":

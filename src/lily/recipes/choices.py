@@ -43,10 +43,10 @@ class Asked:
     start: int
 
 
-def accuracies(
+def right(
     model: torch.nn.Module, rows: Sequence[Row], recipe: Recipe, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, float]:
-    """Share of the rows whose likeliest choice is their completion; of equally likely ones the first counts.
+) -> dict[str, list[bool]]:
+    """Of each row, whether its likeliest choice is its completion; of equally likely ones the first counts.
 
     Args:
         model: a causal model.
@@ -57,13 +57,13 @@ def accuracies(
     Returns:
         `accuracy`, by summed log-probability, and `accuracy_norm`, by that per byte of the choice.
     """
-    right: dict[str, list[bool]] = {"accuracy": [], "accuracy_norm": []}
+    out: dict[str, list[bool]] = {"accuracy": [], "accuracy_norm": []}
     for row, found in zip(rows, log_likelihoods(model, rows, recipe, tokenizer), strict=True):
         correct = row["choices"].index(row["completion"])
         sizes = np.array([len(choice.encode()) for choice in row["choices"]])
-        right["accuracy"].append(bool(np.argmax(found) == correct))
-        right["accuracy_norm"].append(bool(np.argmax(found / sizes) == correct))
-    return {name: float(np.mean(values)) for name, values in right.items()}
+        out["accuracy"].append(bool(np.argmax(found) == correct))
+        out["accuracy_norm"].append(bool(np.argmax(found / sizes) == correct))
+    return out
 
 
 def log_likelihoods(

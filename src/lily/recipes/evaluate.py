@@ -44,20 +44,28 @@ class Judge:
         recipe: task, metrics, lengths.
         processor: the model's tokenizer, or what prepares its images.
         labels: the classes, for classification.
+
+    Attributes:
+        items: what the last call found for each row, in the rows' order: `expected` and `predicted` (class numbers or
+            numbers), whether it is right (0 or 1) by the name of the metric that counts those, and `loss`; of causal
+            models that of each example, summed over its `tokens`.
     """
 
     def __init__(self, recipe: Recipe, processor: Processor, labels: Sequence[str] | None) -> None:
         self.recipe, self.processor, self.labels = recipe, processor, labels
         self.names = metric_tools.metrics_of(recipe)
+        self.items: dict[str, list[Any]] = {}
 
     def __call__(self, model: torch.nn.Module, rows: Sequence[Row]) -> dict[str, float]:
         """Metric -> value. Predictions do not depend on how rows are batched (unless the routing is `batch`)."""
         recipe = self.recipe
         if recipe.task == "sft":
             tokenizer = text_processor(self.processor)
-            loss = token_loss(model, encode(rows, recipe, tokenizer, None), recipe, tokenizer)
-            found = {"loss": loss, "perplexity": float(np.exp(min(loss, 80.0)))}
-            found |= self.beyond_loss(model, rows)
+            losses, tokens = token_losses(model, encode(rows, recipe, tokenizer, None), recipe, tokenizer)
+            loss, right = mean_loss(losses, tokens), self.right(model, rows)
+            self.items = {"loss": _short(losses), "tokens": tokens}
+            self.items |= {name: [int(r) for r in of_rows] for name, of_rows in right.items()}
+            found = {"loss": loss, "perplexity": float(np.exp(min(loss, 80.0))), **_shares(right)}
             return {name: found[name] for name in self.names}
         outputs = head_outputs(model, rows, recipe, self.processor)
         if self.labels is not None:
@@ -65,21 +73,29 @@ class Judge:
             expected = np.array([ids[row["label"]] for row in rows])
             predicted = outputs.argmax(-1)
             shifted = outputs - outputs.max(-1, keepdims=True)
-            loss = float(np.mean(np.log(np.exp(shifted).sum(-1)) - shifted[np.arange(len(rows)), expected]))
+            losses = np.log(np.exp(shifted).sum(-1)) - shifted[np.arange(len(rows)), expected]
+            self.items = {"accuracy": (predicted == expected).astype(int).tolist()}
         else:
             expected, predicted = np.array([row["label"] for row in rows]), outputs.reshape(-1)
-            loss = float(np.mean((predicted - expected) ** 2))
+            losses = (predicted - expected) ** 2
+            self.items = {}
+        loss = float(np.mean(losses))
+        self.items |= {"expected": _short(expected), "predicted": _short(predicted), "loss": _short(losses)}
         found = metric_tools.compute(self.names, predicted, expected)
         return {name: found.get(name, loss) for name in self.names}
 
     def beyond_loss(self, model: torch.nn.Module, rows: Sequence[Row]) -> dict[str, float]:
         """The recipe's metrics of sft that the loss does not give: of generated answers, and of choices."""
-        found: dict[str, float] = {}
+        return _shares(self.right(model, rows))
+
+    def right(self, model: torch.nn.Module, rows: Sequence[Row]) -> dict[str, list[bool]]:
+        """The same row by row: whether it is right, by each of these metrics."""
+        found: dict[str, list[bool]] = {}
         tokenizer = text_processor(self.processor)
         if "exact_match" in self.names:
-            found["exact_match"] = exact_match(model, tokenizer, rows, self.recipe)
+            found["exact_match"] = exact_matches(model, tokenizer, rows, self.recipe)
         if self.recipe.data.choices is not None and {"accuracy", "accuracy_norm"} & set(self.names):
-            found |= choices.accuracies(model, rows, self.recipe, tokenizer)
+            found |= choices.right(model, rows, self.recipe, tokenizer)
         return found
 
 
@@ -98,11 +114,32 @@ def head_outputs(
     return np.stack(out)
 
 
+def _short(values: Any) -> list[Any]:
+    """As plain numbers; six digits are enough to compare by, and halve the file."""
+    return [value if isinstance(value, int) else float(f"{value:.6g}") for value in np.asarray(values).tolist()]
+
+
+def _shares(right: Mapping[str, Sequence[bool]]) -> dict[str, float]:
+    return {name: float(np.mean(of_rows)) for name, of_rows in right.items()}
+
+
 def token_loss(
     model: torch.nn.Module, examples: Sequence[Example], recipe: Recipe, tokenizer: PreTrainedTokenizerBase
 ) -> float:
     """Mean cross-entropy over all tokens that carry a label."""
-    total, count = 0.0, 0
+    return mean_loss(*token_losses(model, examples, recipe, tokenizer))
+
+
+def mean_loss(losses: Sequence[float], tokens: Sequence[int]) -> float:
+    """The mean over all tokens of what `token_losses` gave."""
+    return float(np.sum(losses) / max(np.sum(tokens), 1))
+
+
+def token_losses(
+    model: torch.nn.Module, examples: Sequence[Example], recipe: Recipe, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[float], list[int]]:
+    """Of each example: cross-entropy summed over the tokens that carry a label, and how many do."""
+    totals, counts = [0.0] * len(examples), [0] * len(examples)
     with inference(model, recipe):
         for batch in by_length(examples, recipe.train.eval_batch_size):
             chosen = [examples[i] for i in batch]
@@ -112,11 +149,12 @@ def token_loss(
             width = padded["input_ids"].shape[1]
             labels = torch.tensor([e["labels"] + [IGNORED] * (width - len(e["labels"])) for e in chosen])
             logits = model(**padded.to(device_of(model))).logits.float()[:, :-1].cpu()
-            total += torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
-            ).item()
-            count += int((labels[:, 1:] != IGNORED).sum())
-    return total / max(count, 1)
+            losses = torch.nn.functional.cross_entropy(
+                logits.transpose(1, 2), labels[:, 1:], ignore_index=IGNORED, reduction="none"
+            )
+            for i, loss, marked in zip(batch, losses.sum(1).tolist(), labels[:, 1:] != IGNORED, strict=True):
+                totals[i], counts[i] = loss, int(marked.sum())
+    return totals, counts
 
 
 def by_length(examples: Sequence[Example], size: int) -> Iterator[list[int]]:
@@ -186,12 +224,12 @@ def answers(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[An
     return out
 
 
-def exact_match(model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], recipe: Recipe) -> float:
-    """Share of rows whose greedy answer is the completion's, each read as `generation.answer` says."""
+def exact_matches(model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], recipe: Recipe) -> list[bool]:
+    """Of each row, whether the greedy answer is the completion's, each read as `generation.answer` says."""
     expected = scoring.expected_answers(rows, recipe)
     prompts = [conversation(row, recipe, tokenizer)[-1][0] for row in rows]
     given = [scoring.answer_in(text, recipe) for text in answers(model, tokenizer, prompts, recipe)]
-    return metric_tools.compute(["exact_match"], given, expected)["exact_match"]
+    return [answer == completion for answer, completion in zip(given, expected, strict=True)]
 
 
 def samples(

@@ -18,6 +18,7 @@ from lily.config import LilyConfig
 from lily.errors import LilyError
 from lily.kinds import PARAMETERS, ModuleSpec
 from lily.plan import SAVED_HEADS, SharingPlan, build_plan, is_causal
+from lily.recipes import others
 from lily.recipes.places import Key, located
 from lily.recipes.schema import Lily, Recipe
 from lily.targets import select_targets, whole_layers
@@ -37,6 +38,10 @@ KEYS: dict[str, Key] = {
     "shared_router": ("lily", "shared_router"),
 }
 
+# Methods of the `lora` block -> what they are to PEFT's class.
+LORAS: dict[str, dict[str, bool]] = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
+RSLORA_ALPHA = 16  # of no particular rank, since rsLoRA's scale is meant to hold for all of them
+
 HEADS = ("classifier", "score", "classification_head", "head")
 
 
@@ -48,8 +53,8 @@ def peft_config(recipe: Recipe | DreamBooth, model: nn.Module) -> PeftConfig | N
         model: the base model; the meta device will do, so this runs before a weight is read.
 
     Returns:
-        A `LilyConfig`, a `LoraConfig`, a configuration that trains the head alone (`none`), or None where `none`
-        leaves nothing to train (sft).
+        A `LilyConfig`, a `LoraConfig`, that of another method of PEFT, a configuration that trains the head alone
+        (`none`), or None where `none` leaves nothing to train (sft).
 
     Raises:
         LilyError: if the targets match nothing, or the budget does not fit.
@@ -57,27 +62,8 @@ def peft_config(recipe: Recipe | DreamBooth, model: nn.Module) -> PeftConfig | N
     if recipe.method == "lily":
         return lily_config(recipe, model)
     task_type, heads = task_type_of(recipe), saved_heads(recipe, model)
-    if recipe.method == "lora":
-        lily = decide(recipe, model)
-        config, layers = lily.config, whole_layers(model, lily.modules, recipe.exclude)
-        if not layers:
-            with located(recipe, "exclude"):
-                raise LilyError("leaves LoRA no layer inside the modules of lily.parallel; relax it")
-        if config.target_parameters and recipe.lora.dropout:
-            with located(recipe, "lora", "dropout"):
-                raise LilyError("LoRA of target_parameters knows no dropout; set lora.dropout to 0")
-        r = recipe.lora.r
-        rank = r if isinstance(r, int) else equal_lora_rank(layers, lily.plan.parameters.total)
-        return LoraConfig(
-            r=rank,
-            lora_alpha=recipe.lora.alpha or 2 * rank,
-            lora_dropout=recipe.lora.dropout,
-            target_modules=lora_targets(model, config, layers),
-            exclude_modules=recipe.exclude,
-            target_parameters=config.target_parameters,
-            task_type=task_type,
-            modules_to_save=heads,
-        )
+    if recipe.method != "none":
+        return _other_config(recipe, model, decide(recipe, model))
     if recipe.task == "sft":
         return None
     if not heads_of(model):
@@ -86,6 +72,56 @@ def peft_config(recipe: Recipe | DreamBooth, model: nn.Module) -> PeftConfig | N
                 f"method: none trains the head, but {type(model).__name__} has none named {', '.join(HEADS)}"
             )
     return LoraConfig(target_modules=DUMMY_TARGET_MODULES, task_type=task_type, modules_to_save=heads)
+
+
+def _other_config(recipe: Recipe | DreamBooth, model: nn.Module, lily: Decided) -> PeftConfig:
+    """Another method's configuration, with no more parameters than the recipe's Lily where it leaves its rank open."""
+    config, layers = lily.config, whole_layers(model, lily.modules, recipe.exclude)
+    if not layers:
+        with located(recipe, "exclude"):
+            raise LilyError("leaves LoRA no layer inside the modules of lily.parallel; relax it")
+    if recipe.method == "stock-lily":
+        with located(recipe, "method"):
+            return others.stock_config(config, lily.plan, model, saved_heads(recipe, model))
+    targets = lora_targets(model, config, layers)
+    if recipe.method in LORAS:
+        return _lora_config(recipe, model, lily, layers, targets)
+    assert recipe.task != "dreambooth"  # whose methods are lily and lora
+    block = recipe.peft
+    wish = others.Wish(str(block.peft_type), block.r, block.options, targets, recipe.exclude, recipe.target_parameters,
+                       task_type_of(recipe), saved_heads(recipe, model))  # fmt: skip
+    with located(recipe, "peft"):
+        return others.config_of(wish, model, lily.plan.parameters.total, others.widest(layers))
+
+
+def _lora_config(
+    recipe: Recipe | DreamBooth, model: nn.Module, lily: Decided, layers: Sequence[ModuleSpec], targets: Any
+) -> LoraConfig:
+    """LoRA, rsLoRA or DoRA on these layers."""
+    block, budget = recipe.lora, lily.plan.parameters.total
+    if lily.config.target_parameters and block.dropout:
+        with located(recipe, "lora", "dropout"):
+            raise LilyError("LoRA of target_parameters knows no dropout; set lora.dropout to 0")
+
+    def of_rank(r: int) -> LoraConfig:
+        return LoraConfig(
+            r=r,
+            lora_alpha=block.alpha or (RSLORA_ALPHA if recipe.method == "rslora" else 2 * r),
+            lora_dropout=block.dropout,
+            target_modules=targets,
+            exclude_modules=recipe.exclude,
+            target_parameters=lily.config.target_parameters,
+            task_type=task_type_of(recipe),
+            modules_to_save=saved_heads(recipe, model),
+            **LORAS[recipe.method],
+        )
+
+    if block.r != "equal":
+        return of_rank(block.r)
+    if recipe.method == "dora":  # a magnitude for each output besides
+        with located(recipe, "method"):
+            return of_rank(others.largest_rank(model, of_rank, budget, others.widest(layers)))
+    return of_rank(equal_lora_rank(layers, budget))
 
 
 def task_type_of(recipe: Recipe | DreamBooth) -> str | None:
@@ -229,5 +265,13 @@ def in_recipes_words(recipe: Recipe | DreamBooth, words: Mapping[str, Key] = KEY
 
 def learning_rate(recipe: Recipe | DreamBooth) -> float:
     """The adapter's learning rate: the method's own, or the schedule's."""
-    own = {"lily": recipe.lily.learning_rate, "lora": recipe.lora.learning_rate, "none": None}[recipe.method]
+    block = block_of(recipe.method)
+    own = None if block is None else getattr(recipe, block).learning_rate
     return own or recipe.train.learning_rate
+
+
+def block_of(method: str) -> str | None:
+    """The recipe's key that holds a method's own options."""
+    if method in LORAS:
+        return "lora"
+    return {"lily": "lily", "stock-lily": "lily", "peft": "peft"}.get(method)

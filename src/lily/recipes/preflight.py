@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -214,7 +214,7 @@ def check_folder(recipe: Recipe | DreamBooth, output: Path, resume: bool, overwr
     if resume:
         if not (output / "recipe.yaml").is_file():
             raise LilyError(f"output {output} holds no run, so there is nothing to resume; leave --resume away")
-        changed = list(_changes(loader.load_any(str(output / "recipe.yaml")), recipe))
+        changed = list(changes(loader.load_any(str(output / "recipe.yaml")), recipe))
         if changed:
             raise LilyError(
                 f"--resume: {'; '.join(changed)}. Give the same recipe again, or start anew with --overwrite"
@@ -226,10 +226,11 @@ def _own(name: str) -> bool:
     return name in checkpoints.OWN or checkpoints.is_leftover(name)
 
 
-def _changes(then: Recipe | DreamBooth, now: Recipe | DreamBooth) -> Iterator[str]:
+def changes(then: Recipe | DreamBooth, now: Recipe | DreamBooth, free_keys: Sequence[str] = FREE) -> Iterator[str]:
+    """What differs between two recipes, but for keys that are free to."""
     before, after = (_flat(recipe.model_dump(mode="json")) for recipe in (then, now))
     for key in sorted(before.keys() | after.keys()):
-        free = any(key == name or key.startswith(f"{name}.") for name in FREE)
+        free = any(key == name or key.startswith(f"{name}.") for name in free_keys)
         if not free and before.get(key) != after.get(key):
             yield f"{key} was {before.get(key)!r} and is now {after.get(key)!r}"
 

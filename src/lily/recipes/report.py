@@ -30,8 +30,10 @@ def adapter_summary(model: Any, recipe: Recipe | DreamBooth) -> dict[str, Any]:
     config = getattr(model, "peft_config", {}).get("default")
     if config is None or recipe.method == "none":
         return {"method": recipe.method, "learning_rate": methods.learning_rate(recipe)}
-    names = ("r", "num_A", "stride_A", "num_B", "scaling", "routing", "lora_alpha")
+    names = ("r", "num_A", "stride_A", "num_B", "scaling", "routing", "lora_alpha", "alpha")
     values = {name: getattr(config, name) for name in names if getattr(config, name, None) is not None}
+    if recipe.method == "peft":
+        values = {"peft_type": str(recipe.peft.peft_type).upper(), **values}
     if recipe.method == "lily" and recipe.lily.settle is not None and getattr(config, "routing", None) == "static":
         values["routing"] = "static, settled"
     return {"method": recipe.method, **values, "learning_rate": methods.learning_rate(recipe)}

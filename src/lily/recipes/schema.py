@@ -16,7 +16,7 @@ from lily.recipes.places import Places
 
 Task = Literal["text-classification", "text-regression", "sft", "image-classification"]
 CLASSIFYING = ("text-classification", "image-classification")
-MethodName = Literal["lily", "lora", "none"]
+MethodName = Literal["lily", "stock-lily", "lora", "rslora", "dora", "peft", "none"]
 Baseline = Literal["majority", "tfidf", "frozen", "lora"]
 Quantization = Literal["none", "nf4", "int8"]
 Metric = Literal[
@@ -280,14 +280,34 @@ class Lily(Section):
 
 
 class Lora(Section):
-    """The baseline: PEFT's LoRA."""
+    """PEFT's LoRA, and with the methods `rslora` and `dora` what those change of it."""
 
     r: PositiveInt | Literal["equal"] = Field(
         "equal", description="Rank, or `equal`: the largest rank with no more parameters than the lily block."
     )
-    alpha: Annotated[float, Field(gt=0)] | None = Field(None, description="Default: 2 * r, so the scale is 2.")
+    alpha: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Default: 2 * r, so the scale is 2; of rslora, whose scale is alpha / sqrt(r), 16."
+    )
     dropout: Fraction = 0.0
     learning_rate: Annotated[float, Field(gt=0)] | None = Field(None, description="Replaces train.learning_rate.")
+
+
+class Peft(Section):
+    """Any method of PEFT (`method: peft`): its type, and the options of its own configuration class."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+
+    peft_type: str | None = Field(None, description="PEFT's name of the method, such as VERA, LOHA or IA3.")
+    r: PositiveInt | Literal["equal"] | None = Field(
+        None, description="Rank, or `equal`: the largest with no more parameters than the lily block. Default: equal "
+        "where the method has one that more parameters come from, else PEFT's own.",
+    )  # fmt: skip
+    learning_rate: Annotated[float, Field(gt=0)] | None = Field(None, description="Replaces train.learning_rate.")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What else is given, which PEFT's class judges."""
+        return dict(self.model_extra or {})
 
 
 class Train(Section):
@@ -372,6 +392,7 @@ class Recipe(Section):
     )
     lily: Lily = Lily()
     lora: Lora = Lora()
+    peft: Peft = Peft()
     train: Train = Train()
     generation: Generation = Generation()
     forgetting: Forgetting | None = Field(None, description="Also measure the loss on general text.")

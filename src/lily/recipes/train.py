@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lily.distributed import load_weights, save_adapter
 from lily.files import write_text
-from lily.recipes import checkpoints, loader, models, preflight, ranks, report, testsets
+from lily.recipes import checkpoints, loader, memory, models, others, preflight, ranks, report, testsets
 from lily.recipes import metrics as metric_tools
 from lily.recipes.data import Splits
 from lily.recipes.places import located
@@ -23,8 +23,11 @@ from lily.recipes.preflight import Prepared
 from lily.recipes.schema import Recipe
 from lily.recipes.signals import Signals
 
+PREDICTIONS = "predictions.json"
+
 if TYPE_CHECKING:
     from lily.recipes.dreambooth.schema import DreamBooth
+    from lily.recipes.evaluate import Judge
 
 # Is shown the evaluations so far after each of them; whether training should stop.
 Watch = Callable[[Sequence[dict[str, float]]], bool]
@@ -46,6 +49,7 @@ class Result:
         quantization: of the frozen model.
         base_bytes: of the frozen model in memory.
         seconds: training alone, and the whole run.
+        peak_bytes: the most memory that was held at once; see `lily.recipes.memory`.
         baselines: name -> metrics (and parameters and seconds, where it was trained).
         history: all evaluations on the validation rows.
         router: what `lily.routers` saw of the routing in the last step that it looked at.
@@ -73,6 +77,7 @@ class Result:
     quantization: str = "none"
     base_bytes: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    peak_bytes: int = 0
     rows: dict[str, int] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     device: str = ""
@@ -116,7 +121,8 @@ def train(
         validation_only: leave the test rows alone and do not judge the untrained model: a trial of a search.
 
     Returns:
-        The result, also written to the run's folder: `metrics.json`, `recipe.yaml`, `best/` and `last/` (adapters).
+        The result, also written to the run's folder: `metrics.json`, `recipe.yaml`, `best/` and `last/` (adapters), and
+        what was found for each held-out row: `predictions.json`.
 
     Raises:
         LilyError: for anything wrong with recipe, data, model or folder, and for a loss that is not finite.
@@ -142,9 +148,10 @@ def train(
         checkpoints.restore(output, checkpoint)
         return checkpoint
 
-    prepared, loaded = ranks.in_turn(checked)
+    with others.implementation(recipe):
+        prepared, loaded = ranks.in_turn(checked)
     checkpoint = ranks.on_first(begun)
-    with Signals() as signals:
+    with others.implementation(recipe), Signals() as signals:
         result = _run(recipe, prepared, loaded, output, checkpoint, signals, quiet, watch, validation_only)
         # written before the baselines too: what took hours does not wait for them
         _write(result, recipe, output, started)
@@ -156,6 +163,7 @@ def train(
 
 def _write(result: Result, recipe: Recipe, output: Path, started: float) -> None:
     result.seconds["total"] = time.perf_counter() - started
+    result.peak_bytes = memory.peak_bytes()
     if not ranks.is_first():
         return
     result.write(output / "metrics.json")
@@ -229,6 +237,8 @@ def _run(
     def judge_untrained(m: Any) -> None:
         if not validation_only:
             result.before = judge(m, splits.held_out)
+            if config is None:  # there is no other
+                _write_predictions(judge, split, output)
             result.tests = testsets.judged(judge, m, splits.tests, "before")
             result.samples = evaluate.samples(m, processor, splits.held_out, recipe, "before")
         result.forgetting = forgetting.of(before=general_loss(m)) if prepared.general else {}
@@ -294,10 +304,17 @@ def _run(
     else:
         load_weights(model, output / "best")
         result.final = judge(model, splits.held_out)
+        _write_predictions(judge, split, output)
         result.tests = testsets.judged(judge, model, splits.tests, "final", result.tests)
         result.samples = evaluate.samples(model, processor, splits.held_out, recipe, "after", result.samples)
     result.adapter_bytes = ranks.on_first(lambda: (output / "best" / "adapter_model.safetensors").stat().st_size)
     return result
+
+
+def _write_predictions(judge: Judge, split: str, output: Path) -> None:
+    """What was found for each row that the judge saw last: two runs on the same rows can be compared row by row."""
+    if ranks.is_first():
+        write_text(output / PREDICTIONS, json.dumps({"split": split, "items": judge.items}))
 
 
 def _parameters(model: Any, total: int) -> dict[str, int]:

@@ -1,0 +1,244 @@
+"""A finished comparison as a value, from the files that its runs left: nothing is trained or loaded here."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from lily.compare.paired import Items, Paired, compare
+from lily.compare.runner import METRICS, PREDICTIONS
+from lily.errors import LilyError
+from lily.recipes.schema import Metric
+
+TITLES = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA", "none": "no adapter", "stock-lily": "stock Lily",
+          "vera": "VeRA", "loha": "LoHa", "lokr": "LoKr"}  # fmt: skip
+# Keys of a run's adapter summary that say how much its update counts.
+SCALES = ("scaling", "lora_alpha", "alpha")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method's figures, mean over its seeds.
+
+    Attributes:
+        name: of the method, such as `lily:batch`.
+        title: for people.
+        seeds: of its runs.
+        values: metric -> a value for each seed, of the best adapter on the held-out rows.
+        last: the main metric after the last epoch, on the validation rows, for each seed.
+        best: of the best epoch, likewise.
+        rank: of its updates; None where it has none.
+        parameters: that train, a new head aside; of the head, where it alone trains.
+        learning_rate: that it trained with.
+        scale: how much its update counts, and the name of the option that says so.
+        seconds: of training.
+        peak_bytes: of memory.
+        adapter_bytes: of the file.
+        test: against the first method, on the same rows.
+    """
+
+    name: str
+    title: str
+    seeds: tuple[int, ...]
+    values: dict[str, tuple[float, ...]]
+    last: tuple[float, ...]
+    best: tuple[float, ...]
+    rank: int | None
+    parameters: int
+    learning_rate: float
+    scale: tuple[str, float] | None
+    seconds: float
+    peak_bytes: float
+    adapter_bytes: float
+    test: Paired | None = None
+
+    def mean(self, metric: str) -> float:
+        """Over the seeds."""
+        return statistics.fmean(self.values[metric])
+
+    def spread(self, metric: str) -> float | None:
+        """Standard deviation over the seeds; None of a single one."""
+        found = self.values[metric]
+        return statistics.stdev(found) if len(found) > 1 else None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that was found.
+
+    Attributes:
+        name: of the recipe.
+        task: its task.
+        metric: the main one, which chose the best epochs.
+        metrics: all of them.
+        split: what they are measured on.
+        rows: of that split.
+        trained_on: training rows.
+        untrained: metric -> values of the model before training, by seed (a new head differs by seed).
+        entries: the methods, in the order in which they were asked for.
+        device: of the first run.
+        precision: likewise.
+        versions: likewise.
+        setting: what was asked of the comparison: budget, seeds, tuning.
+        failed: run -> why it gave nothing.
+    """
+
+    name: str
+    task: str
+    metric: str
+    metrics: tuple[str, ...]
+    split: str
+    rows: int
+    trained_on: int
+    untrained: dict[str, tuple[float, ...]]
+    entries: tuple[Entry, ...]
+    device: str
+    precision: str
+    versions: dict[str, str]
+    setting: dict[str, Any]
+    failed: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values for JSON."""
+        return asdict(self)
+
+
+def read(folder: Path, setting: dict[str, Any] | None = None, failed: dict[str, str] | None = None) -> Comparison:
+    """The comparison whose runs a folder holds, from their `metrics.json` and `predictions.json` alone.
+
+    Args:
+        folder: that `lily compare` wrote, of one recipe.
+        setting: what was asked; default: what `comparison.json` says of it, if it is there.
+        failed: likewise.
+
+    Raises:
+        LilyError: if it holds no finished run, or runs of different things.
+    """
+    runs = sorted((p.parent for p in (folder / "runs").glob(f"*/*/{METRICS}")), key=lambda p: (len(p.name), p.name))
+    kept = _kept(folder)
+    setting = setting if setting is not None else kept.get("setting", {})
+    methods, seeds = setting.get("methods"), setting.get("seeds")
+    if methods is not None:  # the folder may hold more, from another time
+        asked = {name.replace(":", "-") for name in methods}
+        runs = [r for r in runs if r.parent.name in asked and int(r.name) in (seeds or [int(r.name)])]
+    if not runs:
+        raise LilyError(f"{folder} holds no finished run of a comparison")
+    found = {run: _json(run / METRICS) for run in runs}
+    try:
+        return _comparison(found, setting, failed if failed is not None else kept.get("failed", {}), folder)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise LilyError(
+            f"{folder}: its runs are not what `lily train` writes ({type(error).__name__}: {error}); start anew with "
+            "--overwrite"
+        ) from None
+
+
+def _comparison(
+    found: dict[Path, dict[str, Any]], setting: dict[str, Any], failed: dict[str, str], folder: Path
+) -> Comparison:
+    whose: dict[str, list[Path]] = {}
+    for run in found:
+        whose.setdefault(run.parent.name, []).append(run)
+    order = [name.replace(":", "-") for name in setting.get("methods", [])]
+    names = sorted(whose, key=lambda n: (order.index(n) if n in order else len(order), n))
+    one = found[whose[names[0]][0]]
+    about = [(f["name"], f["metric"], f["split"], f["rows"][f["split"]]) for f in found.values()]
+    if len(set(about)) > 1:
+        raise LilyError(f"{folder} holds runs of different recipes or rows: {', '.join(map(str, sorted(set(about))))}")
+    listed = dict(zip(order, setting.get("methods", []), strict=True))
+    entries: list[Entry] = []
+    items: dict[str, dict[int, Items]] = {}
+    for name in names:
+        figures = [found[run] for run in whose[name]]
+        entry = _entry(listed.get(name, name.replace("lily-", "lily:", 1)), figures)
+        items[name] = {f["seed"]: _items(run) for run, f in zip(whose[name], figures, strict=True)}
+        entries.append(_tested(entry, items[name], entries[0], items[names[0]], one["metric"]) if entries else entry)
+    return Comparison(
+        name=one["name"],
+        task=one["task"],
+        metric=one["metric"],
+        metrics=tuple(one["final"]),
+        split=one["split"],
+        rows=one["rows"][one["split"]],
+        trained_on=one["rows"]["train"],
+        untrained=_values([found[run]["before"] for run in whose[names[0]]]),
+        entries=tuple(entries),
+        device=one["device"],
+        precision=one["precision"],
+        versions=one["versions"],
+        setting=setting,
+        failed=failed,
+    )
+
+
+def _entry(name: str, figures: Sequence[dict[str, Any]]) -> Entry:
+    one = figures[0]
+    adapter, parameters = one["adapter"], one["parameters"]
+    scale = next(((key, float(adapter[key])) for key in SCALES if adapter.get(key) is not None), None)
+    return Entry(
+        name=name,
+        title=title_of(name, adapter),
+        seeds=tuple(int(f["seed"]) for f in figures),
+        values=_values([f["final"] for f in figures]),
+        last=tuple(f["last"]["value"] for f in figures if f.get("last")),
+        best=tuple(f["best"]["value"] for f in figures if f.get("best")),
+        rank=adapter.get("r") or None,
+        parameters=int(parameters["adapter"] or (parameters["head"] if name == "none" else 0)),
+        learning_rate=float(adapter["learning_rate"]),
+        scale=scale,
+        seconds=statistics.fmean(f["seconds"].get("train", 0.0) for f in figures),
+        peak_bytes=max(float(f.get("peak_bytes", 0)) for f in figures),
+        adapter_bytes=float(one["adapter_bytes"]),
+    )
+
+
+def title_of(name: str, adapter: dict[str, Any]) -> str:
+    """A method's name for people."""
+    if name.partition(":")[0] == "lily":
+        return f"Lily ({adapter.get('routing')})"
+    return TITLES.get(name, str(adapter.get("peft_type", name)))
+
+
+def _values(found: Sequence[dict[str, float]]) -> dict[str, tuple[float, ...]]:
+    return {metric: tuple(float(values[metric]) for values in found) for metric in found[0]}
+
+
+def _tested(entry: Entry, mine: dict[int, Items], reference: Entry, theirs: dict[int, Items], metric: str) -> Entry:
+    """The entry with its test against the reference, on the seeds that both have."""
+    from dataclasses import replace
+
+    seeds = [seed for seed in entry.seeds if seed in reference.seeds]
+    if not seeds:
+        return entry
+    test = compare(cast(Metric, metric), [mine[s] for s in seeds], [theirs[s] for s in seeds])
+    return replace(entry, test=test)
+
+
+def _items(run: Path) -> Items:
+    file = run / PREDICTIONS
+    return cast(Items, _json(file).get("items", {})) if file.is_file() else {}
+
+
+def _kept(folder: Path) -> dict[str, Any]:
+    file = folder / "comparison.json"
+    return _json(file) if file.is_file() else {}
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise LilyError(f"{file} is not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise LilyError(f"{file} holds a {type(found).__name__}, not an object")
+    return found
+
+
+def finite(value: float | None) -> float | None:
+    """The value, or None if it is not a number that can be drawn."""
+    return value if value is not None and math.isfinite(value) else None

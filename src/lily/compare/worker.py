@@ -1,0 +1,40 @@
+"""One run of a comparison, in a process of its own: `python -m lily.compare.worker RECIPE FOLDER PARENT [trial]`."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+PR_SET_PDEATHSIG = 1  # Linux: the signal that this process gets when the one that started it is gone
+
+
+def end_with(parent: int) -> None:
+    """Stop as after SIGTERM, with a checkpoint, when the comparison is killed and so can tell nobody."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it was gone before
+            sys.exit(128 + signal.SIGTERM)
+
+
+def main(recipe: str, folder: str, parent: int, trial: bool) -> None:
+    """Train a recipe into a folder; go on if it was begun. A trial leaves the test rows alone."""
+    end_with(parent)
+    from lily.errors import LilyError
+    from lily.recipes import loader
+    from lily.recipes.train import train
+
+    try:
+        chosen = loader.load_recipe(recipe, [f"output={json.dumps(folder)}"])
+        begun = (Path(folder) / "recipe.yaml").is_file()
+        train(chosen, resume=begun, overwrite=not begun, quiet=True, validation_only=trial)
+    except LilyError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4:] == ["trial"])
