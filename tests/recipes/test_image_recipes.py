@@ -189,21 +189,29 @@ def test_copies_of_an_image_are_dropped_before_the_split(vit, colours, tmp_path)
     assert len(splits.train) + len(splits.validation) == 48
 
 
+def test_only_the_named_classes_are_used(vit, colours, tmp_path):
+    data = {"train": {"path": str(colours)}, "classes": ["red", "blue"]}
+    splits = preflight.prepare(recipe(vit, colours, tmp_path, data=data)).splits
+    assert splits.labels == ("blue", "red")
+    assert len(splits.train) + len(splits.validation) == 32
+    with pytest.raises(LilyError, match=r"recipe.yaml:\d+: .*no rows of 'pink'; it has blue, green, red"):
+        preflight.prepare(recipe(vit, colours, tmp_path, data={**data, "classes": ["red", "pink"]}))
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
         ({"baselines": ["tfidf"]}, "tfidf is for texts"),
         ({"metrics": ["pearson"]}, "pearson is not a metric of image-classification"),
+        ({"classes": ["red"]}, "names fewer than two"),
         ({"columns": {"text": "text"}}, "is for texts; image-classification has image and label"),
         ({"columns": {"prompt": "text"}}, "is for sft; image-classification has image and label"),
     ],
 )
 def test_what_does_not_go_with_images_is_refused(vit, colours, tmp_path, changes, says):
     given = values(vit, colours, tmp_path)
-    columns = changes.pop("columns", None)
-    given |= changes
-    if columns is not None:
-        given["data"]["columns"] = columns
+    for name, value in changes.items():
+        (given["data"] if name in ("columns", "classes") else given)[name] = value
     with pytest.raises(LilyError, match=says):
         loader.load_recipe(write_recipe(tmp_path, given))
 

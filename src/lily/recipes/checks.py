@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from lily.errors import LilyError
 from lily.recipes import lily_checks, scoring, standins
-from lily.recipes.schema import MEAN, STANDIN, File, Pattern, Recipe
+from lily.recipes.schema import CLASSIFYING, MEAN, STANDIN, File, Pattern, Recipe
 
 Problem = tuple[tuple[str, ...], str]
 
@@ -108,6 +108,10 @@ def _split(recipe: Recipe) -> Iterator[Problem]:
         yield ("data", "split"), f"validation and test take {carved:.2f} of the rows; leave some for training"
     if MEAN in (data.tests or ()):
         yield ("data", "tests", MEAN), "is what the mean over the sets is called; choose another name"
+    if data.classes is not None and recipe.task not in CLASSIFYING:
+        yield ("data", "classes"), f"is for classification; {recipe.task} has none"
+    if data.classes is not None and len(set(data.classes)) < 2:
+        yield ("data", "classes"), "names fewer than two; there is nothing to learn"
     if data.validation is None and data.split.validation == 0:
         yield ("data", "split"), "no validation rows: give data.validation, or a share in data.split.validation"
 

@@ -109,9 +109,16 @@ def load_splits(recipe: Recipe) -> Splits:
 
 def _rows_at(key: Key, recipe: Recipe) -> list[Row]:
     """The rows of the recipe's file at a path below `data`."""
-    file = recipe.data.files[key]
+    file, classes = recipe.data.files[key], recipe.data.classes
     with located(recipe, "data", *key, file.kind):
-        return rows_of(file, recipe)
+        rows = rows_of(file, recipe)
+    if classes is None:
+        return rows
+    there = {row["label"] for row in rows}
+    if missing := [name for name in classes if name not in there]:
+        with located(recipe, "data", "classes"):
+            raise LilyError(f"{name_of(file)} has no rows of {missing[0]!r}; it has {', '.join(sorted(there))}")
+    return [row for row in rows if row["label"] in classes]
 
 
 def rows_of(file: File, recipe: Recipe, labelled: bool = True) -> list[Row]:

@@ -189,6 +189,7 @@ class Data(Section):
     )
     columns: Columns = Columns()
     image: Image = Image()
+    classes: list[str] | None = Field(None, description="Classification: use rows of these classes only.")
     split: Split = Split()
     deduplicate: bool = Field(False, description="Drop repeated inputs before splitting, so none is on both sides.")
     max_train: PositiveInt | None = Field(None, description="Use at most this many training rows (a fixed sample).")
