@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from lily.commands import bench, compare, deploy, evaluate, inspect, plan, recipes, train
+from lily.commands import bench, compare, deploy, evaluate, inspect, plan, recipes, train, tune
 from lily.errors import ElsewhereError, LilyError
 from lily.files import disk_error
 
@@ -28,6 +28,7 @@ app = typer.Typer(
 )
 app.command("plan")(plan.plan_command)
 app.command("train")(train.train_command)
+app.command("tune")(tune.tune_command)
 app.command("eval")(evaluate.eval_command)
 app.command("predict")(evaluate.predict_command)
 app.command("generate")(evaluate.generate_command)

@@ -50,6 +50,7 @@ def frontier(
     routing: str = "token",
     targets: object = None,
     least: float = WELL_USED,
+    shared_router: bool = False,
 ) -> tuple[Point, ...]:
     """All shapes of (nearly) equal size: for each num_A and num_B the largest rank that fits.
 
@@ -62,6 +63,7 @@ def frontier(
         targets: the adapter's `target_modules`; see `lily.plan.build_plan`.
         least: share of the budget that a point must use. A smaller one comes from a rank that is bounded by the
             layers' sizes, and would be no fair comparison.
+        shared_router: whether all layers of a group have one router.
 
     Returns:
         Points by falling rank, then by num_A. Of several num_A that lead to the same sharing, the smallest.
@@ -78,7 +80,13 @@ def frontier(
         for count in num_A or range(1, depth + 1):
             try:
                 choice = choose(
-                    modules, parameters=budget, num_A=count, num_B=experts, routing=routing, targets=targets
+                    modules,
+                    parameters=budget,
+                    num_A=count,
+                    num_B=experts,
+                    routing=routing,
+                    targets=targets,
+                    shared_router=shared_router,
                 )
             except LilyError as error:
                 refused = error

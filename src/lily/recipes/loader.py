@@ -108,6 +108,18 @@ def load_any(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe | Dream
     return recipe.written_at(Places(document.places, frozenset(document.overridden)))
 
 
+def overriding(overrides: Sequence[str]) -> dict[str, Any]:
+    """What overrides say, as the values of a recipe that extends the one they were given for.
+
+    Raises:
+        LilyError: quotes one that is not `key=value`.
+    """
+    document = Document({})
+    for override in overrides:
+        _override(document, override)
+    return document.values
+
+
 def dump_recipe(recipe: Recipe | DreamBooth, *, complete: bool = True) -> str:
     """The effective recipe as YAML that loads back to an equal recipe.
 

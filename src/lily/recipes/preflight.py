@@ -37,6 +37,8 @@ EXTRAS = {
     "PIL": '"lily-peft[vision]"',
     "bitsandbytes": '"lily-peft[quantized]"',
     "diffusers": '"lily-peft[diffusion]"',
+    "optuna": '"lily-peft[tune]"',
+    "matplotlib": '"lily-peft[plots]"',
 }
 
 # What a resumed run may change: nothing that the finished part depends on.
@@ -228,15 +230,16 @@ def _own(name: str) -> bool:
 
 def changes(then: Recipe | DreamBooth, now: Recipe | DreamBooth, free_keys: Sequence[str] = FREE) -> Iterator[str]:
     """What differs between two recipes, but for keys that are free to."""
-    before, after = (_flat(recipe.model_dump(mode="json")) for recipe in (then, now))
+    before, after = (flat(recipe.model_dump(mode="json")) for recipe in (then, now))
     for key in sorted(before.keys() | after.keys()):
         free = any(key == name or key.startswith(f"{name}.") for name in free_keys)
         if not free and before.get(key) != after.get(key):
             yield f"{key} was {before.get(key)!r} and is now {after.get(key)!r}"
 
 
-def _flat(values: dict[str, Any], at: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: dict[str, Any], at: str = "") -> dict[str, Any]:
+    """Nested values by dotted names."""
+    found: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{at}{key}.") if isinstance(value, dict) else {f"{at}{key}": value}
-    return flat
+        found |= flat(value, f"{at}{key}.") if isinstance(value, dict) else {f"{at}{key}": value}
+    return found

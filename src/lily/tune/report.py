@@ -1,0 +1,54 @@
+"""What a search says in the end: a table of its trials, what mattered, and what to do next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from lily.recipes.metrics import shown
+from lily.tune.choice import ranked
+from lily.tune.run import Tuned
+from lily.tune.study import Tried
+
+MOST = 12  # trials in the table; tune.json has them all
+
+
+def print_tuned(found: Tuned, output: Path, console: Console) -> None:
+    """The closing table, best trial first."""
+    measured = any(trial.forgetting is not None for trial in found.tried)
+    knobs = found.space.knobs
+    title = f"{found.name}, {found.method}: {len(found.tried)} trials on {found.rows:,} validation rows"
+    more = ["forgetting"] if measured else []
+    table = Table("trial", *knobs, found.metric, *more, "parameters", "steps", "", title=title)
+    for trial in ranked(found.tried, found.metric)[:MOST]:
+        cells = [
+            str(trial.number + 1),
+            *(_value(trial.values.get(name)) for name in knobs),
+            shown(found.metric, trial.value),
+            *([shown("forgetting", trial.forgetting)] if measured else []),
+            f"{trial.parameters:,}" if trial.parameters else "",
+            str(trial.steps),
+            _state(trial, found),
+        ]
+        table.add_row(*cells)
+    console.print(table)
+    if found.importance:
+        said = ", ".join(f"{name} {share:.0%}" for name, share in found.importance.items())
+        console.print(f"What mattered, of the differences between complete trials: {said}", highlight=False)
+    if found.best is None:
+        console.print("No trial is complete (and within --max-forgetting): give more --trials")
+        return
+    console.print(f"best recipe: {found.recipe}    figures: {output / 'tune.json'}", soft_wrap=True)
+    console.print(f"lily train {found.recipe}    trains it, and reports on rows that no trial has seen", soft_wrap=True)
+
+
+def _state(trial: Tried, found: Tuned) -> str:
+    own = "the recipe's own" if trial.number == 0 else ""
+    best = "best" if found.best is not None and trial.number == found.best.number else ""
+    return ", ".join(part for part in (best, own, "" if trial.state == "complete" else trial.state) if part)
+
+
+def _value(value: float | str | None) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value or "")

@@ -1,0 +1,227 @@
+"""The search itself, on trainings that take no time."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import yaml
+from helpers import tally
+from recipes_helpers import classification, write_recipe
+from searching import LEARNING_RATE, SCALING, TOO_MUCH, FakeTraining, quality
+
+from lily.errors import LilyError
+from lily.recipes import loader, train
+from lily.tune import choice, folder
+from lily.tune.run import Wish, tune
+from lily.tune.study import JOURNAL, Tried
+
+TRIALS = 24
+
+
+@pytest.fixture
+def source(tmp_path, encoder, table):
+    return write_recipe(tmp_path, classification(encoder, table, tmp_path))
+
+
+@pytest.fixture
+def search(source, tmp_path, monkeypatch):
+    def run(training=None, name="search", overrides=(), wish=None, **how):
+        monkeypatch.setattr(train, "train", training or FakeTraining())
+        monkeypatch.setattr("gc.collect", lambda: 0)  # a second, after trials that take none
+        recipe = loader.load_recipe(source, overrides)
+        return tune(recipe, tmp_path / name, wish or Wish(trials=TRIALS), source=source, overrides=overrides, **how)
+
+    return run
+
+
+def plain(tried):
+    return [(t.number, t.state, t.values, t.value, t.steps) for t in tried]
+
+
+@pytest.fixture(scope="module")
+def undisturbed():
+    """What a search that nobody disturbs tries, once it has been made."""
+    return []
+
+
+def test_a_search_begins_with_the_recipe_and_comes_near_the_best(search, undisturbed):
+    training = FakeTraining()
+    found = search(training)
+    undisturbed += plain(found.tried)
+    assert [t.number for t in found.tried] == list(range(TRIALS))
+    assert found.tried[0].values == found.space.start
+    assert quality(training.recipes[0]) < 0.6 < 0.9 < found.best.value
+    assert found.best == choice.best(found.tried, "accuracy")
+    assert found.best.values["learning_rate"] == pytest.approx(LEARNING_RATE, rel=1)
+    assert found.best.values["scaling"] == pytest.approx(SCALING, rel=2)
+    assert found.importance.keys() == {"learning_rate", "scaling", "shape"}
+    assert sum(found.importance.values()) == pytest.approx(1)
+    assert found.importance["shape"] < 0.5  # it changes nothing here
+
+
+def test_trials_see_validation_rows_alone_and_train_no_baselines(search):
+    training = FakeTraining()
+    search(training, overrides=["baselines=[lora]"], wish=Wish(trials=2))
+    assert all(flags["validation_only"] for flags in training.flags)
+    assert all(recipe.baselines == [] for recipe in training.recipes)
+
+
+def test_a_trial_that_is_worse_than_the_median_is_stopped_and_one_that_diverges_is_survived(search):
+    found = search()
+    states = {t.state for t in found.tried}
+    assert states == {"complete", "stopped", "diverged"}
+    for t in found.tried:
+        assert (t.steps < 40) == (t.state != "complete")
+        assert (t.values["learning_rate"] > TOO_MUCH) == (t.state == "diverged")
+    assert found.best.state == "complete"
+
+
+@pytest.mark.parametrize("at", [(0, 1), (7, 4), (23, 2)], ids=str)
+def test_a_search_that_is_killed_and_started_again_tries_the_same(search, undisturbed, at, tmp_path):
+    if not undisturbed:
+        undisturbed += plain(search(name="undisturbed").tried)
+
+    def kill(run, evaluation):
+        if (run, evaluation) == at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        search(FakeTraining(ending=kill))
+    with (tmp_path / "search" / JOURNAL).open("ab") as journal:
+        journal.write(b'{"op_code":4,"wor')  # half a line
+    (tmp_path / "search" / f"{JOURNAL}.lock").symlink_to("/nowhere")
+    again = FakeTraining()
+    assert plain(search(again).tried) == undisturbed
+    assert again.flags[0]["resume"]
+    tally("faults survived")
+
+
+def test_a_finished_search_trains_nothing_and_goes_on_with_more_trials(search):
+    first = search(wish=Wish(trials=3))
+    training = FakeTraining()
+    assert plain(search(training, wish=Wish(trials=3)).tried) == plain(first.tried)
+    assert training.recipes == []
+    more = search(training, wish=Wish(trials=5))
+    assert len(training.recipes) == 2
+    assert plain(more.tried[:3]) == plain(first.tried)
+
+
+def test_when_time_is_up_no_new_trial_begins(search):
+    training, said = FakeTraining(), []
+    found = search(training, wish=Wish(trials=5, timeout=-1), announce=said.append)
+    assert training.recipes == []
+    assert found.best is None
+    assert "time is up after 0 trials" in said[-1]
+
+
+def test_the_best_recipe_is_what_its_trial_trained(search, tmp_path):
+    training = FakeTraining()
+    found = search(training, overrides=["train.epochs=1", "train.weight_decay=0.5"])
+    best = loader.load_recipe(str(found.recipe))
+    tried = next(r for r in training.recipes if train.output_folder(r).name == f"{found.best.number:03d}")
+    apart = {"name": "", "description": "", "output": ""}
+    assert best.model_copy(update=apart) == tried.model_copy(update=apart)
+    assert best.name == "tiny-tuned"
+    assert best.train.evaluate_every == 1  # an epoch alone is not often enough to stop a trial
+    assert best.train.weight_decay == 0.5
+    assert yaml.safe_load(found.recipe.read_text())["extends"] == str(tmp_path / "recipe.yaml")
+    assert json.loads((tmp_path / "search" / "tune.json").read_text())["best"]["value"] == found.best.value
+
+
+def test_without_a_file_to_extend_the_best_recipe_is_written_out(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "train", FakeTraining())
+    recipe = loader.load_recipe(source)
+    found = tune(recipe, tmp_path / "search", Wish(trials=1))
+    best = loader.load_recipe(str(found.recipe))
+    assert "extends" not in found.recipe.read_text()
+    assert best.data == recipe.data
+    assert best.lily.r == recipe.lily.r
+
+
+def test_loras_search_writes_loras_recipe(search):
+    found = search(overrides=["method=lora"], wish=Wish(trials=3))
+    best = loader.load_recipe(str(found.recipe))
+    assert best.method == "lora"
+    assert best.lora.alpha == pytest.approx(found.best.values["alpha"], rel=0.01)
+    assert best.lora.learning_rate == pytest.approx(found.best.values["learning_rate"], rel=0.01)
+
+
+def test_weights_of_trials_are_kept_only_if_asked_for(search, tmp_path):
+    search(wish=Wish(trials=1))
+    assert sorted(p.name for p in (tmp_path / "search" / "trials" / "000").iterdir()) == ["metrics.json", "recipe.yaml"]
+    search(name="kept", wish=Wish(trials=1, keep=True))
+    assert (tmp_path / "kept" / "trials" / "000" / "best").is_dir()
+
+
+def test_a_folder_of_another_search_or_of_something_else_is_left_alone(search, tmp_path):
+    search(wish=Wish(trials=1))
+    with pytest.raises(LilyError, match=r"begun with other settings: recipe\.seed was 0 and is now 3"):
+        search(overrides=["seed=3"])
+    with pytest.raises(LilyError, match=r"other settings: space\.ranges\.scaling"):
+        search(wish=Wish(trials=1, ranges={"scaling": (1.0, 2.0)}))
+    training = FakeTraining()
+    search(training, overrides=["seed=3"], wish=Wish(trials=1), overwrite=True)
+    assert len(training.recipes) == 1
+    (tmp_path / "search" / "thesis.tex").touch()
+    for overwrite in (True, False):
+        with pytest.raises(LilyError, match=r"holds thesis\.tex, which is not of this"):
+            search(overwrite=overwrite)
+    (tmp_path / "file").touch()
+    with pytest.raises(LilyError, match="is a file; name a folder"):
+        search(name="file")
+    tally("inputs rejected", 5)
+
+
+def test_two_processes_do_not_search_in_one_folder(search, tmp_path):
+    search(wish=Wish(trials=1))
+    with folder._alone(tmp_path / "search"), pytest.raises(LilyError, match="in use by another process"):
+        search(wish=Wish(trials=2))
+
+
+@pytest.mark.parametrize("text", ["{}\n", "no journal\n\n", '{"op_code": 99}\n', '{"op_code": 0, "worker_id": "a"}\n'])
+def test_a_journal_that_is_none_is_refused(search, tmp_path, text):
+    search(wish=Wish(trials=1))
+    (tmp_path / "search" / JOURNAL).write_text(text)
+    with pytest.raises(LilyError, match="is no journal of a search"):
+        search(wish=Wish(trials=2))
+    tally("inputs rejected")
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        (Wish(trials=0), "give at least 1"),
+        (Wish(max_forgetting=0.1), "needs the recipe to measure it"),
+        (Wish(knobs=["rank"]), "'rank' is no knob of lily"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_searched_is_refused_before_anything_is_written(search, tmp_path, wish, message):
+    with pytest.raises(LilyError, match=message):
+        search(wish=wish)
+    assert not (tmp_path / "search").exists()
+
+
+def test_a_recipe_that_cannot_run_is_refused_before_anything_is_written(search, tmp_path):
+    with pytest.raises(LilyError, match="no column 'texts'"):
+        search(overrides=["data.columns.text=texts"])
+    assert not (tmp_path / "search").exists()
+
+
+def test_the_best_is_the_best_of_those_that_forget_little_enough():
+    tried = [
+        Tried(0, "complete", {}, 0.5, forgetting=0.01),
+        Tried(1, "complete", {}, 0.9, forgetting=0.30),
+        Tried(2, "complete", {}, 0.7, forgetting=0.10),
+        Tried(3, "stopped", {}, 0.99, forgetting=0.0),
+        Tried(4, "complete", {}, 0.7, forgetting=0.05),
+        Tried(5, "diverged", {}),
+    ]
+    assert [t.number for t in choice.ranked(tried, "accuracy")] == [1, 4, 2, 0, 3, 5]
+    assert choice.best(tried, "accuracy").number == 1
+    assert choice.best(tried, "accuracy", 0.1).number == 4
+    assert choice.best(tried, "accuracy", 0.001) is None
+    assert choice.best(tried, "loss").number == 0
+    assert choice.best([replace(t, forgetting=None) for t in tried], "accuracy", 1.0) is None

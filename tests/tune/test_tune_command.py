@@ -1,0 +1,50 @@
+"""`lily tune` from the command line, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from recipes_helpers import classification, write_recipe
+from typer.testing import CliRunner
+
+from lily.cli import app
+from lily.commands.tune import parse_time
+from lily.errors import LilyError
+from lily.recipes import loader, train
+
+TINY = ["train.epochs=2", "train.batch_size=18"]
+
+
+def lily(*arguments):
+    return CliRunner().invoke(app, list(arguments), catch_exceptions=False, env={"COLUMNS": "200"})
+
+
+def test_a_search_ends_with_a_table_and_a_recipe_that_gives_what_its_trial_gave(tmp_path, encoder, table):
+    source = write_recipe(tmp_path, classification(encoder, table, tmp_path))
+    command = ["tune", source, *TINY, "--trials", "2", "--range", "scaling=1:8", "--output", "found"]
+    done = lily(*command)
+    assert done.exit_code == 0, done.output
+    assert "2 trials on 12 validation rows" in done.output
+    assert "the recipe's own" in done.output
+    found = json.loads((tmp_path / "found" / "tune.json").read_text())
+    assert [t["state"] for t in found["trials"]] == ["complete", "complete"]
+    assert all(t["seconds"] > 0 and t["parameters"] > 0 for t in found["trials"])
+    best = loader.load_recipe(str(tmp_path / "found" / "best.yaml"))
+    result = train.train(best, quiet=True)
+    assert result.best["value"] == found["best"]["value"]
+    assert result.split == "test"
+    again = lily(*command)
+    assert again.exit_code == 0
+    assert json.loads((tmp_path / "found" / "tune.json").read_text()) == found
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90m", 5400), ("1.5h", 5400), ("7", 7), ("7s", 7)])
+def test_times_are_read(text, seconds):
+    assert parse_time(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "soon", "-1", "1d", "nan"])
+def test_a_time_that_is_none_is_quoted(text):
+    with pytest.raises(LilyError, match="expected a time such as 90m"):
+        parse_time(text)
