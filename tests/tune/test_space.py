@@ -35,10 +35,14 @@ def test_each_method_has_its_knobs_around_the_recipes_own_values(make, space):
     for name, found in lily.ranges.items():
         assert found.low == pytest.approx(found.start / WITHIN[name], rel=0.01)
         assert found.high == pytest.approx(found.start * WITHIN[name], rel=0.01)
+    assert space(make("method=stock-lily")).knobs == ("learning_rate", "scaling")
     lora = space(make("method=lora", "lora.r=8", "lora.learning_rate=0.02"))
     assert lora.knobs == ("learning_rate", "alpha")
     assert lora.start == {"learning_rate": 0.02, "alpha": 16.0}
     assert space(make("method=lora", "lora.r=8", "lora.alpha=3")).start["alpha"] == 3.0
+    dora = space(make("method=dora", "lora.r=8"))
+    assert dora.knobs == lora.knobs
+    assert changes(dora, dora.start) == {"lora": {"learning_rate": 0.01, "alpha": 16.0}}
 
 
 def test_shapes_cost_what_the_recipes_own_costs_at_most_and_nearly_as_much(make, space):

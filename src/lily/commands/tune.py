@@ -27,7 +27,9 @@ def tune_command(
     overrides: Overrides = None,
     trials: Annotated[int, typer.Option(help="In all; a finished search goes on with a larger number.")] = 20,
     timeout: Annotated[str | None, typer.Option(help="Begin no trial after this time, such as 90m or 8h.")] = None,
-    method: Annotated[str | None, typer.Option(help="lily or lora. Default: the recipe's.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="lily, lora, rslora, dora or stock-lily. Default: the recipe's.")
+    ] = None,
     knobs: Annotated[str | None, typer.Option(help="Some of them only, such as learning_rate,scaling.")] = None,
     ranges: Annotated[
         list[str] | None, typer.Option("--range", help="Bounds of a knob, such as scaling=0.1:10.")

@@ -14,10 +14,14 @@ from typing import Any
 from lily.analysis.granularity import Point, frontier
 from lily.budget import parse_count
 from lily.errors import LilyError
-from lily.recipes.methods import Decided, learning_rate
+from lily.recipes.methods import LORAS, Decided, block_of, learning_rate
 from lily.recipes.schema import Recipe
 
-KNOBS = {"lily": ("learning_rate", "scaling", "shape"), "lora": ("learning_rate", "alpha")}
+KNOBS = {
+    "lily": ("learning_rate", "scaling", "shape"),
+    "stock-lily": ("learning_rate", "scaling"),
+    **dict.fromkeys(LORAS, ("learning_rate", "alpha")),
+}
 # Times below and above the recipe's own value. Scaling is what the paper searches most widely, from 0.01 to 10.
 WITHIN = {"learning_rate": 8.0, "scaling": 16.0, "alpha": 8.0}
 DIGITS = 3  # of a value that is tried, so that the recipe written in the end is what was tried
@@ -72,7 +76,7 @@ class Space:
     """What is searched.
 
     Attributes:
-        method: `lily` or `lora`.
+        method: one of `KNOBS`.
         ranges: knob -> its values.
         shapes: those to choose from, the recipe's own first; none: the shape stays.
         notes: what is not searched, and why.
@@ -228,7 +232,7 @@ def changes(space: Space, values: Mapping[str, float | str]) -> dict[str, dict[s
             section |= shape_keys(space.shape(str(value)))
         else:
             section[name] = rounded(float(value))
-    return {space.method: section}
+    return {str(block_of(space.method)): section}
 
 
 def shape_keys(shape: Shape) -> dict[str, Any]:
