@@ -61,7 +61,7 @@ SCHEMA: list[tuple[dict[str, Any], str]] = [
     ({"metrics": ["pearson"]}, "metrics: pearson is not a metric of text-classification; choose from accuracy"),
     ({"metrics": ["acc"]}, "metrics: input should be 'accuracy'"),
     ({"baselines": ["bert"]}, "baselines: input should be 'majority', 'tfidf', 'frozen' or 'lora'"),
-    ({"method": "dora"}, "method: input should be 'lily', 'lora' or 'none', got 'dora'"),
+    ({"method": "vera"}, "method: input should be 'lily', 'stock-lily', 'lora', 'rslora', 'dora', 'peft' or 'none'"),
     ({"targets": []}, "targets: is empty; name modules such as"),
     ({"train.packing": True}, "train.packing: is for sft only"),
     ({"train.warmup": -1}, "train.warmup: input should be greater than or equal to 0"),

@@ -22,11 +22,11 @@ MINIMAL = {
 }
 
 
-@pytest.mark.parametrize("name", loader.shipped())
+@pytest.mark.parametrize("name", [name for file in loader.shipped() for name in loader.names_of(file)])
 def test_every_recipe_that_ships_is_valid_described_and_round_trips(name, tmp_path):
     recipe = loader.load_any(name)
-    assert recipe.name == name.rpartition("/")[2]
-    assert loader.describe(loader.shipped()[name])
+    assert recipe.name == name.rpartition("/")[2].replace(":", "-")
+    assert loader.describe(loader.find(name))
     for complete in (True, False):
         (tmp_path / "again.yaml").write_text(loader.dump_recipe(recipe, complete=complete))
         assert loader.load_any(str(tmp_path / "again.yaml")) == recipe
@@ -138,3 +138,10 @@ def test_a_part_of_the_inherited_source_can_be_changed(tmp_path):
     assert package == loader.load_recipe("quickstart").model.package.model_copy(update={"version": "9.9.0"})
     switched = loader.load_recipe("chat", [f"model.path={tmp_path}"]).model
     assert (switched.path, switched.format) == (str(tmp_path), "transformers")
+
+
+def test_a_wrong_value_is_shown_in_short(tmp_path):
+    with pytest.raises(LilyError) as caught:
+        loader.load_recipe(write_recipe(tmp_path, {**MINIMAL, "seed": "x" * 3000}))
+    assert "seed: input should be a valid integer" in str(caught.value)
+    assert len(str(caught.value)) < 500

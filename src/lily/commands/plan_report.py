@@ -381,8 +381,11 @@ def _without_weights(config: Any, target: str, task: str | None) -> nn.Module:
 
 
 def is_recipe(target: str) -> bool:
-    """Whether `target` names a recipe: a YAML file by its ending, or one that ships."""
-    return target.lower().endswith(RECIPE_ENDINGS) or (not Path(target).expanduser().exists() and target in _shipped())
+    """Whether `target` names a recipe: a YAML file by its ending, or one that ships; `:` and a variant may follow."""
+    known, head = _shipped(), target.rpartition(":")[0]
+    if any(name.lower().endswith(RECIPE_ENDINGS) for name in (target, head)):
+        return True
+    return not Path(target).expanduser().exists() and (target in known or head in known)
 
 
 def _shipped() -> list[str]:

@@ -14,7 +14,9 @@ from lily.errors import LilyError
 
 
 def recipes_command(
-    name: Annotated[str | None, typer.Argument(help="Print this recipe, with what it inherits, as YAML.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Print this recipe, with what it inherits, as YAML; of several, their names.")
+    ] = None,
     copy: Annotated[str | None, typer.Option("--copy", help="Write it to this file, to change it.")] = None,
 ) -> None:
     """List the recipes that ship, or show one."""
@@ -26,11 +28,17 @@ def recipes_command(
             raise LilyError("--copy needs the recipe's name before it")
         table = Table("recipe", "what it does")
         for known, path in loader.shipped().items():
-            table.add_row(known, loader.describe(path))
+            names = loader.names_of(known)
+            several = "" if names == [known] else f" ({len(names)} recipes: {known}:NAME)"
+            table.add_row(known, loader.describe(path) + several)
         Console().print(table)
         return
+    names = loader.names_of(name)
+    if names != [name] and copy is None:
+        print("\n".join(names))
+        return
     # a start for one's own: what it leaves open should stay open
-    text = loader.dump_recipe(loader.load_any(name), complete=False)
+    text = loader.dump_recipe(loader.load_any(name), complete=False) if names == [name] else loader.dump_file(name)
     if copy is None:
         print(text, end="")
         return

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from lily.errors import LilyError
-from lily.recipes import checks
+from lily.recipes import checks, variants
 from lily.recipes.dreambooth import schema as dreambooth
 from lily.recipes.dreambooth.schema import DreamBooth
 from lily.recipes.places import Key, Places
@@ -25,6 +25,7 @@ MAX_BYTES = 1 << 20  # a recipe is a page of text; anything larger is a mistake 
 MAX_DEPTH = 20
 MAX_VALUES = 100_000  # aliases of aliases make a short text expand without bound
 MAX_PROBLEMS = 10
+MAX_SHOWN = 200  # characters of a wrong value
 ALIASES = {"lr": "learning_rate", "rank": "r", "lora_alpha": "alpha"}
 OF_A_SOURCE = ("revision", "format", "header", "split", "config")
 PLAIN_TAGS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
@@ -49,6 +50,18 @@ def shipped() -> dict[str, Path]:
     return {path.relative_to(LIBRARY).with_suffix("").as_posix(): path for path in files}
 
 
+def names_of(name_or_path: str) -> list[str]:
+    """The names of the recipes that a name or path means: itself, or of a file with variants each of them.
+
+    Raises:
+        LilyError: if there is no such file, or it is wrong.
+    """
+    file, variant = _locate(name_or_path)
+    document = read(str(file))
+    known = variants.names_of(document.values, document.places)
+    return [f"{name_or_path}:{name}" for name in known] if known and variant is None else [name_or_path]
+
+
 def describe(path: Path) -> str:
     """First line of a recipe's description."""
     lines = str(read(str(path)).values.get("description", "")).strip().splitlines()
@@ -56,27 +69,47 @@ def describe(path: Path) -> str:
 
 
 def find(name_or_path: str) -> Path:
-    """The file of a shipped recipe's name or of a path.
+    """The file of a shipped recipe's name or of a path, with or without the name of a variant.
 
     Raises:
         LilyError: if there is neither, with near matches.
     """
+    return _locate(name_or_path)[0]
+
+
+def _locate(text: str, child: Path | None = None) -> tuple[Path, str | None]:
+    """The file, and the variant in it, that `text` means: a file beside `child`, a shipped recipe's name, or a path."""
     known = shipped()
-    if name_or_path in known:
-        return known[name_or_path]
-    path = Path(name_or_path).expanduser()
-    if os.path.isfile(path):  # unlike Path.is_file, false for a name that no system takes
-        return path
-    near = difflib.get_close_matches(name_or_path, known, n=3)
+
+    def file(name: str) -> Path | None:
+        beside = [] if child is None else [child.parent / name, child.parent / f"{name}.yaml"]
+        # A file may be named as the shipped recipe that it extends.
+        found = next((p for p in beside if os.path.isfile(p) and p.resolve() != child), None) or known.get(name)
+        path = Path(name).expanduser()
+        # unlike Path.is_file, false for a name that no system takes
+        return found or (path if os.path.isfile(path) else None)
+
+    if (whole := file(text)) is not None:
+        return whole, None
+    head, colon, variant = text.rpartition(":")
+    if colon and (of := file(head)) is not None:
+        return of, variant
+    near = difflib.get_close_matches(text, known, n=3)
     hint = f"did you mean {', '.join(near)}?" if near else f"shipped recipes: {', '.join(known)}"
-    raise LilyError(f"no recipe {name_or_path!r}: neither a file nor a shipped recipe; {hint}")
+    raise LilyError(f"no recipe {text!r}: neither a file nor a shipped recipe; {hint}")
+
+
+def _one(document: Document, text: str, variant: str | None) -> Document:
+    """What `text` means of a file: the whole, or one of its variants."""
+    file = text if variant is None else text[: -len(variant) - 1]
+    return Document(*variants.chosen(document.values, document.places, variant, file, _merge))
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and check everything about it that needs neither data nor model.
 
     Args:
-        name_or_path: a shipped recipe's name, or a YAML file.
+        name_or_path: a shipped recipe's name, or a YAML file; of one with `variants`, with `:` and the name of one.
         overrides: `key=value` with dotted keys, values in YAML: `train.epochs=1`.
 
     Returns:
@@ -93,7 +126,8 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
 
 def load_any(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe | DreamBooth:
     """`load_recipe` for a recipe of any kind; its `task` says which."""
-    document = read(str(find(name_or_path)))
+    file, variant = _locate(name_or_path)
+    document = _one(read(str(file)), name_or_path, variant)
     for override in overrides:
         _override(document, override)
     kind: type[Recipe | DreamBooth] = DreamBooth if document.values.get("task") == "dreambooth" else Recipe
@@ -128,12 +162,26 @@ def dump_recipe(recipe: Recipe | DreamBooth, *, complete: bool = True) -> str:
         complete: write every value, so that a later version's defaults do not change what it means; else those that
             were written down.
     """
-    values = recipe.model_dump(mode="json", exclude_unset=not complete)
+    return _yaml(recipe.model_dump(mode="json", exclude_unset=not complete))
+
+
+def _yaml(values: dict[str, Any]) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110)
 
 
+def dump_file(name_or_path: str) -> str:
+    """A file as YAML, with what it inherits and all its variants.
+
+    Raises:
+        LilyError: if there is no such file, or one of its variants is no recipe.
+    """
+    for name in names_of(name_or_path):
+        load_any(name)
+    return _yaml(read(str(find(name_or_path))).values)
+
+
 def read(path: str, seen: tuple[Path, ...] = ()) -> Document:
-    """Parse a recipe file and, under it, the one it `extends`.
+    """Parse a recipe file and, under it, the one it `extends`: one variant of that, or the whole with its variants.
 
     Raises:
         LilyError: for anything that is not a YAML mapping of plain values.
@@ -147,10 +195,10 @@ def read(path: str, seen: tuple[Path, ...] = ()) -> Document:
         return document
     if not isinstance(parent, str):
         raise LilyError(f"{document.place(('extends',))}: extends: expected a recipe's name or path, got {parent!r}")
-    beside = [file.parent / parent, file.parent / f"{parent}.yaml"]
-    # A file may be named as the shipped recipe that it extends.
-    base_path = next((p for p in beside if os.path.isfile(p) and p.resolve() != file), None) or find(parent)
+    base_path, variant = _locate(parent, file)
     base = read(str(base_path), (*seen, file))
+    if variant is not None:
+        base = _one(base, parent, variant)
     return Document(_merge(base.values, document.values), {**base.places, **document.places})
 
 
@@ -297,8 +345,13 @@ def _explain(error: ValidationError, document: Document, kind: type[Section]) ->
         elif wrong == "value_error":
             text = problem["msg"].removeprefix("Value error, ")
         else:
-            text = f"{problem['msg'][0].lower()}{problem['msg'][1:]}, got {given!r}"
+            text = f"{problem['msg'][0].lower()}{problem['msg'][1:]}, got {_short(given)}"
         yield f"{document.place(path)}: {name}: {text}"
+
+
+def _short(value: Any) -> str:
+    said = repr(value)
+    return said if len(said) <= MAX_SHOWN else f"{said[:MAX_SHOWN]}..."
 
 
 def _near(path: Key, kind: type[Section]) -> str:
