@@ -79,6 +79,8 @@ def compare_command(
     if twice := [r.name for r in chosen if [s.name for s in chosen].count(r.name) > 1]:
         raise LilyError(f"two recipes are named {twice[0]}; give one of them another `name`")
     out = Path(output).expanduser()
+    for recipe in chosen:  # all of them before the first is trained
+        runner.check_folder(out / recipe.name)
     entered = [(recipe, comparing.contestants(recipe, wish)) for recipe in chosen]
     for recipe, found in entered:
         listed = ", ".join(f"{c.name} {c.parameters:,}" + (f" (r={c.rank})" if c.rank else "") for c in found)

@@ -10,6 +10,7 @@ from typing import Any
 
 from lily.compare import sweep, tables
 from lily.compare.contestants import Contestant, Equal, resolve
+from lily.compare.page import page
 from lily.compare.result import Comparison, read
 from lily.compare.runner import Job, Outcome, opened, run
 from lily.errors import LilyError
@@ -92,6 +93,7 @@ def write(found: Comparison, out: Path) -> None:
     """Write a comparison's table and pages."""
     write_text(out / "comparison.json", json.dumps(found.to_dict(), indent=2))
     write_text(out / "comparison.md", tables.markdown(found))
+    write_text(out / "comparison.html", page(found))
 
 
 def _tuned(

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,8 +29,11 @@ class Entry:
         title: for people.
         seeds: of its runs.
         values: metric -> a value for each seed, of the best adapter on the held-out rows.
+        tests: further test set -> metric -> values, likewise.
         last: the main metric after the last epoch, on the validation rows, for each seed.
         best: of the best epoch, likewise.
+        history: (optimiser step, main metric on the validation rows, mean over seeds).
+        forgetting: how much the loss on general text rose, in nats per token, for each seed that measured it.
         rank: of its updates; None where it has none.
         parameters: that train, a new head aside; of the head, where it alone trains.
         learning_rate: that it trained with.
@@ -46,8 +48,11 @@ class Entry:
     title: str
     seeds: tuple[int, ...]
     values: dict[str, tuple[float, ...]]
+    tests: dict[str, dict[str, tuple[float, ...]]]
     last: tuple[float, ...]
     best: tuple[float, ...]
+    history: tuple[tuple[float, float], ...]
+    forgetting: tuple[float, ...]
     rank: int | None
     parameters: int
     learning_rate: float
@@ -185,8 +190,11 @@ def _entry(name: str, figures: Sequence[dict[str, Any]]) -> Entry:
         title=title_of(name, adapter),
         seeds=tuple(int(f["seed"]) for f in figures),
         values=_values([f["final"] for f in figures]),
+        tests={test: _values([f["tests"][test]["final"] for f in figures]) for test in one.get("tests") or {}},
         last=tuple(f["last"]["value"] for f in figures if f.get("last")),
         best=tuple(f["best"]["value"] for f in figures if f.get("best")),
+        history=_history(figures),
+        forgetting=tuple(f["forgetting"]["increase"] for f in figures if f.get("forgetting")),
         rank=adapter.get("r") or None,
         parameters=int(parameters["adapter"] or (parameters["head"] if name == "none" else 0)),
         learning_rate=float(adapter["learning_rate"]),
@@ -195,6 +203,13 @@ def _entry(name: str, figures: Sequence[dict[str, Any]]) -> Entry:
         peak_bytes=max(float(f.get("peak_bytes", 0)) for f in figures),
         adapter_bytes=float(one["adapter_bytes"]),
     )
+
+
+def _history(figures: Sequence[dict[str, Any]]) -> tuple[tuple[float, float], ...]:
+    """The main metric over training, at the steps that every seed has."""
+    curves = [{h["step"]: h[f["metric"]] for h in f.get("history") or []} for f in figures]
+    steps = sorted(set.intersection(*map(set, curves)))
+    return tuple((float(step), statistics.fmean(curve[step] for curve in curves)) for step in steps)
 
 
 def title_of(name: str, adapter: dict[str, Any]) -> str:
@@ -210,8 +225,6 @@ def _values(found: Sequence[dict[str, float]]) -> dict[str, tuple[float, ...]]:
 
 def _tested(entry: Entry, mine: dict[int, Items], reference: Entry, theirs: dict[int, Items], metric: str) -> Entry:
     """The entry with its test against the reference, on the seeds that both have."""
-    from dataclasses import replace
-
     seeds = [seed for seed in entry.seeds if seed in reference.seeds]
     if not seeds:
         return entry
@@ -237,8 +250,3 @@ def _json(file: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise LilyError(f"{file} holds a {type(found).__name__}, not an object")
     return found
-
-
-def finite(value: float | None) -> float | None:
-    """The value, or None if it is not a number that can be drawn."""
-    return value if value is not None and math.isfinite(value) else None

@@ -93,6 +93,20 @@ def side_by_side(jobs: int | None) -> tuple[int, int]:
     return count, int(given) if given.isdigit() and int(given) else max(1, cores() // count)
 
 
+def check_folder(folder: Path) -> list[str]:
+    """What a comparison's folder holds; nothing, if it is not there.
+
+    Raises:
+        LilyError: if it holds anything that no comparison wrote.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise LilyError(f"--output {folder} is a file; name a folder")
+    found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    if foreign := [name for name in found if name not in OWN and not _is_leftover(name)]:
+        raise LilyError(f"--output {folder} holds {foreign[0]}, which no comparison wrote; name another folder")
+    return found
+
+
 @contextlib.contextmanager
 def opened(folder: Path, overwrite: bool) -> Iterator[Any]:
     """A comparison's folder, for this process alone; gives what its runs must hold on to.
@@ -100,11 +114,7 @@ def opened(folder: Path, overwrite: bool) -> Iterator[Any]:
     Raises:
         LilyError: if it holds anything that no comparison wrote, or another comparison is at work in it.
     """
-    if folder.exists() and not folder.is_dir():
-        raise LilyError(f"--output {folder} is a file; name a folder")
-    found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-    if foreign := [name for name in found if name not in OWN and not _is_leftover(name)]:
-        raise LilyError(f"--output {folder} holds {foreign[0]}, which no comparison wrote; name another folder")
+    found = check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a", encoding="utf-8") as lock:
         _lock(lock, folder)

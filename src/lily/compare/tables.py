@@ -16,14 +16,18 @@ Table = list[list[str]]  # the first line is the header
 
 def quality(found: Comparison) -> Table:
     """The metrics: a row for the untrained model, then one for each method."""
-    lines = [["", *found.metrics, f"against {found.entries[0].title}", "p"]]
-    lines.append([UNTRAINED, *(with_spread(m, found.untrained[m]) for m in found.metrics), "", ""])
+    forgot = any(entry.forgetting for entry in found.entries)
+    lines = [["", *found.metrics, f"against {found.entries[0].title}", "p", *["forgetting"] * forgot]]
+    untrained = [with_spread(m, found.untrained[m]) for m in found.metrics]
+    lines.append([UNTRAINED, *untrained, "", "", *[""] * forgot])
     for entry in found.entries:
         test = entry.test
         against = ["", ""]
         if test is not None:
             against = [f"{_difference(found.metric, test.difference)} ({_interval(found, entry)})", f"{test.p:.2g}"]
-        lines.append([entry.title, *(with_spread(m, entry.values[m]) for m in found.metrics), *against])
+        values = [with_spread(m, entry.values[m]) for m in found.metrics]
+        forgetting = with_spread("loss", entry.forgetting) if entry.forgetting else ""
+        lines.append([entry.title, *values, *against, *[forgetting] * forgot])
     return lines
 
 
@@ -37,7 +41,7 @@ def costs(found: Comparison) -> Table:
                 "" if entry.rank is None else str(entry.rank),
                 f"{entry.parameters:,}" if entry.parameters else "",
                 f"{entry.learning_rate:g}",
-                "" if entry.scale is None else f"{entry.scale[0]} {entry.scale[1]:g}",
+                "" if entry.scale is None else f"{entry.scale[0].removeprefix('lora_')} {entry.scale[1]:g}",
                 f"{entry.seconds:.0f}",
                 f"{entry.peak_bytes / 1e6:,.0f}" if entry.peak_bytes else "",
                 f"{entry.adapter_bytes / 1e6:.2f}" if entry.adapter_bytes else "",
@@ -80,6 +84,8 @@ def words(found: Comparison) -> list[str]:
             f"p: {' or '.join(tests)} on the same rows against {found.entries[0].title}, with the 95% interval of the "
             "difference over rows; another seed may differ by more, which the standard deviation tells."
         )
+    if any(entry.forgetting for entry in found.entries):
+        said.append("Forgetting: by how much the loss on general text rose, in nats per token; less is better.")
     if setting.get("tune"):
         where = (
             "validation rows" if found.split != "validation" else "the rows that it is judged on, for want of others"

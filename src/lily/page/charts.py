@@ -220,6 +220,62 @@ def diamond(x: float, y: float, tip: str, cls: str) -> Html:
     return el("polygon", el("title", tip), points=shape, cls=f"mark {cls}")
 
 
+@dataclass(frozen=True)
+class Point:
+    """A place in a scatter plot.
+
+    Attributes:
+        name: written beside it.
+        style: class of the style.
+        x: its place.
+        y: likewise.
+        low: of a vertical bar through it.
+        high: likewise.
+    """
+
+    name: str
+    style: str
+    x: float
+    y: float
+    low: float
+    high: float
+
+
+def scatter(
+    points: Sequence[Point],
+    title: str,
+    description: str,
+    x_label: str,
+    y_label: str,
+    *,
+    size: tuple[float, float] = (460, 280),
+) -> Html:
+    """Named points with bars of spread.
+
+    Args:
+        points: what to draw.
+        title: for those who do not see it.
+        description: likewise: what it shows.
+        x_label: with its unit.
+        y_label: with its unit.
+        size: in units of the picture.
+    """
+    span = _padded(min(p.low for p in points), max(p.high for p in points))
+    frame = Frame(*size, _padded(min(p.x for p in points), max(p.x for p in points)), span, right=18)
+    content = [axes(frame, x_label, y_label)]
+    below = frame.top
+    for p in sorted(points, key=lambda p: -p.y):
+        x, y = frame.at_x(p.x), frame.at_y(p.y)
+        tip = f"{p.name}: {p.y:.4g} ({p.low:.4g} to {p.high:.4g}) at {p.x:.6g}"
+        if p.high > p.low:
+            content.append(line(x, frame.at_y(p.low), x, frame.at_y(p.high), f"spread {p.style}"))
+        content.append(dot(x, y, tip, p.style))
+        below = max(y + 4, below + 13)  # names do not cover one another
+        late = x > frame.width * 0.62
+        content.append(text(x + (-9 if late else 9), below, p.name, "label", "end" if late else "start"))
+    return svg(*size, title, description, *content)
+
+
 def by_layer(
     groups: Sequence[tuple[str, Sequence[str]]],
     series: Sequence[tuple[str, str, Sequence[float | None]]],

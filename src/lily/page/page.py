@@ -39,12 +39,16 @@ def page(told: Insight) -> str:
         ),
         el("footer", el("p", f"Written by lily {__version__}. The page holds no script and loads nothing.")),
     )
-    title = el("title", f"{name}: inside the adapter")
+    return document(f"{name}: inside the adapter", body)
+
+
+def document(title: str, body: Html) -> str:
+    """A whole page: the body with the style and the policy that nothing is fetched and nothing runs."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-        f"{title}\n<style>{CSS}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+        f"{el('title', title)}\n<style>{CSS}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
     )
 
 

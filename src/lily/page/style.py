@@ -23,7 +23,7 @@ def _variables(colours: dict[str, str]) -> str:
 
 
 _MARKS = "".join(
-    f".curve.{c},.key.line.{c}{{stroke:var(--{c});border-color:var(--{c})}}"
+    f".curve.{c},.spread.{c},.key.line.{c}{{stroke:var(--{c});border-color:var(--{c})}}"
     f".mark.{c},.band.{c},.fill.{c},.key.box.{c},.key.dot.{c}{{fill:var(--{c});background:var(--{c})}}"
     for c in ("lily", "union", "lora", *(f"{kind}{i}" for kind in "el" for i in range(8)))
 )
@@ -64,6 +64,7 @@ line.grid{stroke:var(--grid);stroke-width:1}
 .level{stroke:var(--muted);stroke-dasharray:5 4}
 .curve{fill:none;stroke-width:2.2}
 .curve.union,.key.line.union{stroke-dasharray:6 4;border-top-style:dashed}
+.spread{stroke-width:1.6;opacity:.55}
 .band{opacity:.16;stroke:none}
 .mark{stroke:var(--panel);stroke-width:1}
 .block{fill:var(--soft);stroke:var(--lily);stroke-width:1.2}
