@@ -139,7 +139,7 @@ def _training(found: Comparison) -> Html | None:
         if entry.last and entry.best
     ]
     made = table(f"{found.metric} on the validation rows, mean over seeds", ["", "best epoch", "last epoch"], last)
-    return join(curve_figure(title, picture, series, said, "step"), made)
+    return join(el("div", curve_figure(title, picture, series, said, "step"), cls="grid"), made)
 
 
 def _tuning(found: Comparison) -> Html | None:

@@ -250,7 +250,7 @@ def scatter(
     *,
     size: tuple[float, float] = (460, 280),
 ) -> Html:
-    """Named points with bars of spread.
+    """Named points with bars of spread; x begins at zero, so that costs which hardly differ are seen to.
 
     Args:
         points: what to draw.
@@ -261,7 +261,7 @@ def scatter(
         size: in units of the picture.
     """
     span = _padded(min(p.low for p in points), max(p.high for p in points))
-    frame = Frame(*size, _padded(min(p.x for p in points), max(p.x for p in points)), span, right=18)
+    frame = Frame(*size, (0.0, max(p.x for p in points) * 1.08 or 1.0), span, right=18)
     content = [axes(frame, x_label, y_label)]
     below = frame.top
     for p in sorted(points, key=lambda p: -p.y):
