@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 
 import lily
 from lily import LilyConfig, fused
-from lily.config import ROUTINGS
 from lily.errors import LilyError
 from lily.export import as_lora
+from lily.options import ROUTINGS
 
 ROOT = "base_model.model."
 LAYERS = [f"model.layers.{i}" for i in range(4)]

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from lily.config import DYNAMIC, ROUTINGS
 from lily.errors import LilyError
 from lily.kinds import EMBEDDING, PARAMETERS, ModuleSpec
+from lily.options import DYNAMIC, ROUTINGS
 from lily.plan import SharingPlan, group_key, router_size
 
 DEFAULT_RANK = 32  # the paper's rank for encoders and vision transformers, and stock PEFT's default

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from lily.adapted import Adapted, find
 from lily.bank import Settled
-from lily.config import DYNAMIC
 from lily.drift import Batch, Drift, divergence, is_distribution, kept_rows, outputs
 from lily.errors import LilyError
 from lily.observe import RoutingStatistics
+from lily.options import DYNAMIC
 from lily.quantised import keep_differentiable
 
 Run = Callable[[nn.Module, Any], Any]

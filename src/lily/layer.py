@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from lily import functional, fused
 from lily.bank import LilyBank
-from lily.config import DYNAMIC, LilyConfig
+from lily.config import LilyConfig
 from lily.errors import LilyError
 from lily.merging import Undo, add, fold, unfold
 from lily.observe import RoutingStatistics
+from lily.options import DYNAMIC
 from lily.placement import execution_device, onload, weight_of
 from lily.plan import Group, Slot
 from lily.sharding import is_here, mean_of_all

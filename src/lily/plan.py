@@ -25,9 +25,10 @@ from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from lily.config import DYNAMIC, LilyConfig
+from lily.config import LilyConfig
 from lily.errors import LilyError
 from lily.kinds import EMBEDDING, EXPERTS, LINEAR, MATRIX, SLICE, ModuleSpec, base_of, layer_spec
+from lily.options import DYNAMIC
 from lily.slices import Rows
 from lily.uncalled import uncalled
 

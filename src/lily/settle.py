@@ -19,9 +19,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lily.adapted import Adapted, find
 from lily.bank import Settled
 from lily.collapsing import TINY
-from lily.config import DYNAMIC
 from lily.errors import LilyError
 from lily.observe import RoutingStatistics
+from lily.options import DYNAMIC
 from lily.sharding import is_sharded
 
 # Steps that the running mean looks back, as a share of training.

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from lily.config import ROUTINGS
 from lily.errors import LilyError
+from lily.options import ROUTINGS
 from lily.recipes import checks, methods, others
 from lily.recipes.schema import Recipe
 
