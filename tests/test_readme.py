@@ -145,5 +145,6 @@ def test_the_readmes_commands_run_in_their_order(tmp_path, monkeypatch):
             continue
         few = ["data.max_train=64", "train.max_steps=2", "baselines=[]"] if command[1] in ("train", "tune") else []
         few += ["--trials", "1"] if command[1] == "tune" else []
+        few += ["--width", "64", "--depth", "2", "--tokens", "16", "--rounds", "1"] if command[1] == "bench" else []
         done = subprocess.run([sys.executable, "-m", *command, *few], capture_output=True, text=True, check=False)
         assert done.returncode == 0, (command, done.stderr[-2000:])
