@@ -119,7 +119,7 @@ def test_every_command_exists_with_its_options(command):
     for argument in arguments:
         if argument.startswith("--"):
             assert argument in shown.stdout, argument
-    if name in ("train", "plan", "tune") and not arguments[0].startswith(("path", "runs")):
+    if name in ("train", "plan", "tune", "sweep") and not arguments[0].startswith(("path", "runs")):
         loader.load_any(arguments[0], [a for a in arguments[1:] if "=" in a])
 
 
@@ -143,8 +143,12 @@ def test_the_readmes_commands_run_in_their_order(tmp_path, monkeypatch):
         # The offline recipes of images train a model first: their own tests run them.
         if any("path/" in word or word.startswith("offline/") for word in command):
             continue
-        few = ["data.max_train=64", "train.max_steps=2", "baselines=[]"] if command[1] in ("train", "tune") else []
-        few += ["--trials", "1"] if command[1] == "tune" else []
-        few += ["--width", "64", "--depth", "2", "--tokens", "16", "--rounds", "1"] if command[1] == "bench" else []
+        trains = command[1] in ("train", "tune", "sweep")
+        few = ["data.max_train=64", "train.max_steps=2", "baselines=[]"] if trains else []
+        few += {
+            "tune": ["--trials", "1"],
+            "sweep": ["--points", "2", "--seeds", "1", "--overwrite"],
+            "bench": ["--width", "64", "--depth", "2", "--tokens", "16", "--rounds", "1"],
+        }.get(command[1], [])
         done = subprocess.run([sys.executable, "-m", *command, *few], capture_output=True, text=True, check=False)
         assert done.returncode == 0, (command, done.stderr[-2000:])

@@ -29,6 +29,7 @@ app = typer.Typer(
 app.command("plan")(plan.plan_command)
 app.command("train")(train.train_command)
 app.command("tune")(tune.tune_command)
+app.command("sweep")(tune.sweep_command)
 app.command("eval")(evaluate.eval_command)
 app.command("predict")(evaluate.predict_command)
 app.command("generate")(evaluate.generate_command)

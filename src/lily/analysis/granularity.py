@@ -41,6 +41,23 @@ class Point:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Quality:
+    """A shape and how good it was.
+
+    Attributes:
+        r: rank.
+        num_A: A per group.
+        num_B: experts per group.
+        values: of the metric, one for each seed.
+    """
+
+    r: int
+    num_A: int
+    num_B: int
+    values: tuple[float, ...]
+
+
 def frontier(
     modules: Sequence[ModuleSpec],
     parameters: int | str,

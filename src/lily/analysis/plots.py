@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
-from lily.analysis.granularity import Point
+from lily.analysis.granularity import Point, Quality
 from lily.analysis.rank import RankReport
 from lily.analysis.routing import RoutingReport
 from lily.analysis.words import (
@@ -180,3 +181,52 @@ def granularity_plot(points: Sequence[Point]) -> Picture:
         f"{best.num_A} and num_B={best.num_B} to rank {least.r} with num_A={least.num_A} and num_B={least.num_B}."
     )
     return Picture(figure, alt)
+
+
+def quality_plot(
+    found: Sequence[Quality], metric: str, lora: Sequence[float] = (), by_experts: bool = False
+) -> Picture:
+    """Quality against granularity, as the paper's Fig. 5: every shape costs the same.
+
+    Args:
+        found: the shapes with their values.
+        metric: name and unit, for the axis.
+        lora: values of a LoRA of equal size.
+        by_experts: a line for each num_B, for shapes with unequal num_A and num_B.
+    """
+    if not found:
+        raise LilyError("no shape has a value, so there is nothing to draw")
+    figure = _figure(6.4, 4)
+    panel = figure.subplots()
+    lines = sorted({p.num_B for p in found}) if by_experts else [None]
+    for i, experts in enumerate(lines):
+        points = sorted((p for p in found if experts is None or p.num_B == experts), key=lambda p: p.r)
+        label = "Lily, num_A = num_B" if experts is None else f"Lily, num_B = {experts}"
+        means, spreads = [fmean(p.values) for p in points], [_spread(p.values) for p in points]
+        colour = LILY if experts is None else LINES[i % len(LINES)]
+        panel.errorbar([p.r for p in points], means, spreads, fmt="o-", capsize=3, color=colour, label=label)
+        for p in points:
+            said = f"{p.num_A}" if p.num_A == p.num_B and experts is None else f"A{p.num_A} B{p.num_B}"
+            panel.annotate(said, (p.r, fmean(p.values)), xytext=(4, 5), textcoords="offset points", fontsize=8)
+    if lora:
+        panel.axhline(fmean(lora), color=LORA, linestyle="--", label="LoRA of equal size")
+        panel.axhspan(fmean(lora) - _spread(lora), fmean(lora) + _spread(lora), color=LORA, alpha=0.12)
+    ranks = sorted({p.r for p in found})
+    panel.set_xscale("log")
+    panel.set_xticks(ranks, [str(r) for r in ranks])
+    panel.minorticks_off()
+    panel.set_xlabel("r (rank); beside each point the number of A and of B")
+    panel.set_ylabel(metric)
+    panel.legend()
+    return Picture(figure, _quality_words(found, metric, lora))
+
+
+def _spread(values: Sequence[float]) -> float:
+    return stdev(values) if len(values) > 1 else 0.0
+
+
+def _quality_words(found: Sequence[Quality], metric: str, lora: Sequence[float]) -> str:
+    by_rank = sorted(found, key=lambda p: -p.r)
+    said = ", ".join(f"{fmean(p.values):.4g} at r={p.r}, num_A={p.num_A}, num_B={p.num_B}" for p in by_rank)
+    beside = f" LoRA of equal size: {fmean(lora):.4g}." if lora else ""
+    return f"{metric} of {len(found)} shapes of equal size: {said}.{beside}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -83,6 +84,56 @@ def tune_command(
         print("\nthe same command goes on", file=sys.stderr)
         raise
     report.print_tuned(found, folder, Console())
+
+
+def sweep_command(
+    recipe: Recipe_,
+    overrides: Overrides = None,
+    params: Budget = None,
+    grid: Grid = False,
+    points: Annotated[int, typer.Option(help="At most so many shapes, evenly spread over the ranks.")] = 8,
+    seeds: Annotated[int, typer.Option(help="Of each shape, from the recipe's own on.")] = 1,
+    halving: Annotated[
+        bool, typer.Option("--halving", help="Give up the worse half at every rung, by the validation rows.")
+    ] = False,
+    lora: Annotated[bool, typer.Option("--lora", help="Also train LoRA of as many parameters.")] = False,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Runs at the same time. Default: one for two cores; one on a GPU.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Of each run. Default: OMP_NUM_THREADS, or an even share of the cores.")
+    ] = None,
+    output: Output = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train the shapes (r, num_A, num_B) that one budget buys: quality against granularity, as a table and a plot.
+
+    Killed and started again, it goes on.
+    """
+    from lily.recipes import loader
+
+    chosen = loader.load_recipe(recipe, overrides or [])
+    quieten()
+    from lily.compare.runner import side_by_side
+    from lily.tune import granularity, report
+
+    count, share = side_by_side(jobs)
+    wish = granularity.Wish(params, grid, points, seeds, halving, lora, count, threads or share)
+    folder = Path(output).expanduser() if output else granularity.output_folder(chosen)
+    try:
+        found = granularity.sweep(chosen, folder, wish, overwrite=overwrite, announce=_announce)
+    except (KeyboardInterrupt, SystemExit):
+        print("\nthe same command goes on", file=sys.stderr)
+        raise
+    console = Console()
+    report.print_sweep(found, folder, console)
+    if find_spec("matplotlib") is None:
+        console.print('no plot: matplotlib is not installed; pip install "lily-peft[plots]"')
+        return
+    picture = report.picture(found)
+    for name in granularity.PICTURES:
+        picture.save(folder / name, overwrite=True)
+    console.print(f"plot: {folder / granularity.PICTURES[0]}", soft_wrap=True)
 
 
 def parse_time(text: str) -> float:

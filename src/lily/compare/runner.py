@@ -40,16 +40,21 @@ class Job:
         recipe: what to train.
         folder: where.
         trial: whether it is there to choose settings: it leaves the test rows alone.
+        until: stop at the first evaluation after so many steps; a later job goes on from there. None: at the end.
     """
 
     name: str
     recipe: Recipe
     folder: Path
     trial: bool = False
+    until: int | None = None
 
     @property
     def done(self) -> bool:
         """Whether it is finished."""
+        if self.until is not None and (self.folder / METRICS).is_file():
+            history = json.loads((self.folder / METRICS).read_text("utf-8"))["history"]
+            return bool(history) and history[-1]["step"] >= self.until
         return (self.folder / METRICS).is_file() and (self.trial or (self.folder / PREDICTIONS).is_file())
 
     def check(self) -> None:
@@ -206,7 +211,7 @@ def _start(job: Job, out: Path, threads: int, lock: Any) -> subprocess.Popen[byt
     # stock Lily's groups depend on the hash seed where a layer matches several targets
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONHASHSEED": "0"}
     command = [sys.executable, "-m", "lily.compare.worker", str(recipe), str(job.folder), str(os.getpid())]
-    command += ["trial"] * job.trial
+    command += ["trial"] * job.trial + ([] if job.until is None else [f"until={job.until}"])
     with open(log, "wb") as file:
         return subprocess.Popen(
             command,

@@ -1,4 +1,7 @@
-"""One run of a comparison, in a process of its own: `python -m lily.compare.worker RECIPE FOLDER PARENT [trial]`."""
+"""One run of a comparison, in a process of its own.
+
+python -m lily.compare.worker RECIPE FOLDER PARENT [trial] [until=STEPS]
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ def end_with(parent: int) -> None:
             sys.exit(128 + signal.SIGTERM)
 
 
-def main(recipe: str, folder: str, parent: int, trial: bool) -> None:
+def main(recipe: str, folder: str, parent: int, *options: str) -> None:
     """Train a recipe into a folder; go on if it was begun. A trial leaves the test rows alone."""
     end_with(parent)
     from lily.errors import LilyError
@@ -30,11 +33,19 @@ def main(recipe: str, folder: str, parent: int, trial: bool) -> None:
     try:
         chosen = loader.load_recipe(recipe, [f"output={json.dumps(folder)}"])
         begun = (Path(folder) / "recipe.yaml").is_file()
-        train(chosen, resume=begun, overwrite=not begun, quiet=True, validation_only=trial)
+        until = next((int(text.partition("=")[2]) for text in options if text.startswith("until=")), None)
+        train(
+            chosen,
+            resume=begun,
+            overwrite=not begun,
+            quiet=True,
+            watch=None if until is None else lambda history: history[-1]["step"] >= until,
+            validation_only="trial" in options,
+        )
     except LilyError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4:] == ["trial"])
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), *sys.argv[4:])

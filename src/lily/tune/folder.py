@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lily.errors import LilyError
 from lily.files import remove_folder, write_text
@@ -24,8 +24,8 @@ HEAVY = ("checkpoints", "best", "last")
 
 
 @contextlib.contextmanager
-def opened(folder: Path, settings: Mapping[str, Any], own: Sequence[str], overwrite: bool = False) -> Iterator[None]:
-    """Within: the folder exists, is this process's alone, and holds what these settings began.
+def opened(folder: Path, settings: Mapping[str, Any], own: Sequence[str], overwrite: bool = False) -> Iterator[Any]:
+    """Within: the folder exists, is this process's alone, and holds what these settings began; gives its lock.
 
     Args:
         folder: to work in.
@@ -38,7 +38,7 @@ def opened(folder: Path, settings: Mapping[str, Any], own: Sequence[str], overwr
     """
     _check(folder, settings, own, overwrite)
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder):
+    with _alone(folder) as lock:
         if overwrite:
             for path in folder.iterdir():
                 if path.is_dir():
@@ -47,7 +47,7 @@ def opened(folder: Path, settings: Mapping[str, Any], own: Sequence[str], overwr
                     path.unlink()
         if not (folder / SETTINGS).is_file():
             write_text(folder / SETTINGS, json.dumps(settings, indent=2))
-        yield
+        yield lock
 
 
 def _check(folder: Path, settings: Mapping[str, Any], own: Sequence[str], overwrite: bool) -> None:
@@ -80,18 +80,17 @@ def _check(folder: Path, settings: Mapping[str, Any], own: Sequence[str], overwr
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    try:
-        import fcntl
-    except ImportError:  # no such locks on this system
-        yield
-        return
-    with (folder / LOCK).open("a") as file:
+def _alone(folder: Path) -> Iterator[IO[str]]:
+    with (folder / LOCK).open("a", encoding="utf-8") as file:
         try:
+            import fcntl
+
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # no such locks on this system
+            pass
         except OSError:
             raise LilyError(f"output {folder} is in use by another process; name another with --output") from None
-        yield
+        yield file
 
 
 def placed(recipe: Recipe, output: Path) -> Recipe:

@@ -253,12 +253,18 @@ def steps_of(recipe: Recipe, rows: int) -> int:
     return t.max_steps or max(1, math.ceil(t.epochs * per_epoch))
 
 
-def cadence(recipe: Recipe, rows: int) -> int | str:
-    """How often a trial is evaluated: as the recipe says, or more often where that would be too rare to stop it."""
+def cadence(recipe: Recipe, rows: int, least: int = EVALUATIONS) -> int | str:
+    """How often a run is evaluated: as the recipe says, or more often where that would be too rare to stop it.
+
+    Args:
+        recipe: says how often, and how long.
+        rows: training rows.
+        least: evaluations of a run.
+    """
     every, total = recipe.train.evaluate_every, steps_of(recipe, rows)
     epochs = total / steps_of(recipe.model_copy(update={"train": _one_epoch(recipe)}), rows)
     evaluations = epochs if every == "epoch" else total / every
-    return every if evaluations >= EVALUATIONS or recipe.train.packing else max(1, total // EVALUATIONS)
+    return every if evaluations >= least or recipe.train.packing else max(1, total // least)
 
 
 def _one_epoch(recipe: Recipe) -> Any:
