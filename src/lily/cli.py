@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from lily.commands import bench, compare, deploy, evaluate, inspect, plan, recipes, train, tune
+from lily.commands import bench, compare, deploy, evaluate, inspect, plan, recipes, train, tune, vtab
 from lily.errors import ElsewhereError, LilyError
 from lily.files import disk_error
 
@@ -38,6 +38,7 @@ app.command("export")(deploy.export_command)
 app.command("inspect")(inspect.inspect_command)
 app.command("compare")(compare.compare_command)
 app.command("bench")(bench.bench_command)
+app.command("vtab")(vtab.vtab_command)
 app.command("recipes")(recipes.recipes_command)
 app.command("schema")(recipes.schema_command)
 

@@ -27,7 +27,7 @@ MAX_VALUES = 100_000  # aliases of aliases make a short text expand without boun
 MAX_PROBLEMS = 10
 MAX_SHOWN = 200  # characters of a wrong value
 ALIASES = {"lr": "learning_rate", "rank": "r", "lora_alpha": "alpha"}
-OF_A_SOURCE = ("revision", "format", "header", "split", "config")
+OF_A_SOURCE = ("revision", "format", "header", "split", "config", "architecture")
 PLAIN_TAGS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 
 

@@ -162,6 +162,7 @@ def meta_model(model: Model, task: Task, num_labels: int = 2) -> PreTrainedModel
     """
     from transformers import AutoConfig
 
+    _make_known(task)
     source = local_model(model)
     labels = [str(i) for i in range(num_labels)]
     config = loading(
@@ -178,13 +179,14 @@ def meta_model(model: Model, task: Task, num_labels: int = 2) -> PreTrainedModel
 
 
 def described_model(model: Model, task: Task) -> PreTrainedModel:
-    """The model on the meta device, built from the recipe's own description of a hub's model; nothing is downloaded.
+    """The model on the meta device, built from the recipe's own description of it; nothing is read or downloaded.
 
     Raises:
         LilyError: if transformers has no such model.
     """
     from transformers import AutoConfig
 
+    _make_known(task)
     values = dict(model.architecture or {})
     kind = values.pop("model_type")
     source = f"model.architecture ({kind})"
@@ -220,8 +222,16 @@ def _new_head(
     return f"{name} of {source} has {there[0]} outputs and this task {here[0]}: training starts with a new head"
 
 
+def _make_known(task: Task) -> None:
+    """Tell transformers' Auto classes of the models that are defined here."""
+    if task == "image-classification":
+        import lily.recipes.vision_mamba  # noqa: F401
+
+
 def _class(task: Task) -> Any:
     import transformers
+
+    _make_known(task)
 
     return getattr(transformers, AUTO_CLASSES[task])
 

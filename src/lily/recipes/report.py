@@ -181,6 +181,7 @@ def card(recipe: Recipe, result: Result) -> str:
         f"from transformers import {_auto(recipe)}"
         f"{', BitsAndBytesConfig' if recipe.model.quantization != 'none' else ''}",
         *(["", "from lily.recipes.standins import standin"] if recipe.model.standin else []),
+        *(["", "import lily.recipes.vision_mamba  # a model that is defined there"] if _is_vim(recipe) else []),
         "",
         f"base = {_auto(recipe)}.from_pretrained({_load(recipe, result)})",
         'model = PeftModel.from_pretrained(base, "path/of/this/folder")',
@@ -190,6 +191,10 @@ def card(recipe: Recipe, result: Result) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _is_vim(recipe: Recipe) -> bool:
+    return (recipe.model.architecture or {}).get("model_type") == "vision_mamba"
 
 
 def _bits(recipe: Recipe) -> str:

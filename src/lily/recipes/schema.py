@@ -102,14 +102,15 @@ class Model(Source):
     trust_remote_code: bool = Field(False, description="Run code from the model's repository. Off unless you say so.")
     architecture: dict[str, Any] | None = Field(
         None,
-        description="What the hub's config.json says of sizes, with its model_type: `lily plan` then downloads "
-        "nothing, and leaves data and tokenizer to `lily train`. With `hub` only; training reads the hub's own.",
+        description="What its config.json says of sizes, with its model_type: `lily plan` then downloads and reads "
+        "nothing, and leaves data and tokenizer to `lily train`. With `hub` and `path`; training reads config.json.",
     )
 
     @model_validator(mode="after")
     def _described(self) -> Model:
-        if self.architecture is not None and (self.hub is None or "model_type" not in self.architecture):
-            raise ValueError("architecture goes with hub, and needs a model_type such as roberta")
+        known = self.hub is not None or self.path is not None
+        if self.architecture is not None and not (known and isinstance(self.architecture.get("model_type"), str)):
+            raise ValueError("architecture goes with hub or path, and needs a model_type such as roberta")
         return self
 
 

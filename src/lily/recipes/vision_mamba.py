@@ -14,6 +14,7 @@ added by it and not inside the scan; and stochastic depth is left out.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -224,6 +225,18 @@ class VisionMambaForImageClassification(PreTrainedModel):  # type: ignore[misc]
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
             if module.bias is not None:
                 init.zeros_(module.bias)
+
+
+def from_vim(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of Vim's code (`bimambav2`, class token in the middle) under the names that they have here.
+
+    Args:
+        state: its state dict, such as `torch.load(file, weights_only=True)["model"]`.
+
+    Returns:
+        For `VisionMambaForImageClassification.load_state_dict`, which refuses what does not fit.
+    """
+    return {name.replace("patch_embed.proj.", "patch_embed."): tensor for name, tensor in state.items()}
 
 
 def _start_time_step(dt_proj: nn.Linear, shortest: float = 1e-3, longest: float = 0.1) -> None:

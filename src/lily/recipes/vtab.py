@@ -69,6 +69,17 @@ def choose(
     return Chosen(parts[0], parts[1], rest)
 
 
+def lists_of(chosen: Chosen) -> dict[str, tuple[tuple[str, str], ...]]:
+    """The lists of the public layout by their names, each image with its class."""
+    train, validation = len(chosen.train), len(chosen.validation)
+    return {
+        f"train{train}.txt": chosen.train,
+        f"val{validation}.txt": chosen.validation,
+        f"train{train}val{validation}.txt": chosen.train + chosen.validation,
+        "test.txt": chosen.test,
+    }
+
+
 def proportional(sizes: Mapping[str, int], count: int, least: int = 0) -> dict[str, int]:
     """Shares of `count` in proportion to sizes, by largest remainders; no share exceeds its size.
 
@@ -119,23 +130,19 @@ def build(
         raise LilyError(f"{test} has the class {min(unknown)!r}, which {source} has not")
     numbers = {label: i for i, label in enumerate(labels)}
     with new_folder(out) as folder:
-        lines: dict[str, list[str]] = {}
+        copies: dict[str, tuple[tuple[str, str], ...]] = {}
         for part in ("train", "validation", "test"):
             place = folder / "images" / part
             place.mkdir(parents=True)
+            copied = []
             for i, (file, label) in enumerate(getattr(chosen, part)):
                 name = f"{i:06d}{Path(file).suffix.lower()}"
                 shutil.copyfile(file, place / name)
-                lines.setdefault(part, []).append(f"images/{part}/{name} {numbers[label]}\n")
-        lists = {
-            f"train{train}.txt": lines.get("train", []),
-            f"val{validation}.txt": lines.get("validation", []),
-            f"train{train}val{validation}.txt": lines.get("train", []) + lines.get("validation", []),
-            "test.txt": lines.get("test", []),
-            "classes.txt": [f"{label}\n" for label in labels],
-        }
-        for name, text in lists.items():
-            (folder / name).write_text("".join(text), "utf-8")
+                copied.append((f"images/{part}/{name}", label))
+            copies[part] = tuple(copied)
+        for name, images in lists_of(Chosen(**copies)).items():
+            (folder / name).write_text("".join(f"{file} {numbers[label]}\n" for file, label in images), "utf-8")
+        (folder / "classes.txt").write_text("".join(f"{label}\n" for label in labels), "utf-8")
     return chosen
 
 
