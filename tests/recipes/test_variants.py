@@ -66,6 +66,14 @@ def test_a_file_may_extend_a_file_with_variants_or_one_of_them(many, tmp_path):
     assert loader.load_recipe(alone).data.train.path == "sets/{variant}/train.csv"
 
 
+def test_a_name_for_extends_means_the_same_from_any_folder(many, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert loader.from_anywhere("many.yaml:cats") == f"{Path(many).resolve()}:cats"
+    assert loader.from_anywhere("many.yaml") == str(Path(many).resolve())
+    assert loader.from_anywhere("paper/vtab-vit:cifar") == "paper/vtab-vit:cifar"
+    assert loader.from_anywhere("quickstart") == "quickstart"
+
+
 def test_a_file_whose_name_has_a_colon_is_that_file(tmp_path):
     plain = {key: value for key, value in TEMPLATE.items() if key != "variants"}
     assert loader.load_recipe(write_recipe(tmp_path, plain, "many.yaml:cats")).name == "many"

@@ -62,6 +62,18 @@ def names_of(name_or_path: str) -> list[str]:
     return [f"{name_or_path}:{name}" for name in known] if known and variant is None else [name_or_path]
 
 
+def from_anywhere(name_or_path: str) -> str:
+    """A name that means the same recipe wherever it stands in `extends`: a shipped one's, or a whole path.
+
+    Raises:
+        LilyError: if there is no such file.
+    """
+    file, variant = _locate(name_or_path)
+    end = "" if variant is None else f":{variant}"
+    head = name_or_path.removesuffix(end)
+    return name_or_path if head in shipped() else f"{file.resolve()}{end}"
+
+
 def describe(path: Path) -> str:
     """First line of a recipe's description."""
     lines = str(read(str(path)).values.get("description", "")).strip().splitlines()

@@ -131,10 +131,9 @@ def extending(
     values = loader.overriding(overrides)
     for section, keys in sections.items():
         values[section] = {**(values.get(section) or {}), **keys}
-    parent = source if source in loader.shipped() else str(Path(source).expanduser().resolve())
     dropped = ("name", "description", "output")
     return {
-        "extends": parent,
+        "extends": loader.from_anywhere(source),
         "name": name,
         "description": why,
         **{key: value for key, value in values.items() if key not in dropped},
