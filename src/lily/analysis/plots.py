@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from lily.analysis.forgetting import Outcome, by_contestant, frontier
 from lily.analysis.granularity import Point, Quality
 from lily.analysis.rank import RankReport
 from lily.analysis.routing import RoutingReport
@@ -230,3 +231,31 @@ def _quality_words(found: Sequence[Quality], metric: str, lora: Sequence[float])
     said = ", ".join(f"{fmean(p.values):.4g} at r={p.r}, num_A={p.num_A}, num_B={p.num_B}" for p in by_rank)
     beside = f" LoRA of equal size: {fmean(lora):.4g}." if lora else ""
     return f"{metric} of {len(found)} shapes of equal size: {said}.{beside}"
+
+
+def forgetting_plot(outcomes: Sequence[Outcome], metric: str) -> Picture:
+    """Quality against forgetting: every setting as a dot, and each contestant's frontier as a line.
+
+    Args:
+        outcomes: of all contestants.
+        metric: name and unit of the quality, for the axis.
+    """
+    if not outcomes:
+        raise LilyError("nothing was trained, so there is nothing to draw")
+    figure = _figure(6.8, 4.4)
+    panel = figure.subplots()
+    said = []
+    for i, (name, found) in enumerate(by_contestant(outcomes).items()):
+        colour = LINES[i % len(LINES)]
+        panel.plot(
+            [o.forgetting for o in found], [o.quality for o in found], "o", color=colour, alpha=0.3, markersize=4
+        )
+        line = frontier(found)
+        panel.plot([o.forgetting for o in line], [o.quality for o in line], ".-", color=colour, label=name,
+                   drawstyle="steps-post")  # fmt: skip
+        said.append(f"{name} from {line[0].quality:.4g} at {line[0].forgetting:+.3g} to {line[-1].quality:.4g} at "
+                    f"{line[-1].forgetting:+.3g}")  # fmt: skip
+    panel.set_xlabel("forgetting: increase of the loss on general text (nats per token)")
+    panel.set_ylabel(metric)
+    panel.legend()
+    return Picture(figure, f"{metric} against forgetting; frontiers: {'; '.join(said)}.")
