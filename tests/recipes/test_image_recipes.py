@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from lily.cli import app
 from lily.errors import LilyError
-from lily.recipes import evaluate, insight, loader, methods, models, preflight
+from lily.recipes import evaluate, insight, loader, models, preflight
 from lily.recipes.images import Preprocess
 from lily.recipes.train import train
 
@@ -242,4 +242,4 @@ def test_a_timm_backbone_is_adapted_at_its_fused_projection(colours, tmp_path):
     result = train(chosen, quiet=True)
     assert result.parameters["head"] == 3 * 32 + 3
     assert result.final["accuracy"] > 0.9
-    assert methods.heads_of(models.meta_model(chosen.model, chosen.task, 3)) == ["timm_model.head"]
+    assert models.heads_of(models.meta_model(chosen.model, chosen.task, 3)) == ["timm_model.head"]

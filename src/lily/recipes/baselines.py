@@ -11,8 +11,8 @@ import numpy as np
 
 from lily.recipes import models
 from lily.recipes.data import Row, Splits
-from lily.recipes.methods import heads_of
 from lily.recipes.metrics import compute, metrics_of
+from lily.recipes.models import heads_of
 from lily.recipes.schema import Recipe
 from lily.recipes.tasks import collate, encode_inputs
 

@@ -19,6 +19,7 @@ from lily.errors import LilyError
 from lily.kinds import PARAMETERS, ModuleSpec
 from lily.plan import SAVED_HEADS, SharingPlan, build_plan, is_causal
 from lily.recipes import others
+from lily.recipes.models import HEADS, heads_of
 from lily.recipes.places import Key, located
 from lily.recipes.schema import Lily, Recipe
 from lily.targets import select_targets, whole_layers
@@ -41,8 +42,6 @@ KEYS: dict[str, Key] = {
 # Methods of the `lora` block -> what they are to PEFT's class.
 LORAS: dict[str, dict[str, bool]] = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
 RSLORA_ALPHA = 16  # of no particular rank, since rsLoRA's scale is meant to hold for all of them
-
-HEADS = ("classifier", "score", "classification_head", "head")
 
 
 def peft_config(recipe: Recipe | DreamBooth, model: nn.Module) -> PeftConfig | None:
@@ -127,15 +126,6 @@ def _lora_config(
 def task_type_of(recipe: Recipe | DreamBooth) -> str | None:
     """PEFT's name of the task; it has none for images."""
     return {"sft": "CAUSAL_LM", "dreambooth": None, "image-classification": None}.get(recipe.task, "SEQ_CLS")
-
-
-def heads_of(model: nn.Module) -> list[str]:
-    """The names of the modules that classify what the model has read."""
-    timm = getattr(model, "timm_model", None)
-    if timm is not None:
-        classifier = timm.get_classifier()
-        return [name for name, module in model.named_modules() if module is classifier]
-    return [name for name in HEADS if hasattr(model, name)]
 
 
 def saved_heads(recipe: Recipe | DreamBooth, model: nn.Module) -> list[str] | None:

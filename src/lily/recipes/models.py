@@ -14,6 +14,7 @@ from lily.recipes.schema import Model, Recipe, Task
 from lily.recipes.sources import fetch
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -23,6 +24,18 @@ AUTO_CLASSES: dict[Task, str] = {
     "image-classification": "AutoModelForImageClassification",
     "sft": "AutoModelForCausalLM",
 }
+
+
+HEADS = ("classifier", "score", "classification_head", "head")
+
+
+def heads_of(model: nn.Module) -> list[str]:
+    """The names of the modules that classify what the model has read."""
+    timm = getattr(model, "timm_model", None)
+    if timm is not None:
+        classifier = timm.get_classifier()
+        return [name for name, module in model.named_modules() if module is classifier]
+    return [name for name in HEADS if hasattr(model, name)]
 
 
 def local_model(model: Model) -> Path | str:
@@ -141,7 +154,7 @@ def load_model(
     )
     misfits = sorted((name, tuple(there), tuple(here)) for name, there, here in info["mismatched_keys"])
     if misfits:
-        line = _new_head(misfits, loaded.base_model_prefix, task, source)
+        line = _new_head(misfits, loaded, task, source)
         if announce is not None:
             announce(line)
     if task != "image-classification" and getattr(loaded.config, "pad_token_id", None) is None:
@@ -205,15 +218,19 @@ def _without_weights(config: Any, task: Task, source: Path | str, trust_remote_c
 
 
 def _new_head(
-    misfits: Sequence[tuple[str, tuple[int, ...], tuple[int, ...]]], encoder: str, task: Task, source: Path | str
+    misfits: Sequence[tuple[str, tuple[int, ...], tuple[int, ...]]],
+    model: PreTrainedModel,
+    task: Task,
+    source: Path | str,
 ) -> str:
     """What to say of a new head in place of one of another size.
 
     Raises:
         LilyError: if a weight besides the head has another shape, which would start at random too.
     """
+    inside, heads = f"{model.base_model_prefix}.", tuple(f"{name}." for name in heads_of(model))
     for name, there, here in misfits:
-        if task == "sft" or name.startswith(f"{encoder}."):
+        if task == "sft" or (name.startswith(inside) and not name.startswith(heads)):
             raise LilyError(
                 f"model of {source} could not be loaded: {name} has shape {there}, but config.json asks for {here}; "
                 "give the folder the config.json of its weights"
