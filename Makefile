@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/pip install --quiet --disable-pip-version-check
 TESTS := $(BIN)/python -m pytest -n 2 --dist loadscope
 
-.PHONY: demo test test-all test-vision lint bench minimal clean
+.PHONY: demo test test-all test-vision lint docs bench minimal clean
 
 $(VENV)/torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -45,6 +45,15 @@ lint: $(VENV)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site is built beside the package, since the reference is made from the program itself.
+$(VENV)/docs: $(VENV)/dev
+	$(PIP) -e ".[docs]"
+	touch $@
+
+docs: $(VENV)/docs  ## the site, into site/, with strict links; nothing in it is loaded from elsewhere
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+	$(BIN)/python docs/hooks/selfcontained.py site
+
 bench: $(VENV)/dev
 	$(BIN)/python benchmarks/performance.py --out runs/bench
 
@@ -58,4 +67,4 @@ minimal: constraints.txt  ## the package imports, and plans, with its minimal de
 	rm -rf $(VENV)-minimal
 
 clean:
-	rm -rf $(VENV) $(VENV)-vision runs
+	rm -rf $(VENV) $(VENV)-vision runs site

@@ -1,0 +1,53 @@
+"""What the site has and the plain pages do not: generated reference, files of the repository that pages link to."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import links
+import reference
+import same
+import selfcontained
+from mkdocs.structure.files import File, Files
+
+log = logging.getLogger("mkdocs.hooks")  # whose warnings end a strict build
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Take along what pages link to outside docs/, and the list of changes."""
+    wanted = {"CHANGELOG.md"}
+    for file in files.documentation_pages():
+        wanted |= links.outside(file.content_string, file.src_uri)
+    for target in sorted(wanted):
+        place, path = links.place(target), links.check(ROOT, target)
+        if files.get_file_from_path(place) is None:
+            files.append(File.generated(config, place, abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Links that work on the site; generated parts in their places."""
+    if page.file.generated_by:
+        return markdown
+    return reference.filled(links.rewritten(markdown, page.file.src_uri))
+
+
+def on_page_content(html: str, page: Any, **_: Any) -> str:
+    """Warn of lists and blocks that the site reads otherwise than the repository's reader does."""
+    if ":::" not in page.markdown:  # what is made from docstrings
+        for difference in same.differences(page.markdown, html):
+            log.warning("%s: %s; put a blank line before a list, four spaces inside", page.file.src_uri, difference)
+    return html
+
+
+def on_post_page(output: str, **_: Any) -> str:
+    """Have the browser refuse whatever a page would load from elsewhere, should anything ever try."""
+    return output.replace("<head>", f"<head>\n{selfcontained.POLICY}", 1)
+
+
+def on_post_template(output: str, template_name: str, **_: Any) -> str:
+    """The same for the page that says that there is no such page."""
+    return on_post_page(output) if template_name.endswith(".html") else output
