@@ -126,7 +126,7 @@ def _print(found: Comparison, console: Console) -> None:
     for lines in (tables.quality(found), tables.costs(found)):
         table = Table()
         for i, name in enumerate(lines[0]):
-            table.add_column(escape(name), justify="right" if i else "left", overflow="fold")
+            table.add_column(escape(name), justify="right" if i else "left", no_wrap=not i)
         for row in lines[1:]:
             table.add_row(*(escape(cell) for cell in row))
         console.print(table)

@@ -27,7 +27,7 @@ from lily.plan import SharingPlan
 
 # What the recipe says itself, in words of its own.
 ELSEWHERE = {"target_modules": "targets", "exclude_modules": "exclude", "target_parameters": "target_parameters",
-             "task_type": "task", "inference_mode": "nothing", "base_model_name_or_path": "model"}  # fmt: skip
+             "task_type": "task", "base_model_name_or_path": "model"}  # fmt: skip
 # PEFT's option for how much the update counts, by the names that its classes have for it.
 SCALES = ("lora_alpha", "alpha", "scaling")
 
