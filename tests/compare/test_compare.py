@@ -101,6 +101,18 @@ def test_the_table_follows_from_the_runs_files_alone(done):
     assert whole.splitlines()[2].startswith("| tiny | accuracy | 12 | 1 | ")
 
 
+def test_a_folder_of_runs_on_different_rows_is_no_comparison(done):
+    out, _, _ = done
+    file = out / "tiny/runs/lora/0/metrics.json"
+    figures = json.loads(file.read_text())
+    file.write_text(json.dumps({**figures, "rows": {**figures["rows"], "test": 13}}))
+    with pytest.raises(LilyError, match="holds runs of different recipes or rows"):
+        read(out / "tiny")
+    file.write_text("{}")
+    with pytest.raises(LilyError, match="are not what `lily train` writes"):
+        read(out / "tiny")
+
+
 def test_another_folder_is_never_written_into(tmp_path, recipe):
     (tmp_path / "mine/tiny").mkdir(parents=True)
     (tmp_path / "mine/tiny/thesis.txt").write_text("all of it")

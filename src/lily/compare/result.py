@@ -136,6 +136,8 @@ def read(folder: Path, setting: dict[str, Any] | None = None, failed: dict[str, 
     found = {run: _json(run / METRICS) for run in runs}
     try:
         return _comparison(found, setting, failed if failed is not None else kept.get("failed", {}), folder)
+    except LilyError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise LilyError(
             f"{folder}: its runs are not what `lily train` writes ({type(error).__name__}: {error}); start anew with "
