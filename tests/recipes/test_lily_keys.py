@@ -162,3 +162,18 @@ def test_two_names_of_one_router_and_other_contradictions_are_told_before_the_mo
         with pytest.raises(LilyError) as caught:
             recipe_with(phi, chat_table, tmp_path, lily)
         assert says in str(caught.value)
+
+
+def test_lora_of_a_module_of_which_everything_is_excluded_is_refused(tmp_path, phi, chat_table):
+    excluded = ["gate_up_proj", "down_proj"]
+    recipe = recipe_with(phi, chat_table, tmp_path, {"r": 4, "parallel": ["mlp"]}, method="lora", exclude=excluded)
+    with pytest.raises(LilyError, match=r"yaml:\d+: exclude: leaves LoRA no layer inside the modules of lily.parallel"):
+        methods.peft_config(recipe, models.meta_model(recipe.model, recipe.task))
+
+
+def test_an_option_that_the_chosen_shape_contradicts_is_blamed_on_the_block(tmp_path, encoder, table):
+    lily = {"r": 2, "settle": {}}  # of two layers there is one expert, and no router to settle
+    path = write_recipe(tmp_path, classification(encoder, table, tmp_path, targets=["query"], lily=lily))
+    recipe, line = loader.load_recipe(path), Path(path).read_text().splitlines().index("lily:") + 1
+    with pytest.raises(LilyError, match=f"yaml:{line}: lily: settled=.*num_B=1 has no router"):
+        methods.decide(recipe, models.meta_model(recipe.model, recipe.task))

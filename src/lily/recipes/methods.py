@@ -143,9 +143,9 @@ def lora_targets(model: nn.Module, config: LilyConfig, layers: Sequence[ModuleSp
     """
     if not config.parallel_modules:
         return config.target_modules
-    names = [layer.name for layer in layers if layer.kind not in PARAMETERS]
-    others = [name for name, _ in model.named_modules() if name and name not in set(names)]
-    return _find_minimal_target_modules(names, others)
+    names = {layer.name for layer in layers if layer.kind not in PARAMETERS}
+    others = [name for name, _ in model.named_modules() if name and name not in names]
+    return _find_minimal_target_modules(sorted(names), others)
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ def decide(recipe: Recipe | DreamBooth, model: nn.Module) -> Decided:
             targets=asked.target_modules,
             shared_router=block.shared_router,
         )
-    with in_recipes_words(recipe, words):
+    with in_recipes_words(recipe, words, ("lily",)):
         config = LilyConfig(
             target_modules=asked.target_modules,
             scaling=block.scaling,
@@ -238,8 +238,16 @@ def _own_reasons(block: Lily) -> Iterator[str]:
 
 
 @contextmanager
-def in_recipes_words(recipe: Recipe | DreamBooth, words: Mapping[str, Key] = KEYS) -> Iterator[None]:
-    """Within: errors about `LilyConfig`'s options name the recipe's keys, and where they were written."""
+def in_recipes_words(
+    recipe: Recipe | DreamBooth, words: Mapping[str, Key] = KEYS, otherwise: Key = KEYS["target_modules"]
+) -> Iterator[None]:
+    """Within: errors about `LilyConfig`'s options name the recipe's keys, and where they were written.
+
+    Args:
+        recipe: knows where.
+        words: what the recipe calls the options.
+        otherwise: the key to blame where none of these was written.
+    """
     try:
         yield
     except LilyError as error:
@@ -249,7 +257,7 @@ def in_recipes_words(recipe: Recipe | DreamBooth, words: Mapping[str, Key] = KEY
         written = sorted((at, key) for at, key in blamed if key in recipe.places.written)
         for option, key in words.items():
             said = said.replace(option, ".".join(key))
-        with located(recipe, *(written[0][1] if written else KEYS["target_modules"])):
+        with located(recipe, *(written[0][1] if written else otherwise)):
             raise type(error)(said) from None
 
 
