@@ -174,9 +174,10 @@ def test_a_folder_of_another_search_or_of_something_else_is_left_alone(search, t
     tally("inputs rejected", 5)
 
 
-def test_two_processes_do_not_search_in_one_folder(search, tmp_path):
+def test_two_processes_do_not_search_in_one_folder(search, tmp_path, monkeypatch):
     search(wish=Wish(trials=1))
-    with folder._alone(tmp_path / "search"), pytest.raises(LilyError, match="in use by another process"):
+    monkeypatch.setattr("lily.compare.runner.PATIENCE", 0)
+    with folder._alone(tmp_path / "search"), pytest.raises(LilyError, match="another process is at work in"):
         search(wish=Wish(trials=2))
 
 

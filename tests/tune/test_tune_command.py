@@ -26,7 +26,7 @@ def test_a_search_ends_with_a_table_and_a_recipe_that_gives_what_its_trial_gave(
     done = lily(*command)
     assert done.exit_code == 0, done.output
     assert "2 trials on 12 validation rows" in done.output
-    assert "the recipe's own" in done.output
+    assert "own: the recipe's own values" in done.output
     found = json.loads((tmp_path / "found" / "tune.json").read_text())
     assert [t["state"] for t in found["trials"]] == ["complete", "complete"]
     assert all(t["seconds"] > 0 and t["parameters"] > 0 for t in found["trials"])

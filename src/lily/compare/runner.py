@@ -122,7 +122,7 @@ def opened(folder: Path, overwrite: bool) -> Iterator[Any]:
     found = check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a", encoding="utf-8") as lock:
-        _lock(lock, folder)
+        hold(lock, folder)
         for name in found:
             path = folder / name
             if name != ".lock" and (overwrite or _is_leftover(name)):
@@ -134,8 +134,12 @@ def _is_leftover(name: str) -> bool:
     return any(name.startswith(f".{own}.") for own in OWN)
 
 
-def _lock(file: IO[str], folder: Path) -> None:
-    """Wait for runs that outlived their comparison: they hold the lock too, and stop within a step."""
+def hold(file: IO[str], folder: Path) -> None:
+    """Lock a folder by an open file in it. Runs that outlived their parent hold it too, and stop within a step.
+
+    Raises:
+        LilyError: if it is held for longer than that takes.
+    """
     try:
         import fcntl
     except ImportError:  # Windows
@@ -147,7 +151,7 @@ def _lock(file: IO[str], folder: Path) -> None:
             return
         except OSError:
             if time.monotonic() > end:
-                raise LilyError(f"another comparison is at work in {folder}; wait for it, or end it") from None
+                raise LilyError(f"another process is at work in {folder}; wait for it, or end it") from None
             time.sleep(0.2)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from lily.compare import runner
 from lily.errors import LilyError
 from lily.files import remove_folder, write_text
 from lily.recipes import loader
@@ -82,14 +83,7 @@ def _check(folder: Path, settings: Mapping[str, Any], own: Sequence[str], overwr
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[IO[str]]:
     with (folder / LOCK).open("a", encoding="utf-8") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # no such locks on this system
-            pass
-        except OSError:
-            raise LilyError(f"output {folder} is in use by another process; name another with --output") from None
+        runner.hold(file, folder)
         yield file
 
 

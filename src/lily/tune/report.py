@@ -25,19 +25,19 @@ def print_tuned(found: Tuned, output: Path, console: Console) -> None:
     knobs = found.space.knobs
     title = f"{found.name}, {found.method}: {len(found.tried)} trials on {found.rows:,} validation rows"
     more = ["forgetting"] if measured else []
-    table = Table("trial", *knobs, found.metric, *more, "parameters", "steps", "", title=title)
+    table = Table("trial", *knobs, found.metric, *more, "steps", "", title=title)
     for trial in ranked(found.tried, found.metric)[:MOST]:
         cells = [
             str(trial.number + 1),
             *(_value(trial.values.get(name)) for name in knobs),
             shown(found.metric, trial.value),
             *([shown("forgetting", trial.forgetting)] if measured else []),
-            f"{trial.parameters:,}" if trial.parameters else "",
             str(trial.steps),
             _state(trial, found),
         ]
         table.add_row(*cells)
     console.print(table)
+    console.print("own: the recipe's own values", highlight=False)
     if found.importance:
         said = ", ".join(f"{name} {share:.0%}" for name, share in found.importance.items())
         console.print(f"What mattered, of the differences between complete trials: {said}", highlight=False)
@@ -49,7 +49,7 @@ def print_tuned(found: Tuned, output: Path, console: Console) -> None:
 
 
 def _state(trial: Tried, found: Tuned) -> str:
-    own = "the recipe's own" if trial.number == 0 else ""
+    own = "own" if trial.number == 0 else ""
     best = "best" if found.best is not None and trial.number == found.best.number else ""
     return ", ".join(part for part in (best, own, "" if trial.state == "complete" else trial.state) if part)
 
