@@ -64,15 +64,15 @@ def test_each_test_set_is_judged_before_and_after_and_told(made, tmp_path, metho
         assert values[2] == pytest.approx((values[0] + values[1]) / 2)
     assert (result.tests["c"]["final"]["loss"] < result.tests["c"]["before"]["loss"]) == (method == "lily")
     assert result.rows["tests.c"] == 8
-    console = Console(record=True, width=160)
+    console = Console(record=True, width=80)
     report.print_result(result, recipe, tmp_path / "run", console)
     shown = console.export_text()
     line = next(line for line in shown.splitlines() if "again-a" in line)
     assert f"{result.tests['again-a']['final']['loss']:.4f}" in line
     if method == "lily":
         card = (tmp_path / "run" / "best" / "README.md").read_text()
-        assert "| test set | rows | exact_match, untrained | exact_match, trained | loss, untrained |" in card
-        assert f"| {result.tests['mean']['final']['loss']:.4f} |" in card
+        assert "| untrained → trained | rows | exact_match | loss |" in card
+        assert f" → {result.tests['mean']['final']['loss']:.4f} |" in card
         assert "a.jsonl`, `" in card
 
 

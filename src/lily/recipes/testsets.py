@@ -52,13 +52,8 @@ def tabled(figures: Figures, metrics: Sequence[str], counts: Mapping[str, int]) 
         metrics: which to show, in order.
         counts: rows of each set.
     """
-    header = ["test set", "rows", *(f"{name}, {when}" for name in metrics for when in ("untrained", "trained"))]
-    lines = [
-        [
-            name,
-            "" if name == MEAN else f"{counts[name]:,}",
-            *(shown(metric, found[when].get(metric)) for metric in metrics for when in ("before", "final")),
-        ]
-        for name, found in figures.items()
-    ]
-    return [header, *lines]
+    lines = [["untrained → trained", "rows", *metrics]]
+    for name, found in figures.items():
+        values = [" → ".join(shown(m, found[when].get(m)) for when in ("before", "final")) for m in metrics]
+        lines.append([name, "" if name == MEAN else f"{counts[name]:,}", *values])
+    return lines
