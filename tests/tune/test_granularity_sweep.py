@@ -15,7 +15,7 @@ from lily.cli import app
 from lily.compare.runner import Job, Outcome
 from lily.errors import LilyError
 from lily.recipes import loader
-from lily.tune import granularity, report
+from lily.tune import granularity, sweep_report
 from lily.tune.granularity import LORA, Wish, prepare, spread, sweep
 from lily.tune.space import Shape
 
@@ -136,7 +136,7 @@ def test_lora_of_equal_size_is_trained_beside_them(trained):
     assert found.entries[-1].name == LORA
     lora = next(j.recipe for j in runs.jobs if j.name == "lora/0")
     assert lora.method == "lora"
-    picture = report.picture(found)
+    picture = sweep_report.picture(found)
     assert "LoRA of equal size" in picture.alt
     assert picture.alt.count("num_A=") == len(found.entries) - 1
     labels = picture.figure.axes[0].get_legend().get_texts()
@@ -146,11 +146,11 @@ def test_lora_of_equal_size_is_trained_beside_them(trained):
 def test_the_table_and_the_picture_tell_every_shape(trained, tmp_path):
     found = trained(seeds=2, grid=True)
     console = Console(record=True, width=200)
-    report.print_sweep(found, tmp_path, console)
+    sweep_report.print_sweep(found, tmp_path, console)
     text = console.export_text()
     assert all(entry.name in text for entry in found.entries)
     assert "2 seeds, mean and standard deviation" in text
-    report.picture(found).save(tmp_path / "a.svg")
+    sweep_report.picture(found).save(tmp_path / "a.svg")
     assert ET.parse(tmp_path / "a.svg").getroot().tag.endswith("svg")
 
 

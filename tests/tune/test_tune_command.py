@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 from recipes_helpers import classification, write_recipe
@@ -48,3 +50,17 @@ def test_times_are_read(text, seconds):
 def test_a_time_that_is_none_is_quoted(text):
     with pytest.raises(LilyError, match="expected a time such as 90m"):
         parse_time(text)
+
+
+def test_a_search_without_optuna_says_what_to_install_and_a_sweep_does_without():
+    code = """
+import sys
+sys.modules["optuna"] = None
+import lily.tune.granularity, lily.tune.sweep_report
+sys.argv = ["lily", "tune", "quickstart"]
+from lily.cli import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1] == 'error: optuna is not installed; pip install "lily-peft[tune]"'

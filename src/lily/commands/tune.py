@@ -115,7 +115,7 @@ def sweep_command(
     chosen = loader.load_recipe(recipe, overrides or [])
     quieten()
     from lily.compare.runner import side_by_side
-    from lily.tune import granularity, report
+    from lily.tune import granularity, sweep_report
 
     count, share = side_by_side(jobs)
     wish = granularity.Wish(params, grid, points, seeds, halving, lora, count, threads or share)
@@ -126,11 +126,11 @@ def sweep_command(
         print("\nthe same command goes on", file=sys.stderr)
         raise
     console = Console()
-    report.print_sweep(found, folder, console)
+    sweep_report.print_sweep(found, folder, console)
     if find_spec("matplotlib") is None:
         console.print('no plot: matplotlib is not installed; pip install "lily-peft[plots]"')
         return
-    picture = report.picture(found)
+    picture = sweep_report.picture(found)
     for name in granularity.PICTURES:
         picture.save(folder / name, overwrite=True)
     console.print(f"plot: {folder / granularity.PICTURES[0]}", soft_wrap=True)
