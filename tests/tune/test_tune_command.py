@@ -8,12 +8,17 @@ import sys
 
 import pytest
 from recipes_helpers import classification, write_recipe
+from rich.console import Console
 from typer.testing import CliRunner
 
 from lily.cli import app
 from lily.commands.tune import parse_time
 from lily.errors import LilyError
 from lily.recipes import loader, train
+from lily.tune.report import print_tuned
+from lily.tune.run import Tuned
+from lily.tune.space import Range, Space
+from lily.tune.study import Tried
 
 TINY = ["train.epochs=2", "train.batch_size=18"]
 
@@ -29,6 +34,7 @@ def test_a_search_ends_with_a_table_and_a_recipe_that_gives_what_its_trial_gave(
     assert done.exit_code == 0, done.output
     assert "2 trials on 12 validation rows" in done.output
     assert "own: the recipe's own values" in done.output
+    assert "on the test rows, which no trial has seen" in done.output
     found = json.loads((tmp_path / "found" / "tune.json").read_text())
     assert [t["state"] for t in found["trials"]] == ["complete", "complete"]
     assert all(t["seconds"] > 0 and t["parameters"] > 0 for t in found["trials"])
@@ -39,6 +45,18 @@ def test_a_search_ends_with_a_table_and_a_recipe_that_gives_what_its_trial_gave(
     again = lily(*command)
     assert again.exit_code == 0
     assert json.loads((tmp_path / "found" / "tune.json").read_text()) == found
+
+
+@pytest.mark.parametrize(
+    ("tested", "said"), [(True, "no trial has seen"), (False, "expect less of rows that had no part")]
+)
+def test_it_is_said_whether_rows_are_left_to_test_the_choice_on(tmp_path, tested, said):
+    tried = Tried(0, "complete", {"scaling": 1.0}, 0.5)
+    space = Space("lily", {"scaling": Range(0.5, 2.0, 1.0)})
+    found = Tuned("a", "lily", "accuracy", 12, tested, space, (tried,), tried, {}, tmp_path / "best.yaml")
+    console = Console(record=True, width=200)
+    print_tuned(found, tmp_path, console)
+    assert said in console.export_text()
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90m", 5400), ("1.5h", 5400), ("7", 7), ("7s", 7)])

@@ -41,7 +41,12 @@ def print_tuned(found: Tuned, output: Path, console: Console) -> None:
         console.print("No trial is complete (and within --max-forgetting): give more --trials")
         return
     console.print(f"best recipe: {found.recipe}    figures: {output / 'tune.json'}", soft_wrap=True)
-    console.print(f"lily train {found.recipe}    trains it, and reports on rows that no trial has seen", soft_wrap=True)
+    there = "on the test rows, which no trial has seen" if found.tested else "on the rows that it was chosen by"
+    console.print(f"lily train {found.recipe}    trains it, and reports {there}", soft_wrap=True)
+    if not found.tested:
+        console.print(
+            "The recipe has no test rows: expect less of rows that had no part in the choice.", soft_wrap=True
+        )
 
 
 def _state(trial: Tried, found: Tuned) -> str:

@@ -61,6 +61,7 @@ class Tuned:
         method: of the recipe.
         metric: main metric, on the validation rows.
         rows: validation rows.
+        tested: whether the recipe has test rows, which no trial has seen.
         space: what was searched.
         tried: all trials, by number.
         best: the best one; None: no trial is complete yet.
@@ -72,6 +73,7 @@ class Tuned:
     method: str
     metric: str
     rows: int
+    tested: bool
     space: Space
     tried: tuple[Tried, ...]
     best: Tried | None
@@ -85,6 +87,7 @@ class Tuned:
             "method": self.method,
             "metric": self.metric,
             "rows": self.rows,
+            "tested": self.tested,
             "space": self.space.to_dict(),
             "best": None if self.best is None else self.best.to_dict(),
             "importance": self.importance,
@@ -101,6 +104,7 @@ class Search:
     every: int | str
     steps: int
     rows: int
+    tested: bool
     metric: str
 
     def sections(self, values: Values) -> dict[str, dict[str, Any]]:
@@ -144,7 +148,8 @@ def prepare(recipe: Recipe, wish: Wish) -> Search:
     )
     rows = len(prepared.train)
     every = cadence(recipe, rows)
-    return Search(recipe, space, every, steps_of(recipe, rows), len(prepared.splits.validation), known)
+    splits = prepared.splits
+    return Search(recipe, space, every, steps_of(recipe, rows), len(splits.validation), bool(splits.test), known)
 
 
 def tune(
@@ -248,6 +253,7 @@ def _write(
         search.recipe.method,
         search.metric,
         search.rows,
+        search.tested,
         search.space,
         tried,
         best,
