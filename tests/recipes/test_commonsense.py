@@ -7,7 +7,7 @@ import re
 import pytest
 
 from lily.errors import LilyError
-from lily.recipes import data, loader, scoring, sources
+from lily.recipes import data, loader, scoring, sources, tables
 
 SETS = ("boolq", "piqa", "social_i_qa", "ARC-Easy", "openbookqa")
 PAPER = {*SETS, "ARC-Challenge", "hellaswag", "winogrande"}
@@ -54,7 +54,7 @@ def test_one_pattern_for_all_sets_reads_what_a_sets_own_pattern_reads(name):
 @pytest.mark.parametrize("name", SETS)
 def test_the_rows_of_a_set_offer_their_answer_and_it_is_read_off_their_completion(name):
     recipe = offline("commonsense")
-    raw = data.read_rows(recipe.data.tests[name])
+    raw = tables.read_rows(recipe.data.tests[name])
     rows = data.rows_of(recipe.data.tests[name], recipe)
     assert scoring.expected_answers(rows, recipe) == [row["answer"] for row in raw]
     for row, source in zip(rows, raw, strict=True):

@@ -9,7 +9,7 @@ import pytest
 from recipes_helpers import classification, rows, write_jsonl, write_recipe
 
 from lily.errors import LilyError
-from lily.recipes import data, loader
+from lily.recipes import data, loader, tables
 from lily.recipes.schema import Columns, File
 
 TABLE = [{"text": "a, b", "label": "0"}, {"text": 'say "x"', "label": "1"}]
@@ -38,19 +38,19 @@ def written(folder, kind):
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "json", "jsonl", "parquet", "gz"])
 def test_every_format_gives_the_same_rows(tmp_path, kind):
-    assert data.read_rows(File(path=str(written(tmp_path, kind)))) == TABLE
+    assert tables.read_rows(File(path=str(written(tmp_path, kind)))) == TABLE
 
 
 def test_a_file_without_a_header_takes_the_given_names(tmp_path):
     (tmp_path / "t.tsv").write_text("x\t1\t\ty\n")
     file = File(path=str(tmp_path / "t.tsv"), header=["source", "label", "mark", "sentence"])
-    assert data.read_rows(file) == [{"source": "x", "label": "1", "mark": "", "sentence": "y"}]
+    assert tables.read_rows(file) == [{"source": "x", "label": "1", "mark": "", "sentence": "y"}]
 
 
 def test_rows_are_streamed(tmp_path):
     path = tmp_path / "t.jsonl"
     path.write_text('{"a": 1}\n{"a": 2}\nnot json\n')
-    stream = data.stream_rows(path)
+    stream = tables.stream_rows(path)
     assert next(stream) == {"a": 1}
     assert next(stream) == {"a": 2}
     with pytest.raises(LilyError, match=r"t\.jsonl:3"):
@@ -121,7 +121,7 @@ def test_malformed_conversations_are_refused(chat_model, tmp_path, messages, mes
 
 def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path):
     (tmp_path / "t.csv").write_bytes("\ufefftext,label\na,0\n".encode())
-    assert data.read_rows(File(path=str(tmp_path / "t.csv"))) == [{"text": "a", "label": "0"}]
+    assert tables.read_rows(File(path=str(tmp_path / "t.csv"))) == [{"text": "a", "label": "0"}]
 
 
 def test_repeats_are_found_whatever_their_case_and_spaces(encoder, tmp_path):
@@ -178,7 +178,7 @@ BROKEN[20:40] = b"\xff" * 20
 def test_a_damaged_table_is_one_message(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(LilyError, match=message):
-        data.read_rows(File(path=str(tmp_path / name)))
+        tables.read_rows(File(path=str(tmp_path / name)))
 
 
 @pytest.mark.parametrize("messages", [None, ["hi"], {"role": "user"}, "hello"])

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lily import LilyError
-from lily.recipes import data, loader
+from lily.recipes import loader, tables
 from lily.recipes.schema import Recipe
 from lily.recipes.train import output_folder
 
@@ -175,7 +175,7 @@ def test_any_bytes_are_a_table_or_one_error(tmp_path, kind, count):
         content = gzip.compress(content)[: max(1, 200 - cut)] if packed else content
         path.write_bytes(b"PAR1" + content + b"PAR1" if kind == "parquet" else content)
         with contextlib.suppress(LilyError):
-            assert all(isinstance(row, dict) for row in data.stream_rows(path))
+            assert all(isinstance(row, dict) for row in tables.stream_rows(path))
 
     pieces = [
         b"{",

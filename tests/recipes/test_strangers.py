@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from lily import LilyError
 from lily.cli import app
-from lily.recipes import data, evaluate, loader, models, preflight, train
+from lily.recipes import data, evaluate, loader, models, preflight, tables, train
 from lily.recipes.schema import Model
 
 MARK = "import os; os.mkdir({marker!r})\n"
@@ -179,19 +179,19 @@ def test_no_code_of_a_data_set_runs(tmp_path, encoder, table):
 @pytest.mark.parametrize("kind", ["csv", "tsv", "json", "jsonl"])
 @pytest.mark.parametrize("filling", [b"0", b"\n", b'a,b\n"'])
 def test_a_file_that_expands_without_bound_is_stopped(tmp_path, monkeypatch, kind, filling):
-    monkeypatch.setattr(data, "MAX_UNPACKED", 1 << 20)
+    monkeypatch.setattr(tables, "MAX_UNPACKED", 1 << 20)
     path = tmp_path / f"x.{kind}.gz"
     path.write_bytes(gzip.compress(filling * (8_000_000 // len(filling))))
     with pytest.raises(LilyError, match=r"expands to over 1 MiB|expected|not valid"):
-        list(data.stream_rows(path))
+        list(tables.stream_rows(path))
 
 
 def test_a_file_that_shrinks_well_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "MAX_UNPACKED", 1 << 10)
+    monkeypatch.setattr(tables, "MAX_UNPACKED", 1 << 10)
     path = tmp_path / "x.jsonl.gz"
     rows = [{"text": f"row {i}", "label": i % 3} for i in range(5000)]
     path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
-    assert list(data.stream_rows(path)) == rows
+    assert list(tables.stream_rows(path)) == rows
 
 
 @pytest.mark.parametrize("text", ["{", "1", '["a", 1]', '{"a": 1}', "[" * 100_000, '"a"', "NaN"])

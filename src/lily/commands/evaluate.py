@@ -97,13 +97,13 @@ def generate_command(
 
 def _rows(used: Any, source: Path | str) -> tuple[Iterable[dict[str, Any]], Path | None]:
     """The rows of what is to be predicted, and the folder that paths of images in them are relative to."""
-    from lily.recipes import data, images
+    from lily.recipes import images, tables
 
     if isinstance(source, str):
-        return data.stream_rows(source), None
+        return tables.stream_rows(source), None
     if used.recipe.task == "image-classification" and images.holds_images(source):
         return images.rows_below(source, used.recipe.data.columns.image or "image"), None
-    return data.stream_rows(source, header=used.recipe.data.train.header), source.parent
+    return tables.stream_rows(source, header=used.recipe.data.train.header), source.parent
 
 
 def _adapter(folder: str, recipe: str | None) -> Any:

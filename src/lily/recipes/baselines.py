@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from lily.recipes import models
-from lily.recipes.data import Row, Splits
+from lily.recipes.data import Splits
 from lily.recipes.metrics import compute, metrics_of
 from lily.recipes.models import heads_of
 from lily.recipes.schema import Recipe
+from lily.recipes.tables import Row
 from lily.recipes.tasks import collate, encode_inputs
 
 

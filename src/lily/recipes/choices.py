@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from lily.errors import LilyError
-from lily.recipes.data import Row
 from lily.recipes.places import located
 from lily.recipes.schema import Recipe
+from lily.recipes.tables import Row
 from lily.recipes.tasks import asked
 
 if TYPE_CHECKING:

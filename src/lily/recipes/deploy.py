@@ -21,6 +21,7 @@ from lily.recipes.dreambooth.schema import DreamBooth
 from lily.recipes.evaluate import Adapter, Judge, adapter_path, batches, kept_labels, kept_recipe, recipe_of
 from lily.recipes.report import LABELS
 from lily.recipes.schema import File, Model
+from lily.recipes.tables import Row
 
 if TYPE_CHECKING:
     from lily.collapsing import CollapseReport
@@ -96,7 +97,7 @@ def collapse_adapter(
         return report
 
 
-def _rows(file: str, used: Adapter, labelled: bool = True) -> list[data.Row]:
+def _rows(file: str, used: Adapter, labelled: bool = True) -> list[Row]:
     rows = data.rows_of(File(path=file, header=used.recipe.data.train.header), used.recipe, labelled)
     if not rows:
         raise LilyError(f"{file} holds no rows; collapse needs calibration data")

@@ -15,9 +15,9 @@ from lily.errors import LilyError
 from lily.reading import blame, read_json
 from lily.recipes import choices, data, loader, models, scoring
 from lily.recipes import metrics as metric_tools
-from lily.recipes.data import Row
 from lily.recipes.report import LABELS
 from lily.recipes.schema import CLASSIFYING, File, Recipe
+from lily.recipes.tables import Row
 from lily.recipes.tasks import (
     IGNORED,
     Example,

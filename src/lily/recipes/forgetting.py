@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lily.errors import LilyError
-from lily.recipes import data
+from lily.recipes import data, tables
 from lily.recipes.places import located
 from lily.recipes.schema import Recipe
 
@@ -35,7 +35,9 @@ def general_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Exa
         encoded = [tokenizer(t, truncation=True, max_length=asked.max_length)["input_ids"] for t in texts]
         fitting = [list(ids) for ids in encoded if len(ids) >= SHORTEST]
         if not fitting:
-            raise LilyError(f"no text of {data.name_of(asked.file)} has {SHORTEST} tokens; there is nothing to predict")
+            raise LilyError(
+                f"no text of {tables.name_of(asked.file)} has {SHORTEST} tokens; there is nothing to predict"
+            )
     return [{"input_ids": ids, "labels": ids} for ids in fitting]
 
 

@@ -23,6 +23,7 @@ from lily.recipes.deploy import describe, load_for_export
 from lily.recipes.evaluate import Adapter, adapter_path, batches, by_length, device_of
 from lily.recipes.figures import RunFigures, newest_checkpoint, run_figures, run_of
 from lily.recipes.schema import CLASSIFYING, File
+from lily.recipes.tables import Row
 from lily.recipes.tasks import encode_inputs
 
 
@@ -186,7 +187,7 @@ def _measured(told: Insight, folder: str, file: str | None, rows: int, recipe: s
     return _ranked(told, used.model, folder, threshold)
 
 
-def _rows(told: Insight, used: Adapter, file: str | None, rows: int) -> tuple[list[data.Row], Insight]:
+def _rows(told: Insight, used: Adapter, file: str | None, rows: int) -> tuple[list[Row], Insight]:
     if file is None:
         return used.splits.held_out[:rows], told
     source = File(path=file, header=used.recipe.data.train.header)

@@ -11,9 +11,10 @@ import re
 from collections.abc import Sequence
 
 from lily.errors import LilyError
-from lily.recipes.data import Row, completion_of
+from lily.recipes.data import completion_of
 from lily.recipes.places import located
 from lily.recipes.schema import Pattern, Recipe
+from lily.recipes.tables import Row
 
 NUMBER = r"-?\$?(?:[0-9][0-9,]*(?:\.[0-9]*)?|\.[0-9]+)"
 MARKED = re.compile(rf"####\s*({NUMBER})")

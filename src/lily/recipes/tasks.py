@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
 from lily.errors import LilyError
-from lily.recipes.data import Row, Splits
+from lily.recipes.data import Splits
 from lily.recipes.images import Preprocess
 from lily.recipes.places import located
 from lily.recipes.schema import Recipe
+from lily.recipes.tables import Row
 
 if TYPE_CHECKING:
     from torch import Tensor

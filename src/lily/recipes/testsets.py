@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from lily.recipes.data import Row
 from lily.recipes.metrics import shown
 from lily.recipes.schema import MEAN
+from lily.recipes.tables import Row
 
 # Set -> when ("before", "final") -> metric -> value
 Figures = dict[str, dict[str, dict[str, float]]]
