@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,6 +11,7 @@ from typing import Any, cast
 from lily.compare.paired import Items, Paired, compare
 from lily.compare.runner import METRICS, PREDICTIONS
 from lily.errors import LilyError
+from lily.recipes.figures import json_object
 from lily.recipes.schema import Metric
 
 TITLES = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA", "none": "no adapter", "stock-lily": "stock Lily",
@@ -133,7 +133,7 @@ def read(folder: Path, setting: dict[str, Any] | None = None, failed: dict[str, 
         runs = [r for r in runs if r.parent.name in asked and int(r.name) in (seeds or [int(r.name)])]
     if not runs:
         raise LilyError(f"{folder} holds no finished run of a comparison")
-    found = {run: _json(run / METRICS) for run in runs}
+    found = {run: json_object(run / METRICS) for run in runs}
     try:
         return _comparison(found, setting, failed if failed is not None else kept.get("failed", {}), folder)
     except LilyError:
@@ -236,19 +236,9 @@ def _tested(entry: Entry, mine: dict[int, Items], reference: Entry, theirs: dict
 
 def _items(run: Path) -> Items:
     file = run / PREDICTIONS
-    return cast(Items, _json(file).get("items", {})) if file.is_file() else {}
+    return cast(Items, json_object(file).get("items", {})) if file.is_file() else {}
 
 
 def _kept(folder: Path) -> dict[str, Any]:
     file = folder / "comparison.json"
-    return _json(file) if file.is_file() else {}
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise LilyError(f"{file} is not JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise LilyError(f"{file} holds a {type(found).__name__}, not an object")
-    return found
+    return json_object(file) if file.is_file() else {}

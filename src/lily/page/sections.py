@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 from lily.analysis.words import sharing_words, short_names, title_of, weights_by_group
 from lily.page import charts
 from lily.page.charts import Series
@@ -12,6 +10,7 @@ from lily.page.markup import Child, Html, details, el, figure, join, table
 from lily.recipes.figures import RunFigures
 from lily.recipes.insight import Insight
 from lily.recipes.metrics import shown
+from lily.recipes.report import costs_of, values_of
 
 ONE_SEED = "One seed; shares and correlations in per cent. A difference smaller than the spread over seeds is none."
 
@@ -22,36 +21,23 @@ def result(told: Insight) -> Html | None:
     if run is None or not run.final:
         return None
     names = list(run.final)
-    rows: list[list[Child]] = [["untrained", *_shown(names, run.before), "", "", ""]]
-    rows += [[_baseline(name), *_shown(names, found), *_costs(found)] for name, found in run.baselines.items()]
+    rows: list[list[Child]] = [["untrained", *values_of(names, run.before), "", "", ""]]
+    rows += [[_baseline(name), *values_of(names, found), *costs_of(found)] for name, found in run.baselines.items()]
     own = {
         "parameters": run.parameters.get("adapter", 0),
         "seconds": run.seconds.get("train", 0),
         "bytes": run.adapter_bytes,
     }
     title = {"lily": "Lily", "lora": "LoRA"}.get(run.method, run.method)
-    rows.append([el("b", cell) for cell in (f"this adapter ({title})", *_shown(names, run.final), *_costs(own))])
+    rows.append([el("b", cell) for cell in (f"this adapter ({title})", *values_of(names, run.final), *costs_of(own))])
     count = run.rows.get(run.split)
     on = f"{count:,.0f} {run.split} rows" if count else f"the {run.split} rows"
-    made = table(f"On {on}, seed {run.seed}", ["", *names, "trained parameters", "seconds", "MB on disk"], rows)
+    made = table(f"On {on}, seed {run.seed}", ["", *names, "trained parameters", "seconds", "on disk"], rows)
     return join(made, el("p", ONE_SEED))
 
 
 def _baseline(name: str) -> str:
     return {"lora": "LoRA", "tfidf": "TF-IDF", "frozen": "frozen encoder"}.get(name, name)
-
-
-def _shown(names: Sequence[str], found: Mapping[str, float]) -> list[str]:
-    return [shown(name, found.get(name)) for name in names]
-
-
-def _costs(found: Mapping[str, float]) -> list[str]:
-    parameters, seconds, size = (found.get(name) for name in ("parameters", "seconds", "bytes"))
-    return [
-        f"{parameters:,.0f}" if parameters else "",
-        f"{seconds:.0f}" if seconds else "",
-        f"{size / 1e6:.2f}" if size else "",
-    ]
 
 
 def sharing(told: Insight) -> Html | None:

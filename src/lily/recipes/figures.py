@@ -69,7 +69,7 @@ def run_figures(folder: Path) -> RunFigures:
     Raises:
         LilyError: if its files are not what `lily train` writes.
     """
-    found = _json(folder / METRICS)
+    found = json_object(folder / METRICS)
     try:
         metric = str(found["metric"])
         history = found.get("history") or []
@@ -106,7 +106,7 @@ def _losses(checkpoints: Path) -> tuple[tuple[float, float], ...]:
     newest = newest_checkpoint(checkpoints)
     if newest is None or not (newest / "trainer_state.json").is_file():
         return ()
-    return _curve(_json(newest / "trainer_state.json").get("log_history") or [], "loss")
+    return _curve(json_object(newest / "trainer_state.json").get("log_history") or [], "loss")
 
 
 def _curve(history: Any, name: str) -> tuple[tuple[float, float], ...]:
@@ -125,7 +125,12 @@ def _number(value: Any) -> float | None:
     return float(value) if fine else None
 
 
-def _json(file: Path) -> dict[str, Any]:
+def json_object(file: Path) -> dict[str, Any]:
+    """What a run's JSON file holds; a diverged run's may hold NaN.
+
+    Raises:
+        LilyError: if it is no JSON, or no object.
+    """
     try:
         found = json.loads(file.read_text("utf-8"))
     except ValueError as error:

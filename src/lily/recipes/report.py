@@ -52,15 +52,15 @@ def print_result(result: Result, recipe: Recipe, output: Path, console: Console)
         title=f"{result.name}: {rows:,} {result.split} rows, seed {result.seed}",
     )
     for name, found in result.baselines.items():
-        table.add_row(_title(name, recipe), *_values(names, found), *_costs(found))
+        table.add_row(_title(name, recipe), *values_of(names, found), *costs_of(found))
     own = {
         "parameters": result.parameters["adapter"] or result.parameters["head"],
         "seconds": result.seconds.get("train", 0.0),
         "bytes": result.adapter_bytes,
     }
-    table.add_row("untrained", *_values(names, result.before), "", "", "")
+    table.add_row("untrained", *values_of(names, result.before), "", "", "")
     title = recipe.method if recipe.method != "lily" else f"Lily ({result.adapter.get('routing')})"
-    table.add_row(f"[bold]{title}[/]", *_values(names, final), *_costs(own))
+    table.add_row(f"[bold]{title}[/]", *values_of(names, final), *costs_of(own))
     console.print(table)
     if result.tests:
         header, *lines = _tests(result, recipe)
@@ -117,11 +117,13 @@ def _title(name: str, recipe: Recipe) -> str:
     return titles[name]
 
 
-def _values(names: Sequence[str], found: Mapping[str, float]) -> list[str]:
+def values_of(names: Sequence[str], found: Mapping[str, float]) -> list[str]:
+    """The named metrics, for a table."""
     return [shown(name, found.get(name)) for name in names]
 
 
-def _costs(found: Mapping[str, float]) -> list[str]:
+def costs_of(found: Mapping[str, float]) -> list[str]:
+    """Trained parameters, seconds and the file's size, for a table; empty where they are not known."""
     parameters, seconds, size = (found.get(name) for name in ("parameters", "seconds", "bytes"))
     return [
         f"{parameters:,.0f}" if parameters else "",
@@ -165,9 +167,9 @@ def card(recipe: Recipe, result: Result) -> str:
         "",
         f"| | {' | '.join(names)} |",
         f"| --- | {' | '.join('---' for _ in names)} |",
-        *(f"| {_title(n, recipe)} | {' | '.join(_values(names, v))} |" for n, v in result.baselines.items()),
-        f"| untrained | {' | '.join(_values(names, result.before))} |",
-        f"| {own} | {' | '.join(_values(names, final))} |",
+        *(f"| {_title(n, recipe)} | {' | '.join(values_of(names, v))} |" for n, v in result.baselines.items()),
+        f"| untrained | {' | '.join(values_of(names, result.before))} |",
+        f"| {own} | {' | '.join(values_of(names, final))} |",
         "",
         *([_forgetting(result), ""] if result.forgetting else []),
         *_tests_card(result, recipe),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lily.recipes.dreambooth.schema import DreamBooth
+from lily.recipes.report import costs_of
 
 if TYPE_CHECKING:
     from lily.recipes.train import Result
@@ -29,8 +29,8 @@ def print_result(result: Result, recipe: DreamBooth, output: Path, console: Cons
     }
     table.add_row("untrained", *(f"{result.before[name]:.4f}" for name in names), "", "", "")
     for name, found in result.baselines.items():
-        table.add_row(name, *(f"{found[n]:.4f}" for n in names), *_costs(found))
-    table.add_row(f"[bold]{_title(result)}[/]", *(f"{result.final[n]:.4f}" for n in names), *_costs(own))
+        table.add_row(name, *(f"{found[n]:.4f}" for n in names), *costs_of(found))
+    table.add_row(f"[bold]{_title(result)}[/]", *(f"{result.final[n]:.4f}" for n in names), *costs_of(own))
     console.print(table)
     console.print("loss: the same noise at the same levels of the training images, before and after", highlight=False)
     pipelines = f"    for pipelines: {output / 'diffusers'}" if (output / "diffusers").is_dir() else ""
@@ -39,10 +39,6 @@ def print_result(result: Result, recipe: DreamBooth, output: Path, console: Cons
 
 def _title(result: Result) -> str:
     return result.method if result.method != "lily" else f"Lily ({result.adapter.get('routing')})"
-
-
-def _costs(found: Mapping[str, float]) -> list[str]:
-    return [f"{found['parameters']:,.0f}", f"{found['seconds']:.0f}", f"{found['bytes'] / 1e6:.2f} MB"]
 
 
 def card(recipe: DreamBooth, result: Result) -> str:
