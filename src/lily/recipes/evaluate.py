@@ -377,14 +377,16 @@ class Adapter:
 
 
 def adapter_path(folder: str) -> Path:
-    """The adapter's own folder: the one named, or the `best` of a run.
+    """The adapter's own folder: the one named, or the `best` of a run; the `last` of one that draws.
 
     Raises:
         LilyError: if it holds no adapter.
     """
     path = Path(folder).expanduser()
-    if (path / "best").is_dir():
-        path = path / "best"
+    for name in ("best", "last"):
+        if (path / name).is_dir():
+            path = path / name
+            break
     if not (path / "adapter_config.json").is_file():
         raise LilyError(f"{folder} holds no adapter (adapter_config.json); name a run's folder or its best/")
     return path
