@@ -126,6 +126,14 @@ def test_a_wrong_option_is_one_error(options, message, capsys, monkeypatch):
     assert message in capsys.readouterr().err
 
 
+def test_the_results_page_shows_the_committed_figures_of_the_offline_recipes(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import offline
+    import performance
+
+    assert performance.shown(offline.PAGE)[offline.MARKER] == offline.table()
+
+
 def test_the_pages_show_the_committed_figures():
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import performance

@@ -85,6 +85,7 @@ class Comparison:
         rows: of that split.
         trained_on: training rows.
         untrained: metric -> values of the model before training, by seed (a new head differs by seed).
+        untrained_tests: further test set -> the same.
         entries: the methods, in the order in which they were asked for.
         device: of the first run.
         precision: likewise.
@@ -101,6 +102,7 @@ class Comparison:
     rows: int
     trained_on: int
     untrained: dict[str, tuple[float, ...]]
+    untrained_tests: dict[str, dict[str, tuple[float, ...]]]
     entries: tuple[Entry, ...]
     device: str
     precision: str
@@ -111,6 +113,15 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """As plain values for JSON."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Comparison:
+        """The other way round."""
+        entries = tuple(
+            Entry(**{**entry, "test": None if entry["test"] is None else Paired(**entry["test"])})
+            for entry in values["entries"]
+        )
+        return cls(**{**values, "entries": entries})
 
 
 def read(folder: Path, setting: dict[str, Any] | None = None, failed: dict[str, str] | None = None) -> Comparison:
@@ -174,6 +185,7 @@ def _comparison(
         rows=one["rows"][one["split"]],
         trained_on=one["rows"]["train"],
         untrained=_values([found[run]["before"] for run in whose[names[0]]]),
+        untrained_tests=_tests([found[run] for run in whose[names[0]]], "before"),
         entries=tuple(entries),
         device=one["device"],
         precision=one["precision"],
@@ -192,7 +204,7 @@ def _entry(name: str, figures: Sequence[dict[str, Any]]) -> Entry:
         title=title_of(name, adapter),
         seeds=tuple(int(f["seed"]) for f in figures),
         values=_values([f["final"] for f in figures]),
-        tests={test: _values([f["tests"][test]["final"] for f in figures]) for test in one.get("tests") or {}},
+        tests=_tests(figures, "final"),
         last=tuple(f["last"]["value"] for f in figures if f.get("last")),
         best=tuple(f["best"]["value"] for f in figures if f.get("best")),
         history=_history(figures),
@@ -205,6 +217,10 @@ def _entry(name: str, figures: Sequence[dict[str, Any]]) -> Entry:
         peak_bytes=max(float(f.get("peak_bytes", 0)) for f in figures),
         adapter_bytes=float(one["adapter_bytes"]),
     )
+
+
+def _tests(figures: Sequence[dict[str, Any]], when: str) -> dict[str, dict[str, tuple[float, ...]]]:
+    return {test: _values([f["tests"][test][when] for f in figures]) for test in figures[0].get("tests") or {}}
 
 
 def _history(figures: Sequence[dict[str, Any]]) -> tuple[tuple[float, float], ...]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from lily.compare.result import Comparison, Entry
 from lily.recipes.metrics import LOWER_IS_BETTER, shown
+from lily.recipes.schema import MEAN
 
 UNTRAINED = "untrained"
 
@@ -109,17 +110,28 @@ def markdown(found: Comparison) -> str:
 
 
 def summary(comparisons: Sequence[Comparison]) -> str:
-    """Several comparisons as one Markdown table: a row for each task, a column for each method."""
+    """Several comparisons as one Markdown table: a row for each task, a column for each method.
+
+    Where a task has test sets of its own, their mean is shown, not the held-out rows. p is of the paired test against
+    the first method, on the held-out rows.
+    """
     titles = list(dict.fromkeys(_column(entry) for found in comparisons for entry in found.entries))
     head = ["task", "metric", "rows", "seeds", UNTRAINED, *titles, "parameters (Lily)"]
     lines = [head]
     for found in comparisons:
-        cells = {_column(entry): with_spread(found.metric, entry.values[found.metric]) for entry in found.entries}
+        by_sets = MEAN in found.untrained_tests
+        cells = {}
+        for entry in found.entries:
+            values = entry.tests[MEAN] if by_sets else entry.values
+            p = "" if entry.test is None or by_sets else f" (p {entry.test.p:.2g})"
+            cells[_column(entry)] = with_spread(found.metric, values[found.metric]) + p
         seeds = max(len(entry.seeds) for entry in found.entries)
         lily = next((e for e in found.entries if e.name.startswith("lily")), found.entries[0])
-        before = with_spread(found.metric, found.untrained[found.metric])
+        untrained = found.untrained_tests[MEAN] if by_sets else found.untrained
+        before = with_spread(found.metric, untrained[found.metric])
+        rows = f"{len(found.untrained_tests) - 1} sets" if by_sets else f"{found.rows:,}"
         lines.append(
-            [found.name, found.metric, f"{found.rows:,}", str(seeds), before, *(cells.get(t, "") for t in titles),
+            [found.name, found.metric, rows, str(seeds), before, *(cells.get(t, "") for t in titles),
              f"{lily.parameters:,}"]
         )  # fmt: skip
     return "\n".join(as_markdown(lines))

@@ -1,0 +1,85 @@
+"""The offline recipes: the untrained model, LoRA, Lily and Lily as in the paper (batch routing) at equal parameters.
+
+    LILY_DATA=../shared/data python benchmarks/offline.py --out runs/offline
+
+Trains what is not there yet (`lily compare`, so it may be killed and goes on), keeps the figures in
+benchmarks/results/offline.json, and writes the table into docs/results.md. `--pages` trains nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from performance import MARKED
+
+from lily.compare.result import Comparison
+from lily.compare.tables import summary
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "offline.json"
+PAGE = ROOT / "docs" / "results.md"
+MARKER = "offline"
+METHODS = ("lily", "lora", "lily:batch")
+SEEDS = 3
+
+# Recipe -> what is cut, so that nine runs of it take a quarter of an hour on two cores.
+RECIPES = {
+    "sst2": ["data.max_train=3000", "train.epochs=2"],
+    "offline/cifar10": [],
+    "offline/vtab-cifar10": [],
+    "offline/vim-cifar10": [],
+    "offline/mamba-headlines": [],
+    "offline/commonsense": ["data.max_train=96", "data.max_test=20", "data.max_validation=20",
+                            "metrics=[accuracy, loss]"],
+    "offline/gsm8k": ["data.max_train=64", "data.max_test=16", "data.max_validation=8", "metrics=[loss]"],
+}  # fmt: skip
+
+
+def train(out: Path) -> None:
+    """Run the comparisons into `out`."""
+    for recipe, changes in RECIPES.items():
+        command = [sys.executable, "-m", "lily", "compare", recipe, *changes, "--methods", ",".join(METHODS)]
+        subprocess.run([*command, "--seeds", str(SEEDS), "--output", str(out)], check=True)
+
+
+def collect(out: Path) -> None:
+    """Keep what the comparisons found."""
+    found = {}
+    for recipe in RECIPES:
+        file = out / recipe.rpartition("/")[2] / "comparison.json"
+        if file.is_file():
+            found[recipe] = json.loads(file.read_text("utf-8"))
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+
+
+def table() -> str:
+    """The kept figures as Markdown."""
+    return summary([Comparison.from_dict(values) for values in json.loads(RESULTS.read_text("utf-8")).values()])
+
+
+def write_page() -> None:
+    """Put the table between its markers."""
+    text = PAGE.read_text("utf-8")
+    PAGE.write_text(MARKED.sub(lambda m: f"{m[1]}{table()}\n{m[4]}" if m[2] == MARKER else m[0], text), "utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/offline"))
+    parser.add_argument("--collect", action="store_true", help="only keep what is there, and write the page")
+    parser.add_argument("--pages", action="store_true", help="only write the page")
+    options = parser.parse_args()
+    if not options.pages:
+        if not options.collect:
+            train(options.out)
+        collect(options.out)
+    write_page()
+    print(table())
+
+
+if __name__ == "__main__":
+    main()
