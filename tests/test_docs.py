@@ -22,6 +22,7 @@ from lily.errors import LilyError
 from lily.recipes import loader
 
 LAUNCHERS = ("lily", "make", "pip", "python", "torchrun", "accelerate")
+FEW = ("data.max_train=64", "data.max_validation=64", "data.max_test=64", "train.max_steps=2")
 # Those that start processes of their own, each of which imports everything anew.
 SLOW = ("compare", "sweep")
 
@@ -246,7 +247,7 @@ def test_commands_run_on_the_real_packages_with_a_few_steps(page, tmp_path, monk
             if any("path/" in word for word in command.words):
                 continue
             trains = command.words[1] in ("train", "tune", "sweep", "compare")
-            few = ["data.max_train=64", "train.max_steps=2", "baselines=[]"] if trains else []
+            few = [*FEW, "baselines=[]"] if trains else []
             few += SMALLER.get(command.words[1], ())
             words = [sys.executable, "-m", *command.words, *few]
             done = subprocess.run(words, capture_output=True, text=True, check=False)
