@@ -403,6 +403,10 @@ POOL: list[Any] = [
 ]  # fmt: skip
 
 
+# Fields of which an empty mapping says nothing.
+EMPTY_IS_NONE = ("rank_pattern", "target_slices", "group_options")
+
+
 def config_fields(good: Folder, rng: random.Random) -> Iterator[Case]:
     """Every field with every value of the pool; whether the value could be right depends on the field's type."""
     for f in fields(lily.LilyConfig):
@@ -414,7 +418,7 @@ def config_fields(good: Folder, rng: random.Random) -> Iterator[Case]:
             spoils |= (
                 isinstance(value, dict)
                 and f.name not in ("provenance", "auto_mapping", "adapted_layers")
-                and (value != {} or f.name != "rank_pattern")
+                and (value != {} or f.name not in EMPTY_IS_NONE)
             )
             yield _config(
                 good, "config field", f"{f.name} #{i} {str(value)[:20]!r}", json.dumps(changed).encode(), spoils=spoils

@@ -27,7 +27,7 @@ SMALLER: dict[str | tuple[str, str], tuple[str, ...]] = {
     "train": (PRECISION,),
     "tune": (PRECISION, "--trials", "1"),
     "compare": (PRECISION, "--seeds", "1"),
-    "sweep": (PRECISION, "--points", "2", "--seeds", "1", "--overwrite"),
+    "sweep": (PRECISION, "lily.r=4", "--points", "2", "--seeds", "1", "--overwrite"),
     "bench": ("--width", "64", "--depth", "2", "--tokens", "16", "--rounds", "1", "--batch", "1", "--params", "30k"),
     ("docs/tutorials/diffusion.md", "train"): (
         PRECISION,

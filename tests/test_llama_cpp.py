@@ -148,7 +148,7 @@ def test_the_guides_example_runs(llama, tmp_path, monkeypatch):
     guide = Path(__file__).parents[1] / "docs" / "deploy-targets.md"
     code = re.findall(r"```python\n(.*?)```", guide.read_text(), re.DOTALL)[0]
     exec(compile(code, guide.name, "exec"), {"peft_model": llama})
-    assert read("lora.gguf")[0]["adapter.type"] == "lora"
+    assert read("as-lora.gguf")[0]["adapter.type"] == "lora"
 
 
 class LlamaCpp:

@@ -29,9 +29,9 @@ from lily.bank import BANK
 from lily.errors import LilyError
 from lily.kinds import ModuleSpec
 from lily.plan import Group, SharingPlan, router_size
+from lily.sharding import unwrapped
 
 PREFIX = "base_model.model."
-WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 
 PAPER_NAMES = {"lily_lp": "A", "lily_hp": "B"}
 KEY = re.compile(r"^(?P<layer>.+)\.(?P<part>lily_A|lily_B|lily_router|lily_logits|lily_lp|lily_hp)(?:\.weight)?$")
@@ -91,13 +91,6 @@ def dump(state: Mapping[str, Tensor], adapter: str, plan: SharingPlan, every_lay
             if key in clean:
                 out[key] = clean[key]
     return out
-
-
-def unwrapped(key: str) -> str:
-    """A name without the parts that wrappers (FSDP, compile) put into it."""
-    for wrapper in WRAPPERS:
-        key = key.replace(wrapper, "")
-    return key
 
 
 def parse(state: Mapping[str, Tensor], plan: SharingPlan, settled: float | None = None) -> AdapterTensors:

@@ -24,7 +24,7 @@ from lily.observe import RoutingStatistics
 from lily.options import DYNAMIC
 from lily.placement import execution_device, onload, weight_of
 from lily.plan import Group, Slot
-from lily.sharding import is_here, mean_of_all
+from lily.sharding import is_here, mean_of_all, unwrapped
 
 
 class NotStaticError(LilyError):
@@ -544,5 +544,5 @@ def is_plain(base: nn.Module, x: Tensor, dtype: torch.dtype) -> bool:
 
 def layers_of(root: nn.Module) -> dict[str, LilyLayer]:
     """All adapted layers of a model, by the names that plans have for them."""
-    found = ((path, module) for path, module in root.named_modules() if isinstance(module, LilyLayer))
+    found = ((unwrapped(path), module) for path, module in root.named_modules() if isinstance(module, LilyLayer))
     return {layer.name_in_plan(path): layer for path, layer in found}

@@ -30,6 +30,7 @@ from lily.errors import LilyError
 from lily.patterns import MAX_LENGTH, check_patterns
 from lily.plan import SharingPlan
 from lily.reading import blame
+from lily.sharding import unwrapped
 
 LILY_TYPES = (PeftType.LILY.value, EXTENDED_TYPE)
 
@@ -347,7 +348,7 @@ def _saved_tensors(model: nn.Module, config: LilyConfig, adapter: str | None) ->
         if isinstance(module, AuxiliaryTrainingWrapper):
             copies = getattr(module, "modules_to_save", {})
             if adapter in copies:
-                root = checkpoint.unwrapped(name)
+                root = unwrapped(name)
             module = copies[adapter] if adapter in copies else module.original_module  # noqa: SIM401
         out.update((f"{root}.{key}", value) for key, value in module.state_dict().items())
     return out
@@ -372,7 +373,7 @@ def _embeddings(model: nn.Module) -> set[str]:
 
 def _plain(name: str) -> str:
     """The name that a tensor or module has in the base model, without any wrapper's part."""
-    name = WRAPPED.sub("", checkpoint.unwrapped(name).removeprefix(checkpoint.PREFIX))
+    name = WRAPPED.sub("", unwrapped(name).removeprefix(checkpoint.PREFIX))
     return name.replace(".base_layer", "")
 
 

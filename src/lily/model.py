@@ -36,6 +36,7 @@ from lily.plan import (
     stock_grouping_differs,
 )
 from lily.quantised import keep_differentiable
+from lily.sharding import unwrapped
 from lily.sliced import Slice
 from lily.targets import select_targets
 from lily.uncalled import uncalled
@@ -273,7 +274,7 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         if config.settled == 1:  # what the routers hold is no longer used
             state_dict = {k: v for k, v in state_dict.items() if f".lily_router.{adapter_name}." not in k}
         names = {path: name for name, path in _part_keys(model, adapter_name).items()}
-        state_dict = {names.get(checkpoint.unwrapped(k), k): v for k, v in state_dict.items()}
+        state_dict = {names.get(unwrapped(k), k): v for k, v in state_dict.items()}
         out = checkpoint.dump(state_dict, adapter_name, plan, every_layer=not as_configured)
         out.update(cls._get_learnable_bias_state_dict(model, state_dict, config))
         return out
@@ -304,7 +305,7 @@ def _part_keys(model: nn.Module, adapter: str) -> dict[str, str]:
     """Routers and logits of parts of modules: what they are called in files -> what in the model, where they nest."""
     return {
         f"{m.name_in_plan(path)}.{own}": f"{path}.{own}"
-        for path, m in ((checkpoint.unwrapped(path), m) for path, m in model.named_modules())
+        for path, m in ((unwrapped(path), m) for path, m in model.named_modules())
         if isinstance(m, Nested)
         for own in (f"lily_logits.{adapter}", f"lily_router.{adapter}.weight")
     }
@@ -339,10 +340,7 @@ def _find_bank(model: nn.Module) -> tuple[LilyBank, str]:
     """The bank and the name, with its dot, of the module that it is the root of."""
     for name, module in model.named_modules():
         if isinstance(module, LilyBank):
-            root = name.removesuffix(BANK)
-            for wrapper in checkpoint.WRAPPERS:
-                root = root.replace(wrapper, "")
-            return module, root
+            return module, unwrapped(name.removesuffix(BANK))
     raise AttributeError("the model carries no Lily adapter")
 
 

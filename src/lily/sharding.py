@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+
 
 def is_partitioned(p: Tensor) -> bool:
     """Whether DeepSpeed's ZeRO-3 holds the tensor in parts."""
@@ -148,6 +150,13 @@ def mean_of_all(p: Tensor) -> Tensor:
     sums = torch.cat([rows.sum(dim=0, dtype=wide), rows.new_tensor([rows.shape[0]], dtype=wide)])
     total = _sum_of_all(sums)
     return (total[:-1] / total[-1].detach()).to(p.dtype)
+
+
+def unwrapped(name: str) -> str:
+    """A name without the parts that wrappers (FSDP1, checkpointing, compile) put into it."""
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
 
 
 @contextlib.contextmanager

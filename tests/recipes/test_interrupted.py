@@ -145,12 +145,12 @@ def goes_on(recipe: Any, output: Path) -> int:
 
 
 def left(run: Path) -> dict[str, Any]:
-    """What a finished run left: weights, evaluations and figures, times aside; every file's name."""
+    """What a finished run left: weights, evaluations and figures, times and memory aside; every file's name."""
     found: dict[str, Any] = {"names": sorted(str(p.relative_to(run)) for p in run.rglob("*"))}
     for folder in (run, run / "lora"):
         if folder.is_dir():
             figures = json.loads((folder / "metrics.json").read_text())
-            figures.pop("seconds")
+            figures.pop("seconds"), figures.pop("peak_bytes")
             for values in figures["baselines"].values():
                 values.pop("seconds")
             found[f"{folder.name} figures"] = figures

@@ -284,12 +284,15 @@ def _construct(node: yaml.Node, at: Key, place: str, places: dict[Key, str]) -> 
         return [_construct(child, (*at, str(i)), place, places) for i, child in enumerate(node.value)]
     loader = yaml.SafeLoader("")
     try:
-        return loader.construct_object(node, deep=True)
+        value = loader.construct_object(node, deep=True)
     # The YAML of 2020-13-45 is a date, and there is no such day; other text under a tag (!!timestamp x) ends as it may.
     except (ValueError, TypeError, AttributeError, LookupError) as error:
         raise LilyError(f"{where}: {'.'.join(at)}: not a value of its YAML type ({error}); quote it") from None
     finally:
         loader.dispose()
+    if isinstance(value, bytes):
+        raise LilyError(f"{where}: {'.'.join(at)}: holds bytes (!!binary); write text")
+    return value
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
