@@ -28,9 +28,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from lily import sharding
-from lily.checkpoint import unwrapped
 from lily.errors import LilyError
 from lily.files import new_folder
+from lily.sharding import unwrapped
 
 
 def world_size() -> int:
