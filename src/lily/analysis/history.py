@@ -143,15 +143,19 @@ class RoutingCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Into the checkpoint's folder."""
-        self._write(Path(args.output_dir) / f"checkpoint-{state.global_step}", state)
+        if state.is_world_process_zero:
+            self.write(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Beside the checkpoints."""
-        self._write(Path(args.output_dir), state)
+        if state.is_world_process_zero:
+            self.write(Path(args.output_dir))
 
-    def _write(self, folder: Path, state: TrainerState) -> None:
-        if self.history.steps and state.is_world_process_zero and folder.is_dir():
-            write_text(folder / FILE, json.dumps(self.history.to_dict()))
+    def write(self, folder: Path) -> None:
+        """Put what was recorded so far into a folder; nothing, if that is nothing, or there already."""
+        text, file = json.dumps(self.history.to_dict()), folder / FILE
+        if self.history.steps and folder.is_dir() and not (file.is_file() and file.read_text("utf-8") == text):
+            write_text(file, text)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -113,10 +113,14 @@ def written(checkpoint: Path, main: bool, wait: Callable[[], object]) -> Iterato
             if main:
                 shutil.rmtree(hidden, ignore_errors=True)
     if main:
-        for other in checkpoint.parent.glob("*"):
-            if _step(other) and other != checkpoint:
-                remove_folder(other)
+        _remove_others(checkpoint)
     wait()
+
+
+def _remove_others(checkpoint: Path) -> None:
+    for other in checkpoint.parent.glob("*"):
+        if _step(other) and other != checkpoint:
+            remove_folder(other)
 
 
 def restore(output: Path, checkpoint: Path | None) -> None:
@@ -133,6 +137,8 @@ def restore(output: Path, checkpoint: Path | None) -> None:
         else:
             leftover.unlink()
     moment = Moment.read(checkpoint)
+    if checkpoint is not None:
+        _remove_others(checkpoint)  # those that a run killed right after it named this one had no time for
     if checkpoint is not None and moment.history:
         with new_folder(output / "best", overwrite=True) as new:
             shutil.copytree(checkpoint / BEST, new, dirs_exist_ok=True)

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lily import distributed
+from lily.analysis.history import RoutingCallback
 from lily.health import HealthCallback
 from lily.recipes import checkpoints
 from lily.recipes.checkpoints import Moment
@@ -62,11 +63,13 @@ class Resumable(Parallel):
         signals: what the process was told meanwhile; set before training.
         progress: the evaluations and the best adapter; set before training.
         health: what watches the routers; set before training.
+        routing: what records the routing, for checkpoints that are complete from the moment they have their name.
     """
 
     signals: Signals
     progress: Any
     health: HealthCallback
+    routing: RoutingCallback | None = None
     _moment = Moment()
     _writing: Path | None = None
     _saved_step = -1
@@ -171,6 +174,8 @@ class Resumable(Parallel):
             if main:
                 owed, router = bool(self.control.should_evaluate), self.health.routers.state
                 Moment(self.progress.history, owed, self.seconds, router).write(new, self.progress.folder)
+                if self.routing is not None:
+                    self.routing.write(new)
         self._saved_step = step
 
     def _get_output_dir(self, trial: Any) -> str:

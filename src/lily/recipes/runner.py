@@ -168,7 +168,8 @@ def build_trainer(
     trainer.health = HealthCallback(lambda said: print(f"warning: {said}", file=sys.stderr))
     trainer.add_callback(trainer.health)
     if recipe.method == "lily" and settle is None:  # what settles is recorded by settling itself
-        trainer.add_callback(RoutingCallback())
+        trainer.routing = RoutingCallback()
+        trainer.add_callback(trainer.routing)
     trainer.recipe = recipe
     trainer.beyond_loss = beyond_loss
     trainer.names = names
