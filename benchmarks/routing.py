@@ -1,13 +1,22 @@
-"""What the output of each routing depends on, measured. Prints the table of docs/routing.md.
+"""What the output of each routing depends on, measured. Writes the figures of docs/routing.md.
 
-A small random Llama with a randomly trained-looking adapter, in float32; the base model and PEFT's own Lily are the
-controls. Changes are the largest over all logits, in standard deviations of the logits.
+    python benchmarks/routing.py                                      # a small random Llama
+    python benchmarks/routing.py --runs runs/by-batch runs/by-sample  # and runs of a classifier, on their held-out rows
+
+The Llama has a randomly trained-looking adapter, in float32; the base model and PEFT's own Lily are the controls.
+Changes are the largest over all logits, in standard deviations of the logits. Of a run, the same rows are classified in
+several arrangements into batches, in float32. `python docs/hooks/figures.py` puts the figures into the pages.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+import random
 import tempfile
 import warnings
+from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -15,6 +24,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import lily
 
+RESULTS = Path(__file__).parent / "results" / "routing.json"
+SIZE = 32  # rows of a batch
 VOCAB = 97
 CONFIG = LlamaConfig(
     hidden_size=64,
@@ -59,7 +70,7 @@ def logits(m: torch.nn.Module, ids: torch.Tensor, **kwargs: torch.Tensor) -> tor
 
 
 @torch.no_grad()
-def measure(m: torch.nn.Module) -> list[str]:
+def measure(m: torch.nn.Module) -> dict[str, float]:
     one, others = tokens(1, 32, 1), tokens(3, 32, 2)
     alone = logits(m, one)
     mates = logits(m, torch.cat([one, others]))[:1] - alone
@@ -71,16 +82,68 @@ def measure(m: torch.nn.Module) -> list[str]:
     kwargs = {"max_new_tokens": 64, "do_sample": False, "eos_token_id": None, "attention_mask": torch.ones_like(one)}
     cached = m.generate(input_ids=one, use_cache=True, **kwargs)[:, 32:]
     plain = m.generate(input_ids=one, use_cache=False, **kwargs)[:, 32:]
-    changes = [f"{(change.abs().max() / alone.std()).item():.1e}" for change in (mates, later, padding)]
-    return [*changes, f"{(cached == plain).float().mean().item():.0%}"]
+    changes = {"other samples": mates, "later tokens": later, "8 left padding tokens": padding}
+    found = {name: float(f"{(change.abs().max() / alone.std()).item():.2g}") for name, change in changes.items()}
+    return {**found, "cache agrees on": (cached == plain).float().mean().item()}
+
+
+def arrangements(labels: list[str]) -> dict[str, list[list[int]]]:
+    """The same rows in batches: as they come, one by one, among others, by class."""
+    count = len(labels)
+    shuffled = random.Random(0).sample(range(count), count)
+    orders = {
+        "as they come": range(count),
+        "other neighbours": shuffled,
+        "by class": sorted(shuffled, key=labels.__getitem__),
+    }
+    found = {name: [list(o)[i : i + SIZE] for i in range(0, count, SIZE)] for name, o in orders.items()}
+    return {**found, "one by one": [[i] for i in range(count)]}
+
+
+@torch.no_grad()
+def classify(folder: str) -> dict[str, Any]:
+    """Of each arrangement of a run's held-out rows: the accuracy, and what differs from the rows as they come."""
+    from lily.recipes.evaluate import Adapter
+    from lily.recipes.tasks import collate, encode
+
+    used = Adapter(folder)
+    rows, names = used.splits.held_out, used.labels
+    assert names is not None, f"{folder} is no classifier"
+    truth = [str(row["label"]) for row in rows]
+    examples = encode(rows, used.recipe, used.processor, names)
+    out: dict[str, torch.Tensor] = {}
+    for name, batches in arrangements(truth).items():
+        out[name] = torch.zeros(len(rows), len(names))
+        for batch in batches:
+            inputs = collate([examples[i] for i in batch], used.processor)
+            inputs.pop("labels")
+            out[name][batch] = used.model.float()(**inputs).logits.softmax(-1)
+    first = out["as they come"]
+    found = {}
+    for name, p in out.items():
+        right = sum(names[i] == label for i, label in zip(p.argmax(-1).tolist(), truth, strict=True))
+        found[name] = {
+            "accuracy": round(right / len(rows), 4),
+            "changed": int((p.argmax(-1) != first.argmax(-1)).sum()),
+            "largest": round((p - first).abs().max().item(), 4),
+        }
+    return {"rows": len(rows), "routing": used.recipe.lily.routing or "sequence", "arrangements": found}
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", nargs="*", help="folders of `lily train`; default: what the file has stays")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    o = parser.parse_args()
     warnings.simplefilter("ignore")
-    print("| routing | other samples | later tokens | 8 left padding tokens | cache agrees on |")
-    print("| --- | --- | --- | --- | --- |")
-    for routing in ("base model", "stock Lily", "batch", "sequence", "token", "static", "uniform"):
-        print("|", " | ".join([routing, *measure(model(routing))]), "|")
+    kept = json.loads(o.out.read_text()) if o.out.is_file() else {}
+    names = ("base model", "stock Lily", "batch", "sequence", "token", "static", "uniform")
+    found = {
+        "random": {name: measure(model(name)) for name in names},
+        "runs": kept.get("runs", []) if o.runs is None else [classify(run) for run in o.runs],
+    }
+    o.out.write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

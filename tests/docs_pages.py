@@ -29,6 +29,7 @@ SMALLER: dict[str | tuple[str, str], tuple[str, ...]] = {
     "compare": (PRECISION, "--seeds", "1"),
     "sweep": (PRECISION, "lily.r=4", "--points", "2", "--seeds", "1", "--overwrite"),
     "bench": ("--width", "64", "--depth", "2", "--tokens", "16", "--rounds", "1", "--batch", "1", "--params", "30k"),
+    ("docs/tutorials/vision.md", "train"): (PRECISION, "train.max_steps=4"),
     ("docs/tutorials/diffusion.md", "train"): (
         PRECISION,
         "train.max_steps=2",

@@ -25,7 +25,8 @@ def hook(name: str) -> ModuleType:
     return module
 
 
-links, reference, same, selfcontained = (hook(n) for n in ("links", "reference", "same", "selfcontained"))
+figures, links, reference = hook("figures"), hook("links"), hook("reference")
+same, selfcontained = hook("same"), hook("selfcontained")
 
 
 def test_a_link_out_of_docs_leads_to_what_the_site_takes_along():
@@ -115,6 +116,18 @@ def test_a_list_that_the_site_would_not_show_as_one_is_found():
         "0 ul instead of 1",
     ]
     assert same.differences("a\n\n- b\n", "<p>a</p><ul><li>b</li></ul>") == []
+
+
+def test_the_explanations_show_the_committed_figures():
+    shown = [mark for page in figures.PAGES for _, mark, *_ in figures.MARKED.findall(page.read_text())]
+    assert sorted(shown) == sorted(figures.FIGURES)
+    for page in figures.PAGES:
+        assert figures.filled(page.read_text()) == page.read_text(), f"run docs/hooks/figures.py for {page.name}"
+
+
+def test_figures_of_others_are_left_alone():
+    text = "<!-- figures: summary -->\n| a |\n<!-- end -->"
+    assert figures.filled(text) == text
 
 
 def test_the_site_has_every_page_and_no_font_of_others():

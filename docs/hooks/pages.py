@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
+import figures
 import links
 import reference
 import same
@@ -13,6 +15,7 @@ import selfcontained
 from mkdocs.structure.files import File, Files
 
 log = logging.getLogger("mkdocs.hooks")  # whose warnings end a strict build
+SAVED = re.compile(r"^( *)<!-- file: (\S+) -->\n *```(\w+)$", re.MULTILINE)  # what a block is to be saved as
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -32,7 +35,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Links that work on the site; generated parts in their places."""
     if page.file.generated_by:
         return markdown
-    return reference.filled(links.rewritten(markdown, page.file.src_uri))
+    markdown = SAVED.sub(r'\1```\3 title="\2"', markdown)
+    return reference.filled(figures.filled(links.rewritten(markdown, page.file.src_uri)))
 
 
 def on_page_content(html: str, page: Any, **_: Any) -> str:
