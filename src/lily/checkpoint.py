@@ -167,6 +167,13 @@ def _placed(found: Found, plan: SharingPlan, settled: float | None, other: dict[
                 "has no use; is it the file of this configuration?"
             )
     if plan.shared_router:
+        for group in plan.groups:
+            own = [name for name in group.layers if name in found["router"]]
+            if len(own) > 1:
+                raise LilyError(
+                    f"the adapter file has a lily_router for {own[0]} and for {own[1]}, which share one by "
+                    "shared_router=True; is it the file of this configuration?"
+                )
         shared = {
             i: _shared(found["router"], group.layers, f"router of {group.name}")
             for i, group in enumerate(plan.groups)
