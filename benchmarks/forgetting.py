@@ -13,7 +13,7 @@ it been stopped early counts too. Three rules need more than that:
 - *dropout*: on the adapter's input.
 - *shrunk*: the finished adapter with its scaling (LoRA: alpha) multiplied by a factor; nothing is trained.
 
-Runs that are there already are not repeated, so the same command goes on after anything that ended it; `--only-done`
+Runs that are there already are not repeated, so the same command goes on after anything that ended it; `--jobs 0`
 trains nothing.
 """
 
@@ -23,18 +23,14 @@ import argparse
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from grid import Setting, lora_rank, train
 
 from lily.analysis.forgetting import Outcome, best_within, by_contestant, frontier, moved
 from lily.analysis.plots import forgetting_plot
-from lily.compare.runner import Job, opened, run, side_by_side
 from lily.files import write_text
-from lily.recipes import loader, methods, preflight
-from lily.recipes.schema import Recipe
-from lily.tune import folder
-from lily.tune.space import changed, rounded
+from lily.recipes import loader
 
 # What two cores do in some minutes a run. The last of two equal metrics is the one that is drawn.
 CHANGES = ["data.max_train=640", "data.max_validation=200", "train.evaluate_every=10", "train.epochs=1",
@@ -45,32 +41,6 @@ DECAYS = (1.0, 10.0)
 DROPOUTS = (0.1,)
 FACTORS = (0.25, 0.5, 0.75)
 LIMITS = (0.01, 0.03, 0.1, 0.3)
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A contestant at one learning rate and scale."""
-
-    contestant: str
-    rate: float
-    scale: float
-    decay: float = 0.0
-    dropout: float = 0.0
-
-    @property
-    def name(self) -> str:
-        more = f"-decay{self.decay:g}" * bool(self.decay) + f"-dropout{self.dropout:g}" * bool(self.dropout)
-        method = "lora" if self.contestant == "LoRA" else "lily"
-        return f"{method}-rate{self.rate:g}-scale{self.scale:g}{more}"
-
-    def recipe(self, base: Recipe, rank: int) -> Recipe:
-        """The recipe with this setting. LoRA's scale is alpha over its rank."""
-        train = {"weight_decay": self.decay}
-        if self.contestant == "LoRA":
-            lora = {"learning_rate": self.rate, "alpha": rounded(self.scale * rank)}
-            return changed(base, {"lora": lora, "train": train}, method="lora")
-        lily = {"learning_rate": self.rate, "scaling": self.scale, "dropout": self.dropout}
-        return changed(base, {"lily": lily, "train": train}, method="lily")
 
 
 def settings() -> list[Setting]:
@@ -125,17 +95,6 @@ def shrunk(setting: Setting, run_folder: Path, factor: float, metric: str) -> Ou
     return Outcome(f"{setting.contestant}, shrunk", values[metric], values["general_loss"] - before, told)
 
 
-def train(base: Recipe, rank: int, out: Path, only_done: bool) -> list[tuple[Setting, Path]]:
-    """The settings whose runs are finished, training those that are not."""
-    listed = [(s, out / "runs" / s.name) for s in settings()]
-    jobs = [Job(s.name, folder.placed(s.recipe(base, rank), at), at, trial=True) for s, at in listed]
-    if not only_done:
-        count, threads = side_by_side(None)
-        with opened(out, overwrite=False) as lock:
-            run(jobs, out, count, threads, lock, lambda job, o: print(job.name, o.error or "done", flush=True))
-    return [pair for pair, job in zip(listed, jobs, strict=True) if job.done]
-
-
 def table(found: Sequence[Outcome], metric: str) -> str:
     lines = [f"| | {' | '.join(f'within {limit:g}' for limit in LIMITS)} | best | its forgetting |"]
     lines.append("|" + " --- |" * (len(LIMITS) + 3))
@@ -156,16 +115,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/forgetting"))
     parser.add_argument("--data", type=Path, help="Also write the outcomes to this JSON.")
     parser.add_argument("--plot", type=Path, help="Also draw them, to an svg or png.")
-    parser.add_argument("--only-done", action="store_true", help="Use what is there, train nothing.")
+    parser.add_argument("--jobs", type=int, default=1, help="Runs at a time.")
     options = parser.parse_args()
     base = loader.load_recipe(options.recipe, [*CHANGES, *options.set])
-    lora: Any = methods.peft_config(changed(base, {}, method="lora"), preflight.prepare(base).meta)
-    done = train(base, lora.r, options.out, options.only_done)
-    found = [o for s, at in done for o in outcomes_of(s, at, options.metric)]
+    rank = lora_rank(base)
+    done = train(base, rank, settings(), options.out, options.jobs)
+    found = [o for s, at in done.items() for o in outcomes_of(s, at, options.metric)]
     if not found:
         raise SystemExit("no run is finished")
     for name in ("Lily", "LoRA"):
-        own = [(s, at) for s, at in done if s.contestant == name]
+        own = [(s, at) for s, at in done.items() if s.contestant == name]
         best = max(own, key=lambda pair: max(o.quality for o in outcomes_of(*pair, options.metric)), default=None)
         for factor in FACTORS if best is not None else ():
             found.append(shrunk(*best, factor, options.metric))
@@ -177,7 +136,7 @@ def main() -> None:
         said = ", ".join(f"{limit:g}: {'-' if gain is None else f'{100 * gain:+.1f}'}" for limit, gain in gains.items())
         print(f"\n{name} moves Lily's frontier by {said} points")
     if options.data is not None:
-        told = {"recipe": base.name, "changes": CHANGES, "metric": options.metric, "rank": lora.r,
+        told = {"recipe": base.name, "changes": CHANGES, "metric": options.metric, "rank": rank,
                 "outcomes": [o.to_dict() for o in found]}  # fmt: skip
         write_text(options.data, json.dumps(told, indent=1))
     if options.plot is not None:

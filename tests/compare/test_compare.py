@@ -13,6 +13,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from browser import assert_drawn, needs_browser, screenshot
 from recipes_helpers import classification, rows, write_jsonl, write_recipe
 from typer.testing import CliRunner
 
@@ -150,6 +151,14 @@ def test_the_page_holds_everything_and_loads_nothing(done):
         assert said in words
     markdown = (out / "tiny/comparison.md").read_text()
     assert "| LoRA |" in markdown
+
+
+@pytest.mark.slow
+@needs_browser
+@pytest.mark.parametrize("colours", ["light", "dark"])
+def test_a_browser_renders_the_page_without_complaint(done, tmp_path, colours):
+    out, _, _ = done
+    assert_drawn(screenshot(out / "tiny/comparison.html", colours, tmp_path), colours)
 
 
 def settings(tmp_path, **changes):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
 from html.parser import HTMLParser
 from itertools import pairwise
 
 import pytest
 import torch
+from browser import assert_drawn, needs_browser, screenshot
 from helpers import build
 from peft import LoraConfig, get_peft_model
 from recipes_helpers import classification, rows, sft, write_jsonl
@@ -26,8 +26,6 @@ from lily.recipes.insight import insight
 pytestmark = pytest.mark.filterwarnings("ignore:routing=.* on a causal model")
 
 EVIL = "</title><script>alert('x')</script>"
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-CHROMIUM = next((path for name in NAMES if (path := shutil.which(name))), None)
 
 
 @pytest.fixture(scope="module")
@@ -234,23 +232,8 @@ def test_bad_options_are_refused_before_anything_is_read(run, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine (Debian: apt-get install chromium)")
+@needs_browser
 @pytest.mark.parametrize("colours", ["light", "dark"])
 def test_a_browser_renders_the_page_without_complaint(run, tmp_path, colours):
-    from PIL import Image
-
     page_of(run, tmp_path)
-    preference = {"light": "1", "dark": "0"}[colours]
-    done = subprocess.run(
-        [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
-         f"--blink-settings=preferredColorScheme={preference}", "--window-size=1200,3000", "--hide-scrollbars",
-         "--enable-logging=stderr", f"--screenshot={tmp_path / 'shot.png'}", (tmp_path / "page.html").as_uri()],
-        capture_output=True, text=True, timeout=180, check=True,
-    )  # fmt: skip
-    assert "CONSOLE" not in done.stderr, done.stderr
-    with Image.open(tmp_path / "shot.png") as shot:
-        assert shot.size == (1200, 3000)
-        corner = shot.convert("L").getpixel((2, 2))
-        used = len(shot.convert("RGB").getcolors(1 << 20) or [])
-    assert (corner < 60) == (colours == "dark")
-    assert used > 50
+    assert_drawn(screenshot(tmp_path / "page.html", colours, tmp_path), colours)

@@ -5,7 +5,7 @@ Each function gives a `Picture`: a matplotlib figure and the alternative text th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -15,6 +15,7 @@ from lily.analysis.forgetting import Outcome, by_contestant, frontier
 from lily.analysis.granularity import Point, Quality
 from lily.analysis.rank import RankReport
 from lily.analysis.routing import RoutingReport
+from lily.analysis.scaling import Tried
 from lily.analysis.words import (
     rank_words,
     routing_words,
@@ -259,3 +260,39 @@ def forgetting_plot(outcomes: Sequence[Outcome], metric: str) -> Picture:
     panel.set_ylabel(metric)
     panel.legend()
     return Picture(figure, f"{metric} against forgetting; frontiers: {'; '.join(said)}.")
+
+
+def settings_plot(found: Mapping[str, Sequence[Tried]], metric: str) -> Picture:
+    """Quality over learning rate (across) and scale (up): a row for each task, a panel for each contestant.
+
+    Args:
+        found: task -> its settings.
+        metric: name and unit of the quality, for the colour bar.
+    """
+    if not any(found.values()):
+        raise LilyError("nothing was trained, so there is nothing to draw")
+    contestants = list(dict.fromkeys(t.contestant for own in found.values() for t in own))
+    figure = _figure(4.2 * len(contestants) + 0.8, 3.0 * len(found))
+    rows = figure.subplots(len(found), len(contestants), squeeze=False)
+    said = []
+    for (task, tried), panels in zip(found.items(), rows, strict=True):
+        low, high = min(t.quality for t in tried), max(t.quality for t in tried)
+        rates, scales = sorted({t.rate for t in tried}), sorted({t.scale for t in tried})
+        for contestant, panel in zip(contestants, panels, strict=True):
+            own = {(t.scale, t.rate): t.quality for t in tried if t.contestant == contestant}
+            table = [[own.get((scale, rate), float("nan")) for rate in rates] for scale in scales]
+            image = panel.imshow(table, vmin=low, vmax=high, cmap="Purples", aspect="auto", origin="lower")
+            for y, values in enumerate(table):
+                for x, value in enumerate(values):
+                    dark = value > (low + high) / 2
+                    panel.text(x, y, f"{value:.1f}", ha="center", va="center", color="white" if dark else "black")
+            panel.set_title(f"{task}: {contestant}")
+            panel.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
+            panel.set_yticks(range(len(scales)), [f"{scale:g}" for scale in scales])
+            panel.set_xlabel("learning rate")
+            panel.set_ylabel("scale of the update")
+            if own:
+                (scale, rate), best = max(own.items(), key=lambda pair: pair[1])
+                said.append(f"{task}, {contestant}: best {best:.4g} at learning rate {rate:g} and scale {scale:g}")
+        figure.colorbar(image, ax=list(panels), label=metric)
+    return Picture(figure, f"{metric} over learning rate and scale. {'; '.join(said)}.")
