@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, modeling_utils
 
 import lily
 from lily import LilyConfig, LilyError, export
+from lily.export import folders
 
 pytestmark = pytest.mark.filterwarnings("ignore:routing=.* on a causal model", "ignore:merging rounded")
 
@@ -349,7 +350,7 @@ def test_a_disk_that_fills_up_under_safetensors_is_an_error_that_names_the_folde
         Path(file).write_bytes(b"half of it")
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(export, "save_file", full)
+    monkeypatch.setattr(folders, "save_file", full)
     monkeypatch.setattr(modeling_utils, "safe_save_file", full)
     with pytest.raises(OSError, match="No space left on device") as raised:
         WRITERS[writer](adapted("llama", routing="static"), tmp_path / "out")
