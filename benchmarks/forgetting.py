@@ -75,6 +75,7 @@ def shrunk(setting: Setting, run_folder: Path, factor: float, metric: str) -> Ou
     kept = run_folder.parent / "shrunk" / f"{run_folder.name}-{factor:g}.json"
     if not kept.is_file():
         from lily.recipes import evaluate, forgetting
+        from lily.recipes.adapter import Adapter
 
         copy = kept.with_suffix("")
         shutil.rmtree(copy, ignore_errors=True)
@@ -83,7 +84,7 @@ def shrunk(setting: Setting, run_folder: Path, factor: float, metric: str) -> Ou
         option = "lora_alpha" if setting.contestant == "LoRA" else "scaling"
         config[option] *= factor
         (copy / "adapter_config.json").write_text(json.dumps(config))
-        used = evaluate.Adapter(str(copy), str(run_folder / "recipe.yaml"))
+        used = Adapter(str(copy), str(run_folder / "recipe.yaml"))
         values = used.evaluate("validation")
         general = forgetting.general_text(used.recipe, used.tokenizer)
         values["general_loss"] = evaluate.token_loss(used.model, general, used.recipe, used.tokenizer)

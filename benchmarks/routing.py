@@ -103,7 +103,7 @@ def arrangements(labels: list[str]) -> dict[str, list[list[int]]]:
 @torch.no_grad()
 def classify(folder: str) -> dict[str, Any]:
     """Of each arrangement of a run's held-out rows: the accuracy, and what differs from the rows as they come."""
-    from lily.recipes.evaluate import Adapter
+    from lily.recipes.adapter import Adapter
     from lily.recipes.tasks import collate, encode
 
     used = Adapter(folder)

@@ -10,9 +10,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lily.budget import choose, equal_lora_rank, estimate, lora_parameters, parse_count
+from lily.budget import choose, equal_lora_rank, lora_parameters, parse_count
 from lily.config import LilyConfig
 from lily.errors import LilyError
+from lily.estimate import estimate
 from lily.options import ROUTINGS
 from lily.plan import ModuleSpec, build_plan
 

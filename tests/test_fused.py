@@ -11,7 +11,7 @@ from peft import get_peft_model
 from test_model import config_for
 from torch import nn
 
-from lily import LilyConfig, functional, fused, gemm, layer
+from lily import LilyConfig, functional, fused, gemm, linear
 
 ROUTINGS = ["token", "sequence", "batch", "static", "uniform"]
 ACTIVATIONS = ["none", "relu", "gelu", "silu"]
@@ -191,7 +191,7 @@ def adapted(base, **options):
 
 
 def reference_of(model, x):
-    wrapped = next(m for m in model.modules() if isinstance(m, layer.Linear))
+    wrapped = next(m for m in model.modules() if isinstance(m, linear.Linear))
     return wrapped.base_layer(x) + wrapped.update_of("default", x)
 
 
@@ -240,7 +240,7 @@ def test_a_trainable_base_weight_gets_its_gradient():
 
 def test_hooks_on_the_base_layer_run():
     model = adapted(nn.Linear(8, 6))
-    base = next(m for m in model.modules() if isinstance(m, layer.Linear)).base_layer
+    base = next(m for m in model.modules() if isinstance(m, linear.Linear)).base_layer
     x, seen = torch.randn(2, 9, 8), []
     before = model(x)
     handle = base.register_forward_hook(lambda module, args, out: seen.append(out.shape) or out + 1)
@@ -293,7 +293,7 @@ def test_autocast_multiplies_in_half_precision_and_keeps_no_copy_of_the_input(ro
 
 def test_a_half_precision_base_is_not_multiplied_in_float32():
     model = adapted(nn.Linear(64, 48).bfloat16(), routing="token")
-    wrapped = next(m for m in model.modules() if isinstance(m, layer.Linear))
+    wrapped = next(m for m in model.modules() if isinstance(m, linear.Linear))
     x = torch.randn(4, 40, 64, dtype=torch.bfloat16)
     fast = wrapped._fast("default", x)
     assert fast is not None
@@ -310,7 +310,7 @@ def test_several_adapters_at_once_add_up():
     model.add_adapter("other", LilyConfig(r=3, num_B=2, routing="sequence", target_modules=["0"]))
     randomise(model, seed=5)
     model.base_model.set_adapter(["default", "other"])
-    wrapped = next(m for m in model.modules() if isinstance(m, layer.Linear))
+    wrapped = next(m for m in model.modules() if isinstance(m, linear.Linear))
     x = torch.randn(2, 9, 8)
     expected = reference_of(model, x) + wrapped.update_of("other", x)
     assert torch.allclose(model(x), expected, atol=1e-6)

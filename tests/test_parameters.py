@@ -17,7 +17,7 @@ from lily.budget import lora_parameters
 from lily.kinds import EXPERTS, MATRIX
 from lily.layer import layers_of
 from lily.parameters import Parameter
-from lily.plan import NoTargetError
+from lily.selection import NoTargetError
 from lily.targets import select_targets
 
 pytestmark = pytest.mark.filterwarnings("ignore:routing=.* on a causal model", "ignore:merging rounded")

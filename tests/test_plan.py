@@ -12,7 +12,8 @@ from helpers import TARGETS, build
 from torch import nn
 
 from lily import LilyConfig, LilyError, build_plan, select_modules
-from lily.plan import ModuleSpec, NoTargetError
+from lily.plan import ModuleSpec
+from lily.selection import NoTargetError
 
 
 def plan_of(model, **options):

@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import nn
 from typer.testing import CliRunner
 
-from lily.commands import plan_report
+from lily.commands.base_model import model_from
 from lily.commands.plan import (
     as_bytes,
     as_count,
@@ -26,17 +26,10 @@ from lily.commands.plan import (
     render_recipe,
     shorten,
 )
-from lily.commands.plan_report import (
-    PlanReport,
-    RecipeReport,
-    Wish,
-    compress,
-    depth_numbers,
-    model_from,
-    plan_for,
-    wish_of,
-)
+from lily.commands.plan_recipe import RecipeReport, wish_of
+from lily.commands.plan_report import PlanReport, Wish, compress, depth_numbers, plan_for
 from lily.errors import LilyError
+from lily.recipes import loader
 from lily.recipes.schema import Recipe
 
 transformers = pytest.importorskip("transformers")
@@ -48,7 +41,7 @@ app.command()(plan_command)
 
 @pytest.fixture(autouse=True)
 def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_report, "_shipped", lambda: ["quickstart", "commonsense"])
+    monkeypatch.setattr(loader, "shipped", lambda: {"quickstart": None, "commonsense": None})
     monkeypatch.setenv("COLUMNS", "160")
 
 

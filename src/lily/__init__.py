@@ -10,8 +10,9 @@ from lily._version import __version__
 from lily.config import LilyConfig
 from lily.errors import LilyError
 from lily.model import LilyModel
-from lily.plan import SharingPlan, build_plan, select_modules
+from lily.plan import SharingPlan, build_plan
 from lily.registry import register, unregister
+from lily.selection import select_modules
 
 if TYPE_CHECKING:
     from lily import export

@@ -7,7 +7,8 @@ from typing import cast
 from torch import Tensor, nn
 
 from lily import functional
-from lily.layer import Beside, Factors
+from lily.layer import Factors
+from lily.linear import Beside
 
 
 class Conv2d(Beside):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lily import functional
 from lily.bank import LilyBank
 from lily.errors import LilyError
-from lily.layer import Beside
+from lily.linear import Beside
 
 
 class Embedding(Beside):

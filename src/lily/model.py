@@ -22,20 +22,15 @@ from lily.conv import Conv2d
 from lily.embedding import Embedding
 from lily.errors import LilyError
 from lily.kinds import BLOCK, CONV2D, EMBEDDING, LINEAR, PARAMETERS, ModuleSpec
-from lily.layer import LilyLayer, Linear, layers_of
+from lily.layer import LilyLayer, layers_of
+from lily.linear import Linear
 from lily.loading import current
 from lily.nested import Nested
 from lily.parameters import Parameter
 from lily.placement import Placement, is_spread, onload, placement
-from lily.plan import (
-    SharingPlan,
-    build_plan,
-    is_causal,
-    resolved_stride,
-    select_modules,
-    stock_grouping_differs,
-)
+from lily.plan import SharingPlan, build_plan, resolved_stride, stock_grouping_differs
 from lily.quantised import keep_differentiable
+from lily.selection import is_causal, select_modules
 from lily.sharding import unwrapped
 from lily.sliced import Slice
 from lily.targets import select_targets
@@ -74,7 +69,7 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         not every layer need appear in it.
 
         Raises:
-            LilyError: see `lily.plan.select_modules` and `lily.plan.build_plan`.
+            LilyError: see `lily.selection.select_modules` and `lily.plan.build_plan`.
         """
         config = self.peft_config[adapter_name] = LilyConfig.from_stock(self.peft_config[adapter_name])
         if state_dict is not None and config.target_modules is None and not config.target_parameters:

@@ -25,7 +25,7 @@ from lily.kinds import (
 )
 from lily.layer import LilyLayer
 from lily.parameters import Parameter
-from lily.plan import NoTargetError, own_modules, select_modules
+from lily.selection import NoTargetError, own_modules, select_modules
 from lily.sliced import Slice
 from lily.slices import layout_of, rows_of
 
@@ -33,7 +33,7 @@ from lily.slices import layout_of, rows_of
 def select_targets(model: nn.Module, config: LilyConfig) -> list[ModuleSpec]:
     """The layers, then the blocks and the parameters that `config` targets, each in the model's order.
 
-    Like `lily.plan.select_modules`, it reads names and sizes only.
+    Like `lily.selection.select_modules`, it reads names and sizes only.
 
     Args:
         model: the base model, or one that already carries adapters.

@@ -10,6 +10,7 @@ from peft import get_peft_model
 from lily.compare.contestants import parse, resolve
 from lily.errors import LilyError
 from lily.recipes import loader, methods, others, preflight
+from lily.recipes.adapter import Adapter
 
 ALL = "lily,lily:batch,lily:static,stock-lily,lora,rslora,dora,vera,loha,ia3,none"
 
@@ -96,11 +97,11 @@ def test_what_is_wrong_with_a_method_of_peft_is_told_before_a_weight_is_read(rec
 
 @pytest.mark.parametrize("changes", [["method=stock-lily"], ["method=dora"], ["method=peft", "peft.peft_type=VERA"]])
 def test_any_method_trains_and_its_adapter_gives_the_figures_again(recipe, tmp_path, changes):
-    from lily.recipes import evaluate, train
+    from lily.recipes import train
 
     chosen = loader.load_recipe(recipe, [*changes, "train.epochs=1", f"output={tmp_path / 'run'}"])
     result = train.train(chosen, quiet=True)
-    again = evaluate.Adapter(str(tmp_path / "run")).evaluate()
+    again = Adapter(str(tmp_path / "run")).evaluate()
     assert again == pytest.approx(result.final)
     assert result.method == chosen.method
     assert result.parameters["adapter"] > 0

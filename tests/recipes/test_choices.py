@@ -11,7 +11,8 @@ from recipes_helpers import rows, sft, tokenizer, write_jsonl, write_recipe
 from transformers import AutoModelForCausalLM
 
 from lily.errors import LilyError
-from lily.recipes import choices, data, evaluate, loader, train
+from lily.recipes import choices, data, loader, train
+from lily.recipes.adapter import Adapter
 
 ASKED = {"after": "answer is ", "separator": "/", "completion": "so {choice}"}
 
@@ -173,6 +174,6 @@ def test_accuracy_chooses_the_best_epoch_and_eval_finds_it_again(made, tmp_path)
     assert result.best["epoch"] == result.history[found.index(max(found))]["epoch"]
     assert set(result.final) == set(result.before) == {"accuracy", "accuracy_norm", "loss"}
     assert result.final["loss"] < result.before["loss"]
-    again = evaluate.Adapter(str(tmp_path / "run")).evaluate()
+    again = Adapter(str(tmp_path / "run")).evaluate()
     assert again == pytest.approx(result.final, abs=1e-6)
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["metric"] == "accuracy"

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from lily.cli import app
 from lily.errors import LilyError
 from lily.recipes import evaluate, train
+from lily.recipes.adapter import Adapter
 from lily.recipes.deploy import describe
 
 pytestmark = pytest.mark.filterwarnings("ignore:routing=.* on a causal model")
@@ -65,7 +66,7 @@ def test_a_collapsed_adapter_goes_everywhere_a_lora_goes(trained, tmp_path, enco
     assert "accuracy: " in said
     report = json.loads((tmp_path / "static" / "collapse.json").read_text())
     assert {"recipe.yaml", "labels.json", "README.md", "adapter_model.safetensors"} <= set(files(tmp_path / "static"))
-    used = evaluate.Adapter(str(tmp_path / "static"))
+    used = Adapter(str(tmp_path / "static"))
     assert used.evaluate()["accuracy"] == pytest.approx(report["metrics"]["after"]["accuracy"])
     expected = outputs(used.model, encoder)
 
@@ -101,7 +102,7 @@ def test_the_reported_drift_is_what_an_independent_evaluation_measures(trained, 
     invoke("collapse", trained["classifier"], "--out", tmp_path / "static", "--rows", "1000")
     invoke("export", tmp_path / "static", "--to", "lora", "--out", tmp_path / "lora")
     report = json.loads((tmp_path / "static" / "collapse.json").read_text())
-    dynamic = evaluate.Adapter(str(trained["classifier"]))
+    dynamic = Adapter(str(trained["classifier"]))
     held_out = dynamic.splits.held_out
     lora = PeftModel.from_pretrained(classifier(encoder), tmp_path / "lora").eval()
     old, new = (
@@ -124,7 +125,7 @@ def test_a_settled_adapter_needs_no_collapse(trained, tmp_path, encoder):
     assert result["best"]["value"] == best
     assert json.loads((run / "best" / "adapter_config.json").read_text())["routing"] == "static"
     assert not any("lily_router" in name for name in load_file(run / "best" / "adapter_model.safetensors"))
-    expected = outputs(evaluate.Adapter(str(run)).model, encoder)
+    expected = outputs(Adapter(str(run)).model, encoder)
     invoke("export", run, "--to", "lora", "--out", tmp_path / "lora")
     lora = PeftModel.from_pretrained(classifier(encoder), tmp_path / "lora")
     assert torch.allclose(outputs(lora, encoder), expected, atol=1e-5)
@@ -158,7 +159,7 @@ def test_a_chat_adapter_is_refitted_exported_for_vllm_and_merged(trained, tmp_pa
     assert set(config["target_modules"]) == {
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
     }  # fmt: skip
-    expected = outputs(evaluate.Adapter(str(tmp_path / "static")).model, chat_model)
+    expected = outputs(Adapter(str(tmp_path / "static")).model, chat_model)
     lora = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(chat_model), tmp_path / "lora")
     assert torch.allclose(outputs(lora, chat_model), expected, atol=1e-5)
     invoke("export", tmp_path / "static", "--to", "merged", "--out", tmp_path / "merged")

@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 
 from lily.cli import app
 from lily.errors import LilyError
-from lily.recipes import evaluate, insight, loader, models, preflight
+from lily.recipes import insight, loader, models, preflight
+from lily.recipes.adapter import Adapter
 from lily.recipes.images import Preprocess
 from lily.recipes.train import train
 
@@ -104,7 +105,7 @@ def test_the_model_card_loads_the_adapter(run, vit):
 
     base = AutoModelForImageClassification.from_pretrained(str(vit), num_labels=3)
     model = PeftModel.from_pretrained(base, str(run[0] / "best")).eval()
-    used = evaluate.Adapter(str(run[0]))
+    used = Adapter(str(run[0]))
     pixels = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         torch.testing.assert_close(model(pixel_values=pixels).logits, used.model(pixel_values=pixels).logits)
@@ -130,7 +131,7 @@ def test_every_image_gets_a_prediction(run, tmp_path, form):
 def test_a_list_of_files_can_be_evaluated(run, colours):
     path = colours.parent / "test.txt"
     path.write_text("".join(f"all/{c}/{i:02}.png {c}\n" for c in COLOURS for i in range(3)))
-    assert evaluate.Adapter(str(run[0])).evaluate(file=str(path)) == {"accuracy": 1.0}
+    assert Adapter(str(run[0])).evaluate(file=str(path)) == {"accuracy": 1.0}
 
 
 def test_routing_is_told_by_class(run):
@@ -142,7 +143,7 @@ def test_routing_is_told_by_class(run):
 def test_collapse_and_export_calibrate_on_the_images(run, tmp_path):
     out, merged = tmp_path / "static", tmp_path / "lora"
     invoke("collapse", run[0], "--out", out)
-    assert evaluate.Adapter(str(out)).evaluate() == {"accuracy": 1.0}
+    assert Adapter(str(out)).evaluate() == {"accuracy": 1.0}
     invoke("export", out, "--to", "lora", "--out", merged)
     assert (merged / "adapter_model.safetensors").is_file()
 

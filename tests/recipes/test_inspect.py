@@ -20,7 +20,8 @@ from test_train import make
 from lily.adapted import find
 from lily.analysis.routing import routing_report
 from lily.errors import LilyError
-from lily.recipes import evaluate, train
+from lily.recipes import train
+from lily.recipes.adapter import Adapter, batches
 from lily.recipes.insight import insight
 
 pytestmark = pytest.mark.filterwarnings("ignore:routing=.* on a causal model")
@@ -82,11 +83,11 @@ def test_a_run_is_told_with_its_figures_its_routing_over_held_out_rows_and_the_l
 
 def test_the_routing_that_is_told_is_that_of_the_held_out_rows_with_their_labels(run):
     told = insight(str(run)).routing
-    used = evaluate.Adapter(str(run))
+    used = Adapter(str(run))
     held_out = used.splits.held_out
     for name in ("0", "1"):
         chosen = [row for row in held_out if row["label"] == name]
-        alone = routing_report(used.model, evaluate.batches(chosen, used.recipe, used.tokenizer, torch.device("cpu")))
+        alone = routing_report(used.model, batches(chosen, used.recipe, used.tokenizer, torch.device("cpu")))
         for layer, other in zip(told.layers, alone.layers, strict=True):
             assert torch.tensor(layer.labels[name]).allclose(torch.tensor(other.mean), atol=1e-5)
     assert [layer.name for layer in told.layers] == list(find(used.model).layers)

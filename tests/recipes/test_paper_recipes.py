@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lily.commands.plan_report import recipe_report
+from lily.commands.plan_recipe import recipe_report
 from lily.errors import LilyError
 from lily.recipes import loader
 

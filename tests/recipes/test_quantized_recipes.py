@@ -14,7 +14,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lily.errors import LilyError
-from lily.recipes import evaluate, loader, preflight, train
+from lily.recipes import loader, preflight, train
+from lily.recipes.adapter import Adapter
 from lily.recipes.deploy import load_for_export
 from lily.recipes.models import load_model
 from lily.recipes.quantization import frozen_bytes
@@ -46,7 +47,7 @@ def test_a_quantised_run_learns_and_is_evaluated_on_the_same_bits(trained, name)
     result, folder = trained[name]
     assert result.quantization == {"chat": "nf4", "classifier": "int8"}[name]
     assert result.final[result.metric] > result.before[result.metric]
-    used = evaluate.Adapter(str(folder))
+    used = Adapter(str(folder))
     assert {"chat": "Linear4bit", "classifier": "Linear8bitLt"}[name] in kinds(used.model)
     found = used.evaluate()
     assert found == pytest.approx(result.final, abs=1e-6)

@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 
 from lily import LilyError
 from lily.cli import app
-from lily.recipes import data, evaluate, loader, models, preflight, tables, train
+from lily.recipes import data, loader, models, preflight, tables, train
+from lily.recipes.adapter import Adapter, kept_labels
 from lily.recipes.schema import Model
 
 MARK = "import os; os.mkdir({marker!r})\n"
@@ -142,7 +143,7 @@ def test_an_adapters_own_recipe_cannot_say_that_it_is_trusted(hostile, table, tm
     values["model"]["trust_remote_code"] = True
     write_recipe(adapter, values)
     with pytest.raises(LilyError, match="if you trust it, say so with --recipe"):
-        evaluate.Adapter(str(adapter))
+        Adapter(str(adapter))
     assert not marker.exists()
 
 
@@ -198,7 +199,7 @@ def test_a_file_that_shrinks_well_is_read(tmp_path, monkeypatch):
 def test_labels_that_are_none_are_refused(tmp_path, text):
     (tmp_path / "labels.json").write_text(text)
     with pytest.raises(LilyError, match=r"labels.json: "):
-        evaluate.kept_labels(tmp_path)
+        kept_labels(tmp_path)
 
 
 def test_a_recipe_is_read_as_plain_yaml(tmp_path):

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from lily.cli import app
 from lily.errors import LilyError
 from lily.recipes import evaluate, loader, train
+from lily.recipes.adapter import Adapter
 
 
 def make(kind, folder, model, overrides=()):
@@ -112,7 +113,7 @@ def test_regression_on_pairs_runs(tmp_path, encoder):
     assert set(result.final) == {"pearson", "spearman"}
     assert result.final["pearson"] > 0.5
     assert result.baselines["majority"]["pearson"] == 0.0
-    (prediction,) = evaluate.Adapter(str(tmp_path / "run")).predict([{"a": "the film was good", "b": "x"}])
+    (prediction,) = Adapter(str(tmp_path / "run")).predict([{"a": "the film was good", "b": "x"}])
     assert isinstance(prediction["prediction"], float)
 
 
@@ -296,7 +297,7 @@ def test_prediction_reads_no_further_than_it_must(finished):
             seen.append(i)
             yield {"text": "the film was good"}
 
-    stream = evaluate.Adapter(str(folder / "run")).predict(endless())
+    stream = Adapter(str(folder / "run")).predict(endless())
     next(stream)
     assert len(seen) == 64
 

@@ -90,8 +90,8 @@ def _subject(
     import lily
     from lily.bench import subjects
     from lily.budget import choose, parse_count
+    from lily.commands.base_model import model_from
     from lily.commands.plan import names_or_regex
-    from lily.commands.plan_report import model_from
 
     shape = subjects.Shape(*sizes)
     built_in = {"llama": subjects.llama, "vit": subjects.vit}

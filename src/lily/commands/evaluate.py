@@ -108,7 +108,7 @@ def _rows(used: Any, source: Path | str) -> tuple[Iterable[dict[str, Any]], Path
 
 def _adapter(folder: str, recipe: str | None) -> Any:
     quieten()
-    from lily.recipes.evaluate import Adapter
+    from lily.recipes.adapter import Adapter
 
     return Adapter(folder, recipe)
 

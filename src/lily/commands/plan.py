@@ -20,17 +20,9 @@ from rich.table import Table
 from rich.text import Text
 
 from lily.budget import parse_count
-from lily.commands.plan_report import (
-    TASKS,
-    GroupReport,
-    PlanReport,
-    RecipeReport,
-    Wish,
-    is_recipe,
-    model_from,
-    plan_for,
-    recipe_report,
-)
+from lily.commands.base_model import TASKS, model_from
+from lily.commands.plan_recipe import RecipeReport, is_recipe, recipe_report
+from lily.commands.plan_report import GroupReport, PlanReport, Wish, plan_for
 from lily.errors import LilyError
 from lily.kinds import EXPERTS
 

@@ -2,36 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lily.budget import Choice, Estimate, choose, equal_lora_rank, estimate, lora_compute, lora_parameters, parse_count
+from lily.budget import Choice, choose, equal_lora_rank, lora_compute, lora_parameters
 from lily.config import LilyConfig
-from lily.errors import LilyError
+from lily.estimate import Estimate, estimate
 from lily.kinds import ModuleSpec
-from lily.plan import SAVED_HEADS, Group, SharingPlan, build_plan, is_causal
+from lily.plan import SAVED_HEADS, Group, SharingPlan, build_plan
+from lily.selection import is_causal
 from lily.targets import select_targets, whole_layers
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from lily.recipes.dreambooth.schema import DreamBooth
-    from lily.recipes.schema import Model, Recipe
-
-TASKS = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
-RECIPE_ENDINGS = (".yaml", ".yml")
 
 
 @dataclass(frozen=True)
@@ -130,37 +117,6 @@ class PlanReport:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class RecipeReport:
-    """The dry run of a recipe: the recipe as resolved, its plan, and its first example.
-
-    Attributes:
-        name: of the recipe.
-        method: the recipe's; the plan is Lily's in any case.
-        recipe: the resolved recipe as YAML.
-        plan: for the recipe's model.
-        preview: (text, trained) of the first training example: the loss counts where trained is True; empty where
-            there is no text.
-    """
-
-    name: str
-    method: str
-    recipe: str
-    plan: PlanReport
-    preview: tuple[tuple[str, bool], ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain JSON values."""
-        import yaml
-
-        return {
-            "name": self.name,
-            "recipe": yaml.safe_load(self.recipe),
-            "plan": self.plan.to_dict(),
-            "preview": [{"text": text, "trained": trained} for text, trained in self.preview],
-        }
-
-
 # --- from a model to a report ---------------------------------------------------------------------------------------
 
 
@@ -205,10 +161,10 @@ def plan_for(
         "target_parameters": asked.target_parameters,
     }
     plan = build_plan(modules, LilyConfig(routing=routing, **found, **choice.options))
-    return _report(model, modules, plan, choice, wish, name=name, dtype=dtype, base_bytes=base_bytes)
+    return report_of(model, modules, plan, choice, wish, name=name, dtype=dtype, base_bytes=base_bytes)
 
 
-def _report(
+def report_of(
     model: nn.Module,
     modules: Sequence[ModuleSpec],
     plan: SharingPlan,
@@ -219,6 +175,18 @@ def _report(
     dtype: str,
     base_bytes: int | None,
 ) -> PlanReport:
+    """What a plan says of a model: sharing, counts, costs, and the LoRA of equal size.
+
+    Args:
+        model: without weights.
+        modules: the adapted layers.
+        plan: made of them.
+        choice: how its shape was chosen.
+        wish: what was asked.
+        name: of the model.
+        dtype: of its weights.
+        base_bytes: of its weights where they are not all of that type.
+    """
     size = sum(p.numel() for p in model.parameters())
     whole = whole_layers(model, modules, wish.exclude)
     costs = estimate(
@@ -307,200 +275,7 @@ def depth_numbers(names: Sequence[str]) -> list[int]:
 # --- from a name to a model on the meta device ----------------------------------------------------------------------
 
 
-def model_from(target: str, task: str | None = None) -> tuple[nn.Module, str]:
-    """A model without weights, and the data type of its weights, from a folder, a config.json or a hub id.
-
-    Args:
-        target: only a hub id uses the network, and of that only config.json is read.
-        task: a key of `TASKS`; default: the architecture that the configuration names.
-
-    Raises:
-        LilyError: if there is no such model, or transformers is missing or does not know it.
-    """
-    if task is not None and task not in TASKS:
-        raise LilyError(f"task {task!r} is not known; choose one of {', '.join(TASKS)}")
-    config = _read_config(target)
-    return _without_weights(config, target, task), dtype_of(config)
-
-
-def dtype_of(config: Any) -> str:
-    """The data type that a model configuration states, float32 if it states none."""
-    return str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
-
-
-def _read_config(target: str) -> Any:
-    path = Path(target).expanduser()
-    if (path / "adapter_config.json").is_file():
-        raise LilyError(f"{target} is an adapter, not a model; `lily inspect {target}` shows it")
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise LilyError(f"{target} has no config.json; name a model folder as save_pretrained writes it")
-    if not path.exists() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", target):
-        raise LilyError(f"{target} does not exist; name a recipe, a model folder, a config.json or a hub id")
-    try:
-        from transformers import AutoConfig
-    except ImportError:
-        raise LilyError("lily plan needs transformers; pip install 'lily-peft[demo]'") from None
-    try:
-        return AutoConfig.from_pretrained(str(path) if path.exists() else target, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        why = str(error).strip().splitlines()[0]
-        if path.exists():
-            raise LilyError(f"cannot read the model configuration of {target}: {why}") from None
-        raise LilyError(_nowhere(target, why)) from None
-
-
-def _nowhere(target: str, why: str) -> str:
-    names = _shipped()
-    near = difflib.get_close_matches(target, names, n=1)
-    hint = f"did you mean the recipe {near[0]}? " if near else ""
-    return (
-        f"{target} is no shipped recipe, file or folder, and cannot be read from the Hugging Face Hub ({why}); {hint}"
-        "give a recipe, a model folder or a config.json, or go online for a hub id"
-    )
-
-
-def _without_weights(config: Any, target: str, task: str | None) -> nn.Module:
-    import torch
-    import transformers
-
-    architecture = next(iter(getattr(config, "architectures", None) or ()), "")
-    named = getattr(transformers, architecture, None) if architecture and task is None else None
-    try:
-        with torch.device("meta"):
-            if named is not None:
-                model: nn.Module = named(config)
-            else:
-                model = getattr(transformers, TASKS[task or "FEATURE_EXTRACTION"]).from_config(config)
-    except Exception as error:  # a model's constructor may raise anything; none of it is ours to fix
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise LilyError(f"cannot build {target} as {task or architecture or 'AutoModel'}: {why}") from error
-    return model
-
-
 # --- the dry run of a recipe ----------------------------------------------------------------------------------------
-
-
-def is_recipe(target: str) -> bool:
-    """Whether `target` names a recipe: a YAML file by its ending, or one that ships; `:` and a variant may follow."""
-    known, head = _shipped(), target.rpartition(":")[0]
-    if any(name.lower().endswith(RECIPE_ENDINGS) for name in (target, head)):
-        return True
-    return not Path(target).expanduser().exists() and (target in known or head in known)
-
-
-def _shipped() -> list[str]:
-    from lily.recipes import loader
-
-    return list(loader.shipped())
-
-
-def recipe_report(
-    target: str, overrides: Sequence[str], *, batch: int | None = None, tokens: int | None = None
-) -> RecipeReport:
-    """The dry run of a recipe: all that `lily train` checks before it reads weights, and nothing that it writes.
-
-    Of a recipe that describes its hub's model itself (`model.architecture`) the plan alone: nothing is downloaded.
-
-    Args:
-        target: path of a YAML file, or name of a recipe that ships.
-        overrides: `key=value` each.
-        batch: for the estimates; default: the recipe's.
-        tokens: for the estimates; default: the recipe's.
-
-    Raises:
-        LilyError: for whatever is wrong with the recipe, its data or its model.
-    """
-    from lily.recipes import loader, methods, models, preflight, quantization, tasks
-    from lily.recipes.places import located
-    from lily.recipes.train import output_folder
-
-    recipe = loader.load_any(target, list(overrides))
-    preflight.check_output(recipe, output_folder(recipe))
-    if recipe.task == "dreambooth":
-        return _drawing_report(recipe, batch, tokens)
-    segments: tuple[tuple[str, bool], ...] = ()
-    if recipe.model.architecture is not None:
-        with located(recipe, "model", "architecture"):
-            model = models.described_model(recipe.model, recipe.task)
-    else:
-        prepared = preflight.prepare(recipe)
-        model = prepared.meta
-        segments = tuple(tasks.preview(recipe, prepared.processor, prepared.splits.train[0]).segments)
-    wish = wish_of(recipe, model, batch=batch, tokens=tokens)
-    dtype = dtype_of(model.config) if recipe.model.dtype == "auto" else recipe.model.dtype
-    quantised = recipe.model.quantization
-    size = None if quantised == "none" else quantization.frozen_bytes(model, recipe.task, quantised)
-    decided = methods.decide(recipe, model)
-    plan = _report(
-        model,
-        decided.modules,
-        decided.plan,
-        decided.choice,
-        wish,
-        name=_said(recipe.model),
-        dtype=dtype if size is None else quantised,
-        base_bytes=size,
-    )
-    return RecipeReport(recipe.name, recipe.method, loader.dump_recipe(recipe), plan, segments)
-
-
-def _drawing_report(recipe: DreamBooth, batch: int | None, tokens: int | None) -> RecipeReport:
-    """The dry run of subject-driven generation: its images are not looked at, and there is no text to preview."""
-    from lily.recipes import loader, methods
-    from lily.recipes.dreambooth.run import planned
-
-    family, model, _ = planned(recipe)
-    usual = (recipe.subject.resolution // 16) ** 2  # where attention begins: an eighth by the autoencoder, then half
-    wish = wish_of(recipe, model, batch=batch, tokens=tokens or usual)
-    name = f"{family.component} of {recipe.model.hub or recipe.model.path or recipe.model.standin}"
-    found = methods.decide(recipe, model)
-    dtype = recipe.model.dtype
-    plan = _report(model, found.modules, found.plan, found.choice, wish, name=name, dtype=dtype, base_bytes=None)
-    return RecipeReport(recipe.name, recipe.method, loader.dump_recipe(recipe), plan, ())
-
-
-def _said(model: Model) -> str:
-    """A model as the recipe says it, short enough for a title."""
-    if model.package is not None:
-        return f"{model.package.member} of {model.package.name} {model.package.version}"
-    return model.hub or model.path or f"the stand-in {model.standin}"
-
-
-def _tokens(recipe: Recipe | DreamBooth, model: nn.Module) -> int:
-    """Tokens of a sample; of an image its patches, and one that stands for the whole."""
-    from lily.recipes.models import image_size
-
-    if recipe.task == "dreambooth":
-        return 512
-    if recipe.task != "image-classification":
-        return recipe.data.max_length
-    patch = getattr(model.config, "patch_size", 16)
-    size = recipe.data.image.size or image_size(model.config)
-    return (size // (patch if isinstance(patch, int) else patch[0])) ** 2 + 1
-
-
-def wish_of(
-    recipe: Recipe | DreamBooth, model: nn.Module, *, batch: int | None = None, tokens: int | None = None
-) -> Wish:
-    """What a recipe asks of a plan."""
-    from lily.recipes.methods import saved_heads, task_type_of
-
-    lily = recipe.lily
-    return Wish(
-        targets=recipe.targets,
-        target_parameters=recipe.target_parameters,
-        exclude=recipe.exclude,
-        r=lily.r,
-        num_A=lily.num_A,
-        stride_A=lily.stride_A,
-        num_B=lily.num_B,
-        parameters=None if lily.params is None else parse_count(lily.params),
-        routing=lily.routing,
-        task=task_type_of(recipe),
-        heads=saved_heads(recipe, model),
-        batch=batch or recipe.train.batch_size,
-        tokens=tokens or _tokens(recipe, model),
-    )
 
 
 # --- rendering ------------------------------------------------------------------------------------------------------

@@ -17,8 +17,9 @@ from lily.files import new_folder, write_text
 from lily.gguf_lora import describe_gguf
 from lily.reading import read_header, read_json, read_tensors
 from lily.recipes import data, loader, models
+from lily.recipes.adapter import Adapter, adapter_path, batches, kept_labels, kept_recipe, recipe_of
 from lily.recipes.dreambooth.schema import DreamBooth
-from lily.recipes.evaluate import Adapter, Judge, adapter_path, batches, kept_labels, kept_recipe, recipe_of
+from lily.recipes.evaluate import Judge
 from lily.recipes.report import LABELS
 from lily.recipes.schema import File, Model
 from lily.recipes.tables import Row

@@ -19,8 +19,9 @@ from lily.errors import LilyError
 from lily.kinds import BLOCK, SLICE
 from lily.plan import SharingPlan
 from lily.recipes import data
+from lily.recipes.adapter import Adapter, adapter_path, batches
 from lily.recipes.deploy import describe, load_for_export
-from lily.recipes.evaluate import Adapter, adapter_path, batches, by_length, device_of
+from lily.recipes.evaluate import by_length, device_of
 from lily.recipes.figures import RunFigures, newest_checkpoint, run_figures, run_of
 from lily.recipes.schema import CLASSIFYING, File
 from lily.recipes.tables import Row

@@ -17,11 +17,12 @@ from lily.budget import Choice, choose, equal_lora_rank, parse_count
 from lily.config import LilyConfig
 from lily.errors import LilyError
 from lily.kinds import PARAMETERS, ModuleSpec
-from lily.plan import SAVED_HEADS, SharingPlan, build_plan, is_causal
+from lily.plan import SAVED_HEADS, SharingPlan, build_plan
 from lily.recipes import others
 from lily.recipes.models import HEADS, heads_of
 from lily.recipes.places import Key, located
 from lily.recipes.schema import Lily, Recipe
+from lily.selection import is_causal
 from lily.targets import select_targets, whole_layers
 
 if TYPE_CHECKING:

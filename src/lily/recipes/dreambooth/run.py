@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from lily.errors import LilyError
 from lily.files import new_folder, write_text
-from lily.plan import select_modules
 from lily.recipes import loader, methods, preflight
 from lily.recipes.dreambooth.schema import DreamBooth
 from lily.recipes.places import located
 from lily.recipes.sources import local_path
 from lily.recipes.train import Result, output_folder
+from lily.selection import select_modules
 
 if TYPE_CHECKING:
     from peft import PeftConfig
