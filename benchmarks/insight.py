@@ -1,9 +1,11 @@
-"""What a run of `lily train` with a LoRA beside it shows of rank, sharing and routing. Prints Markdown, writes JSON.
+r"""What a run of `lily train` with a LoRA beside it shows of rank, sharing and routing. Prints Markdown, writes JSON.
 
     lily train quickstart
-    python benchmarks/insight.py runs/quickstart-lily-0 --out benchmarks/results/insight-quickstart.json
+    python benchmarks/insight.py runs/quickstart-lily-0 --out benchmarks/results/insight-quickstart.json \
+        --figures docs/figures/quickstart
 
-The JSON has no times, and rounds numbers, so that a repetition differs by what training differs.
+`--figures` also draws the paper's Fig. 3 (NAME-rank.svg) and Fig. 4 (NAME-routers.svg) of this run. The JSON has no
+times, and rounds numbers, so that a repetition differs by what training differs.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from lily.analysis.plots import rank_plot, router_plot
 from lily.analysis.rank import RankReport
 from lily.analysis.words import most_by_label
 from lily.files import write_text
@@ -66,6 +69,7 @@ def main() -> None:
     parser.add_argument("run", help="A run's folder.")
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--figures", type=Path, help="Where figures go, without an ending.")
     options = parser.parse_args()
     told = insight(options.run, rows=options.rows)
     if told.rank is None or told.lora is None or told.run is None or told.routing is None:
@@ -97,6 +101,10 @@ def main() -> None:
     print(f"\n{len(rounded['classes'])} of {rounded['layers']} layers beyond chance (p < 0.05 each)")
     if options.out is not None:
         write_text(options.out, json.dumps(rounded, indent=1))
+    if options.figures is not None:
+        for name, picture in (("rank", rank_plot(told.rank, told.lora)), ("routers", router_plot(told.routing))):
+            picture.save(options.figures.with_name(f"{options.figures.name}-{name}.svg"), overwrite=True)
+            print(f"\n{name}: {picture.alt}")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from lily.plan import SharingPlan
 
 COLOURS = ("#7fb2e5", "#f2b56b", "#8fcf9f", "#e59bb6", "#c5b3e6", "#d9cf7a", "#9fd3d6", "#d3b29a")
 LINES = ("#2f6fb0", "#a8650a", "#2f7d43", "#a83f6c", "#6a4fb0", "#7a6d10", "#1f7a80", "#855a38")
+ACROSS = 3  # panels side by side
 LILY, UNION, LORA = "#6d35a5", "#0b7a75", "#b4540a"
 
 
@@ -122,8 +123,14 @@ def router_plot(report: RoutingReport) -> Picture:
     groups = {g: v for g, v in weights_by_group(report).items() if len(v[0].mean) > 1}
     if not groups:
         raise LilyError("there is one B in each group, so nothing is routed and there is no router to draw")
-    figure = _figure(4.2 * len(groups), 0.5 + 0.5 * max(len(v[0].mean) for v in groups.values()) + 1.2)
-    panels = figure.subplots(1, len(groups), squeeze=False)[0]
+    across = min(ACROSS, len(groups))
+    down = -(-len(groups) // across)
+    height = 0.5 + 0.5 * max(len(v[0].mean) for v in groups.values()) + 1.2
+    figure = _figure(4.2 * across, height * down)
+    panels = list(figure.subplots(down, across, squeeze=False).flat)
+    for panel in panels[len(groups) :]:
+        panel.remove()
+    panels = panels[: len(groups)]
     for panel, (group, layers) in zip(panels, groups.items(), strict=True):
         table = [[layer.mean[e] for layer in layers] for e in range(len(layers[0].mean))]
         image = panel.imshow(table, vmin=0, vmax=1, cmap="Purples", aspect="auto")
@@ -131,7 +138,7 @@ def router_plot(report: RoutingReport) -> Picture:
         panel.set_xlabel("layer")
         panel.set_xticks(range(len(layers)), short_names([v.name for v in layers]))
         panel.set_yticks(range(len(table)), [f"B{e}" for e in range(len(table))])
-    figure.colorbar(image, ax=list(panels), label="mean weight")
+    figure.colorbar(image, ax=panels, label="mean weight")
     return Picture(figure, routing_words(report))
 
 
