@@ -1,8 +1,9 @@
 """Task quality against forgetting over scaling and learning rate, for Lily, LoRA, and rules that might move Lily's.
 
-Prints Markdown, writes JSON and a plot.
+    python benchmarks/forgetting.py --out runs/forgetting --jobs 2
 
-    python benchmarks/forgetting.py --out runs/forgetting --data benchmarks/results/forgetting.json
+Keeps the figures in benchmarks/results/forgetting.json, draws docs/figures/forgetting.svg and writes the tables into
+docs/tune.md.
 
 Every contestant has the same rows, schedule and number of parameters. Quality and forgetting are those of the
 validation rows and of the recipe's general text, at every evaluation of every run, so what a run would have been had
@@ -24,20 +25,29 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from grid import Setting, lora_rank, train
+from performance import MARKED
 
 from lily.analysis.forgetting import Outcome, best_within, by_contestant, frontier, moved
 from lily.analysis.plots import forgetting_plot
 from lily.files import write_text
 from lily.recipes import loader
+from lily.recipes.metrics import LOWER_IS_BETTER, shown
 
-# What two cores do in some minutes a run. The last of two equal metrics is the one that is drawn.
-CHANGES = ["data.max_train=640", "data.max_validation=200", "train.evaluate_every=10", "train.epochs=1",
-           "metrics=[loss, exact_match]", "generation.samples=0"]  # fmt: skip
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "forgetting.json"
+PICTURE = ROOT / "docs" / "figures" / "forgetting.svg"
+PAGE = ROOT / "docs" / "tune.md"
+MARKER = "forgetting"
+
+# What two cores do in three minutes a run: 20 steps of 8 rows.
+CHANGES = ["data.max_train=160", "train.batch_size=8", "data.max_validation=100", "train.evaluate_every=10",
+           "train.epochs=1", "metrics=[loss]", "generation.samples=0"]  # fmt: skip
 RATES = (3e-4, 1e-3, 3e-3)
 SCALES = (0.5, 2.0, 8.0)
-DECAYS = (1.0, 10.0)
+DECAYS = (10.0,)
 DROPOUTS = (0.1,)
 FACTORS = (0.25, 0.5, 0.75)
 LIMITS = (0.01, 0.03, 0.1, 0.3)
@@ -54,18 +64,28 @@ def settings() -> list[Setting]:
     ]
 
 
+def quality(metric: str, values: dict[str, Any]) -> float:
+    """More is better: a loss counts with its sign changed."""
+    return float(-values[metric] if metric in LOWER_IS_BETTER else values[metric])
+
+
+def told(metric: str, found: float) -> str:
+    """A quality as the metric is usually told."""
+    return shown(metric, -found if metric in LOWER_IS_BETTER else found)
+
+
 def outcomes_of(setting: Setting, run_folder: Path, metric: str) -> list[Outcome]:
     """What a run was at each of its evaluations."""
     found = json.loads((run_folder / "metrics.json").read_text())
     before = found["forgetting"]["before"]
-    told = {
+    with_ = {
         "learning_rate": setting.rate,
         "scale": setting.scale,
         "weight_decay": setting.decay,
         "dropout": setting.dropout,
     }
     return [
-        Outcome(setting.contestant, h[metric], h["general_loss"] - before, {**told, "step": h["step"]})
+        Outcome(setting.contestant, quality(metric, h), h["general_loss"] - before, {**with_, "step": h["step"]})
         for h in found["history"]
     ]
 
@@ -92,30 +112,27 @@ def shrunk(setting: Setting, run_folder: Path, factor: float, metric: str) -> Ou
         shutil.rmtree(copy)
     values = json.loads(kept.read_text())
     before = json.loads((run_folder / "metrics.json").read_text())["forgetting"]["before"]
-    told = {"learning_rate": setting.rate, "scale": setting.scale, "factor": factor}
-    return Outcome(f"{setting.contestant}, shrunk", values[metric], values["general_loss"] - before, told)
+    with_ = {"learning_rate": setting.rate, "scale": setting.scale, "factor": factor}
+    name = f"{setting.contestant}, shrunk"
+    return Outcome(name, quality(metric, values), values["general_loss"] - before, with_)
 
 
 def table(found: Sequence[Outcome], metric: str) -> str:
     lines = [f"| | {' | '.join(f'within {limit:g}' for limit in LIMITS)} | best | its forgetting |"]
     lines.append("|" + " --- |" * (len(LIMITS) + 3))
     for name, own in by_contestant(found).items():
-        cells = [f"{100 * one.quality:.1f}" if (one := best_within(own, limit)) else "-" for limit in LIMITS]
+        cells = [told(metric, one.quality) if (one := best_within(own, limit)) else "-" for limit in LIMITS]
         best = frontier(own)[-1]
-        lines.append(f"| {name} | {' | '.join(cells)} | {100 * best.quality:.1f} | {best.forgetting:+.3f} |")
-    return f"Best {metric} (%) of the settings that increase the loss on general text by no more:\n\n" + "\n".join(
-        lines
-    )
+        lines.append(f"| {name} | {' | '.join(cells)} | {told(metric, best.quality)} | {best.forgetting:+.3f} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="chat")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="Changes of the recipe, for all.")
-    parser.add_argument("--metric", default="exact_match", help="One of the recipe's, of which more is better.")
+    parser.add_argument("--metric", default="loss", help="One of the recipe's.")
     parser.add_argument("--out", type=Path, default=Path("runs/forgetting"))
-    parser.add_argument("--data", type=Path, help="Also write the outcomes to this JSON.")
-    parser.add_argument("--plot", type=Path, help="Also draw them, to an svg or png.")
     parser.add_argument("--jobs", type=int, default=1, help="Runs at a time.")
     options = parser.parse_args()
     base = loader.load_recipe(options.recipe, [*CHANGES, *options.set])
@@ -129,20 +146,25 @@ def main() -> None:
         best = max(own, key=lambda pair: max(o.quality for o in outcomes_of(*pair, options.metric)), default=None)
         for factor in FACTORS if best is not None else ():
             found.append(shrunk(*best, factor, options.metric))
-    print(table(found, options.metric))
+    written = table(found, options.metric)
     groups = by_contestant(found)
     lily = groups.get("Lily", [])
     rules = {name: moved([*lily, *own], lily, LIMITS) for name, own in groups.items() if name.startswith("Lily,")}
+    unit = 1 if options.metric in LOWER_IS_BETTER else 100
+    written += f"\n\n| what a rule adds to Lily alone | {' | '.join(f'within {limit:g}' for limit in LIMITS)} |\n"
+    written += "|" + " --- |" * (len(LIMITS) + 1)
     for name, gains in rules.items():
-        said = ", ".join(f"{limit:g}: {'-' if gain is None else f'{100 * gain:+.1f}'}" for limit, gain in gains.items())
-        print(f"\n{name} moves Lily's frontier by {said} points")
-    if options.data is not None:
-        told = {"recipe": base.name, "changes": CHANGES, "metric": options.metric, "rank": rank,
-                "outcomes": [o.to_dict() for o in found]}  # fmt: skip
-        write_text(options.data, json.dumps(told, indent=1))
-    if options.plot is not None:
-        percent = [Outcome(o.contestant, 100 * o.quality, o.forgetting) for o in found]
-        forgetting_plot(percent, f"{options.metric} on the validation rows (%)").save(options.plot, overwrite=True)
+        cells = ["-" if gain is None else f"{unit * gain:+.3g}" for gain in gains.values()]
+        written += f"\n| {name.removeprefix('Lily, ')} | {' | '.join(cells)} |"
+    about = {"recipe": base.name, "changes": CHANGES, "metric": options.metric, "rank": rank,
+             "outcomes": [o.to_dict() for o in found]}  # fmt: skip
+    write_text(RESULTS, json.dumps(about, indent=1) + "\n")
+    drawn = [Outcome(o.contestant, unit * o.quality, o.forgetting) for o in found]
+    sign = "minus the loss (nats per token)" if unit == 1 else f"{options.metric} (%)"
+    forgetting_plot(drawn, f"{sign} on the validation rows").save(PICTURE, overwrite=True)
+    page = PAGE.read_text("utf-8")
+    PAGE.write_text(MARKED.sub(lambda m: f"{m[1]}{written}\n{m[4]}" if m[2] == MARKER else m[0], page), "utf-8")
+    print(written)
 
 
 if __name__ == "__main__":
