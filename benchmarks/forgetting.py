@@ -42,20 +42,20 @@ PICTURE = ROOT / "docs" / "figures" / "forgetting.svg"
 PAGE = ROOT / "docs" / "tune.md"
 MARKER = "forgetting"
 
-# What two cores do in three minutes a run: 20 steps of 8 rows.
-CHANGES = ["data.max_train=160", "train.batch_size=8", "data.max_validation=100", "train.evaluate_every=10",
+# What two cores do in half an hour: twelve steps of 8 rows.
+CHANGES = ["data.max_train=96", "train.batch_size=8", "data.max_validation=60", "train.evaluate_every=6",
            "train.epochs=1", "metrics=[loss]", "generation.samples=0"]  # fmt: skip
-RATES = (3e-4, 1e-3, 3e-3)
-SCALES = (0.5, 2.0, 8.0)
+RATES = (1e-3, 4e-3)
+SCALES = (0.5, 2.0)
 DECAYS = (10.0,)
 DROPOUTS = (0.1,)
-FACTORS = (0.25, 0.5, 0.75)
+FACTORS = (0.5, 0.75)
 LIMITS = (0.01, 0.03, 0.1, 0.3)
 
 
 def settings() -> list[Setting]:
     grid = [(rate, scale) for scale in SCALES for rate in RATES]
-    middle = [(rate, SCALES[1]) for rate in RATES[1:]]
+    middle = [(RATES[0], SCALES[1])]
     return [
         *(Setting("Lily", *at) for at in grid),
         *(Setting("LoRA", *at) for at in grid),
@@ -117,14 +117,34 @@ def shrunk(setting: Setting, run_folder: Path, factor: float, metric: str) -> Ou
     return Outcome(name, quality(metric, values), values["general_loss"] - before, with_)
 
 
-def table(found: Sequence[Outcome], metric: str) -> str:
-    lines = [f"| | {' | '.join(f'within {limit:g}' for limit in LIMITS)} | best | its forgetting |"]
-    lines.append("|" + " --- |" * (len(LIMITS) + 3))
-    for name, own in by_contestant(found).items():
+def tables(found: Sequence[Outcome], metric: str) -> str:
+    """What each contestant reaches within each limit, and what the rules add, as Markdown."""
+    limits = " | ".join(f"within {limit:g}" for limit in LIMITS)
+    lines = [f"| | {limits} | best | its forgetting |", "|" + " --- |" * (len(LIMITS) + 3)]
+    groups = by_contestant(found)
+    for name, own in groups.items():
         cells = [told(metric, one.quality) if (one := best_within(own, limit)) else "-" for limit in LIMITS]
         best = frontier(own)[-1]
         lines.append(f"| {name} | {' | '.join(cells)} | {told(metric, best.quality)} | {best.forgetting:+.3f} |")
+    lines += ["", f"| what a rule adds to Lily alone | {limits} |", "|" + " --- |" * (len(LIMITS) + 1)]
+    lily = groups.get("Lily", [])
+    for name, own in groups.items():
+        if name.startswith("Lily,"):
+            gains = moved([*lily, *own], lily, LIMITS).values()
+            cells = ["-" if gain is None else f"{unit(metric) * gain:+.3g}" for gain in gains]
+            lines.append(f"| {name.removeprefix('Lily, ')} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def unit(metric: str) -> int:
+    """Losses are told in nats, all else in per cent."""
+    return 1 if metric in LOWER_IS_BETTER else 100
+
+
+def kept() -> str:
+    """The tables of the kept figures."""
+    found = json.loads(RESULTS.read_text("utf-8"))
+    return tables([Outcome(**one) for one in found["outcomes"]], found["metric"])
 
 
 def main() -> None:
@@ -146,22 +166,13 @@ def main() -> None:
         best = max(own, key=lambda pair: max(o.quality for o in outcomes_of(*pair, options.metric)), default=None)
         for factor in FACTORS if best is not None else ():
             found.append(shrunk(*best, factor, options.metric))
-    written = table(found, options.metric)
-    groups = by_contestant(found)
-    lily = groups.get("Lily", [])
-    rules = {name: moved([*lily, *own], lily, LIMITS) for name, own in groups.items() if name.startswith("Lily,")}
-    unit = 1 if options.metric in LOWER_IS_BETTER else 100
-    written += f"\n\n| what a rule adds to Lily alone | {' | '.join(f'within {limit:g}' for limit in LIMITS)} |\n"
-    written += "|" + " --- |" * (len(LIMITS) + 1)
-    for name, gains in rules.items():
-        cells = ["-" if gain is None else f"{unit * gain:+.3g}" for gain in gains.values()]
-        written += f"\n| {name.removeprefix('Lily, ')} | {' | '.join(cells)} |"
     about = {"recipe": base.name, "changes": CHANGES, "metric": options.metric, "rank": rank,
              "outcomes": [o.to_dict() for o in found]}  # fmt: skip
     write_text(RESULTS, json.dumps(about, indent=1) + "\n")
-    drawn = [Outcome(o.contestant, unit * o.quality, o.forgetting) for o in found]
-    sign = "minus the loss (nats per token)" if unit == 1 else f"{options.metric} (%)"
-    forgetting_plot(drawn, f"{sign} on the validation rows").save(PICTURE, overwrite=True)
+    drawn = [Outcome(o.contestant, unit(options.metric) * o.quality, o.forgetting) for o in found]
+    axis = "minus the loss (nats per token)" if unit(options.metric) == 1 else f"{options.metric} (%)"
+    forgetting_plot(drawn, f"{axis} on the validation rows").save(PICTURE, overwrite=True)
+    written = kept()
     page = PAGE.read_text("utf-8")
     PAGE.write_text(MARKED.sub(lambda m: f"{m[1]}{written}\n{m[4]}" if m[2] == MARKER else m[0], page), "utf-8")
     print(written)

@@ -56,7 +56,7 @@ def collect(out: Path) -> None:
     RESULTS.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
 
 
-def table() -> str:
+def kept() -> str:
     """The kept figures as Markdown."""
     return summary([Comparison.from_dict(values) for values in json.loads(RESULTS.read_text("utf-8")).values()])
 
@@ -64,7 +64,7 @@ def table() -> str:
 def write_page() -> None:
     """Put the table between its markers."""
     text = PAGE.read_text("utf-8")
-    PAGE.write_text(MARKED.sub(lambda m: f"{m[1]}{table()}\n{m[4]}" if m[2] == MARKER else m[0], text), "utf-8")
+    PAGE.write_text(MARKED.sub(lambda m: f"{m[1]}{kept()}\n{m[4]}" if m[2] == MARKER else m[0], text), "utf-8")
 
 
 def main() -> None:
@@ -78,7 +78,7 @@ def main() -> None:
             train(options.out)
         collect(options.out)
     write_page()
-    print(table())
+    print(kept())
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -126,12 +127,13 @@ def test_a_wrong_option_is_one_error(options, message, capsys, monkeypatch):
     assert message in capsys.readouterr().err
 
 
-def test_the_results_page_shows_the_committed_figures_of_the_offline_recipes(monkeypatch):
+@pytest.mark.parametrize("name", ["offline", "scaling", "forgetting"])
+def test_the_pages_show_the_committed_figures_of_long_benchmarks(name, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import offline
     import performance
 
-    assert performance.shown(offline.PAGE)[offline.MARKER] == offline.table()
+    benchmark = importlib.import_module(name)
+    assert performance.shown(benchmark.PAGE)[benchmark.MARKER] == benchmark.kept()
 
 
 def test_the_pages_show_the_committed_figures():
