@@ -63,9 +63,9 @@ class Adapter:
         from lily.recipes.runner import precision_of
 
         precision = precision_of(self.recipe)
-        base = models.load_model(self.recipe.model, self.recipe.task, self.labels, precision=precision)
-        self.processor = models.load_processor(self.recipe, base.config)
-        self.model = place(PeftModel.from_pretrained(base, str(self.path))).eval()
+        plain = models.load_model(self.recipe.model, self.recipe.task, self.labels, precision=precision)
+        self.processor = models.load_processor(self.recipe, plain.config)
+        self.model = place(PeftModel.from_pretrained(plain, str(self.path))).eval()
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
