@@ -40,6 +40,9 @@ def test_the_values_to_look_at_can_be_given():
     points = frontier(MODULES, "6k", num_A=[2], num_B=[1, 2])
     assert {(p.num_A, p.num_B) for p in points} == {(2, 1), (2, 2)}
     assert all(p.union == min(256, p.num_B * p.r) for p in points)
+    assert frontier(MODULES, "6k", num_A=iter([1, 2]), num_B=iter([1, 2])) == frontier(
+        MODULES, "6k", num_A=[1, 2], num_B=[1, 2]
+    )
 
 
 def test_a_budget_that_buys_nothing_is_refused():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from test_settle import ROWS, arguments, fresh
@@ -11,8 +12,9 @@ from transformers import Trainer, TrainerCallback
 
 import lily
 from lily.adapted import find
-from lily.analysis.history import FILE, RoutingCallback, RoutingHistory
+from lily.analysis.history import FILE, SNAPSHOTS, RoutingCallback, RoutingHistory, steps_looked_at
 from lily.errors import LilyError
+from lily.routers import RouterWatch
 
 pytestmark = pytest.mark.filterwarnings("ignore:routing=.* on a causal model")
 
@@ -50,7 +52,9 @@ def test_every_step_is_recorded_as_a_direct_recomputation_finds_it(tmp_path):
     history = RoutingHistory.load(tmp_path / FILE)
     assert history == callback.history
     assert history.steps == (1, 2, 3, 4)
-    assert history.tokens == (4 * 8,) * 4  # two micro-batches of two rows of eight tokens
+    assert history.tokens == dict.fromkeys(
+        find(model).layers, (4 * 8,) * 4
+    )  # two micro-batches of two rows of eight tokens
     for name in find(model).layers:
         expected = torch.tensor([step[name] for step in truth.steps])
         assert torch.tensor(history.layers[name]).allclose(expected, atol=1e-6)
@@ -65,13 +69,25 @@ def test_recording_changes_nothing_that_is_learned(tmp_path):
         assert torch.equal(p, q), name
 
 
-def test_by_default_up_to_a_hundred_steps_are_looked_at_and_none_of_the_health_watch(tmp_path):
+def test_by_default_every_second_step_of_a_short_training_is_looked_at(tmp_path):
     _, (callback,) = train(tmp_path, lambda m: [RoutingCallback()], max_steps=20)
     assert callback.history.steps == tuple(range(2, 21, 2))
-    assert callback.step_size == 1
-    callback.on_train_begin(arguments(tmp_path), type("S", (), {"max_steps": 1000, "global_step": 0}), None,
-                            model=fresh(routing="token"))  # fmt: skip
-    assert callback.step_size == 10
+
+
+# From 5,000 steps on the health watch looks at every hundredth, so fewer totals tell all.
+TOTALS = sorted({*range(1, 5_100), *range(5_100, 20_000, 37), *range(10_000, 10_100), 20_000})
+
+
+def test_of_any_training_half_to_all_snapshots_are_taken_evenly_and_none_of_the_health_watch():
+    for total in TOTALS:
+        steps = np.array(steps_looked_at(total), int)
+        assert not RouterWatch.wants(steps, total).any(), total
+        least = SNAPSHOTS // 2 if total >= SNAPSHOTS else total // 2
+        assert least <= len(steps) <= SNAPSHOTS, total
+        if total > SNAPSHOTS:
+            gaps = np.diff(steps, prepend=-1, append=total)
+            assert gaps.min() > 0, total
+            assert gaps.max() <= total / 33, total
 
 
 def test_a_resumed_training_goes_on_with_its_checkpoints_record(tmp_path):
@@ -108,6 +124,9 @@ def test_what_settles_already_is_refused(tmp_path):
         '{"steps": [1, 2], "tokens": [4, 4], "layers": {"x": [[0.5, 0.5]]}}',
         '{"steps": [1], "tokens": [4], "layers": {"x": [[NaN, 0.5]]}}',
         '{"steps": [1], "tokens": [], "layers": {"x": [[0.5, 0.5]]}}',
+        '{"steps": [1], "tokens": {"x": [4, 4]}, "layers": {"x": [[0.5, 0.5]]}}',
+        '{"steps": [1], "tokens": {"y": [4]}, "layers": {"x": [[0.5, 0.5]]}}',
+        '{"steps": [1], "tokens": {"x": [Infinity]}, "layers": {"x": [[0.5, 0.5]]}}',
     ],
 )
 def test_a_damaged_record_is_one_error(tmp_path, damage):
@@ -116,8 +135,48 @@ def test_a_damaged_record_is_one_error(tmp_path, damage):
         RoutingHistory.load(tmp_path / FILE)
 
 
-def test_a_record_survives_its_file(tmp_path):
-    history = RoutingHistory((1, 2), (4, 12), {"x": ((0.25, 0.75), (0.5, 0.5))})
+def test_a_record_survives_its_file_and_counts_each_layers_own_tokens(tmp_path):
+    rows = ((0.25, 0.75), (0.5, 0.5))
+    history = RoutingHistory((1, 2), {"x": (4, 12), "y": (4, 0), "z": (0, 0)}, dict.fromkeys("xyz", rows))
     (tmp_path / FILE).write_text(json.dumps(history.to_dict()))
     assert RoutingHistory.load(tmp_path / FILE) == history
     assert history.accumulated("x") == pytest.approx((0.4375, 0.5625))
+    assert history.accumulated("y") == (0.25, 0.75)
+    assert history.accumulated("z") == (0.5, 0.5)
+    assert [history.largest(name) for name in "xyz"] == [(0.75, 0.5), (0.75, None), (None, None)]
+
+
+class Skipping(TrainerCallback):
+    """Has a layer's forward left out in the first step."""
+
+    def __init__(self, model):
+        (_, self.layer), *_ = find(model).layers.items()
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == 0:
+            self.layer.forward = self.layer.base_layer.forward
+
+    def on_step_end(self, args, state, control, **_):
+        vars(self.layer).pop("forward", None)
+
+
+def test_a_layer_that_did_not_run_in_a_step_has_no_tokens_there(tmp_path):
+    model, _ = train(tmp_path, lambda m: [RoutingCallback(every=1), Skipping(m)], max_steps=2)
+    history = RoutingHistory.load(tmp_path / FILE)
+    first, second, *_ = find(model).layers
+    assert history.tokens[first] == (0, 16)
+    assert history.tokens[second] == (16, 16)
+    assert history.accumulated(first) == history.layers[first][1]
+
+
+def test_a_training_goes_on_with_the_record_of_an_earlier_version(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    model, _ = train(tmp_path, lambda m: [RoutingCallback(every=1)], max_steps=2, **saving)
+    kept = tmp_path / "checkpoint-1" / FILE
+    values = json.loads(kept.read_text())
+    kept.write_text(json.dumps({**values, "tokens": [16]}))
+    whole = RoutingHistory.load(tmp_path / FILE)
+    train(tmp_path, lambda m: [RoutingCallback(every=1)], resume=str(kept.parent), max_steps=2, **saving)
+    again = RoutingHistory.load(tmp_path / FILE)
+    assert (again.steps, again.tokens) == (whole.steps, whole.tokens)
+    assert again.tokens == dict.fromkeys(find(model).layers, (16, 16))

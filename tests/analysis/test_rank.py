@@ -202,6 +202,54 @@ def test_what_has_no_rank_is_refused(tmp_path):
         rank_report(layers, {layers[0].name: Mixing.assumed(2)})
 
 
+@pytest.mark.slow
+@pytest.mark.network
+def test_numerical_ranks_of_a_short_real_run_are_those_of_its_updates_as_full_matrices(tmp_path, monkeypatch):
+    from lily.recipes import loader, train
+    from lily.recipes.adapter import Adapter
+    from lily.recipes.insight import insight
+
+    monkeypatch.chdir(tmp_path)
+    few = ["data.max_train=320", "data.max_validation=64", "data.max_test=64", "train.epochs=1"]
+    train.train(loader.load_recipe("quickstart", [*few, "baselines=[lora]", "output=run"]), quiet=True)
+    told = insight("run")
+    lily_model, lora_model = Adapter("run").model, Adapter("run/lora").model
+    modules = dict(lora_model.get_base_model().named_modules())
+    mixings = told.routing.mixings
+    updates = {
+        "lily": {v.name: full_update(lily_model, v.name, mixings[v.name].mean) for v in told.rank.layers},
+        "lora": {v.name: modules[v.name].get_delta_weight("default").detach().double() for v in told.lora.layers},
+    }
+    assert len(updates["lily"]) == len(updates["lora"]) == 36
+    for report, of in ((told.rank, updates["lily"]), (told.lora, updates["lora"])):
+        for layer in report.layers:
+            brute = torch.linalg.svdvals(of[layer.name])
+            assert layer.shape == of[layer.name].shape
+            assert layer.expected.numerical_rank(0.01) == int((brute > 0.01 * brute[0]).sum()), layer.name
+            assert np.allclose(layer.expected.values, brute[: layer.r], rtol=1e-4, atol=1e-6 * float(brute[0]))
+    assert told.rank.median() > told.lora.median()  # what as many parameters buy
+
+
+def test_numbers_that_are_not_finite_are_refused_with_the_layers_name(tmp_path):
+    model = adapted("bert", routing="static")
+    found = find(model)
+    layers = list(found.layers)
+    with torch.no_grad():
+        found.layers[layers[1]].lily_logits["default"][0] = float("inf")
+    with pytest.raises(LilyError, match=f"^{layers[1]}: numbers in its weights are NaN"):
+        rank_report(lily_layers(model))
+    for value in (float("nan"), float("inf")):
+        for part in ("A", "B"):
+            model = lora(init_lora_weights=False)
+            layer = next(m for name, m in model.named_modules() if name.endswith("layer.2.attention.self.value"))
+            with torch.no_grad():
+                getattr(layer, f"lora_{part}")["default"].weight[1, 2] = value
+            model.save_pretrained(tmp_path)
+            for source in (model, tmp_path):
+                with pytest.raises(LilyError, match=rf"layer\.2\.\S*value: numbers in {part} are NaN or infinite"):
+                    rank_report(lora_layers(source))
+
+
 def test_a_damaged_lora_folder_ends_in_one_error(tmp_path):
     lora().save_pretrained(tmp_path)
     (tmp_path / "adapter_model.safetensors").write_bytes(b"\x00" * 40)

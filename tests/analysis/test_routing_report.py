@@ -13,7 +13,8 @@ from test_rank import adapted, weights_of_tokens
 
 import lily
 from lily.adapted import find
-from lily.analysis.routing import LayerRouting, decompose, routing_report
+from lily.analysis.routing import LayerRouting, RoutingReport, decompose, routing_report
+from lily.analysis.words import routing_words
 from lily.errors import LilyError
 
 pytestmark = pytest.mark.filterwarnings("ignore:routing=.* on a causal model")
@@ -162,3 +163,14 @@ def test_bad_input_is_refused_with_the_fix():
     settling = adapted("bert", routing="token", settled=0.5)
     with pytest.raises(LilyError, match="settles"):
         routing_report(settling, [inputs("bert")])
+
+
+def test_words_on_groups_with_different_numbers_of_experts_name_the_least_and_the_most():
+    def report(*experts):
+        layers = [LayerRouting(f"l{n}", f"g{n}", 0, 5, (1 / n,) * n, ((0.0,) * n,) * n, 0.0, None, {}) for n in experts]
+        return routing_words(RoutingReport("token", 1, (), tuple(layers), ()))
+
+    assert "uses 3.00 of 2 to 4 experts" in report(4, 2)
+    assert "(median; 0.693 to 1.386 at most)" in report(4, 2)
+    assert "uses 2.00 of 2 experts" in report(2, 2, 1)  # a group with one B has nothing to route
+    assert "(median; 0.693 at most)" in report(2, 2, 1)

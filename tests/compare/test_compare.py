@@ -9,11 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from browser import assert_drawn, needs_browser, screenshot
+from browser import NARROW, WIDE, assert_drawn, assert_printed, needs_browser, printed, screenshot
 from recipes_helpers import classification, rows, write_jsonl, write_recipe
 from typer.testing import CliRunner
 
@@ -21,6 +22,7 @@ from lily.cli import app
 from lily.compare import compare as comparing
 from lily.compare import runner
 from lily.compare.contestants import parse, resolve
+from lily.compare.page import page as written
 from lily.compare.result import read
 from lily.compare.runner import Job, Outcome
 from lily.compare.tables import summary
@@ -128,7 +130,7 @@ class Page(HTMLParser):
 
     def __init__(self):
         super().__init__()
-        self.tags, self.words, self.fetched = [], [], []
+        self.tags, self.words, self.fetched, self.heads = [], [], [], []
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
@@ -136,6 +138,8 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         self.words.append(data)
+        if self.tags[-1:] == ["th"]:
+            self.heads.append(data)
 
 
 def test_the_page_holds_everything_and_loads_nothing(done):
@@ -151,14 +155,29 @@ def test_the_page_holds_everything_and_loads_nothing(done):
         assert said in words
     markdown = (out / "tiny/comparison.md").read_text()
     assert "| LoRA |" in markdown
+    assert len(page.heads) == page.tags.count("th")  # none is empty
+
+
+def test_one_seed_has_no_standard_deviation_and_several_have_one(done):
+    found = read(done[0] / "tiny")
+    one = written(found)
+    assert "tandard deviation</th>" in one
+    for said in ("Bars:", "the standard deviation tells", "Standard deviation over the seeds", 'class="number">0<'):
+        assert said not in one
+    entries = [replace(e, seeds=(0, 1), values={m: (0.5, 0.75) for m in e.values}) for e in found.entries]
+    several = written(replace(found, entries=tuple(entries)))
+    assert "Bars: one standard deviation." in several
+    assert 'class="number">18<' in several
+    assert "A difference that is not much larger than it may be chance." in several
 
 
 @pytest.mark.slow
 @needs_browser
-@pytest.mark.parametrize("colours", ["light", "dark"])
-def test_a_browser_renders_the_page_without_complaint(done, tmp_path, colours):
-    out, _, _ = done
-    assert_drawn(screenshot(out / "tiny/comparison.html", colours, tmp_path), colours)
+@pytest.mark.parametrize(("colours", "width"), [("light", WIDE), ("dark", WIDE), ("light", NARROW)])
+def test_a_browser_renders_the_page_without_complaint(done, tmp_path, colours, width):
+    page = done[0] / "tiny/comparison.html"
+    assert_drawn(screenshot(page, colours, tmp_path, width), colours, width)
+    assert_printed(printed(page, tmp_path))
 
 
 def settings(tmp_path, **changes):

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from browser import assert_drawn, needs_browser, screenshot
+from browser import NARROW, WIDE, assert_drawn, assert_printed, needs_browser, printed, screenshot
 from helpers import build
 from peft import LoraConfig, get_peft_model
 from recipes_helpers import classification, rows, sft, write_jsonl
@@ -20,7 +20,7 @@ from test_train import make
 from lily.adapted import find
 from lily.analysis.routing import routing_report
 from lily.errors import LilyError
-from lily.recipes import train
+from lily.recipes import data, train
 from lily.recipes.adapter import Adapter, batches
 from lily.recipes.insight import insight
 
@@ -45,15 +45,21 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.found, self.wrong = [], [], []
+        self.open, self.found, self.wrong, self.empty, self.said = [], [], [], [], ""
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
+        self.said = ""
         self.found.append((tag, dict(attributes)))
         if tag not in self.VOID:
             self.open.append(tag)
 
+    def handle_data(self, data):
+        self.said += data
+
     def handle_endtag(self, tag):
+        if tag == "th" and not self.said.strip():
+            self.empty.append(tag)
         if not self.open or self.open.pop() != tag:
             self.wrong.append(tag)
 
@@ -105,6 +111,81 @@ def test_own_rows_can_be_given_with_and_without_labels(run, tmp_path):
         insight(str(run), file=str(tmp_path / "nowhere.jsonl"))
 
 
+def sorted_rows(count=40):
+    return sorted(rows(count), key=lambda row: row["label"])
+
+
+def test_of_rows_sorted_by_class_a_sample_of_all_is_read(run, tmp_path):
+    told = insight(str(run), file=str(write_jsonl(tmp_path / "a.jsonl", sorted_rows())), rows=12)
+    assert (told.routing.samples, set(told.routing.labels)) == (12, {"0", "1"})
+    again = insight(str(run), file=str(tmp_path / "a.jsonl"), rows=12)
+    assert again.routing == told.routing
+
+
+def test_a_sample_of_rows_is_fixed_keeps_their_order_and_takes_from_all_parts():
+    whole = list(range(1000))
+    found = data.drawn(whole, 100)
+    assert found == data.drawn(whole, 100) == sorted(set(found))
+    assert len(found) == 100
+    assert all(any(part <= i < part + 250 for i in found) for part in (0, 250, 500, 750))
+    assert data.drawn(whole, 100, seed=1) != found
+    assert data.drawn(whole, None) == data.drawn(whole, 1000) == whole
+
+
+def test_rows_of_one_class_alone_say_nothing_of_classes(run, tmp_path):
+    one = write_jsonl(tmp_path / "one.jsonl", [row for row in rows(20) if row["label"] == "1"])
+    text = page_of(run, tmp_path, "--data", one)
+    assert "What the weights depend on" in text
+    assert "sample within its class" not in text
+    assert "Routing by class" not in text
+    said = invoke("inspect", run, "--data", one)
+    assert "of it: sample" in said
+    assert "of it: class" not in said
+
+
+@pytest.fixture
+def alone(run, tmp_path):
+    """The adapter without its recipe, and without a hint of where its base model is."""
+    folder = tmp_path / "alone"
+    shutil.copytree(run / "best", folder)
+    (folder / "recipe.yaml").unlink()
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/no/such/base"}))
+    return folder
+
+
+def test_with_its_base_an_adapter_without_a_recipe_is_measured_over_texts_alike(run, alone, encoder, tmp_path):
+    file = str(write_jsonl(tmp_path / "a.jsonl", sorted_rows()))
+    told, known = (insight(str(folder), file=file, base=str(encoder)) for folder in (alone, run))
+    assert told.read == f"40 rows of {file}"
+    assert told.routing.labels == known.routing.labels == ("0", "1")
+    for layer, other in zip(told.routing.layers, known.routing.layers, strict=True):
+        assert torch.tensor(layer.mean).allclose(torch.tensor(other.mean), atol=1e-6)
+        for name, weights in layer.labels.items():
+            assert torch.tensor(weights).allclose(torch.tensor(other.labels[name]), atol=1e-6)
+    assert not told.rank.assumed
+
+
+def test_texts_without_a_recipe_need_a_base_with_a_tokenizer_and_a_column_of_texts(alone, encoder, tmp_path):
+    file = str(write_jsonl(tmp_path / "a.jsonl", [{"headline": "good"}]))
+    with pytest.raises(LilyError, match=r"row 1: no text in a column 'text'.*--recipe FILE.*headline"):
+        insight(str(alone), file=file, base=str(encoder))
+    file = str(write_jsonl(tmp_path / "b.jsonl", [{"text": "good"}]))
+    with pytest.raises(LilyError, match="name it with --base"):
+        insight(str(alone), file=file)
+    shutil.copytree(encoder, tmp_path / "mute", ignore=shutil.ignore_patterns("token*"))
+    with pytest.raises(LilyError, match="no tokenizer"):
+        insight(str(alone), file=file, base=str(tmp_path / "mute"))
+
+
+def test_a_recipes_base_model_may_have_moved(run, encoder, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    for recipe in (tmp_path / "run").rglob("recipe.yaml"):
+        recipe.write_text(recipe.read_text().replace(str(encoder), "/no/such/base"))
+    assert "no routing over data" in insight(str(tmp_path / "run")).notes[0]
+    assert insight(str(tmp_path / "run"), base=str(encoder)).routing == insight(str(run)).routing
+
+
 def test_without_data_ranks_are_at_equal_weights_and_say_so(run):
     said = " ".join(invoke("inspect", run, "--rows", "0").split())
     assert "ranks are at equal weights" in said
@@ -114,7 +195,7 @@ def test_without_data_ranks_are_at_equal_weights_and_say_so(run):
 def test_the_page_is_well_formed_accessible_and_loads_nothing(run, tmp_path):
     text = page_of(run, tmp_path)
     page = Page(text)
-    assert (page.open, page.wrong) == ([], [])
+    assert (page.open, page.wrong, page.empty) == ([], [], [])
     assert page.all("html")[0]["lang"] == "en"
     headings = [int(tag[1]) for tag, _ in page.found if re.fullmatch(r"h[1-6]", tag)]
     assert headings[0] == 1
@@ -151,6 +232,7 @@ def test_a_collapsed_adapter_shows_its_drift(run, tmp_path):
     invoke("collapse", run, "--out", tmp_path / "static")
     text = page_of(tmp_path / "static", tmp_path)
     report = json.loads((tmp_path / "static" / "collapse.json").read_text())
+    assert Page(text).empty == []
     assert "What becoming static cost" in text
     assert f"{report['drift']['relative_error']:.4g}" in text
     assert "token routing became static" in text
@@ -163,7 +245,7 @@ def test_a_chat_models_page_has_no_classes(tmp_path, chat_model):
     assert "token within the sample" in text
 
 
-def test_a_lora_and_an_adapter_without_its_base_are_told_as_far_as_they_can_be(run, tmp_path):
+def test_a_lora_and_an_adapter_without_its_base_are_told_as_far_as_they_can_be(alone, tmp_path):
     get_peft_model(build("bert"), LoraConfig(r=3, target_modules=["query"], init_lora_weights=False)).save_pretrained(
         tmp_path / "lora"
     )
@@ -172,13 +254,7 @@ def test_a_lora_and_an_adapter_without_its_base_are_told_as_far_as_they_can_be(r
     dora = LoraConfig(r=3, target_modules=["query"], use_dora=True)
     get_peft_model(build("bert"), dora).save_pretrained(tmp_path / "dora")
     assert "note: no rank" in " ".join(invoke("inspect", tmp_path / "dora").split())
-    shutil.copytree(run / "best", tmp_path / "alone")
-    (tmp_path / "alone" / "recipe.yaml").unlink()
-    config = json.loads((tmp_path / "alone" / "adapter_config.json").read_text())
-    (tmp_path / "alone" / "adapter_config.json").write_text(
-        json.dumps({**config, "base_model_name_or_path": "/no/such/base"})
-    )
-    assert "note: who shares what" in " ".join(invoke("inspect", tmp_path / "alone").split())
+    assert "note: who shares what" in " ".join(invoke("inspect", alone).split())
     with pytest.raises(LilyError, match="is a LORA adapter; --data is for Lily"):
         insight(str(tmp_path / "lora"), file="rows.jsonl")
 
@@ -234,7 +310,16 @@ def test_bad_options_are_refused_before_anything_is_read(run, tmp_path):
 
 @pytest.mark.slow
 @needs_browser
+@pytest.mark.parametrize("width", [WIDE, NARROW])
 @pytest.mark.parametrize("colours", ["light", "dark"])
-def test_a_browser_renders_the_page_without_complaint(run, tmp_path, colours):
+def test_a_browser_renders_the_page_without_complaint(run, tmp_path, colours, width):
     page_of(run, tmp_path)
-    assert_drawn(screenshot(tmp_path / "page.html", colours, tmp_path), colours)
+    assert_drawn(screenshot(tmp_path / "page.html", colours, tmp_path, width), colours, width)
+
+
+@pytest.mark.slow
+@needs_browser
+def test_a_browser_prints_the_page_with_its_broad_pictures_scaled_to_the_paper(run, tmp_path):
+    text = page_of(run, tmp_path)
+    assert_printed(printed(tmp_path / "page.html", tmp_path))
+    assert ".wide svg{min-width:0}" in text.partition("@media print")[2]

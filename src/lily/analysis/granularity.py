@@ -93,8 +93,10 @@ def frontier(
     widest = max(m.out_features for m in modules)
     points: dict[tuple[tuple[int, ...], int], Point] = {}
     refused: LilyError | None = None
-    for experts in num_B or range(1, depth + 1):
-        for count in num_A or range(1, depth + 1):
+    # an iterator can be gone through once only, and would be empty for the second num_B
+    every_A, every_B = (tuple(given or ()) or tuple(range(1, depth + 1)) for given in (num_A, num_B))
+    for experts in every_B:
+        for count in every_A:
             try:
                 choice = choose(
                     modules,

@@ -19,9 +19,25 @@ from lily.observe import RoutingStatistics
 from lily.routers import RouterWatch
 
 FILE = "routing.json"
-# So many steps of a training are looked at unless `every` says otherwise: a router moves slowly, and a recorded step
-# projects its inputs twice.
+# At most so many steps of a training are looked at unless `every` says otherwise: a router moves slowly, and a recorded
+# step projects its inputs twice.
 SNAPSHOTS = 100
+
+
+def steps_looked_at(total: int) -> tuple[int, ...]:
+    """The steps of a training that are looked at, counted from 0: none that the watch on the routers' health takes.
+
+    Half to all of `SNAPSHOTS`, evenly spread; of a training of fewer steps than that, every second one.
+
+    Args:
+        total: steps of the training.
+    """
+    size = max(1, -(-total // SNAPSHOTS))
+    if size == 1:
+        return tuple(step for step in range(total) if not RouterWatch.wants(step, total))
+    # the watch takes every second step at most, so the one after is free
+    placed = (step + RouterWatch.wants(step, total) for step in range(1, total, size))
+    return tuple(step for step in placed if step < total)
 
 
 @dataclass(frozen=True)
@@ -30,21 +46,25 @@ class RoutingHistory:
 
     Attributes:
         steps: their numbers.
-        tokens: tokens of each, over all processes.
-        layers: layer -> mean weights at each step, (steps, E).
+        tokens: layer -> tokens that went through it at each step, over all processes, (steps,).
+        layers: layer -> mean weights at each step, (steps, E); equal ones where no token did.
     """
 
     steps: tuple[int, ...]
-    tokens: tuple[int, ...]
+    tokens: dict[str, tuple[int, ...]]
     layers: dict[str, tuple[tuple[float, ...], ...]]
 
     def accumulated(self, layer: str) -> tuple[float, ...]:
-        """Mean weights of a layer over all tokens of all recorded steps, (E,)."""
-        rows = self.layers[layer]
-        total = sum(self.tokens) or 1
-        return tuple(
-            sum(n * row[e] for n, row in zip(self.tokens, rows, strict=True)) / total for e in range(len(rows[0]))
-        )
+        """Mean weights of a layer over all its tokens of all recorded steps, (E,); equal ones if it had none."""
+        rows, tokens = self.layers[layer], self.tokens[layer]
+        experts, total = len(rows[0]), sum(tokens)
+        if not total:
+            return (1 / experts,) * experts
+        return tuple(sum(n * row[e] for n, row in zip(tokens, rows, strict=True)) / total for e in range(experts))
+
+    def largest(self, layer: str) -> tuple[float | None, ...]:
+        """Weight of a layer's most used expert at each step; None where no token went through the layer."""
+        return tuple(max(row) if n else None for n, row in zip(self.tokens[layer], self.layers[layer], strict=True))
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values for JSON."""
@@ -54,24 +74,29 @@ class RoutingHistory:
     def load(cls, file: str | Path) -> RoutingHistory:
         """Read `routing.json`.
 
+        A file of an earlier version has one number of tokens for each step, which is then taken for every layer's.
+
         Raises:
             LilyError: if it is none.
         """
         try:
             values = json.loads(Path(file).read_text("utf-8"))
-            steps, tokens = (tuple(int(v) for v in values[name]) for name in ("steps", "tokens"))
+            steps = tuple(int(v) for v in values["steps"])
             layers = {
                 str(name): tuple(tuple(float(w) for w in row) for row in rows)
                 for name, rows in values["layers"].items()
             }
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            counts = values["tokens"]
+            counts = dict.fromkeys(layers, counts) if isinstance(counts, list) else counts
+            tokens = {name: tuple(int(n) for n in counts[name]) for name in layers}
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
             raise LilyError(f"{file}: no record of routing ({type(error).__name__}: {error})") from None
         for name, rows in layers.items():
             widths = {len(row) for row in rows}
             if len(rows) != len(steps) or len(widths) > 1 or not all(math.isfinite(w) for row in rows for w in row):
                 raise LilyError(f"{file}: the record of {name} is not one row of finite weights for each step")
-        if len(tokens) != len(steps):
-            raise LilyError(f"{file}: {len(tokens)} numbers of tokens for {len(steps)} steps")
+            if len(tokens[name]) != len(steps):
+                raise LilyError(f"{file}: {len(tokens[name])} numbers of tokens of {name} for {len(steps)} steps")
         return cls(steps, tokens, layers)
 
 
@@ -82,8 +107,8 @@ class RoutingCallback(TrainerCallback):  # type: ignore[misc]
     resumed training goes on with its checkpoint's. Layers with constant weights have nothing to record.
 
     Args:
-        every: look at every so many steps; default: at 50 to 100 of all, without those at which
-            `lily.HealthCallback` looks.
+        every: look at every so many steps; default: at 50 to 100 of all (of fewer than 100, at every second), none of
+            them one at which `lily.HealthCallback` looks.
         adapter: default: the active one.
     """
 
@@ -92,7 +117,7 @@ class RoutingCallback(TrainerCallback):  # type: ignore[misc]
             raise LilyError(f"every={every} is not valid; give a positive number of steps")
         self.every, self.adapter = every, adapter
         self.found: Adapted | None = None
-        self.history = RoutingHistory((), (), {})
+        self.history = RoutingHistory((), {}, {})
         self.recording = False
 
     def on_train_begin(
@@ -106,18 +131,17 @@ class RoutingCallback(TrainerCallback):  # type: ignore[misc]
         self.found = find(_unwrapped(model), self.adapter)
         if self.found.config.settled is not None:
             raise LilyError("a routing that settles is recorded by SettleCallback already; leave RoutingCallback out")
-        self.step_size = self.every or max(1, state.max_steps // SNAPSHOTS)
-        self.history = RoutingHistory((), (), {})
+        steps = range(0, state.max_steps, self.every) if self.every else steps_looked_at(state.max_steps)
+        self.looked_at = frozenset(steps)
+        self.history = RoutingHistory((), {}, {})
         kept = Path(args.output_dir) / f"checkpoint-{state.global_step}" / FILE
         if state.global_step and kept.is_file():
             self.history = RoutingHistory.load(kept)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Before a step that is looked at."""
-        if state.global_step % self.step_size or self.found is None or not self.found.config.dynamic:
+        if state.global_step not in self.looked_at or self.found is None or not self.found.config.dynamic:
             return
-        if self.every is None and RouterWatch.wants(state.global_step, state.max_steps):
-            return  # left to those who watch the routers' health, on all processes alike
         for layer in self.found.layers.values():
             experts = layer.num_B[self.found.name]
             layer.statistics[self.found.name] = RoutingStatistics.empty(experts, training_only=True)
@@ -130,16 +154,16 @@ class RoutingCallback(TrainerCallback):  # type: ignore[misc]
         if found is None or not self.recording:
             return
         self.recording = False
-        rows, tokens = dict(self.history.layers), 0
+        rows, tokens = dict(self.history.layers), dict(self.history.tokens)
         for name, layer in found.layers.items():
             # taken away by somebody else, perhaps; all processes must reduce alike
             nothing = RoutingStatistics.empty(layer.num_B[found.name])
             seen = layer.statistics.pop(found.name, nothing)
             reduce(seen)
-            tokens = max(tokens, int(seen.count.item()))
+            tokens[name] = (*tokens.get(name, ()), int(seen.count.item()))
             rows[name] = (*rows.get(name, ()), tuple(seen.mean.tolist()))
         found.watch_masks()
-        self.history = RoutingHistory((*self.history.steps, state.global_step), (*self.history.tokens, tokens), rows)
+        self.history = RoutingHistory((*self.history.steps, state.global_step), tokens, rows)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Into the checkpoint's folder."""

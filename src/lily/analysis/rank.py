@@ -208,7 +208,8 @@ def rank_report(
         The report, in the layers' order.
 
     Raises:
-        LilyError: if the threshold is no share, or a mixing has another number of experts.
+        LilyError: if the threshold is no share, a mixing has another number of experts, or a number of a layer is not
+            finite.
     """
     if not 0 < threshold < 1:
         raise LilyError(f"threshold={threshold:g} is no share of the largest singular value; give one between 0 and 1")
@@ -217,11 +218,24 @@ def rank_report(
     for layer in layers:
         if (experts := chosen[layer.name].mean.numel()) != layer.experts:
             raise LilyError(f"{layer.name} mixes {layer.experts} experts, but the statistics given are of {experts}")
+        _check_finite(layer, chosen[layer.name])
     found = [_layer_rank(layer, chosen[layer.name]) for layer in layers]
     overlaps = [
         _overlap(group, members, chosen, threshold) for group, members in grouped(layers).items() if len(members) > 1
     ]
     return RankReport(threshold, tuple(found), tuple(overlaps))
+
+
+def _check_finite(layer: Factored, mixing: Mixing) -> None:
+    """Refuse what no decomposition of the linear algebra library takes; its own error names no layer."""
+    # a thin QR passes what is not finite on into its triangular factor
+    parts = (("A", layer.in_core), ("B", layer.out_core), ("its weights", mixing.mean), ("its weights", mixing.second))
+    bad = dict.fromkeys(name for name, tensor in parts if not torch.isfinite(tensor).all())
+    if bad:
+        raise LilyError(
+            f"{layer.name}: numbers in {' and '.join(bad)} are NaN or infinite, so its update has no rank; the "
+            "training diverged or the file is damaged: use an earlier checkpoint, or train at a lower learning rate"
+        )
 
 
 def _layer_rank(layer: Factored, mixing: Mixing) -> LayerRank:

@@ -45,7 +45,7 @@ class Variance:
         total: all of it.
         token: between tokens of one sample.
         sample: between samples (of one label, where labels are known).
-        label: between labels; None where they are not known.
+        label: between labels; None where they are not known, or all the same.
         label_by_chance: what the part of the label is on average when labels are dealt out at random.
         p_value: share of random labellings (and the true one) with at least this part of the label.
     """
@@ -154,6 +154,11 @@ class RoutingReport:
     labels: tuple[str, ...]
     layers: tuple[LayerRouting, ...]
     agreements: tuple[Agreement, ...]
+
+    @property
+    def compares_labels(self) -> bool:
+        """Whether there are labels to tell apart; of one alone nothing can be said of what it decides."""
+        return len(self.labels) > 1
 
     @property
     def mixings(self) -> dict[str, Mixing]:

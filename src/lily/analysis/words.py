@@ -105,14 +105,14 @@ def routing_words(report: RoutingReport) -> str:
         return "There is one B in each group, so nothing is routed."
     if report.routing == "uniform":
         return "All experts have equal weight everywhere (uniform routing)."
-    spread = f"{_middle(layer.effective_experts for layer in routed):.2f} of {len(routed[0].mean)}"
+    counts = [len(layer.mean) for layer in routed]  # groups may differ
+    spread = f"{_middle(layer.effective_experts for layer in routed):.2f} of {_from_to(counts, '{}')}"
     said = f"The median layer uses {spread} experts (exp of the entropy of its mean weights)."
     if not any(layer.tokens for layer in routed):
         return f"{said} The weights are constant: they do not depend on the data."
-    most = log(len(routed[0].mean))
     said += (
         f" Which expert is used tells {_middle(layer.specialisation for layer in routed):.3f} nats about the token "
-        f"(median; {most:.3f} at most)."
+        f"(median; {_from_to([log(count) for count in counts], '{:.3f}')} at most)."
     )
     told = [layer for layer in routed if layer.variance is not None and layer.variance.p_value is not None]
     if told:
@@ -132,6 +132,11 @@ def most_by_label(layers: Sequence[LayerRouting], level: float = 0.05) -> list[L
     beyond = [r for r in layers if r.variance is not None and r.variance.p_value is not None]
     beyond = [r for r in beyond if r.variance is not None and (r.variance.p_value or 0.0) < level]
     return sorted(beyond, key=lambda r: -(r.variance.share("label") if r.variance is not None else 0.0))
+
+
+def _from_to(values: Sequence[float], form: str) -> str:
+    """`2`, or `2 to 4` where they differ."""
+    return " to ".join(form.format(value) for value in sorted({min(values), max(values)}))
 
 
 def _middle(values: Iterable[float]) -> float:

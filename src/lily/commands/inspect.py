@@ -33,15 +33,22 @@ def inspect_command(
     folder: Folder,
     data: Annotated[
         str | None,
-        typer.Option(help="Rows to measure a data-dependent routing on: a file. Default: a run's held-out rows."),
+        typer.Option(
+            help="Rows to measure a data-dependent routing on: a file with the recipe's columns; without a recipe, "
+            "with a column text. Default: a run's held-out rows."
+        ),
     ] = None,
-    rows: Annotated[int, typer.Option(min=0, help="At most so many of them; 0: read no data.")] = 256,
+    rows: Annotated[
+        int, typer.Option(min=0, help="At most so many of them, a fixed random sample; 0: read no data.")
+    ] = 256,
     report: Annotated[str | None, typer.Option("--report", help="Write it all as one HTML page to this file.")] = None,
     threshold: Annotated[
         float, typer.Option(help="Numerical rank: singular values above this share of the largest.")
     ] = 0.01,
     recipe: RecipeOption = None,
-    base: Annotated[str | None, typer.Option(help="The base model's folder, where there is no recipe.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The base model's folder, if it is not where the recipe or adapter says.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -192,7 +199,7 @@ def _print_routing(told: Insight, report: RoutingReport, console: Console) -> No
     chosen = most_by_label(varying)[:5] or sorted(varying, key=lambda v: -(v.variance.total if v.variance else 0))[:5]
     if not chosen:
         return
-    parts = ["token", "sample", *(["class"] if report.labels else [])]
+    parts = ["token", "sample", *(["class"] if report.compares_labels else [])]
     table = Table(
         "layer", "mean weights", "variance", title="routers that depend most on the data", title_justify="left"
     )

@@ -17,7 +17,7 @@ from lily.recipes.metrics import LOWER_IS_BETTER, shown
 
 READING = (
     ("±", "Standard deviation over the seeds: another seed means other first weights and another order of the rows. A "
-     "difference smaller than it is none."),
+     "difference that is not much larger than it may be chance."),
     ("against", "The difference to the first method, with the interval in which 95% of the differences lie when the "
      "held-out rows are drawn again (a bootstrap over rows)."),
     ("p", "How often a difference this large would come about on these rows if it made no difference which method "
@@ -39,7 +39,7 @@ def page(found: Comparison) -> str:
         ("costs", "What it costs", _costs(found)),
         ("training", "How it was learned", _training(found)),
         ("tuning", "How learning rate and scale were chosen", _tuning(found)),
-        ("reading", "How to read this page", _reading()),
+        ("reading", "How to read this page", _reading(found)),
     ]
     shown_parts = [(id_, title, content) for id_, title, content in parts if content]
     contents = el("ol", *(el("li", el("a", title, href=f"#{id_}")) for id_, title, _ in shown_parts))
@@ -74,11 +74,16 @@ def _quality(found: Comparison) -> Html:
     by_seed = [[entry.title, *(_of_seed(entry, found.metric, seed) for seed in seeds)] for entry in found.entries]
     notes = [el("p", said) for said in tables.words(found)[1:] if " failed: " not in said]
     return join(
-        table(f"On {found.rows:,} {found.split} rows", lines[0], lines[1:]),
+        table(f"On {found.rows:,} {found.split} rows", _headed(lines[0]), lines[1:]),
         *notes,
         _tests(found),
-        details("Every seed", table(found.metric, ["", *(f"seed {seed}" for seed in seeds)], by_seed)),
+        details("Every seed", table(found.metric, ["method", *(f"seed {seed}" for seed in seeds)], by_seed)),
     )
+
+
+def _headed(head: Sequence[str]) -> list[str]:
+    """The columns with a name for the first too, which a screen reader reads out."""
+    return ["method", *head[1:]]
 
 
 def _of_seed(entry: Entry, metric: str, seed: int) -> str:
@@ -93,7 +98,7 @@ def _tests(found: Comparison) -> Html | None:
         [entry.title, *(tables.with_spread(found.metric, entry.tests[name][found.metric]) for name in names)]
         for entry in found.entries
     ]
-    return table(f"{found.metric} on further test sets", ["", *names], rows)
+    return table(f"{found.metric} on further test sets", ["method", *names], rows)
 
 
 def _costs(found: Comparison) -> Html:
@@ -104,21 +109,25 @@ def _costs(found: Comparison) -> Html:
         ("memory", "peak memory (MB)", lambda e: e.peak_bytes / 1e6),
     ]
     figures = [_scatter(found, name, label, of) for name, label, of in axes]
-    return join(table("Of one run", lines[0], lines[1:]), el("div", *figures, cls="grid"))
+    return join(table("Of one run", _headed(lines[0]), lines[1:]), el("div", *figures, cls="grid"))
 
 
 def _scatter(found: Comparison, name: str, label: str, of: Callable[[Entry], float]) -> Html:
     factor = 1 if found.metric in LOWER_IS_BETTER else 100
-    points = []
+    points, rows = [], []
     for i, entry in enumerate(found.entries):
-        mean, spread = entry.mean(found.metric) * factor, (entry.spread(found.metric) or 0.0) * factor
+        mean, deviation = entry.mean(found.metric) * factor, entry.spread(found.metric)
+        spread = (deviation or 0.0) * factor
         points.append(Point(entry.title, _style(i), of(entry), mean, mean - spread, mean + spread))
+        told = "-" if deviation is None else f"{spread:.2g}"  # one seed has none
+        rows.append([entry.title, f"{of(entry):,.0f}", f"{mean:.4g}", told])
     better = "lower" if found.metric in LOWER_IS_BETTER else "higher"
-    said = f"{found.metric} by {label}; {better} is better, and further left is cheaper. Bars: one standard deviation."
+    said = f"{found.metric} by {label}; {better} is better, and further left is cheaper."
+    if any(len(entry.seeds) > 1 for entry in found.entries):
+        said += " Bars: one standard deviation."
     unit = found.metric if factor == 1 else f"{found.metric} (%)"
     title = f"Quality against {name}"
-    rows: list[list[Child]] = [[p.name, f"{p.x:,.0f}", f"{p.y:.4g}", f"{p.high - p.y:.2g}"] for p in points]
-    numbers = table(title, ["", label, unit, "standard deviation"], rows)
+    numbers = table(title, ["method", label, unit, "standard deviation"], rows)
     return figure(title, charts.scatter(points, title, said, label, unit), said, numbers)
 
 
@@ -138,7 +147,8 @@ def _training(found: Comparison) -> Html | None:
         for entry in found.entries
         if entry.last and entry.best
     ]
-    made = table(f"{found.metric} on the validation rows, mean over seeds", ["", "best epoch", "last epoch"], last)
+    heads = ["method", "best epoch", "last epoch"]
+    made = table(f"{found.metric} on the validation rows, mean over seeds", heads, last)
     return join(el("div", curve_figure(title, picture, series, said, "step"), cls="grid"), made)
 
 
@@ -151,7 +161,7 @@ def _tuning(found: Comparison) -> Html | None:
         chosen = tuning.get(entry.name)
         if chosen and chosen["trials"]:
             rows = [_trial(found.metric, trial, chosen) for trial in chosen["trials"]]
-            heads = ["learning rate", "scale", f"{found.metric}, validation", ""]
+            heads = ["learning rate", "scale", f"{found.metric}, validation", "choice"]
             out.append(details(f"{entry.title}: {len(rows)} runs", table(entry.title, heads, rows)))
     said = (
         "For every method the same search, with one seed: the learning rate at the recipe's own scale, half, once and "
@@ -171,5 +181,7 @@ def _trial(metric: str, trial: dict[str, float | None], chosen: dict[str, float 
     ]
 
 
-def _reading() -> Html:
-    return el("dl", *(el(tag, said) for pair in READING for tag, said in zip(("dt", "dd"), pair, strict=True)))
+def _reading(found: Comparison) -> Html:
+    spread = any(len(entry.seeds) > 1 for entry in found.entries)
+    pairs = [pair for pair in READING if spread or pair[0] != "±"]
+    return el("dl", *(el(tag, said) for pair in pairs for tag, said in zip(("dt", "dd"), pair, strict=True)))

@@ -83,7 +83,8 @@ def words(found: Comparison) -> list[str]:
     if tests:
         said.append(
             f"p: {' or '.join(tests)} on the same rows against {found.entries[0].title}, with the 95% interval of the "
-            "difference over rows; another seed may differ by more, which the standard deviation tells."
+            "difference over rows; another seed may differ by more"
+            + (", which the standard deviation tells." if len(seeds) > 1 else ".")
         )
     if any(entry.forgetting for entry in found.entries):
         said.append("Forgetting: by how much the loss on general text rose, in nats per token; less is better.")

@@ -14,6 +14,8 @@ from zlib import crc32
 from lily.page.markup import Html, el, join
 
 EXPERT_COLOURS = 8  # --e0 to --e7 of the style
+DEPTH_COLOURS = 12  # --d0 to --d11, a ramp from the first layer to the last
+SHADE = 0.62  # opacity of a heat map's darkest cell, on which text can still be read
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Series:
 
     Attributes:
         name: for the legend.
-        style: class of the style: `lily`, `union`, `lora`, `e0` to `e7`.
+        style: class of the style: `lily`, `union`, `lora`, `e0` to `e7`, `l0` to `l7`, `d0` to `d11`.
         points: (x, y); a gap where y is None.
         band: (x, low, high) to shade, or nothing.
     """
@@ -42,7 +44,7 @@ class Frame:
     x: tuple[float, float]
     y: tuple[float, float]
     log: bool = False
-    left: float = 52
+    left: float = 60  # a label on its side, and numbers such as 0.0025
     right: float = 12
     top: float = 12
     bottom: float = 44
@@ -127,7 +129,7 @@ def axes(frame: Frame, x_label: str, y_label: str, x_ticks: Sequence[tuple[float
     out.append(line(frame.left, base, end, base, "axis"))
     out.append(text((frame.left + end) / 2, frame.height - 8, x_label, "label"))
     middle = (frame.top + base) / 2
-    out.append(text(14, middle, y_label, "label", transform=f"rotate(-90 14 {_n(middle)})"))
+    out.append(text(12, middle, y_label, "label", transform=f"rotate(-90 12 {_n(middle)})"))
     return join(*out)
 
 
@@ -140,6 +142,18 @@ def legend(entries: Sequence[tuple[str, str]], kind: str = "line") -> Html:
     """
     items = [el("li", el("span", cls=f"key {kind} {style}", aria_hidden="true"), name) for style, name in entries]
     return el("ul", *items, cls="legend")
+
+
+def depth_style(index: int, layers: int) -> str:
+    """The colour of one of many layers, by its depth."""
+    return f"d{round(index * (DEPTH_COLOURS - 1) / max(1, layers - 1))}"
+
+
+def depth_key(first: str, last: str) -> Html:
+    """The ramp of `depth_style`, from the first layer's name to the last one's."""
+    colours = (el("span", cls=f"key step d{i}") for i in range(DEPTH_COLOURS))
+    ramp = el("span", *colours, cls="steps", aria_hidden="true")
+    return el("ul", el("li", f"by depth: {first}", ramp, f"to {last}"), cls="legend")
 
 
 def lines(
@@ -173,7 +187,9 @@ def lines(
         return Html("")
     span = y or _padded(min(values), max(values))
     frame = Frame(*size, (min(xs), max(xs)), span, log)
-    content = [axes(frame, x_label, y_label)]
+    whole = all(px == int(px) for px in xs)  # there is no direction 1.5
+    marks = [(v, f"{v:g}") for v in ticks(*frame.x, most=8) if v == int(v) or not whole]
+    content = [axes(frame, x_label, y_label, marks)]
     if level is not None:
         at = frame.at_y(level[0])
         content += [
@@ -188,7 +204,8 @@ def lines(
             content.append(el("polygon", points=shape, cls=f"band {s.style}"))
     for s in series:
         places = [(frame.at_x(px), frame.at_y(py)) for px, py in s.points if py is not None]
-        content.append(el("polyline", points=" ".join(f"{_n(a)},{_n(b)}" for a, b in places), cls=f"curve {s.style}"))
+        points = " ".join(f"{_n(a)},{_n(b)}" for a, b in places)
+        content.append(el("polyline", el("title", s.name), points=points, cls=f"curve {s.style}"))
         if len(places) <= 30:
             content += [
                 el(
@@ -210,8 +227,8 @@ def _padded(low: float, high: float) -> tuple[float, float]:
 
 
 def dot(x: float, y: float, tip: str, cls: str) -> Html:
-    """A round mark."""
-    return el("circle", el("title", tip), cx=_n(x), cy=_n(y), r="4", cls=f"mark {cls}")
+    """A round mark; a ring that one of another kind at the same place can be seen in."""
+    return el("circle", el("title", tip), cx=_n(x), cy=_n(y), r="6" if cls == "union" else "4", cls=f"mark {cls}")
 
 
 def diamond(x: float, y: float, tip: str, cls: str) -> Html:
@@ -390,7 +407,7 @@ def heat_map(
     x_label: str,
     top: float,
 ) -> Html:
-    """Cells shaded by value, from 0 to `top`, with the value in them where there is room.
+    """Cells shaded by value, from 0 to `top`, with the value in them where there is room, and a key of the shades.
 
     Args:
         rows: their names.
@@ -409,13 +426,31 @@ def heat_map(
         content.append(text(left - 8, y + 16, row, anchor="end"))
         for j, column in enumerate(columns):
             value = values[i][j]
-            shade = max(0.0, min(1.0, value / top if top else 0.0)) * 0.62
-            tip, style = f"{row}, {x_label} {column}: {value:.3f}", f"fill-opacity:{shade:.3f}"
-            content.append(rect(left + slot * j + 1, y + 1, slot - 2, cell - 2, "cell", tip, style=style))
+            tip = f"{row}, {x_label} {column}: {value:.3f}"
+            content.append(_cell(left + slot * j, y, slot, cell, value / top if top else 0.0, tip))
             if slot > 26:
                 content.append(text(left + slot * (j + 0.5), y + 16, f"{value:.2f}".lstrip("0"), "incell"))
     base = 6 + cell * len(rows)
     every = max(1, math.ceil(16 / slot))
     content += [text(left + slot * (j + 0.5), base + 14, name) for j, name in enumerate(columns) if j % every == 0]
     content.append(text((left + width - right) / 2, base + 32, x_label, "label"))
-    return svg(width, base + 40, title, description, *content)
+    content.append(_shades(left, base + 44, top))
+    return svg(width, base + 84, title, description, *content)
+
+
+def _cell(x: float, y: float, width: float, height: float, share: float, tip: str | None = None) -> Html:
+    """A cell of a heat map, shaded by its share of the largest value."""
+    style = f"fill-opacity:{SHADE * max(0.0, min(1.0, share)):.3f}"
+    gap = min(1.0, width / 8)
+    return rect(x + gap, y + 1, width - 2 * gap, height - 2, "cell", tip, style=style)
+
+
+def _shades(x: float, y: float, top: float) -> Html:
+    """What the shades of a heat map mean: five of them with their values."""
+    slot, cell, steps = 40.0, 16.0, 5
+    shares = [i / (steps - 1) for i in range(steps)]
+    return join(
+        text(x - 8, y + 12, "shade", "label", "end"),
+        *(_cell(x + slot * i, y, slot, cell, share) for i, share in enumerate(shares)),
+        *(text(x + slot * (i + 0.5), y + cell + 14, f"{share * top:.2f}") for i, share in enumerate(shares)),
+    )

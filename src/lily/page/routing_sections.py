@@ -59,7 +59,7 @@ def _depends(report: RoutingReport) -> Html | None:
     layers = [v for v in report.layers if v.tokens and v.variance is not None]
     if not layers:
         return None
-    labelled = bool(report.labels)
+    labelled = report.compares_labels
     parts = [(p, style, name if labelled else name.removesuffix(" within its class")) for p, style, name in PARTS]
     parts = parts if labelled else parts[:2]
     groups: dict[str, list[LayerRouting]] = {}
@@ -163,17 +163,18 @@ def _history(told: Insight) -> Html | None:
         return None
     figures = []
     for group in plan.groups:
-        members = [name for name in group.members if name in history.layers]
+        members = [name for name in group.members if name in history.layers and any(history.tokens[name])]
         if not members or group.num_B == 1:
             continue
-        names = short_names(members)
+        short = dict(zip(group.members, short_names(group.members), strict=True))
+        many = len(members) > charts.EXPERT_COLOURS
         series = [
             Series(
-                f"layer {short}",
-                f"l{i % charts.EXPERT_COLOURS}",
-                tuple((float(s), max(row)) for s, row in zip(history.steps, history.layers[name], strict=True)),
+                f"layer {short[name]}",
+                charts.depth_style(i, len(members)) if many else f"l{i}",
+                tuple(zip(map(float, history.steps), history.largest(name), strict=True)),
             )
-            for i, (short, name) in enumerate(zip(names, members, strict=True))
+            for i, name in enumerate(members)
         ]
         said = (
             f"Mean weight of the most used expert at each recorded step; equal weights would be {1 / group.num_B:.2f}."
@@ -184,8 +185,10 @@ def _history(told: Insight) -> Html | None:
         picture = charts.lines(series, title, said, "optimiser step", "largest mean weight", y=y)
         rows = [[n, *(f"{w:.3f}" for w in history.accumulated(n))] for n in members]
         numbers = table("Mean weights over all recorded steps", ["layer", *(f"B{e}" for e in range(group.num_B))], rows)
-        entries = [(s.style, s.name) for s in series]
-        figures.append(
-            figure(title, join(picture, charts.legend(entries) if len(entries) <= 12 else None), said, numbers)
+        key = (
+            charts.depth_key(series[0].name, series[-1].name)
+            if many
+            else charts.legend([(s.style, s.name) for s in series])
         )
+        figures.append(figure(title, join(picture, key), said, numbers))
     return join(el("h3", "While it learned"), el("div", *figures, cls="grid")) if figures else None

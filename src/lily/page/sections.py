@@ -12,7 +12,7 @@ from lily.recipes.insight import Insight
 from lily.recipes.metrics import shown
 from lily.recipes.report import costs_of, values_of
 
-ONE_SEED = "One seed; shares and correlations in per cent. A difference smaller than the spread over seeds is none."
+ONE_SEED = "One seed; shares and correlations in per cent. Another seed gives others: a small difference may be chance."
 
 
 def result(told: Insight) -> Html | None:
@@ -32,7 +32,7 @@ def result(told: Insight) -> Html | None:
     rows.append([el("b", cell) for cell in (f"this adapter ({title})", *values_of(names, run.final), *costs_of(own))])
     count = run.rows.get(run.split)
     on = f"{count:,.0f} {run.split} rows" if count else f"the {run.split} rows"
-    made = table(f"On {on}, seed {run.seed}", ["", *names, "trained parameters", "seconds", "on disk"], rows)
+    made = table(f"On {on}, seed {run.seed}", ["method", *names, "trained parameters", "seconds", "on disk"], rows)
     return join(made, el("p", ONE_SEED))
 
 
@@ -138,7 +138,7 @@ def collapse(told: Insight) -> Html | None:
     said = f"{report['routing']} routing became static over {report['tokens']:,} tokens of calibration data."
     heads = ["layer", "distance from equal weights", "variance over tokens", "update moved by"]
     by_layer = details("By layer", table("Routing over the calibration data, and its loss", heads, layers))
-    return join(el("p", said), table("Drift on held-out data", ["", ""], rows), by_layer)
+    return join(el("p", said), table("Drift on held-out data", ["measure", "value"], rows), by_layer)
 
 
 def about(told: Insight) -> Html | None:

@@ -25,7 +25,7 @@ from lily.recipes.evaluate import (
     to_device,
 )
 from lily.recipes.report import LABELS
-from lily.recipes.schema import CLASSIFYING, File, Recipe
+from lily.recipes.schema import CLASSIFYING, File, Model, Recipe
 from lily.recipes.tables import Row
 from lily.recipes.tasks import (
     Processor,
@@ -47,22 +47,25 @@ class Adapter:
     Args:
         folder: an adapter folder that `lily train` wrote (`best` or `last`), or the run's folder (its `best`).
         recipe: another recipe, as a name or path; default: the one kept beside the adapter.
+        base: folder of the base model; default: where the recipe says it is.
 
     Raises:
         LilyError: if the folder is not a run's, or the recipe is missing.
     """
 
-    def __init__(self, folder: str, recipe: str | None = None) -> None:
+    def __init__(self, folder: str, recipe: str | None = None, base: str | None = None) -> None:
         self.path = adapter_path(folder)
         self.recipe = recipe_of(self.path, recipe)
+        if base is not None:
+            self.recipe = self.recipe.model_copy(update={"model": elsewhere(self.recipe.model, base)})
         self._splits: data.Splits | None = None
         self._labels = kept_labels(self.path)
         from lily.recipes.runner import precision_of
 
         precision = precision_of(self.recipe)
-        base = models.load_model(self.recipe.model, self.recipe.task, self.labels, precision=precision)
-        self.processor = models.load_processor(self.recipe, base.config)
-        self.model = place(PeftModel.from_pretrained(base, str(self.path))).eval()
+        plain = models.load_model(self.recipe.model, self.recipe.task, self.labels, precision=precision)
+        self.processor = models.load_processor(self.recipe, plain.config)
+        self.model = place(PeftModel.from_pretrained(plain, str(self.path))).eval()
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -161,6 +164,13 @@ class Adapter:
                 streamer=streamer,
             )
         return str(self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+
+
+def elsewhere(model: Model, base: str) -> Model:
+    """The recipe's base model, from another folder or repository."""
+    where = "path" if Path(base).expanduser().exists() else "hub"
+    nowhere = dict.fromkeys((*Model.kinds, "revision", "architecture"))
+    return model.model_copy(update={**nowhere, where: base, "format": "transformers"})
 
 
 def adapter_path(folder: str) -> Path:

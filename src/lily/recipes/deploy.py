@@ -17,7 +17,7 @@ from lily.files import new_folder, write_text
 from lily.gguf_lora import describe_gguf
 from lily.reading import read_header, read_json, read_tensors
 from lily.recipes import data, loader, models
-from lily.recipes.adapter import Adapter, adapter_path, batches, kept_labels, kept_recipe, recipe_of
+from lily.recipes.adapter import Adapter, adapter_path, batches, elsewhere, kept_labels, kept_recipe, recipe_of
 from lily.recipes.dreambooth.schema import DreamBooth
 from lily.recipes.evaluate import Judge
 from lily.recipes.report import LABELS
@@ -113,7 +113,7 @@ def load_for_export(
     Args:
         folder: a run's folder, or any adapter folder.
         recipe: default: the one kept beside the adapter.
-        base: folder of the base model, where there is no recipe; default: the one the adapter was trained on.
+        base: folder of the base model; default: where the recipe says it is, or the one the adapter was trained on.
         weights: whether the base model's weights are needed; if not, they are not read.
         dtype: of those weights; auto keeps the file's.
 
@@ -137,7 +137,7 @@ def load_for_export(
         return dreambooth.without_weights(path, drawing), None, {"adapter": str(path)}
     if recipe is not None or (base is None and kept_recipe(path) is not None):
         chosen = recipe_of(path, recipe)
-        source, task = chosen.model, chosen.task
+        source, task = chosen.model if base is None else elsewhere(chosen.model, base), chosen.task
     else:
         source, task = _base(path, config, base), "sft" if config.task_type == "CAUSAL_LM" else "text-classification"
         if config.task_type not in ("CAUSAL_LM", "SEQ_CLS"):

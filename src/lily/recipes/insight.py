@@ -19,13 +19,14 @@ from lily.errors import LilyError
 from lily.kinds import BLOCK, SLICE
 from lily.plan import SharingPlan
 from lily.recipes import data
-from lily.recipes.adapter import Adapter, adapter_path, batches
+from lily.recipes.adapter import Adapter, adapter_path, batches, kept_recipe
 from lily.recipes.deploy import describe, load_for_export
 from lily.recipes.evaluate import by_length, device_of
 from lily.recipes.figures import RunFigures, newest_checkpoint, run_figures, run_of
 from lily.recipes.schema import CLASSIFYING, File
 from lily.recipes.tables import Row
 from lily.recipes.tasks import encode_inputs
+from lily.recipes.texts import load_texts
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,12 @@ def insight(
 
     Args:
         folder: a run's folder, any adapter, an exported LoRA, a merged model or a GGUF file.
-        file: rows to measure a data-dependent routing on, with the recipe's columns; labels are used if they are
-            there. Default: a run's held-out rows; of any other folder none.
-        rows: at most so many; 0: read no data.
+        file: rows to measure a data-dependent routing on, with the recipe's columns (without a recipe: `text`, and
+            `label` if wanted); labels are used if they are there. Default: a run's held-out rows; of any other
+            folder none.
+        rows: at most so many, a fixed sample; 0: read no data.
         recipe: default: the one kept beside the adapter.
-        base: folder of the base model, where there is no recipe.
+        base: folder of the base model; default: where the recipe or the adapter says it is.
         threshold: of the numerical rank.
 
     Raises:
@@ -115,7 +117,9 @@ def insight(
     static = bool(told.facts["static"])
     if file is not None or (run is not None and rows and not static):
         try:
-            return _measured(told, folder, file, rows, recipe, threshold)
+            if file is not None and recipe is None and kept_recipe(adapter_path(folder)) is None:
+                return _measured_texts(told, folder, file, rows, base, threshold)
+            return _measured(told, Adapter(folder, recipe, base), file, rows, folder, threshold)
         except LilyError as error:
             if file is not None:
                 raise
@@ -170,9 +174,8 @@ def _from_files(told: Insight, folder: str, recipe: str | None, base: str | None
     return _ranked(told, model, folder, threshold)
 
 
-def _measured(told: Insight, folder: str, file: str | None, rows: int, recipe: str | None, threshold: float) -> Insight:
+def _measured(told: Insight, used: Adapter, file: str | None, rows: int, folder: str, threshold: float) -> Insight:
     """On the base model with its weights, over data."""
-    used = Adapter(folder, recipe)
     chosen, told = _rows(told, used, file, rows)
     labels: Sequence[object] | None = None
     if used.recipe.task != "sft":
@@ -188,14 +191,22 @@ def _measured(told: Insight, folder: str, file: str | None, rows: int, recipe: s
     return _ranked(told, used.model, folder, threshold)
 
 
+def _measured_texts(told: Insight, folder: str, file: str, rows: int, base: str | None, threshold: float) -> Insight:
+    """The same of an adapter without a recipe, over a file's texts."""
+    used = load_texts(folder, file, base, rows or None)
+    routing = routing_report(used.model, used.batches, used.labels)
+    told = replace(told, routing=routing, read=f"{used.rows:,} rows of {file}")
+    return _ranked(told, used.model, folder, threshold)
+
+
 def _rows(told: Insight, used: Adapter, file: str | None, rows: int) -> tuple[list[Row], Insight]:
     if file is None:
-        return used.splits.held_out[:rows], told
+        return data.drawn(used.splits.held_out, rows), told
     source = File(path=file, header=used.recipe.data.train.header)
     try:
-        return data.rows_of(source, used.recipe)[: rows or None], told
+        return data.drawn(data.rows_of(source, used.recipe), rows or None), told
     except LilyError as error:
-        found = data.rows_of(source, used.recipe, labelled=False)[: rows or None]
+        found = data.drawn(data.rows_of(source, used.recipe, labelled=False), rows or None)
         return found, _noting(told, f"labels are not used: {error}")
 
 
