@@ -42,8 +42,8 @@ PICTURE = ROOT / "docs" / "figures" / "forgetting.svg"
 PAGE = ROOT / "docs" / "tune.md"
 MARKER = "forgetting"
 
-# What two cores do in half an hour: twelve steps of 8 rows.
-CHANGES = ["data.max_train=96", "train.batch_size=8", "data.max_validation=60", "train.evaluate_every=6",
+# What two cores do in half an hour: ten steps of 8 rows.
+CHANGES = ["data.max_train=80", "train.batch_size=8", "data.max_validation=48", "train.evaluate_every=5",
            "train.epochs=1", "metrics=[loss]", "generation.samples=0"]  # fmt: skip
 RATES = (1e-3, 4e-3)
 SCALES = (0.5, 2.0)
