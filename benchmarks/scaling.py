@@ -37,8 +37,6 @@ TOLERANCE = 0.01  # of the metric: what counts as the same as the best
 # Recipe -> what is cut, so that 18 runs of it take half an hour at most on two cores; and the seeds.
 TASKS = {
     "sst2": (["data.max_train=1200", "train.epochs=2", "train.head_learning_rate=1e-3"], (0,)),
-    "quickstart": (["data.max_train=960", "train.epochs=2", "train.head_learning_rate=1e-3",
-                    "data.max_validation=500"], (0,)),
 }  # fmt: skip
 
 
