@@ -69,10 +69,12 @@ def main() -> None:
     parser.add_argument("run", help="A run's folder.")
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--lora", help="Folder of a LoRA of equal size, where the run has none beside it.")
     parser.add_argument("--figures", type=Path, help="Where figures go, without an ending.")
     options = parser.parse_args()
     told = insight(options.run, rows=options.rows)
-    if told.rank is None or told.lora is None or told.run is None or told.routing is None:
+    lora = insight(options.lora).rank if options.lora else told.lora
+    if told.rank is None or lora is None or told.run is None or told.routing is None:
         raise SystemExit(f"{options.run} has no LoRA beside it, or cannot be read: {'; '.join(told.notes)}")
     found = {
         "recipe": told.run.name,
@@ -82,7 +84,7 @@ def main() -> None:
         "final": told.run.final,
         "parameters": told.run.parameters,
         "lora": {**told.run.baselines.get("lora", {}), "seconds": None},
-        "ranks": {"Lily": ranks(told.rank), "LoRA": ranks(told.lora)},
+        "ranks": {"Lily": ranks(told.rank), "LoRA": ranks(lora)},
         "layers": len(told.routing.layers),
         "classes": classes(told),
     }
@@ -102,7 +104,7 @@ def main() -> None:
     if options.out is not None:
         write_text(options.out, json.dumps(rounded, indent=1))
     if options.figures is not None:
-        for name, picture in (("rank", rank_plot(told.rank, told.lora)), ("routers", router_plot(told.routing))):
+        for name, picture in (("rank", rank_plot(told.rank, lora)), ("routers", router_plot(told.routing))):
             picture.save(options.figures.with_name(f"{options.figures.name}-{name}.svg"), overwrite=True)
             print(f"\n{name}: {picture.alt}")
 
