@@ -23,7 +23,7 @@ ORIGINAL = {
 }
 
 # (package, class) whose forward hands weights to torch's attention function -> the layers that they are of.
-ATTENTION = {
+ATTENTION: dict[tuple[str, str], tuple[str, ...]] = {
     ("transformers", "WavLMAttention"): ("q_proj", "k_proj", "v_proj", "out_proj"),
     ("diffusers", "HunyuanDiTAttentionPool"): ("q_proj", "k_proj", "v_proj", "c_proj"),
 }
@@ -73,9 +73,10 @@ def children_read(module: nn.Module) -> dict[str, Uncalled]:
     owner = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
     home = owner.__module__
     package = home.partition(".")[0]
-    if (names := ATTENTION.get((package, owner.__name__))) is not None:
+    handed = ATTENTION.get((package, owner.__name__), ())
+    if handed:
         found = Uncalled(parent, "in torch's attention function, without calling it")
-        return {name: found for name in names if name in module._modules}
+        return {name: found for name in handed if name in module._modules}
     if package == "timm" and module._parameters.get("q_bias") is not None and "qkv" in module._modules:
         return _with_biases(module)
     if not isinstance(module._parameters.get("A_log"), nn.Parameter):

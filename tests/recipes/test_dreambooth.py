@@ -390,7 +390,8 @@ def test_an_autoencoder_that_needs_float32_draws_in_it(tmp_path, pipes, subject,
     monkeypatch.setattr(run, "load", watched)
     monkeypatch.setattr(loop, "accelerator_for", in_float16)
     short = {"train": {"max_steps": 1, "gradient_accumulation": 1, "learning_rate": 1e-4, "precision": "float32"}}
-    trained(tmp_path, pipes["sdxl"], subject, "model.dtype=float16", "validation.images=1", "validation.steps=1", **short)
+    settings = ["model.dtype=float16", "validation.images=1", "validation.steps=1"]
+    trained(tmp_path, pipes["sdxl"], subject, *settings, **short)
     assert seen == [torch.float32] * 2  # before and after
 
 
