@@ -38,7 +38,7 @@ $(VENV)-vision/vision: constraints.txt pyproject.toml
 	touch $@
 
 test-vision: $(VENV)-vision/vision  ## the paper's setting on a timm vision transformer
-	$(VENV)-vision/bin/python -m pytest tests/test_paper.py tests/recipes/test_image_recipes.py -k timm
+	$(VENV)-vision/bin/python -m pytest tests/test_paper.py tests/test_slices.py tests/test_uncalled.py tests/recipes/test_image_recipes.py -k timm
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

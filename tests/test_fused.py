@@ -220,6 +220,21 @@ def test_dropout_acts_without_gradients_too_while_training():
         assert torch.equal(model(x), expected)
 
 
+@pytest.mark.parametrize("shape", [(7,), (5, 7), (2, 5, 7)], ids=str)
+def test_what_follows_a_layer_may_change_its_output_in_place(shape):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 6), nn.ReLU(), nn.Linear(6, 3))
+    adapted = randomise(get_peft_model(model, LilyConfig(r=2, num_B=2, routing="token", target_modules=["0"])))
+    x = torch.randn(shape)
+
+    def gradients() -> list[torch.Tensor]:
+        return torch.autograd.grad(adapted(x).sum(), [p for p in adapted.parameters() if p.requires_grad])
+
+    expected = gradients()
+    model[1].inplace = True
+    torch.testing.assert_close(gradients(), expected)
+
+
 def test_a_trainable_bias_of_the_base_gets_its_gradient():
     model = adapted(nn.Linear(8, 6), bias="lily_only")
     x = torch.randn(2, 9, 8)

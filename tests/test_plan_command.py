@@ -288,6 +288,9 @@ def test_each_mistake_has_its_own_message(bert: Path, tmp_path: Path, monkeypatc
         failure(bert, "lily.r=3"),
         failure("quickstart", "--r", 4),
         failure("some.yaml", "--num-a", 4),
+        failure(bert, "--recipe", "quickstart"),
+        failure("--recipe", "quickstart", "--task", "dance"),
+        failure(),
     ]
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", nowhere)
     messages += [failure("quickstrt"), failure("someone/some-model")]
@@ -295,7 +298,9 @@ def test_each_mistake_has_its_own_message(bert: Path, tmp_path: Path, monkeypatc
         "does not exist", "has no config.json", "lily inspect", "cannot read the model configuration.*JSON",
         "cannot read the model configuration.*nobody-knows", "did you mean query", "'many' is not a number",
         "too few", "say the same thing twice", "say the same thing twice", "r=0", "routing='mean'", "task 'DANCE'",
-        "options such as --r 64", "lily.r=64", "--num-a is for models", "did you mean the recipe quickstart",
+        "options such as --r 64", "lily.r=64", "--num-a is for models",
+        "--recipe quickstart and .* both say what to plan; give one", "--task is for models", "plan of what",
+        "did you mean the recipe quickstart",
         "someone/some-model .*no connection",
     ]  # fmt: skip
     for message, pattern in zip(messages, expected, strict=True):

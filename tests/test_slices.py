@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
 import transformers
@@ -9,11 +14,12 @@ from torch import nn
 from transformers import AutoModel
 
 from lily.errors import LilyError
-from lily.slices import Rows, layout_of, rows_of
+from lily.slices import RULES, TIMM, Rows, layout_of, rows_of
 
 COMMON = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 20}
 PAD = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SMALL = {"n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 20}
+DECISIONS = {"hidden_size": 32, "n_layer": 1, "n_head": 4, "vocab_size": 20}
 FALCON = {**COMMON, "alibi": False}
 DBRX = {
     "d_model": 32,
@@ -38,6 +44,10 @@ ATTENTION = {
     "phi3": PHI3,
     "dbrx": ("DbrxConfig", DBRX),
     "gpt2": ("GPT2Config", SMALL),
+    "gpt_neox_japanese": ("GPTNeoXJapaneseConfig", COMMON),
+    "decision_transformer": ("DecisionTransformerConfig", DECISIONS),
+    "imagegpt": ("ImageGPTConfig", SMALL),
+    "openai": ("OpenAIGPTConfig", SMALL),
     "mpt": ("MptConfig", {"d_model": 32, "n_layers": 1, "n_heads": 4, "vocab_size": 20, "max_seq_len": 32}),
     "modernbert": MODERNBERT,
 }
@@ -49,7 +59,8 @@ def model_of(kind: str) -> nn.Module:
     name, options = ATTENTION[kind]
     config = getattr(transformers, name)(**options)
     config._attn_implementation = "eager"
-    return AutoModel.from_config(config).eval()
+    model = AutoModel.from_config(config).eval()
+    return model.encoder if kind == "decision_transformer" else model  # past what embeds states and rewards
 
 
 def fused_layer(model: nn.Module, names: tuple[str, ...]) -> tuple[str, nn.Module, nn.Module]:
@@ -124,6 +135,7 @@ GLM = ("GlmConfig", {**PHI3[1], "head_dim": 8})
 GATED = {
     "phi3": (*PHI3, ("gate_up_proj",), "silu"),
     "glm": (*GLM, ("gate_up_proj",), "silu"),
+    "glm4": ("Glm4Config", GLM[1], ("gate_up_proj",), "silu"),
     "modernbert": (*MODERNBERT, ("Wi",), "gelu"),
 }
 
@@ -140,6 +152,20 @@ def test_gate_and_up_are_where_the_model_reads_them(kind):
         last = next(m for n, m in parent.named_children() if n in ("down_proj", "Wo"))
         expected = last(up * getattr(torch.nn.functional, activation)(gate))
         assert torch.allclose(parent(x), expected, atol=1e-5)
+
+
+def test_every_rule_has_its_case():
+    fused = {(kind.partition(" ")[0], name) for kind in ATTENTION for name in FUSED}
+    gated = {(kind, names[0]) for kind, (_, _, names, _) in GATED.items()}
+    mixers = {(kind, "in_proj") for kind in ("mamba", "falcon_mamba", "mamba2")}
+    assert RULES.keys() <= fused | gated | mixers
+
+
+def test_what_a_cross_attention_fuses_is_not_known():
+    config = transformers.GPT2Config(n_embd=48, n_layer=1, n_head=4, vocab_size=20, add_cross_attention=True)
+    block = AutoModel.from_config(config).h[0]
+    assert set(layout_of("c_attn", block.attn.c_attn, block.attn, config)) == {"q", "k", "v"}
+    assert layout_of("c_attn", block.crossattention.c_attn, block.crossattention, config) is None
 
 
 @pytest.mark.parametrize(
@@ -161,6 +187,108 @@ def test_a_mamba_block_gates_with_z(name, options, size):
         layer.weight[rows(layout, "z", layer.out_features)] = 0  # silu(0) closes the gate
         closed = parent(torch.randn(1, 5, 32))
     assert torch.allclose(closed, torch.zeros_like(closed), atol=1e-6)
+
+
+# Class of timm -> its options, and what its forward is given; of width 24, of 2 heads where it does not say.
+TOKENS, PIXELS, PLANES = (1, 4, 24), (1, 2, 2, 24), (1, 24, 2, 2)
+TIMM_CASES: dict[str, tuple[dict[str, Any], tuple[Any, ...]]] = {
+    "layers.attention.Attention": ({"num_heads": 2}, (TOKENS,)),
+    "layers.attention.AttentionRope": ({"num_heads": 2}, (TOKENS,)),
+    "layers.attention_pool2d.RotAttentionPool2d": ({"head_dim": 12, "ref_feat_size": 2}, (PLANES,)),
+    "layers.attention_pool2d.AttentionPool2d": ({"head_dim": 12, "feat_size": 2}, (PLANES,)),
+    "layers.diff_attention.DiffAttention": ({"num_heads": 2}, (TOKENS,)),
+    "models.vision_transformer_relpos.RelPosAttention": ({"num_heads": 2}, (TOKENS,)),
+    "models.vision_transformer_sam.Attention": ({"num_heads": 2}, (PIXELS,)),
+    "models.beit.Attention": ({"num_heads": 2}, (TOKENS,)),
+    "models.cait.TalkingHeadAttn": ({"num_heads": 2}, (TOKENS,)),
+    "models.coat.FactorAttnConvRelPosEnc": ({"num_heads": 2, "shared_crpe": lambda q, v, size: 0}, (TOKENS, (2, 2))),
+    "models.convit.MHSA": ({"num_heads": 2}, (TOKENS,)),
+    "models.davit.ChannelAttention": ({"num_heads": 2}, (TOKENS,)),
+    "models.davit.ChannelAttentionV2": ({"num_heads": 2}, (TOKENS,)),
+    "models.davit.WindowAttention": ({"num_heads": 2, "window_size": (2, 2)}, (TOKENS,)),
+    "models.edgenext.CrossCovarianceAttn": ({"num_heads": 2}, (TOKENS,)),
+    "models.eva.EvaAttention": ({"num_heads": 2, "qkv_bias": False, "scale_norm": False}, (TOKENS,)),
+    "models.fastvit.Attention": ({"head_dim": 12}, (PLANES,)),
+    "models.hiera.MaskUnitAttention": ({"dim_out": 24, "heads": 2}, (TOKENS,)),
+    "models.hieradet_sam2.MultiScaleAttention": ({"dim_out": 24, "num_heads": 2}, (PIXELS,)),
+    "models.metaformer.Attention": ({"head_dim": 12}, (TOKENS,)),
+    "models.mvitv2.MultiScaleAttention": (
+        {"dim_out": 24, "feat_size": (2, 2), "num_heads": 2, "has_cls_token": False}, (TOKENS, [2, 2])),
+    "models.nest.Attention": ({"num_heads": 2}, ((1, 1, 4, 24),)),
+    "models.swin_transformer.WindowAttention": ({"num_heads": 2, "window_size": 2}, (TOKENS,)),
+    "models.swin_transformer_v2.WindowAttention": (
+        {"num_heads": 2, "window_size": (2, 2), "qkv_bias": False}, (TOKENS,)),
+    "models.swin_transformer_v2_cr.WindowMultiHeadAttention": ({"num_heads": 2, "window_size": (2, 2)}, (TOKENS,)),
+    "models.twins.LocallyGroupedAttn": ({"num_heads": 2, "ws": 2}, (TOKENS, (2, 2))),
+    "models.volo.Attention": ({"num_heads": 2}, (PIXELS,)),
+    "models.xcit.XCA": ({"num_heads": 2}, (TOKENS,)),
+    "models.maxxvit.AttentionCl": ({"dim_head": 12, "head_first": True}, (PIXELS,)),
+    "models.maxxvit.AttentionCl of blocks": ({"dim_head": 12, "head_first": False}, (PIXELS,)),
+    "models.tiny_vit.Attention": ({"key_dim": 8, "num_heads": 2, "attn_ratio": 2, "resolution": (2, 2)}, (TOKENS,)),
+    "models.efficientformer.Attention": ({"key_dim": 8, "num_heads": 2, "attn_ratio": 2, "resolution": 2}, (TOKENS,)),
+    "models.gcvit.WindowAttentionGlobal": ({"num_heads": 2, "window_size": (2, 2)}, (TOKENS, TOKENS)),
+    "models.gcvit.WindowAttentionGlobal of its own": (
+        {"num_heads": 2, "window_size": (2, 2), "use_global": False}, (TOKENS,)),
+}  # fmt: skip
+
+
+def made_by_timm(kind: str, **options: Any) -> nn.Module:
+    pytest.importorskip("timm", reason="needs timm, which the vision environment has: make test-vision")
+    path, _, name = kind.partition(" ")[0].rpartition(".")
+    made = getattr(importlib.import_module(f"timm.{path}"), name)
+    first = "in_features" if "pool2d" in path else "dim"
+    attention: nn.Module = made(**{first: 24, **options})
+    attention.eval()  # which some of timm's do not return
+    return attention
+
+
+def first_bound(attention: nn.Module, inputs: Sequence[Any]) -> dict[str, torch.Tensor]:
+    """What its forward calls query, key and value, as it first binds these names."""
+    names = {"q": "q", "k": "k", "v": "v", "query": "q", "key": "k", "value": "v"}
+    found: dict[str, torch.Tensor] = {}
+
+    def look(frame: Any, event: str, arg: Any) -> Any:
+        for name in names.keys() & frame.f_locals.keys():
+            found.setdefault(names[name], frame.f_locals[name].clone())
+        return look
+
+    before, code = sys.gettrace(), type(attention).forward.__code__
+    sys.settrace(lambda frame, event, arg: look if frame.f_code is code else None)
+    try:
+        with torch.no_grad():
+            attention(*inputs)
+    finally:
+        sys.settrace(before)
+    return found
+
+
+@pytest.mark.parametrize("kind", sorted(TIMM_CASES))
+def test_query_key_and_value_are_where_timm_reads_them(kind):
+    options, given = TIMM_CASES[kind]
+    attention = made_by_timm(kind, **options)
+    out = attention.qkv.out_features
+    layout = layout_of("qkv", attention.qkv, attention, None)
+    assert layout is not None
+    if hasattr(attention, "scale"):
+        attention.scale = 1  # some scale the query as they bind it
+    attention.qkv.register_forward_hook(lambda m, args, y: torch.arange(float(out)).expand_as(y))
+    inputs = [torch.zeros(x) if isinstance(x, tuple) and len(x) > 2 else x for x in given]
+    found = first_bound(attention, inputs)
+    for part, outputs in found.items():
+        expected = sorted(rows(layout, part, out)) if part in layout else [0]  # a query that comes from elsewhere
+        assert sorted(set(outputs.flatten().tolist())) == expected
+    assert layout.keys() <= found.keys()
+
+
+def test_every_layout_of_timm_has_its_case():
+    there = {kind.partition(" ")[0].rpartition(".")[0] for kind in TIMM_CASES}
+    assert TIMM.keys() - there == {"models.vision_transformer"}  # which has attention of its own in older versions
+    assert there <= TIMM.keys()
+
+
+def test_attention_of_timm_that_is_not_known_is_asked_for_its_layout():
+    unknown = type("Attention", (nn.Module,), {"__module__": "timm.models.some_day"})()
+    assert layout_of("qkv", nn.Linear(4, 12), unknown, None) is None
 
 
 def test_a_view_of_interleaved_heads_writes_into_the_output():

@@ -190,7 +190,7 @@ class _Node(torch.autograd.Function):
         ctx.how = how
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(x, weight, A, B, router, mask, *dropped)
-        return y
+        return y.detach()  # no view, which autograd would not let a model change in place, as ReLU(inplace=True) does
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:

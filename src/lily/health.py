@@ -1,7 +1,8 @@
 """Watching a training: a loss, gradient or weight that is no number any more, and routers that stop routing.
 
 A training that has left the finite numbers is lost from there on, and what it writes then replaces what was good; so it
-is stopped before the step is taken. Routers that stop routing (`lily.routers`) are reported, and training goes on.
+is stopped before the step is taken. Routers that stop routing (`lily.routers`) and adapted layers that take no part
+(`lily.idle`) are reported, and training goes on.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lily.errors import DivergedError
+from lily.idle import IdleWatch
 from lily.routers import RouterWatch
 
 # float16: steps in a row that may overflow. Some do while the gradient scaler looks for its scale.
@@ -66,14 +68,16 @@ class HealthCallback(TrainerCallback):  # type: ignore[misc]
     saved, by a `DivergedError` that names the step, the tensors and the last good checkpoint. Under float16 single
     overflows are the gradient scaler's business. The loss is logged as it is: `logging_nan_inf_filter`, which hides
     what is not finite, is switched off. Routers are looked at in some steps; those that have collapsed are reported
-    once. One wait for the device per step; works without Lily too, for the finite part.
+    once, and so are adapted layers that get no gradient in the first steps. One wait for the device per step; works
+    without Lily too, for the finite part.
 
     Args:
-        announce: is given the report on routers; default: a warning.
+        announce: is given the reports on routers and layers; default: a warning.
     """
 
     def __init__(self, announce: Callable[[str], Any] | None = None) -> None:
-        self.routers = RouterWatch(announce or (lambda said: warnings.warn(said, stacklevel=2)))
+        announce = announce or (lambda said: warnings.warn(said, stacklevel=2))
+        self.routers, self.idle = RouterWatch(announce), IdleWatch(announce)
         self._loss: Tensor | None = None
         self._overflows = 0
 
@@ -108,6 +112,8 @@ class HealthCallback(TrainerCallback):  # type: ignore[misc]
             DivergedError: if loss or gradient are not finite.
         """
         self.routers.collect(state.global_step + 1)
+        if self.idle.wanted and state.is_world_process_zero and model is not None:
+            self.idle.look(model, _parameters(optimizer), last=state.global_step + 1 >= state.max_steps)
         loss, self._loss = self._loss, None
         gradients = {p: _local(p.grad) for p in _parameters(optimizer) if p.grad is not None}
         if _finite([*gradients.values(), *([] if loss is None else [loss])], args):

@@ -1,9 +1,12 @@
-"""State-space mixers that call what they would otherwise only read: see `lily.uncalled` for which layers these are.
+"""Mixers and attention that call what they would otherwise only read: see `lily.uncalled` for which layers these are.
 
 A mixer of transformers hands the weights of `x_proj`, `dt_proj` and `out_proj` to one fused kernel in training, and on
 every path multiplies by the weight of `dt_proj`. In a mixer with an adapter on one of them, two hooks around its
 forward choose the path that it takes in evaluation (it calls `x_proj` and `out_proj`, and convolution and scan still
 have kernels of their own) and put the adapted `dt_proj` in its weight's place. Other mixers are left alone.
+
+timm's attention with biases beside `qkv` multiplies by the weight of `qkv` and adds both in one step; while there is an
+adapter, it is told to call `qkv` and add the biases afterwards.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lily.layer import LilyLayer
-from lily.uncalled import children_read
+from lily.uncalled import SEPARATE, SEPARATED, children_read
 
 
 class Applied:
@@ -105,16 +108,20 @@ def _acts(layer: LilyLayer) -> bool:
 
 
 def watch(model: nn.Module) -> None:
-    """Put the hooks on the mixers that need them now, and take them off the others.
+    """Put the hooks on the mixers that need them now, and take them off the others; likewise timm's flag.
 
     Args:
         model: with or without adapters.
     """
     begun = []
     for name, mixer in model.named_modules():
-        if not children_read(mixer):
+        read = children_read(mixer)
+        if not read:
             continue
         there, needed = _calling(mixer), adapted(mixer)
+        if any(layer.remedy == "separated" for layer in read.values()):
+            _separate(mixer, bool(needed))
+            continue
         if needed and there is None:
             Calling(mixer)
             begun += [f"{name}.{child}" for child in needed]
@@ -134,6 +141,26 @@ def watch(model: nn.Module) -> None:
 def kernels_installed() -> bool:
     """Whether there may be a fused kernel at all: from mamba_ssm, or from the hub by way of `kernels`."""
     return any(importlib.util.find_spec(package) is not None for package in ("mamba_ssm", "kernels"))
+
+
+def call_projections(model: nn.Module) -> None:
+    """Have timm's attention call its `qkv` whatever adapter is put there: other methods than Lily need it as much.
+
+    Args:
+        model: without adapters.
+    """
+    for module in model.modules():
+        if any(layer.remedy == "separated" for layer in children_read(module).values()):
+            _separate(module, True)
+
+
+def _separate(attention: nn.Module, wanted: bool) -> None:
+    # An attribute and no hook: it holds for every forward, so a compiled model has nothing to trace.
+    setattr(attention, SEPARATE, wanted)
+    if wanted:
+        setattr(attention, SEPARATED, True)
+    elif hasattr(attention, SEPARATED):
+        delattr(attention, SEPARATED)
 
 
 def _calling(mixer: nn.Module) -> Calling | None:

@@ -383,7 +383,7 @@ def settle_file_format(config: LilyConfig, plan: SharingPlan, model: nn.Module) 
         config.stock_refusal = f"adapted {other} layers"
         return
     read = uncalled(dict(model.named_modules()))
-    if any(read[name].remedy == "applied" for name in plan.slots if name in read):
+    if any(read[name].remedy in ("applied", "separated") for name in plan.slots if name in read):
         config.stock_refusal = "an adapter on a layer that is read without being called"
         return
     if not stock_grouping_differs(plan, config.target_modules or ()):

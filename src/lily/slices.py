@@ -51,7 +51,7 @@ def layout_of(name: str, module: nn.Module, parent: nn.Module, config: Any) -> L
         name: the layer's own last name, such as `qkv_proj`.
         module: the layer; its `out_features` is read (`nf` of GPT-2's `Conv1D`).
         parent: the module that calls it; its class says which architecture this is.
-        config: the model's configuration (of transformers); None for other libraries' models.
+        config: the model's configuration (of transformers); None for other libraries' models, whose modules say it.
 
     Returns:
         Slice name -> outputs; None where nothing is known.
@@ -59,7 +59,9 @@ def layout_of(name: str, module: nn.Module, parent: nn.Module, config: Any) -> L
     out: int = module.out_features if hasattr(module, "out_features") else getattr(module, "nf", 0)  # type: ignore[assignment]
     path = type(parent).__module__.split(".")
     if path[0] == "timm" and name == "qkv":
-        return _contiguous(out, q=out // 3, k=out // 3, v=out // 3)
+        known = TIMM.get(".".join(path[1:]))
+        layout = known(parent, out) if known is not None else None
+        return layout if layout is not None and _covers(layout, out) else None
     if path[:2] != ["transformers", "models"] or config is None:
         return None
     rule = RULES.get((path[2], name))
@@ -178,7 +180,30 @@ def _codegen(config: Any, out: int) -> Layout:
 
 
 def _thirds(config: Any, out: int) -> Layout:
+    """Of the model's width each, so that a cross-attention's key and value are not taken for three."""
+    size = config.hidden_size
+    return _contiguous(out, q=size, k=size, v=size)
+
+
+def _in_blocks(attention: Any, out: int) -> Layout:
+    """All queries, all keys, all values: timm's most common form, which asks nothing of the module."""
     return _contiguous(out, q=out // 3, k=out // 3, v=out // 3)
+
+
+def _head_first(attention: Any, out: int) -> Layout:
+    size = attention.dim_head
+    return _contiguous(3 * size, q=size, k=size, v=size) if attention.head_first else _in_blocks(attention, out)
+
+
+def _wide_values(attention: Any, out: int) -> Layout:
+    """(heads, query + key + value), whose values are of another size."""
+    key, value = attention.key_dim, attention.val_dim
+    return _contiguous(2 * key + value, q=key, k=key, v=value)
+
+
+def _global_query(attention: Any, out: int) -> Layout:
+    """GCViT's global blocks are given their queries."""
+    return _contiguous(out, k=out // 2, v=out // 2) if attention.use_global else _in_blocks(attention, out)
 
 
 def _gate_up(config: Any, out: int) -> Layout:
@@ -194,6 +219,25 @@ def _mamba2(config: Any, out: int) -> Layout:
     inner, state = int(config.expand * config.hidden_size), config.n_groups * config.state_size
     return _contiguous(out, z=inner, x=inner, B=state, C=state, dt=config.num_heads)
 
+
+# Modules of timm whose classes have all queries, all keys and all values in their `qkv`.
+IN_BLOCKS = (
+    "layers.attention", "layers.attention_pool2d", "layers.diff_attention", "models.beit", "models.cait", "models.coat",
+    "models.convit", "models.davit", "models.edgenext", "models.eva", "models.fastvit", "models.hiera",
+    "models.hieradet_sam2", "models.metaformer", "models.mvitv2", "models.nest", "models.swin_transformer",
+    "models.swin_transformer_v2", "models.swin_transformer_v2_cr", "models.twins", "models.vision_transformer",
+    "models.vision_transformer_relpos", "models.vision_transformer_sam", "models.volo", "models.xcit",
+)  # fmt: skip
+
+# Module of timm -> the layout of a class's `qkv`, of that attention and its outputs; each is checked against timm's own
+# code by tests/test_slices.py. Any other may divide its outputs in a way of its own.
+TIMM: dict[str, Callable[[Any, int], Layout]] = {
+    **dict.fromkeys(IN_BLOCKS, _in_blocks),
+    "models.maxxvit": _head_first,
+    "models.tiny_vit": _wide_values,
+    "models.efficientformer": _wide_values,
+    "models.gcvit": _global_query,
+}
 
 # (architecture, layer) -> its layout; each is checked against the model's own code by tests/test_slices.py.
 RULES: dict[tuple[str, str], Callable[[Any, int], Layout]] = {

@@ -1,7 +1,7 @@
 """Layers whose weights their parent reads without calling them, so that an adapter on one would silently do nothing.
 
 Decided from classes and attributes alone, so the meta device is enough. What `lily.mixers` can make a parent call is
-marked; the rest is refused when a plan is made.
+marked; the rest is refused when a plan is made. A parent that is not known here shows in training: `lily.idle`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,15 @@ ORIGINAL = {
     "use_mem_eff_path": ("conv1d", "out_proj"),
 }
 
+# (package, class) whose forward hands weights to torch's attention function -> the layers that they are of.
+ATTENTION: dict[tuple[str, str], tuple[str, ...]] = {
+    ("transformers", "WavLMAttention"): ("q_proj", "k_proj", "v_proj", "out_proj"),
+    ("diffusers", "HunyuanDiTAttentionPool"): ("q_proj", "k_proj", "v_proj", "c_proj"),
+}
+
+# timm's flag for adding the biases of q and v to what `qkv` returns, and where lily.mixers notes that it set it.
+SEPARATE, SEPARATED = "qkv_bias_separate", "_lily_separated"
+
 
 @dataclass(frozen=True)
 class Uncalled:
@@ -31,7 +40,7 @@ class Uncalled:
         parent: the class that reads its weight.
         why: when and how, completing "PARENT reads its weight ...".
         remedy: what makes an adapter on it act: "unfused", the parent's path without the fused kernel; "applied", that
-            path and the layer in its weight's place; None: nothing does.
+            path and the layer in its weight's place; "separated", biases added after the layer; None: nothing does.
     """
 
     parent: str
@@ -60,10 +69,18 @@ def children_read(module: nn.Module) -> dict[str, Uncalled]:
     parent = type(module).__name__
     if isinstance(module, nn.MultiheadAttention):
         return {"out_proj": Uncalled("torch.nn.MultiheadAttention", "without calling it")}
+    # A subclass may call what it likes: what counts is whose forward it is.
+    owner = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
+    home = owner.__module__
+    package = home.partition(".")[0]
+    handed = ATTENTION.get((package, owner.__name__), ())
+    if handed:
+        found = Uncalled(parent, "in torch's attention function, without calling it")
+        return {name: found for name in handed if name in module._modules}
+    if package == "timm" and module._parameters.get("q_bias") is not None and "qkv" in module._modules:
+        return _with_biases(module)
     if not isinstance(module._parameters.get("A_log"), nn.Parameter):
         return {}
-    # A subclass may call what it likes: what counts is whose forward it is.
-    home = next(cls.__module__ for cls in type(module).__mro__ if "forward" in vars(cls))
     if not home.startswith("transformers.models."):
         found = Uncalled(parent, "in a product or a fused kernel, without calling it")
         names = next((names for flag, names in ORIGINAL.items() if hasattr(module, flag)), ())
@@ -76,3 +93,11 @@ def children_read(module: nn.Module) -> dict[str, Uncalled]:
         fused = Uncalled(parent, "in a fused kernel, without calling it, when it trains on a GPU", "unfused")
         read.update(x_proj=fused, out_proj=fused)
     return {name: reason for name, reason in read.items() if name in module._modules}
+
+
+def _with_biases(attention: nn.Module) -> dict[str, Uncalled]:
+    """For timm's attention with biases of q and v beside `qkv`, which has none: BEiT, EVA, Swin V2."""
+    if getattr(attention, SEPARATE, False) and not hasattr(attention, SEPARATED):
+        return {}
+    remedy = "separated" if hasattr(attention, SEPARATE) else None  # older versions of timm have no choice
+    return {"qkv": Uncalled(type(attention).__name__, "in a product, without calling it", remedy)}

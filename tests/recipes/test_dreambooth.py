@@ -372,6 +372,29 @@ def test_half_precision_weights_train_a_float32_adapter(tmp_path, pipes, subject
     assert result.precision == "bfloat16"
 
 
+def test_an_autoencoder_that_needs_float32_draws_in_it(tmp_path, pipes, subject, monkeypatch):
+    load, start, seen = run.load, loop.accelerator_for, []
+
+    def watched(*given):
+        pipe = load(*given)
+        assert (pipe.vae.config.force_upcast, pipe.vae.dtype) == (True, torch.float16)
+        pipe.vae.post_quant_conv = torch.nn.Conv2d(tiny.CHANNELS, tiny.CHANNELS, 1).half()  # which SDXL's has
+        pipe.vae.decoder.conv_out.register_forward_hook(lambda m, args, out: seen.append(out.dtype))
+        return pipe
+
+    def in_float16(train, precision):  # on a CPU too, where a run would refuse it
+        accelerator = start(train, precision)
+        accelerator.autocast = lambda: torch.autocast("cpu", torch.float16)
+        return accelerator
+
+    monkeypatch.setattr(run, "load", watched)
+    monkeypatch.setattr(loop, "accelerator_for", in_float16)
+    short = {"train": {"max_steps": 1, "gradient_accumulation": 1, "learning_rate": 1e-4, "precision": "float32"}}
+    settings = ["model.dtype=float16", "validation.images=1", "validation.steps=1"]
+    trained(tmp_path, pipes["sdxl"], subject, *settings, **short)
+    assert seen == [torch.float32] * 2  # before and after
+
+
 def test_sizes_say_how_an_image_was_cut(subject, pipes):
     images, sizes = latents.read(latents.image_files(subject), RESOLUTION)
     assert images.shape == (3, 3, RESOLUTION, RESOLUTION)

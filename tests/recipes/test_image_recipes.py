@@ -12,12 +12,13 @@ import pytest
 import torch
 from PIL import Image
 from recipes_helpers import write_recipe
+from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, ViTConfig, ViTModel
 from typer.testing import CliRunner
 
 from lily.cli import app
 from lily.errors import LilyError
-from lily.recipes import insight, loader, models, preflight
+from lily.recipes import baselines, insight, loader, models, preflight
 from lily.recipes.adapter import Adapter
 from lily.recipes.images import Preprocess
 from lily.recipes.train import train
@@ -199,6 +200,23 @@ def test_only_the_named_classes_are_used(vit, colours, tmp_path):
         preflight.prepare(recipe(vit, colours, tmp_path, data={**data, "classes": ["red", "pink"]}))
 
 
+def test_a_class_of_the_test_images_alone_is_a_class_and_is_said(vit, colours, tmp_path, capfd):
+    for part, classes in {"train": ("red", "blue"), "val": ("red", "blue"), "test": ("red", "green")}.items():
+        lines = [f"all/{c}/{i:02}.png {[*COLOURS].index(c)}\n" for c in classes for i in range(4)]
+        (colours.parent / f"{part}.txt").write_text("".join(lines))
+    data = {
+        name: {"path": str(colours.parent / f"{file}.txt")}
+        for name, file in (("train", "train"), ("validation", "val"), ("test", "test"))
+    }
+    chosen = recipe(vit, colours, tmp_path, data=data, baselines=["majority", "frozen"])
+    prepared = preflight.prepare(chosen)
+    assert prepared.splits.labels == ("0", "1", "2")
+    assert prepared.meta.config.num_labels == 3
+    said = capfd.readouterr().err.splitlines()
+    assert [line for line in said if line.startswith("warning: no training image is of 1 of the 3 classes (1)")]
+    assert baselines.run("frozen", chosen, prepared.splits)["accuracy"] <= 0.5  # nothing can find the green ones
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -231,16 +249,33 @@ def test_the_dry_run_shows_an_image_and_counts_patches(vit, colours, tmp_path):
     assert said["preview"][0]["text"].endswith(".png, 16 x 16")
 
 
-def test_a_timm_backbone_is_adapted_at_its_fused_projection(colours, tmp_path):
+TIMM_ADAPTERS: dict[str, dict[str, Any]] = {
+    "whole": {"targets": ["qkv"]},
+    "paper": {"targets": [], "lily": {"r": 4, "num_A": 1, "num_B": 2, "scaling": 4.0, "slices": {"qkv": ["k", "v"]},
+                                      "parallel": ["mlp"], "groups": {"mlp": {"r": 8, "activation": "relu"}}}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("adapter", sorted(TIMM_ADAPTERS))
+@pytest.mark.parametrize("architecture", ["vit_tiny_patch16_224", "beit_base_patch16_224"])
+def test_a_timm_backbone_is_adapted_at_its_fused_projection(colours, tmp_path, architecture, adapter):
     pytest.importorskip("timm", reason="needs timm, which the vision environment has: make test-vision")
     from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
     args = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
-    config = TimmWrapperConfig(architecture="vit_tiny_patch16_224", model_args=args, num_labels=3)
+    config = TimmWrapperConfig(architecture=architecture, model_args=args, num_labels=3)
     config.pretrained_cfg = {"input_size": [3, 16, 16]}
+    torch.manual_seed(0)
     TimmWrapperForImageClassification(config).save_pretrained(tmp_path / "timm")
-    chosen = recipe(tmp_path / "timm", colours, tmp_path, targets=["qkv"], baselines=["frozen"])
+    chosen = recipe(tmp_path / "timm", colours, tmp_path, **TIMM_ADAPTERS[adapter], baselines=["frozen", "lora"])
     result = train(chosen, quiet=True)
     assert result.parameters["head"] == 3 * 32 + 3
     assert result.final["accuracy"] > 0.9
+    assert 0 < result.baselines["lora"]["parameters"] <= result.parameters["adapter"]
     assert models.heads_of(models.meta_model(chosen.model, chosen.task, 3)) == ["timm_model.head"]
+    tensors = load_file(tmp_path / "run" / "best" / "adapter_model.safetensors")
+    parts = {"whole": ["qkv"], "paper": ["qkv.k", "qkv.v", "mlp"]}[adapter]
+    assert all(any(f"{part}." in name for name in tensors) for part in parts)
+    learned = [t for name, t in tensors.items() if "lily_B" in name]
+    assert len(learned) == len(parts)
+    assert all(t.any() for t in learned)  # B starts at zero

@@ -145,6 +145,39 @@ def test_an_extreme_learning_rate_collapses_routers_and_that_is_reported(tmp_pat
     assert health.routers.state["certainty"] > 0.9
 
 
+class Partly(torch.nn.Module):
+    """Reads the weight of one of its layers without calling it, and calls another in its sixth forward alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called, self.read, self.rare = (torch.nn.Linear(4, 4) for _ in range(3))
+        self.forwards = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.forwards += 1
+        y = torch.nn.functional.linear(self.called(x), self.read.weight)
+        return self.rare(y) if self.forwards == 6 else y
+
+
+@pytest.mark.parametrize("routing", ["token", "static", "uniform"])
+@pytest.mark.parametrize(("steps", "idle"), [(30, ["read"]), (4, ["rare", "read"])])
+def test_layers_that_get_no_gradient_are_told_of_once(routing, steps, idle):
+    torch.manual_seed(0)
+    config = lily.LilyConfig(r=2, num_B=2, routing=routing, target_modules=["called", "read", "rare"])
+    model, said = get_peft_model(Partly(), config), []
+    health = lily.HealthCallback(said.append)
+    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    arguments = SimpleNamespace(fp16=False, output_dir="", device="cpu")
+    for step in range(steps):
+        optimiser.zero_grad()
+        model(torch.randn(3, 4)).sum().backward()
+        state = SimpleNamespace(global_step=step, max_steps=steps, is_world_process_zero=True)
+        health.on_pre_optimizer_step(arguments, state, None, model=model, optimizer=optimiser)
+    assert len(said) == 1
+    assert said[0].startswith(f"{len(idle)} of 3 adapted layers got no gradient in {min(steps, 20)} steps: ")
+    assert f"steps: {', '.join(idle)}. Their parent reads the weight without calling" in said[0]
+
+
 def test_a_healthy_run_reports_nothing_and_its_figures_tell_the_routing(tmp_path, encoder, capfd):
     result = train.train(recipe_in(tmp_path, encoder), quiet=True)
     assert "warning:" not in capfd.readouterr().err
@@ -224,7 +257,7 @@ def test_under_float16_single_overflows_are_the_scalers_business_and_endless_one
     def step(number: int, gradient: float, loss: float = 1.0) -> None:
         parameter.grad = torch.full((2,), gradient)
         health.note_loss(torch.tensor(loss))
-        state = SimpleNamespace(global_step=number)
+        state = SimpleNamespace(global_step=number, max_steps=400, is_world_process_zero=True)
         health.on_pre_optimizer_step(arguments, state, None, model=torch.nn.Module(), optimizer=optimiser)
 
     for number in range(200):  # ends with one that overflows not

@@ -60,12 +60,19 @@ def test_a_recipe_of_the_paper_has_its_parameters_and_needs_no_download(name, mo
     assert report.plan.parameters["total"] == EXPECTED[name]
     recipe = loader.load_any(name)
     assert recipe.lily.routing == ("token" if "vim" in name else "batch")
-    assert "REFERENCE" in loader.find(name).read_text("utf-8")
+
+
+PAPER = [file for file in loader.shipped() if file.startswith("paper/")]
 
 
 def test_every_recipe_of_the_paper_is_checked():
-    here = {name for file in loader.shipped() if file.startswith("paper/") for name in loader.names_of(file)}
-    assert here == {*EXPECTED, "paper/dreambooth-sdxl"}
+    here = {name for file in PAPER for name in loader.names_of(file)}
+    assert here == {*EXPECTED, "paper/dreambooth-sdxl"}  # which test_dreambooth.py plans, since it needs diffusers
+
+
+@pytest.mark.parametrize("file", PAPER)
+def test_every_recipe_of_the_paper_names_its_line_of_the_reference(file):
+    assert '# REFERENCE: "' in loader.find(next(iter(loader.names_of(file)))).read_text("utf-8")
 
 
 def test_a_described_model_has_the_sizes_of_the_real_one():

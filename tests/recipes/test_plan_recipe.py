@@ -58,6 +58,14 @@ def test_a_dry_run_refuses_what_training_refuses(tmp_path, encoder, chat_model, 
     assert message in said[0]
 
 
+def test_the_recipe_may_be_named_by_an_option_too(tmp_path, encoder):
+    path = write_recipe(tmp_path, classification(encoder, write_jsonl(tmp_path / "t.jsonl", rows()), tmp_path))
+    said = CliRunner().invoke(app, ["plan", path, "lily.r=2", "train.epochs=3", "--json"]).stdout
+    assert json.loads(said)["recipe"]["train"]["epochs"] == 3
+    assert CliRunner().invoke(app, ["plan", "--recipe", path, "lily.r=2", "train.epochs=3", "--json"]).stdout == said
+    assert "--recipe" not in CliRunner().invoke(app, ["plan", "--help"]).stdout
+
+
 def test_a_dry_run_writes_nothing(tmp_path, encoder):
     path = write_recipe(tmp_path, classification(encoder, write_jsonl(tmp_path / "t.jsonl", rows()), tmp_path))
     before = sorted(tmp_path.rglob("*"))

@@ -10,13 +10,14 @@ import pytest
 import torch
 from peft import PeftModel
 from recipes_helpers import classification, rows, sft, write_jsonl, write_recipe
+from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
 from lily.cli import app
 from lily.errors import LilyError
-from lily.recipes import evaluate, loader, train
+from lily.recipes import evaluate, loader, report, train
 from lily.recipes.adapter import Adapter
 
 
@@ -55,6 +56,13 @@ def test_a_classifier_learns_and_leaves_everything_it_should(tmp_path, encoder, 
     assert ("import lily" in card) == (method == "lily")
     assert ("An adapter (" in card, "adapter |" in card, "of the adapter" in card) == (method != "none",) * 3
     assert "66 parameters of the new head" in card
+    assert f", after the last epoch {100 * result.history[-1]['accuracy']:.1f}. " in card
+    result.best, result.last = {"epoch": 2.5, "value": 0.75}, {"epoch": 6.0, "value": 0.625}
+    chosen = "est accuracy on validation 75.0 after epoch 2.5, after the last epoch 62.5"
+    console = Console(record=True, width=200)
+    report.print_result(result, recipe, run, console)
+    assert f"b{chosen}; " in console.export_text()
+    assert f"B{chosen}. " in report.card(recipe, result)
     base = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=2)
     assert isinstance(PeftModel.from_pretrained(base, run / "best"), PeftModel)
     if method == "lily":

@@ -175,8 +175,11 @@ def names_or_regex(value: str | None) -> list[str] | str | None:
 
 def plan_command(
     target: Annotated[
-        str, typer.Argument(help="A recipe (name or YAML file), a model folder, a config.json or a hub id.")
-    ],
+        str | None,
+        typer.Argument(
+            metavar="TARGET", help="A recipe (name or YAML file), a model folder, a config.json or a hub id."
+        ),
+    ] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="For a recipe: key=value, such as lily.r=64.")] = None,
     targets: Annotated[
         str | None,
@@ -206,6 +209,7 @@ def plan_command(
         int | None, typer.Option(min=1, help="Samples of a step, for the estimates. Default: 8, or the recipe's.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    recipe: Annotated[str | None, typer.Option("--recipe", hidden=True, help="The same as TARGET, a recipe.")] = None,
 ) -> None:
     """Show what an adapter shares, trains and costs, without loading weights; of a recipe, its dry run."""
     report: PlanReport | RecipeReport
@@ -224,9 +228,10 @@ def plan_command(
         "task": None if task is None else task.upper().replace("-", "_"),
     }
     given = {name: value for name, value in asked.items() if value is not None}
-    if is_recipe(target):
+    target, overrides = _one_target(target, recipe, overrides or [])
+    if recipe is not None or is_recipe(target):
         _no_options_with_recipe(given)
-        report = recipe_report(target, overrides or (), batch=batch, tokens=tokens)
+        report = recipe_report(target, overrides, batch=batch, tokens=tokens)
     else:
         if overrides:
             raise LilyError(f"{overrides[0]!r} changes a recipe, but {target} is a model; use options such as --r 64")
@@ -235,6 +240,17 @@ def plan_command(
         model, dtype = model_from(target, wish.task)
         report = plan_for(model, wish, name=target, dtype=dtype)
     _print(report, as_json)
+
+
+def _one_target(target: str | None, recipe: str | None, overrides: list[str]) -> tuple[str, list[str]]:
+    """What to plan, named in its place or by --recipe, and the changes to it."""
+    if recipe is None:
+        if target is None:
+            raise LilyError("plan of what? Name a recipe (`lily recipes` lists them), a model folder or a hub id")
+        return target, overrides
+    if target is not None and not re.match(r"[\w.]+=", target):
+        raise LilyError(f"--recipe {recipe} and {target} both say what to plan; give one of them")
+    return recipe, [*([] if target is None else [target]), *overrides]
 
 
 def _no_options_with_recipe(given: dict[str, Any]) -> None:

@@ -59,10 +59,15 @@ def check_readable(target: str, wanted: Target, found: Adapted, other: Mapping[s
         LilyError: naming the part that would be lost, and where to export to instead.
     """
     read = uncalled(dict(found.root.named_modules()))
-    # PEFT's LoRA acts in calls, so never on dt_proj, and refuses out_proj of state-space models.
-    lost = [name for name in found.layers if name in read and name.endswith(("dt_proj", "out_proj"))]
+    # PEFT's LoRA acts in calls, so never on dt_proj or timm's qkv, and refuses out_proj of state-space models.
+    whole = {name: name.rpartition(".")[0] if _is_slice(found, name) else name for name in found.layers}
+    lost = [
+        name
+        for name, layer in whole.items()
+        if layer in read and (read[layer].remedy == "separated" or layer.endswith(("dt_proj", "out_proj")))
+    ]
     if lost:
-        why = read[lost[0]]
+        why = read[whole[lost[0]]]
         raise LilyError(
             f"no reader of a LoRA applies one to {lost[0]}: {why.parent} reads its weight {why.why}; export --to "
             "merged instead, or train without it (exclude_modules)"
@@ -98,6 +103,10 @@ def check_readable(target: str, wanted: Target, found: Adapted, other: Mapping[s
             f"{target} reads nothing but A and B, but the adapter comes with {sorted(other)[0].removeprefix(PREFIX)} "
             "(an embedding whose vocabulary was changed?); export --to merged instead"
         )
+
+
+def _is_slice(found: Adapted, name: str) -> bool:
+    return found.plan.group_of(name).kind == SLICE
 
 
 def padded_rank(rank: int, target: str, wanted: Target) -> int:

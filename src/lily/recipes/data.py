@@ -36,6 +36,7 @@ class Splits:
         test: gives the final figure; may be empty.
         labels: the classes, in the order of their ids; None outside classification.
         tests: further test sets, by name.
+        unseen: those of the classes that no training row has; of images alone, elsewhere they are refused.
     """
 
     train: list[Row]
@@ -43,6 +44,7 @@ class Splits:
     test: list[Row]
     labels: tuple[str, ...] | None
     tests: dict[str, list[Row]] = field(default_factory=dict)
+    unseen: tuple[str, ...] = ()
 
     @property
     def held_out(self) -> list[Row]:
@@ -87,7 +89,9 @@ def load_splits(recipe: Recipe) -> Splits:
     named: dict[Key, list[Row]] = {(name,): rows for name, rows in parts.items()}
     named |= {("tests", name): rows for name, rows in tests.items()}
     labels = _labels(known, named, recipe) if recipe.task in CLASSIFYING else None
-    return Splits(train, parts["validation"], parts["test"], labels, tests)
+    seen = {row["label"] for row in known} if labels is not None else set()
+    unseen = tuple(label for label in labels or () if label not in seen)
+    return Splits(train, parts["validation"], parts["test"], labels, tests, unseen)
 
 
 def _rows_at(key: Key, recipe: Recipe) -> list[Row]:
@@ -352,23 +356,30 @@ def drawn(rows: list[T], most: int | None, seed: int = 0) -> list[T]:
 
 
 def _labels(train: list[Row], parts: dict[Key, list[Row]], recipe: Recipe) -> tuple[str, ...]:
+    """The classes in the order of their ids.
+
+    A label that no training row has is mostly a typo in a table of texts. The classes of images are folders and
+    numbers, and a few images a class, drawn at random as VTAB-1K's, may leave some without any.
+    """
     found, column = {row["label"] for row in train}, recipe.data.columns.label or "label"
-    with located(recipe, "data", "columns", "label"):
-        if len(found) < 2:
+    if len(found) < 2:
+        with located(recipe, "data", "columns", "label"):
             raise LilyError(
                 f"label column {column!r} holds one class only ({found.pop()!r}); there is nothing to learn"
             )
-        if len(found) > 1000:
-            raise LilyError(
-                f"label column {column!r} holds {len(found)} classes; for numbers write task: text-regression"
-            )
     for key, rows in parts.items():
         unknown = sorted({row["label"] for row in rows} - found)
-        if unknown:
+        if unknown and recipe.task != "image-classification":
             known = ", ".join(sorted(found))
             with located(recipe, "data", *key):
                 raise LilyError(
                     f"data.{'.'.join(key)} has the label {unknown[0]!r}, which no training row has (known: {known})"
                 )
+    found |= {row["label"] for rows in parts.values() for row in rows}
+    if len(found) > 1000:
+        with located(recipe, "data", "columns", "label"):
+            raise LilyError(
+                f"label column {column!r} holds {len(found)} classes; for numbers write task: text-regression"
+            )
     numeric = all(re.fullmatch(r"-?[0-9]{1,18}", label) for label in found)
     return tuple(sorted(found, key=lambda label: (int(label) if numeric else 0, label)))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from lily import mixers
 from lily.errors import LilyError
 from lily.recipes import convert, quantization, standins
 from lily.recipes.images import Preprocess
@@ -164,6 +165,7 @@ def load_model(
             loaded.config.pad_token_id = load_tokenizer(model).pad_token_id
     if options:
         loaded = quantization.prepared(loaded)
+    mixers.call_projections(loaded)
     return cast("PreTrainedModel", loaded.eval())
 
 

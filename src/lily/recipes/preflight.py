@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -14,6 +15,7 @@ from lily.recipes.data import Splits
 from lily.recipes.images import Preprocess
 from lily.recipes.metrics import metrics_of
 from lily.recipes.places import located
+from lily.recipes.ranks import is_first
 from lily.recipes.schema import Recipe
 
 if TYPE_CHECKING:
@@ -80,6 +82,8 @@ def prepare(recipe: Recipe) -> Prepared:
     """
     check_packages(recipe)
     splits = data.load_splits(recipe)
+    if splits.unseen and is_first():
+        print(f"warning: {unseen_message(splits)}", file=sys.stderr)
 
     from lily.recipes import choices, forgetting, tasks
 
@@ -107,6 +111,15 @@ def prepare(recipe: Recipe) -> Prepared:
             choices.check(rows, recipe, processor)
     general = forgetting.general_text(recipe, processor)
     return Prepared(splits, processor, train, validation, config, meta, general)
+
+
+def unseen_message(splits: Splits) -> str:
+    """What to say of classes that there is nothing to learn of."""
+    shown = ", ".join(splits.unseen[:3]) + (", ..." if len(splits.unseen) > 3 else "")
+    return (
+        f"no training image is of {len(splits.unseen)} of the {len(splits.labels or ())} classes ({shown}); the head "
+        "has them all the same, and held-out images of theirs are as good as missed"
+    )
 
 
 def check_packages(recipe: Recipe) -> None:

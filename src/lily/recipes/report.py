@@ -75,11 +75,17 @@ def print_result(result: Result, recipe: Recipe, output: Path, console: Console)
         answers = ", ".join(f"{k}: {escape(repr(sample[k]))}" for k in ("expected", "before", "after") if k in sample)
         console.print(f"  {answers}")
     if result.best is not None:
-        console.print(
-            f"best {result.metric} on validation {shown(result.metric, result.best['value'])} after epoch "
-            f"{result.best['epoch']:g}; {result.seconds['total']:.0f} s in all"
-        )
+        console.print(f"{_epochs(result)}; {result.seconds['total']:.0f} s in all")
         console.print(f"adapter: {output / 'best'}    figures: {output / 'metrics.json'}")
+
+
+def _epochs(result: Result) -> str:
+    """The main metric on the validation rows: what the best epoch was chosen by, and what the last one has."""
+    if result.best is None or result.last is None:
+        return ""
+    best, last = (shown(result.metric, found["value"]) for found in (result.best, result.last))
+    when = f"after epoch {result.best['epoch']:g}"
+    return f"best {result.metric} on validation {best} {when}, after the last epoch {last}"
 
 
 def _tests(result: Result, recipe: Recipe) -> list[list[str]]:
@@ -175,6 +181,7 @@ def card(recipe: Recipe, result: Result) -> str:
         *_tests_card(result, recipe),
         f"On {result.rows[result.split]:,} {result.split} rows; seed {result.seed}; "
         f"trained: {_trained(result)}. "
+        f"{f'{chosen[0].upper()}{chosen[1:]}. ' if (chosen := _epochs(result)) else ''}"
         f"Versions: {', '.join(f'{k} {v}' for k, v in result.versions.items())}.",
         "",
         "```python",

@@ -186,9 +186,10 @@ def _run(recipe: DreamBooth, prepared: Prepared, pipe: Any, output: Path, resume
             found = {"loss": loop.fixed_loss(world, images, 0, v.times, v.seed)}
             if prior is not None:
                 found["prior_loss"] = loop.fixed_loss(world, prior, 1, v.times, v.seed)
-            for number, prompt in enumerate(drawn):
-                made = samples.draw(pipe, family, prompt, empty, recipe.subject.resolution, v, v.images, v.seed)
-                samples.write_grid(made, output / "samples" / _grid(step, number))
+        # outside: autocast would have an autoencoder that the pipeline puts in float32 overflow in float16 all the same
+        for number, prompt in enumerate(drawn):
+            made = samples.draw(pipe, family, prompt, empty, recipe.subject.resolution, v, v.images, v.seed)
+            samples.write_grid(made, output / "samples" / _grid(step, number))
         return found
 
     run = loop.Run(recipe, world, accelerator, output / "checkpoints", validate)
