@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 
@@ -107,12 +108,15 @@ def _costs(found: Comparison) -> Html:
     return join(table("Of one run", lines[0], lines[1:]), el("div", *figures, cls="grid"))
 
 
-def _scatter(found: Comparison, name: str, label: str, of: Callable[[Entry], float]) -> Html:
+def _scatter(found: Comparison, name: str, label: str, of: Callable[[Entry], float]) -> Html | None:
     factor = 1 if found.metric in LOWER_IS_BETTER else 100
     points = []
     for i, entry in enumerate(found.entries):
         mean, spread = entry.mean(found.metric) * factor, (entry.spread(found.metric) or 0.0) * factor
-        points.append(Point(entry.title, _style(i), of(entry), mean, mean - spread, mean + spread))
+        if math.isfinite(mean):
+            points.append(Point(entry.title, _style(i), of(entry), mean, mean - spread, mean + spread))
+    if not points:
+        return None
     better = "lower" if found.metric in LOWER_IS_BETTER else "higher"
     said = f"{found.metric} by {label}; {better} is better, and further left is cheaper. Bars: one standard deviation."
     unit = found.metric if factor == 1 else f"{found.metric} (%)"
@@ -124,9 +128,9 @@ def _scatter(found: Comparison, name: str, label: str, of: Callable[[Entry], flo
 
 def _training(found: Comparison) -> Html | None:
     series = [
-        Series(entry.title, _style(i), tuple((step, value) for step, value in entry.history))
+        Series(entry.title, _style(i), points)
         for i, entry in enumerate(found.entries)
-        if entry.history
+        if (points := tuple((step, value) for step, value in entry.history if math.isfinite(value)))
     ]
     if not series:
         return None
@@ -147,12 +151,13 @@ def _tuning(found: Comparison) -> Html | None:
     if not tuning:
         return None
     out: list[Html] = []
-    for entry in found.entries:
-        chosen = tuning.get(entry.name)
-        if chosen and chosen["trials"]:
+    titles = {entry.name: entry.title for entry in found.entries}
+    for name, chosen in tuning.items():
+        if chosen["trials"]:
+            title = titles.get(name, name)
             rows = [_trial(found.metric, trial, chosen) for trial in chosen["trials"]]
             heads = ["learning rate", "scale", f"{found.metric}, validation", ""]
-            out.append(details(f"{entry.title}: {len(rows)} runs", table(entry.title, heads, rows)))
+            out.append(details(f"{title}: {len(rows)} runs", table(title, heads, rows)))
     said = (
         "For every method the same search, with one seed: the learning rate at the recipe's own scale, half, once and "
         "twice the recipe's, further for as long as the best lies at an end; then the scale in the same way."
