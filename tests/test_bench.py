@@ -85,11 +85,12 @@ def test_an_unknown_contestant_or_measurement_is_named(subject):
 def test_the_command_measures_writes_and_reads_back(tmp_path):
     arguments = ["bench", "llama", "--width", "64", "--depth", "4", "--tokens", "8", "--batch", "2", "--rounds", "1"]
     names = "LoRA;stock Lily;Lily token;Lily merged"
-    done = CliRunner().invoke(app, [*arguments, "--r", "8", "--contestants", names, "--out", str(tmp_path / "out")])
+    done = CliRunner().invoke(app, [*arguments, "--r", "8", "--contestants", names, "--out", str(tmp_path / "[v2]")])
     assert done.exit_code == 0, done.output
-    found = report.Report.read(tmp_path / "out" / "results.json")
+    assert f"written to {tmp_path}/[v2]\n" in done.output
+    found = report.Report.read(tmp_path / "[v2]" / "results.json")
     assert set(found.results) == {"step", "memory", "prefill", "decode"}
-    assert "ratio to LoRA at equal parameters" in (tmp_path / "out" / "ratios.svg").read_text()
+    assert "ratio to LoRA at equal parameters" in (tmp_path / "[v2]" / "ratios.svg").read_text()
     assert set(found.results["step"]) == {"LoRA", "stock Lily", "Lily token"}
     assert set(found.results["decode"]) == {"LoRA", "stock Lily", "Lily token", "Lily merged"}
     assert found.results["step"]["LoRA"].ratios == [1.0]

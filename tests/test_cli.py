@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -14,6 +15,7 @@ from safetensors import SafetensorError
 from typer.testing import CliRunner
 
 from lily import cli
+from lily.commands import evaluate
 from lily.recipes.schema import Recipe
 
 COMMANDS = ("plan", "train", "eval", "predict", "generate", "recipes", "schema")
@@ -28,6 +30,12 @@ def test_help_names_every_command_and_python_m_lily_works():
     for name in COMMANDS:
         assert f" {name} " in run.stdout
         assert invoke(name, "--help").exit_code == 0
+
+
+def test_a_file_with_brackets_in_its_name_is_called_by_its_name(monkeypatch):
+    adapter = SimpleNamespace(evaluate=lambda split, file: {"accuracy": 0.5})
+    monkeypatch.setattr(evaluate, "_adapter", lambda *_: adapter)
+    assert "[v2].csv" in invoke("eval", "run", "--file", "[v2].csv").stdout
 
 
 def test_every_shipped_recipe_is_listed_and_prints_as_a_complete_recipe(tmp_path):

@@ -9,11 +9,12 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "docs" / "routing.md", ROOT / "docs" / "sharing.md")
+PAGES = (ROOT / "docs" / "routing.md", ROOT / "docs" / "sharing.md", ROOT / "docs" / "tune.md")
 MARKED = re.compile(r"(<!-- figures: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -53,7 +54,22 @@ def sharing() -> str:
     return _table(head, lines)
 
 
-FIGURES: dict[str, Callable[[], str]] = {"routing": routing, "batches": batches, "sharing": sharing}
+def granularity() -> str:
+    """Quality of the shapes that one budget buys, and of LoRA, on the quickstart."""
+    lines = []
+    for entry in _read("granularity-quickstart.json")["entries"]:
+        shape = "LoRA" if entry["name"] == "lora" else f"{entry['num_A']} A, {entry['num_B']} B"
+        values = [100 * value for value in entry["held_out"]]
+        lines.append([shape, str(entry["r"]), f"{fmean(values):.1f} ± {stdev(values):.1f}"])
+    return _table(["shape", "rank", "accuracy"], lines)
+
+
+FIGURES: dict[str, Callable[[], str]] = {
+    "routing": routing,
+    "batches": batches,
+    "sharing": sharing,
+    "granularity": granularity,
+}
 
 
 def filled(markdown: str) -> str:

@@ -25,7 +25,7 @@ from lily.compare.contestants import parse, resolve
 from lily.compare.page import page as written
 from lily.compare.result import read
 from lily.compare.runner import Job, Outcome
-from lily.compare.tables import summary
+from lily.compare.tables import quality, summary
 from lily.errors import LilyError
 from lily.recipes import loader, preflight
 
@@ -34,11 +34,12 @@ def invoke(*arguments):
     return CliRunner().invoke(app, ["compare", *map(str, arguments)])
 
 
-def made(folder, encoder, **train):
+def made(folder, encoder, name="tiny", **train):
     values = classification(encoder, write_jsonl(folder / "rows.jsonl", rows()), folder)
     values["train"] |= train
+    values["name"] = name
     del values["output"]
-    return write_recipe(folder, values)
+    return write_recipe(folder, values, f"{name}.yaml")
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +103,59 @@ def test_the_table_follows_from_the_runs_files_alone(done):
     assert invoke("--summary", out).output.strip() == whole
     assert whole.splitlines()[0] == "| task | metric | rows | seeds | untrained | Lily | LoRA | parameters (Lily) |"
     assert whole.splitlines()[2].startswith("| tiny | accuracy | 12 | 1 | ")
+
+
+def test_a_sweep_beside_comparisons_is_none_of_them(done):
+    out, _, _ = done
+    whole = summary([read(out / "tiny")])
+    shutil.copytree(out / "tiny/runs", out / "tiny-granularity/runs")
+    (out / "tiny-granularity/granularity.json").touch()
+    assert invoke("--summary", out).output.strip() == whole
+    with pytest.raises(LilyError, match="tiny-granularity holds no comparison"):
+        raise invoke("--summary", out / "tiny-granularity").exception
+    (out / "tiny-granularity/granularity.json").rename(out / "tiny-granularity/settings.json")  # not finished yet
+    assert invoke("--summary", out).output.strip() == whole
+
+
+def change(out, method, seed, **figures):
+    """Give a method's run of seed 0 other figures, as a run of another seed."""
+    runs = out / "tiny/runs" / method
+    if seed:
+        shutil.copytree(runs / "0", runs / str(seed))
+    file = runs / str(seed) / "metrics.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "seed": seed, **figures}))
+
+
+def test_forgetting_has_a_column_where_it_was_measured(done):
+    out, _, _ = done
+    assert "forgetting" not in quality(read(out / "tiny"))[0]
+    (out / "tiny/comparison.json").unlink()  # which names the seeds
+    for seed, risen in ((1, 0.07), (0, 0.05)):
+        change(out, "lily", seed, forgetting={"before": 2.0, "last": 3.0, "after": 2 + risen, "increase": risen})
+    found = read(out / "tiny")
+    lines = quality(found)
+    assert [line[-1] for line in lines] == ["forgetting", "", "0.0600 ± 0.0141", ""]
+    comparing.write(found, out / "tiny")
+    for file in ("comparison.md", "comparison.html"):
+        text = (out / "tiny" / file).read_text()
+        assert "0.0600 ± 0.0141" in text
+        assert "Forgetting: by how much the loss on general text rose" in text
+
+
+def test_what_is_not_a_number_is_shown_as_a_dash_and_not_tested(done):
+    out, _, _ = done
+    (out / "tiny/comparison.json").unlink()
+    nothing = {"final": {"accuracy": float("nan")}, "history": [{"step": 10, "accuracy": float("nan")}]}
+    change(out, "lora", 1, **nothing)
+    items = json.loads((out / "tiny/runs/lora/0/predictions.json").read_text())
+    items["items"]["accuracy"][0] = float("nan")
+    (out / "tiny/runs/lora/0/predictions.json").write_text(json.dumps(items))
+    found = read(out / "tiny")
+    assert [line[1:] for line in quality(found)[2:]][1] == ["-", "-", "-"]
+    assert quality(found)[2][-2:] == ["", ""]  # the first method is not tested against itself
+    comparing.write(found, out / "tiny")
+    assert "-: no test, for want of" in (out / "tiny/comparison.md").read_text()
+    assert "nan" not in (out / "tiny/comparison.html").read_text()
 
 
 def test_a_folder_of_runs_on_different_rows_is_no_comparison(done):
@@ -201,7 +255,8 @@ def test_tuning_searches_for_every_method_alike_on_validation_rows(tmp_path, rec
         return outcomes
 
     monkeypatch.setattr(comparing, "run", run)
-    tuned, record = comparing._tuned(chosen, found, settings(tmp_path), tmp_path, None, print)
+    tuned, record, failed = comparing._tuned(chosen, found, settings(tmp_path), tmp_path, None, print)
+    assert failed == {}
     assert [(c.name, c.learning_rate) for c in tuned] == [("lily", 0.02), ("ia3", 0.02), ("none", 0.01)]
     assert tuned[0].recipe.lily.scaling == 8.0
     assert record["lily"]["scale"] == 8.0
@@ -209,6 +264,79 @@ def test_tuning_searches_for_every_method_alike_on_validation_rows(tmp_path, rec
     assert len(record["ia3"]["trials"]) == 4  # half, once, twice, and beyond the better end
     assert {t["learning_rate"] for t in record["lily"]["trials"]} == {0.005, 0.01, 0.02, 0.04}
     assert len({job.folder for job in asked}) == len(asked)
+
+
+def test_a_method_whose_search_finds_nothing_is_told_and_the_others_go_on(done, monkeypatch):
+    out, path, _ = done
+    trained = json.loads((out / "tiny/runs/lily/0/metrics.json").read_text())
+
+    def run(jobs, *_):
+        assert all(job.trial or job.name == "lily/0" for job in jobs)
+        outcomes = {}
+        for job in jobs:
+            rate = job.recipe.train.learning_rate if job.recipe.lily.learning_rate is None else 0.0
+            figures = {**trained, "best": {"value": -abs(rate - 0.02)}} if job.trial else trained
+            lost = job.recipe.method == "lora"
+            outcomes[job.name] = Outcome(None, "the loss is nan (see x.log)") if lost else Outcome(figures)
+        return outcomes
+
+    monkeypatch.setattr(comparing, "run", run)
+    command = [path, "train.learning_rate=0.02", "--methods", "lily,lora", "--seeds", 1, "--tune", "--output", out]
+    found = invoke(*command)
+    assert found.exit_code == 1, found.output + str(found.exception)
+    why = "lora failed: at every learning rate that was tried, the last time because: the loss is nan (see x.log)"
+    kept = json.loads((out / "tiny/comparison.json").read_text())
+    assert [entry["name"] for entry in kept["entries"]] == ["lily"]  # the runs that LoRA has from before are no result
+    assert kept["failed"].keys() == {"lora"}
+    assert [trial["accuracy"] for trial in kept["setting"]["tuning"]["lora"]["trials"]] == [None] * 7
+    page = (out / "tiny/comparison.html").read_text()
+    for said in (found.output, (out / "tiny/comparison.md").read_text(), page):
+        assert why in said
+    assert "lora: 7 runs" in page
+    assert len(read(out / "tiny").entries) == 1
+
+
+def test_a_recipe_that_fails_does_not_hold_up_the_next_one(done, encoder, tmp_path, monkeypatch):
+    path, out = done[1], done[0].rename(tmp_path / "[v2]")
+
+    def compare(recipe, *_):
+        if recipe.name == "first":
+            raise LilyError("no run of first ended well: it broke")
+        return read(out / "tiny")
+
+    monkeypatch.setattr(comparing, "compare", compare)
+    command = [made(tmp_path, encoder, "first"), path, "train.learning_rate=0.02", "train.epochs=2"]
+    found = invoke(*command, "--methods", "lily,lora", "--seeds", 1, "--output", out)
+    assert found.exit_code == 1, found.output + str(found.exception)
+    assert "McNemar, exact" in found.output
+    assert f"written to {out / 'tiny'}" in found.output
+    assert found.stderr == "error: first: no run of first ended well: it broke\n"
+
+
+def test_runs_of_all_recipes_are_checked_before_the_first_is_trained(done, encoder, tmp_path, monkeypatch):
+    out, path, _ = done
+    monkeypatch.setattr(runner, "_start", None)
+    found = invoke(made(tmp_path, encoder, "first"), path, "--methods", "lily", "--seeds", 1, "--output", out)
+    assert isinstance(found.exception, LilyError)
+    assert "was trained by another recipe" in str(found.exception)
+    assert not (out / "first").exists()
+
+
+def test_before_a_search_runs_are_checked_but_for_what_it_chooses(done, tmp_path):
+    out, path, _ = done
+
+    def check(*changes, **wish):
+        recipe = loader.load_recipe(path, changes)
+        given = settings(tmp_path, methods=("lily",), **wish)
+        comparing.check(recipe, comparing.contestants(recipe, given), given, out / "tiny")
+
+    other = ["train.learning_rate=0.02", "lily.learning_rate=0.5"]
+    check(*other)  # what the finished runs have instead may be what the search chooses
+    check(*other, "train.weight_decay=0.5", overwrite=True)
+    with pytest.raises(LilyError, match=r"train\.weight_decay was"):
+        check(*other, "train.weight_decay=0.5")
+    with pytest.raises(LilyError, match=r"lily\.learning_rate was"):
+        check(*other, tune=False)
 
 
 def test_a_run_that_fails_is_told_and_the_others_go_on(tmp_path, recipe, monkeypatch):
@@ -226,15 +354,36 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(tmp_path, recipe, monkeyp
     assert all(o.figures is None and o.error.startswith("it broke (see ") for o in outcomes.values())
 
 
+@pytest.mark.parametrize(
+    ("ending", "said"),
+    [
+        ("os.kill(os.getpid(), 9)", "killed by SIGKILL, often: out of memory (see "),
+        ("os.kill(os.getpid(), 11)", "killed by SIGSEGV (see "),
+        ("sys.exit(143)", "killed by SIGTERM (see "),  # a run that had time for its checkpoint
+        ("sys.exit(2)", "epoch 3 of 4 (see "),
+    ],
+)
+def test_a_run_that_was_killed_is_not_blamed_on_its_last_line(tmp_path, recipe, monkeypatch, ending, said):
+    code = f"import os, sys; print('epoch 3 of 4', flush=True); {ending}"
+    monkeypatch.setattr(
+        runner, "_start", lambda job, out, threads, lock: subprocess.Popen(
+            [sys.executable, "-S", "-c", code], stdout=open_log(out, job)
+        ),
+    )  # fmt: skip
+    job = Job("lora/0", loader.load_recipe(recipe), tmp_path / "run")
+    outcomes = runner.run([job], tmp_path, 1, 1, None, lambda *_: None)
+    assert outcomes["lora/0"].error.startswith(said)
+
+
 def open_log(out, job):
     log = runner._log(out, job)
     log.parent.mkdir(exist_ok=True)
     return log.open("wb")
 
 
-def command(path, out):
-    given = ["--methods", "lily,lora", "--seeds", "2", "--jobs", "1", "--threads", "1", "--output", str(out)]
-    return [sys.executable, "-m", "lily", "compare", path, *given]
+def command(paths, out):
+    given = ["--methods", "lily,lora", "--seeds", "3", "--jobs", "1", "--threads", "1", "--output", str(out)]
+    return [sys.executable, "-m", "lily", "compare", *paths, *given]
 
 
 def workers(process):
@@ -243,7 +392,7 @@ def workers(process):
 
 
 def wait_for(condition, process):
-    end = time.monotonic() + 240
+    end = time.monotonic() + 3600
     while not condition():
         assert time.monotonic() < end
         assert process.poll() is None, process.communicate()
@@ -252,20 +401,26 @@ def wait_for(condition, process):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_a_comparison_killed_in_the_middle_goes_on_and_finds_what_one_that_was_not_finds(tmp_path, encoder):
-    path = made(tmp_path, encoder, epochs=12)
+def test_a_comparison_of_two_recipes_killed_in_the_middle_goes_on_and_finds_what_one_that_was_not_finds(
+    tmp_path, encoder
+):
+    paths = [made(tmp_path, encoder, name, epochs=12) for name in ("first", "second")]
     quiet = {"cwd": tmp_path, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run(command(path, whole), check=True, **quiet)
+    subprocess.run(command(paths, whole), check=True, **quiet)
 
     def begun(run):
-        return lambda: list((killed / "tiny/runs" / run / "checkpoints").glob("checkpoint-*"))
+        recipe, method, seed = run.split("/")
+        return lambda: list((killed / recipe / "runs" / method / seed / "checkpoints").glob("checkpoint-*"))
 
-    process = subprocess.Popen(command(path, killed), **quiet)
-    wait_for(begun("lora/0"), process)
+    process = subprocess.Popen(command(paths, killed), **quiet)
+    wait_for(begun("first/lora/0"), process)
     (worker,) = workers(process)
     os.kill(worker, signal.SIGKILL)  # one run: the comparison goes on without it
-    wait_for(begun("lily/1"), process)
+    wait_for(begun("second/lora/0"), process)
+    first = json.loads((killed / "first/comparison.json").read_text())
+    assert first["failed"].keys() == {"lora/0"}
+    assert first["failed"]["lora/0"].startswith("killed by SIGKILL")
     (worker,) = workers(process)
     process.kill()  # the comparison itself: its run ends too, with a checkpoint
     process.wait()
@@ -273,20 +428,23 @@ def test_a_comparison_killed_in_the_middle_goes_on_and_finds_what_one_that_was_n
     while Path(f"/proc/{worker}").exists() and time.monotonic() < end:
         time.sleep(0.05)
     assert not Path(f"/proc/{worker}").exists()
-    assert not (killed / "tiny/runs/lily/1/metrics.json").exists()
+    assert not (killed / "second/runs/lora/0/metrics.json").exists()
 
-    process = subprocess.Popen(command(path, killed), **quiet)
-    wait_for(begun("lora/1"), process)
+    process = subprocess.Popen(command(paths, killed), **quiet)
+    wait_for(begun("second/lily/1"), process)
     process.terminate()  # and politely
     assert process.wait() == 143
     assert b"the same command goes on where this one stopped" in process.stdout.read()
 
-    subprocess.run(command(path, killed), check=True, **quiet)
-    a, b = (json.loads((folder / "tiny/comparison.json").read_text()) for folder in (whole, killed))
-    for found in (a, b):
-        for entry in found["entries"]:
-            del entry["seconds"], entry["peak_bytes"]
-    assert a == b
-    for run in ("lily/0", "lora/0", "lily/1", "lora/1"):
-        name = f"tiny/runs/{run}/best/adapter_model.safetensors"
-        assert (whole / name).read_bytes() == (killed / name).read_bytes()
+    subprocess.run(command(paths, killed), check=True, **quiet)
+    for recipe in ("first", "second"):
+        a, b = (json.loads((folder / recipe / "comparison.json").read_text()) for folder in (whole, killed))
+        for found in (a, b):
+            assert [entry["seeds"] for entry in found["entries"]] == [[0, 1, 2]] * 2
+            for entry in found["entries"]:
+                del entry["seconds"], entry["peak_bytes"]
+        assert a == b
+        for run in (f"{method}/{seed}" for method in ("lily", "lora") for seed in range(3)):
+            for name in ("best/adapter_model.safetensors", "predictions.json"):
+                ours, theirs = (folder / recipe / "runs" / run / name for folder in (whole, killed))
+                assert ours.read_bytes() == theirs.read_bytes(), f"{recipe} {run} {name}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -68,6 +70,17 @@ def test_the_loss_of_a_causal_model_is_weighed_by_tokens():
     first = {"loss": [2.0, 30.0], "tokens": [1, 10]}
     second = {"loss": [1.0, 40.0], "tokens": [1, 10]}
     assert compare("loss", [first], [second]).difference == pytest.approx(32 / 11 - 41 / 11)
+
+
+@pytest.mark.parametrize(
+    ("metric", "bad"), [("loss", math.nan), ("loss", math.inf), ("loss", 1.7e308), ("mse", math.nan)]
+)
+def test_of_what_is_not_finite_there_is_no_test(metric, bad):
+    rng = np.random.default_rng(2)
+    right = {"loss": rng.random(30).tolist(), "predicted": rng.random(30).tolist(), "expected": [0.5] * 30}
+    wrong = {**right, "loss": [bad, *right["loss"][1:]], "predicted": [bad, *right["predicted"][1:]]}
+    assert compare(metric, [right], [wrong]) is None
+    assert compare(metric, [wrong], [right]) is None
 
 
 def test_other_rows_are_not_compared():

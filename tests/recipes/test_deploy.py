@@ -83,18 +83,19 @@ def test_a_collapsed_adapter_goes_everywhere_a_lora_goes(trained, tmp_path, enco
     assert torch.allclose(outputs(merged, tmp_path / "merged"), expected, atol=1e-5)
     assert merged.config.id2label == {0: "0", 1: "1"}
 
-    invoke("export", tmp_path / "static", "--to", "stock", "--out", tmp_path / "stock")
-    stock = PeftModel.from_pretrained(classifier(encoder), tmp_path / "stock")
+    said = invoke("export", tmp_path / "static", "--to", "stock", "--out", tmp_path / "[stock]")
+    assert f"written: {tmp_path}/[stock]\n" in said
+    stock = PeftModel.from_pretrained(classifier(encoder), tmp_path / "[stock]")
     assert torch.allclose(outputs(stock, encoder), expected, atol=1e-5)
 
-    kinds = {"lora": "LORA adapter", "merged": "model", "static": "LILY adapter", "stock": "LILY adapter"}
+    kinds = {"lora": "LORA adapter", "merged": "model", "static": "LILY adapter", "[stock]": "LILY adapter"}
     for folder, kind in kinds.items():
         facts = describe(str(tmp_path / folder))
         assert facts["kind"] == kind
         kept = facts.get("collapse") or facts["provenance"]["collapse"]
         assert kept["drift"] == report["drift"]
         assert f"routing collapsed over {report['tokens']:,} tokens" in invoke("inspect", tmp_path / folder)
-    assert "does not depend on the data: its routers are zero" in invoke("inspect", tmp_path / "stock")
+    assert "does not depend on the data: its routers are zero" in invoke("inspect", tmp_path / "[stock]")
     assert "merges and exports exactly" in invoke("inspect", tmp_path / "static")
 
 

@@ -56,8 +56,9 @@ def test_forgetting_is_the_loss_on_general_text_before_and_after_training(tmp_pa
     lora = json.loads((tmp_path / "run" / "lora" / "metrics.json").read_text())["forgetting"]
     assert result.baselines["lora"]["forgetting"] == lora["increase"] != found["increase"]
     console = Console(record=True, width=200)
-    report.print_result(result, recipe, tmp_path / "run", console)
+    report.print_result(result, recipe, tmp_path / "[v2]", console)
     said = console.export_text()
+    assert f"figures: {tmp_path}/[v2]/metrics.json" in said
     assert f"{found['increase']:+.4f}" in said
     assert f"{lora['increase']:+.4f}" in said
     assert f"{found['before']:.4f} before training" in said

@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -258,9 +259,14 @@ def test_a_signal_finishes_the_step_and_writes_a_checkpoint(whole, capfd, number
 def test_a_signal_during_an_evaluation_leaves_it_to_the_resumed_run(whole):
     recipe, run = begun(whole, "token")
     assert struck(recipe, sent(signal.SIGTERM), 2, ["prediction_step"]) == 143
-    found = Moment.read(checkpoints.last(run))
+    checkpoint = checkpoints.last(run)
+    found = Moment.read(checkpoint)
     assert found.owed
+    assert found.peak_bytes > 1e6
+    much = 10**15  # more than the rest of the run will hold
+    (checkpoint / checkpoints.MOMENT).write_text(json.dumps({**asdict(found), "peak_bytes": much}))
     ends_as_whole(whole, "token")
+    assert json.loads((run / "metrics.json").read_text())["peak_bytes"] == much
 
 
 def test_a_signal_while_a_checkpoint_is_written_waits_for_it(whole):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 
 import pytest
 from helpers import tally
@@ -146,12 +147,35 @@ def test_lora_of_equal_size_is_trained_beside_them(trained):
 def test_the_table_and_the_picture_tell_every_shape(trained, tmp_path):
     found = trained(seeds=2, grid=True)
     console = Console(record=True, width=200)
-    sweep_report.print_sweep(found, tmp_path, console)
+    sweep_report.print_sweep(replace(found, name="tiny [v2]"), tmp_path / "[v3]", console)
     text = console.export_text()
+    assert "tiny [v2]: " in text
+    assert f"{tmp_path}/[v3]/granularity.json" in text
     assert all(entry.name in text for entry in found.entries)
     assert "2 seeds, mean and standard deviation" in text
     sweep_report.picture(found).save(tmp_path / "a.svg")
     assert ET.parse(tmp_path / "a.svg").getroot().tag.endswith("svg")
+
+
+def test_shapes_that_were_given_up_are_not_drawn_beside_complete_ones(trained):
+    found = trained(halving=True, grid=True, most=8, lora=True)
+    complete = [e for e in found.entries if e.held_out]
+    given_up = [e for e in found.entries if not e.held_out]
+    assert len(complete) == 3  # two shapes and LoRA
+    picture = sweep_report.picture(found)
+    assert "accuracy on the test rows (%) of 2 shapes of equal size" in picture.alt
+    assert picture.alt.count("num_A=") == 2
+    for entry in given_up:
+        assert f"{entry.name} (given up after {entry.steps} steps)" in picture.alt
+    assert picture.figure.axes[0].get_ylabel() == "accuracy on the test rows (%)"
+    assert "LoRA of equal size" in picture.alt
+
+    lost = [replace(e, held_out=(), validation=(), failed=(0,)) if e in complete[:2] else e for e in found.entries]
+    picture = sweep_report.picture(replace(found, entries=tuple(lost)))
+    furthest = [e for e in given_up if e.steps == max(e.steps for e in given_up)]
+    assert f"accuracy on the validation rows (%) of {len(furthest)} shapes" in picture.alt
+    assert "LoRA" not in picture.alt  # which was trained for longer
+    assert f"{complete[0].name} (failed)" in picture.alt
 
 
 def test_many_shapes_are_thinned_out_evenly_and_the_recipes_own_stays():

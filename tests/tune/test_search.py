@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import replace
 
@@ -9,11 +10,14 @@ import pytest
 import yaml
 from helpers import tally
 from recipes_helpers import classification, write_recipe
+from rich.console import Console
+from safetensors import SafetensorError
 from searching import LEARNING_RATE, SCALING, TOO_MUCH, FakeTraining, quality
 
 from lily.errors import LilyError
 from lily.recipes import loader, train
 from lily.tune import choice, folder
+from lily.tune.report import print_tuned
 from lily.tune.run import Wish, tune
 from lily.tune.study import JOURNAL, Tried
 
@@ -76,6 +80,60 @@ def test_a_trial_that_is_worse_than_the_median_is_stopped_and_one_that_diverges_
         assert (t.steps < 40) == (t.state != "complete")
         assert (t.values["learning_rate"] > TOO_MUCH) == (t.state == "diverged")
     assert found.best.state == "complete"
+
+
+def test_a_trial_that_fails_is_told_and_the_search_goes_on(search, tmp_path):
+    def ending(run, evaluation):
+        if run == 1 and evaluation == 2:
+            raise RuntimeError("CUDA out of memory.\nTried to allocate 20 GiB")
+        if run == 2:
+            raise LilyError("no such shape [v2]")
+
+    said = []
+    found = search(FakeTraining(ending=ending), wish=Wish(trials=4), announce=said.append)
+    reasons = ["RuntimeError: CUDA out of memory.", "no such shape [v2]"]
+    assert [(t.state, t.reason) for t in found.tried[1:3]] == [("failed", reason) for reason in reasons]
+    assert found.tried[3].state != "failed"
+    assert [line for line in said if "failed" in line] == [f"  failed: {reason}" for reason in reasons]
+    kept = json.loads((tmp_path / "search" / "tune.json").read_text())
+    assert [t["reason"] for t in kept["trials"]] == ["", *reasons, ""]
+    assert not (tmp_path / "search" / "trials" / "001" / "checkpoints").exists()
+    console = Console(record=True, width=200)
+    print_tuned(found, tmp_path, console)
+    text = console.export_text()
+    assert all(f"failed: {reason}" in text for reason in reasons)
+    assert "2 trials failed" in text
+    again = FakeTraining()
+    search(again, wish=Wish(trials=5))
+    assert [train.output_folder(r).name for r in again.recipes] == ["004"]
+    tally("faults survived", 2)
+
+
+def test_trials_that_fail_one_after_the_other_end_the_search_and_the_same_command_goes_on(search):
+    def ending(run, evaluation):
+        if run != 2:
+            raise LilyError(f"the disk is gone, {run}")
+
+    training = FakeTraining(ending=ending)
+    with pytest.raises(LilyError, match="3 trials in a row failed, the last one because: the disk is gone, 5"):
+        search(training, wish=Wish(trials=9))
+    assert len(training.recipes) == 6
+    found = search(wish=Wish(trials=7))
+    assert [t.state == "failed" for t in found.tried] == [True, True, False, True, True, True, False]
+
+
+@pytest.mark.parametrize(
+    "refused", [OSError(errno.ENOSPC, "No space left on device", "x"), SafetensorError("IoError (os error 28)")]
+)
+def test_a_full_disk_is_no_fault_of_the_trial_which_goes_on_later(search, refused):
+    def ending(run, evaluation):
+        raise refused
+
+    with pytest.raises(type(refused)):
+        search(FakeTraining(ending=ending), wish=Wish(trials=1))
+    again = FakeTraining()
+    search(again, wish=Wish(trials=1))
+    assert again.flags[0]["resume"]
 
 
 @pytest.mark.parametrize("at", [(0, 1), (7, 4), (23, 2)], ids=str)

@@ -53,10 +53,13 @@ def test_a_search_ends_with_a_table_and_a_recipe_that_gives_what_its_trial_gave(
 def test_it_is_said_whether_rows_are_left_to_test_the_choice_on(tmp_path, tested, said):
     tried = Tried(0, "complete", {"scaling": 1.0}, 0.5)
     space = Space("lily", {"scaling": Range(0.5, 2.0, 1.0)})
-    found = Tuned("a", "lily", "accuracy", 12, tested, space, (tried,), tried, {}, tmp_path / "best.yaml")
+    found = Tuned("a", "lily", "accuracy", 12, tested, space, (tried,), tried, {}, tmp_path / "[v2]" / "best.yaml")
     console = Console(record=True, width=200)
-    print_tuned(found, tmp_path, console)
-    assert said in console.export_text()
+    print_tuned(found, tmp_path / "[v2]", console)
+    text = console.export_text()
+    assert said in text
+    for name in ("best.yaml", "tune.json"):
+        assert str(tmp_path / "[v2]" / name) in text
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90m", 5400), ("1.5h", 5400), ("7", 7), ("7s", 7)])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -231,7 +232,7 @@ def quality_plot(
 
 
 def _spread(values: Sequence[float]) -> float:
-    return stdev(values) if len(values) > 1 else 0.0
+    return stdev(values) if len(values) > 1 and all(map(isfinite, values)) else 0.0
 
 
 def _quality_words(found: Sequence[Quality], metric: str, lora: Sequence[float]) -> str:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lily.errors import LilyError
@@ -67,7 +68,8 @@ def bench_command(
     names = NAMES if contestants is None else [n.strip() for n in contestants.split(";") if n.strip()]
     with console.status("") as status:
         found = reports.run(subject, options, kinds, rounds, names, lambda what: status.update(f"measuring {what}"))
-    console.print(f"{found.subject}, {found.machine['device']}, {found.machine['threads']} threads, {found.setting}")
+    machine = f"{found.machine['device']}, {found.machine['threads']} threads"
+    console.print(escape(f"{found.subject}, {machine}, {found.setting}"))
     for name in found.results:
         header = ["", "rank", "trained", *reports.MEASURES[name].title.split(", ")[-1:], *reports.HEADER[4:]]
         _print(console, reports.MEASURES[name].title, header, reports.rows(found, name))
@@ -78,7 +80,7 @@ def bench_command(
         found.write(out / "results.json")
         if importlib.util.find_spec("matplotlib") and found.results:
             reports.plot(found, out / "ratios.svg")
-        console.print(f"written to {out}")
+        console.print(escape(f"written to {out}"), soft_wrap=True)
 
 
 def _subject(
@@ -117,5 +119,5 @@ def _print(console: Console, title: str, header: list[str], lines: list[list[str
     for i, name in enumerate(header):
         table.add_column(name, justify="right" if i else "left")
     for line in lines:
-        table.add_row(*line)
+        table.add_row(*map(escape, line))
     console.print(table)

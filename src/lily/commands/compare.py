@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -83,35 +84,44 @@ def compare_command(
         runner.check_folder(out / recipe.name)
     entered = [(recipe, comparing.contestants(recipe, wish)) for recipe in chosen]
     for recipe, found in entered:
+        comparing.check(recipe, found, wish, out / recipe.name)
+    for recipe, found in entered:
         listed = ", ".join(f"{c.name} {c.parameters:,}" + (f" (r={c.rank})" if c.rank else "") for c in found)
-        console.print(f"{recipe.name}: parameters {listed}", highlight=False, soft_wrap=True)
-    finished = []
+        console.print(escape(f"{recipe.name}: parameters {listed}"), highlight=False, soft_wrap=True)
+    errors, failed = [], False
     try:
         for recipe, found in entered:
             tell = partial(_tell, console, recipe.name)
-            told = comparing.compare(recipe, found, wish, out / recipe.name, tell)
+            try:
+                told = comparing.compare(recipe, found, wish, out / recipe.name, tell)
+            except LilyError as error:  # the other recipes are not held up
+                errors.append(f"{recipe.name}: {error}")
+                tell(f"failed: {error}")
+                continue
             _print(told, console)
-            console.print(f"written to {out / recipe.name}", soft_wrap=True, highlight=False)
-            finished.append(told)
+            console.print(escape(f"written to {out / recipe.name}"), soft_wrap=True, highlight=False)
+            failed |= bool(told.failed)
     except (KeyboardInterrupt, SystemExit):
         console.print("\nthe same command goes on where this one stopped")
         raise
-    if any(told.failed for told in finished):
+    for said in errors:
+        print(f"error: {said}", file=sys.stderr)
+    if errors or failed:
         raise typer.Exit(1)
 
 
 def _tell(console: Console, name: str, line: str) -> None:
-    console.print(f"{name} {escape(line)}", highlight=False, soft_wrap=True)
+    console.print(escape(f"{name} {line}"), highlight=False, soft_wrap=True)
 
 
 def _summary(folders: list[Path]) -> str:
     """One table of the comparisons in these folders, or one level below them."""
-    from lily.compare.result import read
+    from lily.compare.result import is_comparison, read
     from lily.compare.tables import summary
 
     found = []
     for folder in folders:
-        inner = [folder] if (folder / "runs").is_dir() else sorted(p.parent for p in folder.glob("*/runs"))
+        inner = [path for path in (folder, *sorted(folder.glob("*"))) if is_comparison(path)]
         if not inner:
             raise LilyError(f"{folder} holds no comparison; name a folder that `lily compare` wrote")
         found += [read(path) for path in inner]

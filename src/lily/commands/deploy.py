@@ -173,7 +173,7 @@ def export_command(
         else:
             layout = "diffusers" if target == "diffusers" else "peft"
             export.write_lora(lora, out, overwrite=overwrite, layout=layout)
-    console.print(f"written: {out}", soft_wrap=True)
+    console.print(escape(f"written: {out}"), soft_wrap=True)
 
 
 def _check_options(to: str, given: Sequence[str]) -> None:

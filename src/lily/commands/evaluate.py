@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lily.commands.train import quieten
@@ -39,7 +40,7 @@ def eval_command(
         return
     from lily.recipes.metrics import shown
 
-    table = Table("metric", "value", title=str(file or split or "held-out rows"))
+    table = Table("metric", "value", title=escape(file or split or "held-out rows"))
     for name, value in found.items():
         table.add_row(name, shown(name, value))
     Console().print(table)

@@ -95,9 +95,9 @@ def _print_facts(facts: Mapping[str, Any], console: Console) -> None:
         f"[bold]{escape(facts['folder'])}[/]: {escape(facts['kind'])}, {facts['bytes'] / 1e6:.2f} MB", soft_wrap=True
     )
     for name, value in facts.get("config", {}).items():
-        console.print(f"  {name}: {escape(str(value))}", soft_wrap=True)
+        console.print(f"  {escape(name)}: {escape(str(value))}", soft_wrap=True)
     for name, tensors in facts.get("tensors", {}).items():
-        console.print(f"  {name}: {tensors['count']} tensors, {tensors['parameters']:,} parameters")
+        console.print(f"  {escape(name)}: {tensors['count']} tensors, {tensors['parameters']:,} parameters")
     if "static" in facts:
         console.print(f"  {_ways(facts)}")
     origin = facts.get("provenance", {})
@@ -147,7 +147,7 @@ def _print_sharing(told: Insight, console: Console) -> None:
         blocks = [names[b[0]] if len(b) == 1 else f"{names[b[0]]}-{names[b[-1]]}" for b in group.blocks]
         shown = blocks if len(blocks) <= 8 else [*blocks[:3], "...", blocks[-1]]
         shape = f"({group.out_features}, {group.in_features})"
-        table.add_row(escape(f"{group.name} {shape}"), " | ".join(shown), str(group.num_B), str(group.r))
+        table.add_row(escape(f"{group.name} {shape}"), escape(" | ".join(shown)), str(group.num_B), str(group.r))
     console.print(table)
 
 

@@ -60,7 +60,7 @@ def _sharing_table(report: PlanReport) -> Table:
     for name, alike in folded(report.groups).items():
         g, size = alike[0], sum(group.parameters for group in alike)
         layers = f"{len(alike)} x {g.layers}" if len(alike) > 1 else str(g.layers)
-        table.add_row(name, str(g.shape), layers, shorten(g.sharing), str(g.num_B), str(g.r), f"{size:,}")
+        table.add_row(escape(name), str(g.shape), layers, shorten(g.sharing), str(g.num_B), str(g.r), f"{size:,}")
     return table
 
 
@@ -123,7 +123,7 @@ def shorten(sharing: Sequence[str]) -> str:
 
 def render_recipe(report: RecipeReport, console: Console) -> None:
     """Print the dry run of a recipe."""
-    console.rule(f"recipe {report.name}", align="left")
+    console.rule(escape(f"recipe {report.name}"), align="left")
     console.print(Text(report.recipe.rstrip()))
     console.rule("plan", align="left")
     if report.method != "lily":

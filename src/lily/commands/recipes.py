@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lily.errors import LilyError
@@ -30,7 +31,7 @@ def recipes_command(
         for known, path in loader.shipped().items():
             names = loader.names_of(known)
             several = "" if names == [known] else f" ({len(names)} recipes: {known}:NAME)"
-            table.add_row(known, loader.describe(path) + several)
+            table.add_row(escape(known), escape(loader.describe(path) + several))
         Console().print(table)
         return
     names = loader.names_of(name)

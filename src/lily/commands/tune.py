@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from lily.commands.train import Overrides, Recipe_, quieten
 from lily.errors import LilyError
@@ -128,12 +129,12 @@ def sweep_command(
     console = Console()
     sweep_report.print_sweep(found, folder, console)
     if find_spec("matplotlib") is None:
-        console.print('no plot: matplotlib is not installed; pip install "lily-peft[plots]"')
+        console.print(escape('no plot: matplotlib is not installed; pip install "lily-peft[plots]"'))
         return
     picture = sweep_report.picture(found)
     for name in granularity.PICTURES:
         picture.save(folder / name, overwrite=True)
-    console.print(f"plot: {folder / granularity.PICTURES[0]}", soft_wrap=True)
+    console.print(escape(f"plot: {folder / granularity.PICTURES[0]}"), soft_wrap=True)
 
 
 def parse_time(text: str) -> float:

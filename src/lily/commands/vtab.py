@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -37,9 +38,9 @@ def vtab_command(
         validation=validation,
         seed=seed,
     )
-    table = Table("list", "images", "classes", title=str(out), title_justify="left")
+    table = Table("list", "images", "classes", title=escape(str(out)), title_justify="left")
     for name, images in vtab.lists_of(chosen).items():
-        table.add_row(name, f"{len(images):,}", str(len({label for _, label in images})))
+        table.add_row(escape(name), f"{len(images):,}", str(len({label for _, label in images})))
     console = Console()
     console.print(table)
     console.print("classes.txt names the classes by their numbers. In a recipe: data.train.path=", end="")

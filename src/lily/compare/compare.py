@@ -54,6 +54,28 @@ def contestants(recipe: Recipe, wish: Wish) -> list[Contestant]:
     return resolve(recipe, wish.methods, wish.equal, prepared.meta)
 
 
+def check(recipe: Recipe, found: Sequence[Contestant], wish: Wish, out: Path) -> None:
+    """Refuse to go on with runs of another recipe, before anything is trained.
+
+    Args:
+        recipe: the experiment.
+        found: its contestants.
+        wish: what is asked.
+        out: the comparison's folder.
+
+    Raises:
+        LilyError: if the folder holds one.
+    """
+    if wish.overwrite:
+        return
+    for c in found:
+        tuned = wish.tune and c.trains
+        for power in sweep.FIRST if tuned else ():
+            _trial(c, (power, 0), recipe.seed, out).check()
+        for job in _finals([c], _seeds(recipe, wish), out):
+            job.check(c.settings if tuned else ())
+
+
 def compare(recipe: Recipe, found: Sequence[Contestant], wish: Wish, out: Path, tell: Tell) -> Comparison:
     """Train what is not trained yet, and write `comparison.json`, `.md` and `.html`.
 
@@ -65,24 +87,21 @@ def compare(recipe: Recipe, found: Sequence[Contestant], wish: Wish, out: Path, 
         tell: called with a line for each run that ends.
 
     Raises:
-        LilyError: if the folder holds anything else, or no run gave anything.
+        LilyError: if the folder holds anything else, or no run gave anything. One that fails is told in the result.
         KeyboardInterrupt: at Ctrl-C, and SystemExit at SIGTERM, when all runs have written their checkpoints.
     """
     with opened(out, wish.overwrite) as lock:
         setting: dict[str, Any] = {
             "methods": [c.name for c in found], "equal": wish.equal, "tune": wish.tune,
-            "seeds": [recipe.seed + i for i in range(wish.seeds)], "jobs": wish.jobs, "threads": wish.threads,
+            "seeds": _seeds(recipe, wish), "jobs": wish.jobs, "threads": wish.threads,
         }  # fmt: skip
+        failed: dict[str, str] = {}
         if wish.tune:
-            found, setting["tuning"] = _tuned(recipe, found, wish, out, lock, tell)
-        jobs = [
-            Job(f"{c.folder}/{seed}", c.with_seed(seed), out / "runs" / c.folder / str(seed))
-            for seed in setting["seeds"]
-            for c in found
-        ]
+            found, setting["tuning"], failed = _tuned(recipe, found, wish, out, lock, tell)
+        jobs = _finals(found, setting["seeds"], out)
         outcomes = run(jobs, out, wish.jobs, wish.threads, lock, _teller(jobs, tell))
-        failed = {name: outcome.error for name, outcome in outcomes.items() if outcome.error is not None}
-        if len(failed) == len(jobs):
+        failed |= {name: outcome.error for name, outcome in outcomes.items() if outcome.error is not None}
+        if all(outcome.figures is None for outcome in outcomes.values()):
             raise LilyError(f"no run of {recipe.name} ended well: {next(iter(failed.values()))}")
         told = read(out, setting, failed)
         write(told, out)
@@ -96,16 +115,30 @@ def write(found: Comparison, out: Path) -> None:
     write_text(out / "comparison.html", page(found))
 
 
+def _seeds(recipe: Recipe, wish: Wish) -> list[int]:
+    return [recipe.seed + i for i in range(wish.seeds)]
+
+
+def _finals(found: Sequence[Contestant], seeds: Sequence[int], out: Path) -> list[Job]:
+    """The runs that are compared."""
+    return [
+        Job(f"{c.folder}/{seed}", c.with_seed(seed), out / "runs" / c.folder / str(seed))
+        for seed in seeds
+        for c in found
+    ]
+
+
 def _tuned(
     recipe: Recipe, found: Sequence[Contestant], wish: Wish, out: Path, lock: Any, tell: Tell
-) -> tuple[list[Contestant], dict[str, Any]]:
-    """The contestants at the settings that the search chose, and what it found."""
+) -> tuple[list[Contestant], dict[str, Any], dict[str, str]]:
+    """The contestants at the settings that the search chose, what it found, and those for which it found nothing."""
     name = metrics.metrics_of(recipe)[0]
 
     def better(a: float, b: float) -> bool:
         return metrics.better(name, a, b)
 
     tried: dict[str, dict[sweep.Point, float | None]] = {c.name: {} for c in found}
+    errors: dict[str, str] = {}
     while True:
         jobs: dict[str, tuple[Contestant, sweep.Point]] = {}
         listed: list[Job] = []
@@ -119,26 +152,31 @@ def _tuned(
             break
         outcomes = run(listed, out, wish.jobs, wish.threads, lock, _teller(listed, tell))
         for key, (c, point) in jobs.items():
-            figures = outcomes[key].figures
+            figures, error = outcomes[key].figures, outcomes[key].error
             tried[c.name][point] = None if figures is None or not figures["best"] else figures["best"]["value"]
+            errors |= {c.name: error} if error is not None else {}
     record: dict[str, Any] = {}
-    made = []
+    made, failed = [], {}
     for c in found:
         best = sweep.chosen(tried[c.name], better)
-        if c.trains and best is None:
-            raise LilyError(f"{c.name}: every learning rate that was tried failed; see {out / 'logs'}")
+        lost = c.trains and best is None
         final = c if best is None else _at(c, best)
-        made.append(final)
+        if lost:
+            why = errors.get(c.name, "nothing was evaluated")
+            failed[c.name] = f"at every learning rate that was tried, the last time because: {why}"
+            tell(f"{c.name} failed: {failed[c.name]}")
+        else:
+            made.append(final)
         trials = [
             {"learning_rate": (at := _at(c, p)).learning_rate, "scale": at.scale and at.scale[1], name: value}
             for p, value in sorted(tried[c.name].items())
         ]
         record[c.name] = {
-            "learning_rate": final.learning_rate,
-            "scale": final.scale and final.scale[1],
+            "learning_rate": None if lost else final.learning_rate,
+            "scale": None if lost else final.scale and final.scale[1],
             "trials": trials,
         }
-    return made, record
+    return made, record, failed
 
 
 def _at(contestant: Contestant, point: sweep.Point) -> Contestant:

@@ -47,6 +47,16 @@ class Contestant:
         return methods.learning_rate(self.recipe)
 
     @property
+    def settings(self) -> tuple[str, ...]:
+        """Names of the recipe's keys that `with_settings` changes."""
+        return (".".join(self._rate), *([".".join(self.scale[0])] if self.scale is not None else []))
+
+    @property
+    def _rate(self) -> tuple[str, ...]:
+        block = methods.block_of(self.recipe.method)
+        return (block, "learning_rate") if block else ("train", "learning_rate")
+
+    @property
     def trains(self) -> bool:
         """Whether there is anything of it to tune."""
         return self.recipe.method != "none"
@@ -54,9 +64,8 @@ class Contestant:
     def with_settings(self, learning_rate: float | None = None, scale: float | None = None) -> Contestant:
         """The same with another learning rate, or another scale."""
         recipe, found = self.recipe, self.scale
-        block = methods.block_of(recipe.method)
         if learning_rate is not None:
-            recipe = changed(recipe, {(block, "learning_rate") if block else ("train", "learning_rate"): learning_rate})
+            recipe = changed(recipe, {self._rate: learning_rate})
         if scale is not None and found is not None:
             recipe, found = changed(recipe, {found[0]: scale}), (found[0], scale)
         return replace(self, recipe=recipe, scale=found)

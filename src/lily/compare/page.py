@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 
@@ -112,15 +113,18 @@ def _costs(found: Comparison) -> Html:
     return join(table("Of one run", _headed(lines[0]), lines[1:]), el("div", *figures, cls="grid"))
 
 
-def _scatter(found: Comparison, name: str, label: str, of: Callable[[Entry], float]) -> Html:
+def _scatter(found: Comparison, name: str, label: str, of: Callable[[Entry], float]) -> Html | None:
     factor = 1 if found.metric in LOWER_IS_BETTER else 100
     points, rows = [], []
     for i, entry in enumerate(found.entries):
         mean, deviation = entry.mean(found.metric) * factor, entry.spread(found.metric)
         spread = (deviation or 0.0) * factor
-        points.append(Point(entry.title, _style(i), of(entry), mean, mean - spread, mean + spread))
-        told = "-" if deviation is None else f"{spread:.2g}"  # one seed has none
-        rows.append([entry.title, f"{of(entry):,.0f}", f"{mean:.4g}", told])
+        if math.isfinite(mean):
+            points.append(Point(entry.title, _style(i), of(entry), mean, mean - spread, mean + spread))
+            told = "-" if deviation is None else f"{spread:.2g}"  # one seed has none
+            rows.append([entry.title, f"{of(entry):,.0f}", f"{mean:.4g}", told])
+    if not points:
+        return None
     better = "lower" if found.metric in LOWER_IS_BETTER else "higher"
     said = f"{found.metric} by {label}; {better} is better, and further left is cheaper."
     if any(len(entry.seeds) > 1 for entry in found.entries):
@@ -133,9 +137,9 @@ def _scatter(found: Comparison, name: str, label: str, of: Callable[[Entry], flo
 
 def _training(found: Comparison) -> Html | None:
     series = [
-        Series(entry.title, _style(i), tuple((step, value) for step, value in entry.history))
+        Series(entry.title, _style(i), points)
         for i, entry in enumerate(found.entries)
-        if entry.history
+        if (points := tuple((step, value) for step, value in entry.history if math.isfinite(value)))
     ]
     if not series:
         return None
@@ -157,12 +161,13 @@ def _tuning(found: Comparison) -> Html | None:
     if not tuning:
         return None
     out: list[Html] = []
-    for entry in found.entries:
-        chosen = tuning.get(entry.name)
-        if chosen and chosen["trials"]:
+    titles = {entry.name: entry.title for entry in found.entries}
+    for name, chosen in tuning.items():
+        if chosen["trials"]:
+            title = titles.get(name, name)
             rows = [_trial(found.metric, trial, chosen) for trial in chosen["trials"]]
             heads = ["learning rate", "scale", f"{found.metric}, validation", "choice"]
-            out.append(details(f"{entry.title}: {len(rows)} runs", table(entry.title, heads, rows)))
+            out.append(details(f"{title}: {len(rows)} runs", table(title, heads, rows)))
     said = (
         "For every method the same search, with one seed: the learning rate at the recipe's own scale, half, once and "
         "twice the recipe's, further for as long as the best lies at an end; then the scale in the same way."

@@ -77,7 +77,7 @@ def compare(metric: Metric, first: Sequence[Items], second: Sequence[Items], see
         seed: of the resampling.
 
     Returns:
-        None where what was kept does not allow it: other rows, or nothing by row.
+        None where what was kept does not allow it: other rows, nothing by row, or values that are not finite.
     """
     found = _statistic(metric, first, second)
     if found is None:
@@ -86,6 +86,8 @@ def compare(metric: Metric, first: Sequence[Items], second: Sequence[Items], see
     names = np.arange(rows)
     low, high = _interval(difference, names, rows, seed)
     kept: dict[str, Any] = {"n": rows, "difference": float(difference(names, names + rows)), "low": low, "high": high}
+    if not all(map(math.isfinite, (kept["difference"], low, high))):
+        return None
     if metric not in COUNTS:
         return Paired("paired permutation", p=_permuted(difference, names, rows, seed), **kept)
     tests = [mcnemar(a[metric], b[metric]) for a, b in zip(first, second, strict=True)]
@@ -111,6 +113,9 @@ def _statistic(metric: Metric, first: Sequence[Items], second: Sequence[Items]) 
     if len(sizes) != 1 or len(first) != len(second):
         return None
     values = [[np.array([*a[name], *b[name]], float) for a, b in zip(first, second, strict=True)] for name in columns]
+    # no swap makes a difference that is larger than NaN, so a single one would look like a finding
+    if not all(np.isfinite(v).all() for column in values for v in column):
+        return None
     if metric in COUNTS:
         means = np.mean(values[0], 0)
         return sizes.pop(), lambda a, b: float(means[a].mean() - means[b].mean())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,6 +17,8 @@ from lily.recipes.schema import Metric
 
 TITLES = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA", "none": "no adapter", "stock-lily": "stock Lily",
           "vera": "VeRA", "loha": "LoHa", "lokr": "LoKr"}  # fmt: skip
+# What `lily sweep` writes beside its runs: at the beginning, and in the end.
+OTHERS = ("settings.json", "granularity.json")
 # Keys of a run's adapter summary that say how much its update counts.
 SCALES = ("scaling", "lora_alpha", "alpha")
 
@@ -67,9 +70,8 @@ class Entry:
         return statistics.fmean(self.values[metric])
 
     def spread(self, metric: str) -> float | None:
-        """Standard deviation over the seeds; None of a single one."""
-        found = self.values[metric]
-        return statistics.stdev(found) if len(found) > 1 else None
+        """Standard deviation over the seeds; see `spread`."""
+        return spread(self.values[metric])
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class Comparison:
         precision: likewise.
         versions: likewise.
         setting: what was asked of the comparison: budget, seeds, tuning.
-        failed: run -> why it gave nothing.
+        failed: run, or method whose search for settings found none -> why it gave nothing.
     """
 
     name: str
@@ -124,6 +126,16 @@ class Comparison:
         return cls(**{**values, "entries": entries})
 
 
+def is_comparison(folder: Path) -> bool:
+    """Whether a folder is one that `lily compare` wrote, not a sweep, which has runs too."""
+    return (folder / "runs").is_dir() and not any((folder / name).exists() for name in OTHERS)
+
+
+def spread(values: Sequence[float]) -> float | None:
+    """Standard deviation; None of a single value, or where one is not finite."""
+    return statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
+
+
 def read(folder: Path, setting: dict[str, Any] | None = None, failed: dict[str, str] | None = None) -> Comparison:
     """The comparison whose runs a folder holds, from their `metrics.json` and `predictions.json` alone.
 
@@ -140,7 +152,8 @@ def read(folder: Path, setting: dict[str, Any] | None = None, failed: dict[str, 
     setting = setting if setting is not None else kept.get("setting", {})
     methods, seeds = setting.get("methods"), setting.get("seeds")
     if methods is not None:  # the folder may hold more, from another time
-        asked = {name.replace(":", "-") for name in methods}
+        lost = kept.get("failed", {}) if failed is None else failed
+        asked = {name.replace(":", "-") for name in methods if name not in lost}
         runs = [r for r in runs if r.parent.name in asked and int(r.name) in (seeds or [int(r.name)])]
     if not runs:
         raise LilyError(f"{folder} holds no finished run of a comparison")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -57,14 +58,17 @@ class Job:
             return bool(history) and history[-1]["step"] >= self.until
         return (self.folder / METRICS).is_file() and (self.trial or (self.folder / PREDICTIONS).is_file())
 
-    def check(self) -> None:
+    def check(self, undecided: Sequence[str] = ()) -> None:
         """Refuse to go on with, or to count, a run of another recipe.
+
+        Args:
+            undecided: keys of the recipe whose values are still to be chosen.
 
         Raises:
             LilyError: if there is one.
         """
-        kept = self.folder / "recipe.yaml"
-        if kept.is_file() and (other := list(preflight.changes(loader.load_any(str(kept)), self.recipe, FREE))):
+        kept, free = self.folder / "recipe.yaml", (*FREE, *undecided)
+        if kept.is_file() and (other := list(preflight.changes(loader.load_any(str(kept)), self.recipe, free))):
             raise LilyError(
                 f"{self.folder} was trained by another recipe: {'; '.join(other)}. Name another folder with --output, "
                 "or start anew with --overwrite"
@@ -240,6 +244,22 @@ def _outcome(job: Job, code: int = 0, log: Path | None = None) -> Outcome:
     if code == 0 and job.done:
         found: dict[str, Any] = json.loads((job.folder / METRICS).read_text("utf-8"))
         return Outcome(found)
+    return Outcome(None, f"{_killed(code) or _last_line(log) or f'ended with exit code {code}'} (see {log})")
+
+
+def _last_line(log: Path | None) -> str:
     lines = log.read_text("utf-8", errors="replace").split("\n") if log is not None else []
-    said = next((line.strip() for line in reversed(lines) if line.strip()), "")
-    return Outcome(None, f"{said.removeprefix('error: ') or f'ended with exit code {code}'} (see {log})")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "").removeprefix("error: ")
+
+
+def _killed(code: int) -> str | None:
+    """Which signal ended a process, whose log cannot tell; None: it ended by itself.
+
+    Args:
+        code: minus the signal; or 128 and the signal, where the process wrote its checkpoint first.
+    """
+    try:
+        name = signal.Signals(-code if code < 0 else code - 128).name
+    except ValueError:
+        return None
+    return f"killed by {name}" + (", often: out of memory" if name == "SIGKILL" else "")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 FACTOR = 2.0
+FIRST = (0, -1, 1)  # powers of the factor, that every search begins with
 MOST = 5  # powers of the factor, in either direction
 
 # (power of the learning rate, power of the scale)
@@ -51,7 +52,7 @@ def _best(found: Mapping[int, float | None], better: Better) -> int | None:
 
 
 def _next(found: Mapping[int, float | None], better: Better) -> list[int]:
-    if first := [power for power in (0, -1, 1) if power not in found]:
+    if first := [power for power in FIRST if power not in found]:
         return first
     best = _best(found, better)
     if best is None:  # everything diverged: go down

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from lily.compare.result import Comparison, Entry
+from lily.compare.result import Comparison, Entry, spread
 from lily.recipes.metrics import LOWER_IS_BETTER, shown
 from lily.recipes.schema import MEAN
 
@@ -23,7 +23,7 @@ def quality(found: Comparison) -> Table:
     lines.append([UNTRAINED, *untrained, "", "", *[""] * forgot])
     for entry in found.entries:
         test = entry.test
-        against = ["", ""]
+        against = ["", ""] if entry is found.entries[0] else ["-", "-"]
         if test is not None:
             against = [f"{_difference(found.metric, test.difference)} ({_interval(found, entry)})", f"{test.p:.2g}"]
         values = [with_spread(m, entry.values[m]) for m in found.metrics]
@@ -62,8 +62,8 @@ def _difference(metric: str, value: float) -> str:
 
 def with_spread(metric: str, values: Sequence[float]) -> str:
     """`84.1 ± 0.6`: mean and standard deviation over the seeds."""
-    said = shown(metric, statistics.fmean(values))
-    return f"{said} ± {shown(metric, statistics.stdev(values))}" if len(values) > 1 else said
+    said, deviation = shown(metric, statistics.fmean(values)), spread(values)
+    return said if deviation is None else f"{said} ± {shown(metric, deviation)}"
 
 
 def words(found: Comparison) -> list[str]:
@@ -86,6 +86,8 @@ def words(found: Comparison) -> list[str]:
             "difference over rows; another seed may differ by more"
             + (", which the standard deviation tells." if len(seeds) > 1 else ".")
         )
+    if any(entry.test is None for entry in found.entries[1:]):
+        said.append("-: no test, for want of a seed or of rows in common, or because a result is not a finite number.")
     if any(entry.forgetting for entry in found.entries):
         said.append("Forgetting: by how much the loss on general text rose, in nats per token; less is better.")
     if setting.get("tune"):

@@ -35,12 +35,14 @@ class Moment:
         history: the evaluations so far.
         owed: whether an evaluation was due that a signal cut short; a resumed run begins with it.
         seconds: spent in training.
+        peak_bytes: the most memory that was held at once.
         router: what `lily.routers` had seen.
     """
 
     history: list[dict[str, float]] = field(default_factory=list)
     owed: bool = False
     seconds: float = 0.0
+    peak_bytes: int = 0
     router: dict[str, Any] = field(default_factory=dict)
 
     def write(self, checkpoint: Path, best: Path) -> None:

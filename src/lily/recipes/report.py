@@ -49,7 +49,7 @@ def print_result(result: Result, recipe: Recipe, output: Path, console: Console)
         "trained",
         "seconds",
         "file",
-        title=f"{result.name}: {rows:,} {result.split} rows, seed {result.seed}",
+        title=escape(f"{result.name}: {rows:,} {result.split} rows, seed {result.seed}"),
     )
     for name, found in result.baselines.items():
         table.add_row(_title(name, recipe), *values_of(names, found), *costs_of(found))
@@ -66,7 +66,7 @@ def print_result(result: Result, recipe: Recipe, output: Path, console: Console)
         header, *lines = _tests(result, recipe)
         sets = Table(*header)
         for line in lines:
-            sets.add_row(*line)
+            sets.add_row(*map(escape, line))
         console.print(sets)
     if result.forgetting:
         console.print(_forgetting(result))
@@ -76,7 +76,7 @@ def print_result(result: Result, recipe: Recipe, output: Path, console: Console)
         console.print(f"  {answers}")
     if result.best is not None:
         console.print(f"{_epochs(result)}; {result.seconds['total']:.0f} s in all")
-        console.print(f"adapter: {output / 'best'}    figures: {output / 'metrics.json'}")
+        console.print(escape(f"adapter: {output / 'best'}    figures: {output / 'metrics.json'}"), soft_wrap=True)
 
 
 def _epochs(result: Result) -> str:

@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lily import distributed
 from lily.analysis.history import RoutingCallback
 from lily.health import HealthCallback
-from lily.recipes import checkpoints
+from lily.recipes import checkpoints, memory
 from lily.recipes.checkpoints import Moment
 from lily.recipes.parallel import Parallel
 from lily.recipes.signals import Signals
@@ -81,6 +81,11 @@ class Resumable(Parallel):
     def seconds(self) -> float:
         """Spent in training, by the processes before this one too."""
         return self._moment.seconds + time.perf_counter() - self._started
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory that was held at once, in the processes before this one too."""
+        return max(self._moment.peak_bytes, memory.peak_bytes())
 
     def resume(self, checkpoint: Path | None) -> None:
         """Train, from a checkpoint on or from the start.
@@ -173,7 +178,8 @@ class Resumable(Parallel):
                 self._writing = None
             if main:
                 owed, router = bool(self.control.should_evaluate), self.health.routers.state
-                Moment(self.progress.history, owed, self.seconds, router).write(new, self.progress.folder)
+                moment = Moment(self.progress.history, owed, self.seconds, self.peak_bytes, router)
+                moment.write(new, self.progress.folder)
                 if self.routing is not None:
                     self.routing.write(new)
         self._saved_step = step

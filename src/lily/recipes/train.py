@@ -49,7 +49,7 @@ class Result:
         quantization: of the frozen model.
         base_bytes: of the frozen model in memory.
         seconds: training alone, and the whole run.
-        peak_bytes: the most memory that was held at once; see `lily.recipes.memory`.
+        peak_bytes: the most memory that was held at once, in any part of the run; see `lily.recipes.memory`.
         baselines: name -> metrics (and parameters and seconds, where it was trained).
         history: all evaluations on the validation rows.
         router: what `lily.routers` saw of the routing in the last step that it looked at.
@@ -163,7 +163,7 @@ def train(
 
 def _write(result: Result, recipe: Recipe, output: Path, started: float) -> None:
     result.seconds["total"] = time.perf_counter() - started
-    result.peak_bytes = memory.peak_bytes()
+    result.peak_bytes = max(result.peak_bytes, memory.peak_bytes())
     if not ranks.is_first():
         return
     result.write(output / "metrics.json")
@@ -284,7 +284,7 @@ def _run(
     trainer.signals, trainer.watch = signals, watch
     trainer.general = general_loss if prepared.general else None
     trainer.resume(checkpoint)
-    result.seconds["train"] = trainer.seconds
+    result.seconds["train"], result.peak_bytes = trainer.seconds, trainer.peak_bytes
     result.router = {name: value for name, value in trainer.health.routers.state.items() if name != "in_a_row"}
     model = trainer.usable
     save_adapter(model, output / "last", overwrite=True)

@@ -1,7 +1,7 @@
 """Successive halving: all begin, and at each rung the better ones go on. Pure functions.
 
 A run that goes on does so from its own checkpoint and under the schedule of the whole run, so the one that wins is the
-run that a grid would have made of it.
+run that a grid with the same evaluations would have made of it.
 """
 
 from __future__ import annotations

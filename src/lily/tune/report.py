@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lily.recipes.metrics import shown
@@ -21,7 +22,7 @@ def print_tuned(found: Tuned, output: Path, console: Console) -> None:
     knobs = found.space.knobs
     title = f"{found.name}, {found.method}: {len(found.tried)} trials on {found.rows:,} validation rows"
     more = ["forgetting"] if measured else []
-    table = Table("trial", *knobs, found.metric, *more, "steps", "", title=title)
+    table = Table("trial", *knobs, found.metric, *more, "steps", "", title=escape(title))
     for trial in ranked(found.tried, found.metric)[:MOST]:
         cells = [
             str(trial.number + 1),
@@ -31,8 +32,10 @@ def print_tuned(found: Tuned, output: Path, console: Console) -> None:
             str(trial.steps),
             _state(trial, found),
         ]
-        table.add_row(*cells)
+        table.add_row(*map(escape, cells))
     console.print(table)
+    if failed := sum(trial.state == "failed" for trial in found.tried):
+        console.print(escape(f"{failed} trials failed; {output / 'tune.json'} says why"), soft_wrap=True)
     console.print("own: the recipe's own values", highlight=False)
     if found.importance:
         said = ", ".join(f"{name} {share:.0%}" for name, share in found.importance.items())
@@ -40,9 +43,9 @@ def print_tuned(found: Tuned, output: Path, console: Console) -> None:
     if found.best is None:
         console.print("No trial is complete (and within --max-forgetting): give more --trials")
         return
-    console.print(f"best recipe: {found.recipe}    figures: {output / 'tune.json'}", soft_wrap=True)
+    console.print(escape(f"best recipe: {found.recipe}    figures: {output / 'tune.json'}"), soft_wrap=True)
     there = "on the test rows, which no trial has seen" if found.tested else "on the rows that it was chosen by"
-    console.print(f"lily train {found.recipe}    trains it, and reports {there}", soft_wrap=True)
+    console.print(escape(f"lily train {found.recipe}    trains it, and reports {there}"), soft_wrap=True)
     if not found.tested:
         console.print(
             "The recipe has no test rows: expect less of rows that had no part in the choice.", soft_wrap=True
@@ -52,7 +55,8 @@ def print_tuned(found: Tuned, output: Path, console: Console) -> None:
 def _state(trial: Tried, found: Tuned) -> str:
     own = "own" if trial.number == 0 else ""
     best = "best" if found.best is not None and trial.number == found.best.number else ""
-    return ", ".join(part for part in (best, own, "" if trial.state == "complete" else trial.state) if part)
+    state = {"complete": "", "failed": f"failed: {trial.reason}"}.get(trial.state, trial.state)
+    return ", ".join(part for part in (best, own, state) if part)
 
 
 def _value(value: float | str | None) -> str:

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
 
 from lily.distributed import world_size
 from lily.errors import DivergedError, LilyError
-from lily.files import write_text
+from lily.files import disk_error, write_text
 from lily.recipes import loader, methods, preflight, train
 from lily.recipes import metrics as metric_tools
 from lily.recipes.metrics import shown
@@ -24,6 +25,7 @@ from lily.tune.space import Space, Values, cadence, changed, changes, space_of, 
 from lily.tune.study import JOURNAL, Going, Study, Tried
 
 RESULT, BEST, TRIALS = "tune.json", "best.yaml", "trials"
+IN_A_ROW = 3  # failures after which the fault is hardly the trials'
 OWN = (RESULT, BEST, TRIALS, JOURNAL, f"{JOURNAL}.lock")
 
 
@@ -180,13 +182,15 @@ def tune(
         What was found, also written to `tune.json` and `best.yaml` after every trial.
 
     Raises:
-        LilyError: for anything wrong, before the first trial where it can be known.
+        LilyError: for anything wrong, before the first trial where it can be known; or when trial after trial fails.
+            A single one that does is told in the result.
+        OSError: naming a path, when the disk is full; the trial goes on the next time.
     """
     search = prepare(recipe, wish)
     for note in search.space.notes:
         announce(note)
     settings = {"recipe": recipe.model_dump(mode="json"), "space": search.space.to_dict(), "every": search.every}
-    started = time.monotonic()
+    started, failures = time.monotonic(), 0
     with folder.opened(output, settings, OWN, overwrite):
         study = Study(output, search.space, search.metric, recipe.seed)
         while study.finished < wish.trials:
@@ -196,7 +200,14 @@ def tune(
             going = study.ask(first_steps=search.steps // 4)
             announce(f"trial {going.number + 1} of {wish.trials}: {said(search.sections(going.values))}")
             announce(f"  {_try(search, going, output / TRIALS / f'{going.number:03d}', wish.keep, quiet)}")
-            _write(search, study, output, wish, source, overrides)
+            told = _write(search, study, output, wish, source, overrides)
+            last = next(trial for trial in told.tried if trial.number == going.number)
+            failures = failures + 1 if last.state == "failed" else 0
+            if failures == IN_A_ROW:
+                raise LilyError(
+                    f"{failures} trials in a row failed, the last one because: {last.reason}. Mend that and give the "
+                    "same command, which goes on with the next trial, or begin anew with --overwrite"
+                )
         return _write(search, study, output, wish, source, overrides)
 
 
@@ -226,6 +237,13 @@ def _try(search: Search, going: Going, run: Path, keep: bool, quiet: bool) -> st
         going.end(None, "diverged")
         folder.lighten(run)
         return f"diverged: {error}"
+    except Exception as error:  # out of memory for one shape, say: the others are not held up
+        if isinstance(error, OSError) or (isinstance(error, SafetensorError) and disk_error(error) is not None):
+            raise  # no fault of the trial's, which goes on next time
+        reason = _reason(error)
+        going.fail(reason)
+        folder.lighten(run)
+        return f"failed: {reason}"
     finally:
         gc.collect()  # a trainer and its model refer to each other
     value = None if result.best is None else result.best["value"]
@@ -240,6 +258,12 @@ def _try(search: Search, going: Going, run: Path, keep: bool, quiet: bool) -> st
     if not keep:
         folder.lighten(run)
     return f"{metric} {shown(metric, value)}" + (" when it was stopped, worse than the median" if going.stopped else "")
+
+
+def _reason(error: Exception) -> str:
+    """An error in one line."""
+    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return said if isinstance(error, LilyError) else f"{type(error).__name__}: {said}".removesuffix(": ")
 
 
 def _write(

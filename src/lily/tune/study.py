@@ -28,7 +28,12 @@ from lily.tune.space import Space, Values
 NAME = "lily"
 JOURNAL = "study.journal"
 FIRST = 5  # trials before the search is led by what it has seen, and before one may be stopped early
-STATES = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "stopped", TrialState.RUNNING: "running"}
+STATES = {
+    TrialState.COMPLETE: "complete",
+    TrialState.PRUNED: "stopped",
+    TrialState.RUNNING: "running",
+    TrialState.FAIL: "failed",
+}
 
 
 @dataclass(frozen=True)
@@ -37,13 +42,14 @@ class Tried:
 
     Attributes:
         number: its number, from 0.
-        state: complete, stopped (early, because it was worse than the median), diverged or running.
+        state: complete, stopped (early, because it was worse than the median), diverged, failed or running.
         values: knob -> what was tried.
         value: main metric on the validation rows, of its best adapter; None: it has none.
         steps: optimiser steps done.
         seconds: of training.
         parameters: of the adapter.
         forgetting: increase of the loss on general text; None: not measured.
+        reason: why it failed; empty: it did not.
     """
 
     number: int
@@ -54,6 +60,7 @@ class Tried:
     seconds: float = 0.0
     parameters: int = 0
     forgetting: float | None = None
+    reason: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values for JSON."""
@@ -175,6 +182,11 @@ class Going:
             self._trial.set_user_attr("stopped", True)
         return self.stopped
 
+    def fail(self, reason: str) -> None:
+        """Keep why it failed. The search neither learns from it nor tries it again."""
+        self._trial.set_user_attr("reason", reason)
+        self._study.tell(self._trial, state=TrialState.FAIL)
+
     def end(self, value: float | None, state: str, **figures: float | int | None) -> None:
         """Keep how it ended.
 
@@ -214,7 +226,7 @@ def _suggest(trial: Trial, name: str, found: BaseDistribution) -> None:
 
 def _tried(trial: FrozenTrial) -> Tried:
     told = trial.user_attrs
-    state = "diverged" if told.get("diverged") else STATES.get(trial.state, "failed")
+    state = "diverged" if told.get("diverged") else STATES.get(trial.state, "waiting")
     steps = max(trial.intermediate_values, default=0)
     return Tried(
         number=trial.number,
@@ -225,6 +237,7 @@ def _tried(trial: FrozenTrial) -> Tried:
         seconds=float(told.get("seconds", 0.0)),
         parameters=int(told.get("parameters", 0)),
         forgetting=told.get("forgetting"),
+        reason=str(told.get("reason", "")),
     )
 
 

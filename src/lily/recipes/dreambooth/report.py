@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lily.recipes.dreambooth.schema import DreamBooth
@@ -34,7 +35,7 @@ def print_result(result: Result, recipe: DreamBooth, output: Path, console: Cons
     console.print(table)
     console.print("loss: the same noise at the same levels of the training images, before and after", highlight=False)
     pipelines = f"    for pipelines: {output / 'diffusers'}" if (output / "diffusers").is_dir() else ""
-    console.print(f"adapter: {output / 'last'}{pipelines}    images: {output / 'samples'}", soft_wrap=True)
+    console.print(escape(f"adapter: {output / 'last'}{pipelines}    images: {output / 'samples'}"), soft_wrap=True)
 
 
 def _title(result: Result) -> str:
