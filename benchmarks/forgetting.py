@@ -12,7 +12,8 @@ it been stopped early counts too. Three rules need more than that:
 - *weight decay*: of AdamW, on all of the adapter. It is scaled by the learning rate, so it has to be large to act in a
   few steps.
 - *dropout*: on the adapter's input.
-- *shrunk*: the finished adapter with its scaling (LoRA: alpha) multiplied by a factor; nothing is trained.
+- *shrunk*: the finished adapter with its scaling (LoRA: alpha) multiplied by a factor; nothing is trained. Of every run
+  that forgot more than the first limit.
 
 Runs that are there already are not repeated, so the same command goes on after anything that ended it; `--jobs 0`
 trains nothing.
@@ -51,6 +52,7 @@ DECAYS = (10.0,)
 DROPOUTS = (0.1,)
 FACTORS = (0.5, 0.75)
 LIMITS = (0.01, 0.03, 0.1, 0.3)
+DRAWN = {1: 1.0, 100: 0.2}  # unit -> how far behind the best a setting is still drawn
 
 
 def settings() -> list[Setting]:
@@ -126,13 +128,13 @@ def tables(found: Sequence[Outcome], metric: str) -> str:
         cells = [told(metric, one.quality) if (one := best_within(own, limit)) else "-" for limit in LIMITS]
         best = frontier(own)[-1]
         lines.append(f"| {name} | {' | '.join(cells)} | {told(metric, best.quality)} | {best.forgetting:+.3f} |")
-    lines += ["", f"| what a rule adds to Lily alone | {limits} |", "|" + " --- |" * (len(LIMITS) + 1)]
-    lily = groups.get("Lily", [])
+    lines += ["", f"| what a rule adds | {limits} |", "|" + " --- |" * (len(LIMITS) + 1)]
     for name, own in groups.items():
-        if name.startswith("Lily,"):
-            gains = moved([*lily, *own], lily, LIMITS).values()
+        alone, _, rule = name.partition(", ")
+        if rule:
+            gains = moved([*groups[alone], *own], groups[alone], LIMITS).values()
             cells = ["-" if gain is None else f"{unit(metric) * gain:+.3g}" for gain in gains]
-            lines.append(f"| {name.removeprefix('Lily, ')} | {' | '.join(cells)} |")
+            lines.append(f"| {alone}: {rule} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -145,6 +147,18 @@ def kept() -> str:
     """The tables of the kept figures."""
     found = json.loads(RESULTS.read_text("utf-8"))
     return tables([Outcome(**one) for one in found["outcomes"]], found["metric"])
+
+
+def draw(found: Sequence[Outcome], metric: str) -> None:
+    """The part of the plane that decides anything: within the last limit, and not far behind the best."""
+    far = max(o.quality for o in found) - DRAWN[unit(metric)]
+    near = [
+        Outcome(o.contestant, unit(metric) * o.quality, o.forgetting)
+        for o in found
+        if o.quality > far and o.forgetting <= LIMITS[-1]
+    ]
+    axis = "minus the loss (nats per token)" if unit(metric) == 1 else f"{metric} (%)"
+    forgetting_plot(near, f"{axis} on the validation rows").save(PICTURE, overwrite=True)
 
 
 def main() -> None:
@@ -161,17 +175,14 @@ def main() -> None:
     found = [o for s, at in done.items() for o in outcomes_of(s, at, options.metric)]
     if not found:
         raise SystemExit("no run is finished")
-    for name in ("Lily", "LoRA"):
-        own = [(s, at) for s, at in done.items() if s.contestant == name]
-        best = max(own, key=lambda pair: max(o.quality for o in outcomes_of(*pair, options.metric)), default=None)
-        for factor in FACTORS if best is not None else ():
-            found.append(shrunk(*best, factor, options.metric))
+    for setting, at in done.items():
+        last = outcomes_of(setting, at, options.metric)[-1]
+        if setting.contestant in ("Lily", "LoRA") and last.forgetting > LIMITS[0]:
+            found += [shrunk(setting, at, factor, options.metric) for factor in FACTORS]
     about = {"recipe": base.name, "changes": CHANGES, "metric": options.metric, "rank": rank,
              "outcomes": [o.to_dict() for o in found]}  # fmt: skip
     write_text(RESULTS, json.dumps(about, indent=1) + "\n")
-    drawn = [Outcome(o.contestant, unit(options.metric) * o.quality, o.forgetting) for o in found]
-    axis = "minus the loss (nats per token)" if unit(options.metric) == 1 else f"{options.metric} (%)"
-    forgetting_plot(drawn, f"{axis} on the validation rows").save(PICTURE, overwrite=True)
+    draw(found, options.metric)
     written = kept()
     page = PAGE.read_text("utf-8")
     PAGE.write_text(MARKED.sub(lambda m: f"{m[1]}{written}\n{m[4]}" if m[2] == MARKER else m[0], page), "utf-8")
