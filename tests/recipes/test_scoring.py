@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from lily.cli import app
 from lily.errors import LilyError
-from lily.recipes import evaluate, loader, scoring, tasks, train
+from lily.recipes import adapter, evaluate, loader, scoring, tasks, train
 from lily.recipes.adapter import Adapter
 from lily.recipes.schema import Pattern
 from lily.recipes.tasks import IGNORED
@@ -129,7 +129,8 @@ def test_a_template_stands_around_the_prompt_wherever_prompts_are_built(made, tm
 
     asked = []
     real = evaluate.prompt_ids
-    monkeypatch.setattr(evaluate, "prompt_ids", lambda prompt, tok: asked.append(prompt) or real(prompt, tok))
+    for module in (evaluate, adapter):
+        monkeypatch.setattr(module, "prompt_ids", lambda prompt, tok: asked.append(prompt) or real(prompt, tok))
     used = Adapter(str(tmp_path / "run"))
     list(used.predict([{"question": "was {bad}"}]))
     used.generate("was awful")
