@@ -144,13 +144,20 @@ def test_every_recipe_and_every_part_of_one_is_valid(block, tmp_path, monkeypatc
 # --- running it -----------------------------------------------------------------------------------------------------
 
 
+HEAVY = ("docs/diffusion.md", "docs/performance.md")  # minutes, even with what is cut
+
+
 def slow(block: Block) -> bool:
     return block.language in SHELLS and any(c.ours and c.ours[0] in SLOW for c in commands(block))
 
 
 def cases() -> list[Any]:
     """Each page, and again in full where some of its commands are slow."""
-    found: list[Any] = [pytest.param(page, False, id=page) for page in PAGES if blocks(page)]
+    found: list[Any] = [
+        pytest.param(page, False, id=page, marks=[pytest.mark.slow] if page in HEAVY else [])
+        for page in PAGES
+        if blocks(page)
+    ]
     for page in PAGES:
         if any(slow(b) for b in blocks(page) if b.reason is None):
             found.append(pytest.param(page, True, id=f"{page}, in full", marks=pytest.mark.slow))

@@ -30,7 +30,8 @@ CHANGES = ["train.epochs=8", "lily.routing=token"]
 def trained(tmp_path_factory, encoder, chat_model):
     out = {}
     for name, kind, model, changes in (
-        ("chat", sft, chat_model, ["model.quantization=nf4", *CHANGES]),
+        # at the unquantised recipe's rate it learns on some CPUs and not on others
+        ("chat", sft, chat_model, ["model.quantization=nf4", "train.learning_rate=0.005", *CHANGES]),
         ("classifier", classification, encoder, ["model.quantization=int8", *CHANGES]),
     ):
         folder = tmp_path_factory.mktemp(name)
