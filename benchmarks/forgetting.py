@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from grid import Setting, lora_rank, train
-from performance import MARKED
+from performance import put
 
 from lily.analysis.forgetting import Outcome, best_within, by_contestant, frontier, moved
 from lily.analysis.plots import forgetting_plot
@@ -184,8 +184,7 @@ def main() -> None:
     write_text(RESULTS, json.dumps(about, indent=1) + "\n")
     draw(found, options.metric)
     written = kept()
-    page = PAGE.read_text("utf-8")
-    PAGE.write_text(MARKED.sub(lambda m: f"{m[1]}{written}\n{m[4]}" if m[2] == MARKER else m[0], page), "utf-8")
+    put(PAGE, MARKER, written)
     print(written)
 
 

@@ -4,6 +4,12 @@ r"""What a run of `lily train` with a LoRA beside it shows of rank, sharing and 
     python benchmarks/insight.py runs/quickstart-lily-0 --out benchmarks/results/insight-quickstart.json \
         --figures docs/figures/quickstart
 
+Of two runs that `benchmarks/scaling.py` leaves, which have no LoRA beside them:
+
+    python benchmarks/insight.py runs/scaling/sst2/runs/lily-rate0.001-scale4-seed0 \
+        --lora runs/scaling/sst2/runs/lora-rate0.001-scale4-seed0/best --figures docs/figures/sst2 \
+        --out benchmarks/results/insight-sst2.json
+
 `--figures` also draws the paper's Fig. 3 (NAME-rank.svg) and Fig. 4 (NAME-routers.svg) of this run. The JSON has no
 times, and rounds numbers, so that a repetition differs by what training differs.
 """

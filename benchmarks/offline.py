@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from performance import MARKED
+from performance import put
 
 from lily.compare.result import Comparison
 from lily.compare.tables import summary
@@ -61,12 +61,6 @@ def kept() -> str:
     return summary([Comparison.from_dict(values) for values in json.loads(RESULTS.read_text("utf-8")).values()])
 
 
-def write_page() -> None:
-    """Put the table between its markers."""
-    text = PAGE.read_text("utf-8")
-    PAGE.write_text(MARKED.sub(lambda m: f"{m[1]}{kept()}\n{m[4]}" if m[2] == MARKER else m[0], text), "utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/offline"))
@@ -77,8 +71,9 @@ def main() -> None:
         if not options.collect:
             train(options.out)
         collect(options.out)
-    write_page()
-    print(kept())
+    written = kept()
+    put(PAGE, MARKER, written)
+    print(written)
 
 
 if __name__ == "__main__":

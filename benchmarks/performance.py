@@ -200,6 +200,12 @@ def shown(page: Path) -> dict[str, str]:
     return {m[2]: m[3] for m in MARKED.finditer(page.read_text("utf-8"))}
 
 
+def put(page: Path, marker: str, written: str) -> None:
+    """Put a table between its markers; the page's others stay."""
+    text = page.read_text("utf-8")
+    page.write_text(MARKED.sub(lambda m: f"{m[1]}{written}\n{m[4]}" if m[2] == marker else m[0], text), "utf-8")
+
+
 def write_pages(folder: Path) -> list[Path]:
     """Put the tables between their markers; returns the pages that changed."""
     made, changed = tables(folder), []

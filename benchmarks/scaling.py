@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import fmean
 
 from grid import Setting, lora_rank, train
-from performance import MARKED
+from performance import put
 
 from lily.analysis.plots import settings_plot
 from lily.analysis.scaling import Tried, by_product, near
@@ -105,8 +105,7 @@ def main() -> None:
     percent = {n: [t.times(100) for t in own] for n, own in found.items()}
     settings_plot(percent, "accuracy on the validation rows (%)").save(PICTURE, overwrite=True)
     written = kept()
-    page = PAGE.read_text("utf-8")
-    PAGE.write_text(MARKED.sub(lambda m: f"{m[1]}{written}\n{m[4]}" if m[2] == MARKER else m[0], page), "utf-8")
+    put(PAGE, MARKER, written)
     print(written)
 
 
