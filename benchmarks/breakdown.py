@@ -20,7 +20,7 @@ from lily.bench import measure, subjects
 from lily.bench.contestants import contestants
 from lily.bench.report import markdown
 from lily.bench.subjects import Shape
-from lily.gemm import mm, plus_mm
+from lily.kernels.matmul import mm, plus_mm
 
 NAMES = ("frozen", "LoRA", "stock Lily", "Lily token", "Lily static")
 OPTIONS = {"r": 32, "num_A": 2, "num_B": 2}

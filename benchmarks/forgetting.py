@@ -33,9 +33,9 @@ from performance import put
 
 from lily.analysis.forgetting import Outcome, best_within, by_contestant, frontier, moved
 from lily.analysis.plots import forgetting_plot
-from lily.files import write_text
+from lily.io.atomic import write_text
 from lily.recipes import loader
-from lily.recipes.metrics import LOWER_IS_BETTER, shown
+from lily.recipes.scoring.metrics import LOWER_IS_BETTER, shown
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "forgetting.json"
@@ -96,8 +96,8 @@ def shrunk(setting: Setting, run_folder: Path, factor: float, metric: str) -> Ou
     """The best adapter of a run with its update multiplied by a factor."""
     kept = run_folder.parent / "shrunk" / f"{run_folder.name}-{factor:g}.json"
     if not kept.is_file():
-        from lily.recipes import evaluate, forgetting
-        from lily.recipes.adapter import Adapter
+        from lily.recipes.results.adapter import Adapter
+        from lily.recipes.scoring import evaluate, forgetting
 
         copy = kept.with_suffix("")
         shutil.rmtree(copy, ignore_errors=True)

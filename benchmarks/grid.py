@@ -9,7 +9,7 @@ from typing import Any
 
 from lily.compare.runner import Job, opened, run, side_by_side
 from lily.recipes import methods, preflight
-from lily.recipes.schema import Recipe
+from lily.recipes.spec.schema import Recipe
 from lily.tune import folder
 from lily.tune.space import changed, rounded
 

@@ -25,9 +25,9 @@ from typing import Any
 
 from lily.analysis.plots import rank_plot, router_plot
 from lily.analysis.rank import RankReport
-from lily.analysis.words import most_by_label
-from lily.files import write_text
-from lily.recipes.insight import Insight, insight
+from lily.analysis.sentences import most_by_label
+from lily.insight.gather import Insight, insight
+from lily.io.atomic import write_text
 
 RANKS = ("numerical_rank", "effective_rank", "stable_rank")
 

@@ -24,11 +24,11 @@ from typing import Any
 
 import torch
 
-from lily import gemm
 from lily.bench import report as reports
 from lily.bench import subjects
 from lily.bench.report import Report
 from lily.bench.subjects import Shape
+from lily.kernels import matmul
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -79,7 +79,7 @@ CUDA = {
 
 def measure(setting: Setting, device: str) -> Report:
     """Measure one setting."""
-    gemm.ONEDNN = setting.onednn and gemm.onednn_is_faster()
+    matmul.ONEDNN = setting.onednn and matmul.onednn_is_faster()
     build = {"llama": subjects.llama, "vit": subjects.vit}[setting.model]
     subject = build(setting.shape, device, torch.bfloat16 if device == "cuda" else torch.float32)
     return reports.run(subject, setting.options, setting.kinds, setting.rounds, setting.names)

@@ -103,8 +103,8 @@ def arrangements(labels: list[str]) -> dict[str, list[list[int]]]:
 @torch.no_grad()
 def classify(folder: str) -> dict[str, Any]:
     """Of each arrangement of a run's held-out rows: the accuracy, and what differs from the rows as they come."""
-    from lily.recipes.adapter import Adapter
-    from lily.recipes.tasks import collate, encode
+    from lily.recipes.data.tasks import collate, encode
+    from lily.recipes.results.adapter import Adapter
 
     used = Adapter(folder)
     rows, names = used.splits.held_out, used.labels

@@ -21,7 +21,8 @@ from performance import put
 
 from lily.analysis.plots import settings_plot
 from lily.analysis.scaling import Tried, by_product, near
-from lily.recipes import loader, metrics
+from lily.recipes import loader
+from lily.recipes.scoring import metrics
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "scaling.json"

@@ -25,9 +25,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
 
-from lily.files import write_text
-from lily.recipes import standins
-from lily.recipes.standins import STANDINS, TEXTS, Standin
+from lily.io.atomic import write_text
+from lily.recipes.offline import standins
+from lily.recipes.offline.standins import STANDINS, TEXTS, Standin
 
 
 def main() -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from pathlib import Path
 
 import pytest
 import torch
+from adapters import adapted
 from helpers import build, randomise
+from paths import ROOT
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors import safe_open
-from test_model import adapted
 
 from lily import LilyConfig, LilyError, export
 
@@ -253,7 +253,7 @@ def test_biases_of_an_injected_adapter_are_exported(tmp_path):
 
 def test_the_guides_example_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    guide = Path(__file__).parents[1] / "docs" / "deploy-targets.md"
+    guide = ROOT / "docs" / "deploy-targets.md"
     code = re.findall(r"```python\n(.*?)```", guide.read_text(), re.DOTALL)[1]
     exec(compile(code, guide.name, "exec"), {"unet_config": dict(unet().config)})
     pipe = pipeline("unet", unet())

@@ -17,7 +17,7 @@ from docs_pages import PREPARED, SMALLER
 from docs_world import World
 from typer.testing import CliRunner
 
-from lily.cli import app
+from lily.cli.main import app
 from lily.errors import LilyError
 from lily.recipes import loader
 

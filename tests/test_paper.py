@@ -9,7 +9,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from lily import LilyConfig
-from lily.adapted import find
+from lily.tuner.adapter import find
 
 pytestmark = pytest.mark.filterwarnings("ignore:routing=.* on a causal model")
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import yaml
+from paths import ROOT
 
-from lily.cli import app
-from lily.recipes.dreambooth.schema import DreamBooth
-from lily.recipes.schema import Recipe
+from lily.cli.main import app
+from lily.recipes.spec.dreambooth import DreamBooth
+from lily.recipes.spec.schema import Recipe
 
-ROOT = Path(__file__).parents[1]
 BENCHMARKS = {"learning-rate", "forgetting"}  # written by benchmarks/, and compared by tests/test_bench.py
 
 

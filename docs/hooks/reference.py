@@ -18,7 +18,7 @@ def command_line() -> str:
     import typer
     from typer.cli import get_docs_for_click
 
-    from lily.cli import app
+    from lily.cli.main import app
 
     command = typer.main.get_command(app)
     with command.make_context("lily", [], resilient_parsing=True) as context:
@@ -29,14 +29,14 @@ def command_line() -> str:
 
 def recipe_keys() -> str:
     """Every key of a recipe, from the JSON Schema that `lily schema` prints."""
-    from lily.recipes.schema import Recipe
+    from lily.recipes.spec.schema import Recipe
 
     return keys(Recipe.model_json_schema())
 
 
 def dreambooth_keys() -> str:
     """Every key of a recipe of task dreambooth."""
-    from lily.recipes.dreambooth.schema import DreamBooth
+    from lily.recipes.spec.dreambooth import DreamBooth
 
     return keys(DreamBooth.model_json_schema())
 

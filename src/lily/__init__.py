@@ -7,34 +7,33 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from lily._version import __version__
-from lily.config import LilyConfig
 from lily.errors import LilyError
-from lily.model import LilyModel
-from lily.plan import SharingPlan, build_plan
-from lily.registry import register, unregister
-from lily.selection import select_modules
+from lily.plan.config import LilyConfig
+from lily.plan.select import select_modules
+from lily.plan.sharing_plan import SharingPlan, build_plan
+from lily.tuner.model import LilyModel
+from lily.tuner.registry import register, unregister
 
 if TYPE_CHECKING:
     from lily import export
-    from lily.collapsing import CollapseReport, collapse
-    from lily.distributed import gathered_state, save_adapter
-    from lily.health import HealthCallback
-    from lily.pipeline import sum_bank_gradients
-    from lily.settle import SettleCallback, Settling
+    from lily.callbacks.health import HealthCallback
+    from lily.callbacks.settle import SettleCallback, Settling
+    from lily.deploy.collapse import CollapseReport, collapse
+    from lily.distributed import gathered_state, save_adapter, sum_bank_gradients
 
 register()
 
 # What a training script does not need at once is imported when it is asked for.
 LAZY = {
-    "CollapseReport": "lily.collapsing",
-    "collapse": "lily.collapsing",
-    "HealthCallback": "lily.health",
-    "SettleCallback": "lily.settle",
-    "Settling": "lily.settle",
+    "CollapseReport": "lily.deploy.collapse",
+    "collapse": "lily.deploy.collapse",
+    "HealthCallback": "lily.callbacks.health",
+    "SettleCallback": "lily.callbacks.settle",
+    "Settling": "lily.callbacks.settle",
     "export": "lily.export",
     "gathered_state": "lily.distributed",
     "save_adapter": "lily.distributed",
-    "sum_bank_gradients": "lily.pipeline",
+    "sum_bank_gradients": "lily.distributed",
 }
 
 __all__ = [

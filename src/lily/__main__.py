@@ -1,5 +1,5 @@
 """`python -m lily`."""
 
-from lily.cli import main
+from lily.cli.main import main
 
 main()

@@ -6,6 +6,7 @@ the first process, as the same files that one process writes.
 
     lily.save_adapter(model, "adapter")          # every process calls it
     lily.distributed.load_weights(model, "adapter")
+    lily.sum_bank_gradients(stage)               # pipeline stages in processes of their own
 
 Every function here that takes a model is a collective one: all processes must call it, with the model as its engine
 wrapped it (DDP, FSDP, DeepSpeedEngine) or with the PeftModel itself. Without a process group they do what PEFT does.
@@ -27,10 +28,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from lily import sharding
 from lily.errors import LilyError
-from lily.files import new_folder
-from lily.sharding import unwrapped
+from lily.io.atomic import new_folder
+from lily.layers import sharding
+from lily.layers.bank import LilyBank
+from lily.layers.sharding import unwrapped
 
 
 def world_size() -> int:
@@ -232,3 +234,29 @@ def _by_name(model: nn.Module, file: dict[str, Tensor]) -> dict[str, Tensor]:
             raise LilyError(f"{key!r} has shape {tuple(file[key].shape)} in the file, expected {tuple(expected)}")
         out[names[id(tensor)]] = file[key]
     return out
+
+
+@torch.no_grad()
+def sum_bank_gradients(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
+    """Give every pipeline stage the whole gradient of the tensors that layers of several stages share.
+
+    With `torch.distributed.pipelining` each process holds some of the layers. The bank's tensors serve all of them, so
+    every process has them all, and computes the part of their gradient that its own layers make. Called after the
+    schedule's backward, before clipping and the optimiser's step, this sums the parts; the copies, equal at first, then
+    stay equal. A router belongs to one layer, hence to one stage, and needs nothing.
+
+    Args:
+        model: holds the bank; layers of other stages may be gone.
+        group: the processes that hold the stages of one pipeline; default: all.
+
+    Raises:
+        LilyError: if there is no bank in the model.
+    """
+    bank = next((m for m in model.modules() if isinstance(m, LilyBank)), None)
+    if bank is None:
+        raise LilyError(f"this {type(model).__name__} holds no lily_bank; give each stage the adapted model's own")
+    for shared in bank.parameters():
+        if shared.requires_grad:
+            if shared.grad is None:  # no layer of this stage uses it
+                shared.grad = torch.zeros_like(shared)
+            dist.all_reduce(shared.grad, group=group)

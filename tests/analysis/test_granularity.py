@@ -6,9 +6,9 @@ import pytest
 
 from lily.analysis.granularity import frontier
 from lily.budget import lora_parameters
-from lily.config import LilyConfig
 from lily.errors import LilyError
-from lily.plan import ModuleSpec, build_plan
+from lily.plan.config import LilyConfig
+from lily.plan.sharing_plan import ModuleSpec, build_plan
 
 MODULES = [ModuleSpec(f"layers.{i}.{n}", 64, out) for i in range(6) for n, out in (("q_proj", 64), ("up", 256))]
 

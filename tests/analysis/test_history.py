@@ -7,14 +7,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_settle import ROWS, arguments, fresh
+from settling import ROWS, arguments, fresh
 from transformers import Trainer, TrainerCallback
 
 import lily
-from lily.adapted import find
 from lily.analysis.history import FILE, SNAPSHOTS, RoutingCallback, RoutingHistory, steps_looked_at
+from lily.callbacks.router_watch import RouterWatch
 from lily.errors import LilyError
-from lily.routers import RouterWatch
+from lily.tuner.adapter import find
 
 pytestmark = pytest.mark.filterwarnings("ignore:routing=.* on a causal model")
 

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
+from analysed import adapted, lora
 from helpers import inputs
-from test_rank import adapted, lora
+from paths import ROOT
 
-from lily.adapted import find
 from lily.analysis.factored import lily_layers, lora_layers
 from lily.analysis.granularity import frontier
 from lily.analysis.plots import granularity_plot, rank_plot, router_plot, sharing_plot
 from lily.analysis.rank import rank_report
 from lily.analysis.routing import routing_report
-from lily.checkpoint import specs_of
+from lily.checkpoint.format import specs_of
 from lily.errors import LilyError
+from lily.tuner.adapter import find
 
-PAGE = Path(__file__).parents[2] / "docs" / "insight.md"
+PAGE = ROOT / "docs" / "insight.md"
 
 
 @pytest.fixture(scope="module")

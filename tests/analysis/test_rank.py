@@ -7,23 +7,19 @@ import json
 import numpy as np
 import pytest
 import torch
+from analysed import adapted, lora, weights_of_tokens
 from helpers import TARGETS, build, inputs, randomise
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from scipy.linalg import subspace_angles
 
 import lily
-from lily.adapted import find
 from lily.analysis.factored import Mixing, lily_layers, lora_layers
 from lily.analysis.rank import Spectrum, rank_report
 from lily.analysis.routing import routing_report
 from lily.errors import LilyError
+from lily.tuner.adapter import find
 
 pytestmark = pytest.mark.filterwarnings("ignore:routing=.* on a causal model")
-
-
-def adapted(kind="bert", r=4, **options):
-    config = lily.LilyConfig(**{"r": r, "num_A": 2, "num_B": 3, "target_modules": TARGETS[kind], **options})
-    return randomise(get_peft_model(build(kind), config)).eval()
 
 
 def full_update(model, name, weights):
@@ -32,26 +28,6 @@ def full_update(model, name, weights):
     layer = found.layers[name]
     A, B = (t.detach().double() for t in layer.tensors_of(found.name))
     return layer.scaling[found.name] * torch.einsum("e,ero->or", weights, B) @ A
-
-
-def weights_of_tokens(model, name, batch):
-    """The weights of every unmasked token, recomputed from the layer's own input."""
-    found = find(model)
-    layer, kept = found.layers[name], []
-
-    def hook(module, args):
-        A, _ = layer.tensors_of(found.name)
-        p = torch.softmax((args[0] @ A.T @ layer.router_of(found.name).T).double(), -1)
-        m = batch["attention_mask"].double()
-        if layer.routing[found.name] == "sequence":
-            p = ((p * m.unsqueeze(-1)).sum(1) / m.sum(1, keepdim=True)).unsqueeze(1).expand_as(p)
-        kept.append(p[m.bool()])
-
-    handle = layer.register_forward_pre_hook(hook)
-    with torch.no_grad():
-        model(**batch)
-    handle.remove()
-    return torch.cat(kept)
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "llama", "plain"])
@@ -136,12 +112,6 @@ def test_an_untrained_adapter_has_rank_zero():
     json.dumps(report.to_dict(), allow_nan=False)
 
 
-def lora(kind="bert", **options):
-    torch.manual_seed(3)
-    config = LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": ["query", "value"], **options})
-    return get_peft_model(build(kind), config)
-
-
 @pytest.mark.parametrize(
     "options",
     [{}, {"use_rslora": True}, {"rank_pattern": {"layer.1.attention.self.query": 2}, "alpha_pattern": {"value": 3}}],
@@ -205,9 +175,9 @@ def test_what_has_no_rank_is_refused(tmp_path):
 @pytest.mark.slow
 @pytest.mark.network
 def test_numerical_ranks_of_a_short_real_run_are_those_of_its_updates_as_full_matrices(tmp_path, monkeypatch):
+    from lily.insight.gather import insight
     from lily.recipes import loader, train
-    from lily.recipes.adapter import Adapter
-    from lily.recipes.insight import insight
+    from lily.recipes.results.adapter import Adapter
 
     monkeypatch.chdir(tmp_path)
     few = ["data.max_train=320", "data.max_validation=64", "data.max_test=64", "train.epochs=1"]

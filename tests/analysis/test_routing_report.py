@@ -7,15 +7,15 @@ import math
 
 import pytest
 import torch
+from analysed import adapted, weights_of_tokens
 from helpers import build, inputs, randomise
 from peft import get_peft_model
-from test_rank import adapted, weights_of_tokens
 
 import lily
-from lily.adapted import find
 from lily.analysis.routing import LayerRouting, RoutingReport, decompose, routing_report
-from lily.analysis.words import routing_words
+from lily.analysis.sentences import routing_words
 from lily.errors import LilyError
+from lily.tuner.adapter import find
 
 pytestmark = pytest.mark.filterwarnings("ignore:routing=.* on a causal model")
 

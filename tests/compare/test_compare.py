@@ -18,7 +18,7 @@ from browser import NARROW, WIDE, assert_drawn, assert_printed, needs_browser, p
 from recipes_helpers import classification, rows, write_jsonl, write_recipe
 from typer.testing import CliRunner
 
-from lily.cli import app
+from lily.cli.main import app
 from lily.compare import compare as comparing
 from lily.compare import runner
 from lily.compare.contestants import parse, resolve

@@ -9,8 +9,9 @@ from peft import get_peft_model
 
 from lily.compare.contestants import parse, resolve
 from lily.errors import LilyError
-from lily.recipes import loader, methods, others, preflight
-from lily.recipes.adapter import Adapter
+from lily.recipes import loader, methods, preflight
+from lily.recipes.methods import other_peft
+from lily.recipes.results.adapter import Adapter
 
 ALL = "lily,lily:batch,lily:static,stock-lily,lora,rslora,dora,vera,loha,ia3,none"
 
@@ -22,7 +23,7 @@ def prepared(recipe):
 
 def trained(config, recipe, model):
     """Parameters that train, counted on the adapted model by PEFT itself."""
-    with others.implementation(recipe):
+    with other_peft.implementation(recipe):
         made = get_peft_model(copy.deepcopy(model), config)
     head = sum(p.numel() for n, p in made.named_parameters() if p.requires_grad and "modules_to_save" in n)
     return made.get_nb_trainable_parameters()[0] - head

@@ -335,7 +335,7 @@ def test_the_command_line_ends_with_one_message_and_exit_code_2(tmp_path, argume
 
 
 def test_wrong_usage_exits_with_2():
-    from lily.cli import app
+    from lily.cli.main import app
 
     assert CliRunner().invoke(app, ["train"]).exit_code == 2
     assert CliRunner().invoke(app, ["fly"]).exit_code == 2

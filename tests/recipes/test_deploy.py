@@ -10,16 +10,15 @@ import pytest
 import torch
 from peft import PeftModel
 from recipes_helpers import WORDS, classification, rows, sft, write_jsonl
+from runs import files, invoke, make
 from safetensors.torch import load_file
-from test_train import files, make
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from typer.testing import CliRunner
 
-from lily.cli import app
 from lily.errors import LilyError
-from lily.recipes import evaluate, train
-from lily.recipes.adapter import Adapter
+from lily.recipes import train
 from lily.recipes.deploy import describe
+from lily.recipes.results.adapter import Adapter
+from lily.recipes.scoring import evaluate
 
 pytestmark = pytest.mark.filterwarnings("ignore:routing=.* on a causal model")
 
@@ -39,13 +38,6 @@ def trained(tmp_path_factory, encoder, chat_model):
         out[name] = folder / "run"
         train.train(make(kind, folder, model, changes), quiet=True)
     return out
-
-
-def invoke(*arguments):
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.stdout
 
 
 def outputs(model, source):

@@ -16,11 +16,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, ViTConfig, ViTModel
 from typer.testing import CliRunner
 
-from lily.cli import app
+from lily.cli.main import app
 from lily.errors import LilyError
-from lily.recipes import baselines, insight, loader, models, preflight
-from lily.recipes.adapter import Adapter
-from lily.recipes.images import Preprocess
+from lily.insight import gather
+from lily.recipes import loader, models, preflight
+from lily.recipes.data.images import Preprocess
+from lily.recipes.results.adapter import Adapter
+from lily.recipes.scoring import baselines
 from lily.recipes.train import train
 
 COLOURS = {"blue": (30, 40, 200), "green": (20, 180, 30), "red": (210, 30, 20)}
@@ -136,7 +138,7 @@ def test_a_list_of_files_can_be_evaluated(run, colours):
 
 
 def test_routing_is_told_by_class(run):
-    told = insight.insight(str(run[0]), rows=12)
+    told = gather.insight(str(run[0]), rows=12)
     assert told.routing is not None
     assert set(told.routing.labels) == set(COLOURS)
 

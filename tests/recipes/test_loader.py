@@ -12,7 +12,7 @@ from recipes_helpers import write_recipe
 
 from lily.errors import LilyError
 from lily.recipes import loader
-from lily.recipes.schema import Recipe, Section
+from lily.recipes.spec.schema import Recipe, Section
 
 MINIMAL = {
     "name": "a",

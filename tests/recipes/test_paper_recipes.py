@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lily.commands.plan_recipe import recipe_report
 from lily.errors import LilyError
 from lily.recipes import loader
+from lily.recipes.dry_run import recipe_report
 
 GLUE = {"cola": 4, "mrpc": 2, "qnli": 2, "rte": 3, "sst2": 2, "stsb": 2}
 

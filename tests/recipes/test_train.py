@@ -11,25 +11,17 @@ import torch
 from peft import PeftModel
 from recipes_helpers import classification, rows, sft, write_jsonl, write_recipe
 from rich.console import Console
+from runs import files, make
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
-from lily.cli import app
+from lily.cli.main import app
 from lily.errors import LilyError
-from lily.recipes import evaluate, loader, report, train
-from lily.recipes.adapter import Adapter
-
-
-def make(kind, folder, model, overrides=()):
-    table = [{**r, "question": f"question {r['text']}", "answer": ("no", "yes")[int(r["label"])]} for r in rows()]
-    return loader.load_recipe(
-        write_recipe(folder, kind(model, write_jsonl(folder / "t.jsonl", table), folder)), list(overrides)
-    )
-
-
-def files(folder):
-    return sorted(p.name for p in folder.iterdir())
+from lily.recipes import loader, train
+from lily.recipes.results import card as report
+from lily.recipes.results.adapter import Adapter
+from lily.recipes.scoring import evaluate
 
 
 @pytest.mark.parametrize("method", ["lily", "lora", "none"])
@@ -73,7 +65,8 @@ def test_a_classifier_learns_and_leaves_everything_it_should(tmp_path, encoder, 
 
 
 def test_texts_without_words_give_tfidf_the_majoritys_guess(tmp_path, encoder):
-    from lily.recipes import baselines, data
+    from lily.recipes import data
+    from lily.recipes.scoring import baselines
 
     def figures(table):
         values = classification(encoder, write_jsonl(tmp_path / "t.jsonl", table), tmp_path)
@@ -167,7 +160,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, encoder):
             if state.epoch and state.epoch >= 1:
                 raise Stopped
 
-    from lily.recipes import runner
+    from lily.recipes.trainer import trainer as runner
 
     build = runner.build_trainer
 
@@ -190,7 +183,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, encoder):
 
 def test_a_model_with_a_head_of_another_size_is_trained_and_its_card_loads_it(tmp_path, encoder, capsys):
     from lily.recipes import models
-    from lily.recipes.schema import Model
+    from lily.recipes.spec.schema import Model
 
     folder = tmp_path / "three"
     models.load_model(Model(path=str(encoder)), "text-classification", ("a", "b", "c")).save_pretrained(folder)

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-
 from recipes_helpers import chat_model, encoder, rows, table, write_jsonl
 
 __all__ = ["chat_model", "encoder", "rows", "table", "write_jsonl"]

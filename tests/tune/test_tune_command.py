@@ -11,8 +11,8 @@ from recipes_helpers import classification, write_recipe
 from rich.console import Console
 from typer.testing import CliRunner
 
-from lily.cli import app
-from lily.commands.tune import parse_time
+from lily.cli.main import app
+from lily.cli.tune import parse_time
 from lily.errors import LilyError
 from lily.recipes import loader, train
 from lily.tune.report import print_tuned
@@ -77,7 +77,7 @@ def test_a_search_without_optuna_says_what_to_install_and_a_sweep_does_without()
     code = """
 import sys
 sys.modules["optuna"] = None
-import lily.tune.granularity, lily.tune.sweep_report
+import lily.tune.sweep, lily.tune.sweep_report
 sys.argv = ["lily", "tune", "quickstart"]
 from lily.cli import main
 main()

@@ -24,11 +24,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lily import functional
-from lily.adapted import Adapted, find
 from lily.errors import LilyError
-from lily.kinds import EXPERTS
-from lily.layer import LilyLayer
-from lily.plan import router_size
+from lily.layers.layer import LilyLayer
+from lily.plan.sharing_plan import router_size
+from lily.plan.specs import EXPERTS
+from lily.tuner.adapter import Adapted, find
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lily.budget import WELL_USED, choose, parse_count
-from lily.config import LilyConfig
 from lily.errors import LilyError
-from lily.kinds import ModuleSpec
-from lily.plan import build_plan
+from lily.plan.budget import WELL_USED, choose, parse_count
+from lily.plan.config import LilyConfig
+from lily.plan.sharing_plan import build_plan
+from lily.plan.specs import ModuleSpec
 
 
 @dataclass(frozen=True)

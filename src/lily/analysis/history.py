@@ -11,12 +11,11 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lily.adapted import Adapted, find
-from lily.collapsing import reduce
+from lily.callbacks.router_watch import RouterWatch
 from lily.errors import LilyError
-from lily.files import write_text
-from lily.observe import RoutingStatistics
-from lily.routers import RouterWatch
+from lily.io.atomic import write_text
+from lily.layers.routing_statistics import RoutingStatistics, all_reduce
+from lily.tuner.adapter import Adapted, find
 
 FILE = "routing.json"
 # At most so many steps of a training are looked at unless `every` says otherwise: a router moves slowly, and a recorded
@@ -159,7 +158,7 @@ class RoutingCallback(TrainerCallback):  # type: ignore[misc]
             # taken away by somebody else, perhaps; all processes must reduce alike
             nothing = RoutingStatistics.empty(layer.num_B[found.name])
             seen = layer.statistics.pop(found.name, nothing)
-            reduce(seen)
+            all_reduce(seen)
             tokens[name] = (*tokens.get(name, ()), int(seen.count.item()))
             rows[name] = (*rows.get(name, ()), tuple(seen.mean.tolist()))
         found.watch_masks()

@@ -17,17 +17,10 @@ from lily.analysis.granularity import Point, Quality
 from lily.analysis.rank import RankReport
 from lily.analysis.routing import RoutingReport
 from lily.analysis.scaling import Tried
-from lily.analysis.words import (
-    rank_words,
-    routing_words,
-    sharing_words,
-    short_names,
-    title_of,
-    weights_by_group,
-)
+from lily.analysis.sentences import rank_words, routing_words, sharing_words, short_names, title_of, weights_by_group
 from lily.errors import LilyError
-from lily.files import new_file
-from lily.plan import SharingPlan
+from lily.io.atomic import new_file
+from lily.plan.sharing_plan import SharingPlan
 
 COLOURS = ("#7fb2e5", "#f2b56b", "#8fcf9f", "#e59bb6", "#c5b3e6", "#d9cf7a", "#9fd3d6", "#d3b29a")
 LINES = ("#2f6fb0", "#a8650a", "#2f7d43", "#a83f6c", "#6a4fb0", "#7a6d10", "#1f7a80", "#855a38")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lily.observe import RoutingStatistics, per_token
+from lily.layers.routing_statistics import RoutingStatistics, per_token
 
 
 class Recorder(RoutingStatistics):

@@ -24,12 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lily.adapted import Adapted, find
 from lily.analysis.factored import Mixing, static_mixing
 from lily.analysis.recorder import Recorder
-from lily.collapsing import call, evaluating
-from lily.drift import Batch
 from lily.errors import LilyError
+from lily.tuner.adapter import Adapted, find
+from lily.tuner.recording import Batch, call, evaluating
 
 # An expert is dead in a layer that gives it less than this share of an equal weight on average.
 DEAD = 0.1

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import lily
 from lily.bench.subjects import Subject
-from lily.budget import equal_lora_rank
 from lily.errors import LilyError
-from lily.options import ROUTINGS
+from lily.plan.budget import equal_lora_rank
+from lily.plan.options import ROUTINGS
 
 FROZEN, LORA, LORA_RANK, STOCK, MERGED = "frozen", "LoRA", "LoRA, equal rank", "stock Lily", "Lily merged"
 NAMES = (FROZEN, LORA, LORA_RANK, STOCK, *(f"Lily {routing}" for routing in ROUTINGS), MERGED)

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from lily import gemm
 from lily.bench import measure
 from lily.bench.contestants import FROZEN, LORA, MERGED, NAMES, STOCK, Contestant, contestants
 from lily.bench.measure import Outcome
 from lily.bench.subjects import Subject
 from lily.errors import LilyError
-from lily.files import write_text
+from lily.io.atomic import write_text
+from lily.kernels import matmul
 
 ADAPTED = tuple(name for name in NAMES if name not in (FROZEN, MERGED))
 TRAINED = (FROZEN, *ADAPTED)
@@ -97,7 +97,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     return {
         "device": name,
         "threads": torch.get_num_threads(),
-        "onednn_products": gemm.ONEDNN,
+        "onednn_products": matmul.ONEDNN,
         "versions": {
             "python": platform.python_version(),
             **{p: version(p) for p in ("torch", "transformers", "peft", "lily-peft")},

@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lily.compare import sweep, tables
+from lily.compare import search, tables
 from lily.compare.contestants import Contestant, Equal, resolve
 from lily.compare.page import page
 from lily.compare.result import Comparison, read
 from lily.compare.runner import Job, Outcome, opened, run
 from lily.errors import LilyError
-from lily.files import write_text
-from lily.recipes import metrics, preflight
-from lily.recipes.schema import Recipe
+from lily.io.atomic import write_text
+from lily.recipes import preflight
+from lily.recipes.scoring import metrics
+from lily.recipes.spec.schema import Recipe
 
 Tell = Callable[[str], None]
 
@@ -70,7 +71,7 @@ def check(recipe: Recipe, found: Sequence[Contestant], wish: Wish, out: Path) ->
         return
     for c in found:
         tuned = wish.tune and c.trains
-        for power in sweep.FIRST if tuned else ():
+        for power in search.FIRST if tuned else ():
             _trial(c, (power, 0), recipe.seed, out).check()
         for job in _finals([c], _seeds(recipe, wish), out):
             job.check(c.settings if tuned else ())
@@ -137,13 +138,13 @@ def _tuned(
     def better(a: float, b: float) -> bool:
         return metrics.better(name, a, b)
 
-    tried: dict[str, dict[sweep.Point, float | None]] = {c.name: {} for c in found}
+    tried: dict[str, dict[search.Point, float | None]] = {c.name: {} for c in found}
     errors: dict[str, str] = {}
     while True:
-        jobs: dict[str, tuple[Contestant, sweep.Point]] = {}
+        jobs: dict[str, tuple[Contestant, search.Point]] = {}
         listed: list[Job] = []
         for c in found:
-            points = sweep.next_points(tried[c.name], better, c.scale is not None) if c.trains else []
+            points = search.next_points(tried[c.name], better, c.scale is not None) if c.trains else []
             for point in points:
                 job = _trial(c, point, recipe.seed, out)
                 jobs[job.name] = c, point
@@ -158,7 +159,7 @@ def _tuned(
     record: dict[str, Any] = {}
     made, failed = [], {}
     for c in found:
-        best = sweep.chosen(tried[c.name], better)
+        best = search.chosen(tried[c.name], better)
         lost = c.trains and best is None
         final = c if best is None else _at(c, best)
         if lost:
@@ -179,15 +180,15 @@ def _tuned(
     return made, record, failed
 
 
-def _at(contestant: Contestant, point: sweep.Point) -> Contestant:
+def _at(contestant: Contestant, point: search.Point) -> Contestant:
     rate, scale = point
     return contestant.with_settings(
-        contestant.learning_rate * sweep.FACTOR**rate if rate else None,
-        contestant.scale[1] * sweep.FACTOR**scale if scale and contestant.scale else None,
+        contestant.learning_rate * search.FACTOR**rate if rate else None,
+        contestant.scale[1] * search.FACTOR**scale if scale and contestant.scale else None,
     )
 
 
-def _trial(contestant: Contestant, point: sweep.Point, seed: int, out: Path) -> Job:
+def _trial(contestant: Contestant, point: search.Point, seed: int, out: Path) -> Job:
     made = _at(contestant, point)
     said = f"rate{made.learning_rate:g}" + (f"-scale{made.scale[1]:g}" if made.scale is not None else "")
     return Job(f"tuning/{made.folder}/{said}", made.with_seed(seed), out / "tuning" / made.folder / said, True)

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from lily.errors import LilyError
-from lily.options import ROUTINGS
-from lily.recipes import checks, methods, others
-from lily.recipes.schema import Recipe
+from lily.plan.options import ROUTINGS
+from lily.recipes import checks, methods
+from lily.recipes.methods import other_peft
+from lily.recipes.spec.schema import Recipe
 
 if TYPE_CHECKING:
     from torch import nn
@@ -90,7 +91,7 @@ def parse(names: str) -> list[str]:
             raise LilyError(f"--methods {name}: only lily has variants: {', '.join(f'lily:{r}' for r in ROUTINGS)}")
         if method not in NAMED:
             try:
-                others.config_class(method)
+                other_peft.config_class(method)
             except LilyError as error:
                 raise LilyError(f"--methods {name} is none of {', '.join(NAMED)}, and {error}") from None
     if twice := [name for name in listed if listed.count(name) > 1]:
@@ -133,14 +134,14 @@ def _contestant(recipe: Recipe, name: str, rank: int | None, model: nn.Module) -
     chosen = changed(recipe, changes)
     block = methods.block_of(chosen.method)
     if block == "peft":
-        kind = others.config_class(str(chosen.peft.peft_type))
-        has_rank = "r" in others.options_of(kind)
+        kind = other_peft.config_class(str(chosen.peft.peft_type))
+        has_rank = "r" in other_peft.options_of(kind)
         chosen = changed(chosen, {("peft", "r"): rank if has_rank else None})
     config = methods.peft_config(chosen, model)
     if config is None:
         return Contestant(name, chosen, None, 0, None)
-    with others.implementation(chosen):
-        parameters = 0 if chosen.method == "none" else others.count(model, config)
+    with other_peft.implementation(chosen):
+        parameters = 0 if chosen.method == "none" else other_peft.count(model, config)
     reached = _rank_of(config) if chosen.method != "none" else None
     if reached is not None and block in ("lora", "peft"):
         chosen = changed(chosen, {(block, "r"): reached})
@@ -159,7 +160,7 @@ def _scale(recipe: Recipe, config: Any) -> tuple[tuple[str, ...], float] | None:
     if block == "lora":
         return ("lora", "alpha"), float(config.lora_alpha)
     if block == "peft":
-        name = next((name for name in others.SCALES if getattr(config, name, None)), None)
+        name = next((name for name in other_peft.SCALES if getattr(config, name, None)), None)
         return None if name is None else (("peft", name), float(getattr(config, name)))
     return None
 

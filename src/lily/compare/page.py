@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from lily._version import __version__
 from lily.compare import tables
 from lily.compare.result import Comparison, Entry
-from lily.page import charts
-from lily.page.charts import Point, Series
-from lily.page.common import curve_figure
-from lily.page.markup import Child, Html, details, el, figure, join, table
-from lily.page.page import document
-from lily.recipes.metrics import LOWER_IS_BETTER, shown
+from lily.html import charts
+from lily.html.charts import Point, Series
+from lily.html.common import curve_figure
+from lily.html.markup import Child, Html, details, el, figure, join, table
+from lily.insight.page import document
+from lily.recipes.scoring.metrics import LOWER_IS_BETTER, shown
 
 READING = (
     ("±", "Standard deviation over the seeds: another seed means other first weights and another order of the rows. A "

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from lily.recipes import metrics as metric_tools
-from lily.recipes.schema import Metric
+from lily.recipes.scoring import metrics as metric_tools
+from lily.recipes.spec.schema import Metric
 
 RESAMPLES = 2000
 Items = dict[str, list[Any]]
@@ -72,7 +72,7 @@ def compare(metric: Metric, first: Sequence[Items], second: Sequence[Items], see
 
     Args:
         metric: which.
-        first: what was found for each row, by seed; see `lily.recipes.evaluate.Judge`.
+        first: what was found for each row, by seed; see `lily.recipes.scoring.evaluate.Judge`.
         second: the same of the other method, with the same seeds.
         seed: of the resampling.
 

@@ -12,8 +12,8 @@ from typing import Any, cast
 from lily.compare.paired import Items, Paired, compare
 from lily.compare.runner import METRICS, PREDICTIONS
 from lily.errors import LilyError
-from lily.recipes.figures import json_object
-from lily.recipes.schema import Metric
+from lily.recipes.results.run_files import json_object
+from lily.recipes.spec.schema import Metric
 
 TITLES = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA", "none": "no adapter", "stock-lily": "stock Lily",
           "vera": "VeRA", "loha": "LoHa", "lokr": "LoKr"}  # fmt: skip

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from lily.errors import LilyError
-from lily.files import remove_folder, write_text
+from lily.io.atomic import remove_folder, write_text
 from lily.recipes import loader, preflight
-from lily.recipes.schema import Recipe
-from lily.recipes.signals import Signals
+from lily.recipes.spec.schema import Recipe
+from lily.recipes.trainer.signals import Signals
 
 METRICS, PREDICTIONS = "metrics.json", "predictions.json"
 # What a comparison writes into its folder.

@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Sequence
 
 from lily.compare.result import Comparison, Entry, spread
-from lily.recipes.metrics import LOWER_IS_BETTER, shown
-from lily.recipes.schema import MEAN
+from lily.recipes.scoring.metrics import LOWER_IS_BETTER, shown
+from lily.recipes.spec.schema import MEAN
 
 UNTRAINED = "untrained"
 

@@ -6,8 +6,10 @@ import string
 from collections.abc import Iterator
 
 from lily.errors import LilyError
-from lily.recipes import lily_checks, scoring, standins
-from lily.recipes.schema import CLASSIFYING, MEAN, STANDIN, File, Pattern, Recipe
+from lily.recipes.offline import standins
+from lily.recipes.scoring import answers
+from lily.recipes.spec import lily_checks
+from lily.recipes.spec.schema import CLASSIFYING, MEAN, STANDIN, File, Pattern, Recipe
 
 Problem = tuple[tuple[str, ...], str]
 
@@ -96,7 +98,7 @@ def _answers(recipe: Recipe) -> Iterator[Problem]:
     if answer != "whole" and recipe.task != "sft":
         yield ("generation", "answer"), "is for sft only"
     if isinstance(answer, Pattern):
-        wrong = scoring.problem_of(answer)
+        wrong = answers.problem_of(answer)
         if wrong is not None:
             yield ("generation", "answer", "pattern"), wrong
 

@@ -10,22 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 from peft import PeftConfig, PeftModel
 
-from lily.config import LilyConfig
+from lily.deploy.gguf import describe_gguf
+from lily.deploy.provenance import provenance
 from lily.errors import LilyError
-from lily.export import provenance
-from lily.files import new_folder, write_text
-from lily.gguf_lora import describe_gguf
-from lily.reading import read_header, read_json, read_tensors
+from lily.io.atomic import new_folder, write_text
+from lily.io.untrusted import read_header, read_json, read_tensors
+from lily.plan.config import LilyConfig
 from lily.recipes import data, loader, models
-from lily.recipes.adapter import Adapter, adapter_path, batches, elsewhere, kept_labels, kept_recipe, recipe_of
-from lily.recipes.dreambooth.schema import DreamBooth
-from lily.recipes.evaluate import Judge
-from lily.recipes.report import LABELS
-from lily.recipes.schema import File, Model
-from lily.recipes.tables import Row
+from lily.recipes.data.tables import Row
+from lily.recipes.results.adapter import Adapter, adapter_path, batches, elsewhere, kept_labels, kept_recipe, recipe_of
+from lily.recipes.results.card import LABELS
+from lily.recipes.scoring.evaluate import Judge
+from lily.recipes.spec.dreambooth import DreamBooth
+from lily.recipes.spec.schema import File, Model
 
 if TYPE_CHECKING:
-    from lily.collapsing import CollapseReport
+    from lily.deploy.collapse import CollapseReport
 
 REPORT = "collapse.json"
 KEPT = ("recipe.yaml", LABELS, "README.md")
@@ -60,7 +60,7 @@ def collapse_adapter(
     Raises:
         LilyError: for anything wrong with the adapter, the data or the output folder.
     """
-    from lily.collapsing import collapse
+    from lily.deploy.collapse import collapse
 
     drawing = drawing_recipe(adapter_path(folder), recipe)
     if drawing is not None:

@@ -14,11 +14,12 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from lily.errors import LilyError
-from lily.recipes import checks, variants
-from lily.recipes.dreambooth import schema as dreambooth
-from lily.recipes.dreambooth.schema import DreamBooth
-from lily.recipes.places import Key, Places
-from lily.recipes.schema import SOURCES, STANDIN, Recipe, Section
+from lily.recipes import checks
+from lily.recipes.spec import dreambooth as dreambooth
+from lily.recipes.spec import variants
+from lily.recipes.spec.dreambooth import DreamBooth
+from lily.recipes.spec.places import Key, Places
+from lily.recipes.spec.schema import SOURCES, STANDIN, Recipe, Section
 
 LIBRARY = Path(__file__).parent / "library"
 MAX_BYTES = 1 << 20  # a recipe is a page of text; anything larger is a mistake or an attack

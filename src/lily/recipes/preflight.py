@@ -10,21 +10,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lily.errors import LilyError
-from lily.recipes import checkpoints, data, loader, methods, models, scoring
-from lily.recipes.data import Splits
-from lily.recipes.images import Preprocess
-from lily.recipes.metrics import metrics_of
-from lily.recipes.places import located
-from lily.recipes.ranks import is_first
-from lily.recipes.schema import Recipe
+from lily.recipes import data, loader, methods, models
+from lily.recipes.data.images import Preprocess
+from lily.recipes.data.rows import Splits
+from lily.recipes.scoring import answers
+from lily.recipes.scoring.metrics import metrics_of
+from lily.recipes.spec.places import located
+from lily.recipes.spec.schema import Recipe
+from lily.recipes.trainer import checkpoints
+from lily.recipes.trainer.processes import is_first
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from torch import nn
     from transformers import PreTrainedModel
 
-    from lily.recipes.dreambooth.schema import DreamBooth
-    from lily.recipes.tasks import Example, Processor
+    from lily.recipes.data.tasks import Example, Processor
+    from lily.recipes.spec.dreambooth import DreamBooth
 
 # Module -> what to install.
 EXTRAS = {
@@ -85,7 +87,8 @@ def prepare(recipe: Recipe) -> Prepared:
     if splits.unseen and is_first():
         print(f"warning: {unseen_message(splits)}", file=sys.stderr)
 
-    from lily.recipes import choices, forgetting, tasks
+    from lily.recipes.data import tasks
+    from lily.recipes.scoring import choices, forgetting
 
     with located(recipe, "model", recipe.model.kind):
         meta = models.meta_model(recipe.model, recipe.task, tasks.num_labels(recipe, splits))
@@ -106,7 +109,7 @@ def prepare(recipe: Recipe) -> Prepared:
             # for what it refuses: no answer of them may fit
             tasks.encode(rows, recipe, processor, None, f"the {name} rows")
         if recipe.task == "sft" and "exact_match" in metrics_of(recipe):
-            scoring.expected_answers(rows, recipe)
+            answers.expected_answers(rows, recipe)
         if recipe.data.choices is not None:
             choices.check(rows, recipe, processor)
     general = forgetting.general_text(recipe, processor)

@@ -7,96 +7,36 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lily.distributed import load_weights, save_adapter
-from lily.files import write_text
-from lily.recipes import checkpoints, loader, memory, models, others, preflight, ranks, report, testsets
-from lily.recipes import metrics as metric_tools
-from lily.recipes.data import Splits
-from lily.recipes.places import located
+from lily.io.atomic import write_text
+from lily.recipes import loader, models, preflight
+from lily.recipes.data.rows import Splits
+from lily.recipes.methods import other_peft
+from lily.recipes.models.precision import precision_of
 from lily.recipes.preflight import Prepared
-from lily.recipes.schema import Recipe
-from lily.recipes.signals import Signals
+from lily.recipes.results import card
+from lily.recipes.results.result import Result, output_folder
+from lily.recipes.scoring import metrics as metric_tools
+from lily.recipes.scoring import test_sets
+from lily.recipes.scoring.inference import place
+from lily.recipes.spec.places import located
+from lily.recipes.spec.schema import Recipe
+from lily.recipes.trainer import checkpoints, memory, processes
+from lily.recipes.trainer.signals import Signals
 
 PREDICTIONS = "predictions.json"
 
 if TYPE_CHECKING:
-    from lily.recipes.dreambooth.schema import DreamBooth
-    from lily.recipes.evaluate import Judge
+    from lily.recipes.scoring.evaluate import Judge
 
 # Is shown the evaluations so far after each of them; whether training should stop.
 Watch = Callable[[Sequence[dict[str, float]]], bool]
-
-
-@dataclass
-class Result:
-    """What a run found; `metrics.json` is this.
-
-    Attributes:
-        metric: the main metric, which chose the best checkpoint.
-        split: what `before` and `final` are measured on: test, or validation where there is no test.
-        before: all metrics of the untrained model on that split.
-        final: all metrics of the best adapter on that split.
-        tests: the same two for each further test set, and their mean: name -> before or final -> metrics.
-        best: epoch and value of the main metric on the validation rows.
-        last: the same after the last epoch.
-        parameters: trainable ones of the adapter and of a new head, and those of the frozen model.
-        quantization: of the frozen model.
-        base_bytes: of the frozen model in memory.
-        seconds: training alone, and the whole run.
-        peak_bytes: the most memory that was held at once, in any part of the run; see `lily.recipes.memory`.
-        baselines: name -> metrics (and parameters and seconds, where it was trained).
-        history: all evaluations on the validation rows.
-        router: what `lily.routers` saw of the routing in the last step that it looked at.
-        new_head: what was said where the model's own head was of another size.
-        forgetting: mean loss per token of general text `before` training, after it (`last`), with the best adapter
-            (`after`) and by how much that has grown (`increase`); empty: not measured.
-        samples: prompts with the expected answer and those before and after training.
-    """
-
-    name: str
-    method: str
-    task: str
-    seed: int
-    metric: str
-    split: str
-    labels: list[str] | None
-    before: dict[str, float] = field(default_factory=dict)
-    final: dict[str, float] = field(default_factory=dict)
-    tests: testsets.Figures = field(default_factory=dict)
-    best: dict[str, float] | None = None
-    last: dict[str, float] | None = None
-    parameters: dict[str, int] = field(default_factory=dict)
-    adapter: dict[str, Any] = field(default_factory=dict)
-    adapter_bytes: int = 0
-    quantization: str = "none"
-    base_bytes: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-    peak_bytes: int = 0
-    rows: dict[str, int] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
-    device: str = ""
-    precision: str = ""
-    baselines: dict[str, dict[str, float]] = field(default_factory=dict)
-    history: list[dict[str, float]] = field(default_factory=list)
-    router: dict[str, Any] = field(default_factory=dict)
-    new_head: str | None = None
-    forgetting: dict[str, float] = field(default_factory=dict)
-    samples: list[dict[str, str]] = field(default_factory=list)
-
-    def write(self, path: Path) -> None:
-        """Write `metrics.json` atomically."""
-        write_text(path, json.dumps(asdict(self), indent=2))
-
-
-def output_folder(recipe: Recipe | DreamBooth) -> Path:
-    """The run's folder, placeholders filled in."""
-    return Path(recipe.output.format(name=recipe.name, method=recipe.method, seed=recipe.seed)).expanduser()
 
 
 def train(
@@ -133,7 +73,7 @@ def train(
     output = output_folder(recipe)
 
     def checked() -> tuple[Prepared, _Loaded]:
-        ranks.check(recipe)
+        processes.check(recipe)
         preflight.check_folder(recipe, output, resume, overwrite)
         prepared = preflight.prepare(recipe)
         # before the folder is touched: what weights reveal is a mistake like any other, and writes nothing
@@ -148,10 +88,10 @@ def train(
         checkpoints.restore(output, checkpoint)
         return checkpoint
 
-    with others.implementation(recipe):
-        prepared, loaded = ranks.in_turn(checked)
-    checkpoint = ranks.on_first(begun)
-    with others.implementation(recipe), Signals() as signals:
+    with other_peft.implementation(recipe):
+        prepared, loaded = processes.in_turn(checked)
+    checkpoint = processes.on_first(begun)
+    with other_peft.implementation(recipe), Signals() as signals:
         result = _run(recipe, prepared, loaded, output, checkpoint, signals, quiet, watch, validation_only)
         # written before the baselines too: what took hours does not wait for them
         _write(result, recipe, output, started)
@@ -164,12 +104,12 @@ def train(
 def _write(result: Result, recipe: Recipe, output: Path, started: float) -> None:
     result.seconds["total"] = time.perf_counter() - started
     result.peak_bytes = max(result.peak_bytes, memory.peak_bytes())
-    if not ranks.is_first():
+    if not processes.is_first():
         return
     result.write(output / "metrics.json")
     for name in ("best", "last"):
         if (output / name).is_dir():
-            report.finish_adapter(output / name, recipe, result)
+            card.finish_adapter(output / name, recipe, result)
 
 
 def _listed(labels: Sequence[str] | None) -> list[str] | None:
@@ -190,8 +130,6 @@ def _load(recipe: Recipe, prepared: Prepared) -> _Loaded:
     from peft import get_peft_model
     from transformers import set_seed
 
-    from lily.recipes import evaluate, runner
-
     set_seed(recipe.seed)
     said: list[str] = []
     with located(recipe, "model", recipe.model.kind):
@@ -199,15 +137,15 @@ def _load(recipe: Recipe, prepared: Prepared) -> _Loaded:
             recipe.model,
             recipe.task,
             prepared.splits.labels,
-            precision=runner.precision_of(recipe),
+            precision=precision_of(recipe),
             announce=said.append,
         )
-    for line in said if ranks.is_first() else ():
+    for line in said if processes.is_first() else ():
         print(line, file=sys.stderr)
     total, size = base.num_parameters(), base.get_memory_footprint()
     set_seed(recipe.seed)
     model = base if prepared.config is None else get_peft_model(base, prepared.config)
-    placed = model if ranks.to_be_sharded() else evaluate.place(model)
+    placed = model if processes.to_be_sharded() else place(model)
     return _Loaded(placed, total, size, next(iter(said), None))
 
 
@@ -224,7 +162,8 @@ def _run(
 ) -> Result:
     import torch
 
-    from lily.recipes import evaluate, forgetting, runner
+    from lily.recipes.scoring import evaluate, forgetting
+    from lily.recipes.trainer import trainer as runner
 
     splits, processor, config, model = prepared.splits, prepared.processor, prepared.config, loaded.model
     names = metric_tools.metrics_of(recipe)
@@ -239,14 +178,14 @@ def _run(
             result.before = judge(m, splits.held_out)
             if config is None:  # there is no other
                 _write_predictions(judge, split, output)
-            result.tests = testsets.judged(judge, m, splits.tests, "before")
+            result.tests = test_sets.judged(judge, m, splits.tests, "before")
             result.samples = evaluate.samples(m, processor, splits.held_out, recipe, "before")
         result.forgetting = forgetting.of(before=general_loss(m)) if prepared.general else {}
 
     def general_loss(m: Any) -> float:
         return evaluate.token_loss(m, prepared.general, recipe, processor)
 
-    result.precision = runner.precision_of(recipe)
+    result.precision = precision_of(recipe)
     result.device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     result.versions = {
         "python": platform.python_version(),
@@ -255,7 +194,7 @@ def _run(
     result.rows = {"train": len(splits.train), "validation": len(splits.validation), "test": len(splits.test)}
     result.rows |= {f"tests.{name}": len(rows) for name, rows in splits.tests.items()}
     result.parameters = _parameters(model, loaded.base_parameters)
-    result.adapter, result.new_head = report.adapter_summary(model, recipe), loaded.new_head
+    result.adapter, result.new_head = card.adapter_summary(model, recipe), loaded.new_head
     if config is None:
         judge_untrained(model)
         result.final = result.before
@@ -288,7 +227,7 @@ def _run(
     result.router = {name: value for name, value in trainer.health.routers.state.items() if name != "in_a_row"}
     model = trainer.usable
     save_adapter(model, output / "last", overwrite=True)
-    result.adapter = report.adapter_summary(model, recipe)
+    result.adapter = card.adapter_summary(model, recipe)
     progress, metric = trainer.progress, names[0]
     if not progress.history or progress.history[-1]["step"] != trainer.state.global_step:
         trainer.evaluate()
@@ -305,15 +244,15 @@ def _run(
         load_weights(model, output / "best")
         result.final = judge(model, splits.held_out)
         _write_predictions(judge, split, output)
-        result.tests = testsets.judged(judge, model, splits.tests, "final", result.tests)
+        result.tests = test_sets.judged(judge, model, splits.tests, "final", result.tests)
         result.samples = evaluate.samples(model, processor, splits.held_out, recipe, "after", result.samples)
-    result.adapter_bytes = ranks.on_first(lambda: (output / "best" / "adapter_model.safetensors").stat().st_size)
+    result.adapter_bytes = processes.on_first(lambda: (output / "best" / "adapter_model.safetensors").stat().st_size)
     return result
 
 
 def _write_predictions(judge: Judge, split: str, output: Path) -> None:
     """What was found for each row that the judge saw last: two runs on the same rows can be compared row by row."""
-    if ranks.is_first():
+    if processes.is_first():
         write_text(output / PREDICTIONS, json.dumps({"split": split, "items": judge.items}))
 
 
@@ -325,7 +264,7 @@ def _parameters(model: Any, total: int) -> dict[str, int]:
 
 
 def _baselines(recipe: Recipe, splits: Splits, output: Path, resume: bool, quiet: bool) -> dict[str, dict[str, float]]:
-    from lily.recipes import baselines
+    from lily.recipes.scoring import baselines
 
     found: dict[str, dict[str, float]] = {}
     for name in recipe.baselines:
@@ -333,7 +272,7 @@ def _baselines(recipe: Recipe, splits: Splits, output: Path, resume: bool, quiet
             if recipe.method == "lora":
                 continue
             other = recipe.model_copy(update={"method": "lora", "baselines": [], "output": str(output / "lora")})
-            begun = resume and ranks.on_first((output / "lora" / "recipe.yaml").is_file)
+            begun = resume and processes.on_first((output / "lora" / "recipe.yaml").is_file)
             lora = train(other, resume=begun, overwrite=not begun, quiet=quiet)
             found[name] = {
                 **lora.final,
@@ -343,5 +282,5 @@ def _baselines(recipe: Recipe, splits: Splits, output: Path, resume: bool, quiet
                 **({"forgetting": lora.forgetting["increase"]} if lora.forgetting else {}),
             }
         else:
-            found[name] = ranks.on_first(partial(baselines.run, name, recipe, splits))
+            found[name] = processes.on_first(partial(baselines.run, name, recipe, splits))
     return found

@@ -11,11 +11,11 @@ from typing import IO, Any
 
 from lily.compare import runner
 from lily.errors import LilyError
-from lily.files import remove_folder, write_text
+from lily.io.atomic import remove_folder, write_text
 from lily.recipes import loader
-from lily.recipes.places import Places
 from lily.recipes.preflight import flat
-from lily.recipes.schema import Recipe
+from lily.recipes.spec.places import Places
+from lily.recipes.spec.schema import Recipe
 
 SETTINGS = "settings.json"
 LOCK = ".lock"

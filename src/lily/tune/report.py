@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lily.recipes.metrics import shown
-from lily.tune.choice import ranked
+from lily.recipes.scoring.metrics import shown
+from lily.tune.ranking import ranked
 from lily.tune.run import Tuned
 from lily.tune.study import Tried
 

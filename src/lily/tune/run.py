@@ -15,12 +15,12 @@ from safetensors import SafetensorError
 
 from lily.distributed import world_size
 from lily.errors import DivergedError, LilyError
-from lily.files import disk_error, write_text
+from lily.io.atomic import disk_error, write_text
 from lily.recipes import loader, methods, preflight, train
-from lily.recipes import metrics as metric_tools
-from lily.recipes.metrics import shown
-from lily.recipes.schema import Recipe
-from lily.tune import choice, folder
+from lily.recipes.scoring import metrics as metric_tools
+from lily.recipes.scoring.metrics import shown
+from lily.recipes.spec.schema import Recipe
+from lily.tune import folder, ranking
 from lily.tune.space import Space, Values, cadence, changed, changes, space_of, steps_of
 from lily.tune.study import JOURNAL, Going, Study, Tried
 
@@ -270,7 +270,7 @@ def _write(
     search: Search, study: Study, output: Path, wish: Wish, source: str | None, overrides: Sequence[str]
 ) -> Tuned:
     tried = tuple(study.tried)
-    best = choice.best(tried, search.metric, wish.max_forgetting)
+    best = ranking.best(tried, search.metric, wish.max_forgetting)
     file = None if best is None else output / BEST
     found = Tuned(
         search.recipe.name,

@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lily.analysis.granularity import Point, frontier
-from lily.budget import parse_count
 from lily.errors import LilyError
-from lily.recipes.methods import LORAS, Decided, block_of, learning_rate
-from lily.recipes.schema import Recipe
+from lily.plan.budget import parse_count
+from lily.recipes.methods.configs import LORAS, Decided, block_of, learning_rate
+from lily.recipes.spec.schema import Recipe
 
 KNOBS = {
     "lily": ("learning_rate", "scaling", "shape"),

@@ -21,8 +21,8 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from lily.errors import LilyError
-from lily.files import naming
-from lily.recipes import metrics as metric_tools
+from lily.io.atomic import naming
+from lily.recipes.scoring import metrics as metric_tools
 from lily.tune.space import Space, Values
 
 NAME = "lily"

@@ -12,8 +12,8 @@ from rich.table import Table
 from lily.analysis.granularity import Quality
 from lily.analysis.plots import Picture, quality_plot
 from lily.compare.tables import with_spread
-from lily.recipes.metrics import LOWER_IS_BETTER
-from lily.tune.granularity import LORA, Entry, Granularity
+from lily.recipes.scoring.metrics import LOWER_IS_BETTER
+from lily.tune.sweep import LORA, Entry, Granularity
 
 
 def print_sweep(found: Granularity, output: Path, console: Console) -> None:

@@ -11,10 +11,11 @@ from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lily.checkpoint import PREFIX
+from lily.checkpoint.format import PREFIX
+from lily.deploy.lora import as_lora
+from lily.deploy.write import write_lora
 from lily.errors import LilyError
-from lily.export import as_lora, write_lora
-from lily.files import new_folder
+from lily.io.atomic import new_folder
 from lily.recipes.dreambooth.families import Family
 
 WEIGHTS = "adapter_model.safetensors"

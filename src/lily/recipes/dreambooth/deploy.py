@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lily.files import new_folder, write_text
+from lily.io.atomic import new_folder, write_text
 from lily.recipes.dreambooth import adapters, loop, run
-from lily.recipes.dreambooth.schema import DreamBooth
+from lily.recipes.spec.dreambooth import DreamBooth
 
 if TYPE_CHECKING:
-    from lily.collapsing import CollapseReport
+    from lily.deploy.collapse import CollapseReport
 
 KEPT = ("recipe.yaml", "README.md")
 
@@ -37,7 +37,7 @@ def collapse_adapter(
     Raises:
         LilyError: for anything wrong with the adapter, the recipe or the output folder.
     """
-    from lily.collapsing import collapse
+    from lily.deploy.collapse import collapse
 
     with new_folder(output, overwrite) as new:
         prepared = run.prepare(recipe)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lily.errors import LilyError
-from lily.recipes.images import ENDINGS, Preprocess
+from lily.recipes.data.images import ENDINGS, Preprocess
 
 
 @dataclass(frozen=True)

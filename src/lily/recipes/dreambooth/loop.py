@@ -19,13 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lily.errors import LilyError
-from lily.files import new_folder, write_text
+from lily.io.atomic import new_folder, write_text
 from lily.recipes.dreambooth import adapters
 from lily.recipes.dreambooth.families import Family, Text
 from lily.recipes.dreambooth.latents import Encoded
 from lily.recipes.dreambooth.objectives import Objective
-from lily.recipes.dreambooth.schema import DreamBooth, Steps
-from lily.recipes.states import load_state, save_state
+from lily.recipes.spec.dreambooth import DreamBooth, Steps
+from lily.recipes.trainer.state_files import load_state, save_state
 
 STATE, PROGRESS = "state", "progress.json"
 EVALUATED = 4  # samples at a time, of the fixed loss
@@ -200,7 +200,7 @@ class Run:
     ) -> None:
         from diffusers.optimization import get_scheduler
 
-        from lily.recipes.methods import learning_rate
+        from lily.recipes.methods.configs import learning_rate
 
         t = recipe.train
         self.recipe, self.world, self.accelerator, self.folder, self.validate = (

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from lily.errors import LilyError
+from lily.recipes.data.sources import local_path
 from lily.recipes.dreambooth.families import FAMILIES, Family, family_of
-from lily.recipes.dreambooth.schema import Pipeline
-from lily.recipes.models import loading
-from lily.recipes.sources import local_path
+from lily.recipes.models.load import loading
+from lily.recipes.spec.dreambooth import Pipeline
 
 # Name of an architecture -> its pipeline and the configuration of its denoiser, beside this file.
 KNOWN = {"sdxl": ("StableDiffusionXLPipeline", "sdxl-unet.json")}

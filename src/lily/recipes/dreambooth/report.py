@@ -9,11 +9,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lily.recipes.dreambooth.schema import DreamBooth
-from lily.recipes.report import costs_of
+from lily.recipes.results.card import costs_of
+from lily.recipes.spec.dreambooth import DreamBooth
 
 if TYPE_CHECKING:
-    from lily.recipes.train import Result
+    from lily.recipes.results.result import Result
 
 LICENCES = "The base model's and the images' licences apply to this adapter as well; check them before you share it."
 

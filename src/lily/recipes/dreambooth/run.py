@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lily.errors import LilyError
-from lily.files import new_folder, write_text
+from lily.io.atomic import new_folder, write_text
+from lily.plan.select import select_modules
 from lily.recipes import loader, methods, preflight
-from lily.recipes.dreambooth.schema import DreamBooth
-from lily.recipes.places import located
-from lily.recipes.sources import local_path
-from lily.recipes.train import Result, output_folder
-from lily.selection import select_modules
+from lily.recipes.data.sources import local_path
+from lily.recipes.models.precision import precision_of
+from lily.recipes.results.result import Result, output_folder
+from lily.recipes.spec.dreambooth import DreamBooth
+from lily.recipes.spec.places import located
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -161,11 +162,11 @@ def _run(recipe: DreamBooth, prepared: Prepared, pipe: Any, output: Path, resume
     import torch
     from accelerate.utils import set_seed
 
-    from lily.recipes import report, runner
     from lily.recipes.dreambooth import adapters, loop, samples
+    from lily.recipes.results import card as report
 
     v, family = recipe.validation, prepared.family
-    precision = runner.precision_of(recipe)
+    precision = precision_of(recipe)
     accelerator = loop.accelerator_for(recipe.train, precision)
     pipe.to(accelerator.device)
     model = getattr(pipe, family.component)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lily.files import new_file
+from lily.io.atomic import new_file
 from lily.recipes.dreambooth.families import Family, Text
-from lily.recipes.dreambooth.schema import Validation
+from lily.recipes.spec.dreambooth import Validation
 
 if TYPE_CHECKING:
     from PIL.Image import Image

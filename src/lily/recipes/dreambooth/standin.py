@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 
 from lily.errors import LilyError
+from lily.recipes.data.images import Preprocess, read_images
+from lily.recipes.data.sources import building, cache_folder, local_path
 from lily.recipes.dreambooth import tiny
 from lily.recipes.dreambooth.families import FAMILIES
 from lily.recipes.dreambooth.latents import Encoded, encode
-from lily.recipes.images import Preprocess, read_images
-from lily.recipes.sources import building, cache_folder, local_path
 
 # A change of what is built or how it is trained needs a new one: the cache goes by it.
 VERSION = 1

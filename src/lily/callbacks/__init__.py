@@ -1,0 +1,1 @@
+"""What watches training? Callbacks for `Trainer`, and what they look at."""

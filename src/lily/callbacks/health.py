@@ -1,0 +1,209 @@
+"""Watching a training: a loss, gradient or weight that is no number any more, and routers that stop routing.
+
+A run with a loss that is not finite is lost, and what it writes then replaces what was good; so it is stopped before
+the step is taken. Routers that stop routing (`router_watch`) and adapted layers without a gradient (`gradient_watch`)
+are reported; training continues.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lily.callbacks.gradient_watch import IdleWatch
+from lily.callbacks.router_watch import RouterWatch
+from lily.errors import DivergedError
+
+# float16: steps in a row that may overflow. Some do while the gradient scaler looks for its scale.
+OVERFLOWS = 50
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that is no finite number.
+
+    Attributes:
+        step: the optimiser step that it was found in.
+        what: such as `the loss is nan`.
+        rate: the learning rate of that step.
+        last: the newest checkpoint, or None.
+    """
+
+    step: int
+    what: str
+    rate: float
+    last: Path | None
+
+    def __str__(self) -> str:
+        advice = (
+            "lower the learning rate or scaling, or train in float32 (or bfloat16) if this was float16"
+            if self.step > 1
+            else "nothing was learned yet, so look at the base model's weights, its precision and the data"
+        )
+        kept = f"the last checkpoint is {self.last}" if self.last else "there is no checkpoint yet"
+        return f"step {self.step}: {self.what} (learning rate {self.rate:g}); {advice}. Nothing of it was saved; {kept}"
+
+
+def last_checkpoint(folder: str) -> Path | None:
+    """The newest `checkpoint-STEP` in a Trainer's output folder."""
+    found = {int(m[1]): p for p in Path(folder).glob("*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))}
+    return found[max(found)] if found else None
+
+
+class HealthCallback(TrainerCallback):  # type: ignore[misc]
+    """Watches a `Trainer` (transformers', TRL's): `Trainer(..., callbacks=[lily.HealthCallback()])`.
+
+    A gradient that is not finite stops training before the step is taken, and weights that are not before they are
+    saved, by a `DivergedError` that names the step, the tensors and the last good checkpoint. Under float16 single
+    overflows are the gradient scaler's business. The loss is logged as it is: `logging_nan_inf_filter`, which hides
+    what is not finite, is switched off. Routers are looked at in some steps; those that have collapsed are reported
+    once, and so are adapted layers that get no gradient in the first steps. One wait for the device per step; works
+    without Lily too, for the finite part.
+
+    Args:
+        announce: is given the reports on routers and layers; default: a warning.
+    """
+
+    def __init__(self, announce: Callable[[str], Any] | None = None) -> None:
+        announce = announce or (lambda said: warnings.warn(said, stacklevel=2))
+        self.routers, self.idle = RouterWatch(announce), IdleWatch(announce)
+        self._loss: Tensor | None = None
+        self._overflows = 0
+
+    def note_loss(self, loss: Tensor) -> None:
+        """Have a micro-batch's loss looked at together with the gradient of its step; a callback is not told of it."""
+        loss = loss.detach()
+        self._loss = loss if self._loss is None else self._loss + loss.to(self._loss.device)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Let the loss be logged as it is."""
+        args.logging_nan_inf_filter = False
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        """Have the routing recorded, in some steps."""
+        if state.is_world_process_zero and self.routers.wants(state.global_step, state.max_steps):
+            self.routers.attach(model)
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        **_: Any,
+    ) -> None:
+        """After the gradient of a step, before it is used.
+
+        Raises:
+            DivergedError: if loss or gradient are not finite.
+        """
+        self.routers.collect(state.global_step + 1)
+        if self.idle.wanted and state.is_world_process_zero and model is not None:
+            self.idle.look(model, _parameters(optimizer), last=state.global_step + 1 >= state.max_steps)
+        loss, self._loss = self._loss, None
+        gradients = {p: _local(p.grad) for p in _parameters(optimizer) if p.grad is not None}
+        if _finite([*gradients.values(), *([] if loss is None else [loss])], args):
+            self._overflows = 0
+            return
+        if loss is not None and not math.isfinite(float(loss)):
+            what = f"the loss is {float(loss):g}"
+        elif args.fp16:
+            self._overflows += 1
+            if self._overflows < OVERFLOWS:
+                return
+            what = f"the gradient has overflowed in {OVERFLOWS} steps in a row"
+        else:
+            what = _listed("the gradient", model, gradients)
+        raise DivergedError(str(_fault(args, state.global_step + 1, what, optimizer)))
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        **_: Any,
+    ) -> None:
+        """Before anything is logged, judged or saved.
+
+        Raises:
+            DivergedError: if a weight is not finite.
+        """
+        if control.should_log or control.should_evaluate or control.should_save:
+            self.check_weights(args, state, model, optimizer)
+
+    def on_epoch_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        **_: Any,
+    ) -> None:
+        """Before an epoch's result is judged or saved.
+
+        Raises:
+            DivergedError: if a weight is not finite.
+        """
+        self.check_weights(args, state, model, optimizer)
+
+    def check_weights(self, args: TrainingArguments, state: TrainerState, model: Any, optimizer: Any) -> None:
+        """Refuse to go on with weights that are not finite.
+
+        Raises:
+            DivergedError: names the step, the tensors and the last checkpoint.
+        """
+        weights = {p: _local(p.detach()) for p in _parameters(optimizer)}
+        if not _finite(list(weights.values()), args):
+            raise DivergedError(str(_fault(args, state.global_step, _listed("the weight", model, weights), optimizer)))
+
+
+def _parameters(optimizer: Any) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """The part of a sharded tensor that this process holds."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _finite(tensors: Sequence[Tensor], args: TrainingArguments) -> bool:
+    """Whether all numbers are finite, on all processes; one reduction and one wait for the device."""
+    norm = get_total_norm(tensors)
+    # a norm may overflow although nothing that it is made of has
+    finite = bool(torch.isfinite(norm)) or all(bool(torch.isfinite(t).all()) for t in tensors)
+    if dist.is_available() and dist.is_initialized():
+        everywhere = torch.tensor(int(finite), device=args.device)
+        dist.all_reduce(everywhere, op=dist.ReduceOp.MIN)
+        finite = bool(everywhere)
+    return finite
+
+
+def _listed(what: str, model: nn.Module, tensors: Mapping[nn.Parameter, Tensor]) -> str:
+    names = {p: name for name, p in model.named_parameters()}
+    bad = [names.get(p, "a parameter") for p, t in tensors.items() if not torch.isfinite(t).all()]
+    if not bad:
+        return f"{what} on another process is not finite"
+    shown = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
+    return f"{what} of {shown} is not finite"
+
+
+def _fault(args: TrainingArguments, step: int, what: str, optimizer: Any) -> Fault:
+    rate = max(float(group["lr"]) for group in optimizer.param_groups)
+    return Fault(step, what, rate, last_checkpoint(args.output_dir))

@@ -1,0 +1,332 @@
+"""Adapter files: what is written, and the three layouts that are read.
+
+Written: stock PEFT's names, each shared tensor once, under the first layer that uses it.
+
+    <layer>.lily_A.weight       (r, in)
+    <layer>.lily_B.weight       (experts * r, out)
+    <layer>.lily_router.weight  (experts, r)         token, sequence and batch routing
+    <layer>.lily_logits         (experts,)           static routing
+
+A convolution's A is (r, channels * height * width), an embedding's (r, rows). Of a parameter that stacks the experts of
+a mixture, `<layer>` is its name; its A are one tensor, one below the other, and its logits (stacked, experts).
+
+Read: that; stock's, which repeats shared tensors under every layer; and the paper repository's (`lily_lp` for A,
+`lily_hp` for B, as a parameter (experts, r, out) or a linear layer's weight). Who shares what is known from the plan,
+never guessed from memory addresses. Only where stock would group these layers otherwise (under a regular expression,
+say) and the file's own sharing contradicts the plan, the file is asked: equal tensors are then shared ones.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from lily.errors import LilyError
+from lily.layers.bank import BANK
+from lily.layers.sharding import unwrapped
+from lily.plan.sharing_plan import Group, SharingPlan, router_size
+from lily.plan.specs import ModuleSpec
+
+PREFIX = "base_model.model."
+
+PAPER_NAMES = {"lily_lp": "A", "lily_hp": "B"}
+KEY = re.compile(r"^(?P<layer>.+)\.(?P<part>lily_A|lily_B|lily_router|lily_logits|lily_lp|lily_hp)(?:\.weight)?$")
+
+
+@dataclass(frozen=True)
+class AdapterTensors:
+    """An adapter's tensors by their place in a plan.
+
+    Attributes:
+        A: number of the A -> (r, in).
+        B: number of the group -> (experts * r, out).
+        router: layer -> R (experts, r), where each has its own.
+        shared_router: number of the group -> R (experts, r), where its layers share one.
+        logits: layer -> logits (experts,) of static weights.
+        other: everything else in the file (saved modules, biases), untouched.
+    """
+
+    A: dict[int, Tensor]
+    B: dict[int, Tensor]
+    router: dict[str, Tensor]
+    logits: dict[str, Tensor]
+    other: dict[str, Tensor]
+    shared_router: dict[int, Tensor] = field(default_factory=dict)
+
+
+def dump(state: Mapping[str, Tensor], adapter: str, plan: SharingPlan, every_layer: bool = False) -> dict[str, Tensor]:
+    """The adapter's entries of a model's state dict, under the names of a file (with the adapter's name still in).
+
+    Args:
+        state: the model's state dict; wrappers' name parts (FSDP, compile) are dropped.
+        adapter: name of the adapter.
+        plan: its sharing plan.
+        every_layer: repeat shared tensors under every layer, as stock does.
+
+    Returns:
+        Names as in the module's docstring, with `.{adapter}` inserted where PEFT expects to remove it.
+    """
+    clean = {unwrapped(key): value for key, value in state.items()}
+    marker = f"{BANK}.lily_A.{adapter}."
+    root = next((key.partition(marker)[0] for key in clean if marker in key), None)
+    if root is None:
+        return {}
+    out: dict[str, Tensor] = {}
+    for number, (_, block) in enumerate(plan.blocks):
+        for name in block if every_layer else block[:1]:
+            out[f"{root}{name}.lily_A.{adapter}.weight"] = clean[f"{root}{BANK}.lily_A.{adapter}.{number}"]
+    for number, group in enumerate(plan.groups):
+        for name in group.layers if every_layer else group.layers[:1]:
+            out[f"{root}{name}.lily_B.{adapter}.weight"] = clean[f"{root}{BANK}.lily_B.{adapter}.{number}"]
+    for number, group in enumerate(plan.groups if plan.shared_router else ()):
+        if group.num_B > 1:
+            key = f"{root}{group.layers[0]}.lily_router.{adapter}.weight"
+            out[key] = clean[f"{root}{BANK}.lily_R.{adapter}.{number}"]
+    for name in plan.slots:
+        for key in (f"{root}{name}.lily_router.{adapter}.weight", f"{root}{name}.lily_logits.{adapter}"):
+            if key in clean:
+                out[key] = clean[key]
+    return out
+
+
+def parse(state: Mapping[str, Tensor], plan: SharingPlan, settled: float | None = None) -> AdapterTensors:
+    """Read an adapter file's tensors into the places of `plan`, whichever of the three layouts it has.
+
+    Args:
+        state: the file's entries, without the adapter's name.
+        plan: the plan of the adapter they are loaded into.
+        settled: how far that adapter has settled: it has logits beside its routers, and the file of one that has
+            settled for good has logits alone.
+
+    Returns:
+        Every tensor that the plan asks for.
+
+    Raises:
+        Regrouped: if the file shares tensors otherwise than the plan; its `plan` is the file's own.
+        LilyError: if a tensor is missing, has another shape, belongs to a layer that is not adapted, or disagrees
+            with its duplicate.
+    """
+    found, other = _collect(state, plan)
+    if (pair := _contradiction(found, plan)) is not None:
+        regrouped = _plan_of(found, plan)
+        if not plan.stock_differs:
+            raise LilyError(
+                f"the adapter file holds different values for the shared {pair[0]} of {pair[1]} and {pair[2]}; "
+                "stock PEFT shares it alike, so the file is damaged; save the adapter again"
+            )
+        raise Regrouped(regrouped)
+    return _placed(found, plan, settled, other)
+
+
+def check_names(state: Mapping[str, Tensor], plan: SharingPlan, settled: float | None = None) -> dict[str, Tensor]:
+    """Hold the names and shapes of an adapter file against a plan, before any tensor is read.
+
+    Args:
+        state: as for `parse`, but tensors on the meta device will do.
+        plan: as for `parse`.
+        settled: as for `parse`.
+
+    Returns:
+        What is no tensor of Lily's (saved modules, biases), under its names in the file.
+
+    Raises:
+        LilyError: as `parse`, but for duplicates that disagree.
+    """
+    found, other = _collect(state, plan)
+    _placed(found, plan, settled, other)
+    return other
+
+
+def resolve(
+    state: Mapping[str, Tensor], plan: SharingPlan, settled: float | None = None
+) -> tuple[AdapterTensors, SharingPlan]:
+    """As `parse`, under the file's own sharing where that contradicts the plan.
+
+    Returns:
+        The tensors, and the plan whose places they have.
+    """
+    try:
+        return parse(state, plan, settled), plan
+    except Regrouped as regrouped:
+        return parse(state, regrouped.plan, settled), regrouped.plan
+
+
+def _placed(found: Found, plan: SharingPlan, settled: float | None, other: dict[str, Tensor]) -> AdapterTensors:
+    A = {i: _shared(found["A"], block, f"A of {block[0]}") for i, (_, block) in enumerate(plan.blocks)}
+    B = {i: _shared(found["B"], g.layers, f"B of {g.name}") for i, g in enumerate(plan.groups)}
+    parts: Found = {"router": {}, "logits": {}}
+    if settled is None and plan.routing != "uniform":  # the paper's files have routers there, too
+        spare = "router" if plan.routing == "static" else "logits"
+        if found[spare]:
+            raise LilyError(
+                f"the adapter file has lily_{spare} for {next(iter(found[spare]))}, for which routing={plan.routing!r} "
+                "has no use; is it the file of this configuration?"
+            )
+    if plan.shared_router:
+        for group in plan.groups:
+            own = [name for name in group.layers if name in found["router"]]
+            if len(own) > 1:
+                raise LilyError(
+                    f"the adapter file has a lily_router for {own[0]} and for {own[1]}, which share one by "
+                    "shared_router=True; is it the file of this configuration?"
+                )
+        shared = {
+            i: _shared(found["router"], group.layers, f"router of {group.name}")
+            for i, group in enumerate(plan.groups)
+            if group.num_B > 1
+        }
+        return AdapterTensors(A, B, {}, {}, other, shared)
+    for name in plan.slots:
+        group = plan.group_of(name)
+        if not router_size(plan.routing, group.r, group.num_B):
+            continue
+        needed = {"logits" if plan.routing == "static" else "router"}
+        if settled is not None:
+            needed = {"logits"} | ({"router"} if found["router"] else set())
+        for part in needed:
+            if name not in found[part]:
+                raise LilyError(
+                    f"the adapter file has no lily_{part} for {name}, which routing={plan.routing!r} needs; "
+                    "is it the file of this configuration and base model, and complete?"
+                )
+            parts[part][name] = found[part][name]
+    return AdapterTensors(A, B, parts["router"], parts["logits"], other)
+
+
+def check_base(plan: SharingPlan, expected: Mapping[str, int] | None, base: str | None = None) -> None:
+    """Refuse a base model with another number of layers, which an adapter of shared tensors alone would fit.
+
+    Args:
+        plan: of the adapter on this base model.
+        expected: the layers that the adapter was made for, as `SharingPlan.layers_by_name`; None: not known.
+        base: the base model's name, for the message.
+
+    Raises:
+        LilyError: if they differ.
+    """
+    here = plan.layers_by_name
+    if expected is None or here == dict(expected):
+        return
+    wrong = next(n for n in (*expected, *here) if here.get(n, 0) != expected.get(n, 0))
+    raise LilyError(
+        f"the adapter was made for {expected.get(wrong, 0)} layers named {wrong!r}, but this base model has "
+        f"{here.get(wrong, 0)} to adapt; load it on its own base model" + (f", {base}" if base else "")
+    )
+
+
+class Regrouped(Exception):
+    """The file's own sharing contradicts the plan. `plan` says how the file shares."""
+
+    def __init__(self, plan: SharingPlan) -> None:
+        super().__init__("the adapter file shares its tensors otherwise than the plan")
+        self.plan = plan
+
+
+Found = dict[str, dict[str, Tensor]]
+
+
+def _collect(state: Mapping[str, Tensor], plan: SharingPlan) -> tuple[Found, dict[str, Tensor]]:
+    found: Found = {"A": {}, "B": {}, "router": {}, "logits": {}}
+    other: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        match = KEY.match(unwrapped(key))
+        if match is None:
+            other[key] = tensor
+            continue
+        layer, name = match["layer"].removeprefix(PREFIX), match["part"]
+        part = PAPER_NAMES.get(name, name.removeprefix("lily_"))
+        if layer not in plan.slots:
+            raise LilyError(
+                f"the adapter file has {key!r}, but this model has no adapted layer {layer!r}; "
+                "check that the base model and target_modules are those the adapter was trained with"
+            )
+        found[part][layer] = _checked(key, tensor, part, plan.group_of(layer))
+    return found, other
+
+
+def _checked(key: str, tensor: Tensor, part: str, group: Group) -> Tensor:
+    expected = {
+        "A": (group.rows_A, group.in_features),
+        "B": (group.num_B * group.r, group.out_features),
+        "router": (group.num_B, group.r),
+        "logits": group.logits_shape,
+    }[part]
+    if part == "B" and tuple(tensor.shape) == (group.num_B, group.r, group.out_features):
+        tensor = tensor.reshape(expected)  # the paper's nn.Parameter form
+    if tuple(tensor.shape) == expected:
+        return tensor
+    if key.endswith(("lily_lp", "lily_hp", "lily_hp.weight")) and tuple(tensor.shape[::-1]) == expected:
+        return tensor.T.contiguous()
+    raise LilyError(
+        f"{key!r} has shape {tuple(tensor.shape)}, expected {expected} (r={group.r}, num_B={group.num_B}, "
+        f"layer {group.in_features} -> {group.out_features}); is it the file of this configuration and base model?"
+    )
+
+
+def _shared(found: dict[str, Tensor], layers: Iterable[str], what: str) -> Tensor:
+    copies = [found[name] for name in layers if name in found]
+    if not copies:
+        raise LilyError(f"the adapter file has no {what}; is it complete, and of this configuration and base model?")
+    return copies[0]
+
+
+def _equal(x: Tensor, y: Tensor) -> bool:
+    return x is y or (x.shape == y.shape and bool(torch.equal(x, y)))
+
+
+def _contradiction(found: Found, plan: SharingPlan) -> tuple[str, str, str] | None:
+    """A part and two layers that share it in the plan and not in the file; None: there are none."""
+    for part, shares in (("A", [b for _, b in plan.blocks]), ("B", [g.layers for g in plan.groups])):
+        for layers in shares:
+            copies = [name for name in layers if name in found[part]]
+            for name in copies[1:]:
+                if not _equal(found[part][copies[0]], found[part][name]):
+                    return part, copies[0], name
+    return None
+
+
+def _plan_of(found: Found, plan: SharingPlan) -> SharingPlan:
+    """The plan by which a file with all duplicates was written: equal tensors of one shape are shared ones.
+
+    Raises:
+        LilyError: if some layer has no copy of its own, so that the duplicates that differ are damage.
+    """
+    if any(set(found[part]) != set(plan.slots) for part in "AB"):
+        raise LilyError(
+            "the adapter file holds different values for one shared tensor, and not every layer has a copy of its "
+            "own: either the base model is another one (of another depth, say) than the adapter was trained on, or the "
+            "file is damaged; load it on its own base model, or save the adapter again"
+        )
+    by_shape: dict[tuple[object, ...], list[str]] = {}
+    for name in plan.slots:
+        group = plan.group_of(name)
+        by_shape.setdefault((group.kind, group.shape, group.r), []).append(name)
+    order = {name: i for i, name in enumerate(plan.slots)}
+    groups = []
+    for names in by_shape.values():
+        for members in _classes(sorted(names, key=order.__getitem__), found["B"]):
+            group = plan.group_of(members[0])
+            blocks = tuple(tuple(block) for block in _classes(members, found["A"]))
+            last = dict.fromkeys(name.rpartition(".")[2] for name in members)
+            groups.append(replace(group, name="+".join(last), blocks=blocks))
+    return replace(plan, groups=tuple(groups))
+
+
+def _classes(names: list[str], tensors: dict[str, Tensor]) -> list[list[str]]:
+    classes: list[list[str]] = []
+    for name in names:
+        home = next((c for c in classes if _equal(tensors[c[0]], tensors[name])), None)
+        if home is None:
+            classes.append([name])
+        else:
+            home.append(name)
+    return classes
+
+
+def specs_of(plan: SharingPlan) -> list[ModuleSpec]:
+    """The layers of a plan."""
+    return [spec for group in plan.groups for spec in group.specs]

@@ -1,0 +1,410 @@
+"""Loading an adapter: every check before the model is touched.
+
+All ways of loading pass here (see `lily.tuner.registry`). The file's header is compared with the plan, the tensors are
+read and tested, and only then does PEFT inject layers and copy. A failure before that leaves the model as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from huggingface_hub import hf_hub_download
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from lily.checkpoint import format
+from lily.checkpoint.bounded_regex import MAX_LENGTH, check_patterns
+from lily.errors import LilyError
+from lily.io import untrusted
+from lily.io.untrusted import blame
+from lily.layers.bank import LilyBank
+from lily.layers.sharding import unwrapped
+from lily.plan.config import EXTENDED_TYPE, LilyConfig
+from lily.plan.sharing_plan import SharingPlan
+
+LILY_TYPES = (PeftType.LILY.value, EXTENDED_TYPE)
+
+MAX_RANKS = 1_000  # expressions, each of which is compiled
+
+WRAPPED = re.compile(r"\.(original_module|modules_to_save\.[^.]+)(?=\.|$)")
+
+
+def config_values(path: Path, ours: bool = False) -> dict[str, Any] | None:
+    """The values of an `adapter_config.json`, checked by building the configuration once.
+
+    Args:
+        path: the file.
+        ours: whether a Lily configuration is asked for; if not, another method's is left to PEFT.
+
+    Returns:
+        The values; None for another method's.
+
+    Raises:
+        LilyError: if the file is no configuration, or its values cannot work.
+    """
+    found = untrusted.parse_json(path)
+    values = found.value
+    if not isinstance(values, dict):
+        raise blame(path, f"expected an object with named values, got {type(values).__name__}")
+    kind = values.get("peft_type", LILY_TYPES[0] if ours else None)
+    if not isinstance(kind, str) or (kind not in LILY_TYPES and kind not in PEFT_TYPE_TO_CONFIG_MAPPING):
+        raise blame(path, f"peft_type is {kind!r}, which is no method that PEFT or Lily knows; is it an adapter?")
+    if kind not in LILY_TYPES:
+        if ours or _holds_lily(path.with_name(SAFETENSORS_WEIGHTS_NAME)):
+            raise blame(
+                path, f"peft_type is {kind!r}, but this is asked for, or holds, a Lily adapter; load its own file"
+            )
+        return None
+    untrusted.check_inside(path)
+    if found.oddities:
+        raise blame(path, found.oddities[0])
+    hints = get_type_hints(LilyConfig)
+    for key, value in values.items():
+        if key in hints and not _fits(value, hints[key]):
+            raise blame(path, f"{key}={value!r} is of the wrong type; expected {_name(hints[key])}")
+        if isinstance(value, str) and len(value) > MAX_LENGTH:
+            raise blame(path, f"{key} has {len(value)} characters, at most {MAX_LENGTH} are read")
+    ranks = values.get("rank_pattern") or {}
+    if len(ranks) > MAX_RANKS or any(len(key) > MAX_LENGTH for key in ranks):
+        raise blame(
+            path, f"rank_pattern has {len(ranks)} entries; at most {MAX_RANKS} of {MAX_LENGTH} characters are read"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of unknown keys; PEFT warns when it builds the configuration itself
+            LilyConfig.from_peft_type(**copy.deepcopy(values))
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise blame(path, error) from None
+    return values
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a JSON value can be what a field of the configuration is declared to be."""
+    arguments, origin = get_args(hint), get_origin(hint) or hint
+    if origin in (Union, UnionType):
+        return any(_fits(value, argument) for argument in arguments)
+    if origin is Any or origin is Literal:
+        return origin is Any or value in arguments
+    if origin in (list, set, tuple):
+        return isinstance(value, list) and all(_fits(v, arguments[0]) for v in value if arguments)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(v, arguments[1]) for v in value.values() if arguments)
+    if origin is float:
+        return type(value) in (int, float)
+    if isinstance(origin, type) and issubclass(origin, str):  # PEFT's enumerations too
+        return isinstance(value, str)
+    return type(value) is origin
+
+
+def _name(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).replace("typing.", "")
+
+
+def _holds_lily(path: Path) -> bool:
+    """Whether a file's header names tensors of Lily's; not whether they are any good."""
+    try:
+        return any(format.KEY.match(name) for name in untrusted.read_header(path).entries)
+    except LilyError:
+        return False
+
+
+class Opened:
+    """An adapter's tensors on their way into a model: first their names and shapes, then themselves.
+
+    Args:
+        shapes: name -> a tensor of that shape, on the meta device if the file has not been read.
+        header: of the file; None: `shapes` are the tensors.
+        key_mapping: PEFT's: expression -> replacement, of names of older transformers models.
+        loose_sizes: PEFT's `ignore_mismatched_sizes`: saved modules of another size are passed over.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, Tensor],
+        header: untrusted.Header | None = None,
+        key_mapping: Mapping[str, str] | None = None,
+        loose_sizes: bool = False,
+    ) -> None:
+        self.header, self.key_mapping, self.loose_sizes = header, key_mapping, loose_sizes
+        self.shapes = _mapped(shapes, key_mapping)
+        self.fits = False
+        self._state: dict[str, Tensor] | None = None if header else dict(shapes)
+
+    @classmethod
+    def folder(cls, folder: Path, key_mapping: Mapping[str, str] | None = None, loose_sizes: bool = False) -> Opened:
+        """What a local folder holds.
+
+        Raises:
+            LilyError: if there is no well-formed safetensors file.
+        """
+        file = folder / SAFETENSORS_WEIGHTS_NAME
+        if not file.exists() and not file.is_symlink():
+            pickle = (folder / "adapter_model.bin").exists()
+            why = "adapter_model.bin is a pickle, which can run code and is never read" if pickle else "it is missing"
+            raise blame(file, f"{why}; save the adapter again with safetensors")
+        untrusted.check_inside(file)
+        header = untrusted.read_header(file)
+        return cls({name: entry.meta for name, entry in header.entries.items()}, header, key_mapping, loose_sizes)
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The tensors, under the names that PEFT's `load_peft_weights` gives them.
+
+        Raises:
+            LilyError: if the file cannot be read or holds NaN or an infinity.
+        """
+        if self._state is None:
+            assert self.header is not None
+            self._state = _mapped(untrusted.read_tensors(self.header), self.key_mapping)
+        return self._state
+
+    def check(self, plan: SharingPlan, config: LilyConfig, model: nn.Module, adapter: str | None = None) -> None:
+        """Refuse what does not fit the plan and the model; what passes can be copied without fail.
+
+        Args:
+            plan: of the adapter.
+            config: the adapter's.
+            model: with the adapter; or without it, as it is before the injection.
+            adapter: its name, if the model has it.
+
+        Raises:
+            LilyError: see `check_fit` and `lily.checkpoint.format.resolve`.
+        """
+        with naming(self.header.path if self.header else None):
+            check_fit(self.shapes, plan, config, model, adapter, self.loose_sizes)
+            format.resolve(self.state, plan, config.settled)
+        self.fits = True
+
+
+# What is being loaded while PEFT runs: it does not hand its files from one step to the next.
+_current: ContextVar[Opened | None] = ContextVar("lily_current", default=None)
+
+
+def current() -> Opened | None:
+    """What the load in progress has opened; None: none is in progress."""
+    return _current.get()
+
+
+@contextlib.contextmanager
+def in_progress(opened: Opened) -> Iterator[Opened]:
+    """Within: PEFT's steps find `opened`, and what they refuse before it is known to fit is told with its file."""
+    token = _current.set(opened)
+    config_file = opened.header.path.with_name(CONFIG_NAME) if opened.header else None
+    try:
+        yield opened
+    except ValueError as error:
+        if opened.fits and not isinstance(error, LilyError):
+            raise  # of the model, or of where it is put
+        with naming(config_file):
+            raise
+    finally:
+        _current.reset(token)
+
+
+@contextlib.contextmanager
+def naming(file: Path | None) -> Iterator[None]:
+    """Within: an error about bad input names `file`, unless it names one of its folder; None: as it is."""
+    try:
+        yield
+    except ValueError as error:
+        if file is None or str(error).startswith(str(file.parent)):
+            raise
+        kind = type(error) if isinstance(error, LilyError) else LilyError
+        raise kind(str(blame(file, str(error).strip()))) from None
+
+
+def find(model_id: Any, hub: Mapping[str, Any], configured: bool = False) -> Path | None:
+    """The local folder of a Lily adapter's checked configuration and its tensors, downloaded if need be.
+
+    Args:
+        model_id: a folder or a hub id.
+        hub: options of `hf_hub_download`.
+        configured: the configuration is at hand and Lily's, so that only the tensors are asked for.
+
+    Returns:
+        The folder; None if it is no Lily adapter, or none at all, which PEFT then says.
+
+    Raises:
+        LilyError: if it is one, and its configuration is bad.
+    """
+    folder = Path(model_id, hub.get("subfolder") or "")
+    if folder.is_dir():
+        config = folder / CONFIG_NAME
+        if configured:
+            return folder
+        if config.exists() or config.is_symlink():
+            return None if config_values(config) is None else folder
+        if _holds_lily(folder / SAFETENSORS_WEIGHTS_NAME):
+            raise blame(config, "is missing; the folder holds a Lily adapter's tensors, but not what they are for")
+        return None
+    if not configured:
+        try:
+            config = Path(hf_hub_download(str(model_id), CONFIG_NAME, **hub))
+        except Exception:  # PEFT says it in its own words
+            return None
+        if config_values(config) is None:
+            return None
+    try:
+        return Path(hf_hub_download(str(model_id), SAFETENSORS_WEIGHTS_NAME, **hub)).parent
+    except Exception as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise blame(
+            f"{model_id}/{SAFETENSORS_WEIGHTS_NAME}", f"could not be had ({why}); no other format is read"
+        ) from None
+
+
+def check_config(config: LilyConfig, model: nn.Module) -> None:
+    """Refuse a file's configuration that this model's names cannot be held against in bounded time.
+
+    Raises:
+        LilyError: see `lily.checkpoint.bounded_regex.check_patterns`.
+    """
+    check_patterns(config, [name for name, _ in model.named_modules()])
+
+
+def check_fit(
+    state: Mapping[str, Tensor],
+    plan: SharingPlan,
+    config: LilyConfig,
+    model: nn.Module,
+    adapter: str | None,
+    loose_sizes: bool = False,
+) -> None:
+    """Hold names, shapes and types against the plan, and what a Lily layer does not own against the model.
+
+    Args:
+        state: name -> tensor; the meta device will do.
+        plan: of the adapter.
+        config: the adapter's.
+        model: with or without its adapters.
+        adapter: its name, if the model has it.
+        loose_sizes: PEFT's `ignore_mismatched_sizes`: saved modules of another size are passed over.
+
+    Raises:
+        LilyError: for anything missing, misshapen, of an unfit type, or that is no part of such an adapter.
+    """
+    format.check_base(plan, config.adapted_layers, config.base_model_name_or_path)
+    other = format.check_names(state, plan, config.settled)
+    for name, tensor in state.items():
+        if name not in other and tensor.dtype not in untrusted.FLOATS:
+            raise LilyError(f"{name!r} is of type {_type(tensor)}, expected float64, float32, float16 or bfloat16")
+    own = _own_tensors(model)
+    saved = _saved_tensors(model, config, adapter)
+    mine = {**own, **{_plain(name): tensor for name, tensor in saved.items()}}
+    biases = _biases(own, plan, config)
+    trained = {*biases, *map(_plain, saved)}
+    embeddings, sized = _embeddings(model), not (loose_sizes or _sharded(model))
+    for name, tensor in other.items():
+        plain = _plain(name)
+        if plain not in mine or not (plain in trained or plain.rpartition(".")[0] in embeddings):
+            raise LilyError(
+                f"{name!r} is no part of a Lily adapter of this configuration (modules_to_save="
+                f"{sorted(config.modules_to_save or ())}, bias={config.bias!r}) on this model; is it the base model "
+                "that the adapter was trained on?"
+            )
+        if sized and tuple(tensor.shape) != _shape(mine[plain]):
+            raise LilyError(
+                f"{name!r} has shape {tuple(tensor.shape)}, but the model's own has {_shape(mine[plain])}; is it the "
+                "base model that the adapter was trained on?"
+            )
+        floats = mine[plain].is_floating_point() and tensor.dtype in untrusted.FLOATS
+        if tensor.dtype != mine[plain].dtype and not floats:
+            raise LilyError(f"{name!r} is of type {_type(tensor)}, but the model's own of {_type(mine[plain])}")
+    found = {_plain(name) for name in other}
+    missing = [*(name for name in saved if name not in state), *(name for name in biases if name not in found)]
+    if missing:
+        raise LilyError(f"the adapter file has no {missing[0]!r}, which its configuration trains; is it complete?")
+
+
+def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Plain name -> parameter or buffer of the base model."""
+    own: dict[str, Tensor] = {}
+    for tensors in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
+        own.update((_plain(name), tensor) for name, tensor in tensors if ".lily_" not in f".{name}")
+    return own
+
+
+def _saved_tensors(model: nn.Module, config: LilyConfig, adapter: str | None) -> dict[str, Tensor]:
+    """The name that PEFT will look for -> tensor, of every module that is saved whole, wrapped already or not."""
+    out: dict[str, Tensor] = {}
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        # PEFT's own rule, which takes ends of names as text.
+        chosen = any(name.endswith(target) for target in config.modules_to_save or ())
+        if not name or not chosen or name.startswith(inside):
+            continue
+        inside = (*inside, f"{name}.")
+        root = f"{format.PREFIX}{_plain(name)}"
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            copies = getattr(module, "modules_to_save", {})
+            if adapter in copies:
+                root = unwrapped(name)
+            module = copies[adapter] if adapter in copies else module.original_module  # noqa: SIM401
+        out.update((f"{root}.{key}", value) for key, value in module.state_dict().items())
+    return out
+
+
+def _biases(own: Mapping[str, Tensor], plan: SharingPlan, config: LilyConfig) -> list[str]:
+    """The biases that an adapter of this configuration trains."""
+    if config.bias == "none":
+        return []
+    names = [name for name in own if name.rpartition(".")[2] == "bias"]
+    return names if config.bias == "all" else [n for n in names if n.rpartition(".")[0] in plan.slots]
+
+
+def _embeddings(model: nn.Module) -> set[str]:
+    """Names of the layers that PEFT saves along when the vocabulary was resized."""
+    layers = []
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        with contextlib.suppress(AttributeError, NotImplementedError):
+            layers.append(getattr(model, name)())
+    return {_plain(name) for name, module in model.named_modules() if any(module is layer for layer in layers)}
+
+
+def _plain(name: str) -> str:
+    """The name that a tensor or module has in the base model, without any wrapper's part."""
+    name = WRAPPED.sub("", unwrapped(name).removeprefix(format.PREFIX))
+    return name.replace(".base_layer", "")
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))  # ZeRO-3 keeps it beside an empty tensor
+
+
+def _sharded(model: nn.Module) -> bool:
+    """Whether FSDP1 has flattened the parameters, whose shapes then say nothing."""
+    return any("_fsdp_wrapped_module" in name for name, _ in model.named_modules())
+
+
+def _type(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _mapped(state: Mapping[str, Tensor], key_mapping: Mapping[str, str] | None) -> dict[str, Tensor]:
+    """The names that PEFT's `load_peft_weights` gives: the first expression that fits is replaced."""
+    out = {}
+    for key, tensor in state.items():
+        prefix = format.PREFIX if key.startswith(format.PREFIX) else ""
+        name = key.removeprefix(prefix)
+        for pattern, replacement in (key_mapping or {}).items():
+            name, count = re.subn(pattern, replacement, name)
+            if count:
+                break
+        out[prefix + name] = tensor
+    return out
+
+
+def plan_of(model: nn.Module, adapter: str) -> SharingPlan | None:
+    """The plan of an adapter that the model carries; None: it carries none of that name."""
+    banks = (m for m in model.modules() if isinstance(m, LilyBank))
+    return next((bank.plans[adapter] for bank in banks if adapter in bank.plans), None)

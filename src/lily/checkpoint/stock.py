@@ -1,0 +1,37 @@
+"""Can stock PEFT read the file, or is it ours alone?"""
+
+from __future__ import annotations
+
+import copy
+
+from torch import nn
+
+from lily.plan.config import LilyConfig
+from lily.plan.select import select_modules
+from lily.plan.sharing_plan import SharingPlan, resolved_stride, stock_grouping_differs
+from lily.plan.specs import LINEAR
+from lily.plan.uncalled_layers import uncalled
+
+
+def decide_file_format(config: LilyConfig, plan: SharingPlan, model: nn.Module) -> None:
+    """Find out how the adapter can be written so that stock PEFT reads it rightly or not at all."""
+    config.resolved_stride, config.layers_by_name = resolved_stride(plan, config), plan.layers_by_name
+    config.stock_refusal, config.portable_targets = None, None
+    other = next((group.kind for group in plan.groups if group.kind != LINEAR), None)
+    if other is not None:
+        config.stock_refusal = f"adapted {other} layers"
+        return
+    read = uncalled(dict(model.named_modules()))
+    if any(read[name].remedy in ("applied", "separated") for name in plan.slots if name in read):
+        config.stock_refusal = "an adapter on a layer that is read without being called"
+        return
+    if not stock_grouping_differs(plan, config.target_modules or ()):
+        return
+    names = {group.name for group in plan.groups}
+    again = copy.copy(config)
+    again.target_modules, again.layers_to_transform, again.layers_pattern = names, None, None
+    same = {m.name for m in select_modules(model, again)} == set(plan.slots)
+    if same and config.layers_to_transform is None and not stock_grouping_differs(plan, names):
+        config.portable_targets = names
+    else:
+        config.stock_refusal = "a grouping of layers that stock PEFT does not make"

@@ -1,0 +1,123 @@
+"""`lily bench`: what Lily costs beside LoRA on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from lily.errors import LilyError
+
+Size = Annotated[int, typer.Option(min=1)]
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def bench_command(
+    model: Annotated[
+        str, typer.Argument(help="llama or vit (built in), or a model folder, config.json or hub id: its shape counts.")
+    ] = "llama",
+    measure: Annotated[
+        str, typer.Option(help="What, with commas: step, memory, prefill, decode, files.")
+    ] = "step,memory,prefill,decode,files",
+    contestants: Annotated[str | None, typer.Option(help="Which, with semicolons. Default: all.")] = None,
+    targets: Annotated[str, typer.Option(help="Modules to adapt: names with commas, an expression, all-linear.")] = (
+        "all-linear"
+    ),
+    r: Annotated[int | None, typer.Option(min=1, help="Lily's rank. Default: 32, or what --params gives.")] = None,
+    num_a: Annotated[int | None, typer.Option("--num-a", min=1, help="A per group.")] = None,
+    num_b: Annotated[int | None, typer.Option("--num-b", min=1, help="Experts per group.")] = None,
+    params: Annotated[str | None, typer.Option(help="Budget such as 1.2M.")] = None,
+    width: Annotated[int, typer.Option(min=64, help="Of a built-in model; a multiple of 64.")] = 768,
+    depth: Annotated[int, typer.Option(min=1, help="Blocks of a built-in model.")] = 12,
+    batch: Annotated[int, typer.Option(min=1, help="Samples of a step.")] = 4,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a sample.")] = 128,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds that count.")] = 7,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1. Default: a GPU where there is one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the base. Default: bfloat16 on a GPU, else float32.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write results.json (and ratios.svg) into this folder.")] = None,
+) -> None:
+    """Measure time, memory and size of Lily beside LoRA, on random weights of a real shape; nothing is trained."""
+    import importlib.util
+
+    import torch
+
+    from lily.bench import report as reports
+    from lily.bench.contestants import NAMES
+
+    console = Console()
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if where.startswith("cuda") and not torch.cuda.is_available():
+        raise LilyError(f"--device {where}: PyTorch sees no GPU here; give --device cpu")
+    kind = dtype or ("bfloat16" if where.startswith("cuda") else "float32")
+    if kind not in DTYPES:
+        raise LilyError(f"--dtype {kind} is not known; choose one of {', '.join(DTYPES)}")
+    if width % 64:
+        raise LilyError(f"--width {width} is not a multiple of 64, the width of an attention head")
+    kinds = [name.strip() for name in measure.split(",") if name.strip()]
+    if model == "vit":
+        kinds = [name for name in kinds if name != "decode"]
+    if out is not None and out.is_file():
+        raise LilyError(f"--out {out} is a file; name a folder")
+    subject, options = _subject(model, targets, where, getattr(torch, kind), (width, depth, batch, tokens), {
+        "r": r, "num_A": num_a, "num_B": num_b, "params": params,
+    })  # fmt: skip
+    names = NAMES if contestants is None else [n.strip() for n in contestants.split(";") if n.strip()]
+    with console.status("") as status:
+        found = reports.run(subject, options, kinds, rounds, names, lambda what: status.update(f"measuring {what}"))
+    machine = f"{found.machine['device']}, {found.machine['threads']} threads"
+    console.print(escape(f"{found.subject}, {machine}, {found.setting}"))
+    for name in found.results:
+        header = ["", "rank", "trained", *reports.MEASURES[name].title.split(", ")[-1:], *reports.HEADER[4:]]
+        _print(console, reports.MEASURES[name].title, header, reports.rows(found, name))
+    if found.files:
+        _print(console, "adapter files", ["", "MB", "seconds to load"], reports.file_rows(found))
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        found.write(out / "results.json")
+        if importlib.util.find_spec("matplotlib") and found.results:
+            reports.plot(found, out / "ratios.svg")
+        console.print(escape(f"written to {out}"), soft_wrap=True)
+
+
+def _subject(
+    model: str, targets: str, device: str, dtype: Any, sizes: tuple[int, int, int, int], asked: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """The base model, and what of Lily's options was asked or follows."""
+    from dataclasses import replace
+
+    import lily
+    from lily.bench import subjects
+    from lily.cli.meta_model import model_from
+    from lily.cli.plan import names_or_regex
+    from lily.plan.budget import choose, parse_count
+
+    shape = subjects.Shape(*sizes)
+    built_in = {"llama": subjects.llama, "vit": subjects.vit}
+    wanted: Any = names_or_regex(targets)  # contestants resolve all-linear themselves, each time alike
+    if model in built_in:
+        subject = replace(built_in[model](shape, device, dtype), targets=wanted)
+    else:
+        subject = subjects.own(model, model_from(model, "CAUSAL_LM")[0], shape, wanted, device, dtype)
+    config = lily.LilyConfig(target_modules=wanted, routing="token")
+    modules = lily.select_modules(subject.base, config)
+    budget = asked.pop("params")
+    choice = choose(
+        modules,
+        parameters=None if budget is None else parse_count(budget),
+        targets=config.target_modules,
+        **asked,
+    )
+    return subject, choice.options
+
+
+def _print(console: Console, title: str, header: list[str], lines: list[list[str]]) -> None:
+    table = Table(title=title, title_justify="left")
+    for i, name in enumerate(header):
+        table.add_column(name, justify="right" if i else "left")
+    for line in lines:
+        table.add_row(*map(escape, line))
+    console.print(table)

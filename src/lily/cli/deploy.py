@@ -1,0 +1,206 @@
+"""`lily collapse` and `lily export`: taking an adapter where a LoRA goes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from lily.cli.evaluate import Folder, RecipeOption
+from lily.cli.train import quieten
+from lily.errors import LilyError
+
+Out = Annotated[str, typer.Option("--out", help="What to write; it appears when it is complete.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+KINDS = ("lora", "merged", "stock", "gguf")
+READERS = ("peft", "vllm", "diffusers")  # GGUF is a kind of its own
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+# What each kind makes use of.
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "lora": ("--for", "--rank", "--tolerance", "--force", "--dtype"),
+    "merged": ("--dtype",),
+    "stock": (),
+    "gguf": (),
+}
+
+
+def collapse_command(
+    adapter: Folder,
+    out: Out,
+    recipe: RecipeOption = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Calibration rows, labels not needed: a file. Default: training rows."),
+    ] = None,
+    held_out: Annotated[
+        str | None,
+        typer.Option("--held-out", help="Labelled rows for drift and metrics: a file. Default: the run's."),
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="At most so many rows for calibration, and for the drift.")] = 256,
+    refit_steps: Annotated[int, typer.Option(min=0, help="Steps of distillation against the dynamic adapter.")] = 0,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Turn a data-dependent adapter into a static one, and say what that costs."""
+    quieten()
+    from lily.recipes.deploy import collapse_adapter
+
+    report = collapse_adapter(
+        adapter,
+        out,
+        recipe=recipe,
+        calibration=data,
+        held_out=held_out,
+        rows=rows,
+        refit_steps=refit_steps,
+        overwrite=overwrite,
+    )
+    if as_json:
+        print(json.dumps(report.to_dict()))
+    else:
+        print_collapse(report.to_dict(), Console(), every=True)
+        print(f"static adapter: {out}")
+
+
+def print_collapse(report: Mapping[str, Any], console: Console, every: bool = False) -> None:
+    """What a collapse did and what it cost, as a table: all layers, or those that changed most with the data."""
+    layers = report["layers"]
+    common = _common([layer["name"] for layer in layers])
+    table = Table(title=escape(f"layers of {common}") if common else None)
+    table.add_column("layer", no_wrap=True)
+    for head in ("weights", "from uniform", "variance", "update moved"):
+        table.add_column(head)
+    shown = layers if every else sorted(layers, key=lambda v: -v["variance"])[:5]
+    for layer in shown:
+        error = layer["update_error"]
+        table.add_row(
+            escape(layer["name"].removeprefix(f"{common}.")),
+            " ".join(f"{w:.2f}" for w in layer["weights"]),
+            f"{layer['uniformity']:.3f}",
+            f"{layer['variance']:.4f}",
+            "-" if error is None else f"{error:.1%}",
+        )
+    console.print(table)
+    drift, before = report["drift"], report["drift_before_refit"]
+    console.print(f"{escape(report['routing'])} routing collapsed over {report['tokens']:,} tokens; {_drift(drift)}")
+    if before is not None:
+        kept = f"kept {report['refit_steps']} steps" if report["refit_steps"] else "did not help and was dropped"
+        console.print(f"the re-fit {kept}; before it {_drift(before)}")
+    for name, value in report["metrics"].get("before", {}).items():
+        console.print(f"{escape(name)}: {value:.4f} before, {report['metrics']['after'][name]:.4f} after")
+
+
+def _common(names: Sequence[str]) -> str:
+    """The modules that all names begin with."""
+    shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*(name.split(".")[:-1] for name in names), strict=False))
+    return ".".join(parts[0] for parts in shared)
+
+
+def _drift(drift: Mapping[str, Any]) -> str:
+    kl = "" if drift["kl"] is None else f"KL {drift['kl']:.3g} nats per output, "
+    return f"drift {kl}relative error {drift['relative_error']:.3g} on {drift['positions']:,} held-out outputs"
+
+
+def export_command(
+    adapter: Folder,
+    to: Annotated[str, typer.Option("--to", help="lora, merged, stock or gguf.")],
+    out: Out,
+    target: Annotated[
+        str,
+        typer.Option("--for", help="lora: what will read it: peft, vllm or diffusers."),
+    ] = "peft",
+    rank: Annotated[int | None, typer.Option(min=1, help="lora: a smaller rank, by truncated SVD.")] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Energy that each layer may lose by --rank. Default: 0.01.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Cut although more is lost.")] = False,
+    dtype: Annotated[str, typer.Option(help="lora, merged: auto, float32, bfloat16 or float16.")] = "auto",
+    base: Annotated[str | None, typer.Option(help="The base model's folder, where there is no recipe.")] = None,
+    recipe: RecipeOption = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a static adapter as a LoRA, a merged model, a stock Lily adapter or a GGUF LoRA."""
+    if to not in KINDS:
+        raise LilyError(f"--to {to}: choose one of {', '.join(KINDS)}")
+    given = {"--for": target != "peft", "--rank": rank is not None, "--tolerance": tolerance is not None,
+             "--force": force, "--dtype": dtype != "auto"}  # fmt: skip
+    _check_options(to, [name for name, is_given in given.items() if is_given])
+    if target not in READERS:
+        raise LilyError(f"--for {target}: choose one of {', '.join(READERS)}")
+    if dtype not in DTYPES:
+        raise LilyError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
+    if Path(out).exists() and not overwrite:
+        raise LilyError(f"--out {out} exists; name another one, or give --overwrite")
+    quieten()
+    import torch
+
+    from lily import export
+    from lily.recipes.deploy import load_for_export
+
+    model, tokenizer, facts = load_for_export(
+        adapter, recipe=recipe, base=base, weights=to == "merged", dtype=dtype if to == "merged" else "auto"
+    )
+    if to == "gguf" and not hasattr(model, "get_base_model"):
+        raise LilyError(f"{adapter} is for a pipeline, which llama.cpp does not run; export --to lora --for diffusers")
+    console = Console()
+    if to == "merged":
+        export.write_merged(model, out, tokenizer=tokenizer, overwrite=overwrite, provenance=facts)
+    elif to == "stock":
+        export.write_stock(model, out, overwrite=overwrite, provenance=facts)
+    else:
+        lora = export.as_lora(
+            model,
+            target="llama.cpp" if to == "gguf" else target,
+            rank=rank,
+            tolerance=export.TOLERANCE if tolerance is None else tolerance,
+            force=force,
+            dtype=None if dtype == "auto" else getattr(torch, dtype),
+            provenance=facts,
+        )
+        _print_lora(lora, model, rank, console)
+        if to == "gguf":
+            from lily.deploy.gguf import write_gguf
+
+            write_gguf(lora, model.get_base_model().config, out, overwrite=overwrite)
+        else:
+            layout = "diffusers" if target == "diffusers" else "peft"
+            export.write_lora(lora, out, overwrite=overwrite, layout=layout)
+    console.print(escape(f"written: {out}"), soft_wrap=True)
+
+
+def _check_options(to: str, given: Sequence[str]) -> None:
+    """Refuse options that would change nothing."""
+    unused = [name for name in given if name not in OPTIONS[to]]
+    if unused:
+        kinds = [kind for kind in KINDS if unused[0] in OPTIONS[kind]]
+        raise LilyError(f"{unused[0]} goes with --to {' or '.join(kinds)}, not with --to {to}; leave it away")
+    if "--rank" not in given and (idle := [name for name in ("--tolerance", "--force") if name in given]):
+        raise LilyError(f"{idle[0]} says how much --rank may cut; give --rank, or leave it away")
+
+
+def _print_lora(lora: Any, model: Any, rank: int | None, console: Console) -> None:
+    from lily.tuner.adapter import find
+
+    own = 4 * find(model).plan.parameters.total
+    console.print(
+        f"LoRA of rank {lora.rank} on {len(lora.layers)} layers: {lora.size / 1e6:.2f} MB "
+        f"(the Lily adapter: {own / 1e6:.2f} MB; a LoRA repeats what layers share)"
+    )
+    if rank is not None:
+        print_energies(lora.energies, console)
+
+
+def print_energies(energies: Mapping[str, float], console: Console) -> None:
+    """What each layer kept of its update when its rank was cut."""
+    table = Table("layer", "energy kept")
+    for name, energy in energies.items():
+        table.add_row(escape(name), f"{energy:.2%}")
+    console.print(table)

@@ -1,0 +1,213 @@
+"""`lily inspect`: what a folder holds, who shares what, how much rank there is, what the routers do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from lily.cli.deploy import Json, print_collapse, print_energies
+from lily.cli.evaluate import RecipeOption
+from lily.cli.train import quieten
+from lily.errors import LilyError
+
+if TYPE_CHECKING:
+    from lily.analysis.rank import RankReport
+    from lily.analysis.routing import RoutingReport
+    from lily.insight.gather import Insight
+    from lily.recipes.results.run_files import RunFigures
+
+Folder = Annotated[
+    str, typer.Argument(metavar="ADAPTER", help="A run's folder, an adapter, an exported LoRA, a model, a GGUF file.")
+]
+
+
+def inspect_command(
+    folder: Folder,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Rows to measure a data-dependent routing on: a file with the recipe's columns; without a recipe, "
+            "with a column text. Default: a run's held-out rows."
+        ),
+    ] = None,
+    rows: Annotated[
+        int, typer.Option(min=0, help="At most so many of them, a fixed random sample; 0: read no data.")
+    ] = 256,
+    report: Annotated[str | None, typer.Option("--report", help="Write it all as one HTML page to this file.")] = None,
+    threshold: Annotated[
+        float, typer.Option(help="Numerical rank: singular values above this share of the largest.")
+    ] = 0.01,
+    recipe: RecipeOption = None,
+    base: Annotated[
+        str | None, typer.Option(help="The base model's folder, if it is not where the recipe or adapter says.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say what a folder holds and where it came from; of an adapter, its sharing, rank and routing."""
+    if not 0 < threshold < 1:
+        raise LilyError(f"--threshold {threshold:g}: give a share of the largest singular value, between 0 and 1")
+    if data is not None and rows == 0:
+        raise LilyError("--rows 0 reads no data, and --data names some; give one of them")
+    quieten()
+    from lily.insight.gather import insight
+    from lily.io.atomic import new_file
+
+    with ExitStack() as stack:
+        page_file = stack.enter_context(new_file(report, overwrite)) if report is not None else None
+        told = insight(folder, file=data, rows=rows, recipe=recipe, base=base, threshold=threshold)
+        if page_file is not None:
+            from lily.insight.page import page
+
+            page_file.write_text(page(told), encoding="utf-8")
+    if as_json:
+        print(json.dumps(told.to_dict()))
+        return
+    _print(told, Console())
+    if report is not None:
+        Console().print(f"page: {escape(str(Path(report)))}", soft_wrap=True)
+
+
+def _print(told: Insight, console: Console) -> None:
+    _print_facts(told.facts, console)
+    if told.run is not None:
+        _print_run(told.run, console)
+    if told.plan is not None:
+        _print_sharing(told, console)
+    if told.rank is not None:
+        _print_rank(told, told.rank, console)
+    if told.routing is not None:
+        _print_routing(told, told.routing, console)
+    for note in told.notes:
+        console.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True, highlight=False)
+
+
+def _print_facts(facts: Mapping[str, Any], console: Console) -> None:
+    console.print(
+        f"[bold]{escape(facts['folder'])}[/]: {escape(facts['kind'])}, {facts['bytes'] / 1e6:.2f} MB", soft_wrap=True
+    )
+    for name, value in facts.get("config", {}).items():
+        console.print(f"  {escape(name)}: {escape(str(value))}", soft_wrap=True)
+    for name, tensors in facts.get("tensors", {}).items():
+        console.print(f"  {escape(name)}: {tensors['count']} tensors, {tensors['parameters']:,} parameters")
+    if "static" in facts:
+        console.print(f"  {_ways(facts)}")
+    origin = facts.get("provenance", {})
+    if origin:
+        console.print("came from:")
+        for name, value in origin.items():
+            if name not in ("collapse", "plan", "energies"):
+                console.print(f"  {escape(name)}: {escape(str(value))}", soft_wrap=True)
+        for line in origin.get("plan", [])[:1]:
+            console.print(f"  plan: {escape(line)}", soft_wrap=True)
+        if origin.get("energies"):
+            print_energies(origin["energies"], console)
+    report = facts.get("collapse") or origin.get("collapse")
+    if report:
+        print_collapse(report, console)
+
+
+def _ways(facts: Mapping[str, Any]) -> str:
+    """What can be done with one of our adapters as it is."""
+    if not facts["static"]:
+        return "depends on the data; `lily collapse` makes it static"
+    if facts["zero_routers"]:
+        return "does not depend on the data: its routers are zero, as in an export for stock PEFT"
+    return "merges and exports exactly"
+
+
+def _print_run(run: RunFigures, console: Console) -> None:
+    from lily.recipes.scoring.metrics import shown
+
+    values = ", ".join(f"{name} {shown(name, value)}" for name, value in run.final.items())
+    before = ", ".join(f"{name} {shown(name, value)}" for name, value in run.before.items())
+    said = f"recipe {run.name}, seed {run.seed}: {values} on the {run.split} rows ({before} before training)"
+    console.print(escape(said), soft_wrap=True, highlight=False)
+    for name, found in run.baselines.items():
+        values = ", ".join(f"{metric} {shown(metric, found[metric])}" for metric in run.final if metric in found)
+        console.print(f"  {escape(name)}: {escape(values)}", highlight=False)
+
+
+def _print_sharing(told: Insight, console: Console) -> None:
+    from lily.analysis.sentences import plan_words, short_names
+
+    assert told.plan is not None
+    console.print(plan_words(told.plan), highlight=False)
+    table = Table("group", "layers that share an A", "experts", "r", title="who shares what", title_justify="left")
+    for group in told.plan.groups:
+        names = dict(zip(group.members, short_names(group.members), strict=True))
+        blocks = [names[b[0]] if len(b) == 1 else f"{names[b[0]]}-{names[b[-1]]}" for b in group.blocks]
+        shown = blocks if len(blocks) <= 8 else [*blocks[:3], "...", blocks[-1]]
+        shape = f"({group.out_features}, {group.in_features})"
+        table.add_row(escape(f"{group.name} {shape}"), escape(" | ".join(shown)), str(group.num_B), str(group.r))
+    console.print(table)
+
+
+def _print_rank(told: Insight, report: RankReport, console: Console) -> None:
+    from lily.analysis.sentences import overlap_words, rank_words
+
+    groups: dict[str, list[Any]] = {}
+    for layer in report.layers:
+        groups.setdefault(layer.group, []).append(layer)
+    union = any(layer.union is not None for layer in report.layers)
+    table = Table("group", title="rank of the updates, smallest to largest over layers", title_justify="left")
+    for head in ("numerical", "effective", "stable", *(("union over tokens", "changes with data") if union else ())):
+        table.add_column(head, justify="right")
+    for group, layers in groups.items():
+        cells = [
+            _span([v.expected.numerical_rank(report.threshold) for v in layers], "{:g}"),
+            _span([v.expected.effective_rank for v in layers], "{:.1f}"),
+            _span([v.expected.stable_rank for v in layers], "{:.1f}"),
+        ]
+        if union:
+            cells.append(_span([v.union.numerical_rank(report.threshold) for v in layers if v.union], "{:g}"))
+            cells.append("-" if report.assumed else _span([v.varying for v in layers], "{:.1%}"))
+        table.add_row(escape(group), *cells)
+    console.print(table)
+    console.print(rank_words(report, told.lora, told.equal_lora), highlight=False)
+    if report.overlaps:
+        console.print(overlap_words(report), highlight=False)
+    if report.assumed:
+        console.print(
+            "The weights depend on the data and none were read: ranks are at equal weights, the union is all that the "
+            "experts can span. --data FILE measures them.",
+            highlight=False,
+        )
+
+
+def _span(values: list[float], form: str) -> str:
+    low, high = form.format(min(values)), form.format(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
+def _print_routing(told: Insight, report: RoutingReport, console: Console) -> None:
+    from lily.analysis.sentences import most_by_label, routing_words
+
+    console.print(
+        escape(f"routing ({report.routing}){f', over {told.read}' if told.read else ''}: {routing_words(report)}"),
+        highlight=False,
+    )
+    varying = [v for v in report.layers if v.variance is not None and v.variance.total > 0]
+    chosen = most_by_label(varying)[:5] or sorted(varying, key=lambda v: -(v.variance.total if v.variance else 0))[:5]
+    if not chosen:
+        return
+    parts = ["token", "sample", *(["class"] if report.compares_labels else [])]
+    table = Table(
+        "layer", "mean weights", "variance", title="routers that depend most on the data", title_justify="left"
+    )
+    for part in parts:
+        table.add_column(f"of it: {part}", justify="right")
+    for layer in chosen:
+        v = layer.variance
+        assert v is not None
+        shares = [f"{v.share({'class': 'label'}.get(part, part)):.0%}" for part in parts]
+        table.add_row(escape(layer.name), " ".join(f"{w:.2f}" for w in layer.mean), f"{v.total:.4f}", *shares)
+    console.print(table)

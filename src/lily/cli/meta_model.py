@@ -1,0 +1,89 @@
+"""The model that a plan is for, from its configuration and without weights."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lily.errors import LilyError
+from lily.plan.report import dtype_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+TASKS = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
+
+def model_from(target: str, task: str | None = None) -> tuple[nn.Module, str]:
+    """A model without weights, and the data type of its weights, from a folder, a config.json or a hub id.
+
+    Args:
+        target: only a hub id uses the network, and of that only config.json is read.
+        task: a key of `TASKS`; default: the architecture that the configuration names.
+
+    Raises:
+        LilyError: if there is no such model, or transformers is missing or does not know it.
+    """
+    if task is not None and task not in TASKS:
+        raise LilyError(f"task {task!r} is not known; choose one of {', '.join(TASKS)}")
+    config = _read_config(target)
+    return _without_weights(config, target, task), dtype_of(config)
+
+
+def _read_config(target: str) -> Any:
+    path = Path(target).expanduser()
+    if (path / "adapter_config.json").is_file():
+        raise LilyError(f"{target} is an adapter, not a model; `lily inspect {target}` shows it")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise LilyError(f"{target} has no config.json; name a model folder as save_pretrained writes it")
+    if not path.exists() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", target):
+        raise LilyError(f"{target} does not exist; name a recipe, a model folder, a config.json or a hub id")
+    try:
+        from transformers import AutoConfig
+    except ImportError:
+        raise LilyError("lily plan needs transformers; pip install 'lily-peft[demo]'") from None
+    try:
+        return AutoConfig.from_pretrained(str(path) if path.exists() else target, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        why = str(error).strip().splitlines()[0]
+        if path.exists():
+            raise LilyError(f"cannot read the model configuration of {target}: {why}") from None
+        raise LilyError(_nowhere(target, why)) from None
+
+
+def _nowhere(target: str, why: str) -> str:
+    from lily.recipes import loader
+
+    near = difflib.get_close_matches(target, list(loader.shipped()), n=1)
+    hint = f"did you mean the recipe {near[0]}? " if near else ""
+    return (
+        f"{target} is no shipped recipe, file or folder, and cannot be read from the Hugging Face Hub ({why}); {hint}"
+        "give a recipe, a model folder or a config.json, or go online for a hub id"
+    )
+
+
+def _without_weights(config: Any, target: str, task: str | None) -> nn.Module:
+    import torch
+    import transformers
+
+    architecture = next(iter(getattr(config, "architectures", None) or ()), "")
+    named = getattr(transformers, architecture, None) if architecture and task is None else None
+    try:
+        with torch.device("meta"):
+            if named is not None:
+                model: nn.Module = named(config)
+            else:
+                model = getattr(transformers, TASKS[task or "FEATURE_EXTRACTION"]).from_config(config)
+    except Exception as error:  # a model's constructor may raise anything; none of it is ours to fix
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise LilyError(f"cannot build {target} as {task or architecture or 'AutoModel'}: {why}") from error
+    return model

@@ -1,0 +1,62 @@
+"""`lily recipes` and `lily schema`: what ships, and what may be written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from lily.errors import LilyError
+
+
+def recipes_command(
+    name: Annotated[
+        str | None, typer.Argument(help="Print this recipe, with what it inherits, as YAML; of several, their names.")
+    ] = None,
+    copy: Annotated[str | None, typer.Option("--copy", help="Write it to this file, to change it.")] = None,
+) -> None:
+    """List the recipes that ship, or show one."""
+    from lily.io.atomic import write_text
+    from lily.recipes import loader
+
+    if name is None:
+        if copy is not None:
+            raise LilyError("--copy needs the recipe's name before it")
+        table = Table("recipe", "what it does")
+        for known, path in loader.shipped().items():
+            names = loader.names_of(known)
+            several = "" if names == [known] else f" ({len(names)} recipes: {known}:NAME)"
+            table.add_row(escape(known), escape(loader.describe(path) + several))
+        Console().print(table)
+        return
+    names = loader.names_of(name)
+    if names != [name] and copy is None:
+        print("\n".join(names))
+        return
+    # a start for one's own: what it leaves open should stay open
+    text = loader.dump_recipe(loader.load_any(name), complete=False) if names == [name] else loader.dump_file(name)
+    if copy is None:
+        print(text, end="")
+        return
+    if Path(copy).exists():
+        raise LilyError(f"--copy {copy} exists; name another file")
+    if not Path(copy).parent.is_dir():
+        raise LilyError(f"--copy {copy}: there is no folder {Path(copy).parent}; make it first")
+    write_text(copy, text)
+
+
+def schema_command(
+    task: Annotated[str | None, typer.Argument(help="dreambooth; default: the recipes for text.")] = None,
+) -> None:
+    """Print the JSON Schema of recipes, for editors."""
+    from lily.recipes.spec.dreambooth import DreamBooth
+    from lily.recipes.spec.schema import Recipe
+
+    if task not in (None, "dreambooth"):
+        raise LilyError(f"{task!r} has no schema of its own; give dreambooth, or leave it out")
+    print(json.dumps((Recipe if task is None else DreamBooth).model_json_schema(), indent=2))

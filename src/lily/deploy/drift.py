@@ -1,0 +1,85 @@
+"""How far a model's outputs moved: what is compared, and by which measure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lily.errors import LilyError
+from lily.tuner.recording import Batch
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far the model's outputs moved, on held-out batches.
+
+    Attributes:
+        kl: mean KL divergence of the new output distribution from the old one in nats, over unmasked positions; None
+            where the outputs are no distributions.
+        relative_error: of the outputs, as a share of their norm.
+        positions: how many outputs were compared.
+    """
+
+    kl: float | None
+    relative_error: float
+    positions: int
+
+    def closer_than(self, other: Drift) -> bool:
+        """Whether the outputs moved less far, by the divergence where there is one."""
+        if self.kl is not None and other.kl is not None:
+            return self.kl < other.kl
+        return self.relative_error < other.relative_error
+
+
+def outputs(result: Any) -> Tensor:
+    """What of a model's result is compared: its logits, else its last hidden state, else its first tensor.
+
+    A tensor without a dimension (a loss) does not count.
+
+    Raises:
+        LilyError: if there is none.
+    """
+    for name in ("logits", "last_hidden_state", "sample"):
+        if isinstance(getattr(result, name, None), Tensor):
+            return getattr(result, name)  # type: ignore[no-any-return]
+    if isinstance(result, Tensor):
+        return result
+    if isinstance(result, Mapping):
+        result = tuple(result.values())
+    values = result if isinstance(result, Sequence) else ()
+    found = next((v for v in values if isinstance(v, Tensor) and v.ndim), None)
+    if found is None:
+        raise LilyError(f"a {type(result).__name__} holds no outputs to compare; give collapse a `forward` that does")
+    return found
+
+
+def kept_rows(out: Tensor, batch: Batch, model: nn.Module) -> Tensor:
+    """Which rows of the flattened outputs count: unmasked positions where there is one output per token.
+
+    A model with an encoder and a decoder gives one output per token of the decoder, whose mask is another one.
+    """
+    paired = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    mask = batch.get("decoder_attention_mask" if paired else "attention_mask") if isinstance(batch, Mapping) else None
+    if isinstance(mask, Tensor) and out.shape[:-1] == mask.shape:
+        return (mask != 0).reshape(-1).to(out.device)
+    return torch.ones(out.shape[:-1].numel(), dtype=torch.bool, device=out.device)
+
+
+def is_distribution(model: nn.Module) -> bool:
+    """Whether the model's outputs are logits of a distribution, as far as its name and configuration tell."""
+    config = getattr(model, "config", None)
+    if getattr(config, "problem_type", None) in ("regression", "multi_label_classification"):
+        return False
+    inner = getattr(model, "get_base_model", lambda: model)()
+    name = type(inner).__name__
+    return any(word in name for word in ("LM", "Classification", "ConditionalGeneration", "Choice"))
+
+
+def divergence(p: Tensor, q: Tensor) -> Tensor:
+    """Sum over rows of KL(softmax(p) || softmax(q)), for logits (rows, classes)."""
+    return F.kl_div(F.log_softmax(q, -1), F.log_softmax(p, -1), reduction="sum", log_target=True)

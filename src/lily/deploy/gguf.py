@@ -1,0 +1,219 @@
+"""An exported LoRA as one GGUF file, which llama.cpp loads beside a GGUF base model (`--lora FILE`).
+
+Two things differ from PEFT's file. Tensors go by GGUF's names. And where llama.cpp rotates neighbouring channels of a
+head and transformers rotates its two halves, the base model's q and k rows were reordered when it became GGUF, so the
+rows of the update are reordered alike.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lily.deploy.lora import Layer, LoraExport
+from lily.errors import LilyError
+from lily.io.atomic import new_file
+
+PROVENANCE_KEY = "lily.provenance"
+OTHERWISE = (
+    "export --to merged instead, convert that folder with llama.cpp's convert_hf_to_gguf.py and use it without a LoRA"
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a model becomes as GGUF.
+
+    Attributes:
+        architecture: GGUF's name of it.
+        reorders: whether q and k rows are reordered.
+    """
+
+    architecture: str
+    reorders: bool = False
+
+
+# transformers' model_type -> family. Those whose outputs were compared with llama.cpp's; see tests/test_llama_cpp.py.
+FAMILIES = {
+    "llama": Family("llama", reorders=True),
+    "mistral": Family("llama", reorders=True),
+    "smollm3": Family("smollm3", reorders=True),
+    "granite": Family("granite", reorders=True),
+    "qwen2": Family("qwen2"),
+    "qwen3": Family("qwen3"),
+    "gemma": Family("gemma"),
+    "gemma2": Family("gemma2"),
+    "gemma3_text": Family("gemma3"),
+    "phi3": Family("phi3"),
+}
+
+
+def write_gguf(export: LoraExport, base_config: Any, file: str | Path, *, overwrite: bool = False) -> None:
+    """Write an exported LoRA as a GGUF file in float32.
+
+    For a layer with A (rank, in) and B (out, rank) it holds `blk.N.<name>.weight.lora_a` (rank, in) and `.lora_b`
+    (out, rank).
+
+    Args:
+        export: from `as_lora(model, target="llama.cpp")`.
+        base_config: of the base model: a `PretrainedConfig`, a `config.json` or the folder that holds one.
+        file: appears when it is complete.
+        overwrite: replace an existing file.
+
+    Raises:
+        LilyError: if gguf is not installed, llama.cpp cannot read such an adapter or this architecture is not known
+            here, the configuration is of another model, or the file exists.
+        OSError: if it cannot be written; nothing is left then.
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise LilyError('writing GGUF needs gguf; pip install "lily-peft[sft]", or pip install gguf') from None
+    config = _config(base_config)
+    family = _family(config)
+    alpha = _alpha(export)
+    names = _names(list(export.layers), config, family)
+    tensors = {names[name]: _reordered(name, layer, config, family) for name, layer in export.layers.items()}
+    with new_file(file, overwrite) as path:
+        writer = gguf.GGUFWriter(path, family.architecture)
+        try:
+            writer.add_type(gguf.GGUFType.ADAPTER)
+            writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+            writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+            writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+            writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+            writer.add_string(PROVENANCE_KEY, json.dumps(export.provenance, ensure_ascii=False))
+            for name, (A, B) in tensors.items():
+                writer.add_tensor(f"{name}.weight.lora_a", A.float().contiguous().numpy())
+                writer.add_tensor(f"{name}.weight.lora_b", B.float().contiguous().numpy())
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        finally:
+            writer.close()
+
+
+def describe_gguf(file: Path) -> dict[str, Any]:
+    """What a GGUF file is, as `lily inspect` says it: kind, config, tensors, and where it came from if it says so.
+
+    Raises:
+        LilyError: if gguf is not installed, or the file cannot be read.
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise LilyError('reading GGUF needs gguf; pip install "lily-peft[sft]", or pip install gguf') from None
+    try:
+        reader = gguf.GGUFReader(file)
+        names = ("general.architecture", gguf.Keys.Adapter.LORA_ALPHA)
+        config = {name: reader.fields[name].contents() for name in names if name in reader.fields}
+        adapter = "general.type" in reader.fields and reader.fields["general.type"].contents() == gguf.GGUFType.ADAPTER
+        origin = json.loads(reader.fields[PROVENANCE_KEY].contents()) if PROVENANCE_KEY in reader.fields else None
+    except (ValueError, IndexError, KeyError, OSError) as error:
+        raise LilyError(f"{file}: not a readable GGUF file ({error})") from None
+    sizes = {part: [math.prod(map(int, t.shape)) for t in reader.tensors if t.name.endswith(f".{part}")]
+             for part in ("lora_a", "lora_b")}  # fmt: skip
+    tensors = {part: {"count": len(s), "parameters": sum(s)} for part, s in sizes.items() if s}
+    facts = {"kind": "GGUF LoRA" if adapter else "GGUF model", "config": config, "tensors": tensors}
+    return facts if origin is None else {**facts, "provenance": origin}
+
+
+def _config(base_config: Any) -> Any:
+    """The configuration itself; a file's omits what is the default, so the class that knows the defaults reads it."""
+    if not isinstance(base_config, (str, Path)):
+        return base_config
+    from transformers import AutoConfig
+
+    path = Path(base_config).expanduser()
+    if not (path if path.suffix == ".json" else path / "config.json").is_file():
+        raise LilyError(f"{path}: no config.json there; name the base model's folder")
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise LilyError(f"{path}: not the config.json of a known model: {error}") from None
+
+
+def _family(config: Any) -> Family:
+    kind = getattr(config, "model_type", None)
+    if kind not in FAMILIES:
+        raise LilyError(
+            f"a GGUF LoRA is written for model_type {', '.join(FAMILIES)}; the base model's is {kind!r}: {OTHERWISE}"
+        )
+    return FAMILIES[kind]
+
+
+def _alpha(export: LoraExport) -> float:
+    """The one alpha of the file; llama.cpp divides it by each layer's own rank."""
+    if export.other:
+        raise LilyError(
+            f"llama.cpp reads nothing but A and B, and the export also holds {sorted(export.other)[0]}; "
+            'use as_lora(model, target="llama.cpp"), which says what to do'
+        )
+    alphas = {layer.scale * layer.A.shape[0] for layer in export.layers.values()}
+    if len(alphas) != 1:
+        raise LilyError(
+            "a GGUF LoRA has one alpha for all layers, and this export has "
+            f'{", ".join(f"{a:g}" for a in sorted(alphas))}; use as_lora(model, target="llama.cpp")'
+        )
+    return float(alphas.pop())
+
+
+def _names(layers: list[str], config: Any, family: Family) -> dict[str, str]:
+    """Layer -> GGUF's name of it, such as `blk.0.attn_q`."""
+    import gguf
+
+    architecture = next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == family.architecture)
+    known = gguf.get_tensor_name_map(architecture, int(config.num_hidden_layers))
+    names = {layer: known.get_name(layer) for layer in layers}
+    if "output" in names.values() and getattr(config, "tie_word_embeddings", False):
+        raise LilyError(
+            "llama.cpp cannot adapt an output layer that is also the embedding (tie_word_embeddings): train without "
+            f"lm_head, or {OTHERWISE}"
+        )
+    missing = [layer for layer, name in names.items() if name is None]
+    if missing:
+        raise LilyError(
+            f"llama.cpp's {family.architecture} has no layer for {missing[0]} ({len(missing)} of {len(layers)} layers "
+            f"are like that); {OTHERWISE}"
+        )
+    return names
+
+
+def _reordered(name: str, layer: Layer, config: Any, family: Family) -> tuple[Tensor, Tensor]:
+    """A (rank, in) and B (out, rank), whose rows are in the order that llama.cpp rotates them in."""
+    heads = _heads(name, config)
+    if heads is None:
+        return layer.A, layer.B
+    out = layer.B.shape[0]
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if out != heads * size:
+        raise LilyError(
+            f"{name} has {out} outputs, but the configuration says {heads} heads of {size}; give the configuration of "
+            "the model that the adapter was trained on"
+        )
+    return layer.A, halves_to_pairs(layer.B, heads) if family.reorders else layer.B
+
+
+def _heads(name: str, config: Any) -> int | None:
+    """How many heads a q or k projection has; None for any other layer."""
+    heads = int(config.num_attention_heads)
+    if name.endswith(".q_proj"):
+        return heads
+    if name.endswith(".k_proj"):
+        return int(getattr(config, "num_key_value_heads", None) or heads)
+    return None
+
+
+def halves_to_pairs(rows: Tensor, heads: int) -> Tensor:
+    """Rows (heads * size, rank) with row `i` of each head's first half followed by row `i` of its second half.
+
+    transformers rotates channel `i` of a head with channel `i + size / 2`; GGUF's llama rotates `2 i` with `2 i + 1`.
+    """
+    first, second = rows.view(heads, 2, -1, rows.shape[1]).unbind(1)  # (heads, size / 2, rank) each
+    return torch.stack([first, second], dim=2).reshape(rows.shape)

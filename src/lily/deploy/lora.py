@@ -1,0 +1,294 @@
+"""A static adapter as a plain LoRA.
+
+Exact by construction: with static weights the update of a layer is `scaling * (sum_e p_e B_e).T @ A`, which is a LoRA
+of the same rank. Nothing is approximated unless a smaller rank is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import _find_minimal_target_modules
+from torch import Tensor, nn
+
+from lily.deploy.extra_tensors import PREFIX, other_entries, saved_modules
+from lily.deploy.provenance import origin
+from lily.deploy.readers import TARGETS, check_readable, padded_rank
+from lily.errors import LilyError
+from lily.layers.layer import Factors
+from lily.layers.part import NESTED
+from lily.plan.select import select_parameters
+from lily.plan.sharing_plan import Group
+from lily.plan.specs import CONV2D, EMBEDDING, EXPERTS, PARAMETERS, SLICE, layer_spec
+from lily.tuner.adapter import Adapted, find
+
+# Energy that may be lost where the rank must fall, before it takes `force`.
+TOLERANCE = 0.01
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of an exported LoRA.
+
+    Attributes:
+        A: (rank, in), or (experts, rank, in).
+        B: (out, rank), or (experts, out, rank).
+        scale: what the reader multiplies by, alpha / rank.
+        energy: share of the update's squared norm that is kept (of experts, the least); 1 is all of it.
+    """
+
+    A: Tensor
+    B: Tensor
+    scale: float
+    energy: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        """Rows of A, columns of B."""
+        return self.A.shape[-2]
+
+
+@dataclass(frozen=True)
+class LoraExport:
+    """A LoRA, ready to write.
+
+    Attributes:
+        layers: name -> its matrices.
+        groups: name -> the group that the layer was in.
+        rank: the largest rank.
+        config: PEFT's configuration of it.
+        other: biases and modules saved whole, by their names in the file.
+        provenance: where it came from.
+        component: the part of a diffusers pipeline that it is for, such as `unet`; None for any other model.
+    """
+
+    layers: dict[str, Layer]
+    groups: dict[str, Group]
+    rank: int
+    config: LoraConfig
+    other: dict[str, Tensor]
+    provenance: dict[str, Any]
+    component: str | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes of its tensors."""
+        tensors = [t for layer in self.layers.values() for t in (layer.A, layer.B)] + list(self.other.values())
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    @property
+    def energies(self) -> dict[str, float]:
+        """Layer -> kept energy."""
+        return {name: layer.energy for name, layer in self.layers.items()}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The file's entries."""
+        out = dict(self.other)
+        for name, layer in self.layers.items():
+            for key, tensor in lora_entries(name, layer, self.groups).items():
+                out[f"{PREFIX}{key}"] = tensor.contiguous()
+        return out
+
+
+def lora_entries(name: str, layer: Layer, groups: Mapping[str, Group]) -> dict[str, Tensor]:
+    """One layer's entries of a file, as PEFT's LoRA lays out a layer of that kind.
+
+    Source: `peft.tuners.lora.layer` (`_ConvNd`, `Embedding`, `ParamWrapper`).
+
+    Args:
+        name: of the layer.
+        layer: its matrices.
+        groups: of all layers, in the model's order: adapted parameters of one module are nested, the last outermost.
+    """
+    group, A, B = groups[name], layer.A, layer.B
+    if group.kind == CONV2D:
+        A, B = A.view(-1, *group.shape[1:]), B.view(*B.shape, 1, 1)
+    elif group.kind == EMBEDDING:
+        return {f"{name}.lora_embedding_A": A, f"{name}.lora_embedding_B": B}
+    elif group.kind in PARAMETERS:
+        module = name.rpartition(".")[0]
+        beside = [n for n, g in groups.items() if g.kind in PARAMETERS and n.rpartition(".")[0] == module]
+        name = module + NESTED * (len(beside) - 1 - beside.index(name))
+        if group.kind == EXPERTS:  # A expert by expert, B with the experts innermost
+            A, B = A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
+    return {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
+
+
+def as_lora(
+    model: nn.Module,
+    *,
+    adapter: str | None = None,
+    target: str = "peft",
+    rank: int | None = None,
+    tolerance: float = TOLERANCE,
+    force: bool = False,
+    dtype: torch.dtype | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> LoraExport:
+    """A static adapter as a LoRA.
+
+    Args:
+        model: carries the adapter.
+        adapter: default: the active one.
+        target: what is to read it: `peft`, `vllm`, `llama.cpp` or `diffusers`; decides padding and what is refused.
+        rank: default: the adapter's own, which is exact. A smaller one cuts each layer's update by a truncated SVD.
+        tolerance: share of a layer's energy (squared norm of its update) that may be lost that way.
+        force: cut although more is lost.
+        dtype: of the tensors; default: the adapter's, or float32 where that is half precision, whose mixed experts
+            half precision cannot hold.
+        provenance: further facts to keep with it.
+
+    Raises:
+        LilyError: if the adapter depends on the data, the target cannot read a part of it, or cutting loses too much.
+    """
+    found = find(model, adapter)
+    wanted = TARGETS.get(target)
+    if wanted is None:
+        raise LilyError(f"no export target {target!r}; choose one of {', '.join(TARGETS)}")
+    other = other_entries(model, found, frozen=wanted.modules_to_save)
+    check_readable(target, wanted, found, other)
+    factors, groups = _joined(found)
+    own = max(f.A.shape[-2] for f in factors.values())
+    _check_rank(rank, own)
+    layers = {name: _cut(f, rank) for name, f in factors.items()}
+    poor = {n: layer.energy for n, layer in layers.items() if 1 - layer.energy > tolerance}
+    if poor and not force:
+        worst = min(poor, key=poor.__getitem__)
+        raise LilyError(
+            f"rank {rank} keeps too little of {len(poor)} of {len(layers)} layers (least: {poor[worst]:.1%} of the "
+            f"energy of {worst}; the tolerance is {1 - tolerance:.1%}); give a larger rank, or force"
+        )
+    largest = max(layer.rank for layer in layers.values())
+    rank_to = padded_rank(largest, target, wanted)
+    layers = {
+        name: _finished(layer, rank_to if wanted.uniform or wanted.ranks else layer.rank, dtype, wanted.uniform)
+        for name, layer in layers.items()
+    }
+    config = _lora_config(found, layers, rank_to)
+    rounded = dtype is not None and any(torch.promote_types(f.B.dtype, dtype) != dtype for f in factors.values())
+    exact = not rounded and all(layer.energy == 1 for layer in layers.values())
+    facts = origin(found, "export", provenance) | {
+        "exact": exact, "scaling": found.config.scaling, "rank": rank_to,
+        "adapter_parameters": found.plan.parameters.total,
+    }  # fmt: skip
+    if rank is not None and rank < own:
+        facts["energies"] = {name: layer.energy for name, layer in layers.items()}
+    return LoraExport(layers, groups, rank_to, config, other, facts, _component(found.root))
+
+
+def _check_rank(rank: int | None, own: int) -> None:
+    if rank is not None and not 1 <= rank <= own:
+        raise LilyError(
+            f"rank={rank} is not valid: the adapter has {own}; give a positive integer up to that, or leave it out for "
+            "an exact export"
+        )
+
+
+def _joined(found: Adapted) -> tuple[dict[str, Factors], dict[str, Group]]:
+    """Each layer's update and group, where the slices of one layer have become one update of the whole layer.
+
+    That is exact: its rank is the sum of theirs, A has theirs one below the other, and B is zero where a slice's
+    columns meet the outputs of another.
+    """
+    factors: dict[str, Factors] = {}
+    groups: dict[str, Group] = {}
+    slices: dict[str, list[tuple[Group, Factors]]] = {}
+    for name, layer in found.layers.items():
+        group, update = found.plan.group_of(name), layer.factors(found.name)
+        if group.kind == SLICE:
+            slices.setdefault(name.rpartition(".")[0], []).append((group, update))
+        else:
+            factors[name], groups[name] = update, group
+    for name, parts in slices.items():
+        out = layer_spec(name, found.root.get_submodule(name)).out_features
+        wide = []
+        for group, update in parts:
+            assert group.rows is not None
+            whole = update.B.new_zeros(update.B.shape[0], out)
+            part = group.rows.view(whole)
+            part.copy_((update.scaling * update.B).view(part.shape))
+            wide.append(whole)
+        factors[name] = Factors(torch.cat([update.A for _, update in parts]), torch.cat(wide), 1.0)
+        first, rank = parts[0][0], factors[name].A.shape[0]
+        groups[name] = Group(name, first.in_features, out, rank, 1, ((name,),))
+    return factors, groups
+
+
+def _cut(f: Factors, rank: int | None) -> Layer:
+    """A layer's update at its own rank, exactly, or at a smaller one by a truncated SVD of its two thin factors."""
+    r = f.A.shape[-2]
+    if rank is None or rank >= r:
+        return Layer(f.A, f.B.mT, f.scaling)
+    q_in, r_in = torch.linalg.qr(f.A.mT.double())  # (..., in, r)
+    q_out, r_out = torch.linalg.qr(f.B.mT.double())  # (..., out, r)
+    u, s, v = torch.linalg.svd(r_out @ r_in.mT)
+    total, kept = s.square().sum(-1), s[..., :rank].square().sum(-1)
+    energy = float(torch.where(total > 0, kept / total, 1.0).min())
+    root = s[..., :rank].sqrt()
+    A = (q_in @ (v[..., :rank, :].mT * root.unsqueeze(-2))).mT
+    B = q_out @ (u[..., :rank] * root.unsqueeze(-2))
+    return Layer(A.to(f.A.dtype), B.to(f.B.dtype), f.scaling, energy)
+
+
+def _finished(layer: Layer, rank: int, dtype: torch.dtype | None, uniform: bool) -> Layer:
+    """Padded with zeros to `rank`; the scaling as an alpha that is a whole number, else inside B."""
+    missing = rank - layer.rank
+    A, B = nn.functional.pad(layer.A, (0, 0, 0, missing)), nn.functional.pad(layer.B, (0, missing))
+    scale = layer.scale
+    if uniform or not (scale * rank).is_integer() or scale <= 0:
+        B, scale = B * scale, 1.0
+    return Layer(A.to("cpu", dtype), B.to("cpu", dtype), scale, layer.energy)
+
+
+def _lora_config(found: Adapted, layers: Mapping[str, Layer], rank: int) -> LoraConfig:
+    config = found.config
+    ranks = {name: layer.rank for name, layer in layers.items()}
+    alphas = {name: round(layer.scale * ranks[name]) for name, layer in layers.items()}
+    alpha = alphas[next(n for n, r in ranks.items() if r == rank)]
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=_target_modules(found),
+        target_parameters=_target_parameters(found),
+        rank_pattern={n: r for n, r in ranks.items() if r != rank},
+        alpha_pattern={n: a for n, a in alphas.items() if a != alpha},
+        fan_in_fan_out=any(type(m.get_base_layer()).__name__ == "Conv1D" for m in found.layers.values()),
+        bias={"lily_only": "lora_only"}.get(config.bias, config.bias),
+        modules_to_save=saved_modules(config),
+        task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path,
+        revision=config.revision,
+        inference_mode=True,
+    )
+
+
+def _target_modules(found: Adapted) -> list[str]:
+    """The shortest names that mean these layers and no others."""
+    specs = [spec for group in found.plan.groups for spec in group.specs if group.kind not in PARAMETERS]
+    layers = list(dict.fromkeys(spec.path for spec in specs))
+    if not layers:
+        return []
+    inside = tuple(f"{name}." for name in layers)
+    others = [n for n, _ in found.root.named_modules() if n and n not in layers and not n.startswith(inside)]
+    return sorted(_find_minimal_target_modules(layers, others))
+
+
+def _target_parameters(found: Adapted) -> list[str] | None:
+    """The names of the adapted parameters, or `module.parameter` of them where no others are called that."""
+    names = [name for name in found.layers if found.plan.group_of(name).kind in PARAMETERS]
+    short = sorted({".".join(name.split(".")[-2:]) for name in names})
+    if names and {spec.name for spec in select_parameters(found.root, short)} == set(names):
+        return short
+    return names or None
+
+
+def _component(root: nn.Module) -> str | None:
+    """What diffusers' pipelines call such a model; a model from elsewhere is no part of them."""
+    kind = type(root)
+    if kind.__module__.partition(".")[0] != "diffusers":
+        return None
+    return "unet" if "UNet" in kind.__name__ else "transformer" if "Transformer" in kind.__name__ else None

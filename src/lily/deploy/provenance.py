@@ -1,0 +1,57 @@
+"""What every export says of where it came from, and reading that again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lily._version import __version__
+from lily.io.atomic import write_text
+from lily.io.untrusted import blame, parse_text, read_header, read_json
+from lily.tuner.adapter import Adapted
+
+PROVENANCE = "lily_provenance.json"
+
+
+def origin(found: Adapted, kind: str, further: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What every export says of where it came from."""
+    config = found.config
+    return {
+        "format": f"lily {kind}", "lily": __version__, "base_model": config.base_model_name_or_path,
+        "routing": config.routing, "plan": str(found.plan).splitlines(),
+        **(config.provenance or {}), **(further or {}),
+    }  # fmt: skip
+
+
+def header(facts: Mapping[str, Any]) -> dict[str, str]:
+    """The metadata of a safetensors file that says where it came from, should it be parted from its folder."""
+    return {"format": "pt", "lily": json.dumps(facts, ensure_ascii=False)}
+
+
+def write_provenance(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Say it in a file of its own, for people."""
+    write_text(folder / PROVENANCE, json.dumps(facts, indent=2, ensure_ascii=False))
+
+
+def provenance(folder: str | Path) -> dict[str, Any] | None:
+    """Where an exported folder came from, or None for one that this package did not write.
+
+    Raises:
+        LilyError: if what it says cannot be read.
+    """
+    folder = Path(folder)
+    if (folder / PROVENANCE).is_file():
+        return _facts(folder / PROVENANCE, read_json(folder / PROVENANCE))
+    for file in sorted(folder.glob("*.safetensors")):
+        text = read_header(file).metadata.get("lily")
+        if text:
+            return _facts(file, parse_text(file, text.encode("utf-8", "surrogatepass")).value)
+    return None
+
+
+def _facts(file: Path, found: Any) -> dict[str, Any]:
+    if not isinstance(found, dict):
+        raise blame(file, "its provenance is no object with named values")
+    return found

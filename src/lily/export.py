@@ -1,0 +1,21 @@
+"""Export: a static adapter as a plain LoRA, a merged model, or a stock Lily adapter."""
+
+from lily.deploy.lora import TOLERANCE, Layer, LoraExport, as_lora, lora_entries
+from lily.deploy.provenance import PROVENANCE, provenance
+from lily.deploy.readers import TARGETS, VLLM_RANKS
+from lily.deploy.write import write_lora, write_merged, write_stock
+
+__all__ = [
+    "PROVENANCE",
+    "TARGETS",
+    "TOLERANCE",
+    "VLLM_RANKS",
+    "Layer",
+    "LoraExport",
+    "as_lora",
+    "lora_entries",
+    "provenance",
+    "write_lora",
+    "write_merged",
+    "write_stock",
+]

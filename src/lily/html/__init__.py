@@ -1,0 +1,1 @@
+"""Parts of self-contained HTML pages: markup, charts in SVG, style. Knows nothing of Lily; no script, no network."""

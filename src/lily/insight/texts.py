@@ -1,0 +1,73 @@
+"""Texts through an adapter that has no recipe: what a recipe would say of columns and lengths is fixed here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lily.errors import LilyError
+from lily.recipes import data
+from lily.recipes.data.tables import read_rows
+from lily.recipes.data.tasks import collate
+from lily.recipes.deploy import load_for_export
+from lily.recipes.scoring.inference import by_length, device_of, place, to_device
+from lily.recipes.spec.schema import File
+
+TEXT, PAIR, LABEL = "text", "text_pair", "label"
+MAX_LENGTH = 512
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Texts:
+    """An adapter on its base model, and rows as its inputs.
+
+    Attributes:
+        model: with the adapter, ready to be called.
+        batches: its inputs.
+        rows: how many these are.
+        labels: of all rows, in the batches' order; None unless each has one.
+    """
+
+    model: Any
+    batches: tuple[dict[str, Tensor], ...]
+    rows: int
+    labels: Sequence[object] | None
+
+
+def load_texts(folder: str, file: str, base: str | None, most: int | None) -> Texts:
+    """Read the column `text` of a table, and `text_pair` and `label` where they are, and load the adapter.
+
+    Texts are cut to what the tokenizer says the model takes, and to 512 tokens.
+
+    Args:
+        folder: of an adapter without a recipe.
+        file: the table.
+        base: folder of the base model; default: the one that the adapter names.
+        most: rows to take, a fixed sample; None: all.
+
+    Raises:
+        LilyError: if the adapter or its base model cannot be loaded, there is no tokenizer, or a row has no text.
+    """
+    rows = data.drawn(list(enumerate(read_rows(File(path=file)), 1)), most)
+    for number, row in rows:
+        if not isinstance(row.get(TEXT), str) or not row[TEXT].strip():
+            raise LilyError(
+                f"{file}, row {number}: no text in a column {TEXT!r}, which is read where there is no recipe; rename "
+                f"the column, or say with --recipe FILE which it is (columns: {', '.join(map(str, row))})"
+            )
+    model, tokenizer, _ = load_for_export(folder, base=base, weights=True, dtype="float32")
+    if tokenizer is None:
+        raise LilyError(f"{folder}: its base model has no tokenizer, which texts need; save one into that folder")
+    longest = min(MAX_LENGTH, tokenizer.model_max_length)
+    encoded = [dict(tokenizer(row[TEXT], row.get(PAIR), truncation=True, max_length=longest)) for _, row in rows]
+    order = list(by_length(encoded, BATCH))
+    model = place(model).eval()
+    device = device_of(model)
+    made = tuple(to_device(collate([encoded[i] for i in chosen], tokenizer, "right"), device) for chosen in order)
+    labelled = all(row.get(LABEL) is not None for _, row in rows)
+    labels = [rows[i][1][LABEL] for chosen in order for i in chosen] if labelled else None
+    return Texts(model, made, len(rows), labels)

@@ -1,0 +1,1 @@
+"""How are files read and written? Knows nothing of Lily."""

@@ -1,0 +1,1 @@
+"""The method, fast: held to `lily.functional` in values and gradients."""

@@ -1,0 +1,437 @@
+"""The method, fast: a frozen base layer and its adapter in one autograd node.
+
+The same mathematics as `functional`, which judges it. What makes it fast:
+
+- the update is added to the base layer's output as its matrix product is computed, never on its own;
+- of the activations only `x` itself is kept; backward computes h and p again, which costs one narrow product (kept,
+  they would take more memory than LoRA's narrower h does);
+- the gradient of `x` accumulates in one place, from the base layer and from A;
+- half-precision inputs are multiplied in half precision, as autocast does, without a float32 copy of them.
+
+Letters as in `functional`; `n` rows stand for all tokens of all samples, `C` (batch, r, out) for the experts that a
+sample's weights have combined already, `g` (n, E * r) for the hidden states that a token's weights have expanded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lily import functional
+from lily.kernels.matmul import bmm, mm, plus_mm
+
+# From so many tokens on, combining the experts costs less than expanding tokens: for each of several samples, and for
+# weights that all tokens share.
+COMBINE_FROM, COMBINE_SHARED_FROM = 32, 4
+
+# Up to so many tokens a forward without gradients is a matter of calls, not of arithmetic.
+FEW = 16
+
+
+class How(NamedTuple):
+    """What does not change from token to token.
+
+    Attributes:
+        routing: one of the five.
+        experts: E.
+        scaling: multiplies the update.
+        dtype: of the large matrix products.
+        activation: between A and B.
+        dropout: probability, on h; 0 outside training.
+        transposed: the base weight is (in, out), as `Conv1D` has it.
+    """
+
+    routing: str
+    experts: int
+    scaling: float
+    dtype: torch.dtype
+    activation: str = "none"
+    dropout: float = 0.0
+    transposed: bool = False
+
+
+def product_dtype(x: Tensor, A: Tensor, B: Tensor) -> torch.dtype | None:
+    """In what the fast path would multiply, or None where it does not apply and the reference must do.
+
+    Half-precision inputs stay as they are, whatever the adapter's dtype; under autocast its dtype counts.
+    """
+    if A.dtype != B.dtype or not x.is_floating_point() or A.device != x.device or A.ndim != 2:
+        return None
+    if not torch.compiler.is_compiling() and not _is_ordinary(A, B):
+        return None
+    if torch.is_autocast_enabled(x.device.type):
+        low = torch.get_autocast_dtype(x.device.type)
+        return low if x.dtype in (torch.float32, low) else None
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    return x.dtype if x.dtype == A.dtype or (half and A.dtype == torch.float32) else None
+
+
+def _plain_products(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Within, products are of what they are given: autocast has had its say in `How.dtype`."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else NOTHING
+
+
+NOTHING = contextlib.nullcontext()
+
+
+def _is_ordinary(*tensors: Tensor) -> bool:
+    """Whether nothing stands between the tensors and their values: no subclass, no functional transform."""
+    return all(type(t) in PLAIN for t in tensors) and not torch._C._are_functorch_transforms_active()
+
+
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    router: Tensor | None,
+    how: How,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """A frozen linear layer with its update.
+
+    Args:
+        x: (..., in).
+        weight: (out, in), or (in, out) if `how.transposed`; must not require a gradient.
+        bias: (out,); may require one.
+        A: (r, in).
+        B: (E * r, out).
+        router: as in `functional.lily`.
+        how: the rest.
+        mask: (batch, tokens), for `sequence`.
+
+    Returns:
+        (..., out), in `how.dtype`.
+    """
+    return _apply(x, weight, bias, None, A, B, router, mask, how)
+
+
+def plus_update(
+    result: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    router: Tensor | None,
+    how: How,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """The update on top of what any other base layer made of `x`: for quantised or trainable ones.
+
+    Args:
+        result: (..., out); stays as it is.
+        x: (..., in).
+        A: (r, in).
+        B: (E * r, out).
+        router: as in `functional.lily`.
+        how: the rest.
+        mask: (batch, tokens), for `sequence`.
+
+    Returns:
+        (..., out), in the dtype of `result`.
+    """
+    return _apply(x, None, None, result, A, B, router, mask, how)
+
+
+def _apply(x: Tensor, *rest: Any) -> Tensor:
+    if torch.is_grad_enabled():
+        return cast(Tensor, _Node.apply(x, *rest))  # type: ignore[no-untyped-call]
+    if not torch.compiler.is_compiling() and 0 < x.numel() <= FEW * x.shape[-1]:
+        y = _decode(x, *rest)
+        if y is not None:
+            return y
+    return _forward(x, *rest)[0]
+
+
+def _decode(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    result: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    router: Tensor | None,
+    mask: Tensor | None,
+    how: How,
+) -> Tensor | None:
+    """The output for a few tokens with weights of their own, in as few calls as can be: there, calls are the cost.
+
+    None where something else is asked for.
+    """
+    alone = how.routing == "sequence" and mask is None and x.ndim > 2 and x.numel() == x.shape[0] * x.shape[-1]
+    per_token = (alone or how.routing in ("token", "static")) and how.experts > 1 and router is not None
+    plain = weight is not None and result is None and not how.transposed
+    plain = plain and how.activation == "none" and not how.dropout
+    if not (per_token and plain and x.dtype == A.dtype == weight.dtype == how.dtype):  # type: ignore[union-attr]
+        return None
+    y = F.linear(x, weight, bias)  # type: ignore[arg-type]
+    h = F.linear(x, A)
+    logits = router if how.routing == "static" else F.linear(h, router)  # type: ignore[arg-type]
+    p = torch.softmax(logits, -1) if how.dtype == torch.float32 else functional.softmax(logits)  # type: ignore[arg-type]
+    g = (p.unsqueeze(-1) * h.unsqueeze(-2)).view(-1, B.shape[0])
+    y.view(-1, B.shape[1]).addmm_(g, B, alpha=how.scaling)
+    return y
+
+
+class _Node(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        x, _, bias, _, A, B, router, mask, how = inputs
+        y, weight, dropped = _forward(*inputs)
+        ctx.how = how
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(x, weight, A, B, router, mask, *dropped)
+        return y.detach()  # no view, which autograd would not let a model change in place, as ReLU(inplace=True) does
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return _differentiable_backward(ctx, dy)
+        how: How = ctx.how
+        x, weight, A, B, router, mask, *dropped = ctx.saved_tensors
+        wants_x, _, wants_bias, wants_result, wants_A, wants_B, wants_router, *_ = ctx.needs_input_grad
+        with _plain_products(x):
+            wide = dy.reshape(-1, dy.shape[-1])
+            dbias = wide.sum(0).to(ctx.bias_dtype) if wants_bias else None
+            wide = wide.to(how.dtype)
+            rows, down = x.reshape(-1, x.shape[-1]).to(how.dtype), A.to(how.dtype)
+            h, slope = dropped or activate(mm(rows, down.t()), how.activation)
+            p = _route(h, router, how)
+            dh, dw, dB = _mix_backward(wide, h, _weights(p, how, x, mask), B, how, wants_B)
+            drouter = None
+            if dw is not None and p is not None and router is not None:
+                dh, drouter = _route_backward(dh, dw, h, p, router, how, x, mask)
+            da = dh if slope is None else dh * slope
+            dA = mm(da.t(), rows).to(A.dtype) if wants_A else None
+            dx = None
+            if wants_x and weight is None:
+                dx = mm(da, down).view(x.shape).to(x.dtype)
+            elif wants_x:
+                through_base = mm(wide, weight.t() if how.transposed else weight)
+                dx = plus_mm(through_base, da, down, spare=True).view(x.shape).to(x.dtype)
+        dresult = dy if wants_result else None
+        return dx, None, dbias, dresult, dA, dB, drouter if wants_router else None, None, None
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    result: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    router: Tensor | None,
+    mask: Tensor | None,
+    how: How,
+) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+    """The output, the base weight as it was multiplied, and h and dh/da where dropout made them unrepeatable."""
+    with _plain_products(x):
+        low = x.to(how.dtype)
+        if result is None:
+            assert weight is not None
+            weight = weight.to(how.dtype)
+            y = _base(low, weight, None if bias is None else bias.to(how.dtype), how.transposed)
+        else:
+            y = result
+        a = mm(low.reshape(-1, x.shape[-1]), A.to(how.dtype).t())
+        h, slope = activate(a, how.activation, how.dropout)
+        w = _weights(_route(h, router, how), how, x, mask)
+        rows = _mix(y.reshape(-1, y.shape[-1]), h, w, B.to(how.dtype), how, spare=result is None)
+        return rows.view(y.shape), weight, (h, cast(Tensor, slope)) if how.dropout else ()
+
+
+def _route(h: Tensor, router: Tensor | None, how: How) -> Tensor | None:
+    """p: (n, E) per token, or (E,) for `static`; None where nothing is learned."""
+    if router is None:
+        return None
+    logits = router if how.routing == "static" else mm(h, router.to(how.dtype).t())
+    return torch.softmax(logits, -1, dtype=torch.promote_types(how.dtype, torch.float32))
+
+
+def _base(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    if not transposed:
+        return F.linear(x, weight, bias)
+    assert bias is not None
+    return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
+
+
+def activate(a: Tensor, activation: str, dropout: float = 0.0) -> tuple[Tensor, Tensor | None]:
+    """The hidden state h of `a` (n, r), and dh/da where that is not 1."""
+    slope: Tensor | None = None
+    h = a
+    if activation == "relu":
+        h, slope = F.relu(a), (a > 0).to(a.dtype)
+    elif activation == "silu":
+        s = torch.sigmoid(a)
+        h, slope = a * s, s * (1 + a * (1 - s))
+    elif activation == "gelu":
+        cdf = 0.5 * (1 + torch.erf(a / math.sqrt(2)))
+        h, slope = a * cdf, cdf + a * torch.exp(-0.5 * a * a) / math.sqrt(2 * math.pi)
+    if dropout:
+        kept = F.dropout(torch.ones_like(h), dropout)
+        h, slope = h * kept, kept if slope is None else slope * kept
+    return h, slope
+
+
+def _samples(x: Tensor, how: How, mask: Tensor | None) -> tuple[int, int]:
+    """How many samples (whose tokens share their weights) the rows of `x` make up, and of how many tokens each."""
+    n = x[..., 0].numel()
+    if how.experts == 1 or how.routing in ("batch", "static", "uniform"):
+        return 1, n
+    if how.routing == "sequence":
+        if x.ndim > 2:
+            return x.shape[0], n // x.shape[0] if x.shape[0] else 0
+        if mask is not None:
+            return mask.shape[0], mask.shape[1]
+    return n, 1
+
+
+def _shares(x: Tensor, how: How, mask: Tensor | None, p: Tensor) -> Tensor | None:
+    """What each token counts in its sample's mean, (batch, tokens); None: all the same."""
+    if mask is None or how.routing != "sequence":
+        return None
+    tokens = _samples(x, how, mask)[1]
+    m = (mask != 0).to(p.dtype)
+    m = m / m.sum(1, keepdim=True).clamp(min=1)  # a row of padding alone gets weight 0, not NaN
+    more = tokens // mask.shape[1]
+    return m if more == 1 else (m / more).repeat_interleave(more, 1)
+
+
+def _weights(p: Tensor | None, how: How, x: Tensor, mask: Tensor | None) -> Tensor:
+    """The mixing weights of every sample, (batch, E)."""
+    if p is None:
+        return torch.full((1, how.experts), 1 / how.experts, device=x.device, dtype=how.dtype)
+    if how.routing == "static":
+        return p.unsqueeze(0)
+    batch, tokens = _samples(x, how, mask)
+    if how.routing == "token" or (tokens == 1 and mask is None):
+        return p
+    per_sample = p.view(batch, tokens, how.experts)
+    shares = _shares(x, how, mask, p)
+    if tokens == 0:
+        return per_sample.sum(1)
+    return per_sample.mean(1) if shares is None else torch.bmm(shares.unsqueeze(1), per_sample).squeeze(1)
+
+
+def _combines(h: Tensor, w: Tensor) -> bool:
+    batch, experts = w.shape
+    least = COMBINE_SHARED_FROM if batch == 1 else COMBINE_FROM * batch
+    return experts > 1 and h.shape[0] >= max(least, 1)
+
+
+def _combine(w: Tensor, B: Tensor, how: How) -> Tensor:
+    """C (batch, r, out), scaled, of the weights (batch, E)."""
+    return (_scaled(w, how, B.dtype) @ B.view(how.experts, -1)).view(w.shape[0], -1, B.shape[1])
+
+
+def _expand(h: Tensor, w: Tensor, how: How) -> Tensor:
+    """The expanded hidden states g (n, E * r), scaled."""
+    return (_scaled(_per_token(w, h), how, h.dtype).unsqueeze(2) * h.unsqueeze(1)).flatten(1)
+
+
+def _scaled(w: Tensor, how: How, dtype: torch.dtype) -> Tensor:
+    return (w if how.scaling == 1 else w * how.scaling).to(dtype)
+
+
+def _per_token(w: Tensor, h: Tensor) -> Tensor:
+    """(batch, E) -> (n, E)."""
+    return w if w.shape[0] == h.shape[0] else w.repeat_interleave(h.shape[0] // w.shape[0], 0)
+
+
+def _mix(y: Tensor, h: Tensor, w: Tensor, B: Tensor, how: How, spare: bool) -> Tensor:
+    """`y` (n, out) plus the update."""
+    if not _combines(h, w):
+        return _plus(y, _expand(h, w, how), B, spare)
+    C = _combine(w, B, how)
+    batch = w.shape[0]
+    if batch == 1:
+        return _plus(y, h, C[0], spare)
+    update = bmm(h.view(batch, -1, h.shape[1]), C).view(y.shape)
+    return y.add_(update) if spare else y + update.to(y.dtype)
+
+
+def _plus(y: Tensor, g: Tensor, B: Tensor, spare: bool) -> Tensor:
+    return plus_mm(y, g, B, spare) if y.dtype == g.dtype else y + mm(g, B).to(y.dtype)
+
+
+def _mix_backward(
+    dy: Tensor, h: Tensor, w: Tensor, B: Tensor, how: How, wants_B: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradients dh (n, r), dw (batch, E) where there is a router, dB (E * r, out), of dy (n, out)."""
+    experts, r = how.experts, h.shape[1]
+    learns = experts > 1 and how.routing != "uniform"
+    low = B.to(dy.dtype)
+    dw = dB = None
+    if _combines(h, w):
+        batch = w.shape[0]
+        C = _combine(w, low, how)
+        per_sample = dy.view(batch, -1, dy.shape[1])
+        if learns or wants_B:
+            dC = bmm(h.view(batch, -1, r).transpose(1, 2), per_sample).view(batch, -1)
+            dB = (_scaled(w, how, dC.dtype).t() @ dC).view(B.shape).to(B.dtype) if wants_B else None
+            dw = (dC @ low.view(experts, -1).t()).to(w.dtype) * how.scaling if learns else None
+        return bmm(per_sample, C.transpose(1, 2)).reshape(-1, r), dw, dB
+    g = _expand(h, w, how)
+    if wants_B:
+        dB = mm(g.t(), dy).to(B.dtype)
+    dg = mm(dy, low.t()).view(h.shape[0], experts, r)
+    scaled = _scaled(_per_token(w, h), how, dg.dtype)
+    dh = torch.bmm(scaled.unsqueeze(1), dg).squeeze(1)
+    if learns:
+        dw = torch.bmm(dg, h.unsqueeze(2)).squeeze(2).to(w.dtype) * how.scaling
+        if w.shape[0] != h.shape[0]:
+            dw = dw.view(w.shape[0], h.shape[0] // w.shape[0], experts).sum(1)
+    return dh, dw, dB
+
+
+def _route_backward(
+    dh: Tensor, dw: Tensor, h: Tensor, p: Tensor, router: Tensor, how: How, x: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The gradient dh with what comes through the router, and the router's own gradient."""
+    if how.routing == "static":
+        dw = dw[0]
+        return dh, (p * (dw - (p * dw).sum())).to(router.dtype)
+    dp = dw
+    if how.routing != "token":
+        batch, tokens = _samples(x, how, mask)
+        shares = _shares(x, how, mask, p)
+        if shares is None:
+            dp = (dw / max(tokens, 1)).unsqueeze(1).expand(batch, tokens, -1).reshape(p.shape)
+        else:
+            dp = (shares.unsqueeze(2) * dw.unsqueeze(1)).view(p.shape)
+    dlogits = (p * (dp - (p * dp).sum(-1, keepdim=True))).to(h.dtype)
+    return torch.addmm(dh, dlogits, router.to(h.dtype)), mm(dlogits.t(), h).to(router.dtype)
+
+
+def _differentiable_backward(ctx: Any, dy: Tensor) -> Any:
+    """The gradients as a function that can be differentiated again, by way of the reference."""
+    how: How = ctx.how
+    x, weight, A, B, router, mask, *_ = ctx.saved_tensors
+    if how.dropout:
+        raise RuntimeError("Lily's dropout cannot be differentiated twice; set dropout=0 or call eval()")
+    inputs = {"x": x, "A": A, "B": B, "router": router}
+    wanted = {name: t for name, t in inputs.items() if t is not None and t.requires_grad}
+    with _plain_products(x):
+        low_x, low_A, low_B = (t.to(how.dtype) for t in (x, A, B))
+        low_router = None if router is None else router.to(how.dtype)
+        experts = low_B.view(how.experts, -1, B.shape[1])
+        y = functional.lily(
+            low_x, low_A, experts, low_router, routing=how.routing, scaling=how.scaling, activation=how.activation,
+            mask=mask,
+        )  # fmt: skip
+        if weight is not None:
+            y = y + low_x @ (weight if how.transposed else weight.t())
+        found = torch.autograd.grad(y, list(wanted.values()), dy.to(y.dtype), create_graph=True, allow_unused=True)
+    by_name = dict(zip(wanted, found, strict=True))
+    dbias = dy.reshape(-1, dy.shape[-1]).sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
+    dresult = dy if ctx.needs_input_grad[3] else None
+    return by_name.get("x"), None, dbias, dresult, *(by_name.get(name) for name in ("A", "B", "router")), None, None

@@ -1,0 +1,229 @@
+"""The bank: the tensors that layers share, each once, at the root of the adapted model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from lily.layers.attention_masks import MaskTracker, watch
+from lily.layers.devices import Placement
+from lily.plan.sharing_plan import Group, SharingPlan, Slot
+from lily.plan.specs import EMBEDDING
+
+BANK = "lily_bank"
+
+
+class Settled:
+    """How far the routing of an adapter has moved from the data's weights to each layer's static ones.
+
+    Args:
+        share: 0: the data's weights; 1: the static ones alone.
+
+    Attributes:
+        begun: whether static weights have a share at all.
+        done: whether nothing depends on the data any more.
+    """
+
+    def __init__(self, share: float) -> None:
+        # A tensor, so that a compiled layer is not compiled again at every step.
+        self._share = torch.tensor(share, dtype=torch.float64)
+        self.move(share)
+
+    def move(self, share: float) -> None:
+        """Go to another share."""
+        self._share.fill_(share)
+        self.begun, self.done = share > 0, share >= 1
+
+    def blend(self, dynamic: Tensor, static: Tensor) -> Tensor:
+        """The weights that are used: `dynamic` (..., E) and `static` (E,) interpolated."""
+        return torch.lerp(dynamic, static.expand_as(dynamic), self._share.to(dynamic))
+
+
+class LilyBank(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+    """Every A and B of every adapter, and the plan that says who uses them.
+
+    A `BaseTunerLayer` without a base layer, so that PEFT, transformers and diffusers, which switch, freeze, cast and
+    delete adapters layer by layer, treat the shared tensors as they treat a layer's own.
+
+    Attributes:
+        lily_A: adapter -> list of A, each (r, in), numbered as `SharingPlan.blocks`; of a parameter that stacks experts
+            one tensor of all its A, (A * r, in).
+        lily_B: adapter -> list of B, each (experts * r, out), one per group; stock PEFT's layout.
+        lily_R: adapter -> number of the group -> router R (experts, r), where a group's layers share one.
+        plans: adapter -> its sharing plan.
+        placements: adapter -> device and dtype of each A and B, those of the first layer that uses it.
+        settled: adapter -> how far its routing has settled; absent: it is not settling.
+        masks: what `sequence` routing asks for the attention mask.
+        arrived: what is being loaded into a model that accelerate spreads over devices, until it has.
+    """
+
+    # PEFT asks every tuner layer for its base layer's; the bank has none.
+    weight = None
+    bias = None
+
+    adapter_layer_names: tuple[str, ...] = ("lily_A", "lily_B", "lily_R")
+    other_param_names: tuple[str, ...] = ("plans", "placements", "settled")
+
+    if TYPE_CHECKING:  # BaseTunerLayer's own, which has no types
+
+        def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+            """Switch and freeze."""
+
+        def delete_adapter(self, adapter_name: str) -> None:
+            """Forget."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lily_A = nn.ModuleDict({})
+        self.lily_B = nn.ModuleDict({})
+        self.lily_R = nn.ModuleDict({})
+        self.plans: dict[str, SharingPlan] = {}
+        self.placements: dict[str, tuple[list[Placement], list[Placement]]] = {}
+        self.settled: dict[str, Settled] = {}
+        self.masks = MaskTracker()
+        self.arrived: dict[str, Tensor] = {}
+        self.watching: list[Any] = []
+        self._disable_adapters = False
+        self._active_adapter: str | list[str] = []
+        self.merged_adapters: list[str] = []
+
+    def add(
+        self,
+        adapter: str,
+        plan: SharingPlan,
+        places: Mapping[str, Placement],
+        init_weights: bool,
+        activations: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """Create the tensors of a plan; see `first_values` for what is in them.
+
+        Args:
+            adapter: its name; an adapter of that name is replaced.
+            plan: who shares what.
+            places: device and dtype by layer.
+            init_weights: False starts all of them at random.
+            activations: group -> what is between its A and B, if anything.
+        """
+        self.plans[adapter] = plan
+        starts = {g.name: first_values(g, init_weights, activations.get(g.name, "none")) for g in plan.groups}
+        on_A, on_B = [places[block[0]] for _, block in plan.blocks], [places[g.layers[0]] for g in plan.groups]
+        self.placements[adapter] = (on_A, on_B)
+        self.lily_A[adapter] = nn.ParameterList(
+            _shared(group.rows_A, group.in_features, place, starts[group.name][0])
+            for (group, _), place in zip(plan.blocks, on_A, strict=True)
+        )
+        self.lily_B[adapter] = nn.ParameterList(
+            _shared(g.num_B * g.r, g.out_features, place, starts[g.name][1])
+            for g, place in zip(plan.groups, on_B, strict=True)
+        )
+        if plan.shared_router:
+            routers = {
+                str(i): _shared(g.num_B, g.r, place, _kaiming)
+                for i, (g, place) in enumerate(zip(plan.groups, on_B, strict=True))
+                if g.num_B > 1
+            }
+            self.lily_R[adapter] = nn.ParameterDict(routers)
+
+    def tensors(self, adapter: str) -> tuple[nn.ParameterList, nn.ParameterList]:
+        """The A and the B of an adapter, in the plan's order. Ask at each use: sharding swaps the parameters."""
+        return cast(nn.ParameterList, self.lily_A[adapter]), cast(nn.ParameterList, self.lily_B[adapter])
+
+    def pair(self, adapter: str, slot: Slot) -> tuple[Tensor, Tensor]:
+        """One layer's A and B; like `tensors`, but for one look-up at each forward."""
+        (tensors_A, tensors_B), (a, b) = self.tensors(adapter), (str(slot.A), str(slot.B))
+        # A list of parameters spends longer on its index than a small product takes. Subscripts and not get(): by them
+        # DeepSpeed's ZeRO-3, which replaces the dictionary, notices that a layer uses a parameter which is not its own,
+        # and gathers it. Where FSDP1 has put a plain tensor in a parameter's place, the attribute is that.
+        of_A, of_B = tensors_A._parameters, tensors_B._parameters
+        A = of_A[a] if a in of_A else getattr(tensors_A, a)
+        B = of_B[b] if b in of_B else getattr(tensors_B, b)
+        return cast(Tensor, A), cast(Tensor, B)
+
+    def router(self, adapter: str, slot: Slot) -> Tensor:
+        """The router R (experts, r) that the layers of a group share."""
+        return getattr(self.lily_R[adapter], str(slot.B))  # type: ignore[no-any-return]
+
+    def watch(self, model: nn.Module, layers: list[str]) -> None:
+        """Have the attention mask of `model`'s forwards noted for `layers`; none: stop noting it."""
+        for handle in self.watching:
+            handle.remove()
+        self.watching = watch(model, layers, self.masks) if layers else []
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pass `x` on: a root that calls all its children in turn (`nn.Sequential`) calls the bank too."""
+        return x
+
+    def get_base_layer(self) -> nn.Module:
+        """The bank wraps nothing: itself."""
+        return self
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        if adapter_name not in self.plans:
+            return
+        (on_A, on_B), holders = self.placements[adapter_name], (self.lily_A, self.lily_B, self.lily_R)
+        for holder, places in zip(holders, (on_A, on_B, on_B), strict=True):
+            own = holder[adapter_name]._parameters if adapter_name in holder else {}
+            for number, tensor in own.items():
+                home, dtype = places[int(number)]
+                if tensor is not None and tensor.device.type != "meta":
+                    own[number] = nn.Parameter(tensor.to(device or home, dtype), tensor.requires_grad)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Layers decide; see `lily.tuner.registry` for how PEFT's conversion passes the bank over."""
+        return True
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The bank adds nothing itself."""
+        return torch.zeros(0, 0)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Nothing to do: layers merge."""
+
+    def unmerge(self) -> None:
+        """Nothing to do: layers unmerge."""
+
+    def __repr__(self) -> str:
+        return f"lily.LilyBank({', '.join(self.plans)})"
+
+
+def bank_of(model: nn.Module) -> LilyBank:
+    """The bank of an adapted model.
+
+    Raises:
+        AttributeError: if the model carries no Lily adapter.
+    """
+    bank = getattr(model, BANK)
+    assert isinstance(bank, LilyBank)
+    return bank
+
+
+Fill = Callable[[Tensor], Tensor]
+
+
+def first_values(group: Group, init_weights: bool, activation: str) -> tuple[Fill, Fill]:
+    """How the A and the B of a group start: A Kaiming-uniform and B zero, so that the update is zero.
+
+    An embedding's A starts at zero and its B as standard normal numbers, as LoRA's do: A has a column for every row of
+    the embedding, and those of rows that training never looks up must not move with B. (After ReLU, whose gradient at
+    zero is zero, that A would never learn.)
+    """
+    if not init_weights:
+        return _kaiming, _kaiming
+    if group.kind == EMBEDDING and activation != "relu":
+        return nn.init.zeros_, nn.init.normal_
+    return _kaiming, nn.init.zeros_
+
+
+def _kaiming(weight: Tensor) -> Tensor:
+    return nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+
+
+def _shared(rows: int, columns: int, place: Placement, fill: Fill) -> nn.Parameter:
+    device, dtype = place
+    return nn.Parameter(fill(torch.empty(rows, columns)).to(device, dtype))

@@ -1,0 +1,29 @@
+"""Adapted layers of a model, and whether the model must note attention masks for them."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lily.layers.bank import bank_of
+from lily.layers.layer import LilyLayer
+from lily.layers.sharding import unwrapped
+
+
+def layers_of(root: nn.Module) -> dict[str, LilyLayer]:
+    """All adapted layers of a model, by the names that plans have for them."""
+    found = ((unwrapped(path), module) for path, module in root.named_modules() if isinstance(module, LilyLayer))
+    return {layer.name_in_plan(path): layer for path, layer in found}
+
+
+def watch_masks(model: nn.Module) -> None:
+    """Have attention masks noted for the layers that ask for them now.
+
+    Args:
+        model: the root that holds the bank.
+    """
+    asking = [
+        name
+        for name, m in model.named_modules()
+        if isinstance(m, LilyLayer) and (m.statistics or "sequence" in m.routing.values())
+    ]
+    bank_of(model).watch(model, asking)

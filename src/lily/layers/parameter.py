@@ -1,0 +1,99 @@
+"""An adapted parameter: a matrix, or the stacked matrices of a mixture's experts.
+
+The module that owns it goes on computing whatever it computes, with another weight: nobody here sees its tokens. So the
+update has to be a matrix (static weights), and it is added to the weight for the time of a forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lily.layers.bank import LilyBank
+from lily.layers.devices import call_with, placement
+from lily.layers.part import Nested
+from lily.plan.config import LilyConfig
+from lily.plan.sharing_plan import Group, Slot
+from lily.plan.specs import EXPERTS, is_transposed
+
+
+class Parameter(Nested):
+    """An adapted parameter of `base_layer`; two of one module are nested, as PEFT's LoRA nests them.
+
+    Like there, the update is in force while the module is called; who reads the parameter from outside gets the
+    frozen one.
+
+    Args:
+        base_layer: the module that owns the parameter, or another adapted parameter of it.
+        bank: the shared tensors.
+        part: the parameter's name in that module.
+    """
+
+    def __init__(self, base_layer: nn.Module, bank: LilyBank, part: str) -> None:
+        super().__init__(base_layer, bank, part)
+        self.weight_name = part
+        self.experts = 0  # of a matrix
+        self.strides: dict[str, int] = {}
+
+    @property
+    def adapted_weight(self) -> Any:
+        """The parameter as the module has it."""
+        return getattr(self.base, self.weight_name)
+
+    def update_layer(
+        self, adapter: str, group: Group, slot: Slot, config: LilyConfig, device: torch.device | None = None
+    ) -> None:
+        """See `LilyLayer.update_layer`."""
+        if group.kind == EXPERTS:
+            self.experts, self.strides[adapter] = len(group.members), group.stride
+            self.transposed = is_transposed(self.base)
+        super().update_layer(adapter, group, slot, config, device)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        logits = self.lily_logits.get(adapter_name)
+        if logits is not None and not logits.is_meta:
+            home, dtype = placement(self, parameter=self.weight_name)
+            self.lily_logits[adapter_name] = nn.Parameter(logits.to(device or home, dtype), logits.requires_grad)
+
+    def tensors_of(self, adapter: str, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+        """A and B (experts of B, r, out). Of stacked experts, A is (experts, r, in): each one's own."""
+        A, B = super().tensors_of(adapter, device)
+        if not self.experts:
+            return A, B
+        A, stride = A.view(-1, self.r[adapter], A.shape[1]), self.strides[adapter]
+        return (A if stride == 1 else A[torch.arange(self.experts, device=A.device) // stride]), B
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module makes of its arguments with the updated weights, those of the whole nest."""
+        acting = [(layer, layer.acting()) for layer in self.nest]
+        if not any(adapters for _, adapters in acting):
+            return self.base(*args, **kwargs)
+        return call_with(self.base, partial(_updated, acting), args, kwargs)
+
+    def updated(self, adapters: Sequence[str]) -> Tensor:
+        """The weight with the updates of some adapters, in its own dtype."""
+        weight: Tensor = self.adapted_weight
+        for adapter in adapters:
+            weight = self._plus_update(weight, adapter)
+        return weight
+
+    def _plus_update(self, weight: Tensor, adapter: str) -> Tensor:
+        """`weight` with an update: for all experts as one batched product, added as it is computed."""
+        A, B = self.tensors_of(adapter, weight.device)
+        with torch.autocast(weight.device.type, enabled=False):  # the weight keeps its dtype
+            mixed = self._mixed(B, self.router_of(adapter))
+            left, right = (A.mT, mixed) if self.transposed else (mixed.mT, A)
+            add = torch.baddbmm if self.experts else torch.addmm
+            return add(weight, left.to(weight), right.to(weight), alpha=self.scaling[adapter])
+
+    def _mixed(self, B: Tensor, logits: Tensor | None) -> Tensor:
+        mixed = super()._mixed(B, logits)
+        return mixed if not self.experts or mixed.ndim == 3 else mixed.expand(self.experts, *mixed.shape)
+
+
+def _updated(acting: Sequence[tuple[Parameter, Sequence[str]]]) -> dict[str, Tensor]:
+    return {layer.weight_name: layer.updated(adapters) for layer, adapters in acting if adapters}

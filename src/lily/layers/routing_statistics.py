@@ -1,0 +1,106 @@
+"""Recording what routers do, in one pass and without keeping a token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+TINY = 1e-30  # weight of an expert that no token chose; its logit stays finite
+
+
+def per_token(w: Tensor, h: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The weights of a forward for each token, and which tokens count, in float64.
+
+    Args:
+        w: the weights used: (E,), (batch, 1, E) or (..., E).
+        h: (..., r), whose leading shape says how many tokens each of them stands for.
+        mask: (batch, tokens), nonzero where a token counts; None: all do.
+
+    Returns:
+        (..., E) and (...), of h's leading shape.
+    """
+    w = w.detach().double().expand(*h.shape[:-1], -1)
+    counts = w.new_ones(h.shape[:-1])
+    if mask is not None:
+        m = (mask != 0).double()
+        m = m.reshape(-1) if h.ndim == 2 else m.reshape(*m.shape, *([1] * (h.ndim - 1 - m.ndim)))
+        counts = counts * m
+    return w, counts
+
+
+@dataclass
+class RoutingStatistics:
+    """Sums over tokens of the expert weights that a layer used, in float64.
+
+    Attributes:
+        total: sum of the weights, (E,).
+        square: sum of their squares, (E,).
+        count: tokens seen.
+        training_only: whether forwards in eval mode are none of its business.
+        per_token: whether it is each token's own weights that count, whatever the routing makes of them.
+    """
+
+    total: Tensor
+    square: Tensor
+    count: Tensor
+    training_only: bool = False
+    per_token: bool = False
+
+    @classmethod
+    def empty(cls, experts: int, training_only: bool = False, per_token: bool = False) -> RoutingStatistics:
+        """Nothing seen yet."""
+        total, square, count = (torch.zeros(n, dtype=torch.float64) for n in (experts, experts, 1))
+        return cls(total, square, count, training_only, per_token)
+
+    def wants(self, training: bool) -> bool:
+        """Whether a forward in that mode counts."""
+        return training or not self.training_only
+
+    def add(self, w: Tensor, h: Tensor, mask: Tensor | None) -> None:
+        """Count one forward.
+
+        Args:
+            w: the weights used: (E,), (batch, 1, E) or (..., E).
+            h: (..., r), whose leading shape says how many tokens each of them stands for.
+            mask: (batch, tokens), nonzero where a token counts; None: all do.
+        """
+        with torch.no_grad():
+            w, counts = per_token(w, h, mask)
+            weighted = (w * counts.unsqueeze(-1)).flatten(0, -2)
+            if self.count.device != w.device:
+                self.total, self.square, self.count = (t.to(w.device) for t in (self.total, self.square, self.count))
+            self.total += weighted.sum(0)
+            self.square += (weighted * w.flatten(0, -2)).sum(0)
+            self.count += counts.sum()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        for kept in (self.total, self.square, self.count):
+            kept.zero_()
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean weights, (E,); uniform where nothing was seen."""
+        if not self.count.item():
+            return torch.full_like(self.total, 1 / self.total.numel())
+        return self.total / self.count
+
+    @property
+    def variance(self) -> float:
+        """Variance of the weight vector over the tokens, summed over experts: 0 where the data do not matter."""
+        if not self.count.item():
+            return 0.0
+        return float((self.square / self.count - self.mean.square()).clamp(min=0).sum())
+
+
+def all_reduce(statistics: RoutingStatistics) -> None:
+    """Add up what all processes of a distributed run have seen; alone, nothing happens."""
+    if dist.is_available() and dist.is_initialized():
+        packed = torch.cat([statistics.total, statistics.square, statistics.count])
+        dist.all_reduce(packed)
+        experts = statistics.total.numel()
+        statistics.total, statistics.square = packed[:experts], packed[experts:-1]
+        statistics.count = packed[-1:]

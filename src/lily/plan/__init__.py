@@ -1,0 +1,8 @@
+"""What is adapted, who shares what, and what does it cost? Decided before a weight is read."""
+
+from lily.plan.config import LilyConfig
+from lily.plan.select import select_targets
+from lily.plan.sharing_plan import SharingPlan, build_plan
+from lily.plan.specs import ModuleSpec
+
+__all__ = ["LilyConfig", "ModuleSpec", "SharingPlan", "build_plan", "select_targets"]

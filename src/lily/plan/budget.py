@@ -1,0 +1,325 @@
+"""One dial: from a parameter budget to r, num_A and num_B, and from a plan to what it costs.
+
+Arithmetic on names and shapes only: no model, no tensor. A Lily adapter's size is linear in its rank,
+
+    parameters(r) = r * sum over groups of (n_A * in + num_B * out + layers * num_B) + layers * num_B (static routing)
+
+with `n_A` the number of A of a group and the router's term only where there is a router, so the largest rank that
+fits a budget is one division, and the only choice left is how many layers share an A and how many experts there are.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+from lily.errors import LilyError
+from lily.plan.options import ROUTINGS
+from lily.plan.sharing_plan import group_key, router_size
+from lily.plan.specs import EMBEDDING, PARAMETERS, ModuleSpec, count_base_parameters, require_modules, require_positive
+
+DEFAULT_RANK = 32  # the paper's rank for encoders and vision transformers, and stock PEFT's default
+LAYERS_PER_A = 14  # Hugging Face's best run: 28 layers, two A
+WELL_USED = 0.9  # of a budget; below it, the reason says what holds the rank down
+FEWEST, MOST = 2, 4  # the paper's range of num_A = num_B for 12 to 32 layers
+
+SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
+COUNT = re.compile(r"(\d[\d_,]*(?:\.\d+)?(?:e\+?\d{1,2})?)\s*([kmbg]?)")
+
+
+def parse_count(value: str | int) -> int:
+    """Read a number of parameters: `1.2M`, `800k`, `1_000_000`, `1e6` or an int.
+
+    Args:
+        value: digits with an optional `k`, `M`, `B` or `G` (in any case); fractions of a parameter are dropped.
+
+    Raises:
+        LilyError: if it is not a number, or less than 1.
+    """
+    match = None if isinstance(value, bool) else COUNT.fullmatch(str(value).strip().lower())
+    if match is None:
+        raise LilyError(f"{value!r} is not a number of parameters; write it like 1.2M, 800k or 1_000_000")
+    count = int(Decimal(re.sub("[_,]", "", match[1])) * SUFFIXES[match[2]])
+    if count < 1:
+        raise LilyError(f"{value!r} is less than one parameter; write a budget like 1.2M, 800k or 1_000_000")
+    return count
+
+
+def lora_parameters(modules: Sequence[ModuleSpec], r: int) -> int:
+    """Parameters of LoRA of rank `r` on these layers: `r * (in + out)` each, and for each of stacked experts."""
+    return r * sum(m.experts * (m.in_features + m.out_features) for m in modules)
+
+
+def lora_compute(modules: Sequence[ModuleSpec], r: int, tokens: int) -> float:
+    """Multiply-adds of LoRA of rank `r`, as a share of these layers' own; see `Compute`.
+
+    Args:
+        modules: the layers.
+        r: LoRA's rank.
+        tokens: of a batch, for which the update of a parameter is computed once.
+    """
+    return sum(_lora_of(m, r, tokens) for m in modules) / count_base_parameters(modules)
+
+
+def _lora_of(m: ModuleSpec, r: int, tokens: int) -> float:
+    if m.kind in PARAMETERS:
+        return m.experts * r * m.in_features * m.out_features / tokens
+    return r * ((0 if m.kind == EMBEDDING else m.in_features) + m.out_features)
+
+
+def equal_lora_rank(modules: Sequence[ModuleSpec], parameters: int) -> int:
+    """The largest LoRA rank on these layers with no more than `parameters` parameters.
+
+    At least 1: below `lora_parameters(modules, 1)` there is no smaller LoRA, and rank 1 is the nearest one.
+
+    Raises:
+        LilyError: if there are no layers.
+    """
+    require_modules(modules)
+    return max(1, parameters // lora_parameters(modules, 1))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A shape for the adapter, and why.
+
+    Attributes:
+        r: rank.
+        num_A: A per group, or None where `stride_A` was given.
+        stride_A: layers per A where that was given, else None.
+        num_B: experts per group.
+        parameters: what an adapter of this shape trains.
+        reason: one sentence per decision.
+    """
+
+    r: int
+    num_A: int | None
+    stride_A: int | None
+    num_B: int
+    parameters: int
+    reason: tuple[str, ...]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The same as keyword arguments of `LilyConfig`."""
+        values = {"r": self.r, "num_A": self.num_A, "stride_A": self.stride_A, "num_B": self.num_B}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """A group as far as its size depends on it."""
+
+    name: str
+    in_features: int
+    out_features: int
+    layers: int
+
+
+@dataclass(frozen=True)
+class _Sharing:
+    """How much is shared: exactly one of num_A and stride_A, num_B, and whether a group has one router."""
+
+    num_A: int | None
+    stride_A: int | None
+    num_B: int
+    shared_router: bool = False
+
+    def count_A(self, layers: int) -> int:
+        stride = self.stride_A or math.ceil(layers / (self.num_A or 1))
+        return math.ceil(layers / stride)
+
+
+def choose(
+    modules: Sequence[ModuleSpec],
+    *,
+    parameters: int | None = None,
+    match_lora: int | None = None,
+    r: int | None = None,
+    num_A: int | None = None,
+    stride_A: int | None = None,
+    num_B: int | None = None,
+    routing: str = "token",
+    targets: object = None,
+    shared_router: bool = False,
+) -> Choice:
+    """Choose what is not given of r, num_A and num_B.
+
+    `num_A = num_B = n`, one A for about 14 layers, at least 2 and at most 4 (never more than one per two layers):
+    the paper uses 2 to 4 for 12 to 32 layers, Hugging Face's best run 2 for 28. Then r is the largest rank that
+    fits. Where that would exceed the smallest side of a target, n grows instead; where not even r = 1 fits, n
+    shrinks. With both a budget and `r`, n is the largest that fits. Without a budget, r is 32 unless given.
+
+    Args:
+        modules: the layers to adapt.
+        parameters: the budget; the result never exceeds it.
+        match_lora: the other way to say it: as many parameters as LoRA of this rank on the same layers.
+        r: rank, kept if given; so are `num_A`, `stride_A` and `num_B`.
+        num_A: A per group.
+        stride_A: layers per A; instead of `num_A`.
+        num_B: experts per group.
+        routing: decides how large the routers are.
+        targets: the adapter's `target_modules`, which decide how layers group; see `lily.plan.build_plan`.
+        shared_router: whether the layers of a group have one router.
+
+    Raises:
+        LilyError: if the budget is too small (with the smallest one that works), said twice, or a value is not
+            positive.
+    """
+    require_modules(modules)
+    require_positive(parameters=parameters, match_lora=match_lora, r=r, num_A=num_A, stride_A=stride_A, num_B=num_B)
+    _not_both(parameters=parameters, match_lora=match_lora)
+    _not_both(num_A=num_A, stride_A=stride_A)
+    if routing not in ROUTINGS:
+        raise LilyError(f"routing={routing!r} is not known; choose one of {', '.join(ROUTINGS)}")
+    shapes = _shapes(modules, targets)
+    depth = max(s.layers for s in shapes)
+
+    def sharing(n: int) -> _Sharing:
+        return _Sharing(num_A if num_A or stride_A else n, stride_A, num_B or n, shared_router)
+
+    def cost(rank: int, n: int) -> int:
+        return _parameters(shapes, rank, sharing(n), routing)
+
+    usual = _usual(depth)
+    budget = lora_parameters(modules, match_lora) if match_lora is not None else parameters
+    most = depth if sharing(1) != sharing(depth) else 1  # nothing is left to vary where all is given
+    if budget is None:
+        n, rank = usual, r or min(DEFAULT_RANK, _cap(shapes))
+    elif cost(r or 1, 1) > budget:
+        raise LilyError(_too_small(budget, cost(r or 1, 1), r, sharing(1)))
+    elif r is not None:
+        rank, n = r, max(n for n in range(1, most + 1) if cost(r, n) <= budget)
+    else:
+        rank, n = _best(shapes, routing, budget, [sharing(n) for n in range(1, most + 1)], min(usual, most))
+    chosen, size = sharing(n), cost(rank, n)
+    reason = (
+        *_why_budget(budget, match_lora, len(modules)),
+        *_why_sharing(chosen, n, usual, depth, given=(num_A or stride_A, num_B), rank_given=r is not None),
+        *_why_rank(shapes, rank, r, budget, size),
+    )
+    return Choice(rank, chosen.num_A, chosen.stride_A, chosen.num_B, size, reason)
+
+
+def _not_both(**values: int | None) -> None:
+    if None not in values.values():
+        raise LilyError(f"{' and '.join(values)} say the same thing twice; give one of them")
+
+
+def _shapes(modules: Sequence[ModuleSpec], targets: object) -> list[_Shape]:
+    layers: Counter[ModuleSpec] = Counter()
+    for m in modules:
+        layers[group_key(m, targets)] += m.experts
+    return [_Shape(key.name, key.in_features, key.out_features, count) for key, count in layers.items()]
+
+
+def _parameters(shapes: Sequence[_Shape], r: int, sharing: _Sharing, routing: str) -> int:
+    return sum(
+        r * (sharing.count_A(s.layers) * s.in_features + sharing.num_B * s.out_features)
+        + (1 if sharing.shared_router else s.layers) * router_size(routing, r, sharing.num_B)
+        for s in shapes
+    )
+
+
+def _usual(depth: int) -> int:
+    """num_A = num_B by the rule: see `choose`."""
+    return max(1, min(max(FEWEST, math.ceil(depth / LAYERS_PER_A)), MOST, depth // 2))
+
+
+def _narrowest(shapes: Sequence[_Shape]) -> _Shape:
+    return min(shapes, key=lambda s: min(s.in_features, s.out_features))
+
+
+def _cap(shapes: Sequence[_Shape]) -> int:
+    """The largest rank that means anything: the smallest side of any target."""
+    narrowest = _narrowest(shapes)
+    return min(narrowest.in_features, narrowest.out_features)
+
+
+def _largest_rank(shapes: Sequence[_Shape], sharing: _Sharing, routing: str, budget: int) -> int:
+    """The largest r within the budget, 0 if there is none. The size is linear in r, so two points give the line."""
+    one = _parameters(shapes, 1, sharing, routing)
+    slope = _parameters(shapes, 2, sharing, routing) - one
+    return max(0, (budget - one + slope) // slope)
+
+
+def _best(
+    shapes: Sequence[_Shape], routing: str, budget: int, sharings: Sequence[_Sharing], usual: int
+) -> tuple[int, int]:
+    """(r, n) for a free rank: the usual n, less if r = 1 does not fit, more if r would exceed the cap.
+
+    Among the n from the usual one to the first that is not capped, the one with the most parameters: the first
+    uncapped one may, by the grain of its rank, use less of the budget than the last capped one.
+    """
+    cap = _cap(shapes)
+    ranks = [_largest_rank(shapes, sharing, routing, budget) for sharing in sharings]
+    start = max(n for n in range(1, usual + 1) if ranks[n - 1] >= 1)
+    end = next((n for n in range(start, len(ranks) + 1) if ranks[n - 1] <= cap), len(ranks))
+    candidates = [(min(ranks[n - 1], cap), n) for n in range(start, end + 1) if ranks[n - 1] >= 1]
+    return max(candidates, key=lambda c: (_parameters(shapes, c[0], sharings[c[1] - 1], routing), -c[1]))
+
+
+def _too_small(budget: int, least: int, r: int | None, sharing: _Sharing) -> str:
+    shape = f"r={r or 1}, {_say_A(sharing)}, num_B={sharing.num_B}"
+    fix = "give at least that many" + (", or leave r free" if r is not None else "") + ", or adapt fewer layers"
+    return f"{budget:,} parameters are too few: the smallest Lily on these layers ({shape}) has {least:,}; {fix}"
+
+
+def _say_A(sharing: _Sharing) -> str:
+    return f"num_A={sharing.num_A}" if sharing.stride_A is None else f"stride_A={sharing.stride_A}"
+
+
+def _why_budget(budget: int | None, match_lora: int | None, layers: int) -> list[str]:
+    if budget is None:
+        return []
+    if match_lora is not None:
+        return [f"Budget {budget:,}: what LoRA of rank {match_lora} has on these {layers} layers."]
+    return [f"Budget {budget:,}: as given."]
+
+
+def _why_sharing(
+    sharing: _Sharing, n: int, usual: int, depth: int, *, given: tuple[int | None, int | None], rank_given: bool
+) -> list[str]:
+    said = (_say_A(sharing), f"num_B={sharing.num_B}")
+    kept = [part for part, value in zip(said, given, strict=True) if value is not None]
+    free = [part for part, value in zip(said, given, strict=True) if value is None]
+    sentences = [f"{', '.join(kept)}: as given."] if kept else []
+    if free and n == usual:
+        why = "there is too little depth to share more finely"
+        if depth >= 2 * FEWEST:
+            why = (
+                f"about one for {LAYERS_PER_A} layers, at least {FEWEST} and at most {MOST} (the paper: 2 to 4 for 12 "
+                "to 32 layers; Hugging Face's best run: 2 for 28); fewer A and B leave room for a larger rank"
+            )
+        sentences.append(f"{', '.join(free)}: {depth} layers deep, {why}.")
+    elif free and rank_given:
+        sentences.append(f"{', '.join(free)}: the most that fits the budget at the rank given.")
+    elif free and n > usual:
+        sentences.append(
+            f"{', '.join(free)}: more than the usual {usual}, because the rank is bounded by the targets' sizes."
+        )
+    elif free:
+        sentences.append(f"{', '.join(free)}: fewer than the usual {usual}, because the budget is small.")
+    return sentences
+
+
+def _why_rank(shapes: Sequence[_Shape], rank: int, given: int | None, budget: int | None, size: int) -> list[str]:
+    cap, narrowest = _cap(shapes), _narrowest(shapes)
+    bound = f"{cap}, the smallest side of {narrowest.name} ({narrowest.out_features}, {narrowest.in_features})"
+    used = "" if budget is None else f"; {size:,} parameters are {size / budget:.1%} of the budget"
+    if given is not None:
+        beyond = f"; beyond {bound}, it adds nothing there" if given > cap else ""
+        return [f"r={rank}: as given{beyond}{used}."]
+    if budget is None:
+        lowered = f"no more than {bound}" if rank < DEFAULT_RANK else "the default"
+        return [f"r={rank}: {lowered}; a budget would choose it."]
+    if rank < cap:
+        return [f"r={rank}: the largest rank that fits{used}."]
+    lone = size < WELL_USED * budget and any(min(s.in_features, s.out_features) > cap for s in shapes)
+    advice = f"; leave {narrowest.name} out (exclude_modules) and the rank can grow" if lone else ""
+    return [f"r={rank}: no more than {bound}{used}{advice}."]

@@ -1,0 +1,339 @@
+"""What a configuration targets in a model: layers, slices, parallel modules and parameters.
+
+Names and sizes only, so a model on the meta device is enough.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _ExcludedModule,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
+from peft.utils.error import NoMatchingPeftModuleError
+from torch import nn
+
+from lily.errors import LilyError
+from lily.plan.config import LilyConfig
+from lily.plan.fused_layouts import layout_of, rows_of
+from lily.plan.specs import (
+    BLOCK,
+    LINEAR,
+    PARAMETERS,
+    SLICE,
+    ModuleSpec,
+    base_of,
+    block_spec,
+    layer_spec,
+    linear_layers,
+    parameter_spec,
+)
+from lily.plan.uncalled_layers import uncalled
+
+
+class NoTargetError(LilyError, NoMatchingPeftModuleError):  # type: ignore[misc]
+    """The targets match nothing. Also PEFT's own type for that, so existing handlers catch it."""
+
+
+def select_targets(model: nn.Module, config: LilyConfig) -> list[ModuleSpec]:
+    """The layers, then the blocks and the parameters that `config` targets, each in the model's order.
+
+    Like `lily.plan.select.select_modules`, it reads names and sizes only.
+
+    Args:
+        model: the base model, or one that already carries adapters.
+        config: what to adapt.
+
+    Returns:
+        One `ModuleSpec` per layer and per parameter.
+
+    Raises:
+        NoTargetError: (a LilyError) if a target matches nothing, with near matches.
+        LilyError: if a match cannot be adapted.
+    """
+    others = config.target_parameters or config.parallel_modules
+    specs = select_modules(model, config) if config.target_modules or not others else []
+    specs = select_slices(model, specs, config.target_slices)
+    specs += select_blocks(model, config.parallel_modules)
+    if config.target_parameters:
+        specs += select_parameters(model, config.target_parameters)
+    _check_names(specs)
+    return specs
+
+
+def select_slices(
+    model: nn.Module, specs: Sequence[ModuleSpec], wanted: Mapping[str, object] | None
+) -> list[ModuleSpec]:
+    """`specs` with the slices of a layer in its place, where `LilyConfig.target_slices` asks for them.
+
+    Raises:
+        NoTargetError: (a LilyError) if a name in `wanted` is none of these layers.
+        LilyError: if a layer is not linear, or has no such slices.
+    """
+    out: list[ModuleSpec] = []
+    matched: set[str] = set()
+    for spec in specs:
+        hits = [t for t in wanted or () if spec.name == t or spec.name.endswith(f".{t}")]
+        matched.update(hits)
+        if not hits:
+            out.append(spec)
+            continue
+        if spec.kind != LINEAR:
+            raise LilyError(f"target_slices: {spec.name} is of the kind {spec.kind}; only linear layers are sliced")
+        parent, _, short = spec.name.rpartition(".")
+        owner = base_of(model.get_submodule(parent))
+        layout = layout_of(short, base_of(model.get_submodule(spec.name)), owner, getattr(model, "config", None))
+        asked = (wanted or {})[max(hits, key=len)]
+        out += [
+            replace(spec, name=f"{spec.name}.{part}", out_features=rows.size(spec.out_features), kind=SLICE, rows=rows)
+            for part, rows in rows_of(spec.name, asked, layout, spec.out_features).items()
+        ]
+    for name in wanted or ():
+        if name not in matched:
+            known = list(dict.fromkeys(spec.name.rpartition(".")[2] for spec in specs))
+            raise NoTargetError(
+                f"target_slices has the key {name!r}, which fits no adapted layer; adapted: {', '.join(known)}"
+            )
+    return out
+
+
+def select_blocks(model: nn.Module, wanted: Sequence[str] | None) -> list[ModuleSpec]:
+    """The modules, by name or class, that an adapter is to run beside (`LilyConfig.parallel_modules`).
+
+    Raises:
+        NoTargetError: (a LilyError) if one of `wanted` matches nothing.
+        LilyError: if the sizes of a match cannot be known.
+    """
+    specs: list[ModuleSpec] = []
+    matched: set[str] = set()
+    for name, module in own_modules(model):
+        base = base_of(module)
+        hits = [w for w in wanted or () if name == w or name.endswith(f".{w}") or type(base).__name__ == w]
+        matched.update(hits)
+        if hits:
+            specs.append(block_spec(name, base))
+    for name in wanted or ():
+        if name not in matched:
+            known = list(dict.fromkeys(type(m).__name__ for _, m in own_modules(model)))
+            raise NoTargetError(
+                f"parallel_modules={name!r} matches no module by name or class: {', '.join(known[:20])}"
+            )
+    return specs
+
+
+def whole_layers(
+    model: nn.Module, specs: Sequence[ModuleSpec], exclude: list[str] | str | None = None
+) -> list[ModuleSpec]:
+    """Where LoRA can go instead: a sliced layer whole, the linear layers inside a module with an adapter beside it.
+
+    Args:
+        model: without adapters.
+        specs: what Lily adapts.
+        exclude: modules inside of modules to leave out.
+
+    Returns:
+        Layers and parameters, each once.
+    """
+    found: dict[str, ModuleSpec] = {}
+    for spec in specs:
+        here = [spec]
+        if spec.kind == SLICE:
+            here = [layer_spec(spec.path, model.get_submodule(spec.path))]
+        elif spec.kind == BLOCK:
+            inside = list(linear_layers(spec.name, model.get_submodule(spec.name)))
+            free = LilyConfig(target_modules=[inner.name for inner in inside], exclude_modules=exclude)
+            here = [inner for inner in inside if check_target_module_exists(free, inner.name)]
+        found |= {one.name: one for one in here}
+    return list(found.values())
+
+
+def select_parameters(model: nn.Module, targets: Sequence[str]) -> list[ModuleSpec]:
+    """The parameters whose names end with one of `targets` at a dot boundary, in the model's order.
+
+    Raises:
+        NoTargetError: (a LilyError) if one of `targets` matches nothing, with near matches.
+        LilyError: if a match cannot be adapted.
+    """
+    found: list[ModuleSpec] = []
+    known: dict[str, None] = {}
+    matched: set[str] = set()
+    for path, module in [("", model), *own_modules(model)]:
+        base = base_of(module)
+        names = {name: None for name, _ in base.named_parameters(recurse=False)}
+        if hasattr(base, "parametrizations"):
+            names |= dict.fromkeys(base.parametrizations)  # type: ignore[arg-type]
+        for short in names:
+            name = f"{path}.{short}".removeprefix(".")
+            hits = [t for t in targets if name == t or name.endswith(f".{t}")]
+            matched.update(hits)
+            if not hits:
+                known[short] = None
+                continue
+            _check_owner(name, path, base)
+            found.append(parameter_spec(name, base))
+    for target in targets:
+        if target not in matched:
+            near = difflib.get_close_matches(target.rpartition(".")[2], known, n=3)
+            hint = f"did you mean {', '.join(near)}? " if near else ""
+            shown = ", ".join(list(known)[:20]) + (", ..." if len(known) > 20 else "")
+            raise NoTargetError(
+                f"target_parameters={target!r} matches no parameter; {hint}others of this model: {shown or 'none'}"
+            )
+    return found
+
+
+def _check_owner(name: str, path: str, base: nn.Module) -> None:
+    if not path:
+        raise LilyError(
+            f"target parameter {name} belongs to the model itself, which nothing can stand in for; name others in "
+            "target_parameters"
+        )
+    if hasattr(base, "parametrizations") and name.rpartition(".")[2] in base.parametrizations:  # type: ignore[operator]
+        raise LilyError(
+            f"target parameter {name} is parametrised (quantised, perhaps), so there is no plain weight to add to; "
+            "remove the parametrisation, or name other target_parameters"
+        )
+
+
+def _check_names(specs: Sequence[ModuleSpec]) -> None:
+    """Refuse a layer that is to be adapted in two ways by one configuration: whole, by a part, or beside its parent."""
+    blocks = tuple(f"{spec.name}." for spec in specs if spec.kind == BLOCK)
+    for spec in specs:
+        if spec.name.startswith(blocks):
+            raise LilyError(
+                f"{spec.name} is inside {next(b for b in blocks if spec.name.startswith(b))[:-1]}, beside which an "
+                "adapter of parallel_modules runs; leave one of them out, or give it an adapter of its own"
+            )
+    layers = {spec.path for spec in specs if spec.kind not in PARAMETERS}
+    for spec in specs:
+        if spec.kind in PARAMETERS and spec.path in layers:
+            raise adapted_twice(spec.path)
+
+
+def adapted_twice(path: str) -> LilyError:
+    """The error for a layer that is adapted as a whole and by its parameter."""
+    return LilyError(
+        f"{path} would be adapted as a layer and by its parameter too; leave it out of target_modules or of "
+        "target_parameters"
+    )
+
+
+def select_modules(model: nn.Module, config: LilyConfig) -> list[ModuleSpec]:
+    """The layers of `model` that `config` targets, in the model's order.
+
+    Reads names and sizes only, so a model on the meta device will do. `"all-linear"` in `config.target_modules` is
+    replaced by the names it stands for, as PEFT does.
+
+    Args:
+        model: the base model, or one that already carries adapters.
+        config: `target_modules` must be set.
+
+    Returns:
+        One `ModuleSpec` per layer.
+
+    Raises:
+        NoTargetError: (a LilyError) if nothing matches, with near matches.
+        LilyError: if a match is of no kind that can be adapted, or is read by its parent without being called, or if
+            an index in `config.layers_to_transform` chooses no layer.
+    """
+    all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+    _maybe_include_all_linear_layers(config, model)
+    modules = dict(own_modules(model))
+    inert = {name: found for name, found in uncalled(modules).items() if found.remedy is None}
+    if all_linear and isinstance(config.target_modules, set):
+        config.target_modules -= inert.keys()
+        # what trains whole needs no adapter
+        saved = tuple(config.modules_to_save or ())
+        config.target_modules -= {
+            n for n in config.target_modules if n in saved or n.endswith(tuple(f".{s}" for s in saved))
+        }
+    found = []
+    for name, module in modules.items():
+        if not check_target_module_exists(config, name):
+            continue
+        if name in inert:
+            raise LilyError(
+                f"{name} belongs to {inert[name].parent}, which reads its weight {inert[name].why}, so an "
+                f"adapter there would do nothing; leave it out with exclude_modules=['{name.rpartition('.')[2]}']"
+            )
+        found.append(layer_spec(name, module))
+    if not found:
+        raise _no_target(config, modules)
+    _check_layer_indices(found, config)
+    return found
+
+
+def _check_layer_indices(found: Sequence[ModuleSpec], config: LilyConfig) -> None:
+    asked = config.layers_to_transform
+    for index in asked if isinstance(asked, (list, tuple)) else [] if asked is None else [asked]:
+        alone = copy.copy(config)
+        alone.layers_to_transform = [index]
+        if not any(check_target_module_exists(alone, m.name) for m in found):
+            raise LilyError(
+                f"layers_to_transform has the index {index}, but no layer of that number matches target_modules="
+                f"{sorted(config.target_modules or ())}; leave it out"
+            )
+
+
+def own_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+    """Modules of the base model: adapted layers stand for their base layer, and adapter internals are skipped."""
+    inside: list[str] = []
+    for name, module in model.named_modules():
+        if not name or any(name.startswith(prefix) for prefix in inside):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside.append(f"{name}.")
+            if not hasattr(module, "base_layer"):
+                continue
+        yield name, module
+
+
+def _no_target(config: LilyConfig, modules: dict[str, nn.Module]) -> NoTargetError:
+    known = list(dict.fromkeys(n.rpartition(".")[2] for n, m in modules.items() if _is_linear(m)))
+    targets = config.target_modules
+    wanted = sorted(targets) if isinstance(targets, (set, list, tuple)) else [str(targets)]
+    if any(isinstance(check_target_module_exists(config, n), _ExcludedModule) for n in modules):
+        free = LilyConfig(target_modules=targets)
+        if any(check_target_module_exists(free, n) for n in modules):
+            if not config.exclude_modules:
+                return NoTargetError(
+                    f"target_modules={wanted if len(wanted) > 1 else repr(wanted[0])} matches only modules that are "
+                    f"trained whole anyway ({', '.join(config.modules_to_save or ())}); name others"
+                )
+            return NoTargetError(
+                f"every module that target_modules={wanted} matches is excluded by exclude_modules="
+                f"{config.exclude_modules} or modules_to_save={config.modules_to_save}; relax one of them"
+            )
+    near = list(dict.fromkeys(c for w in wanted for c in difflib.get_close_matches(w.rpartition(".")[2], known, n=3)))
+    hint = f"did you mean {', '.join(near)}? " if near else ""
+    shown = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
+    where = f" in layers {config.layers_to_transform}" if config.layers_to_transform is not None else ""
+    return NoTargetError(
+        f"target_modules={wanted if len(wanted) > 1 else repr(wanted[0])} matches no module{where}; {hint}"
+        f"linear layers of this model: {shown or 'none'}"
+    )
+
+
+def _is_linear(module: nn.Module) -> bool:
+    base = base_of(module)
+    return isinstance(base, nn.Linear) or type(base).__name__ == "Conv1D"
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Whether tokens of this model must not see later ones: causal language models and state-space models."""
+    config = getattr(model, "config", None)
+    if isinstance(config, dict):
+        return False
+    model_type = str(getattr(config, "model_type", ""))
+    if any(key in model_type for key in ("mamba", "rwkv", "xlstm", "recurrent_gemma")):
+        return True
+    name = type(model).__name__
+    if name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
+        return True
+    return bool(getattr(config, "is_decoder", False)) or bool(getattr(config, "is_encoder_decoder", False))

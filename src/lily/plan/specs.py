@@ -1,0 +1,191 @@
+"""What can be adapted: the kinds of layers, and the size that each has for the method.
+
+To the method every one of them is a matrix of shape (out, in): a convolution sees the pixels under its kernel, an
+embedding an identity matrix's rows, and of fused experts each is a matrix of its own.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from torch import nn
+
+from lily.errors import LilyError
+from lily.plan.fused_layouts import Rows
+
+LINEAR, CONV2D, EMBEDDING = "linear", "conv2d", "embedding"
+SLICE = "slice"  # some outputs of a linear layer
+BLOCK = "block"  # beside a whole module, whatever it computes
+MATRIX, EXPERTS = "matrix", "experts"  # parameters: one matrix, or a stack of them
+PARAMETERS = (MATRIX, EXPERTS)
+PARTS = (SLICE, MATRIX, EXPERTS)  # of a module, which bear its name and their own
+
+# PEFT can size these too, but they do not compute x @ W.T on their last dimension.
+NOT_LINEAR = (nn.Conv1d, nn.Conv3d, nn.MultiheadAttention)
+
+SUPPORTED = "nn.Linear (quantised ones included), GPT-2's Conv1D, nn.Conv2d and nn.Embedding"
+
+
+@dataclass(frozen=True)
+class ModuleSpec:
+    """What to adapt: its dotted name in the model and its sizes.
+
+    Attributes:
+        name: of the layer, of the parameter, or of a layer and one of its slices.
+        in_features: columns of A.
+        out_features: columns of B.
+        kind: `linear`, `conv2d` or `embedding` for a layer; `slice` for some outputs of a linear one; `block` for any
+            module that an adapter runs beside; `matrix` or `experts` for a parameter.
+        kernel: (height, width) of a convolution, whose `in_features` are its channels times that.
+        experts: how many matrices a parameter stacks; 1 for anything else.
+        rows: of a slice: which outputs of its layer it is.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    kind: str = LINEAR
+    kernel: tuple[int, ...] = ()
+    experts: int = 1
+    rows: Rows | None = None
+
+    @property
+    def path(self) -> str:
+        """The module that the adapter goes on: the one of that name, or the one that has the part of that name."""
+        return self.name.rpartition(".")[0] if self.kind in PARTS else self.name
+
+
+def layer_spec(name: str, module: nn.Module) -> ModuleSpec:
+    """A layer's kind and sizes, read off its attributes.
+
+    Raises:
+        LilyError: if it is of no kind that can be adapted.
+    """
+    base = base_of(module)
+    if isinstance(base, nn.Conv2d):
+        return _conv_spec(name, base)
+    if isinstance(base, nn.Embedding):
+        return ModuleSpec(name, base.num_embeddings, base.embedding_dim, EMBEDDING)
+    sizes: tuple[int | None, int | None] = (None, None)
+    if not isinstance(base, NOT_LINEAR):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            sizes = _get_in_out_features(base)
+        if any("Unsupported layer type" in str(w.message) for w in caught):
+            sizes = (None, None)
+    if sizes[0] is None or sizes[1] is None:
+        raise LilyError(
+            f"target {name} is a {type(base).__name__}, not a linear layer or another that can be adapted; Lily adapts "
+            f"{SUPPORTED}, and stacked weights of experts by target_parameters. Narrow target_modules, or leave it out "
+            "with exclude_modules"
+        )
+    return ModuleSpec(name, int(sizes[0]), int(sizes[1]))
+
+
+def _conv_spec(name: str, base: nn.Conv2d) -> ModuleSpec:
+    leave_out = "Narrow target_modules, or leave it out with exclude_modules"
+    if base.groups != 1:
+        raise LilyError(
+            f"target {name} is a convolution of groups={base.groups}; Lily adapts those of groups=1, because an A "
+            f"would see all channels where the layer does not. {leave_out}"
+        )
+    if type(base).forward is not nn.Conv2d.forward:
+        raise LilyError(
+            f"target {name} is a {type(base).__name__}, a convolution that does more than nn.Conv2d; what it does "
+            f"besides cannot be known. {leave_out}"
+        )
+    kernel = tuple(base.kernel_size)
+    return ModuleSpec(name, base.in_channels * math.prod(kernel), base.out_channels, CONV2D, kernel)
+
+
+def block_spec(name: str, module: nn.Module) -> ModuleSpec:
+    """What goes into a module and comes out of it: the input of its first linear layer and the output of its last.
+
+    Raises:
+        LilyError: if it has none.
+    """
+    sizes = [(spec.in_features, spec.out_features) for spec in linear_layers(name, module)]
+    if not sizes:
+        raise LilyError(
+            f"parallel_modules: {name} is a {type(module).__name__} without linear layers, so that the sizes of its "
+            "input and output are not known; name a module that has some"
+        )
+    return ModuleSpec(name, sizes[0][0], sizes[-1][1], BLOCK)
+
+
+def linear_layers(name: str, module: nn.Module) -> Iterator[ModuleSpec]:
+    """The linear layers of a module: itself, or inside it.
+
+    Args:
+        name: the module's.
+        module: a module without adapters.
+    """
+    for path, inner in module.named_modules(prefix=name):
+        if isinstance(inner, nn.Linear) or type(inner).__name__ == "Conv1D":
+            yield layer_spec(path, inner)
+
+
+def parameter_spec(name: str, module: nn.Module) -> ModuleSpec:
+    """A parameter's kind and sizes, as PEFT's LoRA reads them.
+
+    Args:
+        name: of the parameter, which is (out, in), (experts, out, in), or (experts, in, out) if `is_transposed`.
+        module: owns it.
+
+    Raises:
+        LilyError: if it has another number of dimensions, or is no floating-point weight of 16 bits or more.
+    """
+    parameter: Any = getattr(module, name.rpartition(".")[2])
+    shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # DeepSpeed's, of a parameter that it has sharded
+    if len(shape) not in (2, 3):
+        raise LilyError(
+            f"target parameter {name} has shape {shape}; Lily adapts matrices (out, in) and stacked ones (experts, "
+            "out, in). Name others in target_parameters"
+        )
+    if not parameter.is_floating_point() or parameter.element_size() == 1:
+        raise LilyError(
+            f"target parameter {name} is of {parameter.dtype}, and its update would be rounded to its few values; load "
+            "the base model unquantised, or name other target_parameters"
+        )
+    if len(shape) == 2:
+        return ModuleSpec(name, shape[1], shape[0], MATRIX)
+    experts, rows, columns = shape
+    return ModuleSpec(name, *((rows, columns) if is_transposed(module) else (columns, rows)), EXPERTS, (), experts)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a module stacks its experts' weights as (experts, in, out); transformers' say so of themselves."""
+    return bool(getattr(module, "is_transposed", False))
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """The layer itself, without the adapters around it."""
+    base: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return base  # type: ignore[no-any-return]
+
+
+def _base_of(kind: str, in_features: int, out_features: int) -> int:
+    return (1 if kind == EMBEDDING else in_features) * out_features
+
+
+def count_base_parameters(modules: Sequence[ModuleSpec]) -> int:
+    """Parameters of the base weights that are adapted."""
+    return sum(_base_of(m.kind, m.in_features, m.out_features) * m.experts for m in modules)
+
+
+def require_modules(modules: Sequence[ModuleSpec]) -> None:
+    """Raise a LilyError if there is nothing to adapt."""
+    if not modules:
+        raise LilyError("there are no layers to adapt; choose target modules that match some")
+
+
+def require_positive(**values: int | None) -> None:
+    """Raise a LilyError that names the first value that is neither None nor a positive integer."""
+    for name, value in values.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise LilyError(f"{name}={value!r} is not valid; give a positive integer")

@@ -1,0 +1,25 @@
+"""How do files become examples? Tables, images and chats, read, checked and split."""
+
+from lily.recipes.data.rows import (
+    Splits,
+    check_labels,
+    completion_of,
+    drawn,
+    inputs_of,
+    load_splits,
+    prompt_of,
+    rows_of,
+    texts_of,
+)
+
+__all__ = [
+    "Splits",
+    "check_labels",
+    "completion_of",
+    "drawn",
+    "inputs_of",
+    "load_splits",
+    "prompt_of",
+    "rows_of",
+    "texts_of",
+]

@@ -1,0 +1,256 @@
+"""Images as rows: folders by class, archives of them, and lists of files; and what makes an image a model's input."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tarfile
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from lily.errors import LilyError
+from lily.recipes.data.sources import building, cache_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
+ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".zip")
+
+# Mean and standard deviation per channel that pretrained image models expect.
+NORMS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """From an image to a model's input: RGB, resized, scaled to [0, 1], normalised.
+
+    Attributes:
+        size: height and width in pixels.
+        norm: key of `NORMS`.
+        crop: resize the shorter side and cut out the centre; otherwise the image is squeezed to a square, as the VTAB
+            protocol does.
+    """
+
+    size: int = 224
+    norm: str = "imagenet"
+    crop: bool = False
+
+    def batch(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """Make a model's inputs of examples.
+
+        Args:
+            examples: each with an `image`, and perhaps its class number as `labels`.
+
+        Returns:
+            `pixel_values` (batch, 3, size, size), float32, and `labels` (batch,), int64, if all have one.
+        """
+        import torch
+
+        made = {"pixel_values": torch.stack([self(example["image"]) for example in examples])}
+        if all("labels" in example for example in examples):
+            made["labels"] = torch.tensor([example["labels"] for example in examples])
+        return made
+
+    def __call__(self, source: Any) -> Tensor:
+        """Read and prepare one image.
+
+        Args:
+            source: its path, or an image of PIL.
+
+        Returns:
+            (3, size, size), float32.
+
+        Raises:
+            LilyError: if the file is no image that can be read.
+        """
+        import numpy as np
+        import torch
+        from PIL import Image
+
+        try:
+            if isinstance(source, Image.Image):
+                image = source.convert("RGB")
+            else:
+                with Image.open(source) as file:
+                    image = file.convert("RGB")
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise LilyError(f"{source}: not an image that can be read ({error}); leave it out or replace it") from None
+        wide, high = image.size
+        if self.crop:
+            scale = self.size / min(wide, high)
+            wide, high = max(self.size, round(wide * scale)), max(self.size, round(high * scale))
+            left, top = (wide - self.size) // 2, (high - self.size) // 2
+            image = image.resize((wide, high), Image.Resampling.BICUBIC)
+            image = image.crop((left, top, left + self.size, top + self.size))
+        else:
+            image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
+        pixels = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255).permute(2, 0, 1)
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in NORMS[self.norm])
+        return (pixels - mean) / std
+
+
+def holds_images(path: Path) -> bool:
+    """Whether a path is a folder, an archive or a list, which `read_images` reads, and not a table."""
+    return path.is_dir() or path.name.lower().endswith((*ARCHIVES, ".txt"))
+
+
+def found(value: Any, column: str, where: str, folder: Path | None = None) -> Any:
+    """The image that a table's row names, or holds as the hub's data sets do.
+
+    Args:
+        value: of the row's column.
+        column: its name, for messages.
+        where: the row stands, for messages.
+        folder: that paths are relative to; default: the working directory.
+
+    Returns:
+        The file's path as text, or the image of PIL.
+
+    Raises:
+        LilyError: if it is neither, or there is no such file.
+    """
+    if hasattr(value, "convert"):
+        return value
+    if not isinstance(value, str) or not value.strip():
+        raise LilyError(f"{where}: column {column!r} holds {value!r}, expected the path of an image")
+    path = (folder or Path()) / Path(value).expanduser()
+    if not path.is_file():
+        raise LilyError(f"{where}: there is no image {path}; paths are read relative to the table's own folder")
+    return str(path)
+
+
+def digest(image: Any) -> str:
+    """What makes two images the same: their bytes."""
+    data = image.tobytes() if hasattr(image, "convert") else Path(image).read_bytes()
+    return hashlib.sha256(data).hexdigest()
+
+
+def read_images(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of images and their classes, in a stated order: by path.
+
+    Args:
+        path: a folder with one folder per class; an archive of one (unpacked once, into the cache); or a list of
+            files as VTAB-1K has them, `images/x.jpg 12` in each line, relative to the list's folder.
+
+    Yields:
+        `image` (the file's path) and `label`.
+
+    Raises:
+        LilyError: if there is nothing of the kind, or a listed file is missing.
+    """
+    if path.is_dir():
+        yield from _by_class(path)
+    elif path.name.lower().endswith(ARCHIVES):
+        yield from _by_class(unpacked(path))
+    else:
+        yield from _listed(path)
+
+
+def rows_below(path: Path, column: str) -> Iterator[dict[str, Any]]:
+    """Rows of the images anywhere below a folder, or in an archive or a list, without their classes.
+
+    Args:
+        path: the folder, archive or list.
+        column: that holds the image's path.
+
+    Raises:
+        LilyError: if there is none.
+    """
+    if path.is_file() and not path.name.lower().endswith(ARCHIVES):
+        files = [row["image"] for row in _listed(path)]
+    else:
+        top = path if path.is_dir() else unpacked(path)
+        files = sorted(str(p) for p in top.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
+    if not files:
+        raise LilyError(f"{path}: there are no images ({', '.join(ENDINGS)})")
+    yield from ({column: file} for file in files)
+
+
+def _by_class(folder: Path) -> Iterator[dict[str, Any]]:
+    top, seen = folder, set()
+    while not any(_classes(top)):  # an archive often holds one folder that holds the classes
+        below = [p for p in top.iterdir() if p.is_dir() and not p.name.startswith(".")]
+        if len(below) != 1 or below[0] in seen:
+            raise LilyError(f"{folder}: no folders of images; give one folder per class, named after it")
+        top = below[0]
+        seen.add(top)
+    for name, files in _classes(top):
+        for file in files:
+            yield {"image": str(file), "label": name}
+
+
+def _classes(folder: Path) -> Iterator[tuple[str, list[Path]]]:
+    for below in sorted(p for p in folder.iterdir() if p.is_dir()):
+        files = sorted(p for p in below.iterdir() if p.suffix.lower() in ENDINGS and p.is_file())
+        if files:
+            yield below.name, files
+
+
+def _listed(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        lines = path.read_text("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise LilyError(f"{path}: cannot be read as a list of images ({error}); give a folder or a list") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        name, _, label = line.strip().rpartition(" ")
+        file = path.parent / name
+        if not name or not label:
+            raise LilyError(f"{path}:{number}: {line!r} is not a file and its class, such as images/x.jpg 12")
+        if not file.is_file():
+            raise LilyError(f"{path}:{number}: there is no file {file}; the list is read relative to its own folder")
+        yield {"image": str(file), "label": label}
+
+
+def unpacked(archive: Path) -> Path:
+    """The folder of an archive's images, unpacked once into the cache. Nothing but images is unpacked.
+
+    Raises:
+        LilyError: if it cannot be read, or holds a name that leaves its folder.
+    """
+    state = archive.stat()
+    key = hashlib.sha256(f"{archive.resolve()}:{state.st_size}:{state.st_mtime_ns}".encode()).hexdigest()[:16]
+    target = cache_folder() / "images" / f"{archive.name.partition('.')[0]}-{key}"
+    if not target.is_dir():
+        with building(target) as temporary:
+            temporary.mkdir()
+            try:
+                _unpack(archive, temporary)
+            except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
+                raise LilyError(f"{archive}: not an archive that can be read ({error})") from None
+    return target
+
+
+def _unpack(archive: Path, target: Path) -> None:
+    if archive.name.lower().endswith(".zip"):
+        with zipfile.ZipFile(archive) as bundle:
+            for info in bundle.infolist():
+                if not info.is_dir() and _wanted(archive, info.filename):
+                    with bundle.open(info) as source:
+                        _copy(source, target / info.filename)
+        return
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            if member.isfile() and _wanted(archive, member.name):
+                _copy(tar.extractfile(member), target / member.name)
+
+
+def _wanted(archive: Path, name: str) -> bool:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name:
+        raise LilyError(f"{archive}: {name!r} leaves the archive's folder; it is not unpacked")
+    return path.suffix.lower() in ENDINGS
+
+
+def _copy(source: Any, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.open("wb") as file:
+        shutil.copyfileobj(source, file, 1 << 20)

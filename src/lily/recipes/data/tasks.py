@@ -1,0 +1,180 @@
+"""Rows to model inputs, by task: encoding and batching, shared by training, evaluation and the dry run's preview."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Union
+
+from lily.errors import LilyError
+from lily.recipes.data.images import Preprocess
+from lily.recipes.data.rows import Splits
+from lily.recipes.data.tables import Row
+from lily.recipes.spec.places import located
+from lily.recipes.spec.schema import Recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100  # PyTorch's label of tokens that the loss skips
+
+Example = dict[str, Any]
+
+# What prepares a model's inputs: the tokenizer of texts, or the resizing and scaling of images.
+Processor = Union["PreTrainedTokenizerBase", Preprocess]
+
+
+@dataclass(frozen=True)
+class Preview:
+    """An example as the model reads it.
+
+    Attributes:
+        segments: (text, whether the loss is on it), in order.
+    """
+
+    segments: tuple[tuple[str, bool], ...]
+
+
+def num_labels(recipe: Recipe, splits: Splits) -> int:
+    """Outputs of the task's head; 1 where there is no classification."""
+    return len(splits.labels) if splits.labels is not None else 1
+
+
+def encode(
+    rows: Iterable[Row],
+    recipe: Recipe,
+    processor: Processor,
+    labels: Sequence[str] | None,
+    what: str = "the rows",
+) -> list[Example]:
+    """Encode rows for training or evaluation.
+
+    Args:
+        rows: canonical rows of the recipe's task.
+        recipe: decides task, length and chat template.
+        processor: the model's tokenizer, or what prepares its images.
+        labels: the classes in the order of their ids, for classification.
+        what: what to call the rows in messages.
+
+    Returns:
+        input_ids (and what else the model takes) or the image, with labels: a class id, a number, or token ids with
+        `IGNORED` where there is no loss. Examples of sft whose completion does not fit `data.max_length` are left out.
+
+    Raises:
+        LilyError: if no example of sft fits.
+    """
+    if recipe.task == "sft":
+        tokenizer = text_processor(processor)
+        turns = [turn for row in rows for turn in conversation(row, recipe, tokenizer)]
+        encoded = [encode_turn(prompt, completion, recipe, tokenizer) for prompt, completion in turns]
+        fitting = [e for e in encoded if any(label != IGNORED for label in e["labels"])]
+        if encoded and not fitting:
+            longest = max(len(prompt_ids(prompt, tokenizer)) for prompt, _ in turns)
+            with located(recipe, "data", "max_length"):
+                raise LilyError(
+                    f"no example fits data.max_length={recipe.data.max_length}: every prompt of {what} fills it; "
+                    f"raise it to {longest + 1} or more"
+                )
+        return fitting
+    ids = {name: i for i, name in enumerate(labels or ())}
+    return [
+        {**encode_inputs(row, recipe, processor), "labels": ids[row["label"]] if labels is not None else row["label"]}
+        for row in rows
+    ]
+
+
+def encode_inputs(row: Row, recipe: Recipe, processor: Processor) -> Example:
+    """Token ids of a text or a pair, cut to `data.max_length`; of an image, where it is: it is read with its batch."""
+    if isinstance(processor, Preprocess):
+        return {"image": row["image"]}
+    return dict(processor(row["text"], row.get("text_pair"), truncation=True, max_length=recipe.data.max_length))
+
+
+def collate(examples: Sequence[Example], processor: Processor, side: str | None = None) -> dict[str, Tensor]:
+    """A model's inputs of encoded rows, padded to the longest of them.
+
+    Args:
+        examples: token ids, or images.
+        processor: made them.
+        side: where token ids are padded; default: the tokenizer's.
+    """
+    if isinstance(processor, Preprocess):
+        return processor.batch(examples)
+    return dict(processor.pad(list(examples), return_tensors="pt", padding_side=side))
+
+
+def text_processor(processor: Processor) -> PreTrainedTokenizerBase:
+    """A processor of texts, which tasks of texts have."""
+    assert not isinstance(processor, Preprocess)
+    return processor
+
+
+def length(example: Example) -> int:
+    """Tokens of an encoded row; images are all of one size."""
+    return len(example.get("input_ids", ()))
+
+
+def conversation(row: Row, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[tuple[Any, Any]]:
+    """The (prompt, completion) pairs of an sft row: texts, or message lists for the tokenizer's chat template.
+
+    A conversation of several turns gives one pair per assistant turn, so the loss is on every answer whether or not
+    the template can mark them.
+    """
+    if "messages" in row:
+        if not tokenizer.chat_template:
+            with located(recipe, "data", "columns", "messages"):
+                raise LilyError("data.columns.messages needs a tokenizer with a chat template; this model's has none")
+        messages = row["messages"]
+        return [(messages[:i], [m]) for i, m in enumerate(messages) if m["role"] == "assistant" and i > 0]
+    prompt, completion = asked(row["prompt"], recipe, tokenizer), row["completion"]
+    if isinstance(prompt, str):
+        return [(prompt, completion + (tokenizer.eos_token or ""))]
+    return [(prompt, [{"role": "assistant", "content": completion}])]
+
+
+def asked(prompt: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """A prompt as the model is asked: in the recipe's template, or as the messages of the tokenizer's chat template."""
+    if recipe.data.template is not None:
+        return recipe.data.template.replace("{prompt}", prompt)
+    return [{"role": "user", "content": prompt}] if recipe.data.chat and tokenizer.chat_template else prompt
+
+
+def prompt_ids(prompt: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a prompt, ready for the model to answer."""
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
+
+
+def encode_turn(prompt: Any, completion: Any, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Example:
+    """Token ids of prompt and completion with the loss on the completion, cut to `data.max_length`."""
+    before = prompt_ids(prompt, tokenizer)
+    if isinstance(prompt, str):
+        whole = list(tokenizer(prompt + completion)["input_ids"])
+    else:
+        whole = list(tokenizer.apply_chat_template(prompt + completion, return_dict=True)["input_ids"])
+    start = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(before))
+    labels = [IGNORED] * start + whole[start:]
+    return {"input_ids": whole[: recipe.data.max_length], "labels": labels[: recipe.data.max_length]}
+
+
+def preview(recipe: Recipe, processor: Processor, row: Row) -> Preview:
+    """One example, decoded, with its label mask: for sft what the trainer's loss sees, else what is read."""
+    if isinstance(processor, Preprocess):
+        name = Path(row["image"]).name if isinstance(row["image"], str) else "an image"
+        return Preview(((f"{name}, {processor.size} x {processor.size}", False), (f" -> {row['label']}", True)))
+    tokenizer = processor
+    if recipe.task != "sft":
+        ids = encode_inputs(row, recipe, tokenizer)["input_ids"]
+        return Preview(((tokenizer.decode(ids), False), (f" -> {row['label']}", True)))
+    segments: list[tuple[list[int], bool]] = []
+    for prompt, completion in conversation(row, recipe, tokenizer)[-1:]:
+        example = encode_turn(prompt, completion, recipe, tokenizer)
+        for token, label in zip(example["input_ids"], example["labels"], strict=True):
+            trained = label != IGNORED
+            if not segments or segments[-1][1] != trained:
+                segments.append(([], trained))
+            segments[-1][0].append(token)
+    return Preview(tuple((tokenizer.decode(ids), trained) for ids, trained in segments))

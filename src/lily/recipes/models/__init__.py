@@ -1,0 +1,27 @@
+"""Which base model? Loading, converting and quantizing it."""
+
+from lily.recipes.models.load import (
+    AUTO_CLASSES,
+    described_model,
+    heads_of,
+    image_size,
+    load_model,
+    load_processor,
+    load_tokenizer,
+    loading,
+    local_model,
+    meta_model,
+)
+
+__all__ = [
+    "AUTO_CLASSES",
+    "described_model",
+    "heads_of",
+    "image_size",
+    "load_model",
+    "load_processor",
+    "load_tokenizer",
+    "loading",
+    "local_model",
+    "meta_model",
+]

@@ -1,0 +1,85 @@
+"""Frozen weights of few bits: how a recipe's `model.quantization` loads them, and what they weigh."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lily.layers.quantized import keep_differentiable
+from lily.plan.sharing_plan import SAVED_HEADS
+from lily.recipes.spec.schema import Quantization, Task
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+# Bytes of a quantised weight, its scales included: nf4 has one 8-bit scale for 64 weights and one 32-bit scale for 256
+# of those (double quantisation); int8 one 32-bit scale for a whole row, which does not count.
+BYTES = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
+
+
+def loading_options(quantization: Quantization, model: nn.Module, task: Task, compute: torch.dtype) -> dict[str, Any]:
+    """What `from_pretrained` needs besides the rest; nothing where nothing is quantised.
+
+    Args:
+        quantization: of the recipe.
+        model: the same architecture on the meta device.
+        task: decides which head is trained, and so stays as it is.
+        compute: in what the products with nf4 weights are computed.
+    """
+    if quantization == "none":
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    kept = {"llm_int8_skip_modules": sorted(kept_modules(model, task))}
+    if quantization == "int8":
+        config = BitsAndBytesConfig(load_in_8bit=True, **kept)
+    else:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute,
+            **kept,
+        )
+    return {"quantization_config": config}
+
+
+def kept_modules(model: nn.Module, task: Task) -> set[str]:
+    """The linear layers that are not quantised: the output layer, and heads, which are trained."""
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    kept = {name.removesuffix(".weight").removesuffix(".bias") for name in get_keys_to_not_convert(model)}
+    return kept if task == "sft" else kept | set(SAVED_HEADS["SEQ_CLS"])
+
+
+def prepared(model: Any) -> Any:
+    """A quantised model ready to carry an adapter: all frozen, what is not quantised in float32. See PEFT.
+
+    Also where nothing is trained, so that the function is the one of training. Gradient checkpointing is the trainer's
+    business.
+    """
+    from peft import prepare_model_for_kbit_training
+
+    keep_differentiable(model)
+    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+
+
+def frozen_bytes(model: nn.Module, task: Task, quantization: Quantization) -> int:
+    """Bytes of the frozen weights once they are quantised and the rest is in float32, known without a weight.
+
+    Args:
+        model: may be on the meta device.
+        task: see `kept_modules`.
+        quantization: nf4 or int8.
+    """
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    kept = kept_modules(model, task)
+    quantised = sum(
+        module.weight.numel()
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and not any(f"{name}.".startswith(f"{k}.") for k in kept)
+    )
+    rest = sum(p.numel() for p in model.parameters()) - quantised
+    return round(quantised * BYTES[quantization] + 4 * rest)

@@ -1,0 +1,1 @@
+"""Base models and data splits that need no hub."""

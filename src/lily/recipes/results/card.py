@@ -1,0 +1,242 @@
+"""What a run leaves for people: the closing table and the adapter's model card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from lily.io.atomic import write_text
+from lily.recipes import loader, methods, models
+from lily.recipes.scoring import test_sets
+from lily.recipes.scoring.metrics import metrics_of, shown
+from lily.recipes.spec.schema import CLASSIFYING, Recipe
+
+if TYPE_CHECKING:
+    from lily.recipes.results.result import Result
+    from lily.recipes.spec.dreambooth import DreamBooth
+
+LABELS = "labels.json"
+
+LICENCES = "The base model's and the data's licences apply to this adapter as well; check them before you share it."
+
+
+def adapter_summary(model: Any, recipe: Recipe | DreamBooth) -> dict[str, Any]:
+    """The adapter in a few numbers: method, rank, sharing, learning rate."""
+    config = getattr(model, "peft_config", {}).get("default")
+    if config is None or recipe.method == "none":
+        return {"method": recipe.method, "learning_rate": methods.learning_rate(recipe)}
+    names = ("r", "num_A", "stride_A", "num_B", "scaling", "routing", "lora_alpha", "alpha")
+    values = {name: getattr(config, name) for name in names if getattr(config, name, None) is not None}
+    if recipe.method == "peft":
+        values = {"peft_type": str(recipe.peft.peft_type).upper(), **values}
+    if recipe.method == "lily" and recipe.lily.settle is not None and getattr(config, "routing", None) == "static":
+        values["routing"] = "static, settled"
+    return {"method": recipe.method, **values, "learning_rate": methods.learning_rate(recipe)}
+
+
+def print_result(result: Result, recipe: Recipe, output: Path, console: Console) -> None:
+    """The closing table: every contestant on the same held-out rows, then where things are."""
+    names, final = _told(result, recipe)
+    rows = result.rows[result.split]
+    table = Table(
+        "",
+        *names,
+        "trained",
+        "seconds",
+        "file",
+        title=escape(f"{result.name}: {rows:,} {result.split} rows, seed {result.seed}"),
+    )
+    for name, found in result.baselines.items():
+        table.add_row(_title(name, recipe), *values_of(names, found), *costs_of(found))
+    own = {
+        "parameters": result.parameters["adapter"] or result.parameters["head"],
+        "seconds": result.seconds.get("train", 0.0),
+        "bytes": result.adapter_bytes,
+    }
+    table.add_row("untrained", *values_of(names, result.before), "", "", "")
+    title = recipe.method if recipe.method != "lily" else f"Lily ({result.adapter.get('routing')})"
+    table.add_row(f"[bold]{title}[/]", *values_of(names, final), *costs_of(own))
+    console.print(table)
+    if result.tests:
+        header, *lines = _tests(result, recipe)
+        sets = Table(*header)
+        for line in lines:
+            sets.add_row(*map(escape, line))
+        console.print(sets)
+    if result.forgetting:
+        console.print(_forgetting(result))
+    for sample in result.samples:
+        console.print(f"[dim]{escape(sample['prompt'].strip()[-300:])}[/]")
+        answers = ", ".join(f"{k}: {escape(repr(sample[k]))}" for k in ("expected", "before", "after") if k in sample)
+        console.print(f"  {answers}")
+    if result.best is not None:
+        console.print(f"{_epochs(result)}; {result.seconds['total']:.0f} s in all")
+        console.print(escape(f"adapter: {output / 'best'}    figures: {output / 'metrics.json'}"), soft_wrap=True)
+
+
+def _epochs(result: Result) -> str:
+    """The main metric on the validation rows: what the best epoch was chosen by, and what the last one has."""
+    if result.best is None or result.last is None:
+        return ""
+    best, last = (shown(result.metric, found["value"]) for found in (result.best, result.last))
+    when = f"after epoch {result.best['epoch']:g}"
+    return f"best {result.metric} on validation {best} {when}, after the last epoch {last}"
+
+
+def _tests(result: Result, recipe: Recipe) -> list[list[str]]:
+    counts = {name.removeprefix("tests."): count for name, count in result.rows.items() if name.startswith("tests.")}
+    return test_sets.tabled(result.tests, metrics_of(recipe), counts)
+
+
+def _tests_card(result: Result, recipe: Recipe) -> list[str]:
+    if not result.tests:
+        return []
+    header, *lines = _tests(result, recipe)
+    return [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *lines)] + [""]
+
+
+def _told(result: Result, recipe: Recipe) -> tuple[list[str], dict[str, float]]:
+    """What the tables' columns are named, and the run's own values of them."""
+    names: list[str] = list(metrics_of(recipe))
+    if not result.forgetting:
+        return names, result.final
+    return [*names, "forgetting"], {**result.final, "forgetting": result.forgetting["increase"]}
+
+
+def _forgetting(result: Result) -> str:
+    before, after = (result.forgetting[name] for name in ("before", "after"))
+    return f"Forgetting: the loss per token of general text, {before:.4f} before training and {after:.4f} after."
+
+
+def _title(name: str, recipe: Recipe) -> str:
+    titles = {
+        "majority": "majority" if recipe.task in CLASSIFYING else "mean",
+        "tfidf": "TF-IDF",
+        "frozen": "frozen encoder",
+        "lora": "LoRA, equal parameters" if recipe.lora.r == "equal" else "LoRA",
+    }
+    return titles[name]
+
+
+def values_of(names: Sequence[str], found: Mapping[str, float]) -> list[str]:
+    """The named metrics, for a table."""
+    return [shown(name, found.get(name)) for name in names]
+
+
+def costs_of(found: Mapping[str, float]) -> list[str]:
+    """Trained parameters, seconds and the file's size, for a table; empty where they are not known."""
+    parameters, seconds, size = (found.get(name) for name in ("parameters", "seconds", "bytes"))
+    return [
+        f"{parameters:,.0f}" if parameters else "",
+        f"{seconds:.0f}" if seconds else "",
+        f"{size / 1e6:.2f} MB" if size else "",
+    ]
+
+
+def finish_adapter(folder: Path, recipe: Recipe, result: Result) -> None:
+    """Add to a PEFT folder what makes it usable on its own: the recipe, the classes and a model card."""
+    write_text(folder / "recipe.yaml", loader.dump_recipe(recipe))
+    if result.labels is not None:
+        write_text(folder / LABELS, json.dumps(result.labels, ensure_ascii=False))
+    write_text(folder / "README.md", card(recipe, result))
+
+
+def card(recipe: Recipe, result: Result) -> str:
+    """The model card, in Markdown with the Hub's front matter."""
+    base = _named(recipe.model.hub, recipe.model.path, recipe.model.package)
+    if recipe.model.standin is not None:
+        base = f"the stand-in `{recipe.model.standin}` (`lily.recipes.offline.standins`)"
+    files = [recipe.data.train, *(recipe.data.mix or {}).values()]
+    data = ", ".join(_named(file.hub, file.path, file.package) for file in files)
+    names, final = _told(result, recipe)
+    what, own, tags = "An adapter", "this adapter", [recipe.method, recipe.task]
+    if recipe.method == "none":
+        what, own, tags = "A new head, without an adapter", "this head", [recipe.task]
+    lines = [
+        "---",
+        "library_name: peft",
+        f"tags: [{', '.join(tags)}]",
+        *([f"base_model: {recipe.model.hub}"] if recipe.model.hub else []),
+        "---",
+        "",
+        f"# {recipe.name}",
+        "",
+        recipe.description.strip(),
+        "",
+        f"{what} ({', '.join(f'{k} {v}' for k, v in result.adapter.items())}) for {base}{_bits(recipe)}, trained on "
+        f"{data}.",
+        "",
+        f"| | {' | '.join(names)} |",
+        f"| --- | {' | '.join('---' for _ in names)} |",
+        *(f"| {_title(n, recipe)} | {' | '.join(values_of(names, v))} |" for n, v in result.baselines.items()),
+        f"| untrained | {' | '.join(values_of(names, result.before))} |",
+        f"| {own} | {' | '.join(values_of(names, final))} |",
+        "",
+        *([_forgetting(result), ""] if result.forgetting else []),
+        *_tests_card(result, recipe),
+        f"On {result.rows[result.split]:,} {result.split} rows; seed {result.seed}; "
+        f"trained: {_trained(result)}. "
+        f"{f'{chosen[0].upper()}{chosen[1:]}. ' if (chosen := _epochs(result)) else ''}"
+        f"Versions: {', '.join(f'{k} {v}' for k, v in result.versions.items())}.",
+        "",
+        "```python",
+        *(["import lily  # lets PEFT read this adapter"] if recipe.method == "lily" else []),
+        "from peft import PeftModel",
+        f"from transformers import {_auto(recipe)}"
+        f"{', BitsAndBytesConfig' if recipe.model.quantization != 'none' else ''}",
+        *(["", "from lily.recipes.standins import standin"] if recipe.model.standin else []),
+        *(["", "import lily.recipes.offline.vision_mamba  # a model that is defined there"] if _is_vim(recipe) else []),
+        "",
+        f"base = {_auto(recipe)}.from_pretrained({_load(recipe, result)})",
+        'model = PeftModel.from_pretrained(base, "path/of/this/folder")',
+        "```",
+        "",
+        f"Or `lily predict path/of/this/folder --input rows.csv`. {LICENCES}",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _is_vim(recipe: Recipe) -> bool:
+    return (recipe.model.architecture or {}).get("model_type") == "vision_mamba"
+
+
+def _bits(recipe: Recipe) -> str:
+    quantization = recipe.model.quantization
+    return "" if quantization == "none" else f" in {quantization}, which was frozen"
+
+
+def _trained(result: Result) -> str:
+    counts = ((result.parameters["adapter"], "the adapter"), (result.parameters["head"], "the new head"))
+    return " and ".join(f"{count:,} parameters of {part}" for count, part in counts if count)
+
+
+def _named(hub: str | None, path: str | None, package: Any) -> str:
+    if package is not None:
+        return f"`{package.member}` of the package `{package.name}=={package.version}`"
+    return f"`{hub or path}`"
+
+
+def _auto(recipe: Recipe) -> str:
+    return models.AUTO_CLASSES[recipe.task]
+
+
+def _load(recipe: Recipe, result: Result) -> str:
+    where = repr(recipe.model.hub or recipe.model.path or "path/of/the/base/model")
+    if recipe.model.standin is not None:
+        where = f"standin({recipe.model.standin!r})"
+    count = 1 if recipe.task == "text-regression" else len(result.labels or ())
+    replaced = ", ignore_mismatched_sizes=True" if result.new_head else ""
+    options = {
+        "none": "",
+        "int8": ", quantization_config=BitsAndBytesConfig(load_in_8bit=True)",
+        "nf4": ', quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", '
+        "bnb_4bit_use_double_quant=True)",
+    }[recipe.model.quantization]
+    return f"{where}{options}" if recipe.task == "sft" else f"{where}, num_labels={count}{replaced}{options}"

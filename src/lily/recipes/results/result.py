@@ -1,0 +1,79 @@
+"""What training found (`Result`), and the folder that it writes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lily.io.atomic import write_text
+from lily.recipes.scoring import test_sets
+from lily.recipes.spec.dreambooth import DreamBooth
+from lily.recipes.spec.schema import Recipe
+
+
+@dataclass
+class Result:
+    """What a run found; `metrics.json` is this.
+
+    Attributes:
+        metric: the main metric, which chose the best checkpoint.
+        split: what `before` and `final` are measured on: test, or validation where there is no test.
+        before: all metrics of the untrained model on that split.
+        final: all metrics of the best adapter on that split.
+        tests: the same two for each further test set, and their mean: name -> before or final -> metrics.
+        best: epoch and value of the main metric on the validation rows.
+        last: the same after the last epoch.
+        parameters: trainable ones of the adapter and of a new head, and those of the frozen model.
+        quantization: of the frozen model.
+        base_bytes: of the frozen model in memory.
+        seconds: training alone, and the whole run.
+        peak_bytes: the most memory that was held at once, in any part of the run; see `lily.recipes.trainer.memory`.
+        baselines: name -> metrics (and parameters and seconds, where it was trained).
+        history: all evaluations on the validation rows.
+        router: what `lily.callbacks.router_watch` saw of the routing in the last step that it looked at.
+        new_head: what was said where the model's own head was of another size.
+        forgetting: mean loss per token of general text `before` training, after it (`last`), with the best adapter
+            (`after`) and by how much that has grown (`increase`); empty: not measured.
+        samples: prompts with the expected answer and those before and after training.
+    """
+
+    name: str
+    method: str
+    task: str
+    seed: int
+    metric: str
+    split: str
+    labels: list[str] | None
+    before: dict[str, float] = field(default_factory=dict)
+    final: dict[str, float] = field(default_factory=dict)
+    tests: test_sets.Figures = field(default_factory=dict)
+    best: dict[str, float] | None = None
+    last: dict[str, float] | None = None
+    parameters: dict[str, int] = field(default_factory=dict)
+    adapter: dict[str, Any] = field(default_factory=dict)
+    adapter_bytes: int = 0
+    quantization: str = "none"
+    base_bytes: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_bytes: int = 0
+    rows: dict[str, int] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    device: str = ""
+    precision: str = ""
+    baselines: dict[str, dict[str, float]] = field(default_factory=dict)
+    history: list[dict[str, float]] = field(default_factory=list)
+    router: dict[str, Any] = field(default_factory=dict)
+    new_head: str | None = None
+    forgetting: dict[str, float] = field(default_factory=dict)
+    samples: list[dict[str, str]] = field(default_factory=list)
+
+    def write(self, path: Path) -> None:
+        """Write `metrics.json` atomically."""
+        write_text(path, json.dumps(asdict(self), indent=2))
+
+
+def output_folder(recipe: Recipe | DreamBooth) -> Path:
+    """The run's folder, placeholders filled in."""
+    return Path(recipe.output.format(name=recipe.name, method=recipe.method, seed=recipe.seed)).expanduser()

@@ -1,0 +1,111 @@
+"""Reading answers off texts: what `exact_match` compares, of a generated text and of the completion alike.
+
+Sources: the last number and what follows `####` as in OpenAI's grade-school-math and lm-evaluation-harness' gsm8k; the
+first match of a pattern as in LLM-Adapters' commonsense_evaluate.py.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+from lily.errors import LilyError
+from lily.recipes.data.rows import completion_of
+from lily.recipes.data.tables import Row
+from lily.recipes.spec.places import located
+from lily.recipes.spec.schema import Pattern, Recipe
+
+NUMBER = r"-?\$?(?:[0-9][0-9,]*(?:\.[0-9]*)?|\.[0-9]+)"
+MARKED = re.compile(rf"####\s*({NUMBER})")
+ANY = re.compile(NUMBER)
+
+# A pattern may come from a stranger's recipe, and what it is matched with from a model: neither may take long.
+MAX_PATTERN = 500
+MAX_REPEATS = 1000  # counted repeats are written out when a pattern is compiled, those inside others many times
+MAX_TEXT = 10_000
+MAX_SECONDS = 1.0
+
+
+def answer_in(text: str, recipe: Recipe) -> str:
+    """The answer that `generation.answer` reads off a text, without white space at its ends; empty: there is none.
+
+    Raises:
+        LilyError: if the recipe's pattern takes long on the text.
+    """
+    how = recipe.generation.answer
+    if how == "whole":
+        return text.strip()
+    if how == "number":
+        return number_in(text)
+    try:
+        return first_match(how.pattern, text).strip()
+    except TimeoutError:
+        with located(recipe, "generation", "answer"):
+            raise LilyError(
+                f"generation.answer: the pattern {how.pattern!r} takes over {MAX_SECONDS:g} s on a text of "
+                f"{min(len(text), MAX_TEXT)} characters; write it without repeats inside repeats"
+            ) from None
+
+
+def number_in(text: str) -> str:
+    r"""What follows the first `####`, else the last number: without commas, dollar signs and a dot at the end.
+
+    >>> number_in("So 1,200 + 34.\n#### 1,234")
+    '1234'
+    >>> number_in("It costs $18.")
+    '18'
+    """
+    marked = MARKED.search(text)
+    found = marked.group(1) if marked else next(iter(reversed(ANY.findall(text))), "")
+    return found.replace("$", "").replace(",", "").rstrip(".")
+
+
+def first_match(pattern: str, text: str) -> str:
+    """The first match (its first group, if the pattern has groups) in the text's first characters; empty: none.
+
+    Raises:
+        TimeoutError: after `MAX_SECONDS`.
+    """
+    import regex  # re's syntax, but a search can be given a limit; transformers depends on it
+
+    match = regex.compile(pattern).search(text[:MAX_TEXT], timeout=MAX_SECONDS)
+    if match is None:
+        return ""
+    return match.group(1 if match.re.groups else 0) or ""
+
+
+def problem_of(pattern: Pattern) -> str | None:
+    """What is wrong with a pattern; None: nothing."""
+    text = pattern.pattern
+    if len(text) > MAX_PATTERN:
+        return f"has {len(text)} characters; at most {MAX_PATTERN}"
+    counts = re.findall(r"\{([0-9]*),?([0-9]*)\}", text)
+    if math.prod(max(int(count or 0) for count in (*pair, "1")) for pair in counts) > MAX_REPEATS:
+        return f"its counted repeats multiply to over {MAX_REPEATS}; write + or *, or smaller counts"
+    try:
+        re.compile(text)
+    except (re.error, OverflowError, RecursionError) as error:
+        return f"is not a regular expression ({error})"
+    return None
+
+
+def expected_answers(rows: Sequence[Row], recipe: Recipe) -> list[str]:
+    """The answers that the completions of sft rows give.
+
+    Raises:
+        LilyError: names a completion that gives none.
+    """
+    out = []
+    for row in rows:
+        completion = completion_of(row)
+        found = answer_in(completion, recipe)
+        if not found:
+            shown = completion if len(completion) <= 80 else f"{completion[:77]}..."
+            with located(recipe, "generation", "answer"):
+                raise LilyError(
+                    f"generation.answer reads no answer off the completion {shown!r}, so exact_match has nothing to "
+                    "compare; change it, or the data"
+                )
+        out.append(found)
+    return out

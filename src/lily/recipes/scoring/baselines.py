@@ -1,0 +1,125 @@
+"""What a recipe's result is held against: baselines on the same training and held-out rows, without an adapter."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lily.recipes import models
+from lily.recipes.data.rows import Splits
+from lily.recipes.data.tables import Row
+from lily.recipes.data.tasks import collate, encode_inputs
+from lily.recipes.models.load import heads_of
+from lily.recipes.models.precision import precision_of
+from lily.recipes.scoring.inference import by_length, device_of, inference, place, to_device
+from lily.recipes.scoring.metrics import compute, metrics_of
+from lily.recipes.spec.schema import Recipe
+
+
+def run(name: str, recipe: Recipe, splits: Splits) -> dict[str, float]:
+    """One baseline's metrics on the held-out rows, and the seconds it took.
+
+    Args:
+        name: `majority` (the mean, for regression), `tfidf` or `frozen`.
+        recipe: task, metrics and, for `frozen`, the encoder.
+        splits: the rows.
+    """
+    started = time.perf_counter()
+    expected = _targets(splits.held_out, splits.labels)
+    known = _targets(splits.train, splits.labels)
+    if name == "majority":
+        predicted = _majority(splits, known)
+    elif name == "tfidf":
+        predicted = _tfidf(splits, known)
+    else:
+        predicted = _frozen(recipe, splits, known)
+    names = [metric for metric in metrics_of(recipe) if metric != "loss"]
+    return {**compute(names, predicted, expected), "seconds": time.perf_counter() - started}
+
+
+def _targets(rows: Sequence[Row], labels: Sequence[str] | None) -> Any:
+    if labels is None:
+        return np.array([row["label"] for row in rows])
+    ids = {name: i for i, name in enumerate(labels)}
+    return np.array([ids[row["label"]] for row in rows])
+
+
+def _majority(splits: Splits, known: Any) -> Any:
+    guess = np.bincount(known).argmax() if splits.labels is not None else known.mean()
+    return np.full(len(splits.held_out), guess)
+
+
+def _tfidf(splits: Splits, known: Any) -> Any:
+    """TF-IDF of words and word pairs with a linear model. Texts of a pair keep features of their own.
+
+    Without any word in the training texts, the model would see nothing: its guess is the majority's.
+    """
+    from scipy.sparse import hstack
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    parts: list[tuple[Any, Any]] = []
+    for column in ("text", "text_pair"):
+        if any(re.search(r"\w", row.get(column, "")) for row in splits.train):
+            # the default pattern drops words of one character, and with them whole texts
+            vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")
+            fitted = vectorizer.fit_transform(row[column] for row in splits.train)
+            parts.append((fitted, vectorizer.transform(row[column] for row in splits.held_out)))
+    if not parts:
+        return _majority(splits, known)
+    train, held_out = (hstack([part[i] for part in parts]).tocsr() for i in range(2))
+    linear = _linear(splits.labels)
+    return linear.fit(train, known).predict(held_out)
+
+
+def _frozen(recipe: Recipe, splits: Splits, known: Any) -> Any:
+    """A linear model on the frozen encoder's mean last hidden state; for images on what the model's head reads."""
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    features = _features(recipe, [*splits.train, *splits.held_out])
+    count = len(splits.train)
+    probe = make_pipeline(StandardScaler(), _linear(splits.labels, 0.01))
+    return probe.fit(features[:count], known).predict(features[count:])
+
+
+def _linear(labels: Sequence[str] | None, strength: float = 1.0) -> Any:
+    from sklearn.linear_model import LogisticRegression, Ridge
+
+    return Ridge(1.0 / strength) if labels is None else LogisticRegression(C=strength, max_iter=2000)
+
+
+def _features(recipe: Recipe, rows: Sequence[Row]) -> Any:
+    model = place(models.load_model(recipe.model, recipe.task, ("0", "1"), precision=precision_of(recipe)))
+    processor = models.load_processor(recipe, model.config)
+    pooled = _read_by_head if recipe.task == "image-classification" else _mean_state
+    encoded = [encode_inputs(row, recipe, processor) for row in rows]
+    out: list[Any] = [None] * len(rows)
+    with inference(model, recipe):
+        for batch in by_length(encoded, recipe.train.eval_batch_size):
+            inputs = to_device(collate([encoded[i] for i in batch], processor), device_of(model))
+            for i, row in zip(batch, pooled(model, inputs).float().cpu().numpy(), strict=True):
+                out[i] = row
+    return np.stack(out)
+
+
+def _mean_state(model: Any, inputs: dict[str, Any]) -> Any:
+    """The mean of the last hidden states, padding left out."""
+    states = model.base_model(**inputs).last_hidden_state.float()
+    mask = inputs["attention_mask"].unsqueeze(-1).float()
+    return (states * mask).sum(1) / mask.sum(1)
+
+
+def _read_by_head(model: Any, inputs: dict[str, Any]) -> Any:
+    """What the model's own head reads of an image: models differ in how they pool."""
+    read: list[Any] = []
+    (name,) = heads_of(model)
+    hook = model.get_submodule(name).register_forward_pre_hook(lambda _, given: read.append(given[0]))
+    try:
+        model(**inputs)
+    finally:
+        hook.remove()
+    return read[0].flatten(1)

@@ -1,0 +1,203 @@
+"""Judging and using a model: metrics on rows, predictions, generation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from lily.layers.sharding import root_gathered
+from lily.recipes import data
+from lily.recipes.data.tables import Row
+from lily.recipes.data.tasks import (
+    IGNORED,
+    Example,
+    Processor,
+    collate,
+    conversation,
+    encode,
+    encode_inputs,
+    prompt_ids,
+    text_processor,
+)
+from lily.recipes.scoring import answers as scoring
+from lily.recipes.scoring import choices
+from lily.recipes.scoring import metrics as metric_tools
+from lily.recipes.scoring.inference import by_length, device_of, inference, to_device
+from lily.recipes.spec.schema import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Judge:
+    """Computes a recipe's metrics of a model on rows.
+
+    Args:
+        recipe: task, metrics, lengths.
+        processor: the model's tokenizer, or what prepares its images.
+        labels: the classes, for classification.
+
+    Attributes:
+        items: what the last call found for each row, in the rows' order: `expected` and `predicted` (class numbers or
+            numbers), whether it is right (0 or 1) by the name of the metric that counts those, and `loss`; of causal
+            models that of each example, summed over its `tokens`.
+    """
+
+    def __init__(self, recipe: Recipe, processor: Processor, labels: Sequence[str] | None) -> None:
+        self.recipe, self.processor, self.labels = recipe, processor, labels
+        self.names = metric_tools.metrics_of(recipe)
+        self.items: dict[str, list[Any]] = {}
+
+    def __call__(self, model: torch.nn.Module, rows: Sequence[Row]) -> dict[str, float]:
+        """Metric -> value. Predictions do not depend on how rows are batched (unless the routing is `batch`)."""
+        recipe = self.recipe
+        if recipe.task == "sft":
+            tokenizer = text_processor(self.processor)
+            losses, tokens = token_losses(model, encode(rows, recipe, tokenizer, None), recipe, tokenizer)
+            loss, right = mean_loss(losses, tokens), self.right(model, rows)
+            self.items = {"loss": _short(losses), "tokens": tokens}
+            self.items |= {name: [int(r) for r in of_rows] for name, of_rows in right.items()}
+            found = {"loss": loss, "perplexity": float(np.exp(min(loss, 80.0))), **_shares(right)}
+            return {name: found[name] for name in self.names}
+        outputs = head_outputs(model, rows, recipe, self.processor)
+        if self.labels is not None:
+            ids = {name: i for i, name in enumerate(self.labels)}
+            expected = np.array([ids[row["label"]] for row in rows])
+            predicted = outputs.argmax(-1)
+            shifted = outputs - outputs.max(-1, keepdims=True)
+            losses = np.log(np.exp(shifted).sum(-1)) - shifted[np.arange(len(rows)), expected]
+            self.items = {"accuracy": (predicted == expected).astype(int).tolist()}
+        else:
+            expected, predicted = np.array([row["label"] for row in rows]), outputs.reshape(-1)
+            losses = (predicted - expected) ** 2
+            self.items = {}
+        loss = float(np.mean(losses))
+        self.items |= {"expected": _short(expected), "predicted": _short(predicted), "loss": _short(losses)}
+        found = metric_tools.compute(self.names, predicted, expected)
+        return {name: found.get(name, loss) for name in self.names}
+
+    def beyond_loss(self, model: torch.nn.Module, rows: Sequence[Row]) -> dict[str, float]:
+        """The recipe's metrics of sft that the loss does not give: of generated answers, and of choices."""
+        return _shares(self.right(model, rows))
+
+    def right(self, model: torch.nn.Module, rows: Sequence[Row]) -> dict[str, list[bool]]:
+        """The same row by row: whether it is right, by each of these metrics."""
+        found: dict[str, list[bool]] = {}
+        tokenizer = text_processor(self.processor)
+        if "exact_match" in self.names:
+            found["exact_match"] = exact_matches(model, tokenizer, rows, self.recipe)
+        if self.recipe.data.choices is not None and {"accuracy", "accuracy_norm"} & set(self.names):
+            found |= choices.right(model, rows, self.recipe, tokenizer)
+        return found
+
+
+def head_outputs(
+    model: torch.nn.Module, rows: Sequence[Row], recipe: Recipe, processor: Processor
+) -> np.ndarray[Any, Any]:
+    """The head's outputs (rows, outputs) in float32, in the rows' order; batched by length to waste little padding."""
+    encoded = [encode_inputs(row, recipe, processor) for row in rows]
+    out: list[Any] = [None] * len(rows)
+    with inference(model, recipe):
+        for batch in by_length(encoded, recipe.train.eval_batch_size):
+            inputs = to_device(collate([encoded[i] for i in batch], processor), device_of(model))
+            logits = model(**inputs).logits.float().cpu().numpy()
+            for i, row in zip(batch, logits, strict=True):
+                out[i] = row
+    return np.stack(out)
+
+
+def _short(values: Any) -> list[Any]:
+    """As plain numbers; six digits are enough to compare by, and halve the file."""
+    return [value if isinstance(value, int) else float(f"{value:.6g}") for value in np.asarray(values).tolist()]
+
+
+def _shares(right: Mapping[str, Sequence[bool]]) -> dict[str, float]:
+    return {name: float(np.mean(of_rows)) for name, of_rows in right.items()}
+
+
+def token_loss(
+    model: torch.nn.Module, examples: Sequence[Example], recipe: Recipe, tokenizer: PreTrainedTokenizerBase
+) -> float:
+    """Mean cross-entropy over all tokens that carry a label."""
+    return mean_loss(*token_losses(model, examples, recipe, tokenizer))
+
+
+def mean_loss(losses: Sequence[float], tokens: Sequence[int]) -> float:
+    """The mean over all tokens of what `token_losses` gave."""
+    return float(np.sum(losses) / max(np.sum(tokens), 1))
+
+
+def token_losses(
+    model: torch.nn.Module, examples: Sequence[Example], recipe: Recipe, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[float], list[int]]:
+    """Of each example: cross-entropy summed over the tokens that carry a label, and how many do."""
+    totals, counts = [0.0] * len(examples), [0] * len(examples)
+    with inference(model, recipe):
+        for batch in by_length(examples, recipe.train.eval_batch_size):
+            chosen = [examples[i] for i in batch]
+            padded = tokenizer.pad(
+                {"input_ids": [e["input_ids"] for e in chosen]}, return_tensors="pt", padding_side="right"
+            )
+            width = padded["input_ids"].shape[1]
+            labels = torch.tensor([e["labels"] + [IGNORED] * (width - len(e["labels"])) for e in chosen])
+            logits = model(**padded.to(device_of(model))).logits.float()[:, :-1].cpu()
+            losses = torch.nn.functional.cross_entropy(
+                logits.transpose(1, 2), labels[:, 1:], ignore_index=IGNORED, reduction="none"
+            )
+            for i, loss, marked in zip(batch, losses.sum(1).tolist(), labels[:, 1:] != IGNORED, strict=True):
+                totals[i], counts[i] = loss, int(marked.sum())
+    return totals, counts
+
+
+def answers(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], recipe: Recipe) -> list[str]:
+    """Greedy answers to prompts (texts or message lists), batched with left padding, in the prompts' order."""
+    encoded = [{"input_ids": prompt_ids(p, tokenizer)} for p in prompts]
+    out = [""] * len(prompts)
+    with inference(model, recipe):
+        for batch in by_length(encoded, recipe.train.eval_batch_size):
+            ids = {"input_ids": [encoded[i]["input_ids"] for i in batch]}
+            padded = tokenizer.pad(ids, return_tensors="pt", padding_side="left").to(device_of(model))
+            with root_gathered(model):
+                generated = model.generate(
+                    **padded,
+                    max_new_tokens=recipe.generation.max_new_tokens,
+                    do_sample=False,
+                    pad_token_id=tokenizer.pad_token_id,
+                )
+            texts = tokenizer.batch_decode(generated[:, padded["input_ids"].shape[1] :], skip_special_tokens=True)
+            for i, text in zip(batch, texts, strict=True):
+                out[i] = text.strip()
+    return out
+
+
+def exact_matches(model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], recipe: Recipe) -> list[bool]:
+    """Of each row, whether the greedy answer is the completion's, each read as `generation.answer` says."""
+    expected = scoring.expected_answers(rows, recipe)
+    prompts = [conversation(row, recipe, tokenizer)[-1][0] for row in rows]
+    given = [scoring.answer_in(text, recipe) for text in answers(model, tokenizer, prompts, recipe)]
+    return [answer == completion for answer, completion in zip(given, expected, strict=True)]
+
+
+def samples(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    recipe: Recipe,
+    when: str,
+    earlier: Sequence[dict[str, str]] | None = None,
+) -> list[dict[str, str]]:
+    """The first held-out prompts with the model's answers under the key `when`, added to those of `earlier`."""
+    if recipe.task != "sft" or recipe.generation.samples == 0:
+        return []
+    rows = rows[: recipe.generation.samples]
+    prompts = [conversation(row, recipe, tokenizer)[-1][0] for row in rows]
+    given = answers(model, tokenizer, prompts, recipe)
+    out = []
+    for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+        text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        known = earlier[i] if earlier else {"prompt": text, "expected": data.completion_of(row)}
+        out.append({**known, when: given[i]})
+    return out

@@ -1,0 +1,1 @@
+"""What is a recipe? Its keys, their checks, and the methods beside it."""

@@ -1,0 +1,1 @@
+"""What transformers' Trainer lacks: bit-equal resume, any number of processes, no pickle."""

@@ -1,0 +1,259 @@
+"""The trainers: transformers' Trainer and TRL's SFTTrainer, with what a recipe adds to them.
+
+Added: metrics that the loss does not give, the best adapter kept as a plain PEFT folder, early stopping on the
+recipe's own metric. Everything else (schedule, accumulation, checkpointing, resuming, logging) is theirs.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from transformers import (
+    DataCollatorWithPadding,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+)
+
+from lily.analysis.history import RoutingCallback
+from lily.callbacks.health import HealthCallback
+from lily.callbacks.settle import SettleCallback
+from lily.distributed import from_first, rank, save_adapter, world_size
+from lily.errors import LilyError
+from lily.io.atomic import write_text
+from lily.recipes.data.images import Preprocess
+from lily.recipes.data.tasks import Example, Processor
+from lily.recipes.methods.configs import learning_rate
+from lily.recipes.models.precision import precision_of
+from lily.recipes.scoring import metrics as metric_tools
+from lily.recipes.scoring.forgetting import LOSS
+from lily.recipes.spec.schema import CLASSIFYING, Recipe
+from lily.recipes.trainer.resumable import Cadence, Resumable
+
+if TYPE_CHECKING:
+    pass
+
+Evaluate = Callable[[torch.nn.Module], dict[str, float]]
+
+
+class Progress:
+    """The evaluations of a run and its best adapter, kept on disk so that a resumed run goes on with them.
+
+    Args:
+        output: the run's folder.
+        metric: the main metric.
+        patience: evaluations without gain before the run should stop; None: never.
+
+    Attributes:
+        history: what every evaluation on the validation rows found, with its epoch and step.
+        best: the best of them. Where the adapter settles, only what was found after that counts.
+        most: the largest loss on general text that the best may have; None: any.
+    """
+
+    most: float | None = None
+
+    def __init__(self, output: Path, metric: str, patience: int | None) -> None:
+        self.folder, self.file = output / "best", output / "progress.json"
+        self.metric, self.patience = metric, patience
+        self.history: list[dict[str, float]] = []
+        if rank() == 0 and self.file.is_file() and self.folder.is_dir():
+            self.history = json.loads(self.file.read_text("utf-8"))
+        self.history = from_first(self.history)
+
+    @property
+    def best(self) -> dict[str, float]:
+        """The first evaluation that no later one beats, among the final ones if there are any.
+
+        Where there is a limit to forgetting, among those within it; if there are none, the one nearest to it.
+        """
+        eligible = [h for h in self.history if h.get("final", 1.0)] or self.history
+        if self.most is not None:
+            within = [h for h in eligible if h[LOSS] <= self.most]
+            eligible = within or [min(eligible, key=lambda h: h[LOSS])]
+        best = eligible[0]
+        for found in eligible[1:]:
+            if metric_tools.better(self.metric, found[self.metric], best[self.metric]):
+                best = found
+        return best
+
+    def update(self, model: PeftModel, found: dict[str, float]) -> bool:
+        """Take note of an evaluation; True means that patience is used up."""
+        self.history = [h for h in self.history if h["step"] < found["step"]] + [found]
+        if self.best is found:
+            save_adapter(model, self.folder, overwrite=True)
+        if rank() == 0:
+            write_text(self.file, json.dumps(self.history))
+        return self.exhausted
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether patience is used up."""
+        if self.patience is None or not self.history or not self.history[-1].get("final", 1.0):
+            return False
+        return len(self.history) - 1 - self.history.index(self.best) >= self.patience
+
+
+def build_trainer(
+    recipe: Recipe,
+    model: torch.nn.Module,
+    processor: Processor,
+    train: Sequence[Example],
+    validation: Sequence[Example],
+    output: Path,
+    beyond_loss: Evaluate | None,
+    quiet: bool,
+) -> Any:
+    """The recipe's trainer.
+
+    Args:
+        recipe: schedule and task.
+        model: with its adapter; frozen parameters are left out of the optimiser.
+        processor: the model's tokenizer, or what prepares its images.
+        train: encoded examples.
+        validation: encoded examples.
+        output: the run's folder.
+        beyond_loss: further validation metrics, which the loss does not give.
+        quiet: no progress bar.
+
+    Returns:
+        A Trainer whose `progress` is the run's `Progress`.
+    """
+    names = metric_tools.metrics_of(recipe)
+    arguments = _arguments(recipe, output, quiet)
+    images = isinstance(processor, Preprocess)
+    common: dict[str, Any] = {"model": model, "processing_class": None if images else processor}
+    if recipe.task == "sft":
+        try:
+            from datasets import Dataset, disable_progress_bars
+            from trl import SFTConfig, SFTTrainer
+        except ImportError:
+            raise LilyError('task: sft needs TRL; pip install "lily-peft[sft]"') from None
+        if quiet:
+            disable_progress_bars()
+        trained = {p: p.data for p in model.parameters() if p.requires_grad}
+        config = SFTConfig(
+            **arguments, max_length=recipe.data.max_length, packing=recipe.train.packing, eval_packing=False
+        )
+        trainer = _with_best(SFTTrainer)(
+            args=config,
+            train_dataset=Dataset.from_list(list(train)),
+            eval_dataset=Dataset.from_list(list(validation)),
+            **common,
+        )
+        # TRL rounds what trains on a quantised model to bfloat16, in which a small step changes nothing.
+        for p, data in trained.items():
+            if p.dtype != data.dtype:
+                p.data = data
+    else:
+        trainer = _with_best(Trainer)(
+            args=TrainingArguments(**arguments, remove_unused_columns=not images),
+            train_dataset=list(train),
+            eval_dataset=list(validation),
+            data_collator=processor.batch if images else DataCollatorWithPadding(processor),
+            compute_metrics=lambda out: score(recipe, out.predictions, out.label_ids),
+            **common,
+        )
+    if quiet:
+        trainer.remove_callback(PrinterCallback)
+    settle = recipe.lily.settle
+    if recipe.method == "lily" and settle is not None:
+        trainer.add_callback(SettleCallback(settle.start, settle.end))
+    trainer.add_callback(Cadence(recipe.train.evaluate_every, recipe.train.save_every or recipe.train.evaluate_every))
+    trainer.health = HealthCallback(lambda said: print(f"warning: {said}", file=sys.stderr))
+    trainer.add_callback(trainer.health)
+    if recipe.method == "lily" and settle is None:  # what settles is recorded by settling itself
+        trainer.routing = RoutingCallback()
+        trainer.add_callback(trainer.routing)
+    trainer.recipe = recipe
+    trainer.beyond_loss = beyond_loss
+    trainer.names = names
+    trainer.progress = Progress(output, names[0], recipe.train.early_stopping)
+    return trainer
+
+
+def score(recipe: Recipe, predictions: Any, labels: Any) -> dict[str, float]:
+    """A head's outputs (rows, outputs) against labels: the recipe's metrics."""
+    outputs = predictions[0] if isinstance(predictions, tuple) else predictions
+    predicted = outputs.argmax(-1) if recipe.task in CLASSIFYING else outputs.reshape(-1)
+    return metric_tools.compute(metric_tools.metrics_of(recipe), predicted, labels)
+
+
+def _with_best(base: type[Trainer]) -> Any:
+    class RecipeTrainer(Resumable, base):  # type: ignore[misc]
+        beyond_loss: Evaluate | None = None
+        general: Callable[[torch.nn.Module], float] | None = None
+        watch: Callable[[Sequence[dict[str, float]]], bool] | None = None
+        names: Sequence[str] = ()
+
+        def training_step(self, *arguments: Any, **more: Any) -> torch.Tensor:
+            loss: torch.Tensor = super().training_step(*arguments, **more)
+            self.health.note_loss(loss)
+            return loss
+
+        def settled(self) -> float | None:
+            """How far an adapter that settles has; None: it does not settle, or is static already."""
+            config = getattr(self.model, "peft_config", {}).get("default")
+            return getattr(config, "settled", None)
+
+        def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
+            """Also: metrics that the loss does not give, and the best adapter."""
+            with self.signals.deferred(False):
+                found: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+                found["eval_perplexity"] = float(np.exp(min(found["eval_loss"], 80.0)))
+                if self.beyond_loss is not None:
+                    found.update({f"eval_{name}": value for name, value in self.beyond_loss(self.model).items()})
+                if self.general is not None:
+                    found[f"eval_{LOSS}"] = self.general(self.model)
+            found = from_first(found)  # the processes decide alike, also where their arithmetic differs in a last bit
+            step, epoch = self.state.global_step, float(self.state.epoch or 0.0)
+            values = {name: found[f"eval_{name}"] for name in (*self.names, LOSS) if f"eval_{name}" in found}
+            settled = self.settled()
+            final = {} if settled is None else {"final": float(settled == 1)}
+            exhausted = self.progress.update(self.model, {"step": step, "epoch": epoch, **values, **final})
+            if exhausted or (self.watch is not None and self.watch(self.progress.history)):
+                self.control.should_training_stop = True
+            return found
+
+    return RecipeTrainer
+
+
+def _arguments(recipe: Recipe, output: Path, quiet: bool) -> dict[str, Any]:
+    t = recipe.train
+    precision = precision_of(recipe)
+    return {
+        "output_dir": str(output / "checkpoints"),
+        "num_train_epochs": t.epochs,
+        "max_steps": t.max_steps or -1,
+        "per_device_train_batch_size": t.batch_size // world_size(),
+        "per_device_eval_batch_size": t.eval_batch_size,
+        "gradient_accumulation_steps": t.gradient_accumulation,
+        "learning_rate": learning_rate(recipe),
+        "warmup_steps": t.warmup,
+        "lr_scheduler_type": t.schedule if t.min_learning_rate is None else "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {}
+        if t.min_learning_rate is None
+        else {"min_lr_rate": t.min_learning_rate / learning_rate(recipe)},
+        "max_grad_norm": t.max_grad_norm,
+        "bf16": precision == "bfloat16",
+        "fp16": precision == "float16",
+        "gradient_checkpointing": t.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if t.gradient_checkpointing else None,
+        "report_to": list(t.report_to) or "none",
+        "seed": recipe.seed,
+        "data_seed": recipe.seed,
+        "use_cpu": not torch.cuda.is_available(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        # `Cadence` says when
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "logging_steps": 50,
+        "disable_tqdm": quiet,
+        "log_level": "error" if quiet else "passive",
+    }

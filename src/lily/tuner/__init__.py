@@ -1,0 +1,1 @@
+"""How does PEFT meet it? Injection, loading, and the registration in PEFT."""

@@ -1,0 +1,363 @@
+"""Injection: `LilyModel`, PEFT's tuner for Lily, turns a plan into layers and a bank."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists, onload_layer
+from peft.utils import TRANSFORMERS_MODELS_TO_LILY_TARGET_MODULES_MAPPING
+from peft.utils.integrations import init_empty_weights
+from peft.utils.other import _get_submodules
+from torch import Tensor, nn
+
+from lily.checkpoint import format
+from lily.checkpoint.load import current
+from lily.checkpoint.stock import decide_file_format
+from lily.errors import LilyError
+from lily.layers.bank import BANK, LilyBank, Settled, bank_of
+from lily.layers.conv import Conv2d
+from lily.layers.devices import Placement, is_spread, onload, placement
+from lily.layers.embedding import Embedding
+from lily.layers.find import layers_of, watch_masks
+from lily.layers.layer import LilyLayer
+from lily.layers.linear import Linear
+from lily.layers.parallel_module import Block
+from lily.layers.parameter import Parameter
+from lily.layers.part import Nested
+from lily.layers.quantized import keep_differentiable
+from lily.layers.sharding import unwrapped
+from lily.layers.slice import Slice
+from lily.plan.config import CAUSAL_TASKS, LilyConfig
+from lily.plan.select import is_causal, select_targets
+from lily.plan.sharing_plan import SharingPlan, build_plan
+from lily.plan.specs import BLOCK, CONV2D, EMBEDDING, LINEAR, PARAMETERS, ModuleSpec
+from lily.tuner import call_uncalled
+from lily.tuner.check_targets import check_targets
+
+LAYERS = {LINEAR: Linear, CONV2D: Conv2d, EMBEDDING: Embedding, BLOCK: Block}
+
+# Share of an update's norm lost to the base weight's precision, from which on merging says so.
+REPORTED_ROUNDING = 0.01
+
+
+class LilyModel(BaseTuner):  # type: ignore[misc]
+    """A model with Lily adapters. Made by `peft.get_peft_model`; not called directly.
+
+    Args:
+        model: the base model.
+        peft_config: a `LilyConfig`, or stock PEFT's, which means batch routing.
+        adapter_name: name of the first adapter.
+    """
+
+    prefix: str = "lily_"
+    tuner_layer_cls = LilyLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LILY_TARGET_MODULES_MAPPING
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Plan, then inject; the model is untouched when the plan fails. See PEFT's `BaseTuner.inject_adapter`.
+
+        A `state_dict` names the layers only where the configuration does not: a file holds shared tensors once, so
+        not every layer need appear in it.
+
+        Raises:
+            LilyError: see `lily.plan.select.select_modules` and `lily.plan.build_plan`.
+        """
+        config = self.peft_config[adapter_name] = LilyConfig.from_stock(self.peft_config[adapter_name])
+        if state_dict is not None and config.target_modules is None and not config.target_parameters:
+            config.target_modules = {
+                key.rsplit(f".{self.prefix}", 1)[0].removeprefix(format.PREFIX) for key in state_dict
+            }
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        if not config.inference_mode:
+            keep_differentiable(model)
+        bank = bank_of(model)
+        bank.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        watch_masks(model)
+        call_uncalled.watch(model)
+
+    def _prepare_adapter_config(self, peft_config: LilyConfig, model_config: dict[str, Any]) -> LilyConfig:
+        """PEFT's choice of modules by architecture, where none are given; an unknown one needs none with parameters."""
+        known = model_config.get("model_type") in self.target_module_mapping
+        others = peft_config.parallel_modules or (peft_config.target_parameters and not known)
+        if peft_config.target_modules is None and others:
+            return peft_config
+        prepared: LilyConfig = super()._prepare_adapter_config(peft_config, model_config)
+        return prepared
+
+    def _prepare_model(self, peft_config: LilyConfig, model: nn.Module) -> None:
+        """PEFT's last step before it replaces a layer: decide everything here, so that nothing fails half-way."""
+        specs = select_targets(model, peft_config)
+        check_targets(model, specs)
+        _decide_routing(peft_config, model)
+        self._plan = build_plan(specs, peft_config)
+        self._places = {spec.name: _place(model, spec) for spec in specs}
+        self._parts: dict[str, list[str]] = {}
+        for spec in specs:
+            self._parts.setdefault(spec.path, []).append(spec.name)
+        decide_file_format(peft_config, self._plan, model)
+        if (opened := current()) is not None:
+            opened.check(self._plan, peft_config, model)
+
+    def _check_target_module_exists(self, peft_config: LilyConfig, key: str) -> Any:
+        """See PEFT; a module that an adapter is to run beside is named elsewhere than in `target_modules`."""
+        if key in self._plan.slots and self._plan.group_of(key).kind == BLOCK:
+            return True
+        return bool(peft_config.target_modules) and check_target_module_exists(peft_config, key)
+
+    def _create_and_replace(
+        self,
+        peft_config: LilyConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        bank, plan = self._bank(adapter_name, peft_config), self._plan
+        if current_key not in plan.slots:
+            for name in self._parts[current_key]:
+                self._adapt_part(peft_config, adapter_name, name, Slice)
+            return
+        group, slot, device = plan.group_of(current_key), plan.slots[current_key], self._places[current_key][0]
+        layer: Any = target if isinstance(target, LilyLayer) else LAYERS[group.kind](target, bank)
+        layer.update_layer(adapter_name, group, slot, peft_config, device)
+        if layer is not target:
+            self._put(layer, adapter_name, parent, target_name)
+
+    def _adapt_part(
+        self,
+        peft_config: LilyConfig,
+        adapter_name: str,
+        name: str,
+        kind: type[Nested],
+        context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    ) -> None:
+        """Put an adapter on a part of a module, around those that are there."""
+        path, _, part = name.rpartition(".")
+        parent, target, target_name = _get_submodules(self.model, path)
+        nest = target.nest if isinstance(target, kind) else []
+        found = next((layer for layer in nest if layer.part == part), None)
+        with context():
+            layer = found or kind(target, self._bank(adapter_name, peft_config), part)
+            group, slot, device = self._plan.group_of(name), self._plan.slots[name], self._places[name][0]
+            layer.update_layer(adapter_name, group, slot, peft_config, device)
+        if found is None:
+            self._put(layer, adapter_name, parent, target_name)
+
+    def _inject_parameters(
+        self, peft_config: LilyConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        """PEFT's step after the layers are replaced: adapt the parameters, as the plan has them."""
+        plan = self._plan
+        names = [name for group in plan.groups if group.kind in PARAMETERS for name in group.layers]
+        context = init_empty_weights if low_cpu_mem_usage else contextlib.nullcontext
+        for name in names:
+            self._adapt_part(peft_config, adapter_name, name, Parameter, context)
+        return names
+
+    def _bank(self, adapter_name: str, peft_config: LilyConfig) -> LilyBank:
+        """The bank, with this adapter's tensors in it."""
+        if not hasattr(self.model, BANK):
+            self.model.add_module(BANK, LilyBank())
+        bank = bank_of(self.model)
+        if bank.plans.get(adapter_name) is not self._plan:  # first layer of this adapter
+            activations = {g.name: peft_config.options_of(g.name).activation for g in self._plan.groups}
+            bank.add(adapter_name, self._plan, self._places, peft_config.init_weights, activations)
+            if peft_config.settled is not None:
+                bank.settled[adapter_name] = Settled(peft_config.settled)
+        return bank
+
+    def _put(self, layer: nn.Module, adapter_name: str, parent: nn.Module, target_name: str) -> None:
+        if adapter_name not in self.active_adapters:
+            for own in (p for name, p in layer.named_parameters() if not name.startswith("base_layer.")):
+                own.requires_grad_(False)
+        setattr(parent, target_name, layer)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's also moves the adapter to the base weight (nowhere, if that is offloaded) and wants it named `weight`.
+        setattr(parent, child_name, new_module)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # PEFT's last step after it has loaded an adapter and had accelerate spread the model over devices.
+        onload(self.model, bank_of(self.model).arrived)
+        bank_of(self.model).arrived = {}
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make the named adapters the active ones (all of them take part in a forward). See PEFT."""
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        if hasattr(self.model, BANK):
+            bank_of(self.model).set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter, its shared tensors included. See PEFT."""
+        super().delete_adapter(adapter_name)
+        bank_of(self.model).delete_adapter(adapter_name)
+        call_uncalled.watch(self.model)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Fold static adapters into the base weights; `unmerge_adapter` restores every bit. See PEFT.
+
+        Raises:
+            LilyError: if any layer cannot be merged; none is then.
+        """
+        self._check_merge(adapter_names, safe_merge)
+        super().merge_adapter(adapter_names, safe_merge)
+        _report_rounding(self.model)
+
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        names: dict[int, list[str]] = {}
+        for name, p in self.model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(p), []).append(name)
+        for layer in self.model.modules():
+            if not isinstance(layer, LilyLayer):
+                continue
+            for adapter in layer.active_adapters if adapter_names is None else adapter_names:
+                if adapter in layer.slots and adapter not in layer.merged_adapters:
+                    # the values themselves matter to the safe check only, which makes offloaded ones be read
+                    with onload_layer(layer) if safe_merge else contextlib.nullcontext():
+                        layer.check_merge(adapter, safe_merge)
+                    tied = names.get(id(layer.whole_weight), [])
+                    if len(tied) > 1:
+                        raise LilyError(
+                            f"{' and '.join(tied)} are one tensor, so merging into one would change the other; untie "
+                            "them first (load the base with tie_word_embeddings=False and copy the weight)"
+                        )
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        layers = [m for m in self.model.modules() if isinstance(m, LilyLayer)]
+        if merge:
+            self._check_merge(adapter_names, safe_merge)
+        model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        if merge:
+            _report_rounding(nn.ModuleList(layers))
+        bank_of(model).watch(model, [])
+        call_uncalled.watch(model)
+        delattr(model, BANK)
+        return model
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: LilyConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        bank, _ = _find_bank(model)
+        plan = bank.plans[adapter_name]
+        # A grouping that the written configuration does not lead to must stay visible in the file.
+        written = copy.copy(config)
+        written.stock_grouping = False
+        as_configured = plan == build_plan(format.specs_of(plan), written)
+        if config.settled == 1:  # what the routers hold is no longer used
+            state_dict = {k: v for k, v in state_dict.items() if f".lily_router.{adapter_name}." not in k}
+        names = {path: name for name, path in _part_keys(model, adapter_name).items()}
+        state_dict = {names.get(unwrapped(k), k): v for k, v in state_dict.items()}
+        out = format.dump(state_dict, adapter_name, plan, every_layer=not as_configured)
+        out.update(cls._get_learnable_bias_state_dict(model, state_dict, config))
+        return out
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: LilyConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        bank, root = _find_bank(model)
+        format.check_base(bank.plans[adapter_name], config.adapted_layers, config.base_model_name_or_path)
+        tensors, plan = format.resolve(state_dict, bank.plans[adapter_name], config.settled)
+        if plan is not bank.plans[adapter_name]:
+            _regroup(model.get_submodule(root.rstrip(".")), config, adapter_name, plan)
+        out = dict(tensors.other)
+        out.update({f"{root}{BANK}.lily_A.{adapter_name}.{i}": t for i, t in tensors.A.items()})
+        out.update({f"{root}{BANK}.lily_B.{adapter_name}.{i}": t for i, t in tensors.B.items()})
+        out.update({f"{root}{BANK}.lily_R.{adapter_name}.{i}": t for i, t in tensors.shared_router.items()})
+        own = {f"{root}{name}.lily_router.{adapter_name}.weight": t for name, t in tensors.router.items()}
+        own |= {f"{root}{name}.lily_logits.{adapter_name}": t for name, t in tensors.logits.items()}
+        keys = _part_keys(model, adapter_name)
+        out.update({keys.get(key, key): t for key, t in own.items()})
+        if is_spread(model):
+            bank.arrived = {key.removeprefix(root): t for key, t in out.items()}
+        return out
+
+
+def _part_keys(model: nn.Module, adapter: str) -> dict[str, str]:
+    """Routers and logits of parts of modules: what they are called in files -> what in the model, where they nest."""
+    return {
+        f"{m.name_in_plan(path)}.{own}": f"{path}.{own}"
+        for path, m in ((unwrapped(path), m) for path, m in model.named_modules())
+        if isinstance(m, Nested)
+        for own in (f"lily_logits.{adapter}", f"lily_router.{adapter}.weight")
+    }
+
+
+def _report_rounding(model: nn.Module) -> None:
+    errors = [e for m in model.modules() if isinstance(m, LilyLayer) for e in m.rounding.values()]
+    if errors and max(errors) > REPORTED_ROUNDING:
+        warnings.warn(
+            f"merging rounded the updates by {sum(errors) / len(errors):.1%} on average and {max(errors):.1%} at worst "
+            "(share of the update's norm), because the base weights are of low precision; the adapter unmerged, or "
+            "merged into float32 weights, is more exact",
+            stacklevel=3,
+        )
+
+
+def _find_bank(model: nn.Module) -> tuple[LilyBank, str]:
+    """The bank and the name, with its dot, of the module that it is the root of."""
+    for name, module in model.named_modules():
+        if isinstance(module, LilyBank):
+            return module, unwrapped(name.removesuffix(BANK))
+    raise AttributeError("the model carries no Lily adapter")
+
+
+def _regroup(model: nn.Module, config: LilyConfig, adapter: str, plan: SharingPlan) -> None:
+    """Rebuild an adapter's shared tensors for another plan over the same layers."""
+    bank = bank_of(model)
+    old = bank.tensors(adapter)[0][0]
+    layers = layers_of(model)
+    places = {spec.name: _place(model, spec) for spec in format.specs_of(plan)}
+    bank.add(adapter, plan, places, init_weights=True)
+    for tensors in bank.tensors(adapter):
+        tensors.requires_grad_(old.requires_grad)
+        tensors.to("meta" if old.device.type == "meta" else None, old.dtype)
+    for name, slot in plan.slots.items():
+        layers[name].slots[adapter] = slot
+    decide_file_format(config, plan, model)
+
+
+def _place(model: nn.Module, spec: ModuleSpec) -> Placement:
+    """Where the adapter of a layer or of a part of one goes."""
+    parameter = spec.name.rpartition(".")[2] if spec.kind in PARAMETERS else None
+    return placement(model.get_submodule(spec.path), is_spread(model), parameter)
+
+
+def _decide_routing(config: LilyConfig, model: nn.Module) -> None:
+    """Choose the default that depends on the model, and warn of a routing that lets a causal model see ahead."""
+    causal = is_causal(model)
+    if config.routing_is_default:
+        config.routing = config.default_routing(causal or config.task_type in CAUSAL_TASKS)
+    if causal and config.num_B > 1 and config.routing in ("batch", "sequence"):
+        seen = "later tokens and padding" + (" and the other samples of the batch" if config.routing == "batch" else "")
+        warnings.warn(
+            f"routing={config.routing!r} on a causal model: its outputs will depend on {seen}, so decoding with a KV "
+            "cache differs from decoding without. Use routing='token' (see docs/routing.md)",
+            stacklevel=2,
+        )

@@ -1,0 +1,242 @@
+"""PEFT's and transformers' ways of loading an adapter, each led through `lily.checkpoint.load`.
+
+`lily.tuner.registry` puts these in the place of PEFT's own. Each leaves to the original what is not Lily's.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import peft
+import peft.peft_model
+import peft.utils
+from huggingface_hub import hf_hub_download
+from peft import PeftConfig, PeftModel, inject_adapter_in_model
+from peft.config import PeftConfigMixin
+from peft.utils import CONFIG_NAME, hotswap, infer_device, save_and_load
+from torch import Tensor, nn
+from transformers.integrations.peft import PeftAdapterMixin
+
+from lily.checkpoint import load
+from lily.checkpoint.format import PREFIX
+from lily.checkpoint.load import Opened
+from lily.errors import LilyError
+from lily.plan.config import LilyConfig
+
+# What decides an adapter's function besides its tensors: two that differ here cannot be swapped.
+HOTSWAP_KEYS = [
+    "r", "stride_A", "num_A", "num_B", "scaling", "routing", "activation", "rank_pattern", "settled", "target_modules",
+    "target_parameters",
+]  # fmt: skip
+
+DOWNLOAD = frozenset(inspect.signature(hf_hub_download).parameters) - {"repo_id", "filename"}
+
+_stock_from_json_file = PeftConfigMixin.__dict__["from_json_file"]
+_stock_from_pretrained = PeftModel.__dict__["from_pretrained"]
+_stock_load_adapter = PeftModel.load_adapter
+_stock_load_weights = save_and_load.load_peft_weights
+_stock_set_state = save_and_load.set_peft_model_state_dict
+_stock_hotswap = hotswap.hotswap_adapter
+_stock_hotswap_state = hotswap.hotswap_adapter_from_state_dict
+_stock_transformers = PeftAdapterMixin.load_adapter
+
+
+def _download(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key in DOWNLOAD and value is not None}
+
+
+def _configs(model: Any) -> dict[str, PeftConfig]:
+    """Adapter -> configuration; a model without adapters has none."""
+    return dict(getattr(getattr(model, "_orig_mod", model), "peft_config", None) or {})
+
+
+def _from_json_file(cls: Any, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+    """`PeftConfig.from_json_file`, through which every `adapter_config.json` is read."""
+    values = load.config_values(Path(path_json_file), ours=issubclass(cls, LilyConfig))
+    if values is None:
+        found: dict[str, Any] = _stock_from_json_file.__func__(cls, path_json_file, **kwargs)
+        return found
+    values.pop("runtime_config", None)  # PEFT's own rule: valid at run time only
+    return values
+
+
+def _from_pretrained(cls: type[PeftModel], *args: Any, **kwargs: Any) -> PeftModel:
+    """`PeftModel.from_pretrained`."""
+    stock = _stock_from_pretrained.__func__
+    given = inspect.signature(stock).bind(cls, *args, **kwargs)
+    model, model_id, config = given.arguments["model"], given.arguments["model_id"], given.arguments.get("config")
+    options = given.arguments.get("kwargs", {})
+    folder = None
+    if config is None or isinstance(config, peft.LilyConfig):
+        folder = load.find(model_id, _download(options), configured=config is not None)
+    if folder is None:
+        return stock(*given.args, **given.kwargs)
+    mapping = given.arguments.get("key_mapping") or getattr(model, "_checkpoint_conversion_mapping", None)
+    opened = Opened.folder(folder, mapping, options.get("ignore_mismatched_sizes", False))
+    with load.in_progress(opened):
+        known = LilyConfig.from_pretrained(str(folder)) if config is None else LilyConfig.from_stock(config)
+        load.check_config(known, model)
+        return stock(*given.args, **given.kwargs)
+
+
+def _load_adapter(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+    """`PeftModel.load_adapter`."""
+    if load.current() is not None:  # the second half of `from_pretrained`
+        return _stock_load_adapter(self, *args, **kwargs)
+    given = inspect.signature(_stock_load_adapter).bind(self, *args, **kwargs)
+    model_id, name = given.arguments["model_id"], given.arguments["adapter_name"]
+    options = given.arguments.get("kwargs", {})
+    known = self.peft_config.get(name)
+    folder = None
+    if known is None or isinstance(known, LilyConfig):
+        folder = load.find(model_id, _download(options), configured=known is not None)
+    if folder is None:
+        carries = any(isinstance(config, LilyConfig) for config in self.peft_config.values())
+        with load.naming(Path(model_id, CONFIG_NAME) if carries else None):
+            return _stock_load_adapter(self, *args, **kwargs)
+    opened = Opened.folder(folder, given.arguments.get("key_mapping"), options.get("ignore_mismatched_sizes", False))
+    with load.in_progress(opened):
+        if known is None:
+            load.check_config(LilyConfig.from_pretrained(str(folder)), self)
+        elif (plan := load.plan_of(self, name)) is not None:
+            opened.check(plan, known, self, name)
+        return _stock_load_adapter(self, *args, **kwargs)
+
+
+def _load_weights(
+    model_id: str, device: str | None = None, key_mapping: dict[str, str] | None = None, **options: Any
+) -> dict[str, Tensor]:
+    """`load_peft_weights`: a Lily adapter's tensors come from safetensors alone, and are finite."""
+    opened = load.current()
+    if opened is None:
+        folder = load.find(model_id, _download(options))
+        if folder is None:
+            found: dict[str, Tensor] = _stock_load_weights(model_id, device, key_mapping, **options)
+            return found
+        opened = Opened.folder(folder, key_mapping)
+    device = device or infer_device()
+    return {name: tensor.to("cpu" if device == "mps" else device) for name, tensor in opened.state.items()}
+
+
+def _set_state(
+    model: nn.Module,
+    peft_model_state_dict: dict[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+) -> Any:
+    """`set_peft_model_state_dict`: all of a Lily adapter's tensors fit before the first is copied."""
+    config = _configs(model).get(adapter_name)
+    plan = load.plan_of(model, adapter_name)
+    if isinstance(config, LilyConfig) and plan is not None:
+        opened = load.current()
+        with load.naming(opened.header.path if opened and opened.header else None):
+            load.check_fit(peft_model_state_dict, plan, config, model, adapter_name, ignore_mismatched_sizes)
+    return _stock_set_state(model, peft_model_state_dict, adapter_name, ignore_mismatched_sizes, low_cpu_mem_usage)
+
+
+def _hotswap(
+    model: nn.Module, model_name_or_path: str, adapter_name: str, torch_device: str | None = None, **kwargs: Any
+) -> None:
+    """`hotswap_adapter`."""
+    folder = load.find(model_name_or_path, _download(kwargs))
+    if folder is None:
+        _stock_hotswap(model, model_name_or_path, adapter_name, torch_device, **kwargs)
+        return
+    with load.in_progress(Opened.folder(folder)) as opened:
+        known = _configs(model).get(adapter_name)
+        if isinstance(known, LilyConfig) and (plan := load.plan_of(model, adapter_name)) is not None:
+            # PEFT's own first step, so that what differs in general is told before what does in detail
+            hotswap.check_hotswap_configs_compatible(known, LilyConfig.from_pretrained(str(folder)))
+            opened.check(plan, known, model, adapter_name)
+        _stock_hotswap(model, model_name_or_path, adapter_name, torch_device, **kwargs)
+
+
+def _hotswap_state(
+    model: nn.Module, state_dict: dict[str, Tensor], adapter_name: str, config: PeftConfig, *args: Any, **kwargs: Any
+) -> None:
+    """PEFT's second half of `hotswap_adapter`, which knows LoRA's tensors alone: copy ours into their places.
+
+    The parameters stay the same objects, so a compiled model is not compiled again.
+    """
+    if not isinstance(config, LilyConfig):
+        _stock_hotswap_state(model, state_dict, adapter_name, config, *args, **kwargs)
+        return
+    inserted = re.compile(rf"(lily_[A-Za-z]+)\.{re.escape(adapter_name)}(?=\.|$)")
+    plain = {inserted.sub(r"\1", key): tensor for key, tensor in state_dict.items()}
+    _set_state(getattr(model, "_orig_mod", model), plain, adapter_name=adapter_name)
+
+
+def _transformers(
+    self: Any,
+    peft_model_id: str | None = None,
+    adapter_name: str | None = None,
+    peft_config: Any = None,
+    adapter_state_dict: dict[str, Tensor] | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """`model.load_adapter` of transformers, which its `from_pretrained` uses too.
+
+    It matches names of tensors to names of parameters itself, and so would miss the bank; Lily's files are read by
+    PEFT's own loading instead. Anything else goes its usual way.
+    """
+    load_config = kwargs.get("load_config")
+    source = peft_model_id or getattr(load_config, "pretrained_model_name_or_path", None)
+    hub = {**(getattr(load_config, "download_kwargs", None) or {}), **(kwargs.get("adapter_kwargs") or {})}
+    hub["local_files_only"] = hub.get("local_files_only") or kwargs.get("local_files_only")
+    hub = {key: hub[key] for key in ("revision", "token", "cache_dir", "subfolder", "local_files_only") if hub.get(key)}
+    name = adapter_name or "default"
+    known = name in getattr(self, "peft_config", {})
+    folder = None
+    if (
+        adapter_state_dict is None
+        and source is not None
+        and (peft_config is None or isinstance(peft_config, LilyConfig))
+    ):
+        folder = load.find(source, hub, configured=peft_config is not None)
+    config = peft_config
+    if config is None and folder is not None:
+        config = LilyConfig.from_pretrained(str(folder))
+    if not isinstance(config, LilyConfig) or known or kwargs.get("hotswap") is True:
+        return _stock_transformers(self, peft_model_id, adapter_name, peft_config, adapter_state_dict, *args, **kwargs)
+    if folder is not None:
+        opened = Opened.folder(folder)
+    elif adapter_state_dict is not None:
+        opened = Opened({PREFIX + key.removeprefix(PREFIX): tensor for key, tensor in adapter_state_dict.items()})
+    else:
+        raise LilyError("give the adapter's folder or its state dict beside its configuration")
+    config.inference_mode = not kwargs.get("is_trainable", False)
+    others = dict(getattr(self, "peft_config", {}))
+    with load.in_progress(opened):
+        load.check_config(config, self)
+        try:
+            inject_adapter_in_model(config, self, name)
+        except Exception:
+            if others:  # PEFT has noted the new one already
+                self.peft_config.pop(name, None)
+            raise
+        self._hf_peft_config_loaded = True
+        found = _set_state(self, {key.removeprefix(PREFIX): t for key, t in opened.state.items()}, name)
+    if config.inference_mode:
+        self.eval()
+    return found
+
+
+# (owner, attribute, ours, stock); functions that PEFT's modules import from one another are replaced in each.
+PATCHES: list[tuple[Any, str, Any, Any]] = [
+    (PeftConfigMixin, "from_json_file", classmethod(_from_json_file), _stock_from_json_file),  # type: ignore[arg-type]
+    (PeftModel, "from_pretrained", classmethod(_from_pretrained), _stock_from_pretrained),
+    (PeftModel, "load_adapter", _load_adapter, _stock_load_adapter),
+    (PeftAdapterMixin, "load_adapter", _transformers, _stock_transformers),
+    (hotswap, "hotswap_adapter", _hotswap, _stock_hotswap),
+    (hotswap, "hotswap_adapter_from_state_dict", _hotswap_state, _stock_hotswap_state),
+    *((m, "load_peft_weights", _load_weights, _stock_load_weights)
+      for m in (peft, peft.utils, peft.peft_model, save_and_load, hotswap)),
+    *((m, "set_peft_model_state_dict", _set_state, _stock_set_state)
+      for m in (peft, peft.utils, peft.peft_model, save_and_load)),
+]  # fmt: skip

@@ -1,0 +1,63 @@
+"""The search for learning rate and scale: the same rule for everybody."""
+
+from __future__ import annotations
+
+import pytest
+
+from lily.compare.search import MOST, chosen, next_points
+
+UP = float.__gt__
+
+
+def search(value, scaled=True):
+    """Let the search end on a function of the two powers; how many runs it took and what it chose."""
+    found = {}
+    while points := next_points(found, UP, scaled):
+        assert not set(points) & set(found)
+        found |= {point: value(*point) for point in points}
+    return found, chosen(found, UP)
+
+
+def test_a_peak_at_the_recipes_own_values_takes_five_runs():
+    found, best = search(lambda rate, scale: -float(rate**2 + scale**2))
+    assert best == (0, 0)
+    assert len(found) == 5
+
+
+def test_a_peak_beyond_the_first_values_is_followed():
+    found, best = search(lambda rate, scale: -float((rate - 3) ** 2 + (scale + 2) ** 2))
+    assert best == (3, -2)
+    assert max(rate for rate, _ in found) == 4
+
+
+def test_it_ends_where_there_is_no_peak():
+    _, best = search(lambda rate, scale: float(rate + scale))
+    assert best == (MOST, MOST)
+
+
+def test_a_method_without_a_scale_is_tried_at_learning_rates_alone():
+    found, best = search(lambda rate, scale: -float((rate - 1) ** 2), scaled=False)
+    assert best == (1, 0)
+    assert {scale for _, scale in found} == {0}
+
+
+def test_runs_that_diverge_lead_to_lower_learning_rates():
+    found, best = search(lambda rate, scale: None if rate > -2 else -float(rate**2), scaled=False)
+    assert best == (-2, 0)
+    assert min(rate for rate, _ in found) == -3
+
+
+def test_where_all_fail_nothing_is_chosen():
+    found, best = search(lambda rate, scale: None)
+    assert best is None
+    assert min(rate for rate, _ in found) == -MOST
+
+
+def test_of_equals_the_recipes_own_is_kept():
+    assert search(lambda rate, scale: 0.5)[1] == (0, 0)
+
+
+@pytest.mark.parametrize("better", [float.__gt__, float.__lt__])
+def test_what_is_better_is_the_metrics_to_say(better):
+    found = {(0, 0): 0.5, (-1, 0): 0.4, (1, 0): 0.6}
+    assert chosen(found, better) == ((1, 0) if better is float.__gt__ else (-1, 0))

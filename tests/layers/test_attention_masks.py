@@ -1,0 +1,60 @@
+"""The mask tracker: hooks come and go, scopes nest and close."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import build, inputs, logits, randomise
+from peft import get_peft_model
+
+from lily import LilyConfig
+from lily.layers.attention_masks import Scope, fits
+from lily.layers.bank import bank_of
+
+
+def encoder():
+    config = LilyConfig(r=4, num_B=2, routing="sequence", task_type="SEQ_CLS", target_modules=["query"])
+    return randomise(get_peft_model(build("bert"), config)).eval()
+
+
+def hooks(model):
+    return [h for m in model.modules() for h in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())]
+
+
+def test_only_sequence_routing_installs_hooks():
+    model = build("bert")
+    model = get_peft_model(model, LilyConfig(routing="token", target_modules=["query"]))
+    assert hooks(model) == []
+    model.add_adapter("s", LilyConfig(routing="sequence", target_modules=["value"]))
+    assert len(hooks(model)) == 4  # in and out of the classifier model and of the encoder inside it
+
+
+def test_scopes_close_after_an_exception():
+    model = encoder()
+    with pytest.raises(IndexError):
+        model(input_ids=torch.tensor([[10**6]]))
+    assert bank_of(model.base_model.model).masks.scopes == []
+
+
+def test_a_later_forward_does_not_see_an_earlier_mask():
+    model, batch = encoder(), inputs("bert")
+    expected = logits(model, batch)
+    masked = {**batch, "attention_mask": torch.tensor([[1] * 3 + [0] * 6] * 3)}
+    logits(model, masked).sum().backward()
+    assert torch.equal(logits(model, batch), expected)
+
+
+def test_a_mask_fits_by_shape():
+    mask = torch.ones(2, 5)
+    assert fits(mask, torch.zeros(2, 5, 8))
+    assert fits(mask, torch.zeros(10, 8))
+    assert not fits(mask, torch.zeros(2, 8))  # one row per sample: a pooled state
+    assert not fits(mask, torch.zeros(2, 1, 8))
+    assert not fits(mask, torch.zeros(5, 2, 8))
+
+
+def test_the_attended_sequence_is_recognised_by_its_memory():
+    own, other, states = torch.ones(2, 5), torch.zeros(2, 5), torch.randn(2, 5, 8)
+    scope = Scope(own, other, (states.data_ptr(), states.shape))
+    assert scope.fit(states) is other
+    assert scope.fit(states.clone()) is own

@@ -1,0 +1,129 @@
+"""`LilyConfig`: what is accepted, what is refused and with which words, and what a file means."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import peft
+import pytest
+
+from lily import LilyConfig, LilyError
+from lily.plan.config import EXTENDED_TYPE
+
+BAD = [
+    ({"r": 0}, "r=0 is not valid; give a positive integer"),
+    ({"r": 2.5}, "r=2.5 is not valid"),
+    ({"r": True}, "r=True is not valid"),
+    ({"stride_A": 0}, "stride_A=0 is not valid"),
+    ({"num_A": -1}, "num_A=-1 is not valid"),
+    ({"num_A": 2, "stride_A": 2}, "say the same thing twice"),
+    ({"num_B": 0}, "num_B=0 is not valid; give a positive integer: 1 for one shared B"),
+    ({"scaling": "big"}, "scaling='big' is not a finite number"),
+    ({"scaling": float("nan")}, "scaling=nan is not a finite number"),
+    ({"scaling": 0}, "switches the adapter off"),
+    ({"routing": "tokens"}, "routing='tokens' is not known; choose one of batch, sequence, token, static, uniform"),
+    ({"activation": "tanh"}, "activation='tanh' is not known; choose one of none, relu, gelu, silu"),
+    ({"dropout": 1.0}, "dropout=1.0 is not a probability below 1"),
+    ({"dropout": -0.1}, "dropout=-0.1 is not a probability"),
+    ({"dropout": None}, "dropout=None is not a finite number"),
+    ({"bias": "lora_only"}, "bias='lora_only' is not known; choose one of none, all, lily_only"),
+    ({"init_weights": "gaussian"}, "init_weights='gaussian' is not a bool"),
+    ({"target_modules": []}, "target_modules is empty"),
+    ({"target_modules": [1]}, "target_modules=[1] is not valid"),
+    ({"target_modules": "q_(proj"}, "is not a regular expression"),
+    ({"exclude_modules": 3}, "exclude_modules=3 is not valid"),
+    ({"modules_to_save": "classifier"}, "modules_to_save='classifier' is not a list of names"),
+    ({"layers_to_transform": [0], "target_modules": "all-linear"}, "layers_to_transform does not work with"),
+    ({"layers_to_transform": "0", "target_modules": ["q"]}, "layers_to_transform='0' is not valid"),
+    ({"modules_to_save": 3}, "modules_to_save=3 is not a list of names"),
+    ({"modules_to_save": [3]}, "modules_to_save=[3] is not a list of names"),
+    ({"target_modules": ""}, "target_modules is empty; name modules such as"),
+    ({"layers_to_transform": [], "target_modules": ["q"]}, "layers_to_transform=[] is not valid; give layer indices"),
+    ({"layers_pattern": 3, "layers_to_transform": 1}, "layers_pattern=3 is not valid; give the name of the layer list"),
+    ({"layers_pattern": "h"}, "layers_pattern needs layers_to_transform"),
+    ({"rank_pattern": [4]}, "rank_pattern=[4] is not valid"),
+    ({"rank_pattern": {"q_proj": 0}}, "rank_pattern['q_proj']=0 is not valid"),
+    ({"rank_pattern": {"q(": 4}}, "rank_pattern key='q(' is not a regular expression"),
+    ({"rank_pattern": {3: 4}}, "rank_pattern has the key 3"),
+    ({"task_type": "CHAT"}, "Invalid task type: 'CHAT'"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD, ids=[str(o) for o, _ in BAD])
+def test_a_bad_value_ends_in_one_message_that_names_it(options, message):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        LilyConfig(**options)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("task", "routing"),
+    [("CAUSAL_LM", "token"), ("SEQ_2_SEQ_LM", "token"), ("SEQ_CLS", "sequence"), (None, "sequence")],
+)
+def test_the_default_routing_follows_the_task(task, routing):
+    assert LilyConfig(task_type=task).routing == routing
+
+
+def test_a_stock_config_means_batch_routing():
+    assert LilyConfig.from_stock(peft.LilyConfig(r=8, stride_A=2, num_B=3)).routing == "batch"
+    stock = {"peft_type": "LILY", "r": 8, "stride_A": 2, "num_B": 3, "task_type": "CAUSAL_LM"}
+    assert LilyConfig(**stock).routing == "batch"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"routing": "batch", "stride_A": 2},
+        {"routing": "token", "num_A": 3},
+        {"routing": "static", "activation": "gelu", "dropout": 0.1, "rank_pattern": {"q": 4}},
+        {"num_B": 1, "bias": "lily_only", "scaling": 0.01, "target_modules": ["b", "a"], "exclude_modules": ["c"]},
+    ],
+)
+def test_a_config_comes_back_from_its_file_unchanged(tmp_path, options):
+    config = LilyConfig(**options)
+    config.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        back = peft.PeftConfig.from_pretrained(tmp_path)
+    assert isinstance(back, LilyConfig)
+    assert back == config
+
+
+def test_only_what_stock_can_compute_is_written_under_its_name(tmp_path):
+    def written(**options):
+        LilyConfig(target_modules=["q"], **options).save_pretrained(tmp_path)
+        return json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"]
+
+    assert written(routing="batch", stride_A=2) == "LILY"
+    assert written(routing="batch", stride_A=2, dropout=0.1) == "LILY"  # dropout does not act in inference
+    for options in (
+        {"routing": "token"},
+        {"num_B": 1},
+        {"activation": "relu"},
+        {"bias": "all"},
+        {"rank_pattern": {"q": 2}},
+    ):
+        assert written(**{"routing": "batch", **options}) == EXTENDED_TYPE
+
+
+def test_the_file_does_not_depend_on_the_order_of_a_set(tmp_path):
+    names = [f"m{i}" for i in range(10)]
+    LilyConfig(target_modules=names[::-1]).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == names
+
+
+def test_the_paper_repositorys_options_are_understood():
+    config = LilyConfig.from_peft_type(
+        peft_type="LILY", r=16, ne_1=4, ne_2=4, lily_s=0.5, lily_dropout=0.1, monoscale=False, target_modules=["q"]
+    )
+    assert (config.num_A, config.num_B, config.scaling, config.dropout) == (4, 4, 0.5, 0.1)
+    assert config.routing == "batch"
+    assert LilyConfig.from_peft_type(peft_type="LILY", ne_1=2, ne_2=2, monoscale=True).routing == "uniform"
+
+
+def test_saving_over_a_file_is_refused(tmp_path):
+    (tmp_path / "x").write_text("")
+    with pytest.raises(LilyError, match="it is a file; name a folder"):
+        LilyConfig().save_pretrained(str(tmp_path / "x"))

@@ -1,0 +1,157 @@
+"""Images as rows, the VTAB-1K protocol, and what makes an image an input."""
+
+from __future__ import annotations
+
+import io
+import random
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from lily.errors import LilyError
+from lily.recipes.data import images
+from lily.recipes.data.images import Preprocess, read_images
+from lily.recipes.offline import vtab
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for c, (label, count) in enumerate({"cat": 7, "dog": 5, "emu": 3}.items()):
+        (tmp_path / "pets" / label).mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (8 + c, 6), (10 * i, 50 * c, 7)).save(tmp_path / "pets" / label / f"{i}.png")
+    (tmp_path / "pets" / "cat" / "notes.txt").write_text("not an image")
+    return tmp_path / "pets"
+
+
+def pairs(path: Path) -> list[tuple[str, str]]:
+    return [(Path(row["image"]).name, row["label"]) for row in read_images(path)]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LILY_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("ending", ["tar.xz", "tar.gz", "tar", "zip"])
+def test_an_archive_reads_like_its_folder(folder, tmp_path, ending):
+    archive = tmp_path / f"pets.{ending}"
+    if ending == "zip":
+        with zipfile.ZipFile(archive, "w") as bundle:
+            for file in folder.rglob("*.*"):
+                bundle.write(file, f"top/{file.relative_to(folder)}")
+    else:
+        mode = {"tar.xz": "w:xz", "tar.gz": "w:gz", "tar": "w"}[ending]
+        with tarfile.open(archive, mode) as tar:
+            tar.add(folder, "top")
+    assert pairs(archive) == pairs(folder)
+    assert len(pairs(folder)) == 15
+    assert not list(images.unpacked(archive).rglob("*.txt"))
+
+
+def test_an_archive_that_leaves_its_folder_is_refused(tmp_path):
+    with tarfile.open(tmp_path / "evil.tar", "w") as tar:
+        info = tarfile.TarInfo("../../evil.png")
+        info.size = 3
+        tar.addfile(info, io.BytesIO(b"abc"))
+    with pytest.raises(LilyError, match="leaves the archive's folder"):
+        list(read_images(tmp_path / "evil.tar"))
+    assert not list(tmp_path.parent.glob("evil.png"))
+    assert not (tmp_path / "cache" / "images").exists() or not list((tmp_path / "cache" / "images").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("broken.tar", "not an archive"), ("broken.zip", "not an archive"), ("list.txt", "is not a file")],
+)
+def test_a_file_of_another_kind_is_refused(tmp_path, name, says):
+    (tmp_path / name).write_bytes(b"word\n")
+    with pytest.raises(LilyError, match=says):
+        list(read_images(tmp_path / name))
+
+
+def test_a_folder_without_classes_is_refused(tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    with pytest.raises(LilyError, match="one folder per class"):
+        list(read_images(tmp_path / "a"))
+
+
+def test_a_list_is_read_relative_to_its_own_folder(folder):
+    (folder / "train.txt").write_text("cat/0.png 3\n\ndog/1.png 12\n")
+    assert pairs(folder / "train.txt") == [("0.png", "3"), ("1.png", "12")]
+    (folder / "train.txt").write_text("cat/0.png 3\ncat/99.png 3\n")
+    with pytest.raises(LilyError, match=r"train.txt:2: there is no file .*99.png"):
+        list(read_images(folder / "train.txt"))
+
+
+def test_preprocessing_normalises_and_squeezes_or_crops(tmp_path):
+    image = Image.new("RGB", (40, 20), (255, 0, 0))
+    image.paste((0, 0, 255), (0, 0, 8, 20))
+    image.save(tmp_path / "x.png")
+    squeezed, cropped = (Preprocess(10, "half", crop)(tmp_path / "x.png") for crop in (False, True))
+    assert squeezed.shape == cropped.shape == (3, 10, 10)
+    assert squeezed.dtype == torch.float32
+    assert squeezed[2, 5, 0] > 0.9  # the blue edge is squeezed in, and cropped away
+    assert torch.allclose(cropped[:, 5, 5], torch.tensor([1.0, -1.0, -1.0]))
+    assert (cropped[2] < -0.9).all()
+    mean = Preprocess(10)(tmp_path / "x.png")[1, 5, 9]
+    assert mean == pytest.approx((0 - 0.456) / 0.224, abs=1e-4)
+
+
+def test_what_is_no_image_is_named(tmp_path):
+    (tmp_path / "x.png").write_bytes(b"no image")
+    with pytest.raises(LilyError, match=r"x\.png: not an image"):
+        Preprocess(8)(tmp_path / "x.png")
+
+
+def test_the_protocol_writes_the_public_layout(folder, tmp_path):
+    chosen = vtab.build(folder, tmp_path / "out", train=8, validation=4)
+    lists = {name: pairs(tmp_path / "out" / name) for name in ("train8.txt", "val4.txt", "train8val4.txt", "test.txt")}
+    assert [len(rows) for rows in lists.values()] == [8, 4, 12, 3]
+    assert lists["train8val4.txt"] == lists["train8.txt"] + lists["val4.txt"]
+    assert (tmp_path / "out" / "classes.txt").read_text().split() == ["cat", "dog", "emu"]
+    assert [label for _, label in lists["train8.txt"]] == ["0"] * 4 + ["1"] * 3 + ["2"] * 1
+    files = [file for part in (chosen.train, chosen.validation, chosen.test) for file, _ in part]
+    assert len(set(files)) == 15
+    first = next(iter(read_images(tmp_path / "out" / "train8.txt")))
+    assert Path(first["image"]).read_bytes() == Path(chosen.train[0][0]).read_bytes()
+    with pytest.raises(LilyError, match="exists"):
+        vtab.build(folder, tmp_path / "out", train=8, validation=4)
+
+
+def test_a_test_class_that_was_never_trained_on_is_refused(folder, tmp_path):
+    (tmp_path / "more" / "yak").mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(tmp_path / "more" / "yak" / "0.png")
+    with pytest.raises(LilyError, match="class 'yak'"):
+        vtab.build(folder, tmp_path / "out", test=tmp_path / "more", train=8, validation=4)
+    assert not (tmp_path / "out").exists()
+
+
+@given(
+    st.dictionaries(st.text("abcdef", min_size=1, max_size=3), st.integers(1, 60), min_size=1, max_size=9),
+    st.integers(0, 5),
+    st.data(),
+)
+def test_a_choice_is_exact_disjoint_and_independent_of_order(sizes, seed, data):
+    pool = [(f"{label}/{i}", label) for label, size in sizes.items() for i in range(size)]
+    train = data.draw(st.integers(min(len(sizes), len(pool)), len(pool)))
+    validation = data.draw(st.integers(0, len(pool) - train))
+    chosen = vtab.choose(pool, train, validation, seed)
+    assert (len(chosen.train), len(chosen.validation)) == (train, validation)
+    assert sorted([*chosen.train, *chosen.validation, *chosen.test]) == sorted(pool)
+    random.Random(seed).shuffle(pool)
+    assert vtab.choose(pool, train, validation, seed) == chosen
+    assert {label for _, label in chosen.train} == set(sizes)
+
+
+def test_too_few_images_or_too_many_classes_are_refused():
+    with pytest.raises(LilyError, match="too few"):
+        vtab.choose([("a", "x")] * 5, 4, 2)
+    with pytest.raises(LilyError, match="6 classes"):
+        vtab.choose([(str(i), str(i)) for i in range(6)], 3, 1)
