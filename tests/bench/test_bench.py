@@ -118,7 +118,7 @@ def test_a_model_of_ones_own_is_measured_from_its_config_alone(tmp_path):
     ],
 )
 def test_a_wrong_option_is_one_error(options, message, capsys, monkeypatch):
-    from lily import cli
+    from lily.cli import main as cli
 
     monkeypatch.setattr(sys, "argv", ["lily", "bench", *options])
     with pytest.raises(SystemExit) as end:

@@ -235,7 +235,7 @@ def test_gradient_checkpointing_works(tmp_path, reentrant):
 def test_trls_trainer_settles_too(tmp_path):
     trl = pytest.importorskip("trl", reason="TRL is not installed")
     datasets = pytest.importorskip("datasets", reason="datasets is not installed")
-    from recipes.recipes_helpers import tokenizer
+    from recipes_helpers import tokenizer
 
     config = trl.SFTConfig(**arguments(tmp_path).to_dict() | {"max_length": 16})
     trainer = trl.SFTTrainer(

@@ -14,6 +14,7 @@ import peft
 import pytest
 import torch
 from helpers import build, inputs, logits, randomise
+from paths import ROOT
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -29,7 +30,7 @@ def stock(code: str, *args: object) -> str:
     """Run code in a process that has stock PEFT only; `build`, `inputs`, `logits` are there."""
     prelude = (
         "import sys; sys.modules['lily'] = None\n"
-        f"sys.path.insert(0, {os.path.dirname(__file__)!r})\n"
+        f"sys.path.insert(0, {str(ROOT / 'tests' / 'support')!r})\n"
         "import peft, torch\nfrom helpers import *\nargs = sys.argv[1:]\n"
         "from safetensors.torch import load_file, save_file\n"
     )

@@ -14,8 +14,8 @@ import yaml
 from safetensors import SafetensorError
 from typer.testing import CliRunner
 
-from lily import cli
 from lily.cli import evaluate
+from lily.cli import main as cli
 from lily.recipes.spec.schema import Recipe
 
 COMMANDS = ("plan", "train", "eval", "predict", "generate", "recipes", "schema")

@@ -25,6 +25,7 @@ from lily import LilyConfig
 from lily.errors import LilyError
 from lily.export import as_lora, write_lora
 from lily.kernels import fused
+from lily.layers.quantized import keep_differentiable
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
@@ -263,7 +264,7 @@ def test_a_lora_exported_from_a_quantised_base_gives_the_same_logits_on_it(make_
     write_lora(as_lora(model), tmp_path / "lora")
     lora = PeftModel.from_pretrained(make(), tmp_path / "lora").eval()
     # PEFT's LoRA leaves nf4 its inference kernel on this kind of CPU, which multiplies in bfloat16
-    lily.quantised.keep_differentiable(lora)
+    keep_differentiable(lora)
     torch.testing.assert_close(
         predict(lora, inputs("llama")).float(), predict(model, inputs("llama")).float(), rtol=1e-3, atol=1e-3
     )

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from helpers import TARGETS, build
+from paths import ROOT
 from torch import nn
 
 from lily import LilyConfig, LilyError, build_plan, select_modules
@@ -70,7 +71,7 @@ def test_the_plan_does_not_depend_on_the_hash_seed():
     outputs = set()
     for seed in ("0", "1", "2", "42"):
         run = subprocess.run(
-            [sys.executable, "-c", code, os.path.dirname(__file__)],
+            [sys.executable, "-c", code, str(ROOT / "tests" / "support")],
             env={**os.environ, "PYTHONHASHSEED": seed},
             capture_output=True,
             text=True,

@@ -65,7 +65,7 @@ def test_messages_without_a_chat_template_are_refused_before_anything_is_written
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"columns": columns})})
     from recipes_helpers import tokenizer
 
-    monkeypatch.setattr("lily.recipes.models.load_tokenizer", lambda model: tokenizer(chat=False))
+    monkeypatch.setattr("lily.recipes.models.load.load_tokenizer", lambda model: tokenizer(chat=False))
     refused(recipe, "needs a tokenizer with a chat template")
     assert not (tmp_path / "run").exists()
 

@@ -79,7 +79,7 @@ import sys
 sys.modules["optuna"] = None
 import lily.tune.sweep, lily.tune.sweep_report
 sys.argv = ["lily", "tune", "quickstart"]
-from lily.cli import main
+from lily.cli.main import main
 main()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

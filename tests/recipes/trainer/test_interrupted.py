@@ -24,7 +24,7 @@ import torch
 from helpers import tally
 from recipes_helpers import classification, rows, sft, write_jsonl, write_recipe
 
-from lily import cli
+from lily.cli import main as cli
 from lily.errors import LilyError
 from lily.io import atomic
 from lily.recipes import loader, train

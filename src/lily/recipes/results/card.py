@@ -190,7 +190,7 @@ def card(recipe: Recipe, result: Result) -> str:
         "from peft import PeftModel",
         f"from transformers import {_auto(recipe)}"
         f"{', BitsAndBytesConfig' if recipe.model.quantization != 'none' else ''}",
-        *(["", "from lily.recipes.standins import standin"] if recipe.model.standin else []),
+        *(["", "from lily.recipes.offline.standins import standin"] if recipe.model.standin else []),
         *(["", "import lily.recipes.offline.vision_mamba  # a model that is defined there"] if _is_vim(recipe) else []),
         "",
         f"base = {_auto(recipe)}.from_pretrained({_load(recipe, result)})",
