@@ -1,5 +1,7 @@
 """What is adapted, who shares what, and what does it cost? Decided before a weight is read."""
 
+import peft  # noqa: F401  first, since `import lily` registers as soon as PEFT is imported, and that needs this package
+
 from lily.plan.config import LilyConfig
 from lily.plan.select import select_targets
 from lily.plan.sharing_plan import SharingPlan, build_plan
