@@ -469,10 +469,16 @@ def deep(layers):
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-@pytest.mark.parametrize("depth", [3, 8])
-@pytest.mark.parametrize("sharing", [{"num_A": 1}, {"num_A": 2}, {"stride_A": 4}])
 @pytest.mark.parametrize(
-    "routing", [{"routing": "uniform"}, {"num_B": 1}, {"routing": "static"}, {"routing": "token"}, {"routing": "batch"}]
+    ("depth", "sharing", "routing"),
+    [
+        (3, {"num_A": 1}, {"routing": "uniform"}),
+        (8, {"num_A": 1}, {"num_B": 1}),
+        (3, {"num_A": 2}, {"routing": "static"}),
+        (8, {"stride_A": 4}, {"routing": "token"}),
+        (8, {"num_A": 2}, {"routing": "batch"}),
+    ],
+    ids=str,
 )
 def test_an_adapter_for_another_depth_is_refused(tmp_path, depth, sharing, routing):
     options = {"r": 3, "num_B": 3, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
