@@ -23,15 +23,15 @@ from lily.errors import LilyError
 from lily.plan.config import LilyConfig
 from lily.plan.fused_layouts import layout_of, rows_of
 from lily.plan.specs import (
-    BLOCK,
     LINEAR,
+    PARALLEL_MODULE,
     PARAMETERS,
     SLICE,
     ModuleSpec,
     base_of,
-    block_spec,
     layer_spec,
     linear_layers,
+    parallel_module_spec,
     parameter_spec,
 )
 from lily.plan.uncalled_layers import uncalled
@@ -42,7 +42,7 @@ class NoTargetError(LilyError, NoMatchingPeftModuleError):  # type: ignore[misc]
 
 
 def select_targets(model: nn.Module, config: LilyConfig) -> list[ModuleSpec]:
-    """The layers, then the blocks and the parameters that `config` targets, each in the model's order.
+    """The layers, then the parallel modules, then the parameters that `config` targets, each in the model's order.
 
     Like `lily.plan.select.select_modules`, it reads names and sizes only.
 
@@ -60,7 +60,7 @@ def select_targets(model: nn.Module, config: LilyConfig) -> list[ModuleSpec]:
     others = config.target_parameters or config.parallel_modules
     specs = select_modules(model, config) if config.target_modules or not others else []
     specs = select_slices(model, specs, config.target_slices)
-    specs += select_blocks(model, config.parallel_modules)
+    specs += select_parallel_modules(model, config.parallel_modules)
     if config.target_parameters:
         specs += select_parameters(model, config.target_parameters)
     _check_names(specs)
@@ -103,7 +103,7 @@ def select_slices(
     return out
 
 
-def select_blocks(model: nn.Module, wanted: Sequence[str] | None) -> list[ModuleSpec]:
+def select_parallel_modules(model: nn.Module, wanted: Sequence[str] | None) -> list[ModuleSpec]:
     """The modules, by name or class, that an adapter is to run beside (`LilyConfig.parallel_modules`).
 
     Raises:
@@ -117,7 +117,7 @@ def select_blocks(model: nn.Module, wanted: Sequence[str] | None) -> list[Module
         hits = [w for w in wanted or () if name == w or name.endswith(f".{w}") or type(base).__name__ == w]
         matched.update(hits)
         if hits:
-            specs.append(block_spec(name, base))
+            specs.append(parallel_module_spec(name, base))
     for name in wanted or ():
         if name not in matched:
             known = list(dict.fromkeys(type(m).__name__ for _, m in own_modules(model)))
@@ -145,7 +145,7 @@ def whole_layers(
         here = [spec]
         if spec.kind == SLICE:
             here = [layer_spec(spec.path, model.get_submodule(spec.path))]
-        elif spec.kind == BLOCK:
+        elif spec.kind == PARALLEL_MODULE:
             inside = list(linear_layers(spec.name, model.get_submodule(spec.name)))
             free = LilyConfig(target_modules=[inner.name for inner in inside], exclude_modules=exclude)
             here = [inner for inner in inside if check_target_module_exists(free, inner.name)]
@@ -203,11 +203,11 @@ def _check_owner(name: str, path: str, base: nn.Module) -> None:
 
 def _check_names(specs: Sequence[ModuleSpec]) -> None:
     """Refuse a layer that is to be adapted in two ways by one configuration: whole, by a part, or beside its parent."""
-    blocks = tuple(f"{spec.name}." for spec in specs if spec.kind == BLOCK)
+    parallel = tuple(f"{spec.name}." for spec in specs if spec.kind == PARALLEL_MODULE)
     for spec in specs:
-        if spec.name.startswith(blocks):
+        if spec.name.startswith(parallel):
             raise LilyError(
-                f"{spec.name} is inside {next(b for b in blocks if spec.name.startswith(b))[:-1]}, beside which an "
+                f"{spec.name} is inside {next(p for p in parallel if spec.name.startswith(p))[:-1]}, beside which an "
                 "adapter of parallel_modules runs; leave one of them out, or give it an adapter of its own"
             )
     layers = {spec.path for spec in specs if spec.kind not in PARAMETERS}

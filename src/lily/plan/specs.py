@@ -20,7 +20,7 @@ from lily.plan.fused_layouts import Rows
 
 LINEAR, CONV2D, EMBEDDING = "linear", "conv2d", "embedding"
 SLICE = "slice"  # some outputs of a linear layer
-BLOCK = "block"  # beside a whole module, whatever it computes
+PARALLEL_MODULE = "block"  # an adapter runs beside a whole module; the value stays, since JSON reports contain it
 MATRIX, EXPERTS = "matrix", "experts"  # parameters: one matrix, or a stack of them
 PARAMETERS = (MATRIX, EXPERTS)
 PARTS = (SLICE, MATRIX, EXPERTS)  # of a module, which bear its name and their own
@@ -103,7 +103,7 @@ def _conv_spec(name: str, base: nn.Conv2d) -> ModuleSpec:
     return ModuleSpec(name, base.in_channels * math.prod(kernel), base.out_channels, CONV2D, kernel)
 
 
-def block_spec(name: str, module: nn.Module) -> ModuleSpec:
+def parallel_module_spec(name: str, module: nn.Module) -> ModuleSpec:
     """What goes into a module and comes out of it: the input of its first linear layer and the output of its last.
 
     Raises:
@@ -115,7 +115,7 @@ def block_spec(name: str, module: nn.Module) -> ModuleSpec:
             f"parallel_modules: {name} is a {type(module).__name__} without linear layers, so that the sizes of its "
             "input and output are not known; name a module that has some"
         )
-    return ModuleSpec(name, sizes[0][0], sizes[-1][1], BLOCK)
+    return ModuleSpec(name, sizes[0][0], sizes[-1][1], PARALLEL_MODULE)
 
 
 def linear_layers(name: str, module: nn.Module) -> Iterator[ModuleSpec]:
