@@ -161,7 +161,7 @@ def test_bad_input_is_refused_with_the_fix():
     with pytest.raises(LilyError, match="there is no batch"):
         routing_report(model)
     settling = adapted("bert", routing="token", settled=0.5)
-    with pytest.raises(LilyError, match="settles"):
+    with pytest.raises(LilyError, match="settling"):
         routing_report(settling, [inputs("bert")])
 
 

@@ -209,7 +209,7 @@ def test_tuples_tensors_and_ones_own_forward_are_batches_too():
 @pytest.mark.parametrize(
     ("options", "batches", "message"),
     [
-        ({"routing": "static"}, 1, r"is static already; merge or export it as it is"),
+        ({"routing": "static"}, 1, r"is static already; merge or export it directly"),
         ({"routing": "token", "num_B": 1}, 1, "num_B=1.* is static already"),
         (
             {"routing": "token", "activation": "relu"},
@@ -217,7 +217,7 @@ def test_tuples_tensors_and_ones_own_forward_are_batches_too():
             "activation='relu': even with static weights",
         ),
         ({"routing": "token"}, 0, "needs calibration data, but there is no batch"),
-        ({"routing": "token", "settled": 0.5}, 1, "was saved while it settles"),
+        ({"routing": "token", "settled": 0.5}, 1, "was saved while settling"),
     ],
 )
 def test_what_cannot_be_collapsed_is_refused(options, batches, message):

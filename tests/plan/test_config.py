@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import fields
 
 import peft
 import pytest
+from transformers import HfArgumentParser
 
 from lily import LilyConfig, LilyError
 from lily.plan.config import EXTENDED_TYPE
@@ -127,3 +129,14 @@ def test_saving_over_a_file_is_refused(tmp_path):
     (tmp_path / "x").write_text("")
     with pytest.raises(LilyError, match="it is a file; name a folder"):
         LilyConfig().save_pretrained(str(tmp_path / "x"))
+
+
+def test_every_option_has_a_help_text_which_command_lines_show():
+    described = {f.name: f.metadata.get("help") for f in fields(LilyConfig) if f.name in LilyConfig.__annotations__}
+    assert len(described) == 16
+    assert all(described.values())
+    shown = " ".join(HfArgumentParser(LilyConfig).format_help().split())
+    assert "One router for all layers of a group, instead of one per layer".lower() in shown.lower()
+    assert "Args:" in (LilyConfig.__doc__ or "")
+    for name, text in described.items():
+        assert f"{name}: {text}" in " ".join((LilyConfig.__doc__ or "").split())

@@ -1,4 +1,4 @@
-"""Adapter files: what is written, and the three layouts that are read.
+"""Adapter files: the layout that is written, and the three layouts that are read.
 
 Written: stock PEFT's names, each shared tensor once, under the first layer that uses it.
 
@@ -7,13 +7,13 @@ Written: stock PEFT's names, each shared tensor once, under the first layer that
     <layer>.lily_router.weight  (experts, r)         token, sequence and batch routing
     <layer>.lily_logits         (experts,)           static routing
 
-A convolution's A is (r, channels * height * width), an embedding's (r, rows). Of a parameter that stacks the experts of
-a mixture, `<layer>` is its name; its A are one tensor, one below the other, and its logits (stacked, experts).
+A convolution's A is (r, channels * height * width), an embedding's (r, rows). For a parameter that stacks the experts
+of a mixture, `<layer>` is its name; all its A are concatenated into one tensor, and its logits are (stacked, experts).
 
 Read: that; stock's, which repeats shared tensors under every layer; and the paper repository's (`lily_lp` for A,
-`lily_hp` for B, as a parameter (experts, r, out) or a linear layer's weight). Who shares what is known from the plan,
-never guessed from memory addresses. Only where stock would group these layers otherwise (under a regular expression,
-say) and the file's own sharing contradicts the plan, the file is asked: equal tensors are then shared ones.
+`lily_hp` for B, as a parameter (experts, r, out) or a linear layer's weight). Which layers share a tensor is determined
+by the plan, not by memory addresses. Only if stock PEFT would group these layers differently (for example, under a
+regular expression) and the file contradicts the plan, the file decides: equal tensors are then shared.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ KEY = re.compile(r"^(?P<layer>.+)\.(?P<part>lily_A|lily_B|lily_router|lily_logit
 
 @dataclass(frozen=True)
 class AdapterTensors:
-    """An adapter's tensors by their place in a plan.
+    """An adapter's tensors by their slots in a plan.
 
     Attributes:
-        A: number of the A -> (r, in).
-        B: number of the group -> (experts * r, out).
-        router: layer -> R (experts, r), where each has its own.
-        shared_router: number of the group -> R (experts, r), where its layers share one.
+        A: index of the A -> (r, in).
+        B: index of the group -> (experts * r, out).
+        router: layer -> R (experts, r), if each layer has a router.
+        shared_router: index of the group -> R (experts, r), if its layers share one.
         logits: layer -> logits (experts,) of static weights.
-        other: everything else in the file (saved modules, biases), untouched.
+        other: everything else in the file (saved modules, biases), unchanged.
     """
 
     A: dict[int, Tensor]
@@ -59,16 +59,16 @@ class AdapterTensors:
 
 
 def dump(state: Mapping[str, Tensor], adapter: str, plan: SharingPlan, every_layer: bool = False) -> dict[str, Tensor]:
-    """The adapter's entries of a model's state dict, under the names of a file (with the adapter's name still in).
+    """The adapter's entries of a model's state dict, under their names in a file.
 
     Args:
-        state: the model's state dict; wrappers' name parts (FSDP, compile) are dropped.
+        state: the model's state dict; name parts of wrappers (FSDP, compile) are removed.
         adapter: name of the adapter.
         plan: its sharing plan.
-        every_layer: repeat shared tensors under every layer, as stock does.
+        every_layer: repeat shared tensors under every layer, as stock PEFT does.
 
     Returns:
-        Names as in the module's docstring, with `.{adapter}` inserted where PEFT expects to remove it.
+        Names as in the module's docstring, with `.{adapter}`, which PEFT removes.
     """
     clean = {unwrapped(key): value for key, value in state.items()}
     marker = f"{BANK}.lily_A.{adapter}."
@@ -94,21 +94,21 @@ def dump(state: Mapping[str, Tensor], adapter: str, plan: SharingPlan, every_lay
 
 
 def parse(state: Mapping[str, Tensor], plan: SharingPlan, settled: float | None = None) -> AdapterTensors:
-    """Read an adapter file's tensors into the places of `plan`, whichever of the three layouts it has.
+    """Assign an adapter file's tensors, in any of the three layouts, to the slots of `plan`.
 
     Args:
         state: the file's entries, without the adapter's name.
         plan: the plan of the adapter they are loaded into.
-        settled: how far that adapter has settled: it has logits beside its routers, and the file of one that has
-            settled for good has logits alone.
+        settled: how far that adapter has settled. Its file holds logits besides routers, and only logits once it has
+            settled completely.
 
     Returns:
-        Every tensor that the plan asks for.
+        All tensors of the plan.
 
     Raises:
-        Regrouped: if the file shares tensors otherwise than the plan; its `plan` is the file's own.
-        LilyError: if a tensor is missing, has another shape, belongs to a layer that is not adapted, or disagrees
-            with its duplicate.
+        Regrouped: if the file shares tensors differently from the plan; its `plan` is that of the file.
+        LilyError: if a tensor is missing, has another shape, belongs to a layer that is not adapted, or differs from
+            its duplicate.
     """
     found, other = _collect(state, plan)
     if (pair := _contradiction(found, plan)) is not None:
@@ -116,38 +116,38 @@ def parse(state: Mapping[str, Tensor], plan: SharingPlan, settled: float | None 
         if not plan.stock_differs:
             raise LilyError(
                 f"the adapter file holds different values for the shared {pair[0]} of {pair[1]} and {pair[2]}; "
-                "stock PEFT shares it alike, so the file is damaged; save the adapter again"
+                "stock PEFT shares it too, so the file is damaged; save the adapter again"
             )
         raise Regrouped(regrouped)
-    return _placed(found, plan, settled, other)
+    return _assign(found, plan, settled, other)
 
 
 def check_names(state: Mapping[str, Tensor], plan: SharingPlan, settled: float | None = None) -> dict[str, Tensor]:
-    """Hold the names and shapes of an adapter file against a plan, before any tensor is read.
+    """Check the names and shapes of an adapter file against a plan, before any tensor is read.
 
     Args:
-        state: as for `parse`, but tensors on the meta device will do.
+        state: as for `parse`, but tensors may be on the meta device.
         plan: as for `parse`.
         settled: as for `parse`.
 
     Returns:
-        What is no tensor of Lily's (saved modules, biases), under its names in the file.
+        The tensors that are not Lily's (saved modules, biases), under their names in the file.
 
     Raises:
-        LilyError: as `parse`, but for duplicates that disagree.
+        LilyError: as for `parse`, except for duplicates that differ.
     """
     found, other = _collect(state, plan)
-    _placed(found, plan, settled, other)
+    _assign(found, plan, settled, other)
     return other
 
 
 def resolve(
     state: Mapping[str, Tensor], plan: SharingPlan, settled: float | None = None
 ) -> tuple[AdapterTensors, SharingPlan]:
-    """As `parse`, under the file's own sharing where that contradicts the plan.
+    """As `parse`, with the file's sharing if that contradicts the plan.
 
     Returns:
-        The tensors, and the plan whose places they have.
+        The tensors, and the plan to whose slots they belong.
     """
     try:
         return parse(state, plan, settled), plan
@@ -155,16 +155,16 @@ def resolve(
         return parse(state, regrouped.plan, settled), regrouped.plan
 
 
-def _placed(found: Found, plan: SharingPlan, settled: float | None, other: dict[str, Tensor]) -> AdapterTensors:
+def _assign(found: Found, plan: SharingPlan, settled: float | None, other: dict[str, Tensor]) -> AdapterTensors:
     A = {i: _shared(found["A"], block, f"A of {block[0]}") for i, (_, block) in enumerate(plan.blocks)}
     B = {i: _shared(found["B"], g.layers, f"B of {g.name}") for i, g in enumerate(plan.groups)}
     parts: Found = {"router": {}, "logits": {}}
-    if settled is None and plan.routing != "uniform":  # the paper's files have routers there, too
+    if settled is None and plan.routing != "uniform":  # the paper's files have routers with uniform routing, too
         spare = "router" if plan.routing == "static" else "logits"
         if found[spare]:
             raise LilyError(
-                f"the adapter file has lily_{spare} for {next(iter(found[spare]))}, for which routing={plan.routing!r} "
-                "has no use; is it the file of this configuration?"
+                f"the adapter file has lily_{spare} for {next(iter(found[spare]))}, which routing={plan.routing!r} "
+                "does not use; is it the file of this configuration?"
             )
     if plan.shared_router:
         for group in plan.groups:
@@ -198,12 +198,12 @@ def _placed(found: Found, plan: SharingPlan, settled: float | None, other: dict[
 
 
 def check_base(plan: SharingPlan, expected: Mapping[str, int] | None, base: str | None = None) -> None:
-    """Refuse a base model with another number of layers, which an adapter of shared tensors alone would fit.
+    """Refuse a base model with another number of layers, which an adapter with only shared tensors would fit.
 
     Args:
-        plan: of the adapter on this base model.
+        plan: plan of the adapter on this base model.
         expected: the layers that the adapter was made for, as `SharingPlan.layers_by_name`; None: not known.
-        base: the base model's name, for the message.
+        base: the name of the adapter's base model, for the error.
 
     Raises:
         LilyError: if they differ.
@@ -219,10 +219,10 @@ def check_base(plan: SharingPlan, expected: Mapping[str, int] | None, base: str 
 
 
 class Regrouped(Exception):
-    """The file's own sharing contradicts the plan. `plan` says how the file shares."""
+    """The sharing in the file contradicts the plan. `plan` is that of the file."""
 
     def __init__(self, plan: SharingPlan) -> None:
-        super().__init__("the adapter file shares its tensors otherwise than the plan")
+        super().__init__("the adapter file shares its tensors differently from the plan")
         self.plan = plan
 
 
@@ -279,7 +279,7 @@ def _equal(x: Tensor, y: Tensor) -> bool:
 
 
 def _contradiction(found: Found, plan: SharingPlan) -> tuple[str, str, str] | None:
-    """A part and two layers that share it in the plan and not in the file; None: there are none."""
+    """A part and two layers that share it in the plan but not in the file; None: the file agrees."""
     for part, shares in (("A", [b for _, b in plan.blocks]), ("B", [g.layers for g in plan.groups])):
         for layers in shares:
             copies = [name for name in layers if name in found[part]]
@@ -290,16 +290,16 @@ def _contradiction(found: Found, plan: SharingPlan) -> tuple[str, str, str] | No
 
 
 def _plan_of(found: Found, plan: SharingPlan) -> SharingPlan:
-    """The plan by which a file with all duplicates was written: equal tensors of one shape are shared ones.
+    """The plan by which a file with all duplicates was written: equal tensors of one shape are shared.
 
     Raises:
-        LilyError: if some layer has no copy of its own, so that the duplicates that differ are damage.
+        LilyError: if not every layer has a copy, so that the file is damaged or belongs to another base model.
     """
     if any(set(found[part]) != set(plan.slots) for part in "AB"):
         raise LilyError(
-            "the adapter file holds different values for one shared tensor, and not every layer has a copy of its "
-            "own: either the base model is another one (of another depth, say) than the adapter was trained on, or the "
-            "file is damaged; load it on its own base model, or save the adapter again"
+            "the adapter file holds different values for one shared tensor, and not every layer has a copy: either "
+            "the adapter was trained on another base model (for example, of another depth), or the file is damaged; "
+            "load it on its own base model, or save the adapter again"
         )
     by_shape: dict[tuple[object, ...], list[str]] = {}
     for name in plan.slots:
@@ -319,11 +319,11 @@ def _plan_of(found: Found, plan: SharingPlan) -> SharingPlan:
 def _classes(names: list[str], tensors: dict[str, Tensor]) -> list[list[str]]:
     classes: list[list[str]] = []
     for name in names:
-        home = next((c for c in classes if _equal(tensors[c[0]], tensors[name])), None)
-        if home is None:
+        equal = next((c for c in classes if _equal(tensors[c[0]], tensors[name])), None)
+        if equal is None:
             classes.append([name])
         else:
-            home.append(name)
+            equal.append(name)
     return classes
 
 

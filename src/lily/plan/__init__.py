@@ -1,4 +1,4 @@
-"""What is adapted, who shares what, and what does it cost? Decided before a weight is read."""
+"""What is adapted, which layers share which tensors, and what does it cost? Decided before a weight is read."""
 
 from lily.plan.config import LilyConfig
 from lily.plan.select import select_targets
