@@ -168,7 +168,7 @@ def test_what_has_no_rank_is_refused(tmp_path):
     layers = lily_layers(adapted("bert"))
     with pytest.raises(LilyError, match="between 0 and 1"):
         rank_report(layers, threshold=0)
-    with pytest.raises(LilyError, match="mixes 3 experts, but the statistics given are of 2"):
+    with pytest.raises(LilyError, match="mixes 3 experts, but its statistics have 2"):
         rank_report(layers, {layers[0].name: Mixing.assumed(2)})
 
 

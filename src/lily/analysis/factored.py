@@ -121,29 +121,29 @@ def lily_layers(model: nn.Module, adapter: str | None = None) -> list[Factored]:
     Raises:
         LilyError: if there is no such adapter, or its update is not linear.
     """
-    found = find(model, adapter)
-    bent = next((a for layer in found.layers.values() if (a := layer.activation[found.name]) != "none"), None)
+    adapted = find(model, adapter)
+    bent = next((a for layer in adapted.layers.values() if (a := layer.activation[adapted.name]) != "none"), None)
     if bent is not None:
         raise LilyError(
-            f"adapter {found.name!r} has activation={bent!r} between A and B, so its update is no "
+            f"adapter {adapted.name!r} has activation={bent!r} between A and B, so its update is no "
             "matrix and has no rank; rank is reported only for adapters with activation='none'"
         )
-    return list(_lily_layers(found))
+    return list(_lily_layers(adapted))
 
 
 @torch.no_grad()
-def _lily_layers(found: Adapted) -> Iterator[Factored]:
+def _lily_layers(adapted: Adapted) -> Iterator[Factored]:
     downs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
     ups: dict[int, tuple[Tensor, Tensor]] = {}
-    for name, layer in found.layers.items():
-        slot = layer.slots[found.name]
-        A, B = (t.detach().double().cpu() for t in layer.tensors_of(found.name))  # (r, in), (E, r, out)
+    for name, layer in adapted.layers.items():
+        slot = layer.slots[adapted.name]
+        A, B = (t.detach().double().cpu() for t in layer.tensors_of(adapted.name))  # (r, in), (E, r, out)
         if slot.B not in ups:
             basis, core = torch.linalg.qr(B.flatten(0, 1).T)  # (out, m), (m, E r)
             ups[slot.B] = basis, core.unflatten(1, B.shape[:2])
         out_basis, out_core = ups[slot.B]
-        core = layer.scaling[found.name] * out_core
-        group = found.plan.group_of(name)
+        core = layer.scaling[adapted.name] * out_core
+        group = adapted.plan.group_of(name)
         title = f"{group.name} ({group.out_features}, {group.in_features})"
         stacked = group.kind == EXPERTS
         for i, member in enumerate(group.members if stacked else (name,)):
@@ -151,15 +151,15 @@ def _lily_layers(found: Adapted) -> Iterator[Factored]:
             if shared not in downs:
                 downs[shared] = torch.linalg.qr((A[i] if A.ndim == 3 else A).T)
             number = list(downs).index(shared)
-            yield Factored(member, title, number, out_basis, core, *downs[shared], static_mixing(layer, found, i))
+            yield Factored(member, title, number, out_basis, core, *downs[shared], static_mixing(layer, adapted, i))
 
 
-def static_mixing(layer: LilyLayer, found: Adapted, expert: int = 0) -> Mixing | None:
+def static_mixing(layer: LilyLayer, adapted: Adapted, expert: int = 0) -> Mixing | None:
     """A layer's constant weights, or None if they depend on the data; for stacked experts, those of `expert`."""
-    name, experts = found.name, layer.num_B[found.name]
+    name, experts = adapted.name, layer.num_B[adapted.name]
     if router_size(layer.routing[name], layer.r[name], experts) == 0:
         return Mixing.constant(torch.full((experts,), 1 / experts))
-    settled = found.bank.settled.get(name)
+    settled = adapted.bank.settled.get(name)
     if layer.routing[name] == "static" or (settled is not None and settled.done):
         logits = layer.lily_logits[name].detach().double()
         return Mixing.constant(functional.softmax(logits[expert] if logits.ndim == 2 else logits))

@@ -94,7 +94,7 @@ def frontier(
     points: dict[tuple[tuple[int, ...], int], Point] = {}
     refused: LilyError | None = None
     # tuples, since an iterator would be empty for the second num_B
-    every_A, every_B = (tuple(given or ()) or tuple(range(1, depth + 1)) for given in (num_A, num_B))
+    every_A, every_B = (tuple(values or ()) or tuple(range(1, depth + 1)) for values in (num_A, num_B))
     for experts in every_B:
         for count in every_A:
             try:

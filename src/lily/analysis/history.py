@@ -116,7 +116,7 @@ class RoutingCallback(TrainerCallback):  # type: ignore[misc]
         if every is not None and every < 1:
             raise LilyError(f"every={every} is not valid; give a positive number of steps")
         self.every, self.adapter = every, adapter
-        self.found: Adapted | None = None
+        self.adapted: Adapted | None = None
         self.history = RoutingHistory((), {}, {})
         self.recording = False
 
@@ -128,8 +128,8 @@ class RoutingCallback(TrainerCallback):  # type: ignore[misc]
         Raises:
             LilyError: if there is no adapter, or it is settling: SettleCallback records the same statistics.
         """
-        self.found = find(_unwrapped(model), self.adapter)
-        if self.found.config.settled is not None:
+        self.adapted = find(_unwrapped(model), self.adapter)
+        if self.adapted.config.settled is not None:
             raise LilyError("a routing that settles is recorded by SettleCallback already; remove RoutingCallback")
         steps = range(0, state.max_steps, self.every) if self.every else steps_recorded(state.max_steps)
         self.recorded_steps = frozenset(steps)
@@ -140,28 +140,28 @@ class RoutingCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Start recording if this step is recorded."""
-        if state.global_step not in self.recorded_steps or self.found is None or not self.found.config.dynamic:
+        if state.global_step not in self.recorded_steps or self.adapted is None or not self.adapted.config.dynamic:
             return
-        for layer in self.found.layers.values():
-            experts = layer.num_B[self.found.name]
-            layer.statistics[self.found.name] = RoutingStatistics.empty(experts, training_only=True)
+        for layer in self.adapted.layers.values():
+            experts = layer.num_B[self.adapted.name]
+            layer.statistics[self.adapted.name] = RoutingStatistics.empty(experts, training_only=True)
         self.recording = True
-        self.found.watch_masks()
+        self.adapted.watch_masks()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Add the recorded statistics to the history."""
-        found = self.found
-        if found is None or not self.recording:
+        adapted = self.adapted
+        if adapted is None or not self.recording:
             return
         self.recording = False
         rows, tokens = dict(self.history.layers), dict(self.history.tokens)
-        for name, layer in found.layers.items():
+        for name, layer in adapted.layers.items():
             # another callback may have removed them; all processes must reduce the same tensors
-            statistics = layer.statistics.pop(found.name, RoutingStatistics.empty(layer.num_B[found.name]))
+            statistics = layer.statistics.pop(adapted.name, RoutingStatistics.empty(layer.num_B[adapted.name]))
             all_reduce(statistics)
             tokens[name] = (*tokens.get(name, ()), int(statistics.count.item()))
             rows[name] = (*rows.get(name, ()), tuple(statistics.mean.tolist()))
-        found.watch_masks()
+        adapted.watch_masks()
         self.history = RoutingHistory((*self.history.steps, state.global_step), tokens, rows)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

@@ -1,4 +1,5 @@
-"""Figures of an adapter with matplotlib, for papers and notebooks; `lily inspect --report` draws in HTML.
+"""Figures of an adapter with matplotlib, for papers and notebooks; `lily inspect --report` draws in HTML,
+whose marks have tooltips and which follows dark mode.
 
 Each function returns a `Picture`: a matplotlib figure and its alternative text.
 """

@@ -213,17 +213,17 @@ def rank_report(
     """
     if not 0 < threshold < 1:
         raise LilyError(f"threshold={threshold:g} is not a ratio of singular values; give a number between 0 and 1")
-    known = mixings or {}
-    chosen = {layer.name: layer.static or known.get(layer.name) or Mixing.assumed(layer.experts) for layer in layers}
+    measured = mixings or {}
+    chosen = {layer.name: layer.static or measured.get(layer.name) or Mixing.assumed(layer.experts) for layer in layers}
     for layer in layers:
         if (experts := chosen[layer.name].mean.numel()) != layer.experts:
-            raise LilyError(f"{layer.name} mixes {layer.experts} experts, but the statistics given are of {experts}")
+            raise LilyError(f"{layer.name} mixes {layer.experts} experts, but its statistics have {experts}")
         _check_finite(layer, chosen[layer.name])
-    found = [_layer_rank(layer, chosen[layer.name]) for layer in layers]
+    ranks = [_layer_rank(layer, chosen[layer.name]) for layer in layers]
     overlaps = [
         _overlap(group, members, chosen, threshold) for group, members in grouped(layers).items() if len(members) > 1
     ]
-    return RankReport(threshold, tuple(found), tuple(overlaps))
+    return RankReport(threshold, tuple(ranks), tuple(overlaps))
 
 
 def _check_finite(layer: Factored, mixing: Mixing) -> None:

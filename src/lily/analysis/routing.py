@@ -118,8 +118,8 @@ class Agreement:
     """Similarity of the routing of one group's layers, as means over pairs of layers.
 
     The agreement of two layers is 1 minus the total variation distance of their mean weights: 1 if these are equal, 0
-    if the layers use different experts. Their correlation is that of the samples' mean weights, centered per layer, over
-    samples and experts: 1 if both react equally to the samples.
+    if the layers use different experts. Their correlation is that of the samples' mean weights, centered per layer,
+    over samples and experts: 1 if both react equally to the samples.
 
     Attributes:
         group: the group.
@@ -209,49 +209,49 @@ def routing_report(
         LilyError: if there is no such adapter or no batch, the adapter is settling, or the number of labels is not
             that of the samples.
     """
-    found = find(model, adapter)
-    fixed = {name: static_mixing(layer, found) for name, layer in found.layers.items()}
+    adapted = find(model, adapter)
+    fixed = {name: static_mixing(layer, adapted) for name, layer in adapted.layers.items()}
     recorders = {
-        name: Recorder(found.layers[name].num_B[found.name]) for name, mixing in fixed.items() if mixing is None
+        name: Recorder(adapted.layers[name].num_B[adapted.name]) for name, mixing in fixed.items() if mixing is None
     }
     samples = 0
     if recorders:
-        if found.config.settled is not None:
+        if adapted.config.settled is not None:
             raise LilyError(
-                f"adapter {found.name!r} was saved while settling (settled={found.config.settled:g}); finish that "
+                f"adapter {adapted.name!r} was saved while settling (settled={adapted.config.settled:g}); finish that "
                 "training, or analyze an earlier checkpoint"
             )
-        samples = _record(model, found, recorders, batches, forward or call)
+        samples = _record(model, adapted, recorders, batches, forward or call)
         if labels is not None and len(labels) != samples:
             raise LilyError(f"{len(labels)} labels for {samples} samples; give one label per sample")
     names = tuple(dict.fromkeys(str(label) for label in labels or ())) if recorders else ()
     ids = torch.tensor([names.index(str(label)) for label in labels or ()]) if names else None
     layers, sampled = [], {}
     for name, mixing in fixed.items():
-        group = found.plan.group_of(name)
-        where = (name, f"{group.name} ({group.out_features}, {group.in_features})", found.plan.slots[name].A)
+        group = adapted.plan.group_of(name)
+        where = (name, f"{group.name} ({group.out_features}, {group.in_features})", adapted.plan.slots[name].A)
         if mixing is not None:
             layers.append(_constant(where, mixing))
             continue
         layers.append(_recorded(where, recorders[name], names, ids))
         if recorders[name].aligned:
             sampled[name] = _deviations(recorders[name])
-    return RoutingReport(str(found.config.routing), samples, names, tuple(layers), _agreements(layers, sampled))
+    return RoutingReport(str(adapted.config.routing), samples, names, tuple(layers), _agreements(layers, sampled))
 
 
 @torch.no_grad()
 def _record(
     model: nn.Module,
-    found: Adapted,
+    adapted: Adapted,
     recorders: Mapping[str, Recorder],
     batches: Iterable[Batch],
     run: Callable[[nn.Module, Any], Any],
 ) -> int:
     samples = 0
-    with evaluating(model, found):
+    with evaluating(model, adapted):
         for name, recorder in recorders.items():
-            found.layers[name].statistics[found.name] = recorder
-        found.watch_masks()
+            adapted.layers[name].statistics[adapted.name] = recorder
+        adapted.watch_masks()
         for batch in batches:
             size = _samples(batch)
             for recorder in recorders.values():

@@ -110,16 +110,16 @@ def parse(state: Mapping[str, Tensor], plan: SharingPlan, settled: float | None 
         LilyError: if a tensor is missing, has another shape, belongs to a layer that is not adapted, or differs from
             its duplicate.
     """
-    found, other = _collect(state, plan)
-    if (pair := _contradiction(found, plan)) is not None:
-        regrouped = _plan_of(found, plan)
+    parts, other = _collect(state, plan)
+    if (pair := _contradiction(parts, plan)) is not None:
+        regrouped = _plan_of(parts, plan)
         if not plan.stock_differs:
             raise LilyError(
                 f"the adapter file holds different values for the shared {pair[0]} of {pair[1]} and {pair[2]}; "
                 "stock PEFT shares it too, so the file is damaged; save the adapter again"
             )
         raise Regrouped(regrouped)
-    return _assign(found, plan, settled, other)
+    return _assign(parts, plan, settled, other)
 
 
 def check_names(state: Mapping[str, Tensor], plan: SharingPlan, settled: float | None = None) -> dict[str, Tensor]:
@@ -136,8 +136,8 @@ def check_names(state: Mapping[str, Tensor], plan: SharingPlan, settled: float |
     Raises:
         LilyError: as for `parse`, except for duplicates that differ.
     """
-    found, other = _collect(state, plan)
-    _assign(found, plan, settled, other)
+    parts, other = _collect(state, plan)
+    _assign(parts, plan, settled, other)
     return other
 
 
@@ -155,27 +155,27 @@ def resolve(
         return parse(state, regrouped.plan, settled), regrouped.plan
 
 
-def _assign(found: Found, plan: SharingPlan, settled: float | None, other: dict[str, Tensor]) -> AdapterTensors:
-    A = {i: _shared(found["A"], block, f"A of {block[0]}") for i, (_, block) in enumerate(plan.blocks)}
-    B = {i: _shared(found["B"], g.layers, f"B of {g.name}") for i, g in enumerate(plan.groups)}
-    parts: Found = {"router": {}, "logits": {}}
+def _assign(parts: Parts, plan: SharingPlan, settled: float | None, other: dict[str, Tensor]) -> AdapterTensors:
+    A = {i: _shared(parts["A"], block, f"A of {block[0]}") for i, (_, block) in enumerate(plan.blocks)}
+    B = {i: _shared(parts["B"], g.layers, f"B of {g.name}") for i, g in enumerate(plan.groups)}
+    kept: Parts = {"router": {}, "logits": {}}
     if settled is None and plan.routing != "uniform":  # the paper's files have routers with uniform routing, too
         spare = "router" if plan.routing == "static" else "logits"
-        if found[spare]:
+        if parts[spare]:
             raise LilyError(
-                f"the adapter file has lily_{spare} for {next(iter(found[spare]))}, which routing={plan.routing!r} "
+                f"the adapter file has lily_{spare} for {next(iter(parts[spare]))}, which routing={plan.routing!r} "
                 "does not use; is it the file of this configuration?"
             )
     if plan.shared_router:
         for group in plan.groups:
-            own = [name for name in group.layers if name in found["router"]]
+            own = [name for name in group.layers if name in parts["router"]]
             if len(own) > 1:
                 raise LilyError(
                     f"the adapter file has a lily_router for {own[0]} and for {own[1]}, which share one by "
                     "shared_router=True; is it the file of this configuration?"
                 )
         shared = {
-            i: _shared(found["router"], group.layers, f"router of {group.name}")
+            i: _shared(parts["router"], group.layers, f"router of {group.name}")
             for i, group in enumerate(plan.groups)
             if group.num_B > 1
         }
@@ -186,15 +186,15 @@ def _assign(found: Found, plan: SharingPlan, settled: float | None, other: dict[
             continue
         needed = {"logits" if plan.routing == "static" else "router"}
         if settled is not None:
-            needed = {"logits"} | ({"router"} if found["router"] else set())
+            needed = {"logits"} | ({"router"} if parts["router"] else set())
         for part in needed:
-            if name not in found[part]:
+            if name not in parts[part]:
                 raise LilyError(
                     f"the adapter file has no lily_{part} for {name}, which routing={plan.routing!r} needs; "
                     "is it the file of this configuration and base model, and complete?"
                 )
-            parts[part][name] = found[part][name]
-    return AdapterTensors(A, B, parts["router"], parts["logits"], other)
+            kept[part][name] = parts[part][name]
+    return AdapterTensors(A, B, kept["router"], kept["logits"], other)
 
 
 def check_base(plan: SharingPlan, expected: Mapping[str, int] | None, base: str | None = None) -> None:
@@ -226,11 +226,11 @@ class Regrouped(Exception):
         self.plan = plan
 
 
-Found = dict[str, dict[str, Tensor]]
+Parts = dict[str, dict[str, Tensor]]  # A, B, router, logits -> layer -> tensor
 
 
-def _collect(state: Mapping[str, Tensor], plan: SharingPlan) -> tuple[Found, dict[str, Tensor]]:
-    found: Found = {"A": {}, "B": {}, "router": {}, "logits": {}}
+def _collect(state: Mapping[str, Tensor], plan: SharingPlan) -> tuple[Parts, dict[str, Tensor]]:
+    parts: Parts = {"A": {}, "B": {}, "router": {}, "logits": {}}
     other: dict[str, Tensor] = {}
     for key, tensor in state.items():
         match = KEY.match(unwrapped(key))
@@ -244,8 +244,8 @@ def _collect(state: Mapping[str, Tensor], plan: SharingPlan) -> tuple[Found, dic
                 f"the adapter file has {key!r}, but this model has no adapted layer {layer!r}; "
                 "check that the base model and target_modules are those the adapter was trained with"
             )
-        found[part][layer] = _checked(key, tensor, part, plan.group_of(layer))
-    return found, other
+        parts[part][layer] = _checked(key, tensor, part, plan.group_of(layer))
+    return parts, other
 
 
 def _checked(key: str, tensor: Tensor, part: str, group: Group) -> Tensor:
@@ -267,8 +267,8 @@ def _checked(key: str, tensor: Tensor, part: str, group: Group) -> Tensor:
     )
 
 
-def _shared(found: dict[str, Tensor], layers: Iterable[str], what: str) -> Tensor:
-    copies = [found[name] for name in layers if name in found]
+def _shared(tensors: dict[str, Tensor], layers: Iterable[str], what: str) -> Tensor:
+    copies = [tensors[name] for name in layers if name in tensors]
     if not copies:
         raise LilyError(f"the adapter file has no {what}; is it complete, and of this configuration and base model?")
     return copies[0]
@@ -278,24 +278,24 @@ def _equal(x: Tensor, y: Tensor) -> bool:
     return x is y or (x.shape == y.shape and bool(torch.equal(x, y)))
 
 
-def _contradiction(found: Found, plan: SharingPlan) -> tuple[str, str, str] | None:
+def _contradiction(parts: Parts, plan: SharingPlan) -> tuple[str, str, str] | None:
     """A part and two layers that share it in the plan but not in the file; None: the file agrees."""
     for part, shares in (("A", [b for _, b in plan.blocks]), ("B", [g.layers for g in plan.groups])):
         for layers in shares:
-            copies = [name for name in layers if name in found[part]]
+            copies = [name for name in layers if name in parts[part]]
             for name in copies[1:]:
-                if not _equal(found[part][copies[0]], found[part][name]):
+                if not _equal(parts[part][copies[0]], parts[part][name]):
                     return part, copies[0], name
     return None
 
 
-def _plan_of(found: Found, plan: SharingPlan) -> SharingPlan:
+def _plan_of(parts: Parts, plan: SharingPlan) -> SharingPlan:
     """The plan by which a file with all duplicates was written: equal tensors of one shape are shared.
 
     Raises:
         LilyError: if not every layer has a copy, so that the file is damaged or belongs to another base model.
     """
-    if any(set(found[part]) != set(plan.slots) for part in "AB"):
+    if any(set(parts[part]) != set(plan.slots) for part in "AB"):
         raise LilyError(
             "the adapter file holds different values for one shared tensor, and not every layer has a copy: either "
             "the adapter was trained on another base model (for example, of another depth), or the file is damaged; "
@@ -308,9 +308,9 @@ def _plan_of(found: Found, plan: SharingPlan) -> SharingPlan:
     order = {name: i for i, name in enumerate(plan.slots)}
     groups = []
     for names in by_shape.values():
-        for members in _classes(sorted(names, key=order.__getitem__), found["B"]):
+        for members in _classes(sorted(names, key=order.__getitem__), parts["B"]):
             group = plan.group_of(members[0])
-            blocks = tuple(tuple(block) for block in _classes(members, found["A"]))
+            blocks = tuple(tuple(block) for block in _classes(members, parts["A"]))
             last = dict.fromkeys(name.rpartition(".")[2] for name in members)
             groups.append(replace(group, name="+".join(last), blocks=blocks))
     return replace(plan, groups=tuple(groups))

@@ -112,22 +112,22 @@ def collapse(
     Raises:
         LilyError: if the adapter is static already, its update is not linear, or there is no batch.
     """
-    found = find(model, adapter)
-    config = found.config
-    bent = next((a for layer in found.layers.values() if (a := layer.activation[found.name]) != "none"), None)
+    adapted = find(model, adapter)
+    config = adapted.config
+    bent = next((a for layer in adapted.layers.values() if (a := layer.activation[adapted.name]) != "none"), None)
     if bent is not None:
         raise LilyError(
-            f"adapter {found.name!r} has activation={bent!r}: even with static weights its update is not "
+            f"adapter {adapted.name!r} has activation={bent!r}: even with static weights its update is not "
             "linear, so it cannot be merged or exported; use it unmerged"
         )
     if not config.dynamic:
         raise LilyError(
-            f"adapter {found.name!r} (routing={config.routing!r}, num_B={config.num_B}) is static already; "
+            f"adapter {adapted.name!r} (routing={config.routing!r}, num_B={config.num_B}) is static already; "
             "merge or export it directly"
         )
     if config.settled:
         raise LilyError(
-            f"adapter {found.name!r} was saved while settling (settled={config.settled:g}): finish that training, "
+            f"adapter {adapted.name!r} was saved while settling (settled={config.settled:g}): finish that training, "
             "whose result is static, or collapse an earlier checkpoint"
         )
     run = forward or call
@@ -136,20 +136,20 @@ def collapse(
     if not batches or not held_out:
         raise LilyError("collapse needs calibration data, but there is no batch; give at least one")
     routing = str(config.routing)
-    with evaluating(model, found):
+    with evaluating(model, adapted):
         before = metric(model) if metric else None
-        statistics = _record(model, found, batches, run)
+        statistics = _record(model, adapted, batches, run)
         logits = {name: s.mean.clamp(min=TINY).log() for name, s in statistics.items()}
-        _add_logits(found, logits)
-        drift, errors = _measure(model, found, held_out, run)
-        report = CollapseReport(found.name, routing, int(next(iter(statistics.values())).count.item()), [], drift)
+        _add_logits(adapted, logits)
+        drift, errors = _measure(model, adapted, held_out, run)
+        report = CollapseReport(adapted.name, routing, int(next(iter(statistics.values())).count.item()), [], drift)
         if refit_steps:
-            _refit(model, found, batches, held_out, run, refit_steps, refit_learning_rate, report)
+            _refit(model, adapted, batches, held_out, run, refit_steps, refit_learning_rate, report)
         report.layers = [
-            _layer_report(name, s, found.layers[name].lily_logits[found.name], errors.get(name))
+            _layer_report(name, s, adapted.layers[name].lily_logits[adapted.name], errors.get(name))
             for name, s in statistics.items()
         ]
-        found.make_static()
+        adapted.make_static()
         if metric and before is not None:
             report.metrics = {"before": before, "after": metric(model)}
     config.provenance = {**(config.provenance or {}), "collapse": report.to_dict()}
@@ -157,19 +157,19 @@ def collapse(
 
 
 @torch.no_grad()
-def _record(model: nn.Module, found: Adapted, batches: Sequence[Batch], run: Run) -> dict[str, RoutingStatistics]:
+def _record(model: nn.Module, adapted: Adapted, batches: Sequence[Batch], run: Run) -> dict[str, RoutingStatistics]:
     statistics = {
-        name: RoutingStatistics.empty(layer.num_B[found.name])
-        for name, layer in found.layers.items()
-        if layer.num_B[found.name] > 1
+        name: RoutingStatistics.empty(layer.num_B[adapted.name])
+        for name, layer in adapted.layers.items()
+        if layer.num_B[adapted.name] > 1
     }
     for name, kept in statistics.items():
-        found.layers[name].statistics[found.name] = kept
-    found.watch_masks()
+        adapted.layers[name].statistics[adapted.name] = kept
+    adapted.watch_masks()
     for batch in batches:
         run(model, batch)
     for name, kept in statistics.items():
-        del found.layers[name].statistics[found.name]
+        del adapted.layers[name].statistics[adapted.name]
         all_reduce(kept)
     if not any(kept.count.item() for kept in statistics.values()):
         raise LilyError("no adapted layer ran on the calibration batches; is the adapter active and enabled?")
@@ -177,20 +177,20 @@ def _record(model: nn.Module, found: Adapted, batches: Sequence[Batch], run: Run
 
 
 @torch.no_grad()
-def _add_logits(found: Adapted, logits: Mapping[str, Tensor]) -> None:
+def _add_logits(adapted: Adapted, logits: Mapping[str, Tensor]) -> None:
     """Add static weights to layers in addition to their routers, so that both can be compared."""
     for name, value in logits.items():
-        layer = found.layers[name]
-        like = layer.router_of(found.name)
+        layer = adapted.layers[name]
+        like = layer.router_of(adapted.name)
         assert like is not None
         parameter = nn.Parameter(value.to(like.device, torch.float32), requires_grad=like.requires_grad)
-        layer.lily_logits[found.name] = parameter
-    found.bank.settled[found.name] = Settled(0.0)
+        layer.lily_logits[adapted.name] = parameter
+    adapted.bank.settled[adapted.name] = Settled(0.0)
 
 
 @contextlib.contextmanager
-def _static(found: Adapted) -> Iterator[None]:
-    settled = found.bank.settled[found.name]
+def _static(adapted: Adapted) -> Iterator[None]:
+    settled = adapted.bank.settled[adapted.name]
     settled.move(1.0)
     try:
         yield
@@ -201,7 +201,7 @@ def _static(found: Adapted) -> Iterator[None]:
 @torch.no_grad()
 def _measure(
     model: nn.Module,
-    found: Adapted,
+    adapted: Adapted,
     batches: Sequence[Batch],
     run: Run,
     exchange: Callable[[], None] = lambda: None,
@@ -210,15 +210,15 @@ def _measure(
 
     `exchange` swaps the shared tensors of the dynamic adapter in, and out again.
     """
-    sums = {name: [0.0, 0.0] for name in found.layers}
+    sums = {name: [0.0, 0.0] for name in adapted.layers}
     kl, error, norm, positions = 0.0, 0.0, 0.0, 0
     distributions = True
     for batch in batches:
         exchange()
-        with _compared(found, sums):
+        with _compared(adapted, sums):
             old = outputs(run(model, batch))
         exchange()
-        with _static(found):
+        with _static(adapted):
             new = outputs(run(model, batch))
         rows = kept_rows(old, batch, model)
         p, q = (t.reshape(-1, t.shape[-1])[rows].double() for t in (old, new))
@@ -241,7 +241,7 @@ def _measure(
 
 
 @contextlib.contextmanager
-def _compared(found: Adapted, sums: dict[str, list[float]]) -> Iterator[None]:
+def _compared(adapted: Adapted, sums: dict[str, list[float]]) -> Iterator[None]:
     """Context: every layer also computes its static update; adds the squared difference and norm to `sums`."""
 
     def compare(name: str) -> Callable[..., None]:
@@ -249,15 +249,15 @@ def _compared(found: Adapted, sums: dict[str, list[float]]) -> Iterator[None]:
             if not args:
                 return
             x = args[0]
-            dynamic = layer.update_of(found.name, x).double()
-            with _static(found):
-                static = layer.update_of(found.name, x).double()
+            dynamic = layer.update_of(adapted.name, x).double()
+            with _static(adapted):
+                static = layer.update_of(adapted.name, x).double()
             sums[name][0] += float((dynamic - static).square().sum())
             sums[name][1] += float(dynamic.square().sum())
 
         return hook
 
-    handles = [layer.register_forward_hook(compare(name)) for name, layer in found.layers.items()]
+    handles = [layer.register_forward_hook(compare(name)) for name, layer in adapted.layers.items()]
     try:
         yield
     finally:
@@ -273,7 +273,7 @@ def _layer_report(name: str, statistics: RoutingStatistics, logits: Tensor, erro
 
 def _refit(
     model: nn.Module,
-    found: Adapted,
+    adapted: Adapted,
     batches: Sequence[Batch],
     held_out: Sequence[Batch],
     run: Run,
@@ -282,8 +282,8 @@ def _refit(
     report: CollapseReport,
 ) -> None:
     """Train the static adapter to reproduce the dynamic one's outputs; keep the result if the drift decreases."""
-    shared = [t for tensors in found.bank.tensors(found.name) for t in tensors]
-    logits = [layer.lily_logits[found.name] for layer in found.layers.values() if found.name in layer.lily_logits]
+    shared = [t for tensors in adapted.bank.tensors(adapted.name) for t in tensors]
+    logits = [layer.lily_logits[adapted.name] for layer in adapted.layers.values() if adapted.name in layer.lily_logits]
     student: list[Tensor] = [*shared, *logits]
     trained = {p: p.requires_grad for p in model.parameters()}
     teacher, first = ([t.detach().clone() for t in tensors] for tensors in (shared, student))
@@ -301,8 +301,8 @@ def _refit(
             parameter.requires_grad_(False)
         for t in student:
             t.requires_grad_(True)
-        _distill(model, found, student, islice(cycle(batches), steps), run, steps, rate, exchange)
-        drift, _ = _measure(model, found, held_out, run, exchange)
+        _distill(model, adapted, student, islice(cycle(batches), steps), run, steps, rate, exchange)
+        drift, _ = _measure(model, adapted, held_out, run, exchange)
         report.drift_before_refit = report.drift
         better = drift.closer_than(report.drift)
         if better:
@@ -318,7 +318,7 @@ def _refit(
 
 def _distill(
     model: nn.Module,
-    found: Adapted,
+    adapted: Adapted,
     student: list[Tensor],
     batches: Iterable[Batch],
     run: Run,
@@ -333,7 +333,7 @@ def _distill(
             exchange()
             target = outputs(run(model, batch))
             exchange()
-        with _static(found):
+        with _static(adapted):
             out = outputs(run(model, batch))
         rows = kept_rows(out, batch, model)
         p, q = (t.reshape(-1, t.shape[-1])[rows].float() for t in (target, out))

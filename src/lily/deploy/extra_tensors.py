@@ -17,13 +17,13 @@ def saved_modules(config: LilyConfig) -> list[str] | None:
     return list(dict.fromkeys(config.modules_to_save)) if config.modules_to_save else None
 
 
-def other_entries(model: nn.Module, found: Adapted, frozen: bool = True) -> dict[str, Tensor]:
+def other_entries(model: nn.Module, adapted: Adapted, frozen: bool = True) -> dict[str, Tensor]:
     """Entries of an adapter file besides Lily's tensors: biases, modules saved whole.
 
     PEFT also saves the frozen weight of an adapted output layer, which is kept if `frozen`.
     """
     wrapped = isinstance(model, peft.PeftModel)
-    state = get_peft_model_state_dict(model if wrapped else found.root, adapter_name=found.name)
+    state = get_peft_model_state_dict(model if wrapped else adapted.root, adapter_name=adapted.name)
     if not wrapped:  # PeftModel's names have the prefix already
         state = {f"{PREFIX}{k}": v for k, v in state.items()}
     # With bias="all" PEFT repeats a saved module's bias under its wrapper's names, which are not valid in a file.

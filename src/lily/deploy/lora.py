@@ -148,13 +148,13 @@ def as_lora(
         LilyError: if the adapter depends on the data, the target cannot read a part of it, or truncation discards too
             much.
     """
-    found = find(model, adapter)
+    adapted = find(model, adapter)
     wanted = TARGETS.get(target)
     if wanted is None:
         raise LilyError(f"no export target {target!r}; choose one of {', '.join(TARGETS)}")
-    other = other_entries(model, found, frozen=wanted.modules_to_save)
-    check_readable(target, wanted, found, other)
-    factors, groups = _joined(found)
+    other = other_entries(model, adapted, frozen=wanted.modules_to_save)
+    check_readable(target, wanted, adapted, other)
+    factors, groups = _joined(adapted)
     own = max(f.A.shape[-2] for f in factors.values())
     _check_rank(rank, own)
     layers = {name: _cut(f, rank) for name, f in factors.items()}
@@ -171,16 +171,16 @@ def as_lora(
         name: _finished(layer, rank_to if wanted.uniform or wanted.ranks else layer.rank, dtype, wanted.uniform)
         for name, layer in layers.items()
     }
-    config = _lora_config(found, layers, rank_to)
+    config = _lora_config(adapted, layers, rank_to)
     rounded = dtype is not None and any(torch.promote_types(f.B.dtype, dtype) != dtype for f in factors.values())
     exact = not rounded and all(layer.energy == 1 for layer in layers.values())
-    facts = origin(found, "export", provenance) | {
-        "exact": exact, "scaling": found.config.scaling, "rank": rank_to,
-        "adapter_parameters": found.plan.parameters.total,
+    facts = origin(adapted, "export", provenance) | {
+        "exact": exact, "scaling": adapted.config.scaling, "rank": rank_to,
+        "adapter_parameters": adapted.plan.parameters.total,
     }  # fmt: skip
     if rank is not None and rank < own:
         facts["energies"] = {name: layer.energy for name, layer in layers.items()}
-    return LoraExport(layers, groups, rank_to, config, other, facts, _component(found.root))
+    return LoraExport(layers, groups, rank_to, config, other, facts, _component(adapted.root))
 
 
 def _check_rank(rank: int | None, own: int) -> None:
@@ -191,7 +191,7 @@ def _check_rank(rank: int | None, own: int) -> None:
         )
 
 
-def _joined(found: Adapted) -> tuple[dict[str, Factors], dict[str, Group]]:
+def _joined(adapted: Adapted) -> tuple[dict[str, Factors], dict[str, Group]]:
     """Each layer's update and group, with the slices of one layer joined into one update of the whole layer.
 
     This is exact: ranks add up, the slices' A are concatenated, and each slice's columns of B are zero at the outputs
@@ -200,14 +200,14 @@ def _joined(found: Adapted) -> tuple[dict[str, Factors], dict[str, Group]]:
     factors: dict[str, Factors] = {}
     groups: dict[str, Group] = {}
     slices: dict[str, list[tuple[Group, Factors]]] = {}
-    for name, layer in found.layers.items():
-        group, update = found.plan.group_of(name), layer.factors(found.name)
+    for name, layer in adapted.layers.items():
+        group, update = adapted.plan.group_of(name), layer.factors(adapted.name)
         if group.kind == SLICE:
             slices.setdefault(name.rpartition(".")[0], []).append((group, update))
         else:
             factors[name], groups[name] = update, group
     for name, parts in slices.items():
-        out = layer_spec(name, found.root.get_submodule(name)).out_features
+        out = layer_spec(name, adapted.root.get_submodule(name)).out_features
         wide = []
         for group, update in parts:
             assert group.rows is not None
@@ -247,19 +247,19 @@ def _finished(layer: Layer, rank: int, dtype: torch.dtype | None, uniform: bool)
     return Layer(A.to("cpu", dtype), B.to("cpu", dtype), scale, layer.energy)
 
 
-def _lora_config(found: Adapted, layers: Mapping[str, Layer], rank: int) -> LoraConfig:
-    config = found.config
+def _lora_config(adapted: Adapted, layers: Mapping[str, Layer], rank: int) -> LoraConfig:
+    config = adapted.config
     ranks = {name: layer.rank for name, layer in layers.items()}
     alphas = {name: round(layer.scale * ranks[name]) for name, layer in layers.items()}
     alpha = alphas[next(n for n, r in ranks.items() if r == rank)]
     return LoraConfig(
         r=rank,
         lora_alpha=alpha,
-        target_modules=_target_modules(found),
-        target_parameters=_target_parameters(found),
+        target_modules=_target_modules(adapted),
+        target_parameters=_target_parameters(adapted),
         rank_pattern={n: r for n, r in ranks.items() if r != rank},
         alpha_pattern={n: a for n, a in alphas.items() if a != alpha},
-        fan_in_fan_out=any(type(m.get_base_layer()).__name__ == "Conv1D" for m in found.layers.values()),
+        fan_in_fan_out=any(type(m.get_base_layer()).__name__ == "Conv1D" for m in adapted.layers.values()),
         bias={"lily_only": "lora_only"}.get(config.bias, config.bias),
         modules_to_save=saved_modules(config),
         task_type=config.task_type,
@@ -269,22 +269,22 @@ def _lora_config(found: Adapted, layers: Mapping[str, Layer], rank: int) -> Lora
     )
 
 
-def _target_modules(found: Adapted) -> list[str]:
+def _target_modules(adapted: Adapted) -> list[str]:
     """The shortest names that match these layers and no others."""
-    specs = [spec for group in found.plan.groups for spec in group.specs if group.kind not in PARAMETERS]
+    specs = [spec for group in adapted.plan.groups for spec in group.specs if group.kind not in PARAMETERS]
     layers = list(dict.fromkeys(spec.path for spec in specs))
     if not layers:
         return []
     inside = tuple(f"{name}." for name in layers)
-    others = [n for n, _ in found.root.named_modules() if n and n not in layers and not n.startswith(inside)]
+    others = [n for n, _ in adapted.root.named_modules() if n and n not in layers and not n.startswith(inside)]
     return sorted(_find_minimal_target_modules(layers, others))
 
 
-def _target_parameters(found: Adapted) -> list[str] | None:
+def _target_parameters(adapted: Adapted) -> list[str] | None:
     """The adapted parameters as `module.parameter` if that matches no others, else their full names."""
-    names = [name for name in found.layers if found.plan.group_of(name).kind in PARAMETERS]
+    names = [name for name in adapted.layers if adapted.plan.group_of(name).kind in PARAMETERS]
     short = sorted({".".join(name.split(".")[-2:]) for name in names})
-    if names and {spec.name for spec in select_parameters(found.root, short)} == set(names):
+    if names and {spec.name for spec in select_parameters(adapted.root, short)} == set(names):
         return short
     return names or None
 

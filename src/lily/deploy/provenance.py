@@ -15,12 +15,12 @@ from lily.tuner.adapter import Adapted
 PROVENANCE = "lily_provenance.json"
 
 
-def origin(found: Adapted, kind: str, further: Mapping[str, Any] | None) -> dict[str, Any]:
+def origin(adapted: Adapted, kind: str, further: Mapping[str, Any] | None) -> dict[str, Any]:
     """The provenance of an export: its adapter, plan, and what was done to it."""
-    config = found.config
+    config = adapted.config
     return {
         "format": f"lily {kind}", "lily": __version__, "base_model": config.base_model_name_or_path,
-        "routing": config.routing, "plan": str(found.plan).splitlines(),
+        "routing": config.routing, "plan": str(adapted.plan).splitlines(),
         **(config.provenance or {}), **(further or {}),
     }  # fmt: skip
 
@@ -51,7 +51,7 @@ def provenance(folder: str | Path) -> dict[str, Any] | None:
     return None
 
 
-def _facts(file: Path, found: Any) -> dict[str, Any]:
-    if not isinstance(found, dict):
+def _facts(file: Path, facts: Any) -> dict[str, Any]:
+    if not isinstance(facts, dict):
         raise blame(file, "its provenance is not a JSON object")
-    return found
+    return facts

@@ -46,21 +46,21 @@ TARGETS = {
 }
 
 
-def check_readable(target: str, wanted: Target, found: Adapted, other: Mapping[str, Tensor]) -> None:
+def check_readable(target: str, wanted: Target, adapted: Adapted, other: Mapping[str, Tensor]) -> None:
     """Refuse an adapter with parts that the reader would silently ignore.
 
     Args:
         target: name of the reader.
         wanted: what the reader requires.
-        found: the adapter.
+        adapted: the adapter.
         other: entries of the adapter's file besides the matrices.
 
     Raises:
         LilyError: naming the part that would be lost, and the export to use instead.
     """
-    read = uncalled(dict(found.root.named_modules()))
+    read = uncalled(dict(adapted.root.named_modules()))
     # PEFT's LoRA acts when a layer is called, so not on dt_proj or timm's qkv; it refuses out_proj of Mamba.
-    whole = {name: name.rpartition(".")[0] if _is_slice(found, name) else name for name in found.layers}
+    whole = {name: name.rpartition(".")[0] if _is_slice(adapted, name) else name for name in adapted.layers}
     lost = [
         name
         for name, layer in whole.items()
@@ -72,16 +72,16 @@ def check_readable(target: str, wanted: Target, found: Adapted, other: Mapping[s
             f"no reader of a LoRA applies one to {lost[0]}: {why.parent} reads its weight {why.why}; export --to "
             "merged instead, or train without it (exclude_modules)"
         )
-    saved = saved_modules(found.config)
+    saved = saved_modules(adapted.config)
     if saved and not wanted.modules_to_save:
         raise LilyError(
             f"{target} reads no modules saved whole, but the adapter has {', '.join(sorted(saved))} "
             "(modules_to_save); export --to merged instead, or train without modules_to_save"
         )
-    if found.config.bias != "none" and not wanted.biases:
-        raise LilyError(f"{target} reads no trained biases (bias={found.config.bias!r}); export --to merged instead")
-    for name, layer in found.layers.items():
-        kind = found.plan.group_of(name).kind
+    if adapted.config.bias != "none" and not wanted.biases:
+        raise LilyError(f"{target} reads no trained biases (bias={adapted.config.bias!r}); export --to merged instead")
+    for name, layer in adapted.layers.items():
+        kind = adapted.plan.group_of(name).kind
         if kind not in wanted.kinds and not (kind == SLICE and LINEAR in wanted.kinds):
             raise LilyError(
                 f"{target} reads LoRAs of {' and '.join(wanted.kinds)} layers, and {name} is of the kind {kind}; "
@@ -92,7 +92,7 @@ def check_readable(target: str, wanted: Target, found: Adapted, other: Mapping[s
                 f"{target} ignores {more} of a convolution, which {name} has; export --to merged "
                 "instead, or train without it (exclude_modules)"
             )
-    outside = [name for name in found.layers if not any(part.isdigit() for part in name.split("."))]
+    outside = [name for name in adapted.layers if not any(part.isdigit() for part in name.split("."))]
     if outside and wanted.numbered_only:
         raise LilyError(
             f"{target} adapts only numbered layers, and {', '.join(outside)} is outside; export --to merged "
@@ -105,8 +105,8 @@ def check_readable(target: str, wanted: Target, found: Adapted, other: Mapping[s
         )
 
 
-def _is_slice(found: Adapted, name: str) -> bool:
-    return found.plan.group_of(name).kind == SLICE
+def _is_slice(adapted: Adapted, name: str) -> bool:
+    return adapted.plan.group_of(name).kind == SLICE
 
 
 def padded_rank(rank: int, target: str, wanted: Target) -> int:

@@ -107,28 +107,28 @@ def write_merged(
     Raises:
         LilyError: if the adapter cannot be merged or the folder exists; nothing is merged then.
     """
-    found = find(model, adapter)
-    adapted = [module for module in found.root.modules() if isinstance(module, LilyLayer)]
-    others = {name for layer in adapted for name in layer.merged_adapters} - {found.name}
+    adapted = find(model, adapter)
+    layers = [module for module in adapted.root.modules() if isinstance(module, LilyLayer)]
+    others = {name for layer in layers for name in layer.merged_adapters} - {adapted.name}
     if others:
         raise LilyError(
             f"adapter {sorted(others)[0]!r} is merged into the base weights, and would be written too; "
             "unmerge_adapter() first"
         )
-    for layer in found.layers.values():
-        layer.check_merge(found.name, safe_merge=True)
+    for layer in adapted.layers.values():
+        layer.check_merge(adapted.name, safe_merge=True)
     if not isinstance(model, peft.PeftModel):
         raise LilyError(
             f"this {type(model).__name__} had its adapter injected, and only a PeftModel can be merged and unloaded; "
             "load the adapter with PeftModel.from_pretrained, or export a LoRA"
         )
-    if not hasattr(found.root, "save_pretrained"):
+    if not hasattr(adapted.root, "save_pretrained"):
         raise LilyError(
-            f"a {type(found.root).__name__} has no save_pretrained; use merge_and_unload() and save its state dict"
+            f"a {type(adapted.root).__name__} has no save_pretrained; use merge_and_unload() and save its state dict"
         )
-    facts = origin(found, "merged", provenance)
+    facts = origin(adapted, "merged", provenance)
     with new_folder(folder, overwrite) as new:
-        merged: Any = model.merge_and_unload(adapter_names=[found.name])
+        merged: Any = model.merge_and_unload(adapter_names=[adapted.name])
         merged.save_pretrained(str(new), max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(new))
@@ -160,12 +160,12 @@ def write_stock(
     Raises:
         LilyError: if stock PEFT cannot express the adapter, or the folder exists.
     """
-    found = find(model, adapter)
-    config = found.config
-    facts = origin(found, "stock", provenance)
+    adapted = find(model, adapter)
+    config = adapted.config
+    facts = origin(adapted, "stock", provenance)
     if config.routing == "batch" and config.file_dict()["peft_type"] == "LILY":
         with new_folder(folder, overwrite) as new:
-            state = get_peft_model_state_dict(model, adapter_name=found.name)
+            state = get_peft_model_state_dict(model, adapter_name=adapted.name)
             config.save_pretrained(str(new))
             save_file({k: v.contiguous() for k, v in state.items()}, new / SAFETENSORS_WEIGHTS_NAME, header(facts))
             write_provenance(new, facts)
@@ -174,14 +174,14 @@ def write_stock(
         raise LilyError(f"stock Lily trains no biases (bias={config.bias!r}); export --to lora or --to merged")
     other = {
         type(layer.get_base_layer()).__name__
-        for name, layer in found.layers.items()
-        if found.plan.group_of(name).kind != LINEAR or not isinstance(layer.get_base_layer(), nn.Linear)
+        for name, layer in adapted.layers.items()
+        if adapted.plan.group_of(name).kind != LINEAR or not isinstance(layer.get_base_layer(), nn.Linear)
     }
     if other:
         raise LilyError(f"stock Lily adapts nn.Linear only, not {', '.join(sorted(other))}; export --to lora")
-    factors = {name: layer.factors(found.name) for name, layer in found.layers.items()}
+    factors = {name: layer.factors(adapted.name) for name, layer in adapted.layers.items()}
     r = max(f.A.shape[0] for f in factors.values())
-    state = other_entries(model, found)
+    state = other_entries(model, adapted)
     for name, f in factors.items():
         padded = (0, 0, 0, r - f.A.shape[0])
         A, B = nn.functional.pad(f.A, padded), nn.functional.pad(f.B, padded)
@@ -190,7 +190,7 @@ def write_stock(
         state[f"{PREFIX}{name}.lily_router.weight"] = torch.zeros(2, r)
     values = {
         "peft_type": "LILY", "r": r, "num_B": 2, "stride_A": 1, "scaling": config.scaling, "init_weights": True,
-        "target_modules": sorted(found.layers), "modules_to_save": saved_modules(config),
+        "target_modules": sorted(adapted.layers), "modules_to_save": saved_modules(config),
         "task_type": config.task_type, "base_model_name_or_path": config.base_model_name_or_path,
         "revision": config.revision, "inference_mode": True,
     }  # fmt: skip

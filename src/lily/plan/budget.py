@@ -14,7 +14,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any
 
@@ -112,16 +112,6 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class _Shape:
-    """The part of a group that its size depends on."""
-
-    name: str
-    in_features: int
-    out_features: int
-    layers: int
-
-
-@dataclass(frozen=True)
 class _Sharing:
     """How tensors are shared; exactly one of num_A and stride_A is set."""
 
@@ -178,7 +168,7 @@ def choose(
     if routing not in ROUTINGS:
         raise LilyError(f"routing={routing!r} is not known; choose one of {', '.join(ROUTINGS)}")
     shapes = _shapes(modules, targets)
-    depth = max(s.layers for s in shapes)
+    depth = max(s.experts for s in shapes)
 
     def sharing(n: int) -> _Sharing:
         return _Sharing(num_A if num_A or stride_A else n, stride_A, num_B or n, shared_router)
@@ -211,17 +201,18 @@ def _not_both(**values: int | None) -> None:
         raise LilyError(f"{' and '.join(values)} say the same thing twice; give one of them")
 
 
-def _shapes(modules: Sequence[ModuleSpec], targets: object) -> list[_Shape]:
+def _shapes(modules: Sequence[ModuleSpec], targets: object) -> list[ModuleSpec]:
+    """One spec per group, whose `experts` is the number of the group's members."""
     layers: Counter[ModuleSpec] = Counter()
     for m in modules:
         layers[group_key(m, targets)] += m.experts
-    return [_Shape(key.name, key.in_features, key.out_features, count) for key, count in layers.items()]
+    return [replace(key, experts=count) for key, count in layers.items()]
 
 
-def _parameters(shapes: Sequence[_Shape], r: int, sharing: _Sharing, routing: str) -> int:
+def _parameters(shapes: Sequence[ModuleSpec], r: int, sharing: _Sharing, routing: str) -> int:
     return sum(
-        r * (sharing.count_A(s.layers) * s.in_features + sharing.num_B * s.out_features)
-        + (1 if sharing.shared_router else s.layers) * router_size(routing, r, sharing.num_B)
+        r * (sharing.count_A(s.experts) * s.in_features + sharing.num_B * s.out_features)
+        + (1 if sharing.shared_router else s.experts) * router_size(routing, r, sharing.num_B)
         for s in shapes
     )
 
@@ -231,17 +222,17 @@ def _usual(depth: int) -> int:
     return max(1, min(max(FEWEST, math.ceil(depth / LAYERS_PER_A)), MOST, depth // 2))
 
 
-def _narrowest(shapes: Sequence[_Shape]) -> _Shape:
+def _narrowest(shapes: Sequence[ModuleSpec]) -> ModuleSpec:
     return min(shapes, key=lambda s: min(s.in_features, s.out_features))
 
 
-def _cap(shapes: Sequence[_Shape]) -> int:
+def _cap(shapes: Sequence[ModuleSpec]) -> int:
     """The largest useful rank: the smallest side of any target."""
     narrowest = _narrowest(shapes)
     return min(narrowest.in_features, narrowest.out_features)
 
 
-def _largest_rank(shapes: Sequence[_Shape], sharing: _Sharing, routing: str, budget: int) -> int:
+def _largest_rank(shapes: Sequence[ModuleSpec], sharing: _Sharing, routing: str, budget: int) -> int:
     """The largest r within the budget, 0 if there is none. The size is linear in r, so two points give the line."""
     one = _parameters(shapes, 1, sharing, routing)
     slope = _parameters(shapes, 2, sharing, routing) - one
@@ -249,7 +240,7 @@ def _largest_rank(shapes: Sequence[_Shape], sharing: _Sharing, routing: str, bud
 
 
 def _best(
-    shapes: Sequence[_Shape], routing: str, budget: int, sharings: Sequence[_Sharing], usual: int
+    shapes: Sequence[ModuleSpec], routing: str, budget: int, sharings: Sequence[_Sharing], usual: int
 ) -> tuple[int, int]:
     """(r, n) for a free rank: the usual n, less if r = 1 does not fit, more if r would exceed the cap.
 
@@ -308,7 +299,7 @@ def _why_sharing(
     return sentences
 
 
-def _why_rank(shapes: Sequence[_Shape], rank: int, given: int | None, budget: int | None, size: int) -> list[str]:
+def _why_rank(shapes: Sequence[ModuleSpec], rank: int, given: int | None, budget: int | None, size: int) -> list[str]:
     cap, narrowest = _cap(shapes), _narrowest(shapes)
     bound = f"{cap}, the smallest side of {narrowest.name} ({narrowest.out_features}, {narrowest.in_features})"
     used = "" if budget is None else f"; {size:,} parameters are {size / budget:.1%} of the budget"

@@ -59,8 +59,8 @@ def layout_of(name: str, module: nn.Module, parent: nn.Module, config: Any) -> L
     out: int = module.out_features if hasattr(module, "out_features") else getattr(module, "nf", 0)  # type: ignore[assignment]
     path = type(parent).__module__.split(".")
     if path[0] == "timm" and name == "qkv":
-        known = TIMM.get(".".join(path[1:]))
-        layout = known(parent, out) if known is not None else None
+        rule = TIMM.get(".".join(path[1:]))
+        layout = rule(parent, out) if rule is not None else None
         return layout if layout is not None and _covers(layout, out) else None
     if path[:2] != ["transformers", "models"] or config is None:
         return None
@@ -87,7 +87,7 @@ def rows_of(target: str, asked: object, layout: Layout | None, out_features: int
         LilyError: for an unknown name or layout, and for outputs that overlap or do not exist.
     """
     if isinstance(asked, Mapping):
-        found = {str(name): _explicit(target, str(name), value, out_features) for name, value in asked.items()}
+        slices = {str(name): _explicit(target, str(name), value, out_features) for name, value in asked.items()}
     else:
         names = list(asked) if isinstance(asked, (list, tuple, set)) else []
         if layout is None:
@@ -98,9 +98,9 @@ def rows_of(target: str, asked: object, layout: Layout | None, out_features: int
             )
         if wrong := [name for name in names if name not in layout]:
             raise LilyError(f"target_slices: {target} has no slice {wrong[0]!r}; it has {', '.join(layout)}")
-        found = {name: rows for name, rows in layout.items() if name in names}
-    _refuse_overlap(target, found, out_features)
-    return dict(sorted(found.items(), key=lambda item: (item[1].start, item[0])))
+        slices = {name: rows for name, rows in layout.items() if name in names}
+    _refuse_overlap(target, slices, out_features)
+    return dict(sorted(slices.items(), key=lambda item: (item[1].start, item[0])))
 
 
 def _explicit(target: str, name: str, value: object, out: int) -> Rows:

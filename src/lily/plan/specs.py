@@ -113,7 +113,7 @@ def parallel_module_spec(name: str, module: nn.Module) -> ModuleSpec:
     if not sizes:
         raise LilyError(
             f"parallel_modules: {name} is a {type(module).__name__} without linear layers, so that the sizes of its "
-            "input and output are not known; name a module that has some"
+            "input and output are not known; name a module with linear layers"
         )
     return ModuleSpec(name, sizes[0][0], sizes[-1][1], PARALLEL_MODULE)
 
