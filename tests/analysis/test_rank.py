@@ -31,7 +31,7 @@ def full_update(model, name, weights):
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "llama", "plain"])
-def test_spectra_of_a_static_adapter_are_those_of_its_materialised_updates(kind):
+def test_spectra_of_a_static_adapter_are_those_of_its_materialized_updates(kind):
     model = adapted(kind, routing="static", scaling=1.5)
     found = find(model)
     report = rank_report(lily_layers(model))

@@ -113,7 +113,7 @@ def test_weights_that_only_the_label_decides_have_all_their_variance_there():
     assert found.share("label") == pytest.approx(1.0)
 
 
-def test_an_expert_that_no_token_chooses_is_dead_and_specialised_experts_are_told():
+def test_an_expert_that_no_token_chooses_is_dead_and_specialized_experts_are_told():
     def layer(mean, entropy):
         return LayerRouting("l", "g", 0, 10, mean, ((0.0,) * 3,) * 3, entropy, None, {})
 

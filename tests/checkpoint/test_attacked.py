@@ -1,4 +1,4 @@
-"""Adapters from strangers: whatever is in the folder, one clear error and an untouched model, or all of it."""
+"""Untrusted adapters: whatever is in the folder, one clear error and an untouched model, or all of it."""
 
 from __future__ import annotations
 

@@ -91,14 +91,14 @@ def test_the_reported_drift_is_that_of_the_exported_adapter(kind, routing, tmp_p
 
 def test_the_reported_drift_of_a_trained_adapter_is_that_of_its_export(tmp_path):
     model = adapted("llama", routing="token").train()
-    optimiser = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=3e-2)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=3e-2)
     losses = []
     for _ in range(80):
         batch = inputs("llama", batch=8)
         loss = model(**batch, labels=batch["input_ids"]).loss
         loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.3
     held_out = [inputs("llama", seed=5)]

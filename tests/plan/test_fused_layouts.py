@@ -1,4 +1,4 @@
-"""Layouts of fused projections, each asked of the model's own code."""
+"""Layouts of fused projections, each checked against the model's code."""
 
 from __future__ import annotations
 

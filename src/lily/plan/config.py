@@ -27,7 +27,7 @@ CAUSAL_TASKS = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
 
 
 def _help_from_docstring(cls: type[Any]) -> type[Any]:
-    """Set `metadata["help"]` of the fields that `cls` declares, which HfArgumentParser shows, from its docstring."""
+    """Set `metadata["help"]`, which every option of PEFT has, of the fields that `cls` declares from its docstring."""
     texts = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", inspect.getdoc(cls) or "", re.MULTILINE)
     for name, text in texts:
         if name in cls.__annotations__:
