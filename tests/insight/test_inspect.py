@@ -74,7 +74,7 @@ def page_of(folder, tmp_path, *options):
 def test_a_run_is_told_with_its_figures_its_routing_over_held_out_rows_and_the_lora_beside_it(run):
     said = invoke("inspect", run)
     for words in ("who shares what", "rank of the updates", "routing (token), over 12 rows of test",
-                  "The LoRA trained beside it has numerical rank", "majority: accuracy"):  # fmt: skip
+                  "The LoRA trained for comparison has numerical rank", "majority: accuracy"):  # fmt: skip
         assert words in " ".join(said.split()), words
     told = json.loads(invoke("inspect", run, "--json"))
     assert told["routing"]["samples"] == 12
