@@ -280,7 +280,7 @@ def test_predict_never_overwrites_a_column_of_the_users_own(finished):
     table = write_jsonl(folder / "own.jsonl", [{"text": "the film was good"}, {"text": "bad", "score": 5}])
     out = folder / "own-out.jsonl"
     arguments = ["predict", str(folder / "run"), "--input", str(table), "--output", str(out)]
-    with pytest.raises(LilyError, match=r"row 2 has a column 'score' of its own.*--prefix"):
+    with pytest.raises(LilyError, match=r"row 2 already has a column 'score'.*--prefix"):
         CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert not out.exists()
     assert CliRunner().invoke(app, [*arguments, "--prefix", "lily_"]).exit_code == 0

@@ -214,10 +214,10 @@ def _run(
 
     def look(m: Any) -> None:
         judge_untrained(m)
-        trainer.progress.most = forgetting.most(recipe, result.forgetting)
+        trainer.progress.max_general_loss = forgetting.most(recipe, result.forgetting)
 
     if trainer.shards:  # whole, the model may not fit where its parts do
-        trainer.look = look
+        trainer.on_sharded = look
     else:
         look(model)
     trainer.signals, trainer.watch = signals, watch

@@ -102,6 +102,8 @@ def test_the_methods_that_we_depend_on_are_as_they_were():
 def test_trls_trainer_takes_what_ours_passes_on():
     trl = pytest.importorskip("trl")
     for name, (_, parameters) in DEPENDS.items():
+        if name == "create_model_card":  # ours takes anything and passes nothing on
+            continue
         signature = inspect.signature(getattr(trl.SFTTrainer, name))
         kinds = {parameter.kind for parameter in signature.parameters.values()}
         assert inspect.Parameter.VAR_POSITIONAL in kinds or " ".join(list(signature.parameters)[1:]) == parameters, name
