@@ -256,7 +256,10 @@ def test_a_base_folder_without_a_tokenizer_is_merged_into(trained, tmp_path, cha
         (["export", "{static}", "--to", "merged", "--tolerance", "0.5"], "--tolerance goes with --to lora"),
         (["export", "{static}", "--to", "stock", "--dtype", "float16"], "--dtype goes with --to lora or merged"),
         (["export", "{static}", "--to", "lora", "--dtype", "int4"], "--dtype int4: choose one of auto, float32"),
-        (["export", "{static}", "--to", "lora", "--force"], "--force says how much --rank may cut; give --rank"),
+        (
+            ["export", "{static}", "--to", "lora", "--force"],
+            "--force limits what --rank may discard; add --rank or drop --force",
+        ),
         (["export", "{static}", "--to", "lora", "--rank", "64"], "rank=64 is not valid: the adapter has 4"),
         (["export", "{static}", "--to", "lora", "--for", "tgi"], "--for tgi: choose one of peft, vllm"),
         (["export", "{static}", "--to", "gguf"], "llama.cpp reads no modules saved whole"),

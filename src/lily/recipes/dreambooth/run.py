@@ -125,12 +125,12 @@ def train(recipe: DreamBooth, *, resume: bool = False, overwrite: bool = False, 
 
 
 def _write(result: Result, recipe: DreamBooth, output: Path, started: float) -> None:
-    from lily.recipes.dreambooth.report import card
+    from lily.recipes.dreambooth.report import model_card
 
     result.seconds["total"] = time.perf_counter() - started
     result.write(output / "metrics.json")
     write_text(output / "last" / "recipe.yaml", loader.dump_recipe(recipe))
-    write_text(output / "last" / "README.md", card(recipe, result))
+    write_text(output / "last" / "README.md", model_card(recipe, result))
 
 
 def load(recipe: DreamBooth, prepared: Prepared) -> Any:

@@ -4,9 +4,9 @@ The recipe's batch is split among the processes. Its rows follow from the seed a
 numbers that dropout has used up, which differ between processes and after a resume), and the last batch of an epoch
 stays small: no row is repeated to make the parts equal.
 
-accelerate's `split_batches` with `even_batches=False` gives other figures: a process that the last batch has no rows for
-gets no batch, so the others wait for it in that step, and unequal parts get no weight. `use_seedable_sampler` replaces a
-RandomSampler only, so grouping by length would draw from the global random generator.
+accelerate's `split_batches` with `even_batches=False` gives other figures: a process without rows in the last batch
+gets no batch, so the others wait for it in that step, and unequal parts get no weight. `use_seedable_sampler` replaces
+a RandomSampler only, so grouping by length would draw from the global random generator.
 """
 
 from __future__ import annotations

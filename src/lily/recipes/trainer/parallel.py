@@ -50,7 +50,7 @@ class Parallel(Trainer):  # type: ignore[misc]
     # -- the same rows
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """This process's part of every batch."""
+        """The part of every batch that belongs to this process."""
         rows, collate = self._encoded(self.train_dataset, "training")
         size = self.recipe.train.batch_size
         lengths = None
