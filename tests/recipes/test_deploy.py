@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from recipes_helpers import WORDS, classification, rows, sft, write_jsonl
+from recipes_helpers import WORDS, classification, rows, write_jsonl
 from runs import files, invoke, make
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -26,18 +26,11 @@ TEXTS = [" ".join(("the film was", WORDS[i], WORDS[-i])) for i in range(8)]
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, encoder, chat_model):
+def trained(tmp_path_factory, encoder, classifier_run, chat_run):
     """Runs by name: a classifier and a chat model, dynamic; and a classifier that settled."""
-    out = {}
-    for name, kind, model, changes in (
-        ("classifier", classification, encoder, []),
-        ("chat", sft, chat_model, ["train.epochs=3"]),
-        ("settled", classification, encoder, ["lily.settle={start: 0.4, end: 0.6}"]),
-    ):
-        folder = tmp_path_factory.mktemp(name)
-        out[name] = folder / "run"
-        train.train(make(kind, folder, model, changes), quiet=True)
-    return out
+    folder = tmp_path_factory.mktemp("settled")
+    train.train(make(classification, folder, encoder, ["lily.settle={start: 0.4, end: 0.6}"]), quiet=True)
+    return {"classifier": classifier_run.run, "chat": chat_run.run, "settled": folder / "run"}
 
 
 def outputs(model, source):
