@@ -291,6 +291,9 @@ def test_a_resumed_run_ends_as_one_that_never_stopped(tmp_path, pipes, subject):
     _, whole = trained(tmp_path / "a", pipes["sdxl"], subject, **common)
     trained(tmp_path / "b", pipes["sdxl"], subject, "train.max_steps=2", **common)
     given = values(pipes["sdxl"], subject, tmp_path / "b" / "run", **common)
+    file = loop.newest_checkpoint(tmp_path / "b" / "run" / "checkpoints") / f"{loop.STATE}.json"
+    assert '"optimizer"' in file.read_text()
+    file.write_text(file.read_text().replace('"optimizer"', '"optimiser"'))  # as earlier versions spelled it
     resumed = run.train(recipe(tmp_path / "b", given), resume=True, quiet=True)
     assert equal(state(tmp_path / "a" / "run"), state(tmp_path / "b" / "run"))
     assert resumed.history == whole.history
