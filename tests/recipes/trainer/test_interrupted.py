@@ -354,7 +354,7 @@ def test_the_command_says_how_to_go_on(whole, capfd):
         cli.main()
 
     assert forked(work) == 143
-    assert f"--resume goes on from {run}/checkpoints/checkpoint-2" in capfd.readouterr().err
+    assert f"--resume continues from {run}/checkpoints/checkpoint-2" in capfd.readouterr().err
     tally("faults survived")
 
 
