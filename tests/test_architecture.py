@@ -12,6 +12,8 @@ import pytest
 from docs_blocks import PAGES, blocks
 from paths import ROOT
 
+from lily.recipes.spec.schema import Lily
+
 PACKAGE = ROOT / "src" / "lily"
 PAGE = "docs/architecture.md"
 TREE = re.compile(r"^( *)(\S+\.py|\S+/)(?: {2,}(\S.*))?$")
@@ -107,8 +109,8 @@ def python_paths(tree: ast.AST) -> set[str]:
     return found
 
 
-# Keys of a recipe's section `lily`, which pages write in the form of the command line.
-RECIPE_KEYS = {"lily.scaling"}
+# Keys of a recipe's section `lily`, which pages write as on the command line: `lily.scaling`.
+RECIPE_KEYS = {f"lily.{key}" for key in Lily.model_fields}
 
 
 def resolved(path: str) -> object:
