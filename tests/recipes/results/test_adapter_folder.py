@@ -47,7 +47,7 @@ def test_without_a_recipe_the_adapter_says_which(run, tmp_path):
     found = AdapterFolder.of(str(run))
     model, task = found.base_model()
     assert (model.path, task) == (str(tmp_path / "elsewhere"), "text-classification")
-    with pytest.raises(LilyError, match="holds no recipe.yaml; name the recipe with --recipe"):
+    with pytest.raises(LilyError, match=r"holds no recipe\.yaml; name the recipe with --recipe"):
         found.text_recipe()
     (tmp_path / "elsewhere").rmdir()
     with pytest.raises(LilyError, match="name it with --base"):
