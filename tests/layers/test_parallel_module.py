@@ -118,7 +118,7 @@ def test_modules_that_cannot_be_are_refused_before_anything_is_touched(options, 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"group_options": {"q": {"r": 3}}}, "ranks are given by rank_pattern"),
+        ({"group_options": {"q": {"r": 3}}}, "set ranks with rank_pattern"),
         ({"group_options": {"q": {"num_B": 0}}}, r"group_options\['q'\]: num_B=0"),
         ({"group_options": {"q": {"stride_A": 2, "num_A": 2}}}, "say the same thing twice"),
         ({"group_options": {"q": 3}}, "is not valid; write"),

@@ -184,7 +184,7 @@ def test_a_narrow_target_that_holds_the_rank_down_is_named_with_the_fix() -> Non
     modules = [*stack(12, fc1=(64, 128)), ModuleSpec("classifier", 64, 2)]
     choice = choose(modules, match_lora=8)
     assert choice.r == 2
-    assert "leave classifier out (exclude_modules)" in choice.reason[-1]
+    assert "exclude classifier (exclude_modules)" in choice.reason[-1]
     assert choose(modules[:-1], match_lora=8).r > 8
 
 
