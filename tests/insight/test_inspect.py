@@ -1,4 +1,4 @@
-"""`lily inspect` and its page, on runs of tiny models and on what a stranger could put into a folder."""
+"""`lily inspect` and its page, on runs of tiny models and on folders with untrusted content."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def run(tmp_path_factory, encoder):
 
 
 class Page(HTMLParser):
-    """What a test asks of a page: its balance, its tags and their attributes."""
+    """A page's tags with their attributes, unclosed and mismatched tags, and empty table headers."""
 
     VOID = ("meta", "link", "br", "img")
 
@@ -71,41 +71,41 @@ def page_of(folder, tmp_path, *options):
     return (tmp_path / "page.html").read_text("utf-8")
 
 
-def test_a_run_is_told_with_its_figures_its_routing_over_held_out_rows_and_the_lora_beside_it(run):
+def test_a_run_is_shown_with_its_metrics_its_routing_over_held_out_rows_and_the_lora_beside_it(run):
     said = invoke("inspect", run)
     for words in ("who shares what", "rank of the updates", "routing (token), over 12 rows of test",
                   "The LoRA trained for comparison has numerical rank", "majority: accuracy"):  # fmt: skip
         assert words in " ".join(said.split()), words
-    told = json.loads(invoke("inspect", run, "--json"))
-    assert told["routing"]["samples"] == 12
-    assert set(told["routing"]["labels"]) == {"0", "1"}
-    assert told["run"]["final"] == json.loads((run / "metrics.json").read_text())["final"]
-    assert len(told["rank"]["layers"]) == len(told["lora"]["layers"]) == 13
-    assert told["history"]["steps"][0] == 2  # the health of the routers is looked at in the steps between
-    assert told["notes"] == []
+    analysis = json.loads(invoke("inspect", run, "--json"))
+    assert analysis["routing"]["samples"] == 12
+    assert set(analysis["routing"]["labels"]) == {"0", "1"}
+    assert analysis["run"]["final"] == json.loads((run / "metrics.json").read_text())["final"]
+    assert len(analysis["rank"]["layers"]) == len(analysis["lora"]["layers"]) == 13
+    assert analysis["history"]["steps"][0] == 2  # the routers are checked in the steps between
+    assert analysis["notes"] == []
     assert insight(str(run / "best"), rows=0).lora is not None
 
 
-def test_the_routing_that_is_told_is_that_of_the_held_out_rows_with_their_labels(run):
-    told = insight(str(run)).routing
+def test_the_routing_is_measured_on_the_held_out_rows_with_their_labels(run):
+    analysis = insight(str(run)).routing
     used = Adapter(str(run))
     held_out = used.splits.held_out
     for name in ("0", "1"):
         chosen = [row for row in held_out if row["label"] == name]
         alone = routing_report(used.model, batches(chosen, used.recipe, used.tokenizer, torch.device("cpu")))
-        for layer, other in zip(told.layers, alone.layers, strict=True):
+        for layer, other in zip(analysis.layers, alone.layers, strict=True):
             assert torch.tensor(layer.labels[name]).allclose(torch.tensor(other.mean), atol=1e-5)
-    assert [layer.name for layer in told.layers] == list(find(used.model).layers)
+    assert [layer.name for layer in analysis.layers] == list(find(used.model).layers)
 
 
-def test_own_rows_can_be_given_with_and_without_labels(run, tmp_path):
+def test_rows_of_a_file_are_read_with_and_without_labels(run, tmp_path):
     labelled = write_jsonl(tmp_path / "a.jsonl", rows(10))
     plain = write_jsonl(tmp_path / "b.jsonl", [{"text": r["text"]} for r in rows(10)])
-    told = insight(str(run), file=str(labelled), rows=6)
-    assert (told.routing.samples, told.read) == (6, f"6 rows of {labelled}")
-    told = insight(str(run), file=str(plain))
-    assert (told.routing.samples, told.routing.labels) == (10, ())
-    assert "labels are not used" in told.notes[0]
+    analysis = insight(str(run), file=str(labelled), rows=6)
+    assert (analysis.routing.samples, analysis.read) == (6, f"6 rows of {labelled}")
+    analysis = insight(str(run), file=str(plain))
+    assert (analysis.routing.samples, analysis.routing.labels) == (10, ())
+    assert "labels are not used" in analysis.notes[0]
     with pytest.raises(LilyError, match="nowhere"):
         insight(str(run), file=str(tmp_path / "nowhere.jsonl"))
 
@@ -115,10 +115,10 @@ def sorted_rows(count=40):
 
 
 def test_of_rows_sorted_by_class_a_sample_of_all_is_read(run, tmp_path):
-    told = insight(str(run), file=str(write_jsonl(tmp_path / "a.jsonl", sorted_rows())), rows=12)
-    assert (told.routing.samples, set(told.routing.labels)) == (12, {"0", "1"})
+    analysis = insight(str(run), file=str(write_jsonl(tmp_path / "a.jsonl", sorted_rows())), rows=12)
+    assert (analysis.routing.samples, set(analysis.routing.labels)) == (12, {"0", "1"})
     again = insight(str(run), file=str(tmp_path / "a.jsonl"), rows=12)
-    assert again.routing == told.routing
+    assert again.routing == analysis.routing
 
 
 def test_a_sample_of_rows_is_fixed_keeps_their_order_and_takes_from_all_parts():
@@ -131,15 +131,15 @@ def test_a_sample_of_rows_is_fixed_keeps_their_order_and_takes_from_all_parts():
     assert data.drawn(whole, None) == data.drawn(whole, 1000) == whole
 
 
-def test_rows_of_one_class_alone_say_nothing_of_classes(run, tmp_path):
+def test_rows_of_one_class_do_not_split_the_variance_by_class(run, tmp_path):
     one = write_jsonl(tmp_path / "one.jsonl", [row for row in rows(20) if row["label"] == "1"])
     text = page_of(run, tmp_path, "--data", one)
     assert "What the weights depend on" in text
     assert "sample within its class" not in text
     assert "Routing by class" not in text
     said = invoke("inspect", run, "--data", one)
-    assert "of it: sample" in said
-    assert "of it: class" not in said
+    assert "share: sample" in said
+    assert "share: class" not in said
 
 
 @pytest.fixture
@@ -153,16 +153,16 @@ def alone(run, tmp_path):
     return folder
 
 
-def test_with_its_base_an_adapter_without_a_recipe_is_measured_over_texts_alike(run, alone, encoder, tmp_path):
+def test_with_its_base_an_adapter_without_a_recipe_has_the_same_routing_over_texts(run, alone, encoder, tmp_path):
     file = str(write_jsonl(tmp_path / "a.jsonl", sorted_rows()))
-    told, known = (insight(str(folder), file=file, base=str(encoder)) for folder in (alone, run))
-    assert told.read == f"40 rows of {file}"
-    assert told.routing.labels == known.routing.labels == ("0", "1")
-    for layer, other in zip(told.routing.layers, known.routing.layers, strict=True):
+    analysis, with_recipe = (insight(str(folder), file=file, base=str(encoder)) for folder in (alone, run))
+    assert analysis.read == f"40 rows of {file}"
+    assert analysis.routing.labels == with_recipe.routing.labels == ("0", "1")
+    for layer, other in zip(analysis.routing.layers, with_recipe.routing.layers, strict=True):
         assert torch.tensor(layer.mean).allclose(torch.tensor(other.mean), atol=1e-6)
         for name, weights in layer.labels.items():
             assert torch.tensor(weights).allclose(torch.tensor(other.labels[name]), atol=1e-6)
-    assert not told.rank.assumed
+    assert not analysis.rank.assumed
 
 
 def test_texts_without_a_recipe_need_a_base_with_a_tokenizer_and_a_column_of_texts(alone, encoder, tmp_path):
@@ -243,7 +243,7 @@ def test_a_chat_models_page_has_no_classes(tmp_path, chat_run):
     assert "token within the sample" in text
 
 
-def test_a_lora_and_an_adapter_without_its_base_are_told_as_far_as_they_can_be(alone, tmp_path):
+def test_a_lora_and_an_adapter_without_its_base_are_shown_as_far_as_possible(alone, tmp_path):
     get_peft_model(build("bert"), LoraConfig(r=3, target_modules=["query"], init_lora_weights=False)).save_pretrained(
         tmp_path / "lora"
     )
@@ -257,7 +257,7 @@ def test_a_lora_and_an_adapter_without_its_base_are_told_as_far_as_they_can_be(a
         insight(str(tmp_path / "lora"), file="rows.jsonl")
 
 
-def test_whatever_a_strangers_files_hold_becomes_text(run, tmp_path):
+def test_markup_in_the_files_of_an_untrusted_folder_becomes_text(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     metrics = json.loads((run / "metrics.json").read_text())
     metrics.update(name=EVIL, metric="accuracy", split=EVIL, baselines={EVIL: {"accuracy": 0.5}})

@@ -1,4 +1,4 @@
-"""A page in a real browser: what it looks like, in a wide window, a narrow one and print, and what is complained of."""
+"""Render a page in headless Chromium: screenshots of wide and narrow windows, print, and console errors."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ needs_browser = pytest.mark.skipif(
 )
 HEIGHT = 3000
 WIDE, NARROW = 1200, 400
-# The body's padding; nothing but the ground is beside it, unless a page is broader than its window.
+# The body's padding, which shows only background unless the page is wider than its window.
 MARGIN = 20
 
 
-def screenshot(page: Path, colours: str, folder: Path, width: int = WIDE) -> Any:
-    """The page as a PIL image, `light` or `dark`; fails where the browser writes to its console."""
+def screenshot(page: Path, colors: str, folder: Path, width: int = WIDE) -> Any:
+    """The page as a PIL image, `light` or `dark`; fails if the browser writes to its console."""
     from PIL import Image
 
-    preference = {"light": "1", "dark": "0"}[colours]
+    preference = {"light": "1", "dark": "0"}[colors]
     _browse(page, folder, f"--blink-settings=preferredColorScheme={preference}", f"--window-size={width},{HEIGHT}",
             "--hide-scrollbars", f"--screenshot={folder / 'shot.png'}")  # fmt: skip
     with Image.open(folder / "shot.png") as shot:
@@ -46,20 +46,20 @@ def _browse(page: Path, folder: Path, *options: str) -> None:
     assert "CONSOLE" not in done.stderr, done.stderr
 
 
-def assert_drawn(shot: Any, colours: str, width: int = WIDE) -> None:
-    """The page fills the window, on a ground of the right lightness, and there is something on it, none of it cut off.
+def assert_drawn(shot: Any, colors: str, width: int = WIDE) -> None:
+    """The page fills the window, with a background of the right lightness, content, and nothing cut off.
 
-    What is broader than the window would reach its right edge; the rows there are those of the ground alone.
+    Content wider than the window would reach its right edge, so the columns there must be background only.
     """
     assert shot.size == (width, HEIGHT)
-    ground = shot.getpixel((2, 2))
-    assert (shot.convert("L").getpixel((2, 2)) < 60) == (colours == "dark")
+    background = shot.getpixel((2, 2))
+    assert (shot.convert("L").getpixel((2, 2)) < 60) == (colors == "dark")
     assert len(shot.getcolors(1 << 22)) > 50
     edge = shot.crop((width - MARGIN // 2, 0, width, HEIGHT))
-    assert edge.getcolors() == [(edge.size[0] * HEIGHT, ground)]
+    assert edge.getcolors() == [(edge.size[0] * HEIGHT, background)]
 
 
 def assert_printed(pdf: bytes) -> None:
-    """There are pages in it."""
+    """The PDF contains pages."""
     assert pdf.startswith(b"%PDF")
     assert b"/Type /Page" in pdf

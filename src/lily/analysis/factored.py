@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from peft import LoraConfig, PeftConfig
@@ -236,9 +236,17 @@ def _lora_scale(config: LoraConfig, name: str, rank: int) -> float:
     return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
-def grouped(layers: Sequence[Factored]) -> dict[str, list[Factored]]:
-    """Group -> its layers, in order."""
-    out: dict[str, list[Factored]] = {}
+class _InGroup(Protocol):
+    @property
+    def group(self) -> str: ...
+
+
+T = TypeVar("T", bound=_InGroup)
+
+
+def grouped(layers: Iterable[T]) -> dict[str, list[T]]:
+    """Group -> its layers (factors, ranks or routings), in order."""
+    out: dict[str, list[T]] = {}
     for layer in layers:
         out.setdefault(layer.group, []).append(layer)
     return out

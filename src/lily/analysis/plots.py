@@ -1,5 +1,7 @@
-"""Figures of an adapter with matplotlib, for papers and notebooks; `lily inspect --report` draws in HTML,
-whose marks have tooltips and which follows dark mode.
+"""Figures of an adapter with matplotlib.
+
+Papers and notebooks need figures in any file format and size, so sharing, routers and rank are drawn here as well as in
+the page of `lily inspect`, both from the numbers of `lily.analysis.series`.
 
 Each function returns a `Picture`: a matplotlib figure and its alternative text.
 """
@@ -8,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
+from math import isfinite, nan
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -19,6 +21,7 @@ from lily.analysis.rank import RankReport
 from lily.analysis.routing import RoutingReport
 from lily.analysis.scaling import Tried
 from lily.analysis.sentences import rank_words, routing_words, sharing_words, short_names, title_of, weights_by_group
+from lily.analysis.series import block_sizes, by_expert, ranks_by_layer, relative_spectra
 from lily.errors import LilyError
 from lily.io.atomic import new_file
 from lily.plan.sharing_plan import SharingPlan
@@ -78,14 +81,13 @@ def rank_plot(report: RankReport, lora: RankReport | None = None, name: str = "L
     figure = _figure(11, 4)
     ranks, spectrum = figure.subplots(1, 2, width_ratios=(3, 2))
     numbers = range(len(report.layers))
-    ranks.plot(numbers, [v.expected.numerical_rank(report.threshold) for v in report.layers], "o", color=LILY,
-               label=f"{name}, expected update")  # fmt: skip
-    if any(v.union is not None for v in report.layers) and not report.assumed:
-        union = [v.union.numerical_rank(report.threshold) if v.union else float("nan") for v in report.layers]
-        ranks.plot(numbers, union, "o", color=UNION, fillstyle="none", label=f"{name}, union over tokens")
-    if lora is not None:
-        by_name = {v.name: v.expected.numerical_rank(lora.threshold) for v in lora.layers}
-        ranks.plot(numbers, [by_name.get(v.name, float("nan")) for v in report.layers], "D", color=LORA, label="LoRA")
+    looks = {
+        "expected": {"marker": "o", "color": LILY, "label": f"{name}, expected update"},
+        "union": {"marker": "o", "color": UNION, "fillstyle": "none", "label": f"{name}, union over tokens"},
+        "lora": {"marker": "D", "color": LORA, "label": "LoRA"},
+    }
+    for which, values in ranks_by_layer(report, lora).items():
+        ranks.plot(numbers, [nan if v is None else v for v in values], linestyle="none", **looks[which])
     ranks.set_xlabel("adapted layer, in the model's order of groups")
     ranks.set_ylabel("numerical rank (directions)")
     ranks.set_ylim(bottom=0)
@@ -103,14 +105,9 @@ def rank_plot(report: RankReport, lora: RankReport | None = None, name: str = "L
 
 
 def _spectra(axes: Any, report: RankReport, color: str, name: str) -> None:
-    named = False
-    for layer in report.layers:
-        values = layer.expected.values
-        if values and values[0] > 0:
-            relative = [v / values[0] for v in values]
-            label = None if named else f"{name}, each layer"
-            axes.plot(range(1, len(relative) + 1), relative, color=color, alpha=0.35, linewidth=1, label=label)
-            named = True
+    for i, values in enumerate(relative_spectra(report)):
+        label = None if i else f"{name}, each layer"
+        axes.plot(range(1, len(values) + 1), values, color=color, alpha=0.35, linewidth=1, label=label)
 
 
 def router_plot(report: RoutingReport) -> Picture:
@@ -127,7 +124,7 @@ def router_plot(report: RoutingReport) -> Picture:
         panel.remove()
     panels = panels[: len(groups)]
     for panel, (group, layers) in zip(panels, groups.items(), strict=True):
-        table = [[layer.mean[e] for layer in layers] for e in range(len(layers[0].mean))]
+        table = by_expert(layers)
         image = panel.imshow(table, vmin=0, vmax=1, cmap="Purples", aspect="auto")
         panel.set_title(group)
         panel.set_xlabel("layer")
@@ -149,10 +146,10 @@ def sharing_plot(plan: SharingPlan, report: RoutingReport | None = None) -> Pict
     panels = figure.subplots(1, len(plan.groups), squeeze=False)[0]
     for panel, group in zip(panels, plan.groups, strict=True):
         at = 0
-        for number, block in enumerate(group.blocks):
-            panel.barh(1.14, len(block) - 0.08, left=at - 0.46, height=0.18, color="#efe8f6", edgecolor=LILY)
-            panel.text(at + len(block) / 2 - 0.5, 1.14, f"A{plan.slots[block[0]].A}", ha="center", va="center")
-            at += len(group.blocks[number])
+        for number, size in block_sizes(plan, group):
+            panel.barh(1.14, size - 0.08, left=at - 0.46, height=0.18, color="#efe8f6", edgecolor=LILY)
+            panel.text(at + size / 2 - 0.5, 1.14, f"A{number}", ha="center", va="center")
+            at += size
         layers = routing.get(title_of(group))
         for e in range(group.num_B):
             shares = [v.mean[e] for v in layers] if layers else [1 / group.num_B] * at

@@ -7,6 +7,7 @@ from itertools import takewhile
 from math import log
 from statistics import median
 
+from lily.analysis.factored import grouped
 from lily.analysis.rank import RankReport
 from lily.analysis.routing import LayerRouting, RoutingReport
 from lily.plan.sharing_plan import Group, SharingPlan
@@ -134,7 +135,4 @@ def _from_to(values: Sequence[float], form: str) -> str:
 
 def weights_by_group(report: RoutingReport) -> Mapping[str, list[LayerRouting]]:
     """Group -> the routing of its layers, in order."""
-    out: dict[str, list[LayerRouting]] = {}
-    for layer in report.layers:
-        out.setdefault(layer.group, []).append(layer)
-    return out
+    return grouped(report.layers)

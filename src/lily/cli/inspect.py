@@ -1,4 +1,4 @@
-"""`lily inspect`: what a folder holds, who shares what, how much rank there is, what the routers do."""
+"""`lily inspect`: what a folder contains, which layers share what, the rank of the updates, what the routers do."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from lily.recipes.results.run_files import RunFigures
 
 Folder = Annotated[
-    str, typer.Argument(metavar="ADAPTER", help="A run's folder, an adapter, an exported LoRA, a model, a GGUF file.")
+    str,
+    typer.Argument(metavar="ADAPTER", help="Folder of a run, adapter, exported LoRA or merged model, or a GGUF file."),
 ]
 
 
@@ -34,59 +35,64 @@ def inspect_command(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Rows to measure a data-dependent routing on: a file with the recipe's columns; without a recipe, "
-            "with a column text. Default: a run's held-out rows."
+            help="File of rows to measure a data-dependent routing on, with the recipe's columns or, without a recipe, "
+            "a column named text. Default: the held-out rows of a run."
         ),
     ] = None,
     rows: Annotated[
-        int, typer.Option(min=0, help="At most so many of them, a fixed random sample; 0: read no data.")
+        int, typer.Option(min=0, help="Maximum number of rows, a fixed random sample; 0 reads no data.")
     ] = 256,
-    report: Annotated[str | None, typer.Option("--report", help="Write it all as one HTML page to this file.")] = None,
+    report: Annotated[
+        str | None, typer.Option("--report", help="Write the analysis as an HTML page to this file.")
+    ] = None,
     threshold: Annotated[
-        float, typer.Option(help="Numerical rank: singular values above this share of the largest.")
+        float, typer.Option(help="The numerical rank counts singular values above this share of the largest.")
     ] = 0.01,
     recipe: RecipeOption = None,
     base: Annotated[
-        str | None, typer.Option(help="The base model's folder, if it is not where the recipe or adapter says.")
+        str | None,
+        typer.Option(help="Folder of the base model. Default: the one that the recipe or the adapter names."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing page.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Say what a folder holds and where it came from; of an adapter, its sharing, rank and routing."""
+    """Show what a folder contains and where it came from; for an adapter also its sharing, rank and routing."""
     if not 0 < threshold < 1:
-        raise LilyError(f"--threshold {threshold:g}: give a share of the largest singular value, between 0 and 1")
+        raise LilyError(
+            f"--threshold {threshold:g} must be a share of the largest singular value, between 0 and 1, such as 0.01"
+        )
     if data is not None and rows == 0:
-        raise LilyError("--rows 0 reads no data, and --data names some; give one of them")
+        raise LilyError("--rows 0 reads no data, so --data cannot be combined with it; drop one of them")
     quieten()
     from lily.insight.gather import insight
     from lily.io.atomic import new_file
 
     with ExitStack() as stack:
         page_file = stack.enter_context(new_file(report, overwrite)) if report is not None else None
-        told = insight(folder, file=data, rows=rows, recipe=recipe, base=base, threshold=threshold)
+        analysis = insight(folder, file=data, rows=rows, recipe=recipe, base=base, threshold=threshold)
         if page_file is not None:
             from lily.insight.page import page
 
-            page_file.write_text(page(told), encoding="utf-8")
+            page_file.write_text(page(analysis), encoding="utf-8")
     if as_json:
-        print(json.dumps(told.to_dict()))
+        print(json.dumps(analysis.to_dict()))
         return
-    _print(told, Console())
+    _print(analysis, Console())
     if report is not None:
         Console().print(f"page: {escape(str(Path(report)))}", soft_wrap=True)
 
 
-def _print(told: Insight, console: Console) -> None:
-    _print_facts(told.facts, console)
-    if told.run is not None:
-        _print_run(told.run, console)
-    if told.plan is not None:
-        _print_sharing(told, console)
-    if told.rank is not None:
-        _print_rank(told, told.rank, console)
-    if told.routing is not None:
-        _print_routing(told, told.routing, console)
-    for note in told.notes:
+def _print(insight: Insight, console: Console) -> None:
+    _print_facts(insight.facts, console)
+    if insight.run is not None:
+        _print_run(insight.run, console)
+    if insight.plan is not None:
+        _print_sharing(insight, console)
+    if insight.rank is not None:
+        _print_rank(insight, insight.rank, console)
+    if insight.routing is not None:
+        _print_routing(insight, insight.routing, console)
+    for note in insight.notes:
         console.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True, highlight=False)
 
 
@@ -116,7 +122,7 @@ def _print_facts(facts: Mapping[str, Any], console: Console) -> None:
 
 
 def _ways(facts: Mapping[str, Any]) -> str:
-    """What can be done with one of our adapters as it is."""
+    """How a Lily adapter can be used without further steps."""
     if not facts["static"]:
         return "depends on the data; `lily collapse` makes it static"
     if facts["zero_routers"]:
@@ -129,20 +135,20 @@ def _print_run(run: RunFigures, console: Console) -> None:
 
     values = ", ".join(f"{name} {shown(name, value)}" for name, value in run.final.items())
     before = ", ".join(f"{name} {shown(name, value)}" for name, value in run.before.items())
-    said = f"recipe {run.name}, seed {run.seed}: {values} on the {run.split} rows ({before} before training)"
-    console.print(escape(said), soft_wrap=True, highlight=False)
-    for name, found in run.baselines.items():
-        values = ", ".join(f"{metric} {shown(metric, found[metric])}" for metric in run.final if metric in found)
+    summary = f"recipe {run.name}, seed {run.seed}: {values} on the {run.split} rows ({before} before training)"
+    console.print(escape(summary), soft_wrap=True, highlight=False)
+    for name, metrics in run.baselines.items():
+        values = ", ".join(f"{metric} {shown(metric, metrics[metric])}" for metric in run.final if metric in metrics)
         console.print(f"  {escape(name)}: {escape(values)}", highlight=False)
 
 
-def _print_sharing(told: Insight, console: Console) -> None:
+def _print_sharing(insight: Insight, console: Console) -> None:
     from lily.analysis.sentences import plan_words, short_names
 
-    assert told.plan is not None
-    console.print(plan_words(told.plan), highlight=False)
+    assert insight.plan is not None
+    console.print(plan_words(insight.plan), highlight=False)
     table = Table("group", "layers that share an A", "experts", "r", title="who shares what", title_justify="left")
-    for group in told.plan.groups:
+    for group in insight.plan.groups:
         names = dict(zip(group.members, short_names(group.members), strict=True))
         blocks = [names[b[0]] if len(b) == 1 else f"{names[b[0]]}-{names[b[-1]]}" for b in group.blocks]
         shown = blocks if len(blocks) <= 8 else [*blocks[:3], "...", blocks[-1]]
@@ -151,17 +157,15 @@ def _print_sharing(told: Insight, console: Console) -> None:
     console.print(table)
 
 
-def _print_rank(told: Insight, report: RankReport, console: Console) -> None:
+def _print_rank(insight: Insight, report: RankReport, console: Console) -> None:
+    from lily.analysis.factored import grouped
     from lily.analysis.sentences import overlap_words, rank_words
 
-    groups: dict[str, list[Any]] = {}
-    for layer in report.layers:
-        groups.setdefault(layer.group, []).append(layer)
     union = any(layer.union is not None for layer in report.layers)
     table = Table("group", title="rank of the updates, smallest to largest over layers", title_justify="left")
     for head in ("numerical", "effective", "stable", *(("union over tokens", "changes with data") if union else ())):
         table.add_column(head, justify="right")
-    for group, layers in groups.items():
+    for group, layers in grouped(report.layers).items():
         cells = [
             _span([v.expected.numerical_rank(report.threshold) for v in layers], "{:g}"),
             _span([v.expected.effective_rank for v in layers], "{:.1f}"),
@@ -172,13 +176,13 @@ def _print_rank(told: Insight, report: RankReport, console: Console) -> None:
             cells.append("-" if report.assumed else _span([v.varying for v in layers], "{:.1%}"))
         table.add_row(escape(group), *cells)
     console.print(table)
-    console.print(rank_words(report, told.lora, told.equal_lora), highlight=False)
+    console.print(rank_words(report, insight.lora, insight.equal_lora), highlight=False)
     if report.overlaps:
         console.print(overlap_words(report), highlight=False)
     if report.assumed:
         console.print(
-            "The weights depend on the data and none were read: ranks are at equal weights, the union is all that the "
-            "experts can span. --data FILE measures them.",
+            "The weights depend on the data, but no data were read: ranks are at equal weights, and the union covers "
+            "everything the experts can span. Measure them with --data FILE.",
             highlight=False,
         )
 
@@ -188,13 +192,11 @@ def _span(values: list[float], form: str) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _print_routing(told: Insight, report: RoutingReport, console: Console) -> None:
+def _print_routing(insight: Insight, report: RoutingReport, console: Console) -> None:
     from lily.analysis.sentences import most_by_label, routing_words
 
-    console.print(
-        escape(f"routing ({report.routing}){f', over {told.read}' if told.read else ''}: {routing_words(report)}"),
-        highlight=False,
-    )
+    over = f", over {insight.read}" if insight.read else ""
+    console.print(escape(f"routing ({report.routing}){over}: {routing_words(report)}"), highlight=False)
     varying = [v for v in report.layers if v.variance is not None and v.variance.total > 0]
     chosen = most_by_label(varying)[:5] or sorted(varying, key=lambda v: -(v.variance.total if v.variance else 0))[:5]
     if not chosen:
@@ -204,7 +206,7 @@ def _print_routing(told: Insight, report: RoutingReport, console: Console) -> No
         "layer", "mean weights", "variance", title="routers that depend most on the data", title_justify="left"
     )
     for part in parts:
-        table.add_column(f"of it: {part}", justify="right")
+        table.add_column(f"share: {part}", justify="right")
     for layer in chosen:
         v = layer.variance
         assert v is not None

@@ -1,4 +1,4 @@
-"""`lily recipes` and `lily schema`: what ships, and what may be written."""
+"""`lily recipes` and `lily schema`: the included recipes, and the JSON Schema of recipes."""
 
 from __future__ import annotations
 
@@ -16,17 +16,20 @@ from lily.errors import LilyError
 
 def recipes_command(
     name: Annotated[
-        str | None, typer.Argument(help="Print this recipe, with what it inherits, as YAML; of several, their names.")
+        str | None,
+        typer.Argument(
+            help="Name of a recipe to print as YAML, with inherited keys; of a file, prints its recipes' names."
+        ),
     ] = None,
-    copy: Annotated[str | None, typer.Option("--copy", help="Write it to this file, to change it.")] = None,
+    copy: Annotated[str | None, typer.Option("--copy", help="Write the recipe to this file, for editing.")] = None,
 ) -> None:
-    """List the recipes that ship, or show one."""
+    """List the included recipes, or print one."""
     from lily.io.atomic import write_text
     from lily.recipes import loader
 
     if name is None:
         if copy is not None:
-            raise LilyError("--copy needs the recipe's name before it")
+            raise LilyError("--copy needs the name of a recipe: lily recipes NAME --copy FILE")
         table = Table("recipe", "what it does")
         for known, path in loader.shipped().items():
             names = loader.names_of(known)
@@ -38,25 +41,25 @@ def recipes_command(
     if names != [name] and copy is None:
         print("\n".join(names))
         return
-    # a start for one's own: what it leaves open should stay open
+    # keys that the recipe leaves to their defaults stay out of the copy
     text = loader.dump_recipe(loader.load_any(name), complete=False) if names == [name] else loader.dump_file(name)
     if copy is None:
         print(text, end="")
         return
     if Path(copy).exists():
-        raise LilyError(f"--copy {copy} exists; name another file")
+        raise LilyError(f"--copy {copy} already exists; name another file")
     if not Path(copy).parent.is_dir():
-        raise LilyError(f"--copy {copy}: there is no folder {Path(copy).parent}; make it first")
+        raise LilyError(f"--copy {copy}: there is no folder {Path(copy).parent}; create it first")
     write_text(copy, text)
 
 
 def schema_command(
-    task: Annotated[str | None, typer.Argument(help="dreambooth; default: the recipes for text.")] = None,
+    task: Annotated[str | None, typer.Argument(help="Task: dreambooth; default: all other tasks.")] = None,
 ) -> None:
-    """Print the JSON Schema of recipes, for editors."""
+    """Print the JSON Schema of recipes, for completion and checks in editors."""
     from lily.recipes.spec.dreambooth import DreamBooth
     from lily.recipes.spec.schema import Recipe
 
     if task not in (None, "dreambooth"):
-        raise LilyError(f"{task!r} has no schema of its own; give dreambooth, or leave it out")
+        raise LilyError(f"{task!r} has no separate schema; give dreambooth, or no task for all other recipes")
     print(json.dumps((Recipe if task is None else DreamBooth).model_json_schema(), indent=2))

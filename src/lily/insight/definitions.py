@@ -1,8 +1,6 @@
-"""What the page's words mean, for readers who do not have the documentation at hand."""
+"""The glossary of the page: every term has one meaning, here and on the page."""
 
-from __future__ import annotations
-
-from lily.html.markup import Html, details, el
+from lily.analysis.routing import DEAD, PERMUTATIONS
 
 TERMS = {
     "A, B, expert": (
@@ -11,34 +9,31 @@ TERMS = {
     ),
     "expected update": "The update at the layer's mean weights. Its rank is at most r.",
     "union over tokens": (
-        "All tokens' updates side by side. Its singular values are the roots of the eigenvalues of E[D D\u1d40]; "
-        "its rank is at most experts \u00d7 r. It tells the output directions that the tokens reach together; the "
-        "input directions remain those of A."
+        "All tokens' updates side by side. Its singular values are the square roots of the eigenvalues of "
+        "E[D D\u1d40]; its rank is at most experts \u00d7 r. It shows the output directions that the tokens reach "
+        "together; the input directions remain those of A."
     ),
-    "numerical rank": "Singular values above a stated share of the largest.",
+    "numerical rank": "The number of singular values above a stated share of the largest.",
     "effective rank": "exp of the entropy of the singular values as shares of their sum.",
     "stable rank": "Squared Frobenius norm over squared spectral norm.",
     "overlap": (
-        "Mean squared cosine of the principal angles of two layers' subspaces; by chance it is the larger "
-        "rank over the dimension."
+        "Mean squared cosine of the principal angles of two layers' subspaces; for random subspaces it is the larger "
+        "rank over the dimension (the column by chance)."
     ),
     "what weights depend on": (
         "The variance of the weights over tokens, summed over experts, is the exact sum of a part between "
         "tokens of a sample, between samples of a class, and between classes. The part of the class is never "
-        "quite zero in finite data, so it is held against 200 random labellings."
+        f"exactly zero in finite data, so it is compared with {PERMUTATIONS} random labelings."
     ),
-    "specialisation": (
-        "Mutual information of token and expert: entropy of the mean weights less the mean entropy of a "
+    "specialization": (
+        "Mutual information of token and expert: entropy of the mean weights minus the mean entropy of a "
         "token's weights."
     ),
+    "dead expert": f"An expert whose mean weight in a layer is less than {DEAD:.0%} of an equal share.",
+    "degenerate router": "A router that always picks the same expert.",
+    "collapse": "Replacing a routing that depends on the data by constant weights (`lily collapse`).",
     "limits": (
-        "The spectra know nothing of how often inputs point where A reads. Expert weights say how an expert "
+        "The spectra do not show how often inputs point where A reads. Expert weights show how an expert "
         "is mixed, not how large it is. With one seed, a difference is one observation."
     ),
 }
-
-
-def definitions() -> Html:
-    """Terms and limits."""
-    pairs = (el(tag, said) for term in TERMS.items() for tag, said in zip(("dt", "dd"), term, strict=True))
-    return details("Definitions and limits", el("dl", *pairs), open="")

@@ -1,4 +1,4 @@
-"""Everything that can be told of an adapter's folder, gathered into one value: what `lily inspect` shows."""
+"""Gather the analysis of an adapter's folder into one value: what `lily inspect` shows."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ from lily.tuner.adapter import find
 
 @dataclass(frozen=True)
 class Insight:
-    """What is known of an adapter.
+    """The analysis of an adapter.
 
     Attributes:
         facts: from `lily.recipes.deploy.describe`: kind, configuration, tensors, origin, collapse.
-        plan: who shares what; None: it is no Lily adapter, or its base model's configuration is not here.
+        plan: who shares what; None if it is no Lily adapter, or its base model's configuration is missing.
         rank: of its updates.
         lora: rank of the LoRA that the run trained as its baseline.
-        equal_lora: the rank of LoRA that as many parameters buy on these layers; None: it cannot be on them.
+        equal_lora: the rank of LoRA with as many parameters on these layers; None if LoRA cannot adapt them.
         routing: over the data that were read, or the constant weights.
         history: of the routing during training.
-        run: figures of the run; None: the folder is not a run's.
+        run: figures of the run; None if the folder belongs to no run.
         lora_run: figures of its LoRA baseline.
-        read: what the routing was measured on, in words; empty: no data were read.
-        notes: what could not be told, and why.
+        read: what the routing was measured on, in words; empty if no data were read.
+        notes: what could not be analyzed, and why.
     """
 
     facts: dict[str, Any]
@@ -63,16 +63,16 @@ class Insight:
     def to_dict(self) -> dict[str, Any]:
         """As plain values for JSON."""
         parts = ("rank", "lora", "routing", "history", "run", "lora_run")
-        told = {name: getattr(self, name).to_dict() for name in parts if getattr(self, name) is not None}
+        values = {name: getattr(self, name).to_dict() for name in parts if getattr(self, name) is not None}
         if self.plan is not None:
-            told["plan"] = [
+            values["plan"] = [
                 {"name": g.name, "shape": [g.out_features, g.in_features], "r": g.r, "num_B": g.num_B,
                  "blocks": [list(block) for block in g.blocks]}
                 for g in self.plan.groups
             ]  # fmt: skip
         if self.equal_lora is not None:
-            told["equal_lora"] = self.equal_lora
-        return {**self.facts, **told, "read": self.read, "notes": list(self.notes)}
+            values["equal_lora"] = self.equal_lora
+        return {**self.facts, **values, "read": self.read, "notes": list(self.notes)}
 
 
 def insight(
@@ -84,52 +84,51 @@ def insight(
     base: str | None = None,
     threshold: float = THRESHOLD,
 ) -> Insight:
-    """Gather what can be told of a folder.
+    """Analyze a folder.
 
     Args:
         folder: a run's folder, any adapter, an exported LoRA, a merged model or a GGUF file.
         file: rows to measure a data-dependent routing on, with the recipe's columns (without a recipe: `text`, and
-            `label` if wanted); labels are used if they are there. Default: a run's held-out rows; of any other
-            folder none.
-        rows: at most so many, a fixed sample; 0: read no data.
+            optionally `label`). Default: the held-out rows of a run; no data for any other folder.
+        rows: maximum number of rows, a fixed sample; 0 reads no data.
         recipe: default: the one kept beside the adapter.
-        base: folder of the base model; default: where the recipe or the adapter says it is.
+        base: folder of the base model; default: the one that the recipe or the adapter names.
         threshold: of the numerical rank.
 
     Raises:
-        LilyError: if the folder holds nothing known, its files are damaged, or `file` cannot be used. What is merely
-            missing becomes a note.
+        LilyError: if the folder holds no known format, its files are damaged, or `file` cannot be used. A missing part
+            becomes a note instead.
     """
-    told = Insight(describe(folder))
-    _check_collapse(told.facts)
+    analysis = Insight(describe(folder))
+    _check_collapse(analysis.facts)
     path, run = Path(folder).expanduser(), None
     if path.is_dir() and (run := run_of(path)) is not None:
-        told = _with_run(told, run)
-    kind = told.facts["kind"]
+        analysis = _with_run(analysis, run)
+    kind = analysis.facts["kind"]
     if kind != "LILY adapter" and file is not None:
-        raise LilyError(f"{folder} is a {kind}; --data is for Lily adapters, whose routing may depend on the data")
+        raise LilyError(f"{folder} is a {kind}; --data is for Lily adapters, whose routing may depend on data: drop it")
     if kind == "LORA adapter":
         try:
-            return replace(told, rank=rank_report(lora_layers(adapter_path(folder)), threshold=threshold))
+            return replace(analysis, rank=rank_report(lora_layers(adapter_path(folder)), threshold=threshold))
         except LilyError as error:  # DoRA, or a head trained without an adapter
-            return _noting(told, f"no rank: {error}")
+            return _noting(analysis, f"no rank: {error}")
     if kind != "LILY adapter":
-        return told
-    static = bool(told.facts["static"])
+        return analysis
+    static = bool(analysis.facts["static"])
     if file is not None or (run is not None and rows and not static):
         try:
             if file is not None and recipe is None and kept_recipe(adapter_path(folder)) is None:
-                return _measured_texts(told, folder, file, rows, base, threshold)
-            return _measured(told, Adapter(folder, recipe, base), file, rows, folder, threshold)
+                return _measured_texts(analysis, folder, file, rows, base, threshold)
+            return _measured(analysis, Adapter(folder, recipe, base), file, rows, folder, threshold)
         except LilyError as error:
             if file is not None:
                 raise
-            told = _noting(told, f"no routing over data: {error}")
-    return _from_files(told, folder, recipe, base, threshold)
+            analysis = _noting(analysis, f"no routing over data: {error}")
+    return _from_files(analysis, folder, recipe, base, threshold)
 
 
 def _check_collapse(facts: Mapping[str, Any]) -> None:
-    """Refuse a collapse report that is not one: tables and pages are made of it."""
+    """Refuse a damaged collapse report: tables and pages read its numbers."""
     report = facts.get("collapse") or facts.get("provenance", {}).get("collapse")
     if not report:
         return
@@ -137,8 +136,8 @@ def _check_collapse(facts: Mapping[str, Any]) -> None:
         drift, before = report["drift"], report["drift_before_refit"]
         numbers = [report["tokens"], report["refit_steps"], *(report["metrics"].get("before") or {}).values()]
         numbers += [report["metrics"]["after"][name] for name in report["metrics"].get("before") or {}]
-        for found in (drift, *([] if before is None else [before])):
-            numbers += [found["relative_error"], found["positions"], found["kl"] or 0]
+        for measured in (drift, *([] if before is None else [before])):
+            numbers += [measured["relative_error"], measured["positions"], measured["kl"] or 0]
         for layer in report["layers"]:
             numbers += [*layer["weights"], layer["uniformity"], layer["variance"], layer["update_error"] or 0]
         texts = [report["routing"], *(layer["name"] for layer in report["layers"])]
@@ -146,94 +145,96 @@ def _check_collapse(facts: Mapping[str, Any]) -> None:
     except (KeyError, TypeError, AttributeError):
         fine = False
     if not fine:
-        raise LilyError(f"{facts['folder']}: its collapse report is not what `lily collapse` writes; is it damaged?")
+        raise LilyError(
+            f"{facts['folder']}: its collapse report is not what `lily collapse` writes; run `lily collapse` again"
+        )
 
 
-def _noting(told: Insight, note: str) -> Insight:
-    return replace(told, notes=(*told.notes, note))
+def _noting(analysis: Insight, note: str) -> Insight:
+    return replace(analysis, notes=(*analysis.notes, note))
 
 
-def _with_run(told: Insight, run: Path) -> Insight:
-    told = replace(told, run=run_figures(run))
+def _with_run(analysis: Insight, run: Path) -> Insight:
+    analysis = replace(analysis, run=run_figures(run))
     if (run / "lora" / "metrics.json").is_file():
-        told = replace(told, lora_run=run_figures(run / "lora"))
-    places = [run / "checkpoints", newest_checkpoint(run / "checkpoints")]
-    kept = next((p / FILE for p in places if p is not None and (p / FILE).is_file()), None)
-    return told if kept is None else replace(told, history=RoutingHistory.load(kept))
+        analysis = replace(analysis, lora_run=run_figures(run / "lora"))
+    folders = [run / "checkpoints", newest_checkpoint(run / "checkpoints")]
+    file = next((f / FILE for f in folders if f is not None and (f / FILE).is_file()), None)
+    return analysis if file is None else replace(analysis, history=RoutingHistory.load(file))
 
 
-def _from_files(told: Insight, folder: str, recipe: str | None, base: str | None, threshold: float) -> Insight:
-    """From the adapter's tensors and the base model's configuration; no weight of it is read."""
+def _from_files(analysis: Insight, folder: str, recipe: str | None, base: str | None, threshold: float) -> Insight:
+    """Analyze the adapter's tensors with the base model's configuration, without reading its weights."""
     try:
         model, _, _ = load_for_export(folder, recipe=recipe, base=base)
     except LilyError as error:
-        return _noting(
-            told, f"who shares what, and so the rank per layer, needs the base model's configuration: {error}"
-        )
+        return _noting(analysis, f"who shares what and the rank per layer need the base model's configuration: {error}")
     if not find(model).config.dynamic:
-        told = replace(told, routing=routing_report(model))
-    return _ranked(told, model, folder, threshold)
+        analysis = replace(analysis, routing=routing_report(model))
+    return _ranked(analysis, model, folder, threshold)
 
 
-def _measured(told: Insight, used: Adapter, file: str | None, rows: int, folder: str, threshold: float) -> Insight:
-    """On the base model with its weights, over data."""
-    chosen, told = _rows(told, used, file, rows)
+def _measured(analysis: Insight, used: Adapter, file: str | None, rows: int, folder: str, threshold: float) -> Insight:
+    """Analyze the adapter on its base model, with the routing over data."""
+    chosen, analysis = _rows(analysis, used, file, rows)
     labels: Sequence[object] | None = None
     if used.recipe.task != "sft":
         encoded = [encode_inputs(row, used.recipe, used.processor) for row in chosen]
         order = [i for batch in by_length(encoded, used.recipe.train.eval_batch_size) for i in batch]
-        chosen = [chosen[i] for i in order]  # a stable order, so that batches keep it and labels follow
+        chosen = [chosen[i] for i in order]  # by_length is stable, so batches keep this order
         if used.recipe.task in CLASSIFYING and all("label" in row for row in chosen):
             labels = [row["label"] for row in chosen]
-    made = batches(chosen, used.recipe, used.processor, device_of(used.model))
+    inputs = batches(chosen, used.recipe, used.processor, device_of(used.model))
     where = file or ("test" if used.splits.test else "validation")
-    routing = routing_report(used.model, made, labels)
-    told = replace(told, routing=routing, read=f"{len(chosen):,} rows of {where}")
-    return _ranked(told, used.model, folder, threshold)
+    routing = routing_report(used.model, inputs, labels)
+    analysis = replace(analysis, routing=routing, read=f"{len(chosen):,} rows of {where}")
+    return _ranked(analysis, used.model, folder, threshold)
 
 
-def _measured_texts(told: Insight, folder: str, file: str, rows: int, base: str | None, threshold: float) -> Insight:
-    """The same of an adapter without a recipe, over a file's texts."""
+def _measured_texts(
+    analysis: Insight, folder: str, file: str, rows: int, base: str | None, threshold: float
+) -> Insight:
+    """Analyze an adapter without a recipe, with the routing over the texts of a file."""
     used = load_texts(folder, file, base, rows or None)
     routing = routing_report(used.model, used.batches, used.labels)
-    told = replace(told, routing=routing, read=f"{used.rows:,} rows of {file}")
-    return _ranked(told, used.model, folder, threshold)
+    analysis = replace(analysis, routing=routing, read=f"{used.rows:,} rows of {file}")
+    return _ranked(analysis, used.model, folder, threshold)
 
 
-def _rows(told: Insight, used: Adapter, file: str | None, rows: int) -> tuple[list[Row], Insight]:
+def _rows(analysis: Insight, used: Adapter, file: str | None, rows: int) -> tuple[list[Row], Insight]:
     if file is None:
-        return data.drawn(used.splits.held_out, rows), told
+        return data.drawn(used.splits.held_out, rows), analysis
     source = File(path=file, header=used.recipe.data.train.header)
     try:
-        return data.drawn(data.rows_of(source, used.recipe), rows or None), told
+        return data.drawn(data.rows_of(source, used.recipe), rows or None), analysis
     except LilyError as error:
-        found = data.drawn(data.rows_of(source, used.recipe, labelled=False), rows or None)
-        return found, _noting(told, f"labels are not used: {error}")
+        unlabeled = data.drawn(data.rows_of(source, used.recipe, labelled=False), rows or None)
+        return unlabeled, _noting(analysis, f"labels are not used: {error}")
 
 
-def _ranked(told: Insight, model: Any, folder: str, threshold: float) -> Insight:
+def _ranked(analysis: Insight, model: Any, folder: str, threshold: float) -> Insight:
     plan = find(model).plan
-    # LoRA of a slice, or beside a module, is nothing that anybody could use instead.
-    alike = not any(group.kind in (SLICE, PARALLEL_MODULE) for group in plan.groups)
-    equal = equal_lora_rank(specs_of(plan), plan.parameters.total) if alike else None
-    told = replace(told, plan=plan, equal_lora=equal)
+    # PEFT's LoRA cannot adapt a slice or a parallel module.
+    comparable = not any(group.kind in (SLICE, PARALLEL_MODULE) for group in plan.groups)
+    equal = equal_lora_rank(specs_of(plan), plan.parameters.total) if comparable else None
+    analysis = replace(analysis, plan=plan, equal_lora=equal)
     try:
-        mixings = told.routing.mixings if told.routing is not None else None
-        told = replace(told, rank=rank_report(lily_layers(model), mixings, threshold))
+        mixings = analysis.routing.mixings if analysis.routing is not None else None
+        analysis = replace(analysis, rank=rank_report(lily_layers(model), mixings, threshold))
     except LilyError as error:
-        return _noting(told, f"no rank: {error}")
+        return _noting(analysis, f"no rank: {error}")
     run = run_of(Path(folder).expanduser())
     lora = None if run is None else run / "lora" / "best"
     if lora is not None and (lora / "adapter_config.json").is_file():
         try:
-            told = replace(told, lora=rank_report(_like(plan, lora_layers(lora)), threshold=threshold))
+            analysis = replace(analysis, lora=rank_report(_like(plan, lora_layers(lora)), threshold=threshold))
         except LilyError as error:
-            told = _noting(told, f"no rank of the LoRA beside it: {error}")
-    return told
+            analysis = _noting(analysis, f"no rank of the LoRA trained beside it: {error}")
+    return analysis
 
 
 def _like(plan: SharingPlan, layers: Sequence[Factored]) -> list[Factored]:
-    """A LoRA's layers in the order and the groups of a plan; those that it does not adapt come last."""
+    """A LoRA's layers in the order and the groups of a plan; layers outside the plan come last."""
     order = {name: i for i, name in enumerate(plan.slots)}
     placed = [replace(x, group=title_of(plan.group_of(x.name))) if x.name in order else x for x in layers]
     return sorted(placed, key=lambda x: order.get(x.name, len(order)))

@@ -2,165 +2,137 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import zip_longest
 from statistics import median
+from typing import Any
 
-from lily.analysis.rank import LayerRank, RankReport, Spectrum
-from lily.analysis.sentences import overlap_words, rank_words, short_names
+from lily.analysis.rank import Overlap, RankReport
+from lily.analysis.sentences import overlap_words, rank_words
+from lily.analysis.series import ranks_by_layer, relative_spectra
 from lily.html import charts
 from lily.html.charts import Series
-from lily.html.common import curve_figure, label
-from lily.html.markup import Html, el, figure, join, table
+from lily.html.page import Block, Figure, Grid, Legend, Table, curve_figure
 from lily.insight.gather import Insight
+from lily.insight.sections import by_columns, number
+
+OVERLAP = (
+    "The overlap of two layers is the mean squared cosine of the principal angles between their subspaces. By chance: "
+    "the value for random subspaces of these sizes."
+)
+# Title, caption, x and y of the charts of curves.
+SPECTRUM = (
+    "Spectrum",
+    "Singular values of the expected update as shares of the layer's largest: median over layers, shaded from the "
+    "smallest to the largest. A slow fall uses the rank; a steep one wastes it.",
+    "direction",
+    "singular value / largest",
+)
+ENERGY = (
+    "Energy",
+    "Share of an update's squared norm in its first directions: median over layers, shaded from the smallest to the "
+    "largest. An update that reaches 1 early could be cut to a smaller rank.",
+    "first directions",
+    "share of squared norm",
+)
 
 
-def rank(told: Insight) -> Html | None:
+def rank(insight: Insight) -> list[Block]:
     """Ranks of all layers and the spectrum, beside LoRA's."""
-    report = told.rank
+    report = insight.rank
     if report is None:
-        return None
-    words = rank_words(report, told.lora, told.equal_lora)
-    own = "LoRA" if told.facts["kind"] == "LORA adapter" else "Lily"
-    return join(
-        el("p", words),
-        _rank_figure(report, told.lora, told.equal_lora, own, "numerical_rank", words),
-        _rank_figure(report, told.lora, told.equal_lora, own, "effective_rank", words),
-        el("div", _spectrum(report, told.lora, own), _energy(report, told.lora, own), cls="grid"),
+        return []
+    own = ("LoRA", "lora") if insight.facts["kind"] == "LORA adapter" else ("Lily", "lily")
+    numerical = f"Singular values above {report.threshold:g} of the layer's largest."
+    effective = (
+        "exp of the entropy of the singular values: how many directions carry the update, counted by their size."
     )
-
-
-def _rank_figure(
-    report: RankReport, lora: RankReport | None, equal: int | None, own: str, what: str, words: str
-) -> Html:
-    def value(spectrum: Spectrum) -> float:
-        number = spectrum.numerical_rank(report.threshold) if what == "numerical_rank" else spectrum.effective_rank
-        return float(number)
-
-    groups: dict[str, list[LayerRank]] = {}
-    for layer in report.layers:
-        groups.setdefault(layer.group, []).append(layer)
-    ordered = [layer for members in groups.values() for layer in members]
-    series: list[tuple[str, str, list[float | None]]] = [
-        (f"{own}, expected update", "lora" if own == "LoRA" else "lily", [value(v.expected) for v in ordered])
+    curves = [(*own, report)]
+    if insight.lora is not None:
+        curves.append(("LoRA trained beside it", "lora", insight.lora))
+    threshold = report.threshold
+    axis = {"y": (min(threshold / 10, 10**-3), 1.0), "log": True, "level": (threshold, f"threshold {threshold:g}")}
+    spectrum = _over_layers(curves, relative_spectra, SPECTRUM, **axis)
+    return [
+        rank_words(report, insight.lora, insight.equal_lora),
+        _rank_figure(insight, report, own, "numerical_rank", numerical),
+        _rank_figure(insight, report, own, "effective_rank", effective),
+        Grid([*spectrum, *_over_layers(curves, _energies, ENERGY, y=(0.0, 1.0))]),
     ]
-    if any(v.union is not None for v in ordered) and not report.assumed:
-        series.append(("Lily, union over tokens", "union", [value(v.union) if v.union else None for v in ordered]))
-    if lora is not None:
-        found = {v.name: value(v.expected) for v in lora.layers}
-        series.append(("LoRA trained beside it", "lora", [found.get(v.name) for v in ordered]))
-    elif equal is not None and what == "numerical_rank":
-        series.append(("LoRA of as many parameters, at most", "lora", [float(equal)] * len(ordered)))
-    title = "Numerical rank by layer" if what == "numerical_rank" else "Effective rank by layer"
-    named = [(label(g, groups), short_names([v.name for v in members])) for g, members in groups.items()]
-    picture = charts.by_layer(named, series, title, words, "rank (directions)")
-    numbers = table(
+
+
+def _rank_figure(insight: Insight, report: RankReport, own: tuple[str, str], what: str, caption: str) -> Figure:
+    equal = insight.equal_lora
+    looks = {
+        "expected": (f"{own[0]}, expected update", own[1]),
+        "union": ("Lily, union over tokens", "union"),
+        "lora": ("LoRA trained beside it", "lora"),
+    }
+    groups, layers = by_columns(report.layers)
+    report = replace(report, layers=tuple(layers))
+    series = [(*looks[which], values) for which, values in ranks_by_layer(report, insight.lora, what).items()]
+    if insight.lora is None and equal is not None and what == "numerical_rank":
+        series.append(("LoRA of as many parameters, at most", "lora", [float(equal)] * len(layers)))
+    title = f"{what.removesuffix('_rank').capitalize()} rank by layer"
+    words = rank_words(report, insight.lora, equal)
+    rows = [[layer.name, *(number(values[i], ".4g") for _, _, values in series)] for i, layer in enumerate(layers)]
+    return Figure(
         title,
-        ["layer", *(name for name, _, _ in series)],
-        [[v.name, *("-" if s[2][i] is None else f"{s[2][i]:.4g}" for s in series)] for i, v in enumerate(ordered)],
+        charts.by_layer(groups, series, title, words, "rank (directions)"),
+        caption,
+        Table(title, ["layer", *(name for name, _, _ in series)], rows),
+        Legend([(style, name) for name, style, _ in series], "dot"),
+        wide=True,
     )
-    explained = (
-        f"Singular values above {report.threshold:g} of the layer's largest."
-        if what == "numerical_rank"
-        else "exp of the entropy of the singular values: how many directions carry the update, counted by their size."
-    )
-    shown_ = join(
-        el("div", picture, cls="wide", tabindex="0", role="group", aria_label=title),
-        charts.legend([(style, name) for name, style, _ in series], "dot"),
-    )
-    return figure(title, shown_, explained, numbers)
 
 
-def _curves(report: RankReport, of: str) -> tuple[list[float], list[float], list[float]]:
-    """Median, least and largest over layers of the relative singular values, or of the energy; by index."""
-    rows = []
-    for layer in report.layers:
-        s = layer.expected
-        if s.energy_total:
-            rows.append([v / s.values[0] for v in s.values] if of == "spectrum" else list(s.energy))
-    length = max((len(row) for row in rows), default=0)
-    columns = [[row[i] for row in rows if i < len(row)] for i in range(length)]
-    return [median(c) for c in columns], [min(c) for c in columns], [max(c) for c in columns]
+def _over_layers(
+    curves: Sequence[tuple[str, str, RankReport]],
+    values: Callable[[RankReport], Sequence[Sequence[float]]],
+    labels: tuple[str, str, str, str],
+    **axis: Any,
+) -> list[Figure]:
+    """Median over layers, and a band from the smallest to the largest, by direction; labels: title, caption, x, y."""
+    series = []
+    for name, style, report in curves:
+        columns = [[v for v in column if v is not None] for column in zip_longest(*values(report))]
+        if columns:
+            band = tuple((float(x), min(c), max(c)) for x, c in enumerate(columns, 1))
+            series.append(Series(name, style, tuple((float(x), median(c)) for x, c in enumerate(columns, 1)), band))
+    chart = charts.lines(series, *labels, **axis)
+    return [curve_figure(chart, series, labels[2])] if chart is not None else []
 
 
-def _both(report: RankReport, lora: RankReport | None, own: str, of: str) -> list[Series]:
-    out = []
-    for name, style, found in (
-        (own, "lora" if own == "LoRA" else "lily", report),
-        ("LoRA trained beside it", "lora", lora),
-    ):
-        if found is None:
-            continue
-        middle, low, high = _curves(found, of)
-        points = tuple((float(i), v) for i, v in enumerate(middle, 1))
-        band = tuple((float(i), a, b) for i, (a, b) in enumerate(zip(low, high, strict=True), 1))
-        out.append(Series(name, style, points, band))
-    return [s for s in out if s.points]
+def _energies(report: RankReport) -> list[tuple[float, ...]]:
+    return [layer.expected.energy for layer in report.layers if layer.expected.energy_total]
 
 
-def _spectrum(report: RankReport, lora: RankReport | None, own: str) -> Html | None:
-    series = _both(report, lora, own, "spectrum")
-    if not series:
-        return None
-    said = (
-        "Singular values of the expected update as shares of the layer's largest: median over layers, shaded from the "
-    )
-    said += "smallest to the largest. A slow fall uses the rank; a steep one wastes it."
-    lowest = min(report.threshold / 10, 10**-3)
-    picture = charts.lines(
-        series,
-        "Spectrum",
-        said,
-        "direction",
-        "singular value / largest",
-        y=(lowest, 1.0),
-        log=True,
-        level=(report.threshold, f"threshold {report.threshold:g}"),
-    )
-    return curve_figure("Spectrum", picture, series, said, "direction")
-
-
-def _energy(report: RankReport, lora: RankReport | None, own: str) -> Html | None:
-    series = _both(report, lora, own, "energy")
-    if not series:
-        return None
-    said = "Share of an update's squared norm in its first directions: median over layers, shaded from the smallest to "
-    said += "the largest. An update that reaches 1 early could be cut to a smaller rank."
-    picture = charts.lines(series, "Energy", said, "first directions", "share of squared norm", y=(0.0, 1.0))
-    return curve_figure("Energy", picture, series, said, "first directions")
-
-
-def overlap(told: Insight) -> Html | None:
+def overlap(insight: Insight) -> list[Block]:
     """Subspaces that layers have in common, beside LoRA's."""
-    report = told.rank
+    report = insight.rank
     if report is None or not report.overlaps:
-        return None
+        return []
+    lora = {} if insight.lora is None else {o.group: o for o in insight.lora.overlaps}
+    heads = ["group", "layers that share an A", "other layers", "by chance"]
+    heads += ["LoRA beside it", "by chance"] if lora else []
 
-    def cell(value: float | None) -> str:
-        return "-" if value is None else f"{value:.3f}"
+    def table(what: str, caption: str) -> Table:
+        def chance(o: Overlap) -> str:
+            return number(getattr(o, f"{what}_by_chance"))
 
-    beside = {} if told.lora is None else {o.group: o for o in told.lora.overlaps}
-
-    def overlaps(what: str, caption: str) -> Html:
-        heads = ["group", "layers that share an A", "other layers", "by chance"]
         rows = []
         for o in report.overlaps:
-            row = [o.group, cell(o.mean(what, True)), cell(o.mean(what, False)), cell(getattr(o, f"{what}_by_chance"))]
-            if beside:
-                lora = beside.get(o.group)
-                row += (
-                    ["-", "-"]
-                    if lora is None
-                    else [cell(lora.mean(what, False)), cell(getattr(lora, f"{what}_by_chance"))]
-                )
+            row = [o.group, number(o.mean(what, True)), number(o.mean(what, False)), chance(o)]
+            if lora:
+                other = lora.get(o.group)
+                row += ["-", "-"] if other is None else [number(other.mean(what, False)), chance(other)]
             rows.append(row)
-        return table(caption, [*heads, *(["LoRA beside it", "by chance"] if beside else [])], rows)
+        return Table(caption, heads, rows)
 
-    return join(
-        el("p", overlap_words(report)),
-        el(
-            "p",
-            "The overlap of two layers is the mean squared cosine of the principal angles between their subspaces. By "
-            "chance: what random subspaces of these sizes have.",
-        ),
-        overlaps("rows", "Input directions that two layers of a group both read (row spaces), mean over pairs"),
-        overlaps("columns", "Output directions that they both write (column spaces)"),
-    )
+    return [
+        overlap_words(report),
+        OVERLAP,
+        table("rows", "Input directions that two layers of a group both read (row spaces), mean over pairs"),
+        table("columns", "Output directions that they both write (column spaces)"),
+    ]

@@ -2,172 +2,156 @@
 
 from __future__ import annotations
 
-from lily.analysis.routing import LayerRouting, RoutingReport
+from lily.analysis.routing import PERMUTATIONS, RoutingReport
 from lily.analysis.sentences import most_by_label, routing_words, short_names, title_of, weights_by_group
+from lily.analysis.series import by_expert
 from lily.html import charts
 from lily.html.charts import Series
-from lily.html.common import label
-from lily.html.markup import Html, details, el, figure, join, table
+from lily.html.page import Block, Details, Figure, Grid, Heading, Legend, Table
 from lily.insight.gather import Insight
+from lily.insight.sections import by_columns, number
 
-MOST_CLASSES = 6  # layers shown with their weights by class
-
-
-def routing(told: Insight) -> Html | None:
-    """Expert weights, what they depend on, classes, agreement, and training."""
-    report = told.routing
-    if report is None or not any(len(layer.mean) > 1 for layer in report.layers):
-        return None
-    return join(
-        el("p", routing_words(report)),
-        el("div", *_heat_maps(report), cls="grid"),
-        _depends(report),
-        _classes(report),
-        _layers(report),
-        _agreement(report),
-        _history(told),
-    )
-
-
-def _heat_maps(report: RoutingReport) -> list[Html]:
-    out = []
-    darkest = max(w for layer in report.layers if len(layer.mean) > 1 for w in layer.mean)
-    for group, layers in weights_by_group(report).items():
-        experts = len(layers[0].mean)
-        if experts == 1:
-            continue
-        names, rows = short_names([v.name for v in layers]), [f"B{e}" for e in range(experts)]
-        values = [[layer.mean[e] for layer in layers] for e in range(experts)]
-        said = (
-            f"Mean weight of each expert in each layer of {group}; equal weights would be {1 / experts:.2f}. The shade "
-            f"goes from 0 to {darkest:.2f} in all groups."
-        )
-        picture = charts.heat_map(rows, names, values, f"Routers of {group}", said, "layer", darkest)
-        numbers = table(said, ["layer", *rows], [[v.name, *(f"{w:.3f}" for w in v.mean)] for v in layers])
-        out.append(figure(f"Routers of {group}", picture, said, numbers))
-    return out
-
+MOST_LAYERS = 6  # shown with their weights by class
+MOST_CLASSES = 12
 
 PARTS = (
     ("token", "e0", "token within the sample"),
     ("sample", "e2", "sample within its class"),
     ("label", "e1", "class"),
 )
+DEPENDS = (
+    "Variance of the expert weights over tokens, summed over experts, split exactly into what it depends on. A layer "
+    "without a bar uses the same weights for all data."
+)
+P_VALUE = (
+    f"p: share of {PERMUTATIONS} random labelings (and the true one) in which the class explains at least as much, for "
+    "each layer alone; of 20 layers, one falls below 0.05 by chance."
+)
+AGREEMENT = (
+    "Agreement: 1 minus the total variation distance of two layers' mean weights. Correlation: of the mean weights of "
+    "their samples; 1 for layers that react to the samples in the same way."
+)
 
 
-def _depends(report: RoutingReport) -> Html | None:
+def routing(insight: Insight) -> list[Block]:
+    """Expert weights, what they depend on, classes, agreement, and training."""
+    report = insight.routing
+    if report is None or not any(len(layer.mean) > 1 for layer in report.layers):
+        return []
+    return [
+        routing_words(report),
+        Grid(_heat_maps(report)),
+        *_depends(report),
+        *_classes(report),
+        _layers(report),
+        *_agreement(report),
+        *_history(insight),
+    ]
+
+
+def _heat_maps(report: RoutingReport) -> list[Figure]:
+    out = []
+    darkest = max(w for layer in report.layers if len(layer.mean) > 1 for w in layer.mean)
+    for group, layers in weights_by_group(report).items():
+        values = by_expert(layers)
+        if len(values) == 1:
+            continue
+        names, rows = short_names([v.name for v in layers]), [f"B{e}" for e in range(len(values))]
+        title = f"Routers of {group}"
+        caption = (
+            f"Mean weight of each expert in each layer of {group}; equal weights would be {1 / len(values):.2f}. The "
+            f"shade goes from 0 to {darkest:.2f} in all groups."
+        )
+        chart = charts.heat_map(rows, names, values, title, caption, "layer", darkest)
+        numbers = Table(caption, ["layer", *rows], [[v.name, *(f"{w:.3f}" for w in v.mean)] for v in layers])
+        out.append(Figure(title, chart, caption, numbers))
+    return out
+
+
+def _depends(report: RoutingReport) -> list[Figure]:
     layers = [v for v in report.layers if v.tokens and v.variance is not None]
     if not layers:
-        return None
-    labelled = report.compares_labels
-    parts = [(p, style, name if labelled else name.removesuffix(" within its class")) for p, style, name in PARTS]
-    parts = parts if labelled else parts[:2]
-    groups: dict[str, list[LayerRouting]] = {}
-    for layer in layers:
-        groups.setdefault(layer.group, []).append(layer)
-    ordered = [v for members in groups.values() for v in members]
-    series = [(name, style, [getattr(v.variance, p) for v in ordered]) for p, style, name in parts]
-    said = "Variance of the expert weights over tokens, summed over experts, split exactly into what it depends on. A "
-    said += "layer without a bar mixes its experts alike whatever the data."
-    named = [(label(g, groups), short_names([v.name for v in members])) for g, members in groups.items()]
+        return []
+    parts = list(PARTS)
+    if not report.compares_labels:
+        parts = [(part, style, name.removesuffix(" within its class")) for part, style, name in PARTS[:2]]
+    groups, layers = by_columns(layers)
+    series = [(name, style, [getattr(v.variance, part) for v in layers]) for part, style, name in parts]
     title = "What the weights depend on"
-    picture = charts.by_layer(named, series, title, said, "variance of the weights", stacked=True)
-    numbers = table(
-        title,
-        ["layer", *(name for _, _, name in parts)],
-        [[v.name, *(f"{getattr(v.variance, p):.5f}" for p, _, _ in parts)] for v in ordered],
-    )
-    drawn = join(
-        el("div", picture, cls="wide", tabindex="0", role="group", aria_label=title),
-        charts.legend([(style, name) for _, style, name in parts], "box"),
-    )
-    return figure(title, drawn, said, numbers)
+    rows = [[v.name, *(f"{getattr(v.variance, part):.5f}" for part, _, _ in parts)] for v in layers]
+    return [
+        Figure(
+            title,
+            charts.by_layer(groups, series, title, DEPENDS, "variance of the weights", stacked=True),
+            DEPENDS,
+            Table(title, ["layer", *(name for _, _, name in parts)], rows),
+            Legend([(style, name) for _, style, name in parts], "box"),
+            wide=True,
+        )
+    ]
 
 
-def _classes(report: RoutingReport) -> Html | None:
-    """Weights by class of the layers where the class decides most."""
-    chosen = most_by_label([v for v in report.layers if v.labels])[:MOST_CLASSES]
-    if not chosen or len(report.labels) > 12:
-        return None
+def _classes(report: RoutingReport) -> list[Block]:
+    """Weights by class of the layers that depend on it most."""
     rows = []
-    for layer in chosen:
+    for layer in most_by_label([v for v in report.layers if v.labels])[:MOST_LAYERS]:
         v = layer.variance
         assert v is not None
-        said = [f"{name}: " + " ".join(f"{w:.2f}" for w in weights) for name, weights in sorted(layer.labels.items())]
-        rows.append(
-            [
-                layer.name,
-                "; ".join(said),
-                f"{v.share('label'):.1%}",
-                f"{v.share('label_by_chance'):.1%}",
-                f"{v.p_value:.3f}",
-            ]
-        )
+        weights = "; ".join(f"{name}: {_spaced(mean)}" for name, mean in sorted(layer.labels.items()))
+        shares = [f"{v.share(part):.1%}" for part in ("label", "label_by_chance")]
+        rows.append([layer.name, weights, *shares, f"{v.p_value:.3f}"])
+    if not rows or len(report.labels) > MOST_CLASSES:
+        return []
     heads = ["layer", "mean weights by class (B0 B1 ...)", "of the variance", "by chance", "p"]
-    made = table("Layers whose routing depends most on the class", heads, rows, numbers_from=2)
-    words = "p: share of 200 random labellings (and the true one) with at least this part of the class, for each layer "
-    words += "alone; of 20 layers, one falls below 0.05 by chance."
-    return join(el("h3", "Routing by class"), made, el("p", words))
+    table = Table("Layers whose routing depends most on the class", heads, rows, numbers_from=2)
+    return [Heading("Routing by class"), table, P_VALUE]
 
 
-def _layers(report: RoutingReport) -> Html:
-    rows = []
-    for v in report.layers:
-        if len(v.mean) > 1:
-            dead = ", ".join(f"B{e}" for e in v.dead()) or "none"
-            rows.append(
-                [
-                    v.name,
-                    f"{v.effective_experts:.2f}",
-                    f"{v.entropy:.3f}",
-                    f"{v.token_entropy:.3f}",
-                    f"{v.specialisation:.4f}",
-                    dead,
-                ]
-            )
-    heads = ["layer", "experts used", "entropy of the mean", "mean entropy of a token", "specialisation", "dead"]
-    return details(
-        "Entropy, specialisation and dead experts by layer",
-        table("Entropies in nats; experts used is exp of the first", heads, rows),
-    )
+def _spaced(weights: tuple[float, ...]) -> str:
+    return " ".join(f"{w:.2f}" for w in weights)
 
 
-def _agreement(report: RoutingReport) -> Html | None:
+def _layers(report: RoutingReport) -> Details:
     rows = [
         [
-            a.group,
-            *(
-                "-" if v is None else f"{v:.3f}"
-                for v in (a.sharing, a.others, a.sharing_correlation, a.others_correlation)
-            ),
+            v.name,
+            f"{v.effective_experts:.2f}",
+            f"{v.entropy:.3f}",
+            f"{v.token_entropy:.3f}",
+            f"{v.specialisation:.4f}",
+            ", ".join(f"B{e}" for e in v.dead()) or "none",
         ]
+        for v in report.layers
+        if len(v.mean) > 1
+    ]
+    heads = ["layer", "experts used", "entropy of the mean", "mean entropy of a token", "specialization", "dead"]
+    caption = "Entropies in nats; experts used is exp of the entropy of the mean"
+    return Details("Entropy, specialization and dead experts by layer", Table(caption, heads, rows))
+
+
+def _agreement(report: RoutingReport) -> list[Block]:
+    rows = [
+        [a.group, *map(number, (a.sharing, a.others, a.sharing_correlation, a.others_correlation))]
         for a in report.agreements
     ]
     if not rows:
-        return None
+        return []
     heads = ["group", "share an A", "others", "correlation: share an A", "correlation: others"]
-    words = (
-        "Agreement: 1 less the total variation distance of two layers' mean weights. Correlation: of their samples' "
-    )
-    words += "mean weights; layers that react to the samples alike have 1."
-    return join(
-        el("h3", "Do layers that share an A route alike?"),
-        table("Means over pairs of layers of a group", heads, rows),
-        el("p", words),
-    )
+    table = Table("Means over pairs of layers of a group", heads, rows)
+    return [Heading("Do layers that share an A route alike?"), table, AGREEMENT]
 
 
-def _history(told: Insight) -> Html | None:
-    history, plan = told.history, told.plan
+def _history(insight: Insight) -> list[Block]:
+    history, plan = insight.history, insight.plan
     if history is None or plan is None or not history.steps:
-        return None
+        return []
     figures = []
     for group in plan.groups:
         members = [name for name in group.members if name in history.layers and any(history.tokens[name])]
         if not members or group.num_B == 1:
             continue
         short = dict(zip(group.members, short_names(group.members), strict=True))
-        many = len(members) > charts.EXPERT_COLOURS
+        many = len(members) > charts.EXPERT_COLORS
         series = [
             Series(
                 f"layer {short[name]}",
@@ -176,19 +160,17 @@ def _history(told: Insight) -> Html | None:
             )
             for i, name in enumerate(members)
         ]
-        said = (
+        caption = (
             f"Mean weight of the most used expert at each recorded step; equal weights would be {1 / group.num_B:.2f}."
         )
         title = f"Deciding: {title_of(group)}"
         highest = max(value for s in series for _, value in s.points if value is not None)
         y = (1 / group.num_B, max(highest, 1.2 / group.num_B))
-        picture = charts.lines(series, title, said, "optimiser step", "largest mean weight", y=y)
-        rows = [[n, *(f"{w:.3f}" for w in history.accumulated(n))] for n in members]
-        numbers = table("Mean weights over all recorded steps", ["layer", *(f"B{e}" for e in range(group.num_B))], rows)
-        key = (
-            charts.depth_key(series[0].name, series[-1].name)
-            if many
-            else charts.legend([(s.style, s.name) for s in series])
+        chart = charts.lines(series, title, caption, "optimizer step", "largest mean weight", y=y)
+        rows = [[name, *(f"{w:.3f}" for w in history.accumulated(name))] for name in members]
+        heads = ["layer", *(f"B{e}" for e in range(group.num_B))]
+        legend = Legend([(s.style, s.name) for s in series], "depth" if many else "line")
+        figures.append(
+            Figure(title, chart, caption, Table("Mean weights over all recorded steps", heads, rows), legend)
         )
-        figures.append(figure(title, join(picture, key), said, numbers))
-    return join(el("h3", "While it learned"), el("div", *figures, cls="grid")) if figures else None
+    return [Heading("While it learned"), Grid(figures)] if figures else []

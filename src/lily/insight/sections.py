@@ -1,149 +1,172 @@
-"""The parts of the page, each a function of what is known; None where nothing is."""
+"""The parts of the page, each from an `Insight`; empty where it has no data for them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TypeVar
+
+from lily.analysis.factored import grouped
+from lily.analysis.rank import LayerRank
+from lily.analysis.routing import LayerRouting
 from lily.analysis.sentences import sharing_words, short_names, title_of, weights_by_group
+from lily.analysis.series import block_sizes
 from lily.html import charts
 from lily.html.charts import Series
-from lily.html.common import curve_figure
-from lily.html.markup import Child, Html, details, el, figure, join, table
+from lily.html.page import Block, Details, Figure, Grid, Legend, Table, Terms, curve_figure
 from lily.insight.gather import Insight
 from lily.recipes.results.card import adapter_costs, costs_of, values_of
-from lily.recipes.results.run_files import RunFigures
 from lily.recipes.scoring.metrics import shown
 
-ONE_SEED = "One seed; shares and correlations in per cent. Another seed gives others: a small difference may be chance."
+T = TypeVar("T", LayerRank, LayerRouting)
+
+ONE_SEED = (
+    "One seed; shares and correlations in percent. Another seed gives other values: a small difference may be chance."
+)
+METHODS = {"lily": "Lily", "lora": "LoRA", "tfidf": "TF-IDF", "frozen": "frozen encoder"}
 
 
-def result(told: Insight) -> Html | None:
+def number(value: float | None, form: str = ".3f") -> str:
+    """For a table; a dash for None."""
+    return "-" if value is None else format(value, form)
+
+
+def by_columns(layers: Sequence[T]) -> tuple[list[tuple[str, list[str]]], list[T]]:
+    """Layers in groups: (label of the group, short names of its layers), and the layers in this order.
+
+    A label contains the shape only where two groups have the same name.
+    """
+    groups = grouped(layers)
+    bare = [group.partition(" (")[0] for group in groups]
+    labels = [name if bare.count(name) == 1 else group for name, group in zip(bare, groups, strict=True)]
+    names = [short_names([layer.name for layer in members]) for members in groups.values()]
+    return list(zip(labels, names, strict=True)), [layer for members in groups.values() for layer in members]
+
+
+def result(insight: Insight) -> list[Block]:
     """The run's metrics beside its baselines."""
-    run = told.run
+    run = insight.run
     if run is None or not run.final:
-        return None
-    names = list(run.final)
-    rows: list[list[Child]] = [["untrained", *values_of(names, run.before), "", "", ""]]
-    rows += [[_baseline(name), *values_of(names, found), *costs_of(found)] for name, found in run.baselines.items()]
-    title = {"lily": "Lily", "lora": "LoRA"}.get(run.method, run.method)
-    own = [f"this adapter ({title})", *values_of(names, run.final), *costs_of(adapter_costs(run))]
-    rows.append([el("b", cell) for cell in own])
+        return []
+    names, title = list(run.final), METHODS.get(run.method, run.method)
+    rows = [
+        ["untrained", *values_of(names, run.before), "", "", ""],
+        *([METHODS.get(n, n), *values_of(names, values), *costs_of(values)] for n, values in run.baselines.items()),
+        [
+            f"this adapter ({METHODS.get(run.method, run.method)})",
+            *values_of(names, run.final),
+            *costs_of(adapter_costs(run)),
+        ],
+    ]
     count = run.rows.get(run.split)
     on = f"{count:,.0f} {run.split} rows" if count else f"the {run.split} rows"
-    made = table(f"On {on}, seed {run.seed}", ["method", *names, "trained parameters", "seconds", "on disk"], rows)
-    return join(made, el("p", ONE_SEED))
+    heads = ["method", *names, "trained parameters", "seconds", "on disk"]
+    return [Table(f"On {on}, seed {run.seed}", heads, rows, last_bold=True), ONE_SEED]
 
 
-def _baseline(name: str) -> str:
-    return {"lora": "LoRA", "tfidf": "TF-IDF", "frozen": "frozen encoder"}.get(name, name)
-
-
-def sharing(told: Insight) -> Html | None:
+def sharing(insight: Insight) -> list[Block]:
     """Group by group: which layers share which A, and how each mixes the experts."""
-    plan = told.plan
+    plan = insight.plan
     if plan is None:
-        return None
-    known = weights_by_group(told.routing) if told.routing is not None else {}
+        return []
+    routing = weights_by_group(insight.routing) if insight.routing is not None else {}
     figures = []
     for group in plan.groups:
-        names = short_names(group.members)
-        routed = known.get(title_of(group))
+        title, words = title_of(group), sharing_words(group)
+        routed = routing.get(title)
         weights = [layer.mean for layer in routed] if routed else None
-        blocks = [(plan.slots[block[0]].A, len(block)) for block in group.blocks]
-        words = sharing_words(group)
-        picture = charts.sharing(title_of(group), names, blocks, weights, group.num_B, words)
-        heads = ["layer", "A", *(f"B{e}" for e in range(group.num_B))]
+        names = short_names(group.members)
+        chart = charts.sharing(title, names, block_sizes(plan, group), weights, group.num_B, words)
         numbers = None
         if weights is not None:
-            cells = [
-                [m, f"A{plan.slots[m].A}", *(f"{w:.3f}" for w in ws)]
-                for m, ws in zip(group.members, weights, strict=True)
+            rows = [
+                [name, f"A{plan.slots[name].A}", *map(number, mean)]
+                for name, mean in zip(group.members, weights, strict=True)
             ]
-            numbers = table(f"Mean expert weights in {title_of(group)}", heads, cells)
-        figures.append(figure(title_of(group), picture, words, numbers))
-    experts = max(g.num_B for g in plan.groups)
-    entries = [(f"e{e % charts.EXPERT_COLOURS}", f"expert B{e}") for e in range(experts)]
-    mean = "mean weight of each expert" + (f" over {told.read}" if told.read else "")
-    what = mean if known else "no data were read, so the bands are of equal height"
+            heads = ["layer", "A", *(f"B{e}" for e in range(group.num_B))]
+            numbers = Table(f"Mean expert weights in {title}", heads, rows)
+        figures.append(Figure(title, chart, words, numbers))
+    bands = "no data were read, so the bands are of equal height"
+    if routing:
+        bands = "mean weight of each expert" + (f" over {insight.read}" if insight.read else "")
     intro = (
         "Boxes: the layers that share one A, and so read the same input directions. Bands: how each layer mixes the "
-        f"experts B that its whole group shares; {what}."
+        f"experts B that its whole group shares; {bands}."
     )
-    return join(el("p", intro), charts.legend(entries, "box"), el("div", *figures, cls="grid"))
+    experts = range(max(g.num_B for g in plan.groups))
+    legend = Legend([(f"e{e % charts.EXPERT_COLORS}", f"expert B{e}") for e in experts], "box")
+    return [intro, legend, Grid(figures)]
 
 
-def training(told: Insight) -> Html | None:
+def training(insight: Insight) -> list[Block]:
     """Loss and metric over training, beside the LoRA baseline."""
-    runs: list[tuple[str, str, RunFigures]] = []
-    if told.run is not None:
-        lora = told.run.method == "lora"
-        runs.append(("this adapter", "lora" if lora else "lily", told.run))
-    if told.lora_run is not None:
-        runs.append(("LoRA trained beside it", "lora", told.lora_run))
-    loss = [Series(name, style, run.losses) for name, style, run in runs if run.losses]
-    metric = [Series(name, style, run.evaluations) for name, style, run in runs if run.evaluations]
+    runs = []
+    if insight.run is not None:
+        runs.append(("this adapter", "lora" if insight.run.method == "lora" else "lily", insight.run))
+    if insight.lora_run is not None:
+        runs.append(("LoRA trained beside it", "lora", insight.lora_run))
     figures = []
+    loss = [Series(name, style, run.losses) for name, style, run in runs if run.losses]
     if loss:
-        said = "Training loss, as the trainer logged it."
-        picture = charts.lines(loss, "Training loss", said, "optimiser step", "loss")
-        figures.append(curve_figure("Training loss", picture, loss, said, "step"))
-    if metric and told.run is not None:
-        title = f"{told.run.metric} on the validation rows"
-        said = "At each evaluation; the best one was kept."
-        picture = charts.lines(metric, title, said, "optimiser step", told.run.metric)
-        figures.append(curve_figure(title, picture, metric, said, "step"))
-    return el("div", *figures, cls="grid") if figures else None
+        caption = "Training loss, as the trainer logged it."
+        chart = charts.lines(loss, "Training loss", caption, "optimizer step", "loss")
+        figures.append(curve_figure(chart, loss, "step"))
+    metric = [Series(name, style, run.evaluations) for name, style, run in runs if run.evaluations]
+    if metric and insight.run is not None:
+        caption = "At each evaluation; the best adapter was kept."
+        title = f"{insight.run.metric} on the validation rows"
+        chart = charts.lines(metric, title, caption, "optimizer step", insight.run.metric)
+        figures.append(curve_figure(chart, metric, "step"))
+    return [Grid(figures)] if figures else []
 
 
-def sizes(told: Insight) -> Html | None:
-    """Parameters by part and bytes."""
-    rows: list[list[str]] = []
-    if told.plan is not None:
-        p = told.plan.parameters
-        rows += [
-            ["A, shared by neighbours", f"{p.A:,}"],
-            ["B, shared by all", f"{p.B:,}"],
-            ["routers, one a layer", f"{p.router:,}"],
-            ["adapter", f"{p.total:,}"],
-        ]
-        alone = sum(len(g.members) * g.r * (g.in_features + g.out_features) for g in told.plan.groups)
-        rows.append(["LoRA of the same rank", f"{alone:,}"])
+def sizes(insight: Insight) -> list[Block]:
+    """Parameters by part."""
+    if insight.plan is not None:
+        p = insight.plan.parameters
+        groups = insight.plan.groups
+        counts = {
+            "A, shared by neighbors": p.A,
+            "B, shared by all": p.B,
+            "routers, one per layer": p.router,
+            "adapter": p.total,
+            "LoRA of the same rank": sum(len(g.members) * g.r * (g.in_features + g.out_features) for g in groups),
+        }
     else:
-        rows += [[name, f"{found['parameters']:,}"] for name, found in told.facts.get("tensors", {}).items()]
-    if told.run is not None and told.run.parameters.get("head"):
-        rows.append(["new head", f"{told.run.parameters['head']:,.0f}"])
-    return table("Parameters", ["part", "parameters"], rows) if rows else None
+        counts = {name: t["parameters"] for name, t in insight.facts.get("tensors", {}).items()}
+    rows = [[name, f"{count:,}"] for name, count in counts.items()]
+    if insight.run is not None and insight.run.parameters.get("head"):
+        rows.append(["new head", f"{insight.run.parameters['head']:,.0f}"])
+    return [Table("Parameters", ["part", "parameters"], rows)] if rows else []
 
 
-def collapse(told: Insight) -> Html | None:
+def collapse(insight: Insight) -> list[Block]:
     """The drift of an adapter that was made static."""
-    report = told.facts.get("collapse") or told.facts.get("provenance", {}).get("collapse")
+    report = insight.facts.get("collapse") or insight.facts.get("provenance", {}).get("collapse")
     if not report:
-        return None
-    drift = report["drift"]
+        return []
+    drift, after = report["drift"], report["metrics"].get("after", {})
     rows = [
-        ["KL divergence of an output (nats)", "-" if drift["kl"] is None else f"{drift['kl']:.4g}"],
+        ["KL divergence of an output (nats)", number(drift["kl"], ".4g")],
         ["relative error of the outputs", f"{drift['relative_error']:.4g}"],
         ["outputs compared", f"{drift['positions']:,}"],
     ]
     for name, value in report["metrics"].get("before", {}).items():
-        rows.append([f"{name} before, after", f"{shown(name, value)}, {shown(name, report['metrics']['after'][name])}"])
+        rows.append([f"{name} before, after", f"{shown(name, value)}, {shown(name, after[name])}"])
     layers = [
-        [v["name"], f"{v['uniformity']:.3f}", f"{v['variance']:.4f}",
-         "-" if v["update_error"] is None else f"{v['update_error']:.1%}"]
+        [v["name"], f"{v['uniformity']:.3f}", f"{v['variance']:.4f}", number(v["update_error"], ".1%")]
         for v in report["layers"]
-    ]  # fmt: skip
-    said = f"{report['routing']} routing became static over {report['tokens']:,} tokens of calibration data."
-    heads = ["layer", "distance from equal weights", "variance over tokens", "update moved by"]
-    by_layer = details("By layer", table("Routing over the calibration data, and its loss", heads, layers))
-    return join(el("p", said), table("Drift on held-out data", ["measure", "value"], rows), by_layer)
+    ]
+    heads = ["layer", "distance from equal weights", "variance over tokens", "relative error of the update"]
+    return [
+        f"{report['routing']} routing became static over {report['tokens']:,} tokens of calibration data.",
+        Table("Drift on held-out data", ["measure", "value"], rows),
+        Details("By layer", Table("Routing over the calibration data, and what collapsing it changed", heads, layers)),
+    ]
 
 
-def about(told: Insight) -> Html | None:
-    """Configuration and origin, as they are in the files."""
-    facts = dict(told.facts.get("config", {}))
-    origin = told.facts.get("provenance", {})
+def about(insight: Insight) -> list[Block]:
+    """Configuration and origin, copied from the files."""
+    facts = dict(insight.facts.get("config", {}))
+    origin = insight.facts.get("provenance", {})
     facts |= {f"from: {k}": v for k, v in origin.items() if k not in ("collapse", "plan", "energies")}
-    if not facts:
-        return None
-    return el(
-        "dl", *(el(tag, str(said)) for pair in facts.items() for tag, said in zip(("dt", "dd"), pair, strict=True))
-    )
+    return [Terms([(name, str(value)) for name, value in facts.items()])] if facts else []

@@ -1,4 +1,4 @@
-"""Texts through an adapter that has no recipe: what a recipe would say of columns and lengths is fixed here."""
+"""Read texts for an adapter without a recipe, with fixed names of columns and a fixed maximum length."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Texts:
     """An adapter on its base model, and rows as its inputs.
 
     Attributes:
-        model: with the adapter, ready to be called.
+        model: with the adapter, in eval mode.
         batches: its inputs.
-        rows: how many these are.
-        labels: of all rows, in the batches' order; None unless each has one.
+        rows: number of rows.
+        labels: of all rows, in the batches' order; None unless every row has one.
     """
 
     model: Any
@@ -39,15 +39,15 @@ class Texts:
 
 
 def load_texts(folder: str, file: str, base: str | None, most: int | None) -> Texts:
-    """Read the column `text` of a table, and `text_pair` and `label` where they are, and load the adapter.
+    """Load an adapter and the columns `text`, and optionally `text_pair` and `label`, of a table.
 
-    Texts are cut to what the tokenizer says the model takes, and to 512 tokens.
+    Texts are truncated to the tokenizer's maximum length and to 512 tokens.
 
     Args:
         folder: of an adapter without a recipe.
         file: the table.
         base: folder of the base model; default: the one that the adapter names.
-        most: rows to take, a fixed sample; None: all.
+        most: maximum number of rows, a fixed sample; None: all.
 
     Raises:
         LilyError: if the adapter or its base model cannot be loaded, there is no tokenizer, or a row has no text.
@@ -56,18 +56,18 @@ def load_texts(folder: str, file: str, base: str | None, most: int | None) -> Te
     for number, row in rows:
         if not isinstance(row.get(TEXT), str) or not row[TEXT].strip():
             raise LilyError(
-                f"{file}, row {number}: no text in a column {TEXT!r}, which is read where there is no recipe; rename "
-                f"the column, or say with --recipe FILE which it is (columns: {', '.join(map(str, row))})"
+                f"{file}, row {number}: no text in a column {TEXT!r}, which is required without a recipe; rename "
+                f"the column, or name it in a recipe and give --recipe FILE (columns: {', '.join(map(str, row))})"
             )
     model, tokenizer, _ = load_for_export(folder, base=base, weights=True, dtype="float32")
     if tokenizer is None:
-        raise LilyError(f"{folder}: its base model has no tokenizer, which texts need; save one into that folder")
+        raise LilyError(f"{folder}: its base model has no tokenizer for {file}; save one into the base model's folder")
     longest = min(MAX_LENGTH, tokenizer.model_max_length)
     encoded = [dict(tokenizer(row[TEXT], row.get(PAIR), truncation=True, max_length=longest)) for _, row in rows]
     order = list(by_length(encoded, BATCH))
     model = place(model).eval()
     device = device_of(model)
-    made = tuple(to_device(collate([encoded[i] for i in chosen], tokenizer, "right"), device) for chosen in order)
-    labelled = all(row.get(LABEL) is not None for _, row in rows)
-    labels = [rows[i][1][LABEL] for chosen in order for i in chosen] if labelled else None
-    return Texts(model, made, len(rows), labels)
+    inputs = tuple(to_device(collate([encoded[i] for i in chosen], tokenizer, "right"), device) for chosen in order)
+    labeled = all(row.get(LABEL) is not None for _, row in rows)
+    labels = [rows[i][1][LABEL] for chosen in order for i in chosen] if labeled else None
+    return Texts(model, inputs, len(rows), labels)
