@@ -130,7 +130,7 @@ def test_half_way_the_weights_are_half_of_each():
     A, B = layer.tensors_of("default")
     h = x @ A.T
     w = (route(h, layer.router_of("default")) + layer.lily_logits["default"].softmax(0)) / 2
-    expected = torch.einsum("bte,btr,ero->bto", w, h, B) * layer.scaling["default"]
+    expected = torch.einsum("bte,btr,ero->bto", w, h, B) * layer.settings["default"].scaling
     assert torch.allclose(layer.update_of("default", x), expected, atol=1e-6)
 
 

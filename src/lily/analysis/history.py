@@ -142,7 +142,7 @@ class RoutingCallback(TrainerCallback):  # type: ignore[misc]
         if state.global_step not in self.looked_at or self.found is None or not self.found.config.dynamic:
             return
         for layer in self.found.layers.values():
-            experts = layer.num_B[self.found.name]
+            experts = layer.settings[self.found.name].num_B
             layer.statistics[self.found.name] = RoutingStatistics.empty(experts, training_only=True)
         self.recording = True
         self.found.watch_masks()
@@ -156,7 +156,7 @@ class RoutingCallback(TrainerCallback):  # type: ignore[misc]
         rows, tokens = dict(self.history.layers), dict(self.history.tokens)
         for name, layer in found.layers.items():
             # taken away by somebody else, perhaps; all processes must reduce alike
-            nothing = RoutingStatistics.empty(layer.num_B[found.name])
+            nothing = RoutingStatistics.empty(layer.settings[found.name].num_B)
             seen = layer.statistics.pop(found.name, nothing)
             all_reduce(seen)
             tokens[name] = (*tokens.get(name, ()), int(seen.count.item()))

@@ -213,7 +213,9 @@ def routing_report(
     found = find(model, adapter)
     fixed = {name: static_mixing(layer, found) for name, layer in found.layers.items()}
     recorders = {
-        name: Recorder(found.layers[name].num_B[found.name]) for name, mixing in fixed.items() if mixing is None
+        name: Recorder(found.layers[name].settings[found.name].num_B)
+        for name, mixing in fixed.items()
+        if mixing is None
     }
     samples = 0
     if recorders:

@@ -75,11 +75,11 @@ def idle_layers(model: nn.Module, trained: Collection[nn.Parameter]) -> tuple[se
 
 
 def _tensors(layer: LilyLayer, adapter: str) -> list[Tensor]:
-    if adapter not in layer.slots:
+    if adapter not in layer.settings:
         return []
     own = [cast(Tensor, layer.lily_router[adapter].weight)] if adapter in layer.lily_router else []
     own += [cast(Tensor, layer.lily_logits[adapter])] if adapter in layer.lily_logits else []
-    return own or list(layer.bank.pair(adapter, layer.slots[adapter]))
+    return own or list(layer.bank.pair(adapter, layer.settings[adapter].slot))
 
 
 def idle_message(idle: Sequence[str], total: int, steps: int) -> str:

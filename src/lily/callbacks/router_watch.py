@@ -138,7 +138,7 @@ class RouterWatch:
         for name, layer in root.named_modules():
             for adapter in adapters if isinstance(layer, LilyLayer) else ():
                 if adapter in layer.lily_router and adapter not in layer.statistics:
-                    experts = layer.num_B[adapter]
+                    experts = layer.settings[adapter].num_B
                     layer.statistics[adapter] = RoutingStatistics.empty(experts, training_only=True, per_token=True)
                     self._watched.append(_Watched(name, layer, adapter, root))
         self._watch_masks()

@@ -76,7 +76,7 @@ class Settling:
             if name not in layer.lily_logits:
                 router = layer.lily_router[name].weight
                 layer.lily_logits[name] = nn.Parameter(
-                    torch.zeros(layer.num_B[name], device=router.device, dtype=router.dtype),  # type: ignore[arg-type]
+                    torch.zeros(layer.settings[name].num_B, device=router.device, dtype=router.dtype),  # type: ignore[arg-type]
                     requires_grad=router.requires_grad,  # type: ignore[arg-type]
                 )
         self.found.bank.settled[name] = Settled(config.settled)
@@ -135,7 +135,7 @@ class Settling:
             if wanted:
                 # Not in eval mode: an evaluation between two steps would bring its rows into what is learned, and a
                 # resumed run, which does not repeat it, would end elsewhere.
-                experts = layer.num_B[self.found.name]
+                experts = layer.settings[self.found.name].num_B
                 layer.statistics[self.found.name] = RoutingStatistics.empty(experts, training_only=True)
             else:
                 layer.statistics.pop(self.found.name, None)

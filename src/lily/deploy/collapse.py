@@ -114,7 +114,7 @@ def collapse(
     """
     found = find(model, adapter)
     config = found.config
-    bent = next((a for layer in found.layers.values() if (a := layer.activation[found.name]) != "none"), None)
+    bent = next((a for layer in found.layers.values() if (a := layer.settings[found.name].activation) != "none"), None)
     if bent is not None:
         raise LilyError(
             f"adapter {found.name!r} has activation={bent!r}: even with static weights its update is not "
@@ -159,9 +159,9 @@ def collapse(
 @torch.no_grad()
 def _record(model: nn.Module, found: Adapted, batches: Sequence[Batch], run: Run) -> dict[str, RoutingStatistics]:
     statistics = {
-        name: RoutingStatistics.empty(layer.num_B[found.name])
+        name: RoutingStatistics.empty(layer.settings[found.name].num_B)
         for name, layer in found.layers.items()
-        if layer.num_B[found.name] > 1
+        if layer.settings[found.name].num_B > 1
     }
     for name, kept in statistics.items():
         found.layers[name].statistics[found.name] = kept

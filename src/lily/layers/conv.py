@@ -7,11 +7,11 @@ from typing import cast
 from torch import Tensor, nn
 
 from lily import functional
-from lily.layers.layer import Factors
-from lily.layers.linear import Beside
+from lily.layers.layer import LilyLayer
+from lily.layers.merging import Factors
 
 
-class Conv2d(Beside):
+class Conv2d(LilyLayer):
     """An adapted `nn.Conv2d` of any kernel, stride, padding and dilation; its tokens are its output pixels.
 
     A is the kernel of a convolution to r channels, B a 1x1 convolution from there, as in PEFT's LoRA. `sequence`
@@ -40,7 +40,7 @@ class Conv2d(Beside):
         return None
 
     def _down(self, x: Tensor, A: Tensor) -> Tensor:
-        return functional.down_conv(self._cast_input_dtype(x, A.dtype), A, self._conv)  # type: ignore[operator]
+        return functional.down_conv(self._cast_input_dtype(x, A.dtype), A, self._conv)
 
     def _out(self, update: Tensor, x: Tensor) -> Tensor:
         return update.movedim(-1, 1)

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from lily import functional
 from lily.errors import LilyError
 from lily.layers.bank import LilyBank
-from lily.layers.linear import Beside
+from lily.layers.layer import LilyLayer
 
 
-class Embedding(Beside):
+class Embedding(LilyLayer):
     """An adapted `nn.Embedding`: A has a column for each of its rows.
 
     Args:

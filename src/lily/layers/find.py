@@ -24,6 +24,6 @@ def watch_masks(model: nn.Module) -> None:
     asking = [
         name
         for name, m in model.named_modules()
-        if isinstance(m, LilyLayer) and (m.statistics or "sequence" in m.routing.values())
+        if isinstance(m, LilyLayer) and (m.statistics or any(s.routing == "sequence" for s in m.settings.values()))
     ]
     bank_of(model).watch(model, asking)

@@ -8,12 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from lily.errors import LilyError
-from lily.kernels import fused
-from lily.layers.bank import LilyBank
 from lily.layers.layer import LilyLayer
 
 
-class Block(nn.Module, LilyLayer):
+class ParallelModule(LilyLayer):
     """Any module with an update beside it: `module(x) + scaling * mix(act(x @ A.T), p, B)`.
 
     The paper's VTAB experiments run one with ReLU beside each MLP.
@@ -22,10 +20,6 @@ class Block(nn.Module, LilyLayer):
         base_layer: the module; what it returns first has the leading dimensions of its input.
         bank: the shared tensors.
     """
-
-    def __init__(self, base_layer: nn.Module, bank: LilyBank) -> None:
-        super().__init__()
-        LilyLayer.__init__(self, base_layer, bank)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module makes of its arguments; the first tensor that it returns has the update in it."""
@@ -38,11 +32,7 @@ class Block(nn.Module, LilyLayer):
         self._check_shapes(adapters[0], x, result)
         x = x.to(result.device)  # accelerate may run a module on another device than its input's
         for adapter in adapters:
-            fast = self._fast(adapter, x)
-            if fast:
-                result = fused.plus_update(result, x, *fast)
-            else:
-                result = result + self.update_of(adapter, x).to(result.dtype)
+            result = self._plus_update(result, x, adapter)
         return (result, *out[1:]) if isinstance(out, tuple) else result
 
     def _check_shapes(self, adapter: str, x: Any, result: Any) -> None:
@@ -81,6 +71,3 @@ class Block(nn.Module, LilyLayer):
             f"adapter {adapter!r} runs beside a {type(self.base_layer).__name__} (parallel_modules), and is no part of "
             "any weight, so it cannot be merged; use it unmerged"
         )
-
-    def __repr__(self) -> str:
-        return "lily." + super().__repr__()

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from lily.layers.bank import LilyBank
 from lily.layers.devices import call_with, placement
-from lily.layers.part import Nested
+from lily.layers.part import PartLayer
 from lily.plan.config import LilyConfig
 from lily.plan.sharing_plan import Group, Slot
 from lily.plan.specs import EXPERTS, is_transposed
 
 
-class Parameter(Nested):
+class Parameter(PartLayer):
     """An adapted parameter of `base_layer`; two of one module are nested, as PEFT's LoRA nests them.
 
     Like there, the update is in force while the module is called; who reads the parameter from outside gets the
@@ -37,7 +37,6 @@ class Parameter(Nested):
         super().__init__(base_layer, bank, part)
         self.weight_name = part
         self.experts = 0  # of a matrix
-        self.strides: dict[str, int] = {}
 
     @property
     def adapted_weight(self) -> Any:
@@ -49,7 +48,7 @@ class Parameter(Nested):
     ) -> None:
         """See `LilyLayer.update_layer`."""
         if group.kind == EXPERTS:
-            self.experts, self.strides[adapter] = len(group.members), group.stride
+            self.experts = len(group.members)
             self.transposed = is_transposed(self.base)
         super().update_layer(adapter, group, slot, config, device)
 
@@ -64,7 +63,7 @@ class Parameter(Nested):
         A, B = super().tensors_of(adapter, device)
         if not self.experts:
             return A, B
-        A, stride = A.view(-1, self.r[adapter], A.shape[1]), self.strides[adapter]
+        A, stride = A.view(-1, self.settings[adapter].r, A.shape[1]), self.settings[adapter].stride
         return (A if stride == 1 else A[torch.arange(self.experts, device=A.device) // stride]), B
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -78,17 +77,17 @@ class Parameter(Nested):
         """The weight with the updates of some adapters, in its own dtype."""
         weight: Tensor = self.adapted_weight
         for adapter in adapters:
-            weight = self._plus_update(weight, adapter)
+            weight = self._updated_weight(weight, adapter)
         return weight
 
-    def _plus_update(self, weight: Tensor, adapter: str) -> Tensor:
+    def _updated_weight(self, weight: Tensor, adapter: str) -> Tensor:
         """`weight` with an update: for all experts as one batched product, added as it is computed."""
         A, B = self.tensors_of(adapter, weight.device)
         with torch.autocast(weight.device.type, enabled=False):  # the weight keeps its dtype
             mixed = self._mixed(B, self.router_of(adapter))
             left, right = (A.mT, mixed) if self.transposed else (mixed.mT, A)
             add = torch.baddbmm if self.experts else torch.addmm
-            return add(weight, left.to(weight), right.to(weight), alpha=self.scaling[adapter])
+            return add(weight, left.to(weight), right.to(weight), alpha=self.settings[adapter].scaling)
 
     def _mixed(self, B: Tensor, logits: Tensor | None) -> Tensor:
         mixed = super()._mixed(B, logits)

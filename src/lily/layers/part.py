@@ -13,7 +13,7 @@ from lily.layers.layer import LilyLayer
 NESTED = ".base_layer"
 
 
-class Nested(nn.Module, LilyLayer):
+class PartLayer(LilyLayer):
     """An adapter on one part of a module; those on its other parts are inside it, as PEFT's LoRA nests parameters.
 
     Args:
@@ -23,8 +23,7 @@ class Nested(nn.Module, LilyLayer):
     """
 
     def __init__(self, base_layer: nn.Module, bank: LilyBank, part: str) -> None:
-        super().__init__()
-        LilyLayer.__init__(self, base_layer, bank)
+        super().__init__(base_layer, bank)
         self.part = part
 
     def name_in_plan(self, path: str) -> str:
@@ -41,9 +40,10 @@ class Nested(nn.Module, LilyLayer):
     ) -> nn.Module:
         """See `LilyLayer`; the adapters inside this one are unloaded too."""
         base = super().unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
-        if isinstance(self.base_layer, Nested):
+        if isinstance(self.base_layer, PartLayer):
             self.base_layer.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
         return base
 
     def __repr__(self) -> str:
-        return f"lily.{type(self).__name__}(\n  ({self.part})\n" + super().__repr__().partition("\n")[2]
+        first, _, rest = super().__repr__().partition("\n")
+        return f"{first}\n  ({self.part})\n{rest}"

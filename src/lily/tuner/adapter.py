@@ -53,7 +53,7 @@ class Adapted:
         """
         for name, layer in self.layers.items():
             router = layer.router_of(self.name)
-            layer.routing[self.name] = "static"
+            layer.change_settings(self.name, routing="static")
             if router is None:
                 continue
             if logits is not None:

@@ -53,7 +53,7 @@ class Product:
         result: Tensor = self.layer.get_base_layer().weight @ columns
         rows = columns.transpose(-1, -2)
         for adapter in self.layer.active_adapters:
-            if adapter in self.layer.slots:
+            if adapter in self.layer.settings:
                 result = result + self.layer.update_of(adapter, rows).transpose(-1, -2).to(result.dtype)
         return result
 
@@ -99,11 +99,11 @@ class Calling:
 def adapted(mixer: nn.Module) -> dict[str, LilyLayer]:
     """The layers with an adapter that the mixer would not, or not always, call."""
     children = ((name, mixer._modules.get(name)) for name in children_read(mixer))
-    return {name: layer for name, layer in children if isinstance(layer, LilyLayer) and layer.slots}
+    return {name: layer for name, layer in children if isinstance(layer, LilyLayer) and layer.settings}
 
 
 def _acts(layer: LilyLayer) -> bool:
-    active = any(adapter in layer.slots for adapter in layer.active_adapters)
+    active = any(adapter in layer.settings for adapter in layer.active_adapters)
     return active and not layer.merged and not layer.disable_adapters
 
 

@@ -25,9 +25,9 @@ from lily.layers.embedding import Embedding
 from lily.layers.find import layers_of, watch_masks
 from lily.layers.layer import LilyLayer
 from lily.layers.linear import Linear
-from lily.layers.parallel_module import Block
+from lily.layers.parallel_module import ParallelModule
 from lily.layers.parameter import Parameter
-from lily.layers.part import Nested
+from lily.layers.part import PartLayer
 from lily.layers.quantized import keep_differentiable
 from lily.layers.sharding import unwrapped
 from lily.layers.slice import Slice
@@ -38,7 +38,7 @@ from lily.plan.specs import BLOCK, CONV2D, EMBEDDING, LINEAR, PARAMETERS, Module
 from lily.tuner import call_uncalled
 from lily.tuner.check_targets import check_targets
 
-LAYERS = {LINEAR: Linear, CONV2D: Conv2d, EMBEDDING: Embedding, BLOCK: Block}
+LAYERS = {LINEAR: Linear, CONV2D: Conv2d, EMBEDDING: Embedding, BLOCK: ParallelModule}
 
 # Share of an update's norm lost to the base weight's precision, from which on merging says so.
 REPORTED_ROUNDING = 0.01
@@ -141,7 +141,7 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         peft_config: LilyConfig,
         adapter_name: str,
         name: str,
-        kind: type[Nested],
+        kind: type[PartLayer],
         context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
         """Put an adapter on a part of a module, around those that are there."""
@@ -225,7 +225,7 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
             if not isinstance(layer, LilyLayer):
                 continue
             for adapter in layer.active_adapters if adapter_names is None else adapter_names:
-                if adapter in layer.slots and adapter not in layer.merged_adapters:
+                if adapter in layer.settings and adapter not in layer.merged_adapters:
                     # the values themselves matter to the safe check only, which makes offloaded ones be read
                     with onload_layer(layer) if safe_merge else contextlib.nullcontext():
                         layer.check_merge(adapter, safe_merge)
@@ -304,7 +304,7 @@ def _part_keys(model: nn.Module, adapter: str) -> dict[str, str]:
     return {
         f"{m.name_in_plan(path)}.{own}": f"{path}.{own}"
         for path, m in ((unwrapped(path), m) for path, m in model.named_modules())
-        if isinstance(m, Nested)
+        if isinstance(m, PartLayer)
         for own in (f"lily_logits.{adapter}", f"lily_router.{adapter}.weight")
     }
 
@@ -339,7 +339,7 @@ def _regroup(model: nn.Module, config: LilyConfig, adapter: str, plan: SharingPl
         tensors.requires_grad_(old.requires_grad)
         tensors.to("meta" if old.device.type == "meta" else None, old.dtype)
     for name, slot in plan.slots.items():
-        layers[name].slots[adapter] = slot
+        layers[name].change_settings(adapter, slot=slot)
     decide_file_format(config, plan, model)
 
 

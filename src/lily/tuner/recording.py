@@ -36,7 +36,7 @@ def evaluating(model: nn.Module, found: Adapted) -> Iterator[None]:
         found.bank.settled.pop(found.name, None)
         for layer in found.layers.values():
             layer.statistics.pop(found.name, None)
-            if layer.routing[found.name] in DYNAMIC and found.name in layer.lily_logits:  # it did not end well
+            if layer.settings[found.name].routing in DYNAMIC and found.name in layer.lily_logits:  # it did not end well
                 del layer.lily_logits[found.name]
         found.watch_masks()
         for module, training in modes.items():
