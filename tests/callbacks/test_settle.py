@@ -30,7 +30,7 @@ class Watch(lily.SettleCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         super().on_step_begin(args, state, control, **kwargs)
-        self.shares.append(self.settling.found.config.settled)
+        self.shares.append(self.settling.adapted.config.settled)
         self.vectors.append(torch.stack([v.detach().softmax(0) for v in self.settling.logits]))
 
 
@@ -139,7 +139,7 @@ def test_a_checkpoint_from_the_middle_loads_as_what_it_is(tmp_path):
     for settled in (0.0, 0.25, 1.0):
         settling = lily.Settling(model, total_steps=100, start=0.0, end=0.99)
         model.peft_config["default"].settled = settled
-        settling.found.bank.settled["default"] = Settled(settled)
+        settling.adapted.bank.settled["default"] = Settled(settled)
         model.save_pretrained(tmp_path / str(settled))
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*(missing|nexpected).*")
@@ -210,7 +210,7 @@ def test_training_in_eval_mode_settles_on_nothing_and_says_so():
     settling = lily.Settling(model, total_steps=10, start=0.3, end=0.6)
     settling.step(3)
     model(**inputs("llama"))
-    with pytest.warns(UserWarning, match=r"settling saw no token since the last step.*call model.train\(\)"):
+    with pytest.warns(UserWarning, match=r"settling recorded no token since the last step.*call model.train\(\)"):
         settling.step(4)
 
 
@@ -298,7 +298,7 @@ def test_training_that_ends_too_early_says_so():
 @pytest.mark.parametrize(("start", "end"), [(0.5, 0.5), (0.8, 0.6), (-0.1, 0.5), (0.5, 1.0)])
 def test_bad_fractions_are_refused(start, end):
     for make in (lily.SettleCallback, lambda *a: lily.Settling(fresh(), 10, *a)):
-        with pytest.raises(LilyError, match="give fractions of training with 0 <= start < end < 1"):
+        with pytest.raises(LilyError, match="expected fractions of training, 0 <= start < end < 1"):
             make(start, end)
 
 
@@ -322,7 +322,7 @@ def test_an_optimiser_made_too_early_is_refused(tmp_path):
         callbacks=[lily.SettleCallback()],
         optimizers=(optimiser, None),
     )
-    with pytest.raises(LilyError, match="the optimiser was made before the adapter got its static weights"):
+    with pytest.raises(LilyError, match="the optimizer was created before the adapter got its static weights"):
         trainer.train()
 
 

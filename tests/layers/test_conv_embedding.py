@@ -332,7 +332,7 @@ def test_an_embedding_that_cuts_norms_trains_and_refuses_to_merge():
     base = nn.Sequential(nn.Embedding(7, 4, max_norm=1.0))
     model = randomise(get_peft_model(base, LilyConfig(r=2, num_B=2, routing="static", target_modules=["0"])))
     model(torch.arange(7)).sum().backward()
-    with pytest.raises(LilyError, match=r"max_norm=1\.0: it cuts what it looks up"):
+    with pytest.raises(LilyError, match=r"max_norm=1\.0: it clips the rows that it looks up"):
         model.merge_adapter()
 
 

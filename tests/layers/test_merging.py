@@ -173,7 +173,7 @@ def test_an_injected_adapter_merges_layer_by_layer():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"routing": "token"}, "routing='token' depends on the data; turn it into a static one first .lily.collapse"),
+        ({"routing": "token"}, "routing='token' depends on the data; make it static first .lily.collapse"),
         ({"routing": "sequence"}, "routing='sequence' depends on the data"),
         ({"routing": "batch"}, "train the next one with `settle`"),
         ({"routing": "static", "activation": "relu"}, "activation='relu' between A and B is not linear"),

@@ -74,7 +74,7 @@ def test_a_second_adapter_goes_beside_the_same_module():
 
 def test_what_runs_beside_a_module_is_neither_merged_nor_exported():
     model = vit(routing="static", group_options=None)
-    with pytest.raises(LilyError, match="runs beside a ViTMLP"):
+    with pytest.raises(LilyError, match="runs in parallel to a ViTMLP"):
         model.merge_adapter()
     with pytest.raises(LilyError, match="is of the kind block"):
         as_lora(model)

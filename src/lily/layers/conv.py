@@ -23,7 +23,7 @@ class Conv2d(LilyLayer):
     """
 
     def update_of(self, adapter: str, x: Tensor) -> Tensor:
-        """See `LilyLayer.update_of`; an input without batch is one sample."""
+        """See `LilyLayer.update_of`; an input without batch dimension is one sample."""
         return super().update_of(adapter, x) if x.ndim == 4 else super().update_of(adapter, x.unsqueeze(0)).squeeze(0)
 
     @property
@@ -31,7 +31,7 @@ class Conv2d(LilyLayer):
         return cast(nn.Conv2d, self.base)
 
     def beyond_lora(self) -> str | None:
-        """What of the base layer a LoRA of it would not do: PEFT gives its A the kernel, stride and padding alone."""
+        """The option of the base layer that PEFT's LoRA ignores: its A has the kernel, stride and padding only."""
         conv = self._conv
         if any(d > 1 and k > 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)):
             return f"dilation={conv.dilation}"
@@ -46,7 +46,7 @@ class Conv2d(LilyLayer):
         return update.movedim(-1, 1)
 
     def _mask(self, x: Tensor, h: Tensor) -> Tensor | None:
-        return None  # an attention mask speaks of tokens, not of pixels
+        return None  # an attention mask covers tokens, not pixels
 
     def _oriented(self, factors: Factors) -> Tensor:
         return super()._oriented(factors).view(self.adapted_weight.shape)

@@ -51,7 +51,7 @@ class Linear(LilyLayer):
 
 
 def is_plain(base: nn.Module, x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether calling `base` on `x` is nothing but a product with a frozen weight, in `dtype`, plus a bias."""
+    """Whether calling `base` on `x` only multiplies by a frozen weight, in `dtype`, and adds a bias."""
     if type(base) is not nn.Linear and type(base).__name__ != "Conv1D":
         return False
     weight: Any = base.weight

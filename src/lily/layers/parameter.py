@@ -1,7 +1,7 @@
 """An adapted parameter: a matrix, or the stacked matrices of a mixture's experts.
 
-The module that owns it goes on computing whatever it computes, with another weight: nobody here sees its tokens. So the
-update has to be a matrix (static weights), and it is added to the weight for the time of a forward.
+The module that owns the parameter computes with an updated weight; its tokens are not visible here. So the update must
+be a matrix (static weights), and it is added to the weight during a forward.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lily.plan.specs import EXPERTS, is_transposed
 class Parameter(PartLayer):
     """An adapted parameter of `base_layer`; two of one module are nested, as PEFT's LoRA nests them.
 
-    Like there, the update is in force while the module is called; who reads the parameter from outside gets the
+    As in PEFT, the update is in force only while the module is called; reading the parameter from outside gives the
     frozen one.
 
     Args:
@@ -36,11 +36,11 @@ class Parameter(PartLayer):
     def __init__(self, base_layer: nn.Module, bank: LilyBank, part: str) -> None:
         super().__init__(base_layer, bank, part)
         self.weight_name = part
-        self.experts = 0  # of a matrix
+        self.experts = 0  # stacked experts; 0: a single matrix
 
     @property
     def adapted_weight(self) -> Any:
-        """The parameter as the module has it."""
+        """The frozen parameter."""
         return getattr(self.base, self.weight_name)
 
     def update_layer(
@@ -59,7 +59,7 @@ class Parameter(PartLayer):
             self.lily_logits[adapter_name] = nn.Parameter(logits.to(device or home, dtype), logits.requires_grad)
 
     def tensors_of(self, adapter: str, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-        """A and B (experts of B, r, out). Of stacked experts, A is (experts, r, in): each one's own."""
+        """A and B (experts of B, r, out). For stacked experts, A is (experts, r, in), the A of each."""
         A, B = super().tensors_of(adapter, device)
         if not self.experts:
             return A, B
@@ -67,8 +67,8 @@ class Parameter(PartLayer):
         return (A if stride == 1 else A[torch.arange(self.experts, device=A.device) // stride]), B
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module makes of its arguments with the updated weights, those of the whole nest."""
-        acting = [(layer, layer.acting()) for layer in self.nest]
+        """The module's output with its updated weights, including those of the adapters nested inside this one."""
+        acting = [(layer, layer.acting()) for layer in self.nested]
         if not any(adapters for _, adapters in acting):
             return self.base(*args, **kwargs)
         return call_with(self.base, partial(_updated, acting), args, kwargs)
@@ -81,7 +81,7 @@ class Parameter(PartLayer):
         return weight
 
     def _updated_weight(self, weight: Tensor, adapter: str) -> Tensor:
-        """`weight` with an update: for all experts as one batched product, added as it is computed."""
+        """`weight` plus an update, in one (batched, for stacked experts) multiply-add."""
         A, B = self.tensors_of(adapter, weight.device)
         with torch.autocast(weight.device.type, enabled=False):  # the weight keeps its dtype
             mixed = self._mixed(B, self.router_of(adapter))

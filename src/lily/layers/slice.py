@@ -16,12 +16,12 @@ from lily.plan.specs import layer_spec
 
 
 class Slice(PartLayer):
-    """A linear layer with an update of its outputs `rows` alone. Several slices of one layer are nested.
+    """A linear layer with an update of its outputs `rows` alone. Slices of one layer are nested.
 
     Args:
         base_layer: the frozen layer, or another slice of it.
         bank: the shared tensors.
-        part: the slice's own name.
+        part: the slice's name.
     """
 
     rows: Rows
@@ -42,7 +42,7 @@ class Slice(PartLayer):
     def adapted_weight(self) -> Any:
         """The slice's part of the base weight, as a view: (runs, run, in), or (in, runs, run) of `Conv1D`.
 
-        What is no plain weight is given as it is.
+        A weight that is not a plain tensor is returned unchanged.
         """
         weight = self.whole_weight
         if type(weight) not in (nn.Parameter, Tensor) or weight.ndim != 2:

@@ -1,4 +1,4 @@
-"""Finding an adapter inside a model: what every tool that reads or changes a trained adapter starts from."""
+"""Find an adapter inside a model, to read or change it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Adapted:
     """One adapter of a model.
 
     Attributes:
-        name: of the adapter.
+        name: name of the adapter.
         root: the base model, which holds the bank; names of layers are relative to it.
         bank: the shared tensors.
         config: the adapter's configuration.
@@ -37,11 +37,11 @@ class Adapted:
 
     @property
     def plan(self) -> SharingPlan:
-        """Who shares what."""
+        """The adapter's sharing plan."""
         return self.bank.plans[self.name]
 
     def watch_masks(self) -> None:
-        """Have attention masks noted for the layers that ask for them now."""
+        """Record attention masks for the layers that use them now."""
         watch_masks(self.root)
 
     @torch.no_grad()
@@ -49,7 +49,7 @@ class Adapted:
         """Turn a data-dependent adapter into a static one, in place.
 
         Args:
-            logits: layer -> logits (experts,) of its weights; default: those that the layers have already.
+            logits: layer -> logits (experts,) of its weights; default: the logits that the layers have.
         """
         for name, layer in self.layers.items():
             router = layer.router_of(self.name)
@@ -80,10 +80,9 @@ def find(model: nn.Module, adapter: str | None = None) -> Adapted:
     Raises:
         LilyError: if the model carries no Lily adapter, or none of that name.
     """
-    found = next(((n, m) for n, m in model.named_modules() if isinstance(m, LilyBank)), None)
-    if found is None:
+    path, bank = next(((n, m) for n, m in model.named_modules() if isinstance(m, LilyBank)), ("", None))
+    if bank is None:
         raise LilyError(f"this {type(model).__name__} carries no Lily adapter; load one with PeftModel.from_pretrained")
-    path, bank = found
     root = model.get_submodule(path.removesuffix(BANK).rstrip("."))
     active = cast(list[str], bank.active_adapters)
     if adapter is None:

@@ -147,7 +147,7 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         """Put an adapter on a part of a module, around those that are there."""
         path, _, part = name.rpartition(".")
         parent, target, target_name = _get_submodules(self.model, path)
-        nest = target.nest if isinstance(target, kind) else []
+        nest = target.nested if isinstance(target, kind) else []
         found = next((layer for layer in nest if layer.part == part), None)
         with context():
             layer = found or kind(target, self._bank(adapter_name, peft_config), part)
