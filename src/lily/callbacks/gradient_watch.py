@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from lily.layers.bank import BANK, LilyBank
+from lily.layers.bank import banks_in
 from lily.layers.find import layers_of
 from lily.layers.layer import LilyLayer
 
@@ -61,10 +61,8 @@ def idle_layers(model: nn.Module, trained: Collection[nn.Parameter]) -> tuple[se
     trained_ids = {id(p) for p in trained}
     idle: set[str] = set()
     total = 0
-    for path, bank in model.named_modules():
-        if not isinstance(bank, LilyBank):
-            continue
-        layers = layers_of(model.get_submodule(path.removesuffix(BANK).rstrip(".")))
+    for root, bank in banks_in(model):
+        layers = layers_of(root)
         total += len(layers)
         for name, layer in layers.items():
             tensors = [t for adapter in cast("list[str]", bank.active_adapters) for t in _tensors(layer, adapter)]

@@ -11,7 +11,6 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,32 +26,6 @@ from lily.errors import DivergedError
 
 # float16: consecutive steps that may overflow. Some do while the gradient scaler searches for its scale.
 OVERFLOWS = 50
-
-
-@dataclass(frozen=True)
-class Fault:
-    """A value that is not finite.
-
-    Attributes:
-        step: the optimizer step in which it was detected.
-        what: such as `the loss is nan`.
-        rate: the learning rate of that step.
-        last: the newest checkpoint, or None.
-    """
-
-    step: int
-    what: str
-    rate: float
-    last: Path | None
-
-    def __str__(self) -> str:
-        advice = (
-            "lower the learning rate or scaling, or train in float32 (or bfloat16) if this was float16"
-            if self.step > 1
-            else "nothing was learned yet, so check the base model's weights, its precision and the data"
-        )
-        kept = f"the last checkpoint is {self.last}" if self.last else "there is no checkpoint yet"
-        return f"step {self.step}: {self.what} (learning rate {self.rate:g}); {advice}. This step was not saved; {kept}"
 
 
 def last_checkpoint(folder: str) -> Path | None:
@@ -121,7 +94,7 @@ class HealthCallback(TrainerCallback):  # type: ignore[misc]
             what = f"the gradient has overflowed in {OVERFLOWS} steps in a row"
         else:
             what = _which("the gradient", model, gradients)
-        raise DivergedError(str(_fault(args, state.global_step + 1, what, optimizer)))
+        raise _diverged(args, state.global_step + 1, what, optimizer)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         """Check the weights before anything is logged, evaluated or saved.
@@ -148,7 +121,7 @@ class HealthCallback(TrainerCallback):  # type: ignore[misc]
         """
         weights = {p: _local(p.detach()) for p in _parameters(optimizer)}
         if not _finite(list(weights.values()), args):
-            raise DivergedError(str(_fault(args, state.global_step, _which("the weight", model, weights), optimizer)))
+            raise _diverged(args, state.global_step, _which("the weight", model, weights), optimizer)
 
 
 def _parameters(optimizer: Any) -> list[nn.Parameter]:
@@ -181,6 +154,16 @@ def _which(what: str, model: Any, tensors: Mapping[nn.Parameter, Tensor]) -> str
     return f"{what} of {shown} is not finite"
 
 
-def _fault(args: TrainingArguments, step: int, what: str, optimizer: Any) -> Fault:
+def _diverged(args: TrainingArguments, step: int, what: str, optimizer: Any) -> DivergedError:
+    """The error for `what`, such as `the loss is nan`, in an optimizer step."""
     rate = max(float(group["lr"]) for group in optimizer.param_groups)
-    return Fault(step, what, rate, last_checkpoint(args.output_dir))
+    advice = (
+        "lower the learning rate or scaling, or train in float32 (or bfloat16) if this was float16"
+        if step > 1
+        else "nothing was learned yet, so check the base model's weights, its precision and the data"
+    )
+    last = last_checkpoint(args.output_dir)
+    checkpoint = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
+    return DivergedError(
+        f"step {step}: {what} (learning rate {rate:g}); {advice}. This step was not saved; {checkpoint}"
+    )

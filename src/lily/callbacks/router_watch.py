@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, cast
 
 from torch import nn
 
-from lily.layers.bank import BANK, LilyBank
+from lily.layers.bank import banks_in
 from lily.layers.find import watch_masks
 from lily.layers.layer import LilyLayer
 from lily.layers.routing_statistics import DEAD_EXPERT, RoutingStatistics
@@ -127,18 +128,13 @@ class RouterWatch:
     @staticmethod
     def wants(step: int, total: int) -> bool:
         """Whether to sample the step after `step` of `total`."""
-        return step % max(2, min(AT_LEAST, total // SAMPLES)) == 0  # even: others may record the steps between
+        return step % max(2, min(AT_LEAST, total // SAMPLES)) == 0  # 2 or more: others may record the steps between
 
     def attach(self, model: nn.Module) -> None:
         """Start recording every data-dependent router that is not being recorded already."""
-        for path, bank in model.named_modules():
-            if isinstance(bank, LilyBank):
-                root = model.get_submodule(path.removesuffix(BANK).rstrip("."))
-                self._attach(root, cast("list[str]", bank.active_adapters))
-
-    def _attach(self, root: nn.Module, adapters: list[str]) -> None:
-        for name, layer in root.named_modules():
-            for adapter in adapters if isinstance(layer, LilyLayer) else ():
+        for root, bank in banks_in(model):
+            layers = [(name, layer) for name, layer in root.named_modules() if isinstance(layer, LilyLayer)]
+            for (name, layer), adapter in product(layers, cast("list[str]", bank.active_adapters)):
                 if adapter in layer.lily_router and adapter not in layer.statistics:
                     experts = layer.settings[adapter].num_B
                     layer.statistics[adapter] = RoutingStatistics.empty(experts, training_only=True, per_token=True)

@@ -88,92 +88,75 @@ def _is_ordinary(*tensors: Tensor) -> bool:
 PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    router: Tensor | None,
-    how: How,
-    mask: Tensor | None = None,
-) -> Tensor:
+class Update(NamedTuple):
+    """An adapter's update in one forward.
+
+    Attributes:
+        A: (r, in).
+        B: (E * r, out).
+        router: as in `functional.lily`.
+        how: the options.
+        mask: (batch, tokens), for `sequence`.
+    """
+
+    A: Tensor
+    B: Tensor
+    router: Tensor | None
+    how: How
+    mask: Tensor | None = None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, update: Update) -> Tensor:
     """A frozen linear layer with its update.
 
     Args:
         x: (..., in).
         weight: (out, in), or (in, out) if `how.transposed`; must not require a gradient.
         bias: (out,); may require one.
-        A: (r, in).
-        B: (E * r, out).
-        router: as in `functional.lily`.
-        how: the options.
-        mask: (batch, tokens), for `sequence`.
+        update: the adapter's.
 
     Returns:
         (..., out), in `how.dtype`.
     """
-    return _apply(x, weight, bias, None, A, B, router, mask, how)
+    return _apply(x, weight, bias, None, update)
 
 
-def plus_update(
-    result: Tensor,
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    router: Tensor | None,
-    how: How,
-    mask: Tensor | None = None,
-) -> Tensor:
+def plus_update(result: Tensor, x: Tensor, update: Update) -> Tensor:
     """Add the update to the output of any other base layer, such as a quantized or trainable one.
 
     Args:
         result: (..., out); not modified.
         x: (..., in).
-        A: (r, in).
-        B: (E * r, out).
-        router: as in `functional.lily`.
-        how: the options.
-        mask: (batch, tokens), for `sequence`.
+        update: the adapter's.
 
     Returns:
         (..., out), in the dtype of `result`.
     """
-    return _apply(x, None, None, result, A, B, router, mask, how)
+    return _apply(x, None, None, result, update)
 
 
-def _apply(x: Tensor, *rest: Any) -> Tensor:
+def _apply(x: Tensor, weight: Tensor | None, bias: Tensor | None, result: Tensor | None, update: Update) -> Tensor:
     if torch.is_grad_enabled():
-        return cast(Tensor, _Node.apply(x, *rest))  # type: ignore[no-untyped-call]
-    if not torch.compiler.is_compiling() and 0 < x.numel() <= FEW * x.shape[-1]:
-        y = _decode(x, *rest)
+        return cast(Tensor, _Node.apply(x, weight, bias, result, *update))  # type: ignore[no-untyped-call]
+    if weight is not None and not torch.compiler.is_compiling() and 0 < x.numel() <= FEW * x.shape[-1]:
+        y = _decode(x, weight, bias, update)
         if y is not None:
             return y
-    return _forward(x, *rest)[0]
+    return _forward(x, weight, bias, result, update)[0]
 
 
-def _decode(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    result: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    router: Tensor | None,
-    mask: Tensor | None,
-    how: How,
-) -> Tensor | None:
+def _decode(x: Tensor, weight: Tensor, bias: Tensor | None, update: Update) -> Tensor | None:
     """The output for a few tokens with weights per token, in as few calls as possible, because calls dominate.
 
     None for other options.
     """
+    A, B, router, how, mask = update
     alone = how.routing == "sequence" and mask is None and x.ndim > 2 and x.numel() == x.shape[0] * x.shape[-1]
     per_token = (alone or how.routing in ("token", "static")) and how.experts > 1 and router is not None
-    plain = weight is not None and result is None and not how.transposed
-    plain = plain and how.activation == "none" and not how.dropout
-    if not (per_token and plain and x.dtype == A.dtype == weight.dtype == how.dtype):  # type: ignore[union-attr]
+    plain = not how.transposed and how.activation == "none" and not how.dropout
+    if not (per_token and plain and x.dtype == A.dtype == weight.dtype == how.dtype):
         return None
-    y = F.linear(x, weight, bias)  # type: ignore[arg-type]
+    y = F.linear(x, weight, bias)
     h = F.linear(x, A)
     logits = router if how.routing == "static" else F.linear(h, router)  # type: ignore[arg-type]
     p = torch.softmax(logits, -1) if how.dtype == torch.float32 else functional.softmax(logits)  # type: ignore[arg-type]
@@ -185,8 +168,8 @@ def _decode(
 class _Node(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        x, _, bias, _, A, B, router, mask, how = inputs
-        y, weight, dropped = _forward(*inputs)
+        x, weight, bias, result, A, B, router, how, mask = inputs
+        y, weight, dropped = _forward(x, weight, bias, result, Update(A, B, router, how, mask))
         ctx.how = how
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(x, weight, A, B, router, mask, *dropped)
@@ -223,17 +206,10 @@ class _Node(torch.autograd.Function):
 
 
 def _forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    result: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    router: Tensor | None,
-    mask: Tensor | None,
-    how: How,
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, result: Tensor | None, update: Update
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
     """The output, the base weight in `how.dtype`, and h and dh/da if dropout prevents recomputing them."""
+    A, B, router, how, mask = update
     with _plain_products(x):
         low = x.to(how.dtype)
         if result is None:

@@ -192,6 +192,12 @@ class LilyBank(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return f"lily.LilyBank({', '.join(self.plans)})"
 
 
+def banks_in(model: nn.Module) -> list[tuple[nn.Module, LilyBank]]:
+    """Every bank inside a model, after the module that it belongs to."""
+    banks = [(path, module) for path, module in model.named_modules() if isinstance(module, LilyBank)]
+    return [(model.get_submodule(path.removesuffix(BANK).rstrip(".")), bank) for path, bank in banks]
+
+
 def bank_of(model: nn.Module) -> LilyBank:
     """The bank of an adapted model.
 

@@ -151,16 +151,9 @@ class LilyLayer(nn.Module, MergingMixin):
         """
         own = config.options_of(group.name)
         self.settings[adapter] = Settings(
-            slot,
-            group.r,
-            group.num_B,
-            group.stride,
-            own.scaling,
-            str(config.routing),
-            config.batch_scope,
-            own.activation,
-            own.dropout,
-        )
+            slot, group.r, group.num_B, group.stride, own.scaling, str(config.routing), config.batch_scope,
+            own.activation, own.dropout,
+        )  # fmt: skip
         if group.num_B > 1 and config.routing in DYNAMIC and not config.shared_router:
             self.lily_router[adapter] = Router(group.r, group.num_B)
             if config.settled is not None:
@@ -259,11 +252,11 @@ class LilyLayer(nn.Module, MergingMixin):
         """`result` (..., out) plus an adapter's update for `x` (..., in), fused where possible."""
         fast = self._fast(adapter, x)
         if fast:
-            return fused.plus_update(result, x, *fast)
+            return fused.plus_update(result, x, fast)
         return result + self.update_of(adapter, x).to(result.dtype)
 
-    def _fast(self, adapter: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, fused.How, Tensor | None] | None:
-        """The arguments of `fused` for the adapter's update, or None where only the reference can compute it."""
+    def _fast(self, adapter: str, x: Tensor) -> fused.Update | None:
+        """The adapter's update for `fused`, or None where only the reference can compute it."""
         bank, settings, router = self._bank[0], self.settings[adapter], self.router_of(adapter, x.device)
         routing = settings.routing
         settled = bank.settled.get(adapter) if router is not None else None
@@ -282,7 +275,7 @@ class LilyLayer(nn.Module, MergingMixin):
         dropout = settings.dropout if self.training else 0.0
         how = fused.How(routing, settings.num_B, settings.scaling, dtype, settings.activation, dropout, self.transposed)
         mask = bank.masks.mask_for(x) if routing == "sequence" else None
-        return A, B, router, how, mask
+        return fused.Update(A, B, router, how, mask)
 
     def _settled_router(self, adapter: str, done: bool) -> tuple[str, Tensor]:
         """The routing before or after settling and its router, plus zero times the unused one.

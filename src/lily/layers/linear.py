@@ -38,13 +38,13 @@ class Linear(LilyLayer):
             if adapter not in self.settings:
                 continue
             fast = self._fast(adapter, x)
-            if result is None and fast and not args and not kwargs and is_plain(base, x, fast[3].dtype):
-                result = fused.linear(x, base.weight, base.bias, *fast)  # type: ignore[arg-type]
+            if result is None and fast and not args and not kwargs and is_plain(base, x, fast.how.dtype):
+                result = fused.linear(x, base.weight, base.bias, fast)  # type: ignore[arg-type]
                 continue
             if result is None:
                 result = base(x, *args, **kwargs)
             if fast:
-                result = fused.plus_update(result, x, *fast)
+                result = fused.plus_update(result, x, fast)
             else:
                 result = result + self.update_of(adapter, x).to(result.dtype)
         return cast(Tensor, base(x, *args, **kwargs)) if result is None else result

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lily.checkpoint.stock import decide_file_format
 from lily.errors import LilyError
-from lily.layers.bank import BANK, LilyBank
+from lily.layers.bank import LilyBank, banks_in
 from lily.layers.find import layers_of, watch_masks
 from lily.layers.layer import LilyLayer
 from lily.plan.config import LilyConfig
@@ -80,10 +80,10 @@ def find(model: nn.Module, adapter: str | None = None) -> Adapted:
     Raises:
         LilyError: if the model carries no Lily adapter, or none of that name.
     """
-    path, bank = next(((n, m) for n, m in model.named_modules() if isinstance(m, LilyBank)), ("", None))
-    if bank is None:
+    banks = banks_in(model)
+    if not banks:
         raise LilyError(f"this {type(model).__name__} carries no Lily adapter; load one with PeftModel.from_pretrained")
-    root = model.get_submodule(path.removesuffix(BANK).rstrip("."))
+    root, bank = banks[0]
     active = cast(list[str], bank.active_adapters)
     if adapter is None:
         if len(active) != 1:

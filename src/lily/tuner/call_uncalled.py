@@ -22,33 +22,21 @@ from lily.plan.uncalled_layers import SEPARATE, SEPARATED, children_read
 
 
 class Applied:
-    """A stand-in for an adapted layer in a mixer that multiplies by its weight: `layer.weight @ x` calls the layer.
+    """A stand-in for an adapted layer in a mixer that multiplies by its weight: `layer.weight @ x` applies the layer.
 
     Args:
         layer: the adapted layer.
     """
 
     def __init__(self, layer: LilyLayer) -> None:
-        self.layer, self.weight, self.bias = layer, Product(layer), layer.bias
+        self.layer, self.weight, self.bias = layer, self, layer.bias
 
     def __call__(self, x: Tensor) -> Tensor:
         """Call the layer, as a mixer of a quantized model does."""
-        result: Tensor = self.layer(x)
-        return result
-
-
-class Product:
-    """A stand-in for the weight of an adapted layer that adds the updates to a product.
-
-    Args:
-        layer: the adapted layer.
-    """
-
-    def __init__(self, layer: LilyLayer) -> None:
-        self.layer = layer
+        return self.layer(x)  # type: ignore[no-any-return]
 
     def __matmul__(self, columns: Tensor) -> Tensor:
-        """Columns (..., in, tokens) -> (..., out, tokens), without the layer's bias."""
+        """The layer without its bias: columns (..., in, tokens) -> (..., out, tokens)."""
         # The same product as the mixer's, so that an adapter that adds zero does not even change the rounding.
         result: Tensor = self.layer.get_base_layer().weight @ columns
         rows = columns.transpose(-1, -2)
