@@ -76,14 +76,19 @@ class MaskTracker:
         return None if mask is None else mask.to(x.device)  # the model's inputs may be on another device than the layer
 
 
-class EnterModel:
-    """Before a model's forward: its masks hold until `LeaveModel`."""
+class ModelHooks:
+    """Forward hooks of one model: its masks are in force during its forward, and again in its backward.
+
+    Args:
+        tracker: where the layers look up masks.
+        module: the model.
+    """
 
     def __init__(self, tracker: MaskTracker, module: nn.Module) -> None:
         self.tracker = tracker
         self.names = list(inspect.signature(module.forward).parameters)
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Open a scope. If the mask has an unsupported form, the outer one stays in force."""
         arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
         scopes = self.tracker.scopes
@@ -95,15 +100,8 @@ class EnterModel:
             Scope(own, other if _readable(other) else None, _address(states) if isinstance(states, Tensor) else None)
         )
 
-
-class LeaveModel:
-    """After a model's forward, also one that raised."""
-
-    def __init__(self, tracker: MaskTracker) -> None:
-        self.tracker = tracker
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Close the scope, and restore it in backward."""
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Close the scope, also after a forward that raised, and restore it in backward."""
         tracker = self.tracker
         if not tracker.scopes:
             return
@@ -153,6 +151,7 @@ def watch(model: nn.Module, layers: Iterable[str], tracker: MaskTracker) -> list
     handles: list[Any] = []
     for name in sorted(names):
         module = model.get_submodule(name)
-        handles.append(module.register_forward_pre_hook(EnterModel(tracker, module), with_kwargs=True))
-        handles.append(module.register_forward_hook(LeaveModel(tracker), always_call=True))
+        hooks = ModelHooks(tracker, module)
+        handles.append(module.register_forward_pre_hook(hooks.enter, with_kwargs=True))
+        handles.append(module.register_forward_hook(hooks.leave, always_call=True))
     return handles

@@ -238,7 +238,7 @@ class LilyLayer(nn.Module, MergingMixin):
 
     def _down(self, x: Tensor, A: Tensor) -> Tensor:
         """The input projected by A, before the activation: (..., r), where the leading dimensions are tokens."""
-        return self._cast_input_dtype(x, A.dtype) @ A.T
+        return self._cast_input_dtype(x, A.dtype) @ A.T  # type: ignore[no-any-return]
 
     def _out(self, update: Tensor, x: Tensor) -> Tensor:
         """The update (..., out) in the shape of the base layer's output."""

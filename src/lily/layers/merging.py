@@ -78,26 +78,16 @@ class MergingMixin(BaseTunerLayer):  # type: ignore[misc]
     rounding: dict[str, float]
     transposed: bool
 
-    if TYPE_CHECKING:  # LilyLayer's, and those of BaseTunerLayer, which has no types
+    if TYPE_CHECKING:  # BaseTunerLayer's, which has no types, and LilyLayer's
         active_adapters: list[str]
-
-        def get_base_layer(self) -> Any:
-            """See PEFT."""
-
-        def _cast_input_dtype(self, x: Tensor, dtype: torch.dtype) -> Tensor: ...
-
-        def _move_adapter_to_device_of_base_layer(
-            self, adapter_name: str, device: torch.device | None = None
-        ) -> None: ...
+        get_base_layer: Any
+        _cast_input_dtype: Any
+        _move_adapter_to_device_of_base_layer: Any
+        is_static: Any
+        factors: Any
 
         @property
         def adapted_weight(self) -> Any:
-            """See `LilyLayer`."""
-
-        def is_static(self, adapter: str) -> bool:
-            """See `LilyLayer`."""
-
-        def factors(self, adapter: str) -> Factors:
             """See `LilyLayer`."""
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
