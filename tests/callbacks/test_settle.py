@@ -214,7 +214,7 @@ def test_training_in_eval_mode_settles_on_nothing_and_says_so():
         settling.step(4)
 
 
-def test_accumulation_counts_optimiser_steps(tmp_path):
+def test_accumulation_counts_optimizer_steps(tmp_path):
     whole, watch = trained(tmp_path, per_device_train_batch_size=4)
     parts, other = trained(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2)
     assert watch.shares == other.shares
@@ -255,12 +255,12 @@ def test_trls_trainer_settles_too(tmp_path):
 def test_ones_own_loop_settles_every_dynamic_routing(routing):
     model = fresh(routing=routing).train()
     settling = lily.Settling(model, total_steps=10, start=0.3, end=0.6)
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for step in range(10):
         settling.step(step)
         model(**inputs("llama", seed=step), labels=inputs("llama", seed=step)["input_ids"]).loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
     settling.finish()
     assert model.peft_config["default"].routing == "static"
     assert torch.isfinite(predict(model.eval(), inputs("llama"))).all()
@@ -312,15 +312,15 @@ def test_what_is_static_has_nothing_to_settle():
         LilyConfig(settled=1.5)
 
 
-def test_an_optimiser_made_too_early_is_refused(tmp_path):
+def test_an_optimizer_made_too_early_is_refused(tmp_path):
     model = fresh()
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     trainer = Trainer(
         model=model,
         args=arguments(tmp_path),
         train_dataset=ROWS,
         callbacks=[lily.SettleCallback()],
-        optimizers=(optimiser, None),
+        optimizers=(optimizer, None),
     )
     with pytest.raises(LilyError, match="the optimizer was created before the adapter got its static weights"):
         trainer.train()
@@ -343,14 +343,14 @@ def settle_on_own_rows(rank):
     model = fresh(settled=0.0)
     settling = lily.Settling(model, total_steps=20, start=0.4, end=0.7)
     parallel = torch.nn.parallel.DistributedDataParallel(model)
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
     vectors = []
     for step in range(20):
         settling.step(step)
         batch = inputs("llama", seed=100 * rank + step)
         parallel(**batch, labels=batch["input_ids"]).loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         vectors.append(torch.stack([v.detach().clone() for v in settling.logits]))
     settling.finish()
     return torch.stack(vectors).tolist(), predict(model.eval(), inputs("llama")).tolist()

@@ -387,7 +387,7 @@ def test_weights_of_few_values_parametrised_ones_and_the_roots_own_are_refused()
     with pytest.raises(LilyError, match="own belongs to the model itself"):
         get_peft_model(block, LilyConfig(target_parameters=["own"], **config))
     block.experts.proj = nn.Parameter(block.experts.proj.to(torch.float8_e4m3fn), requires_grad=False)
-    with pytest.raises(LilyError, match=r"experts\.proj is of torch\.float8_e4m3fn.*load the base model unquantised"):
+    with pytest.raises(LilyError, match=r"experts\.proj is of torch\.float8_e4m3fn.*load the base model unquanti"):
         get_peft_model(block, LilyConfig(target_parameters=["proj"], **config))
     nn.utils.parametrize.register_parametrization(block.experts, "single", nn.Identity())
     with pytest.raises(LilyError, match=r"experts\.single is parametrised"):
