@@ -4,9 +4,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/pip install --quiet --disable-pip-version-check
-TESTS := $(BIN)/python -m pytest -n 2 --dist loadscope
+TESTS := $(BIN)/python -m pytest -n 2 --dist worksteal --durations 20
 
-.PHONY: demo test test-all test-vision lint docs bench minimal clean
+.PHONY: demo test test-all test-oldest test-vision lint docs bench minimal clean
 
 $(VENV)/torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -30,7 +30,22 @@ test: $(VENV)/dev  ## the tests that need no download (under 10 minutes on 2 cor
 test-all: $(VENV)/dev  ## also the slow ones and those that download a package
 	$(TESTS)
 
-# An environment of its own: where torchvision is installed without CUDA, transformers cannot be imported unless the two
+# The oldest versions that pyproject.toml allows, and the tests of what depends on them.
+CORE := tests/plan tests/layers tests/tuner tests/kernels tests/checkpoint tests/callbacks/test_settle.py \
+	tests/recipes/trainer/test_private_methods.py tests/recipes/trainer/test_interrupted.py tests/recipes/test_train.py
+
+$(VENV)-oldest/oldest: constraints.txt constraints-oldest.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)-oldest
+	grep -vE "^($$(grep -o '^[a-z_]*' constraints-oldest.txt | paste -sd '|'))==" constraints.txt > $(VENV)-oldest/constraints.txt
+	cat constraints-oldest.txt >> $(VENV)-oldest/constraints.txt
+	PIP_CONSTRAINT=$(CURDIR)/$(VENV)-oldest/constraints.txt $(VENV)-oldest/bin/pip install --quiet torch
+	PIP_CONSTRAINT=$(CURDIR)/$(VENV)-oldest/constraints.txt $(VENV)-oldest/bin/pip install --quiet -e ".[dev]"
+	touch $@
+
+test-oldest: $(VENV)-oldest/oldest  ## the core of the tests on the oldest supported torch, peft and transformers
+	$(VENV)-oldest/bin/python -m pytest -n 2 --dist worksteal -m "not slow and not network" $(CORE)
+
+# A separate environment: where torchvision is installed without CUDA, transformers cannot be imported unless the two
 # operators that are missing are declared first, which the tests do and a user's program does not.
 $(VENV)-vision/vision: constraints.txt pyproject.toml
 	$(MAKE) VENV=$(VENV)-vision $(VENV)-vision/dev
@@ -38,7 +53,8 @@ $(VENV)-vision/vision: constraints.txt pyproject.toml
 	touch $@
 
 test-vision: $(VENV)-vision/vision  ## the paper's setting on a timm vision transformer
-	$(VENV)-vision/bin/python -m pytest tests/test_paper.py tests/test_slices.py tests/test_uncalled.py tests/recipes/test_image_recipes.py -k timm
+	$(VENV)-vision/bin/python -m pytest -k timm \
+		tests/test_paper.py tests/plan/test_fused_layouts.py tests/tuner/test_call_uncalled.py tests/recipes/test_image_recipes.py
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
@@ -67,4 +83,4 @@ minimal: constraints.txt  ## the package imports, and plans, with its minimal de
 	rm -rf $(VENV)-minimal
 
 clean:
-	rm -rf $(VENV) $(VENV)-vision runs site
+	rm -rf $(VENV) $(VENV)-vision $(VENV)-oldest runs site

@@ -28,7 +28,7 @@ PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "mkldnn::_li
 
 
 def kind_of(event: object, narrow: int) -> str:
-    """What an operator is for: products are the adapter's if one of their sides is as narrow as the adapter."""
+    """The purpose of an operator: products are the adapter's if one of their sides is as narrow as the adapter."""
     name, shapes = event.name, event.input_shapes  # type: ignore[attr-defined]
     if name in PRODUCTS:
         sides = [side for shape in shapes if len(shape) == 2 for side in shape]

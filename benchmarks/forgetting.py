@@ -67,17 +67,17 @@ def settings() -> list[Setting]:
 
 
 def quality(metric: str, values: dict[str, Any]) -> float:
-    """More is better: a loss counts with its sign changed."""
+    """The quality, larger is better: a loss is negated."""
     return float(-values[metric] if metric in LOWER_IS_BETTER else values[metric])
 
 
 def told(metric: str, found: float) -> str:
-    """A quality as the metric is usually told."""
+    """A quality in the metric's usual sign and unit."""
     return shown(metric, -found if metric in LOWER_IS_BETTER else found)
 
 
 def outcomes_of(setting: Setting, run_folder: Path, metric: str) -> list[Outcome]:
-    """What a run was at each of its evaluations."""
+    """Quality and forgetting of a run at each evaluation."""
     found = json.loads((run_folder / "metrics.json").read_text())
     before = found["forgetting"]["before"]
     with_ = {
@@ -120,7 +120,7 @@ def shrunk(setting: Setting, run_folder: Path, factor: float, metric: str) -> Ou
 
 
 def tables(found: Sequence[Outcome], metric: str) -> str:
-    """What each contestant reaches within each limit, and what the rules add, as Markdown."""
+    """The best of each method within each limit, and what the rules add, as Markdown."""
     limits = " | ".join(f"within {limit:g}" for limit in LIMITS)
     lines = [f"| | {limits} | best | its forgetting |", "|" + " --- |" * (len(LIMITS) + 3)]
     groups = by_contestant(found)
@@ -139,18 +139,18 @@ def tables(found: Sequence[Outcome], metric: str) -> str:
 
 
 def unit(metric: str) -> int:
-    """Losses are told in nats, all else in per cent."""
+    """Losses are in nats, other metrics in percent."""
     return 1 if metric in LOWER_IS_BETTER else 100
 
 
 def kept() -> str:
-    """The tables of the kept figures."""
+    """The tables of the stored figures."""
     found = json.loads(RESULTS.read_text("utf-8"))
     return tables([Outcome(**one) for one in found["outcomes"]], found["metric"])
 
 
 def draw(found: Sequence[Outcome], metric: str) -> None:
-    """The part of the plane that decides anything: within the last limit, and not far behind the best."""
+    """The relevant part of the plane: within the last limit, and not far behind the best."""
     far = max(o.quality for o in found) - DRAWN[unit(metric)]
     near = [
         Outcome(o.contestant, unit(metric) * o.quality, o.forgetting)

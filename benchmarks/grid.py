@@ -1,4 +1,4 @@
-"""Lily and LoRA of equal size over learning rates and scales: settings, and the runs that are not there yet."""
+"""Lily and LoRA of equal size over learning rates and scales: settings, and the runs that are missing."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def classes(told: Insight) -> list[dict[str, Any]]:
 
 
 def rounding(text: str) -> float:
-    """Counts stay what they are; anything else keeps four digits."""
+    """Round everything but counts to four digits."""
     value = float(text)
     return int(value) if value.is_integer() else float(f"{value:.4g}")
 

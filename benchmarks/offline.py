@@ -47,7 +47,7 @@ def train(out: Path) -> None:
 
 
 def collect(out: Path) -> None:
-    """Keep what the comparisons found."""
+    """Store the results of the comparisons."""
     found = {}
     for recipe in RECIPES:
         file = out / recipe.rpartition("/")[2] / "comparison.json"
@@ -57,7 +57,7 @@ def collect(out: Path) -> None:
 
 
 def kept() -> str:
-    """The kept figures as Markdown."""
+    """The stored figures as Markdown."""
     return summary([Comparison.from_dict(values) for values in json.loads(RESULTS.read_text("utf-8")).values()])
 
 

@@ -196,12 +196,12 @@ MARKED = re.compile(r"(<!-- figures: (.*?) -->\n)(.*?)\n?(<!-- end -->)", re.DOT
 
 
 def shown(page: Path) -> dict[str, str]:
-    """Marker -> the table that a page has there now."""
+    """Marker -> the table that the page contains now."""
     return {m[2]: m[3] for m in MARKED.finditer(page.read_text("utf-8"))}
 
 
 def put(page: Path, marker: str, written: str) -> None:
-    """Put a table between its markers; the page's others stay."""
+    """Put a table between its markers; the page's other tables are unchanged."""
     text = page.read_text("utf-8")
     page.write_text(MARKED.sub(lambda m: f"{m[1]}{written}\n{m[4]}" if m[2] == marker else m[0], text), "utf-8")
 

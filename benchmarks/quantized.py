@@ -1,4 +1,4 @@
-"""Quantised bases: a training step of Lily beside LoRA's on the same frozen weights, in time and memory.
+"""Quantized bases: a training step of Lily beside LoRA's on the same frozen weights, in time and memory.
 
     python benchmarks/quantized.py                        # prints the table of docs/quantization.md
     python benchmarks/quantized.py --width 2048 --depth 16 --device cuda
@@ -25,7 +25,7 @@ CONTESTANTS = (LORA, "Lily token", "Lily sequence", "Lily static")
 OPTIONS = {"r": 32, "num_A": 2, "num_B": 2}
 
 
-def quantised(subject: Subject, kind: str) -> Subject:
+def quantized(subject: Subject, kind: str) -> Subject:
     """The subject with frozen linear layers of few bits."""
     if kind == "none":
         return subject
@@ -54,7 +54,7 @@ def main() -> None:
     print(f"{subject.name}, {options.batch} x {options.tokens} tokens, {options.dtype}, ranks of equal parameters")
     print(f"{'base':6} {'MB':>7}  {'contestant':14} {'step':>8} {'ratio':>6} {'memory':>9} {'ratio':>6}")
     for kind in ("none", "int8", "nf4"):
-        base = quantised(subject, kind)
+        base = quantized(subject, kind)
         size = base.base.get_memory_footprint() / 1e6
         rivals = contestants(base, OPTIONS, CONTESTANTS)
         times, memory = (

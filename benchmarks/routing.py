@@ -93,7 +93,7 @@ def arrangements(labels: list[str]) -> dict[str, list[list[int]]]:
     shuffled = random.Random(0).sample(range(count), count)
     orders = {
         "as they come": range(count),
-        "other neighbours": shuffled,
+        "other neighbors": shuffled,
         "by class": sorted(shuffled, key=labels.__getitem__),
     }
     found = {name: [list(o)[i : i + SIZE] for i in range(0, count, SIZE)] for name, o in orders.items()}

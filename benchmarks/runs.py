@@ -1,4 +1,4 @@
-"""Training runs of the real-task benchmarks: what is trained, and not trained twice."""
+"""Training runs of the real-task benchmarks: each is trained once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Run = dict[str, Any]
 
 
 def changes(task: str, contestant: str) -> list[str]:
-    """What makes a contestant of a task's recipe: LoRA, a routing, or `settled` from the task's default routing."""
+    """The overrides for LoRA, for a routing, or for `settled` from the task's default routing."""
     if contestant == "LoRA":
         return ["method=lora"]
     if contestant == "settled":
@@ -32,17 +32,17 @@ def changes(task: str, contestant: str) -> list[str]:
 
 
 def default_routing(task: str) -> str:
-    """The routing that the recipe gets when it names none."""
+    """The routing of a recipe that names none."""
     return "token" if task == "boolq" else "sequence"
 
 
 def is_done(task: str, contestant: str, seed: int, out: Path) -> bool:
-    """Whether a run is there already."""
+    """Whether a run is finished."""
     return (out / f"{task}-{contestant}-{seed}" / "metrics.json").is_file()
 
 
 def run(task: str, contestant: str, seed: int, out: Path) -> Run | None:
-    """The figures of one run, trained now if it is not there yet; None if it failed."""
+    """The figures of one run, trained now if it is missing; None if it failed."""
     folder = out / f"{task}-{contestant}-{seed}"
     if not is_done(task, contestant, seed, out):
         command = [sys.executable, "-m", "lily", "train", task, *TASKS[task], *changes(task, contestant)]

@@ -1,4 +1,4 @@
-"""Learning rate and scale together, for Lily and a LoRA of equal size on real tasks: what defaults should be.
+"""Learning rate and scale together, for Lily and a LoRA of equal size on real tasks: to choose the defaults.
 
     LILY_DATA=../shared/data python benchmarks/scaling.py --out runs/scaling --jobs 2
 
@@ -52,7 +52,7 @@ def settings(seeds: Sequence[int]) -> list[Setting]:
 
 
 def collect(name: str, out: Path, jobs: int) -> list[Tried]:
-    """A task's settings with the mean over the seeds that are there."""
+    """A task's settings with the mean over the finished seeds."""
     changes, seeds = TASKS[name]
     base = loader.load_recipe(name, changes)
     metric = metrics.metrics_of(base)[0]
@@ -65,7 +65,7 @@ def collect(name: str, out: Path, jobs: int) -> list[Tried]:
 
 
 def tables(found: dict[str, list[Tried]]) -> str:
-    """The kept figures as Markdown: the best of each contestant, how wide it is, and the best at each product."""
+    """The stored figures as Markdown: each method's best, the settings near it, and the best at each product."""
     head = "| task | method | best | at learning rate | and scale | settings within 1 point | at rate 1e-3, scale 1 |"
     lines = [head, "| --- | --- | --- | --- | --- | --- | --- |"]
     for task, tried in found.items():
@@ -88,7 +88,7 @@ def tables(found: dict[str, list[Tried]]) -> str:
 
 
 def kept() -> str:
-    """The tables of the kept figures."""
+    """The tables of the stored figures."""
     found = json.loads(RESULTS.read_text("utf-8"))
     return tables({name: [Tried(**one) for one in own] for name, own in found.items()})
 

@@ -20,7 +20,7 @@ SEEDS = range(3)
 
 
 def collapsed(task: str, seed: int, out: Path, refit_steps: int = 0) -> dict[str, Any]:
-    """The report of collapsing the run that never settles, made now if it is not there yet."""
+    """The report of collapsing the run that never settles, made now if it is missing."""
     from lily.recipes.deploy import collapse_adapter
 
     source = out / f"{task}-{default_routing(task)}-{seed}"

@@ -1,4 +1,4 @@
-"""What the stand-in base models learned: makes them (minutes, once) and measures each against no training.
+"""What the stand-in base models learned: makes them (minutes, once) and compares each with an untrained model.
 
     python benchmarks/standins.py --out benchmarks/results/standins.json [NAME ...]
 
@@ -72,7 +72,7 @@ def tables(found: dict[str, Any]) -> str:
 
 
 def text(folder: Path, definition: Standin) -> dict[str, Any]:
-    """Perplexities per token of the texts that were kept from training."""
+    """Perplexities per token of the held-out texts."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     train, kept = standins.held_out(TEXTS[definition.data]())
     ids = standins.windows(tokenizer, kept, definition.tokens)

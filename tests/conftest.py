@@ -7,6 +7,9 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+# Set before torch is imported: on models 32 wide a second thread only costs, and every worker has a core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -15,17 +18,38 @@ import torchvision_cpu
 
 torchvision_cpu.declare()
 
+from finished import chat_run, classifier_run  # noqa: E402
 from helpers import BUILDERS  # noqa: E402
+from recipes_helpers import chat_model, chat_table, encoder, table  # noqa: E402
+
+__all__ = ["chat_model", "chat_run", "chat_table", "classifier_run", "encoder", "table"]
+
+ROUTINGS = ["token", "sequence", "batch", "static", "uniform"]
 
 
-@pytest.fixture(params=sorted(BUILDERS))
-def kind(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture(params=["token", "sequence", "batch", "static", "uniform"])
+@pytest.fixture(params=ROUTINGS)
 def routing(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`kind` and `routing`: every routing on one kind of model, and every kind of model with one routing.
+
+    Layers decide the routing and injection decides the kind, so that the other pairs prove nothing more.
+    """
+    if {"kind", "routing"} <= set(metafunc.fixturenames) and not _named(metafunc, "kind"):
+        pairs = [("llama", routing) for routing in ROUTINGS]
+        pairs += [(kind, ROUTINGS[i % 2]) for i, kind in enumerate(sorted(BUILDERS)) if kind != "llama"]
+        metafunc.parametrize(("kind", "routing"), pairs)
+    elif "kind" in metafunc.fixturenames and not _named(metafunc, "kind"):
+        metafunc.parametrize("kind", sorted(BUILDERS))
+
+
+def _named(metafunc: pytest.Metafunc, name: str) -> bool:
+    """Whether a test says itself which values a name takes."""
+    marks = metafunc.definition.iter_markers("parametrize")
+    names = [mark.args[0].split(",") if isinstance(mark.args[0], str) else mark.args[0] for mark in marks]
+    return name in [one.strip() for group in names for one in group]
 
 
 def pytest_configure(config: pytest.Config) -> None:

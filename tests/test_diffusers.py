@@ -207,7 +207,7 @@ def test_the_component_can_be_named_and_must_be_where_it_is_not_known(tmp_path):
     other = export.as_lora(adapted("llama", routing="static"), target="diffusers")
     with pytest.raises(LilyError, match="component='unet'"):
         export.write_lora(other, tmp_path / "other", layout="diffusers")
-    with pytest.raises(LilyError, match="goes with layout='diffusers'"):
+    with pytest.raises(LilyError, match="is only for layout='diffusers'"):
         export.write_lora(other, tmp_path / "other", component="unet")
     with pytest.raises(LilyError, match="choose peft or diffusers"):
         export.write_lora(other, tmp_path / "other", layout="kohya")
@@ -227,7 +227,7 @@ def test_what_a_pipeline_would_scale_wrongly_is_refused(tmp_path):
     pipe.load_lora_weights(str(tmp_path / "b"))
     assert (output(pipe.unet, unet_inputs()) - output(uneven, unet_inputs())).abs().max() <= 1e-5
     other = dataclasses.replace(padded, other={"x.bias": torch.ones(1)})
-    with pytest.raises(LilyError, match="nothing but A and B"):
+    with pytest.raises(LilyError, match="only A and B"):
         export.write_lora(other, tmp_path / "c", layout="diffusers")
 
 

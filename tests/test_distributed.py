@@ -50,7 +50,7 @@ def train(model: nn.Module, mine: Any, accumulation: int = 1, half: bool = False
     """The losses of some steps; `mine` gives this process's part of a micro-batch. Learns slowly, so that Adam, whose
     first steps are as large for a gradient of 1e-9 as for one of 1, does not make a difference of a rounding error."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=1e-3, eps=1e-4)
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, eps=1e-4)
     losses = []
     for step in range(STEPS):
         total = 0.0
@@ -59,8 +59,8 @@ def train(model: nn.Module, mine: Any, accumulation: int = 1, half: bool = False
                 loss = model(**mine(batch(step * accumulation + micro))).loss / accumulation
             loss.backward()
             total += loss.item()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         losses.append(total)
     return losses
 
@@ -281,8 +281,8 @@ def with_deepspeed(folder: Path, stage: int, method: str, rank: int) -> Any:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    optimiser = torch.optim.AdamW(trained, lr=1e-3, eps=1e-4)
-    engine, *_ = deepspeed.initialize(model=inner, optimizer=optimiser, config=config)
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, eps=1e-4)
+    engine, *_ = deepspeed.initialize(model=inner, optimizer=optimizer, config=config)
     losses = []
     for step in range(STEPS):
         loss = engine(**part(batch(step), rank, 2)).loss

@@ -1,9 +1,145 @@
-"""What importing the package costs and pulls in, in fresh processes."""
+"""Which folder may import which, and what importing the package costs and pulls in, in fresh processes."""
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+from paths import ROOT
+
+SOURCE = ROOT / "src"
+
+# A file or folder imports what stands below it, never what stands above it or on its own line. One line is one level.
+DIRECTION = """
+__main__
+cli
+tune
+compare
+insight
+recipes bench
+analysis
+export gguf_lora
+callbacks deploy
+tuner
+checkpoint distributed
+layers
+budget
+plan
+kernels io
+functional html errors
+_after_import _version
+"""
+RECIPES = """
+deploy dry_run
+dreambooth
+train
+preflight
+vision_mamba standins
+results
+loader
+checks
+trainer
+scoring
+methods
+models
+offline
+data
+spec
+"""
+
+
+def test_imports_go_down_only():
+    assert list(upward(levels(DIRECTION), ("lily",))) == []
+
+
+def test_imports_within_recipes_go_down_only():
+    assert list(upward(levels(RECIPES), ("lily", "recipes"))) == []
+
+
+def test_every_folder_has_a_level():
+    for table, folder in ((DIRECTION, SOURCE / "lily"), (RECIPES, SOURCE / "lily" / "recipes")):
+        rooms = {p.stem for p in folder.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
+        assert rooms - {"__init__"} == set(levels(table))
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    graph = {module: {imported for imported, _ in imports(module)} - {module} for module in modules()}
+    while leaves := {module for module, needs in graph.items() if not needs & graph.keys()}:
+        graph = {module: needs for module, needs in graph.items() if module not in leaves}
+    while roots := graph.keys() - set().union(*graph.values()):
+        graph = {module: needs for module, needs in graph.items() if module not in roots}
+    assert graph == {}
+
+
+def test_an_upward_import_and_a_circle_are_seen(tmp_path, monkeypatch):
+    for name, text in {
+        "__init__": "",
+        "low": "def f():\n    from lily import high\n",
+        "high": "import lily.low",
+    }.items():
+        (tmp_path / "lily").mkdir(exist_ok=True)
+        (tmp_path / "lily" / f"{name}.py").write_text(text)
+    monkeypatch.setattr(sys.modules[__name__], "SOURCE", tmp_path)
+    modules.cache_clear()
+    try:
+        assert list(upward(levels("high\nlow"), ("lily",))) == ["lily/low.py:2 imports lily.high"]
+        with pytest.raises(AssertionError):
+            test_no_modules_import_each_other_in_a_circle()
+    finally:
+        modules.cache_clear()
+
+
+def levels(table: str) -> dict[str, int]:
+    """Name of a file or folder -> its level, 0 at the bottom."""
+    return {name: level for level, line in enumerate(reversed(table.split("\n"))) for name in line.split()}
+
+
+def upward(table: dict[str, int], folder: tuple[str, ...]) -> Iterator[str]:
+    """The imports, between what is in `folder`, that go up or sideways."""
+    for module in modules():
+        here = room(module, folder)
+        for imported, line in imports(module):
+            there = room(imported, folder)
+            if here in table and there in table and here != there and table[there] >= table[here]:
+                yield f"{modules()[module].relative_to(SOURCE)}:{line} imports {imported}"
+
+
+def room(module: str, folder: tuple[str, ...]) -> str | None:
+    parts = tuple(module.split("."))
+    return parts[len(folder)] if parts[: len(folder)] == folder and len(parts) > len(folder) else None
+
+
+@cache
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in sorted((SOURCE / "lily").rglob("*.py")):
+        parts = path.relative_to(SOURCE).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(module: str) -> Iterator[tuple[str, int]]:
+    """The package's modules that a module imports, wherever the import stands, and the line. `lily` itself is lazy."""
+    if module == "lily":
+        return
+    for node in ast.walk(ast.parse(modules()[module].read_text("utf-8"))):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if name in modules() else node.module for name in names]
+        for name in names:
+            if name in modules() and name != "lily":
+                yield name, node.lineno
+
+
+# --- fresh processes ------------------------------------------------------------------------------------------------
 
 HEAVY = ["trl", "matplotlib", "sklearn", "datasets", "timm", "diffusers", "scipy", "pandas", "onnx", "gguf"]
 
@@ -12,14 +148,73 @@ def run(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 
 
-def test_importing_lily_imports_nothing_heavy_beyond_what_peft_needs():
-    code = "import sys, {}\nprint([m for m in " + str(HEAVY) + " if m in sys.modules])"
-    assert run(code.format("lily")) == run(code.format("peft"))
-
-
-def test_importing_lily_adds_itself_and_one_module_of_pefts_to_importing_peft():
+def test_importing_lily_and_the_help_of_the_command_line_import_nothing_heavy():
     code = (
-        "import sys\nimport peft\nbefore = set(sys.modules)\nimport lily\n"
-        "print(sorted(m for m in set(sys.modules) - before if m.partition('.')[0] != 'lily'))"
+        "import sys, lily, lily.cli.main\n"
+        "from typer.testing import CliRunner\n"
+        "assert 'Fine-tune' in CliRunner().invoke(lily.cli.main.app, ['--help']).stdout\n"
+        "print([m for m in ('torch', 'transformers', 'peft', 'numpy', 'pydantic') if m in sys.modules])"
     )
-    assert run(code).strip() == "['peft.utils.hotswap']"
+    assert run(code).strip() == "[]"
+
+
+def test_using_lily_imports_nothing_beyond_what_peft_needs():
+    code = (
+        "import sys\nimport peft\nbefore = set(sys.modules)\nimport lily\nlily.LilyConfig, lily.LilyModel\n"
+        "print(sorted(m for m in set(sys.modules) - before if m.partition('.')[0] != 'lily'))\n"
+        f"print([m for m in {HEAVY} if m in sys.modules and m not in before])"
+    )
+    assert run(code).split("\n")[:2] == ["['peft.utils.hotswap']", "[]"]
+
+
+# Each case is forked from a process that has most of what PEFT imports, but neither PEFT nor transformers' models.
+FORKS = """
+import os, sys, traceback
+import accelerate, bitsandbytes, torch, transformers, transformers.masking_utils
+import torch._dynamo, torch._inductor.compile_fx, torch.distributed.tensor
+assert "peft" not in sys.modules and "transformers.modeling_utils" not in sys.modules
+for code in {cases!r}:
+    if (child := os.fork()) == 0:
+        try:
+            exec(code)
+            from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING as tuners
+            from transformers.integrations.peft import PeftAdapterMixin
+            import peft
+            assert tuners[peft.PeftType.LILY].__module__ == "lily.tuner.model", tuners
+            assert peft.load_peft_weights.__module__ == "lily.tuner.peft_loading"
+            assert PeftAdapterMixin.load_adapter.__module__ == "lily.tuner.peft_loading"
+            assert not any("lily" in type(finder).__module__ for finder in sys.meta_path)
+        except BaseException:
+            print(code, traceback.format_exc(), flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+
+ORDERS = [
+    "import peft, lily",
+    "import lily; from peft import load_peft_weights as l; assert l.__module__ == 'lily.tuner.peft_loading'",
+    "import lily; from transformers import PreTrainedModel; assert 'peft' in sys.modules",
+    "import lily; import importlib.util as u; u.find_spec('peft'); import peft",
+    "from lily.layers.layer import LilyLayer",
+    "from lily.plan import LilyConfig",
+    "from lily.checkpoint.load import check_fit",
+    "from lily.tuner.adapter import find",
+]
+
+
+def test_peft_uses_this_package_whatever_is_imported_first():
+    assert run(FORKS.format(cases=ORDERS)) == ""
+
+
+@pytest.mark.slow
+def test_any_module_may_be_the_first_that_is_imported():
+    names = [name for name in modules() if name not in ("lily.__main__", "lily.compare.worker")]
+    assert run(FORKS.format(cases=[f"import {name}; import peft" for name in names])) == ""
+
+
+def test_the_packages_own_unregister_holds_before_peft_is_imported():
+    code = (
+        "import lily; lily.unregister()\nimport peft\nfrom peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING as tuners\n"
+        "print(tuners[peft.PeftType.LILY].__module__)"
+    )
+    assert run(code).strip() == "peft.tuners.lily.model"

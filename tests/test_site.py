@@ -1,4 +1,4 @@
-"""The docs' site: what is generated for it, its links, and that its pages load nothing from elsewhere."""
+"""The docs' site: what is generated for it, its links, and that its pages load nothing from other hosts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lily.cli.main import app
 from lily.recipes.spec.dreambooth import DreamBooth
 from lily.recipes.spec.schema import Recipe
 
-BENCHMARKS = {"learning-rate", "forgetting"}  # written by benchmarks/, and compared by tests/test_bench.py
+BENCHMARKS = {"learning-rate", "forgetting"}  # written by benchmarks/, and compared by tests/bench/test_bench.py
 
 
 def hook(name: str) -> ModuleType:
@@ -29,7 +29,7 @@ figures, links, reference = hook("figures"), hook("links"), hook("reference")
 same, selfcontained = hook("same"), hook("selfcontained")
 
 
-def test_a_link_out_of_docs_leads_to_what_the_site_takes_along():
+def test_a_link_out_of_docs_leads_to_the_copy_on_the_site():
     text = "[a](../benchmarks/results/x.json) [b](routing.md#why) [c](../CHANGELOG.md) [d](https://x.org) ![e](f/g.png)"
     assert links.outside(text, "insight.md") == {"benchmarks/results/x.json", "CHANGELOG.md"}
     assert links.rewritten(text, "insight.md") == (
@@ -38,13 +38,13 @@ def test_a_link_out_of_docs_leads_to_what_the_site_takes_along():
 
 
 def test_links_of_a_page_in_a_folder_are_relative_to_it_and_code_is_left_alone():
-    text = "[a](../../src/lily/plan.py#x)\n```md\n[a](../../src/lily/plan.py)\n```\n"
+    text = "[a](../../src/lily/plan/select.py#x)\n```md\n[a](../../src/lily/plan/select.py)\n```\n"
     assert links.rewritten(text, "tutorials/text.md") == (
-        "[a](../files/src/lily/plan.py#x)\n```md\n[a](../../src/lily/plan.py)\n```\n"
+        "[a](../files/src/lily/plan/select.py#x)\n```md\n[a](../../src/lily/plan/select.py)\n```\n"
     )
 
 
-def test_a_link_to_a_folder_cannot_be_taken_along():
+def test_a_link_to_a_folder_is_refused():
     with pytest.raises(FileNotFoundError, match="configs/accelerate"):
         links.check(ROOT, "configs/accelerate")
 
@@ -76,7 +76,7 @@ def test_every_key_of_a_recipe_is_in_the_reference_once_and_its_links_lead_somew
     assert {part.split(")")[0] for part in text.split("](#")[1:]} <= anchors
 
 
-def test_values_and_defaults_are_said_in_words():
+def test_values_and_defaults_are_in_words():
     text = reference.keys(Recipe.model_json_schema())
     assert "| `targets` | list of text or text | `all-linear` | Target modules, in PEFT's conventions. |" in text
     assert "| `save_every` | integer or `epoch` |" in text
@@ -96,7 +96,7 @@ REMOTE = [
 
 
 @pytest.mark.parametrize("what", REMOTE)
-def test_whatever_a_page_would_load_from_elsewhere_is_found(what):
+def test_everything_that_a_page_would_load_from_other_hosts_is_found(what):
     assert len(selfcontained.in_page(selfcontained.POLICY + what)) == 1
 
 
@@ -106,7 +106,7 @@ def test_what_a_reader_may_click_is_no_load():
 
 
 def test_a_page_without_the_policy_is_found():
-    assert selfcontained.in_page("<p>") == ["whatever it likes: it has no policy that forbids it"]
+    assert selfcontained.in_page("<p>") == ["anything: it has no Content-Security-Policy"]
 
 
 def test_a_list_that_the_site_would_not_show_as_one_is_found():

@@ -19,7 +19,7 @@ MARKED = re.compile(r"(<!-- figures: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOT
 
 
 def routing() -> str:
-    """What else a sample's output depends on, of a small random model."""
+    """What else a sample's output depends on, for a small random model."""
     found: dict[str, dict[str, float]] = _read("routing.json")["random"]
     measures = list(found["batch"])
     lines = []
@@ -30,7 +30,7 @@ def routing() -> str:
 
 
 def batches() -> str:
-    """What a trained classifier says of the same rows in other batches."""
+    """Predictions of a trained classifier for the same rows in other batches."""
     lines = []
     for run in _read("routing.json")["runs"]:
         for name, values in run["arrangements"].items():
@@ -73,7 +73,7 @@ FIGURES: dict[str, Callable[[], str]] = {
 
 
 def filled(markdown: str) -> str:
-    """A page with its figures as the files have them now; marks of others are left alone."""
+    """A page with its figures as the files have them now; marks of other scripts are unchanged."""
     return MARKED.sub(lambda m: f"{m[1]}{FIGURES[m[2]]()}\n{m[4]}" if m[2] in FIGURES else m[0], markdown)
 
 

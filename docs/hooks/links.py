@@ -1,4 +1,4 @@
-"""Links that lead out of docs/: the site has no repository beside it, so what they lead to is taken along."""
+"""Links that lead out of docs/: the site has no repository beside it, so the linked files are copied."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def outside(markdown: str, page: str) -> set[str]:
 
 
 def rewritten(markdown: str, page: str) -> str:
-    """The page's text with its links out of docs/ leading to what the site has for them."""
+    """The page's text with its links out of docs/ leading to the copies."""
     parts = FENCED.split(markdown)
     return "".join(part if part.startswith("```") else LINK.sub(lambda m: _link(m, page), part) for part in parts)
 
 
 def place(target: str) -> str:
-    """Where the site keeps a file of the repository."""
+    """The path of a file of the repository on the site."""
     return PAGES.get(target, f"files/{target}")
 
 
@@ -59,9 +59,9 @@ def check(root: Path, target: str) -> Path:
     """The linked file.
 
     Raises:
-        FileNotFoundError: if it is none; a folder cannot be shown by a site.
+        FileNotFoundError: if it does not exist or is a folder.
     """
     path = root / target
     if not path.is_file():
-        raise FileNotFoundError(f"a page links to {target}, which is no file of the repository")
+        raise FileNotFoundError(f"a page links to {target}, which is not a file of the repository")
     return path

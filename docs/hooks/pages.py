@@ -15,12 +15,12 @@ import selfcontained
 from mkdocs.structure.files import File, Files
 
 log = logging.getLogger("mkdocs.hooks")  # whose warnings end a strict build
-SAVED = re.compile(r"^( *)<!-- file: (\S+) -->\n *```(\w+)$", re.MULTILINE)  # what a block is to be saved as
+SAVED = re.compile(r"^( *)<!-- file: (\S+) -->\n *```(\w+)$", re.MULTILINE)  # the file name of a block
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Take along what pages link to outside docs/, and the list of changes."""
+    """Copy the files outside docs/ that pages link to, and the changelog."""
     wanted = {"CHANGELOG.md"}
     for file in files.documentation_pages():
         wanted |= links.outside(file.content_string, file.src_uri)
@@ -32,7 +32,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Links that work on the site; generated parts in their places."""
+    """Links that work on the site; generated parts inserted."""
     if page.file.generated_by:
         return markdown
     markdown = SAVED.sub(r'\1```\3 title="\2"', markdown)
@@ -40,7 +40,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, page: Any, **_: Any) -> str:
-    """Warn of lists and blocks that the site reads otherwise than the repository's reader does."""
+    """Warn of lists and blocks that the site renders differently from GitHub."""
     if ":::" not in page.markdown:  # what is made from docstrings
         for difference in same.differences(page.markdown, html):
             log.warning("%s: %s; put a blank line before a list, four spaces inside", page.file.src_uri, difference)
@@ -48,10 +48,10 @@ def on_page_content(html: str, page: Any, **_: Any) -> str:
 
 
 def on_post_page(output: str, **_: Any) -> str:
-    """Have the browser refuse whatever a page would load from elsewhere, should anything ever try."""
+    """Forbid the browser to load anything from other hosts."""
     return output.replace("<head>", f"<head>\n{selfcontained.POLICY}", 1)
 
 
 def on_post_template(output: str, template_name: str, **_: Any) -> str:
-    """The same for the page that says that there is no such page."""
+    """The same for the 404 page."""
     return on_post_page(output) if template_name.endswith(".html") else output

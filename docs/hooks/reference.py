@@ -1,4 +1,4 @@
-"""The reference pages that are made from what they describe: the command line, and the keys of recipes."""
+"""The reference pages that are generated from the code: the command line, and the keys of recipes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def command_line() -> str:
     command = typer.main.get_command(app)
     with command.make_context("lily", [], resilient_parsing=True) as context:
         text = get_docs_for_click(obj=command, ctx=context, name="lily")
-    commands = text[text.index("\n## ") :]  # before them is a list of them, whose sentences are cut short
+    commands = text[text.index("\n## ") :]  # skip the list of commands, whose help is truncated
     return commands.replace("[required]", "(required)")
 
 
@@ -49,7 +49,7 @@ MADE: dict[str, Callable[[], str]] = {
 
 
 def filled(markdown: str) -> str:
-    """A page with what is made put behind its marks, `<!-- made: NAME -->`."""
+    """A page with the generated parts in place of its marks, `<!-- made: NAME -->`."""
     return re.sub(r"<!-- made: (\S+) -->", lambda m: MADE[m[1]](), markdown)
 
 
@@ -100,7 +100,7 @@ def _choices(value: Schema) -> list[Schema]:
 
 
 def _references(value: Schema) -> list[str]:
-    """The definitions that a value may be, or may hold."""
+    """The definitions that a value refers to."""
     found = []
     for choice in _choices(value):
         if "$ref" in choice:
@@ -112,7 +112,7 @@ def _references(value: Schema) -> list[str]:
 
 
 def _named(value: Schema) -> Schema | None:
-    """What a mapping holds under names of the user's; None for anything else."""
+    """The schema of a mapping's values; None for anything else."""
     for inner in (value.get("additionalProperties"), *value.get("patternProperties", {}).values()):
         if isinstance(inner, dict):
             return inner
@@ -120,7 +120,7 @@ def _named(value: Schema) -> Schema | None:
 
 
 def _value(value: Schema, paths: dict[str, str]) -> str:
-    """What may be written, in words."""
+    """The accepted values, in words."""
     return " or ".join(dict.fromkeys(_one_value(choice, paths) for choice in _choices(value)))
 
 

@@ -1,4 +1,4 @@
-"""No page of the site loads anything from elsewhere: what forbids it, and what looks.
+"""No page of the site loads anything from other hosts: the policy that forbids it, and a check.
 
 python docs/hooks/selfcontained.py site
 """
@@ -37,28 +37,28 @@ class _Resources(HTMLParser):
 
 
 def in_page(html: str) -> list[str]:
-    """What a page would load from elsewhere."""
+    """What a page would load from other hosts."""
     parser = _Resources()
     parser.feed(html)
     if POLICY not in html:
-        parser.found.append("whatever it likes: it has no policy that forbids it")
+        parser.found.append("anything: it has no Content-Security-Policy")
     styles = re.findall(r"<style.*?>(.*?)</style>", html, re.DOTALL | re.IGNORECASE)
     return parser.found + [url for style in styles for url in IN_STYLE.findall(style)]
 
 
 def in_site(folder: Path) -> list[str]:
-    """What any page or style sheet of a built site would load from elsewhere."""
+    """What any page or style sheet of a built site would load from other hosts."""
     found = [f"{p}: {what}" for p in sorted(folder.rglob("*.html")) for what in in_page(p.read_text("utf-8"))]
     styles = sorted(folder.rglob("*.css"))
     return found + [f"{p}: {url}" for p in styles for url in IN_STYLE.findall(p.read_text("utf-8"))]
 
 
 def main() -> None:
-    """Print what is found; exit code 1 if anything is, or if there is no site."""
+    """Print the findings; exit code 1 if there are any, or no site."""
     folder = Path(sys.argv[1])
     pages = len(list(folder.rglob("*.html")))
     found = in_site(folder)
-    print(*found, f"{pages} pages load {len(found)} things from elsewhere", sep="\n")
+    print(*found, f"{pages} pages load {len(found)} things from other hosts", sep="\n")
     sys.exit(bool(found) or not pages)
 
 

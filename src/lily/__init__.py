@@ -1,18 +1,14 @@
 """Lily: low-rank interconnected adaptation across layers, as a drop-in for LoRA on the Hugging Face stack.
 
-Importing the package makes PEFT use it for Lily; `lily.unregister()` undoes that.
+Importing the package makes PEFT use it for Lily, as soon as PEFT itself is imported; `lily.unregister()` undoes that.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lily._after_import import after_peft
 from lily._version import __version__
 from lily.errors import LilyError
-from lily.plan.config import LilyConfig
-from lily.plan.select import select_modules
-from lily.plan.sharing_plan import SharingPlan, build_plan
-from lily.tuner.model import LilyModel
-from lily.tuner.registry import register, unregister
 
 if TYPE_CHECKING:
     from lily import export
@@ -20,20 +16,30 @@ if TYPE_CHECKING:
     from lily.callbacks.settle import SettleCallback, Settling
     from lily.deploy.collapse import CollapseReport, collapse
     from lily.distributed import gathered_state, save_adapter, sum_bank_gradients
+    from lily.plan.config import LilyConfig
+    from lily.plan.select import select_modules
+    from lily.plan.sharing_plan import SharingPlan, build_plan
+    from lily.tuner.model import LilyModel
+    from lily.tuner.registry import register, unregister
 
-register()
-
-# What a training script does not need at once is imported when it is asked for.
+# PEFT, transformers and torch take seconds to import, so each name is imported when it is first used.
 LAZY = {
     "CollapseReport": "lily.deploy.collapse",
-    "collapse": "lily.deploy.collapse",
     "HealthCallback": "lily.callbacks.health",
+    "LilyConfig": "lily.plan.config",
+    "LilyModel": "lily.tuner.model",
     "SettleCallback": "lily.callbacks.settle",
     "Settling": "lily.callbacks.settle",
+    "SharingPlan": "lily.plan.sharing_plan",
+    "build_plan": "lily.plan.sharing_plan",
+    "collapse": "lily.deploy.collapse",
     "export": "lily.export",
     "gathered_state": "lily.distributed",
+    "register": "lily.tuner.registry",
     "save_adapter": "lily.distributed",
+    "select_modules": "lily.plan.select",
     "sum_bank_gradients": "lily.distributed",
+    "unregister": "lily.tuner.registry",
 }
 
 __all__ = [
@@ -67,3 +73,12 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+def _register() -> None:
+    from lily.tuner.registry import register
+
+    register()
+
+
+after_peft(_register)

@@ -1,15 +1,15 @@
-"""Adapters of models that several processes hold together: gathered, saved and loaded.
+"""Gather, save and load the adapters of distributed models.
 
-DDP keeps a whole model in every process; FSDP and DeepSpeed's ZeRO-3 keep a part of each tensor in each. An adapter is
-small beside its model, so it alone is gathered, a tensor (or, under FSDP1, a unit) at a time, and is written once, by
-the first process, as the same files that one process writes.
+DDP keeps the whole model in every process; FSDP and DeepSpeed's ZeRO-3 keep a part of each tensor in each. Only the
+adapter is gathered, one tensor (or, under FSDP1, one unit) at a time, and the first process writes the same files as a
+single process.
 
     lily.save_adapter(model, "adapter")          # every process calls it
     lily.distributed.load_weights(model, "adapter")
-    lily.sum_bank_gradients(stage)               # pipeline stages in processes of their own
+    lily.sum_bank_gradients(stage)               # pipeline stages in separate processes
 
-Every function here that takes a model is a collective one: all processes must call it, with the model as its engine
-wrapped it (DDP, FSDP, DeepSpeedEngine) or with the PeftModel itself. Without a process group they do what PEFT does.
+Every function here that takes a model is a collective: all processes must call it, with the wrapped model (DDP, FSDP,
+DeepSpeedEngine) or with the PeftModel. Without a process group they do the same as PEFT.
 """
 
 from __future__ import annotations
@@ -36,62 +36,62 @@ from lily.layers.sharding import unwrapped
 
 
 def world_size() -> int:
-    """How many processes share the work; 1 without a process group."""
+    """Number of processes; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Number of this process; the one that writes is 0."""
+    """Index of this process; process 0 writes files."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def peft_model_of(model: nn.Module) -> PeftModel:
-    """The PeftModel inside what an engine made of it.
+    """The PeftModel inside a wrapped model.
 
     Raises:
         LilyError: if there is none.
     """
-    found = next((m for m in model.modules() if isinstance(m, PeftModel)), None)
-    if found is None:
-        raise LilyError(f"this {type(model).__name__} holds no PeftModel; make one with peft.get_peft_model")
-    return found
+    inner = next((m for m in model.modules() if isinstance(m, PeftModel)), None)
+    if inner is None:
+        raise LilyError(f"this {type(model).__name__} contains no PeftModel; create one with peft.get_peft_model")
+    return inner
 
 
 def gathered_state(model: nn.Module) -> dict[str, Tensor]:
     """The whole tensors of the model's adapters, on the CPU of the first process.
 
     Args:
-        model: as its engine wrapped it. All processes must call this.
+        model: the wrapped model. All processes must call this.
 
     Returns:
-        In the first process: name in the `PeftModel` -> tensor, for what adapters consist of (frozen adapters, saved
-        modules and their buffers included); for `PeftModel.save_pretrained(state_dict=...)`. In the others: nothing.
+        In the first process: name in the `PeftModel` -> tensor, for all adapters (including frozen ones, saved modules
+        and their buffers); for `PeftModel.save_pretrained(state_dict=...)`. In the others: an empty dict.
     """
     parameters, buffers = _parts(model)
-    found: dict[str, Tensor] = {}
+    state: dict[str, Tensor] = {}
     for unit in sharding.units(model, parameters, change=False):
         for name, p in unit.items():
             tensor = sharding.whole(p)
             if rank() == 0:
-                found[parameters[name]] = tensor.detach().cpu().clone()
+                state[parameters[name]] = tensor.detach().cpu().clone()
     if rank() == 0:
-        found.update({name: b.detach().cpu().clone() for name, b in buffers.items()})
-    return found
+        state.update({name: b.detach().cpu().clone() for name, b in buffers.items()})
+    return state
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
-    """Gather the adapter once and write it as PEFT does, from the first process.
+    """Gather the adapter and write it as PEFT does, from the first process.
 
     Args:
-        model: as its engine wrapped it. All processes must call this.
-        folder: complete from the moment it has its name.
+        model: the wrapped model. All processes must call this.
+        folder: the folder to write, atomically.
         overwrite: replace it if it exists.
 
     Raises:
         LilyError: in all processes, if the folder exists or its parent does not.
         OSError: in all processes, if it cannot be written.
     """
-    # alone, PEFT says itself what a file holds: of VeRA, frozen buffers too
+    # without a process group PEFT selects the tensors, for VeRA including frozen buffers
     alone, failed = not (dist.is_available() and dist.is_initialized()), None
     state = None if alone else gathered_state(model)
     if rank() == 0:
@@ -107,14 +107,14 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], overwrite: bo
 
 
 def load_weights(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Put a saved adapter's weights into the model's active adapter, which must be of the same configuration.
+    """Load a saved adapter's weights into the model's active adapter, which must have the same configuration.
 
     Args:
-        model: as its engine wrapped it. All processes must call this; only the first one reads the folder.
-        folder: a PEFT folder.
+        model: the wrapped model. All processes must call this; only the first one reads the folder.
+        folder: an adapter folder of PEFT.
 
     Raises:
-        LilyError: in all processes, if the file lacks a tensor of the adapter or has one of another shape.
+        LilyError: in all processes, if the file lacks a tensor of the adapter or has one with another shape.
         OSError: in all processes, if it cannot be read.
     """
     if world_size() == 1:
@@ -142,52 +142,52 @@ def load_weights(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 
 def optimizer_state(model: nn.Module, optimizer: Any) -> dict[str, Any]:
-    """The optimiser's state as one process that has the whole model would have it: `state_dict()` of a plain one.
+    """The whole state of the optimizer, as the `state_dict()` of an optimizer in a single process.
 
     Args:
-        model: as its engine (DDP, FSDP1 or FSDP2) wrapped it. All processes must call this.
-        optimizer: of its parameters; one that accelerate wrapped will do.
+        model: the wrapped model (DDP, FSDP1 or FSDP2). All processes must call this.
+        optimizer: optimizer of its parameters, which accelerate may have wrapped.
 
     Returns:
-        In the first process: the state, on the CPU. In the others: something to be ignored.
+        In the first process: the state, on the CPU. In the others: undefined.
     """
     plain = getattr(optimizer, "optimizer", optimizer)
-    numbers = {name: i for i, name in enumerate(_optimised(model, plain))}
+    numbers = {name: i for i, name in enumerate(_optimized(model, plain))}
     named: Any = get_optimizer_state_dict(model, plain, options=_whole_states(model))
     groups = [{**group, "params": [numbers[n] for n in group["params"]]} for group in named["param_groups"]]
     return {"state": {numbers[name]: state for name, state in named["state"].items()}, "param_groups": groups}
 
 
 def load_optimizer_state(model: nn.Module, optimizer: Any, state: dict[str, Any]) -> None:
-    """Put back what `optimizer_state`, or a plain optimiser's `state_dict()`, gave; all processes must call it.
+    """Load the result of `optimizer_state`, or of a plain optimizer's `state_dict()`.
 
     Args:
-        model: as its engine wrapped it.
-        optimizer: of its parameters.
-        state: the same in all processes.
+        model: the wrapped model. All processes must call this.
+        optimizer: optimizer of its parameters.
+        state: the state, the same in all processes.
     """
     plain = getattr(optimizer, "optimizer", optimizer)
-    names = _optimised(model, plain)
+    names = _optimized(model, plain)
     groups = [{**group, "params": [names[i] for i in group["params"]]} for group in state["param_groups"]]
     named: Any = {"state": {names[i]: values for i, values in state["state"].items()}, "param_groups": groups}
     set_optimizer_state_dict(model, plain, named, options=StateDictOptions(full_state_dict=True))
 
 
-def _optimised(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
-    """Names of the optimiser's parameters, in its order."""
+def _optimized(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Names of the optimizer's parameters, in its order."""
     sharding.reshard(model)
     names = {id(p): unwrapped(name) for name, p in model.named_parameters()}
     return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
 
 
 def _whole_states(model: nn.Module) -> StateDictOptions:
-    # on a model that is on the CPU already, FSDP1 offloads into memory that it then gives back
+    # for a model on the CPU, FSDP1 would offload into memory that it frees
     offload = next(model.parameters()).device.type != "cpu"
     return StateDictOptions(full_state_dict=True, cpu_offload=offload)
 
 
 def from_first(value: Any) -> Any:
-    """The first process's `value`, in all of them; anything that pickles."""
+    """Broadcast `value`, which can be pickled, from the first process to all."""
     if world_size() == 1:
         return value
     box = [value]
@@ -196,7 +196,7 @@ def from_first(value: Any) -> Any:
 
 
 def _parts(model: nn.Module) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """What the adapters consist of: names of parameters in `model` -> in its PeftModel; name there -> buffer."""
+    """The tensors of the adapters: name of a parameter in `model` -> in its PeftModel; name there -> buffer."""
     sharding.reshard(model)
     peft_model = peft_model_of(model)
     root = next(name for name, module in model.named_modules() if module is peft_model)
@@ -215,10 +215,7 @@ SAVED = "modules_to_save."
 
 
 def _by_name(model: nn.Module, file: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A file's tensors by their names in the PeftModel.
-
-    PEFT knows the way there: it is asked what it would write of the tensors that the model has now.
-    """
+    """A file's tensors by their names in the PeftModel, which PEFT maps to names in the file when it saves."""
     parameters, buffers = _parts(model)
     here = {parameters[name]: p for name, p in model.named_parameters() if name in parameters} | buffers
     names = {id(tensor): name for name, tensor in here.items()}
@@ -240,21 +237,21 @@ def _by_name(model: nn.Module, file: dict[str, Tensor]) -> dict[str, Tensor]:
 def sum_bank_gradients(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
     """Give every pipeline stage the whole gradient of the tensors that layers of several stages share.
 
-    With `torch.distributed.pipelining` each process holds some of the layers. The bank's tensors serve all of them, so
-    every process has them all, and computes the part of their gradient that its own layers make. Called after the
-    schedule's backward, before clipping and the optimiser's step, this sums the parts; the copies, equal at first, then
-    stay equal. A router belongs to one layer, hence to one stage, and needs nothing.
+    With `torch.distributed.pipelining` each process holds some of the layers. The bank's tensors are shared by all of
+    them, so every process has them and computes the part of their gradient from its layers. Called after the
+    schedule's backward, before clipping and the optimizer's step, this sums the parts, so that the copies stay equal. A
+    router belongs to one layer and thus to one stage.
 
     Args:
-        model: holds the bank; layers of other stages may be gone.
-        group: the processes that hold the stages of one pipeline; default: all.
+        model: the stage with the bank; layers of other stages may be missing.
+        group: the processes with the stages of one pipeline; default: all.
 
     Raises:
         LilyError: if there is no bank in the model.
     """
     bank = next((m for m in model.modules() if isinstance(m, LilyBank)), None)
     if bank is None:
-        raise LilyError(f"this {type(model).__name__} holds no lily_bank; give each stage the adapted model's own")
+        raise LilyError(f"this {type(model).__name__} contains no lily_bank; keep the adapted model's in each stage")
     for shared in bank.parameters():
         if shared.requires_grad:
             if shared.grad is None:  # no layer of this stage uses it

@@ -48,5 +48,5 @@ def test_the_values_to_look_at_can_be_given():
 def test_a_budget_that_buys_nothing_is_refused():
     with pytest.raises(LilyError, match="too few"):
         frontier(MODULES, 10)
-    with pytest.raises(LilyError, match="bounded by the layers' sizes"):
+    with pytest.raises(LilyError, match="the layers' sizes limit the rank"):
         frontier(MODULES, "900M")

@@ -11,7 +11,7 @@ from settling import ROWS, arguments, fresh
 from transformers import Trainer, TrainerCallback
 
 import lily
-from lily.analysis.history import FILE, SNAPSHOTS, RoutingCallback, RoutingHistory, steps_looked_at
+from lily.analysis.history import FILE, SNAPSHOTS, RoutingCallback, RoutingHistory, steps_recorded
 from lily.callbacks.router_watch import RouterWatch
 from lily.errors import LilyError
 from lily.tuner.adapter import find
@@ -69,7 +69,7 @@ def test_recording_changes_nothing_that_is_learned(tmp_path):
         assert torch.equal(p, q), name
 
 
-def test_by_default_every_second_step_of_a_short_training_is_looked_at(tmp_path):
+def test_by_default_every_second_step_of_a_short_training_is_recorded(tmp_path):
     _, (callback,) = train(tmp_path, lambda m: [RoutingCallback()], max_steps=20)
     assert callback.history.steps == tuple(range(2, 21, 2))
 
@@ -80,7 +80,7 @@ TOTALS = sorted({*range(1, 5_100), *range(5_100, 20_000, 37), *range(10_000, 10_
 
 def test_of_any_training_half_to_all_snapshots_are_taken_evenly_and_none_of_the_health_watch():
     for total in TOTALS:
-        steps = np.array(steps_looked_at(total), int)
+        steps = np.array(steps_recorded(total), int)
         assert not RouterWatch.wants(steps, total).any(), total
         least = SNAPSHOTS // 2 if total >= SNAPSHOTS else total // 2
         assert least <= len(steps) <= SNAPSHOTS, total
@@ -109,7 +109,7 @@ def test_a_static_adapter_has_nothing_to_record(tmp_path):
 
 
 def test_what_settles_already_is_refused(tmp_path):
-    with pytest.raises(LilyError, match="leave RoutingCallback out"):
+    with pytest.raises(LilyError, match="remove RoutingCallback"):
         train(tmp_path, lambda m: [lily.SettleCallback(0.4, 0.7), RoutingCallback()], max_steps=2)
     with pytest.raises(LilyError, match="every=0"):
         RoutingCallback(every=0)

@@ -31,7 +31,7 @@ def full_update(model, name, weights):
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "llama", "plain"])
-def test_spectra_of_a_static_adapter_are_those_of_its_materialised_updates(kind):
+def test_spectra_of_a_static_adapter_are_those_of_its_materialized_updates(kind):
     model = adapted(kind, routing="static", scaling=1.5)
     found = find(model)
     report = rank_report(lily_layers(model))
@@ -168,7 +168,7 @@ def test_what_has_no_rank_is_refused(tmp_path):
     layers = lily_layers(adapted("bert"))
     with pytest.raises(LilyError, match="between 0 and 1"):
         rank_report(layers, threshold=0)
-    with pytest.raises(LilyError, match="mixes 3 experts, but the statistics given are of 2"):
+    with pytest.raises(LilyError, match="mixes 3 experts, but its statistics have 2"):
         rank_report(layers, {layers[0].name: Mixing.assumed(2)})
 
 

@@ -113,7 +113,7 @@ def test_weights_that_only_the_label_decides_have_all_their_variance_there():
     assert found.share("label") == pytest.approx(1.0)
 
 
-def test_an_expert_that_no_token_chooses_is_dead_and_specialised_experts_are_told():
+def test_an_expert_that_no_token_chooses_is_dead_and_specialized_experts_are_told():
     def layer(mean, entropy):
         return LayerRouting("l", "g", 0, 10, mean, ((0.0,) * 3,) * 3, entropy, None, {})
 
@@ -161,7 +161,7 @@ def test_bad_input_is_refused_with_the_fix():
     with pytest.raises(LilyError, match="there is no batch"):
         routing_report(model)
     settling = adapted("bert", routing="token", settled=0.5)
-    with pytest.raises(LilyError, match="settles"):
+    with pytest.raises(LilyError, match="settling"):
         routing_report(settling, [inputs("bert")])
 
 

@@ -1,4 +1,4 @@
-"""Adapters from strangers: whatever is in the folder, one clear error and an untouched model, or all of it."""
+"""Untrusted adapters: whatever is in the folder, one clear error and an untouched model, or all of it."""
 
 from __future__ import annotations
 
@@ -233,7 +233,7 @@ def test_a_huge_header_is_refused_unread(good, tmp_path, length):
         file.truncate(length + 100)  # sparse
     tracemalloc.start()
     try:
-        assert f"names a header of {length} bytes" in refused(folder)
+        assert f"declares a header of {length} bytes" in refused(folder)
         assert tracemalloc.get_traced_memory()[1] < 20e6
     finally:
         tracemalloc.stop()

@@ -26,18 +26,44 @@ pytestmark = pytest.mark.filterwarnings("ignore:routing=.* on a causal model")
 BOTH = {"r": 4, "stride_A": 2, "num_B": 3, "scaling": 0.7, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 
 
-def stock(code: str, *args: object) -> str:
-    """Run code in a process that has stock PEFT only; `build`, `inputs`, `logits` are there."""
-    prelude = (
-        "import sys; sys.modules['lily'] = None\n"
-        f"sys.path.insert(0, {str(ROOT / 'tests' / 'support')!r})\n"
-        "import peft, torch\nfrom helpers import *\nargs = sys.argv[1:]\n"
-        "from safetensors.torch import load_file, save_file\n"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", prelude + code, *map(str, args)], capture_output=True, text=True, check=False
-    )
-    return run.stdout + run.stderr if run.returncode else run.stdout
+# A process that has stock PEFT only; each question is answered by a fork of it. `build`, `inputs`, `logits` are there.
+STOCK = f"""
+import os, sys, traceback
+sys.modules["lily"] = None
+sys.path.insert(0, {str(ROOT / "tests" / "support")!r})
+import peft, torch
+from helpers import *
+from safetensors.torch import load_file, save_file
+for line in sys.stdin:
+    code, printed, *args = eval(line)
+    if (child := os.fork()) == 0:
+        sys.stdout = sys.stderr = open(printed, "w")
+        try:
+            exec(code)
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(0)
+    os.waitpid(child, 0)
+    print("answered", flush=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def stock(tmp_path_factory):
+    """Run code in the process that has stock PEFT only, and give what it prints."""
+    printed = tmp_path_factory.mktemp("stock") / "printed"
+    with subprocess.Popen([sys.executable, "-c", STOCK], stdin=-1, stdout=-1, text=True) as process:
+
+        def ask(code: str, *args: object) -> str:
+            process.stdin.write(repr((code, str(printed), *map(str, args))) + "\n")
+            process.stdin.flush()
+            while process.stdout.readline().strip() != "answered":
+                assert process.poll() is None
+            return printed.read_text()
+
+        yield ask
+        process.stdin.close()
 
 
 SAVE_STOCK = """
@@ -58,7 +84,7 @@ print('loaded')
 
 
 @pytest.fixture
-def stock_adapter(tmp_path):
+def stock_adapter(tmp_path, stock):
     stock(SAVE_STOCK, tmp_path, BOTH)
     return tmp_path, load_file(tmp_path / "result.safetensors")
 
@@ -85,7 +111,7 @@ def test_a_stock_adapter_gives_stocks_logits_and_gradients(stock_adapter):
         assert (grad - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
 
 
-def test_stock_loads_our_batch_routed_file_with_difference_zero(tmp_path):
+def test_stock_loads_our_batch_routed_file_with_difference_zero(tmp_path, stock):
     model = randomise(get_peft_model(build("llama"), LilyConfig(task_type="CAUSAL_LM", routing="batch", **BOTH))).eval()
     model.save_pretrained(tmp_path)
     assert "loaded" in stock(LOAD_STOCK, tmp_path)
@@ -94,7 +120,7 @@ def test_stock_loads_our_batch_routed_file_with_difference_zero(tmp_path):
 
 @pytest.mark.parametrize("targets", ["all-linear", r".*\.(q_proj|o_proj)", ["self_attn.q_proj", "o_proj"]])
 @pytest.mark.parametrize("how", [{"stride_A": 3}, {"num_A": 2}])
-def test_whatever_selected_the_layers_stock_reads_our_file_rightly(tmp_path, targets, how):
+def test_whatever_selected_the_layers_stock_reads_our_file_rightly(tmp_path, stock, targets, how):
     options = {**BOTH, "stride_A": None, **how, "target_modules": targets}
     model = randomise(
         get_peft_model(build("llama"), LilyConfig(task_type="CAUSAL_LM", routing="batch", **options))
@@ -118,7 +144,7 @@ def test_whatever_selected_the_layers_stock_reads_our_file_rightly(tmp_path, tar
         {"target_modules": ["proj", "q_proj", "o_proj"]},
     ],
 )
-def test_stock_refuses_what_it_would_compute_wrongly(tmp_path, beyond):
+def test_stock_refuses_what_it_would_compute_wrongly(tmp_path, stock, beyond):
     options = {**BOTH, "routing": "batch", **beyond}
     if beyond.get("target_modules"):  # 'q_proj' ends with 'proj': stock's groups would depend on the hash seed
         model = build("llama")
@@ -134,7 +160,7 @@ def test_stock_refuses_what_it_would_compute_wrongly(tmp_path, beyond):
 
 
 @pytest.mark.parametrize("targets", [r".*\.(q_proj|o_proj)", ["q_proj", "o_proj"]])
-def test_a_stock_file_with_another_grouping_is_loaded_as_it_was(tmp_path, targets):
+def test_a_stock_file_with_another_grouping_is_loaded_as_it_was(tmp_path, stock, targets):
     """Stock puts everything that a regular expression matches into one group per shape."""
     stock(SAVE_STOCK, tmp_path, {**BOTH, "target_modules": targets})
     expected = load_file(tmp_path / "result.safetensors")["logits"]

@@ -91,14 +91,14 @@ def test_the_reported_drift_is_that_of_the_exported_adapter(kind, routing, tmp_p
 
 def test_the_reported_drift_of_a_trained_adapter_is_that_of_its_export(tmp_path):
     model = adapted("llama", routing="token").train()
-    optimiser = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=3e-2)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=3e-2)
     losses = []
     for _ in range(80):
         batch = inputs("llama", batch=8)
         loss = model(**batch, labels=batch["input_ids"]).loss
         loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.3
     held_out = [inputs("llama", seed=5)]
@@ -209,7 +209,7 @@ def test_tuples_tensors_and_ones_own_forward_are_batches_too():
 @pytest.mark.parametrize(
     ("options", "batches", "message"),
     [
-        ({"routing": "static"}, 1, r"is static already; merge or export it as it is"),
+        ({"routing": "static"}, 1, r"is static already; merge or export it directly"),
         ({"routing": "token", "num_B": 1}, 1, "num_B=1.* is static already"),
         (
             {"routing": "token", "activation": "relu"},
@@ -217,7 +217,7 @@ def test_tuples_tensors_and_ones_own_forward_are_batches_too():
             "activation='relu': even with static weights",
         ),
         ({"routing": "token"}, 0, "needs calibration data, but there is no batch"),
-        ({"routing": "token", "settled": 0.5}, 1, "was saved while it settles"),
+        ({"routing": "token", "settled": 0.5}, 1, "was saved while settling"),
     ],
 )
 def test_what_cannot_be_collapsed_is_refused(options, batches, message):

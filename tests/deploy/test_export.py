@@ -228,7 +228,7 @@ def test_another_adapter_that_is_merged_now_is_not_written_along(tmp_path):
     randomise(model, seed=7)
     expected = predict(model, inputs("llama"))
     model.merge_adapter(adapter_names=["other"])
-    with pytest.raises(LilyError, match="adapter 'other' is merged into the base weights now"):
+    with pytest.raises(LilyError, match="adapter 'other' is merged into the base weights"):
         export.write_merged(model, tmp_path / "out", adapter="default")
     model.unmerge_adapter()
     export.write_merged(model, tmp_path / "out", adapter="default")
@@ -311,7 +311,7 @@ def test_a_rank_beyond_what_vllm_takes_is_refused():
 
 def test_an_output_layer_is_not_for_vllm():
     model = adapted("llama", routing="static", target_modules=["q_proj", "lm_head"])
-    with pytest.raises(LilyError, match="vllm adapts the layers of a model's blocks, and lm_head is in none"):
+    with pytest.raises(LilyError, match="vllm adapts only numbered layers, and lm_head is outside"):
         export.as_lora(model, target="vllm")
 
 
@@ -469,10 +469,16 @@ def deep(layers):
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-@pytest.mark.parametrize("depth", [3, 8])
-@pytest.mark.parametrize("sharing", [{"num_A": 1}, {"num_A": 2}, {"stride_A": 4}])
 @pytest.mark.parametrize(
-    "routing", [{"routing": "uniform"}, {"num_B": 1}, {"routing": "static"}, {"routing": "token"}, {"routing": "batch"}]
+    ("depth", "sharing", "routing"),
+    [
+        (3, {"num_A": 1}, {"routing": "uniform"}),
+        (8, {"num_A": 1}, {"num_B": 1}),
+        (3, {"num_A": 2}, {"routing": "static"}),
+        (8, {"stride_A": 4}, {"routing": "token"}),
+        (8, {"num_A": 2}, {"routing": "batch"}),
+    ],
+    ids=str,
 )
 def test_an_adapter_for_another_depth_is_refused(tmp_path, depth, sharing, routing):
     options = {"r": 3, "num_B": 3, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}

@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from recipes_helpers import chat_model, chat_table, encoder, table
-
-__all__ = ["chat_model", "chat_table", "encoder", "table"]
 
 
 @pytest.fixture(autouse=True, scope="package")

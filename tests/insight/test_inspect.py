@@ -13,7 +13,7 @@ import torch
 from browser import NARROW, WIDE, assert_drawn, assert_printed, needs_browser, printed, screenshot
 from helpers import build
 from peft import LoraConfig, get_peft_model
-from recipes_helpers import classification, rows, sft, write_jsonl
+from recipes_helpers import classification, rows, write_jsonl
 from runs import invoke, make
 
 from lily.analysis.routing import routing_report
@@ -74,7 +74,7 @@ def page_of(folder, tmp_path, *options):
 def test_a_run_is_told_with_its_figures_its_routing_over_held_out_rows_and_the_lora_beside_it(run):
     said = invoke("inspect", run)
     for words in ("who shares what", "rank of the updates", "routing (token), over 12 rows of test",
-                  "The LoRA trained beside it has numerical rank", "majority: accuracy"):  # fmt: skip
+                  "The LoRA trained for comparison has numerical rank", "majority: accuracy"):  # fmt: skip
         assert words in " ".join(said.split()), words
     told = json.loads(invoke("inspect", run, "--json"))
     assert told["routing"]["samples"] == 12
@@ -237,9 +237,8 @@ def test_a_collapsed_adapter_shows_its_drift(run, tmp_path):
     assert "token routing became static" in text
 
 
-def test_a_chat_models_page_has_no_classes(tmp_path, chat_model):
-    train.train(make(sft, tmp_path, chat_model, ["train.epochs=1", "generation.samples=0"]), quiet=True)
-    text = page_of(tmp_path / "run", tmp_path)
+def test_a_chat_models_page_has_no_classes(tmp_path, chat_run):
+    text = page_of(chat_run.run, tmp_path)
     assert "Routing by class" not in text
     assert "token within the sample" in text
 

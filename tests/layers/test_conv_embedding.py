@@ -314,7 +314,10 @@ def test_a_dynamic_adapter_collapses_and_then_merges(routing):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: nn.Conv2d(4, 4, 3, groups=2), "target 0 is a convolution of groups=2; Lily adapts those of groups=1"),
+        (
+            lambda: nn.Conv2d(4, 4, 3, groups=2),
+            "is a convolution with groups=2; Lily adapts those with groups=1",
+        ),
         (lambda: nn.Conv1d(4, 4, 3), r"target 0 is a Conv1d, .*nn.Conv2d and nn.Embedding"),
         (lambda: nn.Conv3d(4, 4, 3), "target 0 is a Conv3d"),
         (lambda: nn.ConvTranspose2d(4, 4, 3), "target 0 is a ConvTranspose2d"),

@@ -400,5 +400,5 @@ def test_pipeline_stages_train_the_adapter_that_one_process_does(routing):
 
 
 def test_a_stage_without_the_bank_is_told_to_have_it():
-    with pytest.raises(LilyError, match="this Linear holds no lily_bank"):
+    with pytest.raises(LilyError, match="this Linear contains no lily_bank"):
         lily.sum_bank_gradients(nn.Linear(2, 2))

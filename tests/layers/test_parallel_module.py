@@ -104,7 +104,7 @@ def test_a_module_that_drops_tokens_is_refused_when_it_runs():
         ({"parallel_modules": ["nothing"]}, "'nothing' matches no module by name or class"),
         ({"parallel_modules": ["layernorm_before"]}, "without linear layers"),
         ({"parallel_modules": ["mlp"], "target_modules": ["fc1"]}, "fc1 is inside .*mlp"),
-        ({"group_options": {"mlp": {"num_B": 1}}, "target_modules": ["q_proj"]}, "'mlp', which fits no group"),
+        ({"group_options": {"mlp": {"num_B": 1}}, "target_modules": ["q_proj"]}, "'mlp', which matches no group"),
     ],
 )
 def test_modules_that_cannot_be_are_refused_before_anything_is_touched(options, says):
@@ -122,7 +122,7 @@ def test_modules_that_cannot_be_are_refused_before_anything_is_touched(options, 
         ({"group_options": {"q": {"num_B": 0}}}, r"group_options\['q'\]: num_B=0"),
         ({"group_options": {"q": {"stride_A": 2, "num_A": 2}}}, "say the same thing twice"),
         ({"group_options": {"q": 3}}, "is not valid; write"),
-        ({"shared_router": True, "routing": "static"}, "weights of its own, and no router"),
+        ({"shared_router": True, "routing": "static"}, "separate weights and no router"),
         ({"shared_router": 1}, "is not a bool"),
         ({"parallel_modules": "mlp"}, "not a list of names"),
     ],

@@ -360,7 +360,7 @@ def test_options_that_parameters_cannot_have_are_refused(options, message):
     [
         (["experts.down_prj"], [], "target_parameters='experts.down_prj' matches no parameter; did you mean down_proj"),
         (["input_layernorm.weight"], [], r"input_layernorm.weight has shape \(16,\); Lily adapts matrices"),
-        (["q_proj.weight"], ["q_proj"], "q_proj would be adapted as a layer and by its parameter too"),
+        (["q_proj.weight"], ["q_proj"], "q_proj would be adapted both as a layer and by its parameter"),
     ],
 )
 def test_targets_that_cannot_be_adapted_are_refused_before_anything_is_touched(targets, modules, message):
@@ -380,7 +380,7 @@ def test_a_parameter_that_matches_nothing_is_pefts_error_too():
     assert issubclass(NoTargetError, LilyError)
 
 
-def test_weights_of_few_values_parametrised_ones_and_the_roots_own_are_refused():
+def test_weights_of_few_values_parametrized_ones_and_the_roots_own_are_refused():
     block = Block()
     block.own = nn.Parameter(torch.randn(3, 3))
     config = {"target_modules": [], "r": 2}
@@ -390,7 +390,7 @@ def test_weights_of_few_values_parametrised_ones_and_the_roots_own_are_refused()
     with pytest.raises(LilyError, match=r"experts\.proj is of torch\.float8_e4m3fn.*load the base model unquanti"):
         get_peft_model(block, LilyConfig(target_parameters=["proj"], **config))
     nn.utils.parametrize.register_parametrization(block.experts, "single", nn.Identity())
-    with pytest.raises(LilyError, match=r"experts\.single is parametrised"):
+    with pytest.raises(LilyError, match=r"experts\.single has a parametrization"):
         get_peft_model(block, LilyConfig(target_parameters=["single"], **config))
 
 
@@ -401,7 +401,7 @@ def test_two_adapters_cannot_take_one_layer_in_two_ways(first):
         "parameter": LilyConfig(r=2, num_B=2, target_modules=[], target_parameters=["q_proj.weight"]),
     }
     model = get_peft_model(build("llama"), ways.pop(first))
-    with pytest.raises(LilyError, match="q_proj would be adapted as a layer and by its parameter too"):
+    with pytest.raises(LilyError, match="q_proj would be adapted both as a layer and by its parameter"):
         model.add_adapter("second", next(iter(ways.values())))
 
 

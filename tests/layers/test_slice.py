@@ -169,8 +169,8 @@ def test_a_second_adapter_and_unloading(fused):
     ("options", "says"),
     [
         ({"target_slices": {"qkv_proj": ["w"]}}, "no slice 'w'; it has q, k, v"),
-        ({"target_slices": {"qkv": ["k"]}, "target_modules": ["o_proj"]}, "'qkv', which fits no adapted layer"),
-        ({"target_slices": {"o_proj": ["k"]}}, "how .*o_proj is laid out is not known"),
+        ({"target_slices": {"qkv": ["k"]}, "target_modules": ["o_proj"]}, "'qkv', which matches no adapted layer"),
+        ({"target_slices": {"o_proj": ["k"]}}, "the layout of .*o_proj is not known"),
         ({"target_slices": {"o_proj": {"k": [0, 99]}}}, "does not fit .*o_proj, which has 32 outputs"),
         ({"target_slices": {"qkv_proj": []}}, "is not valid; write"),
         ({"target_slices": ["qkv_proj"]}, "is not valid; write"),

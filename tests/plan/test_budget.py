@@ -1,4 +1,4 @@
-"""`lily.budget`: counts, the choice that one dial makes, and the estimates."""
+"""`lily.budget`: counts, the chosen shape, and the estimates."""
 
 from __future__ import annotations
 

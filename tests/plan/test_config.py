@@ -1,9 +1,10 @@
-"""`LilyConfig`: what is accepted, what is refused and with which words, and what a file means."""
+"""`LilyConfig`: accepted and refused values, error messages, and files."""
 
 from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import fields
 
 import peft
 import pytest
@@ -127,3 +128,15 @@ def test_saving_over_a_file_is_refused(tmp_path):
     (tmp_path / "x").write_text("")
     with pytest.raises(LilyError, match="it is a file; name a folder"):
         LilyConfig().save_pretrained(str(tmp_path / "x"))
+
+
+def test_every_option_has_the_help_text_of_the_docstring():
+    described = {f.name: f.metadata.get("help") for f in fields(LilyConfig) if f.name in LilyConfig.__annotations__}
+    documentation = " ".join((LilyConfig.__doc__ or "").split())
+    assert len(described) == 16
+    for name, text in described.items():
+        assert text, name
+        assert f" {name}: {text} " in documentation
+    assert described["num_A"].endswith("instead of `stride_A`, which is then `ceil(layers / num_A)`.")
+    stock = {f.name: f for f in fields(peft.LilyConfig)}
+    assert stock["stride_A"].metadata["help"] != described["stride_A"]  # PEFT's class is unchanged

@@ -1,4 +1,4 @@
-"""Layouts of fused projections, each asked of the model's own code."""
+"""Layouts of fused projections, each checked against the model's code."""
 
 from __future__ import annotations
 
@@ -300,7 +300,7 @@ def test_a_view_of_interleaved_heads_writes_into_the_output():
 def test_an_unknown_architecture_is_asked_for_its_layout():
     layer = nn.Linear(4, 12)
     assert layout_of("qkv", layer, nn.Sequential(layer), None) is None
-    with pytest.raises(LilyError, match=r"how qkv is laid out is not known; say it, such as \{'v': \[8, 12\]\}"):
+    with pytest.raises(LilyError, match=r"the layout of qkv is not known; state it, such as \{'v': \[8, 12\]\}"):
         rows_of("qkv", ["v"], None, 12)
     assert rows_of("qkv", {"v": [8, 12], "k": [4, 8]}, None, 12) == {"k": Rows(4, 8, 12), "v": Rows(8, 12, 12)}
     assert rows_of("qkv", {"v": [4, 6, 6]}, None, 12) == {"v": Rows(4, 6, 6)}

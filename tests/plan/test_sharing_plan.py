@@ -1,4 +1,4 @@
-"""Who shares what: deterministic, and blind to how a module was selected."""
+"""The sharing plan: deterministic, and independent of how a module was selected."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_the_plan_does_not_depend_on_the_hash_seed():
         "    except ValueError as e: print(e)\n"
     )
     outputs = set()
-    for seed in ("0", "1", "2", "42"):
+    for seed in ("0", "1"):
         run = subprocess.run(
             [sys.executable, "-c", code, str(ROOT / "tests" / "support")],
             env={**os.environ, "PYTHONHASHSEED": seed},
@@ -140,7 +140,7 @@ def test_a_layer_index_that_chooses_nothing_is_refused(indices):
 def test_a_rank_for_a_name_that_no_layer_has_is_refused():
     config = LilyConfig(target_modules=["q_proj", "v_proj"], rank_pattern={"q_proj": 8, "v_prj": 4})
     modules = select_modules(build("llama"), config)
-    with pytest.raises(LilyError, match=r"key 'v_prj', which fits no adapted layer; did you mean v_proj\?"):
+    with pytest.raises(LilyError, match=r"key 'v_prj', which matches no adapted layer; did you mean v_proj\?"):
         build_plan(modules, config)
 
 

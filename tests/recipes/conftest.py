@@ -1,13 +1,10 @@
-"""Fixtures shared by the tests of recipes; what they are made of is in recipes_helpers.py."""
+"""The working directory of the tests of recipes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import pytest
-from recipes_helpers import chat_model, chat_table, encoder, table
-
-__all__ = ["chat_model", "chat_table", "encoder", "table"]
 
 
 @pytest.fixture(autouse=True, scope="package")

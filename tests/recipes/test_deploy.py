@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from recipes_helpers import WORDS, classification, rows, sft, write_jsonl
+from recipes_helpers import WORDS, classification, rows, write_jsonl
 from runs import files, invoke, make
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -26,18 +26,11 @@ TEXTS = [" ".join(("the film was", WORDS[i], WORDS[-i])) for i in range(8)]
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, encoder, chat_model):
+def trained(tmp_path_factory, encoder, classifier_run, chat_run):
     """Runs by name: a classifier and a chat model, dynamic; and a classifier that settled."""
-    out = {}
-    for name, kind, model, changes in (
-        ("classifier", classification, encoder, []),
-        ("chat", sft, chat_model, ["train.epochs=3"]),
-        ("settled", classification, encoder, ["lily.settle={start: 0.4, end: 0.6}"]),
-    ):
-        folder = tmp_path_factory.mktemp(name)
-        out[name] = folder / "run"
-        train.train(make(kind, folder, model, changes), quiet=True)
-    return out
+    folder = tmp_path_factory.mktemp("settled")
+    train.train(make(classification, folder, encoder, ["lily.settle={start: 0.4, end: 0.6}"]), quiet=True)
+    return {"classifier": classifier_run.run, "chat": chat_run.run, "settled": folder / "run"}
 
 
 def outputs(model, source):
@@ -256,7 +249,10 @@ def test_a_base_folder_without_a_tokenizer_is_merged_into(trained, tmp_path, cha
         (["export", "{static}", "--to", "merged", "--tolerance", "0.5"], "--tolerance goes with --to lora"),
         (["export", "{static}", "--to", "stock", "--dtype", "float16"], "--dtype goes with --to lora or merged"),
         (["export", "{static}", "--to", "lora", "--dtype", "int4"], "--dtype int4: choose one of auto, float32"),
-        (["export", "{static}", "--to", "lora", "--force"], "--force says how much --rank may cut; give --rank"),
+        (
+            ["export", "{static}", "--to", "lora", "--force"],
+            "--force limits what --rank may discard; add --rank or drop --force",
+        ),
         (["export", "{static}", "--to", "lora", "--rank", "64"], "rank=64 is not valid: the adapter has 4"),
         (["export", "{static}", "--to", "lora", "--for", "tgi"], "--for tgi: choose one of peft, vllm"),
         (["export", "{static}", "--to", "gguf"], "llama.cpp reads no modules saved whole"),

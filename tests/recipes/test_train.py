@@ -138,7 +138,7 @@ def test_method_none_only_evaluates_a_chat_model(tmp_path, chat_model):
 def test_training_is_the_same_for_the_same_seed(tmp_path, encoder):
     outcomes = []
     for i in range(2):
-        recipe = make(classification, tmp_path, encoder, [f"output={tmp_path}/run{i}"])
+        recipe = make(classification, tmp_path, encoder, [f"output={tmp_path}/run{i}", "train.epochs=2"])
         train.train(recipe, quiet=True)
         outcomes.append(load_file(tmp_path / f"run{i}" / "last" / "adapter_model.safetensors"))
     for name, tensor in outcomes[0].items():
@@ -146,9 +146,9 @@ def test_training_is_the_same_for_the_same_seed(tmp_path, encoder):
 
 
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, encoder):
-    whole = make(classification, tmp_path, encoder, [f"output={tmp_path}/whole"])
+    whole = make(classification, tmp_path, encoder, [f"output={tmp_path}/whole", "train.epochs=2"])
     expected = train.train(whole, quiet=True)
-    half = make(classification, tmp_path, encoder, [f"output={tmp_path}/half"])
+    half = make(classification, tmp_path, encoder, [f"output={tmp_path}/half", "train.epochs=2"])
 
     class Stopped(Exception):
         pass
@@ -241,11 +241,10 @@ def test_gradient_checkpointing_and_accumulation_run(tmp_path, encoder):
     assert result.final["accuracy"] > 0.6
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, encoder):
-    folder = tmp_path_factory.mktemp("finished")
-    result = train.train(make(classification, folder, encoder), quiet=True)
-    return folder, result
+@pytest.fixture
+def finished(tmp_path, classifier_run):
+    classifier_run.copy(tmp_path)
+    return tmp_path, classifier_run.result
 
 
 def test_eval_gives_the_figures_of_the_run(finished):
@@ -280,7 +279,7 @@ def test_predict_never_overwrites_a_column_of_the_users_own(finished):
     table = write_jsonl(folder / "own.jsonl", [{"text": "the film was good"}, {"text": "bad", "score": 5}])
     out = folder / "own-out.jsonl"
     arguments = ["predict", str(folder / "run"), "--input", str(table), "--output", str(out)]
-    with pytest.raises(LilyError, match=r"row 2 has a column 'score' of its own.*--prefix"):
+    with pytest.raises(LilyError, match=r"row 2 already has a column 'score'.*--prefix"):
         CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert not out.exists()
     assert CliRunner().invoke(app, [*arguments, "--prefix", "lily_"]).exit_code == 0
@@ -303,9 +302,8 @@ def test_prediction_reads_no_further_than_it_must(finished):
     assert len(seen) == 64
 
 
-def test_generate_answers_a_prompt(tmp_path, chat_model):
-    train.train(make(sft, tmp_path, chat_model, []), quiet=True)
-    run = CliRunner().invoke(app, ["generate", str(tmp_path / "run"), "--prompt", "question the film was good"])
+def test_generate_answers_a_prompt(chat_run):
+    run = CliRunner().invoke(app, ["generate", str(chat_run.run), "--prompt", "question the film was good"])
     assert run.exit_code == 0
     assert run.stdout.strip()
 

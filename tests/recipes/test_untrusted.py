@@ -19,7 +19,8 @@ from lily import LilyError
 from lily.cli.main import app
 from lily.recipes import data, loader, models, preflight, train
 from lily.recipes.data import tables
-from lily.recipes.results.adapter import Adapter, kept_labels
+from lily.recipes.results.adapter import Adapter
+from lily.recipes.results.adapter_folder import AdapterFolder
 from lily.recipes.spec.schema import Model
 
 MARK = "import os; os.mkdir({marker!r})\n"
@@ -200,7 +201,7 @@ def test_a_file_that_shrinks_well_is_read(tmp_path, monkeypatch):
 def test_labels_that_are_none_are_refused(tmp_path, text):
     (tmp_path / "labels.json").write_text(text)
     with pytest.raises(LilyError, match=r"labels.json: "):
-        kept_labels(tmp_path)
+        AdapterFolder(tmp_path, None).labels()
 
 
 def test_a_recipe_is_read_as_plain_yaml(tmp_path):

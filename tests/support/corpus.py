@@ -1,7 +1,7 @@
-"""Adapter folders from strangers: every way to spoil a good one, made from a seed and never from a clock.
+"""Untrusted adapter folders: many ways to damage a valid one, derived from a seed and not from a clock.
 
 A `Case` writes one folder. `spoils` says whether it must be refused; where a flipped bit can leave a good file behind
-(another finite number, a spare letter), nobody knows before, and whatever happens must happen completely.
+(another finite number, a spare letter), the outcome is not known, but it must be complete.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What stands in the docs: pages, their blocks, and the commands in those, as a shell reads them."""
+"""The docs' pages, their blocks, and the commands in them as a shell reads them."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Block:
         line: of the fence.
         language: after the fence.
         text: without the page's indentation.
-        reason: why it is not run, where a comment above it says so.
-        file: what the reader is to save it as, where a comment above it says so.
+        reason: why it is not run, from the comment above it.
+        file: the file that the reader saves it as, from the comment above it.
     """
 
     page: str
@@ -67,16 +67,16 @@ def blocks(page: str) -> list[Block]:
     for match in FENCE.finditer(text):
         before = text[: match.start()].rstrip("\n").rsplit("\n", 1)[-1].strip()
         comment = COMMENT.match(before)
-        said = {comment[1]: comment[2]} if comment else {}
+        note = {comment[1]: comment[2]} if comment else {}
         line = text.count("\n", 0, match.start()) + 1
         body = textwrap.dedent(match[3])
-        found.append(Block(page, line, match[2], body, said.get("not run"), said.get("file")))
+        found.append(Block(page, line, match[2], body, note.get("not run"), note.get("file")))
     return found
 
 
 ALL = [block for page in PAGES for block in blocks(page)]
 
-# Nothing is found with an empty PATH, so a shell hands every command over here, with what it made of quotes, variables,
+# With an empty PATH the shell passes every command to this handler, after expanding quotes, variables,
 # comments and loops.
 READER = """
 command_not_found_handle() {
@@ -103,10 +103,10 @@ def commands(block: Block) -> list[Command]:
     finally:
         os.close(writer)
     with os.fdopen(reader, encoding="utf-8") as file:
-        said = file.read()
+        output = file.read()
     assert done.stderr == "", f"{block}: {done.stderr}"
     found = []
-    for one in said.split("\2")[:-1]:
+    for one in output.split("\2")[:-1]:
         words, _, variables = one.partition("\1")
         pairs = [tuple(pair.split("=", 1)) for pair in variables.split("\0")[:-1]]
         kept = [pair for pair in pairs if pair[0] not in {*own, "PATH", "PWD", "OLDPWD", "SHLVL", "_"}]

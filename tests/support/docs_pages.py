@@ -1,4 +1,4 @@
-"""What the blocks of a page find when they begin: files, and names in Python. And what is made smaller of commands."""
+"""What each page's blocks need: files, and names in Python. And the options that make commands short."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ PREPARED: dict[str, Prepare] = {}
 
 
 def before(page: str) -> Callable[[Prepare], Prepare]:
-    """Register what a page needs."""
+    """Register the preparation of a page."""
 
     def register(prepare: Prepare) -> Prepare:
         PREPARED[page] = prepare
@@ -57,7 +57,7 @@ def headlines(name: str) -> None:
 
 
 def described(folder: str) -> None:
-    """A model of which only the configuration is there; nobody reads its weights."""
+    """A model's configuration, without weights."""
     LlamaConfig(
         hidden_size=512, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=8, vocab_size=1000
     ).save_pretrained(folder)

@@ -1,6 +1,6 @@
 """A small world for the docs' commands: every package, data set and hub model that they name, as tiny ones.
 
-So commands run as they are written, in seconds: what they download is built here, from configurations.
+So commands run unchanged, in seconds: what they download is built here, from configurations.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def _data(folder: Path) -> Path:
 
 
 class World:
-    """The folders of it, and how to be in it."""
+    """Its folders, and the patches that make commands use them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

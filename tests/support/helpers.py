@@ -171,7 +171,8 @@ def processes(work: Callable[[int], Any], count: int = 2) -> list[Any]:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")  # which imports once what every process needs
+    context.set_forkserver_preload(["peft", "transformers.models.llama.modeling_llama", "lily.tuner.registry"])
     queue = context.Queue()
     workers = [context.Process(target=_worker, args=(work, rank, count, port, queue)) for rank in range(count)]
     for worker in workers:

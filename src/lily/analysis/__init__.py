@@ -1,5 +1,5 @@
-"""Insight: what was shared, how much rank was gained, what the routers do.
+"""Analysis of adapters: sharing, rank of the updates, and routing.
 
-Numbers first: pure functions on adapters, models and recorded statistics that give frozen values with `to_dict()`.
-Pictures are made of those values: `lily.analysis.plots` with matplotlib, `lily.insight` as one HTML page.
+Pure functions of adapters, models and recorded statistics return frozen values with `to_dict()`. `lily.analysis.plots`
+draws them with matplotlib, `lily.insight` as one HTML page.
 """

@@ -1,8 +1,7 @@
-"""Updates as products of thin factors: what rank and overlap are computed from, never from a full (out, in) matrix.
+"""Updates as products of thin factors, so that rank and overlap never need a full (out, in) matrix.
 
 With `B_e^T = Q_out C_e` and `A^T = Q_in D` (thin QR, once per shared tensor) an update `s (sum_e w_e B_e)^T A` is
-`Q_out (s sum_e w_e C_e) D^T Q_in^T`, so everything that a singular value decomposition tells is in the small matrix in
-the middle.
+`Q_out (s sum_e w_e C_e) D^T Q_in^T`, so the small matrix in the middle determines the singular value decomposition.
 """
 
 from __future__ import annotations
@@ -33,12 +32,12 @@ from lily.tuner.adapter import Adapted, find
 
 @dataclass(frozen=True)
 class Mixing:
-    """How a layer weighs its experts over data: all that the rank of its updates depends on.
+    """Statistics of a layer's expert weights, on which the rank of its updates depends.
 
     Attributes:
         mean: mean weights over tokens, (E,).
         second: mean of the outer product of the weights with themselves, (E, E): covariance + mean mean^T.
-        source: `static` (the adapter's own constant weights), `data` (measured), or `equal` (assumed: nothing known).
+        source: `static` (constant weights of the adapter), `data` (measured), or `equal` (assumed).
     """
 
     mean: Tensor
@@ -53,9 +52,9 @@ class Mixing:
 
     @classmethod
     def assumed(cls, experts: int) -> Mixing:
-        """What is assumed of a data-dependent routing without data: each token uses one expert, all equally often.
+        """The assumption for data-dependent routing without data: each token uses one expert, all equally often.
 
-        The mean is that of equal weights, and the union is all that the experts can span.
+        The mean weights are equal, and the union is all that the experts can span.
         """
         mean = torch.full((experts,), 1 / experts, dtype=torch.float64)
         return cls(mean, torch.diag(mean), "equal")
@@ -63,17 +62,17 @@ class Mixing:
 
 @dataclass(frozen=True)
 class Factored:
-    """A layer's update, ready for any mixing of its experts. Everything in float64.
+    """A layer's update for any mixing of its experts, in float64.
 
     Attributes:
-        name: of the layer.
-        group: layers of one group can be compared: one target name and one shape.
-        shared: number of its A; layers with the same one share it.
+        name: name of the layer.
+        group: name and shape of its group, whose layers can be compared.
+        shared: index of its A; layers with the same index share it.
         out_basis: (out, m), orthonormal columns.
         out_core: (m, E, r), with the scaling: `scaling * B_e^T = out_basis @ out_core[:, e]`.
         in_basis: (in, n), orthonormal columns.
         in_core: (n, r): `A^T = in_basis @ in_core`.
-        static: its constant mixing, or None where it depends on the data.
+        static: its constant mixing, or None if it depends on the data.
     """
 
     name: str
@@ -97,7 +96,7 @@ class Factored:
 
     @property
     def experts(self) -> int:
-        """How many experts are mixed."""
+        """Number of experts."""
         return int(self.out_core.shape[1])
 
     def core(self, mean: Tensor) -> Tensor:
@@ -113,38 +112,40 @@ class Factored:
 
 
 def lily_layers(model: nn.Module, adapter: str | None = None) -> list[Factored]:
-    """The layers of a Lily adapter; the experts that a parameter stacks are a layer each.
+    """The layers of a Lily adapter; each of a parameter's stacked experts is one layer.
 
     Args:
-        model: carries the adapter.
-        adapter: default: the active one.
+        model: the model with the adapter.
+        adapter: name of the adapter; default: the active one.
 
     Raises:
         LilyError: if there is no such adapter, or its update is not linear.
     """
-    found = find(model, adapter)
-    bent = next((a for layer in found.layers.values() if (a := layer.settings[found.name].activation) != "none"), None)
+    adapted = find(model, adapter)
+    bent = next(
+        (a for layer in adapted.layers.values() if (a := layer.settings[adapted.name].activation) != "none"), None
+    )
     if bent is not None:
         raise LilyError(
-            f"adapter {found.name!r} has activation={bent!r} between A and B, so its update is no "
-            "matrix and has no rank; rank is told of adapters with activation='none'"
+            f"adapter {adapted.name!r} has activation={bent!r} between A and B, so its update is no "
+            "matrix and has no rank; rank is reported only for adapters with activation='none'"
         )
-    return list(_lily_layers(found))
+    return list(_lily_layers(adapted))
 
 
 @torch.no_grad()
-def _lily_layers(found: Adapted) -> Iterator[Factored]:
+def _lily_layers(adapted: Adapted) -> Iterator[Factored]:
     downs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
     ups: dict[int, tuple[Tensor, Tensor]] = {}
-    for name, layer in found.layers.items():
-        slot = layer.settings[found.name].slot
-        A, B = (t.detach().double().cpu() for t in layer.tensors_of(found.name))  # (r, in), (E, r, out)
+    for name, layer in adapted.layers.items():
+        slot = layer.settings[adapted.name].slot
+        A, B = (t.detach().double().cpu() for t in layer.tensors_of(adapted.name))  # (r, in), (E, r, out)
         if slot.B not in ups:
             basis, core = torch.linalg.qr(B.flatten(0, 1).T)  # (out, m), (m, E r)
             ups[slot.B] = basis, core.unflatten(1, B.shape[:2])
         out_basis, out_core = ups[slot.B]
-        core = layer.settings[found.name].scaling * out_core
-        group = found.plan.group_of(name)
+        core = layer.settings[adapted.name].scaling * out_core
+        group = adapted.plan.group_of(name)
         title = f"{group.name} ({group.out_features}, {group.in_features})"
         stacked = group.kind == EXPERTS
         for i, member in enumerate(group.members if stacked else (name,)):
@@ -152,15 +153,15 @@ def _lily_layers(found: Adapted) -> Iterator[Factored]:
             if shared not in downs:
                 downs[shared] = torch.linalg.qr((A[i] if A.ndim == 3 else A).T)
             number = list(downs).index(shared)
-            yield Factored(member, title, number, out_basis, core, *downs[shared], static_mixing(layer, found, i))
+            yield Factored(member, title, number, out_basis, core, *downs[shared], static_mixing(layer, adapted, i))
 
 
-def static_mixing(layer: LilyLayer, found: Adapted, expert: int = 0) -> Mixing | None:
-    """A layer's constant weights, or None where they depend on the data; of stacked experts, those of one of them."""
-    name, settings = found.name, layer.settings[found.name]
+def static_mixing(layer: LilyLayer, adapted: Adapted, expert: int = 0) -> Mixing | None:
+    """A layer's constant weights, or None if they depend on the data; for stacked experts, those of `expert`."""
+    name, settings = adapted.name, layer.settings[adapted.name]
     if router_size(settings.routing, settings.r, settings.num_B) == 0:
         return Mixing.constant(torch.full((settings.num_B,), 1 / settings.num_B))
-    settled = found.bank.settled.get(name)
+    settled = adapted.bank.settled.get(name)
     if settings.routing == "static" or (settled is not None and settled.done):
         logits = layer.lily_logits[name].detach().double()
         return Mixing.constant(functional.softmax(logits[expert] if logits.ndim == 2 else logits))
@@ -171,25 +172,25 @@ def lora_layers(source: nn.Module | str | Path, adapter: str | None = None) -> l
     """The layers of a LoRA adapter of PEFT.
 
     Args:
-        source: a model that carries it, or an adapter's folder, which needs no base model.
-        adapter: of a model; default: the active one.
+        source: a model with the adapter, or an adapter's folder, which needs no base model.
+        adapter: name of the model's adapter; default: the active one.
 
     Raises:
-        LilyError: if there is no LoRA, or its update is no product of two matrices (DoRA).
+        LilyError: if there is no LoRA, or its update is not a product of two matrices (DoRA).
     """
     pairs = _lora_of_model(source, adapter) if isinstance(source, nn.Module) else _lora_of_folder(Path(source))
     out = []
     for number, (name, A, B, scale) in enumerate(pairs):
         A, B = (t.detach().double().cpu().flatten(1) for t in (A, B))  # (r, in), (out, r)
         if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
-            raise LilyError(f"{name}: its lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} are no product of rank r")
+            raise LilyError(f"{name}: the shapes of lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} do not match")
         in_basis, in_core = torch.linalg.qr(A.T)
         out_basis, out_core = torch.linalg.qr(B)
         group = f"{name.rpartition('.')[2]} ({B.shape[0]}, {A.shape[1]})"
         core = scale * out_core.unsqueeze(1)
         out.append(Factored(name, group, number, out_basis, core, in_basis, in_core, Mixing.constant(torch.ones(1))))
     if not out:
-        raise LilyError(f"{source if not isinstance(source, nn.Module) else type(source).__name__} holds no LoRA layer")
+        raise LilyError(f"{source if not isinstance(source, nn.Module) else type(source).__name__} has no LoRA layer")
     return out
 
 
@@ -204,7 +205,7 @@ def _lora_of_model(model: nn.Module, adapter: str | None) -> Iterator[Pair]:
         chosen = adapter or next(iter(module.active_adapters), "")
         if chosen in module.lora_A:
             if chosen in getattr(module, "use_dora", {}) and module.use_dora[chosen]:
-                raise LilyError(f"{name} is a DoRA layer, whose update is no product of two thin matrices")
+                raise LilyError(f"{name} is a DoRA layer, whose update is not a product of two thin matrices")
             yield name, module.lora_A[chosen].weight, module.lora_B[chosen].weight, float(module.scaling[chosen])
 
 
@@ -220,14 +221,14 @@ def _lora_of_folder(folder: Path) -> Iterator[Pair]:
     if not isinstance(config, LoraConfig):
         raise LilyError(f"{folder} is a {getattr(config.peft_type, 'value', config.peft_type)} adapter, not a LoRA")
     if config.use_dora:
-        raise LilyError(f"{folder} is a DoRA adapter, whose update is no product of two thin matrices")
+        raise LilyError(f"{folder} is a DoRA adapter, whose update is not a product of two thin matrices")
     for key, A in state.items():
         if not key.endswith(".lora_A.weight"):
             continue
         name = key.removesuffix(".lora_A.weight").removeprefix("base_model.model.")
         B = state.get(key.replace(".lora_A.", ".lora_B."))
         if B is None:
-            raise LilyError(f"{file}: {name} has a lora_A and no lora_B; is the file complete?")
+            raise LilyError(f"{file}: {name} has a lora_A but no lora_B; is the file complete?")
         yield name, A, B, _lora_scale(config, name, A.shape[0])
 
 

@@ -1,6 +1,6 @@
-"""Granularity: the shapes that one budget buys, from few matrices of large rank to many of small rank.
+"""Granularity: all shapes within one budget, from few matrices of large rank to many of small rank.
 
-Arithmetic alone, as `lily.budget`, which chooses one of these shapes.
+Only arithmetic, as in `lily.budget`, which chooses one of these shapes.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class Point:
         r: the largest rank that fits.
         num_A: A per group.
         num_B: experts per group.
-        parameters: what an adapter of this shape trains.
-        share: of the budget.
-        union: the largest rank that the updates of all tokens can span together in any layer: num_B * r at most.
+        parameters: number of trainable parameters.
+        share: share of the budget that they use.
+        union: largest rank that the updates of all tokens can span together in any layer, at most num_B * r.
     """
 
     r: int
@@ -37,19 +37,19 @@ class Point:
     union: int
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values for JSON."""
+        """Plain values for JSON."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Quality:
-    """A shape and how good it was.
+    """A shape and its measured quality.
 
     Attributes:
         r: rank.
         num_A: A per group.
         num_B: experts per group.
-        values: of the metric, one for each seed.
+        values: values of the metric, one per seed.
     """
 
     r: int
@@ -69,21 +69,21 @@ def frontier(
     least: float = WELL_USED,
     shared_router: bool = False,
 ) -> tuple[Point, ...]:
-    """All shapes of (nearly) equal size: for each num_A and num_B the largest rank that fits.
+    """All shapes of nearly equal size: the largest rank that fits for each num_A and num_B.
 
     Args:
         modules: the layers to adapt.
         parameters: the budget, such as `1.2M`; no point exceeds it.
-        num_A: values to look at; default: 1 to the depth, those that mean different sharing.
-        num_B: likewise; default: 1 to the depth.
-        routing: decides how large the routers are.
+        num_A: values of num_A; default: 1 to the depth, without those that give the same sharing.
+        num_B: values of num_B; default: 1 to the depth.
+        routing: the adapter's routing, which decides the size of the routers.
         targets: the adapter's `target_modules`; see `lily.plan.build_plan`.
-        least: share of the budget that a point must use. A smaller one comes from a rank that is bounded by the
-            layers' sizes, and would be no fair comparison.
+        least: smallest share of the budget that a point may use. A smaller share means that the layers' sizes limit
+            the rank, which would make comparisons unfair.
         shared_router: whether all layers of a group have one router.
 
     Returns:
-        Points by falling rank, then by num_A. Of several num_A that lead to the same sharing, the smallest.
+        Points by decreasing rank, then by num_A. Of several num_A with the same sharing, the smallest.
 
     Raises:
         LilyError: if no shape fits.
@@ -93,8 +93,8 @@ def frontier(
     widest = max(m.out_features for m in modules)
     points: dict[tuple[tuple[int, ...], int], Point] = {}
     refused: LilyError | None = None
-    # an iterator can be gone through once only, and would be empty for the second num_B
-    every_A, every_B = (tuple(given or ()) or tuple(range(1, depth + 1)) for given in (num_A, num_B))
+    # tuples, since an iterator would be empty for the second num_B
+    every_A, every_B = (tuple(values or ()) or tuple(range(1, depth + 1)) for values in (num_A, num_B))
     for experts in every_B:
         for count in every_A:
             try:
@@ -118,7 +118,7 @@ def frontier(
                 points.setdefault((blocks, experts), point)
     if not points:
         raise refused or LilyError(
-            f"no shape uses {least:.0%} of {budget:,} parameters, because ranks are bounded by the layers' sizes; "
+            f"no shape uses {least:.0%} of {budget:,} parameters, because the layers' sizes limit the rank; "
             "give a smaller budget, or a smaller `least`"
         )
     return tuple(sorted(points.values(), key=lambda p: (-p.r, p.num_A, p.num_B)))

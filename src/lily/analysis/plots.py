@@ -1,6 +1,7 @@
-"""Figures of an adapter with matplotlib, for papers and notebooks; `lily inspect --report` draws its own.
+"""Figures of an adapter with matplotlib, for papers and notebooks; `lily inspect --report` draws in HTML,
+whose marks have tooltips and which follows dark mode.
 
-Each function gives a `Picture`: a matplotlib figure and the alternative text that says what it shows.
+Each function returns a `Picture`: a matplotlib figure and its alternative text.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from lily.errors import LilyError
 from lily.io.atomic import new_file
 from lily.plan.sharing_plan import SharingPlan
 
-COLOURS = ("#7fb2e5", "#f2b56b", "#8fcf9f", "#e59bb6", "#c5b3e6", "#d9cf7a", "#9fd3d6", "#d3b29a")
+COLORS = ("#7fb2e5", "#f2b56b", "#8fcf9f", "#e59bb6", "#c5b3e6", "#d9cf7a", "#9fd3d6", "#d3b29a")
 LINES = ("#2f6fb0", "#a8650a", "#2f7d43", "#a83f6c", "#6a4fb0", "#7a6d10", "#1f7a80", "#855a38")
 ACROSS = 3  # panels side by side
 LILY, UNION, LORA = "#6d35a5", "#0b7a75", "#b4540a"
@@ -30,10 +31,10 @@ LILY, UNION, LORA = "#6d35a5", "#0b7a75", "#b4540a"
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure and what it shows.
+    """A figure and its description.
 
     Attributes:
-        figure: matplotlib's.
+        figure: a matplotlib figure.
         alt: alternative text, for a page's `alt` attribute.
     """
 
@@ -41,10 +42,10 @@ class Picture:
     alt: str
 
     def save(self, file: str | Path, overwrite: bool = False) -> None:
-        """Write it as the file's ending says; text stays text in an SVG, and the same data give the same file.
+        """Write the figure in the format of the file's extension; SVGs keep text as text and are reproducible.
 
         Raises:
-            LilyError: if the file exists, or matplotlib does not know its ending.
+            LilyError: if the file exists, or matplotlib does not support its extension.
         """
         from matplotlib import rc_context
 
@@ -67,12 +68,12 @@ def _figure(width: float, height: float) -> Any:
 
 
 def rank_plot(report: RankReport, lora: RankReport | None = None, name: str = "Lily") -> Picture:
-    """Numerical rank by layer, and the spectrum, beside a LoRA's.
+    """Numerical rank by layer, and the spectrum, compared with a LoRA's.
 
     Args:
-        report: of the adapter.
-        lora: of a LoRA to compare with.
-        name: of the adapter, for the legend.
+        report: report of the adapter.
+        lora: report of a LoRA to compare with.
+        name: name of the adapter, for the legend.
     """
     figure = _figure(11, 4)
     ranks, spectrum = figure.subplots(1, 2, width_ratios=(3, 2))
@@ -89,9 +90,9 @@ def rank_plot(report: RankReport, lora: RankReport | None = None, name: str = "L
     ranks.set_ylabel("numerical rank (directions)")
     ranks.set_ylim(bottom=0)
     ranks.legend()
-    for found, colour, said in ((report, LILY, name), (lora, LORA, "LoRA")):
-        if found is not None:
-            _spectra(spectrum, found, colour, said)
+    for drawn, color, label in ((report, LILY, name), (lora, LORA, "LoRA")):
+        if drawn is not None:
+            _spectra(spectrum, drawn, color, label)
     spectrum.axhline(report.threshold, color="#565d69", linestyle="--", label=f"threshold {report.threshold:g}")
     spectrum.set_yscale("log")
     spectrum.set_xlabel("direction")
@@ -101,19 +102,19 @@ def rank_plot(report: RankReport, lora: RankReport | None = None, name: str = "L
     return Picture(figure, rank_words(report, lora))
 
 
-def _spectra(axes: Any, report: RankReport, colour: str, name: str) -> None:
+def _spectra(axes: Any, report: RankReport, color: str, name: str) -> None:
     named = False
     for layer in report.layers:
         values = layer.expected.values
         if values and values[0] > 0:
             relative = [v / values[0] for v in values]
             label = None if named else f"{name}, each layer"
-            axes.plot(range(1, len(relative) + 1), relative, color=colour, alpha=0.35, linewidth=1, label=label)
+            axes.plot(range(1, len(relative) + 1), relative, color=color, alpha=0.35, linewidth=1, label=label)
             named = True
 
 
 def router_plot(report: RoutingReport) -> Picture:
-    """Mean expert weights over layers and experts, a panel for each group."""
+    """Mean expert weights by layer and expert, one panel per group."""
     groups = {g: v for g, v in weights_by_group(report).items() if len(v[0].mean) > 1}
     if not groups:
         raise LilyError("there is one B in each group, so nothing is routed and there is no router to draw")
@@ -140,10 +141,10 @@ def sharing_plot(plan: SharingPlan, report: RoutingReport | None = None) -> Pict
     """Which layers share which A (boxes), and how each mixes the experts of its group (bands).
 
     Args:
-        plan: who shares what.
-        report: for the bands; default: of equal height.
+        plan: the sharing plan.
+        report: for the heights of the bands; default: equal.
     """
-    known = weights_by_group(report) if report is not None else {}
+    routing = weights_by_group(report) if report is not None else {}
     figure = _figure(4.2 * len(plan.groups), 3.4)
     panels = figure.subplots(1, len(plan.groups), squeeze=False)[0]
     for panel, group in zip(panels, plan.groups, strict=True):
@@ -152,11 +153,11 @@ def sharing_plot(plan: SharingPlan, report: RoutingReport | None = None) -> Pict
             panel.barh(1.14, len(block) - 0.08, left=at - 0.46, height=0.18, color="#efe8f6", edgecolor=LILY)
             panel.text(at + len(block) / 2 - 0.5, 1.14, f"A{plan.slots[block[0]].A}", ha="center", va="center")
             at += len(group.blocks[number])
-        layers = known.get(title_of(group))
+        layers = routing.get(title_of(group))
         for e in range(group.num_B):
             shares = [v.mean[e] for v in layers] if layers else [1 / group.num_B] * at
             bottom = [sum(v.mean[:e]) for v in layers] if layers else [e / group.num_B] * at
-            panel.bar(range(at), shares, 0.92, bottom, color=COLOURS[e % len(COLOURS)], label=f"B{e}")
+            panel.bar(range(at), shares, 0.92, bottom, color=COLORS[e % len(COLORS)], label=f"B{e}")
         panel.set_title(title_of(group))
         panel.set_xlabel("layer")
         panel.set_ylabel("share of each expert")
@@ -167,7 +168,7 @@ def sharing_plot(plan: SharingPlan, report: RoutingReport | None = None) -> Pict
 
 
 def granularity_plot(points: Sequence[Point]) -> Picture:
-    """The shapes that one budget buys: rank against the number of A, a line for each number of B."""
+    """The shapes within one budget: rank against the number of A, one line per number of B."""
     figure = _figure(6, 4)
     panel = figure.subplots()
     for i, experts in enumerate(sorted({p.num_B for p in points})):
@@ -187,96 +188,94 @@ def granularity_plot(points: Sequence[Point]) -> Picture:
 
 
 def quality_plot(
-    found: Sequence[Quality], metric: str, lora: Sequence[float] = (), by_experts: bool = False
+    shapes: Sequence[Quality], metric: str, lora: Sequence[float] = (), by_experts: bool = False
 ) -> Picture:
-    """Quality against granularity, as the paper's Fig. 5: every shape costs the same.
+    """Quality against granularity, as in the paper's Fig. 5: all shapes have equal size.
 
     Args:
-        found: the shapes with their values.
+        shapes: the shapes with their values.
         metric: name and unit, for the axis.
         lora: values of a LoRA of equal size.
-        by_experts: a line for each num_B, for shapes with unequal num_A and num_B.
+        by_experts: draw one line per num_B, for shapes with unequal num_A and num_B.
     """
-    if not found:
+    if not shapes:
         raise LilyError("no shape has a value, so there is nothing to draw")
     figure = _figure(6.4, 4)
     panel = figure.subplots()
-    lines = sorted({p.num_B for p in found}) if by_experts else [None]
+    lines = sorted({p.num_B for p in shapes}) if by_experts else [None]
     for i, experts in enumerate(lines):
-        points = sorted((p for p in found if experts is None or p.num_B == experts), key=lambda p: p.r)
+        points = sorted((p for p in shapes if experts is None or p.num_B == experts), key=lambda p: p.r)
         label = "Lily, num_A = num_B" if experts is None else f"Lily, num_B = {experts}"
         means, spreads = [fmean(p.values) for p in points], [_spread(p.values) for p in points]
-        colour = LILY if experts is None else LINES[i % len(LINES)]
-        panel.errorbar([p.r for p in points], means, spreads, fmt="o-", capsize=3, color=colour, label=label)
+        color = LILY if experts is None else LINES[i % len(LINES)]
+        panel.errorbar([p.r for p in points], means, spreads, fmt="o-", capsize=3, color=color, label=label)
         for p in points:
-            said = f"{p.num_A}" if p.num_A == p.num_B and experts is None else f"A{p.num_A} B{p.num_B}"
-            panel.annotate(said, (p.r, fmean(p.values)), xytext=(4, 5), textcoords="offset points", fontsize=8)
+            text = f"{p.num_A}" if p.num_A == p.num_B and experts is None else f"A{p.num_A} B{p.num_B}"
+            panel.annotate(text, (p.r, fmean(p.values)), xytext=(4, 5), textcoords="offset points", fontsize=8)
     if lora:
         panel.axhline(fmean(lora), color=LORA, linestyle="--", label="LoRA of equal size")
         panel.axhspan(fmean(lora) - _spread(lora), fmean(lora) + _spread(lora), color=LORA, alpha=0.12)
-    ranks = sorted({p.r for p in found})
+    ranks = sorted({p.r for p in shapes})
     panel.set_xscale("log")
     panel.set_xticks(ranks, [str(r) for r in ranks])
     panel.minorticks_off()
-    panel.set_xlabel("r (rank); beside each point the number of A and of B")
+    panel.set_xlabel("r (rank); labels: number of A and B")
     panel.set_ylabel(metric)
     panel.legend()
-    return Picture(figure, _quality_words(found, metric, lora))
+    return Picture(figure, _quality_words(shapes, metric, lora))
 
 
 def _spread(values: Sequence[float]) -> float:
     return stdev(values) if len(values) > 1 and all(map(isfinite, values)) else 0.0
 
 
-def _quality_words(found: Sequence[Quality], metric: str, lora: Sequence[float]) -> str:
-    by_rank = sorted(found, key=lambda p: -p.r)
-    said = ", ".join(f"{fmean(p.values):.4g} at r={p.r}, num_A={p.num_A}, num_B={p.num_B}" for p in by_rank)
-    beside = f" LoRA of equal size: {fmean(lora):.4g}." if lora else ""
-    return f"{metric} of {len(found)} shapes of equal size: {said}.{beside}"
+def _quality_words(shapes: Sequence[Quality], metric: str, lora: Sequence[float]) -> str:
+    by_rank = sorted(shapes, key=lambda p: -p.r)
+    values = ", ".join(f"{fmean(p.values):.4g} at r={p.r}, num_A={p.num_A}, num_B={p.num_B}" for p in by_rank)
+    compared = f" LoRA of equal size: {fmean(lora):.4g}." if lora else ""
+    return f"{metric} of {len(shapes)} shapes of equal size: {values}.{compared}"
 
 
 def forgetting_plot(outcomes: Sequence[Outcome], metric: str) -> Picture:
-    """Quality against forgetting: every setting as a dot, and each contestant's frontier as a line.
+    """Quality against forgetting: every setting as a dot, and each contestant's Pareto front as a line.
 
     Args:
-        outcomes: of all contestants.
+        outcomes: outcomes of all contestants.
         metric: name and unit of the quality, for the axis.
     """
     if not outcomes:
         raise LilyError("nothing was trained, so there is nothing to draw")
     figure = _figure(6.8, 4.4)
     panel = figure.subplots()
-    said = []
-    for i, (name, found) in enumerate(by_contestant(outcomes).items()):
-        colour = LINES[i % len(LINES)]
-        panel.plot(
-            [o.forgetting for o in found], [o.quality for o in found], "o", color=colour, alpha=0.3, markersize=4
-        )
-        line = frontier(found)
-        panel.plot([o.forgetting for o in line], [o.quality for o in line], ".-", color=colour, label=name,
+    texts = []
+    for i, (name, own) in enumerate(by_contestant(outcomes).items()):
+        color = LINES[i % len(LINES)]
+        panel.plot([o.forgetting for o in own], [o.quality for o in own], "o", color=color, alpha=0.3, markersize=4)
+        line = frontier(own)
+        panel.plot([o.forgetting for o in line], [o.quality for o in line], ".-", color=color, label=name,
                    drawstyle="steps-post")  # fmt: skip
-        said.append(f"{name} from {line[0].quality:.4g} at {line[0].forgetting:+.3g} to {line[-1].quality:.4g} at "
+        texts.append(f"{name} from {line[0].quality:.4g} at {line[0].forgetting:+.3g} to {line[-1].quality:.4g} at "
                     f"{line[-1].forgetting:+.3g}")  # fmt: skip
     panel.set_xlabel("forgetting: increase of the loss on general text (nats per token)")
     panel.set_ylabel(metric)
     panel.legend()
-    return Picture(figure, f"{metric} against forgetting; frontiers: {'; '.join(said)}.")
+    return Picture(figure, f"{metric} against forgetting; Pareto fronts: {'; '.join(texts)}.")
 
 
-def settings_plot(found: Mapping[str, Sequence[Tried]], metric: str) -> Picture:
-    """Quality over learning rate (across) and scale (up): a row for each task, a panel for each contestant.
+def settings_plot(settings: Mapping[str, Sequence[Tried]], metric: str) -> Picture:
+    """Quality by learning rate (x) and scale (y): one row of panels per task, one panel per contestant.
 
     Args:
-        found: task -> its settings.
-        metric: name and unit of the quality, for the colour bar.
+        settings: task -> its settings.
+        metric: name and unit of the quality, for the color bar.
     """
-    if not any(found.values()):
+    if not any(settings.values()):
         raise LilyError("nothing was trained, so there is nothing to draw")
-    contestants = list(dict.fromkeys(t.contestant for own in found.values() for t in own))
-    figure = _figure(4.2 * len(contestants) + 0.8, 3.0 * len(found))
-    rows = figure.subplots(len(found), len(contestants), squeeze=False)
-    said = []
-    for (task, tried), panels in zip(found.items(), rows, strict=True):
+    contestants = list(dict.fromkeys(t.contestant for own in settings.values() for t in own))
+    figure = _figure(4.2 * len(contestants) + 0.8, 3.0 * len(settings))
+    rows = figure.subplots(len(settings), len(contestants), squeeze=False)
+    texts = []
+    for (task, tried), panels in zip(settings.items(), rows, strict=True):
         low, high = min(t.quality for t in tried), max(t.quality for t in tried)
         rates, scales = sorted({t.rate for t in tried}), sorted({t.scale for t in tried})
         for contestant, panel in zip(contestants, panels, strict=True):
@@ -294,6 +293,6 @@ def settings_plot(found: Mapping[str, Sequence[Tried]], metric: str) -> Picture:
             panel.set_ylabel("scale of the update")
             if own:
                 (scale, rate), best = max(own.items(), key=lambda pair: pair[1])
-                said.append(f"{task}, {contestant}: best {best:.4g} at learning rate {rate:g} and scale {scale:g}")
+                texts.append(f"{task}, {contestant}: best {best:.4g} at learning rate {rate:g} and scale {scale:g}")
         figure.colorbar(image, ax=list(panels), label=metric)
-    return Picture(figure, f"{metric} over learning rate and scale. {'; '.join(said)}.")
+    return Picture(figure, f"{metric} by learning rate and scale. {'; '.join(texts)}.")

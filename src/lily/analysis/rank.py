@@ -1,4 +1,4 @@
-"""How much rank an update has, and how the layers' subspaces lie to each other.
+"""Rank of a layer's update, and overlap of the layers' subspaces.
 
 For a layer with experts B_e (r, out), weights w_t of token t and second moment S = E[w w^T] over tokens:
 
@@ -6,10 +6,10 @@ For a layer with experts B_e (r, out), weights w_t of token t and second moment 
     expected update       E[D_t], the update at the mean weights                   rank <= r
     union over tokens     [D_1 | D_2 | ... | D_T] / sqrt(T), updates side by side   rank <= min(out, rank(S) * r)
 
-The union's singular values are the roots of the eigenvalues of E[D_t D_t^T]: they say which output directions the
-tokens reach together, weighted by how much they use them. They depend on the routing through S alone, which a
-recording holds. The other way round, updates on top of each other, the rank is that of A: all tokens of a layer, and
-all layers that share its A, read the same r directions of the input.
+The union's singular values are the roots of the eigenvalues of E[D_t D_t^T]: the output directions that the tokens use
+together, weighted by their use. They depend on the routing only through S, which `lily.analysis.routing` measures. For
+updates on top of each other the rank is that of A: all tokens of a layer, and all layers that share its A, read the
+same r directions of the input.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from torch import Tensor
 from lily.analysis.factored import Factored, Mixing, grouped
 from lily.errors import LilyError
 
-# A direction counts if the update moves it by at least this share of the direction that it moves most.
+# Smallest ratio to the largest singular value at which a direction counts.
 THRESHOLD = 0.01
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Singular values of an update and what follows from them.
+    """Singular values of an update and measures derived from them.
 
     Attributes:
-        values: in falling order; as many as the factors allow to differ from zero.
+        values: singular values in decreasing order; as many as can be nonzero by the factors.
         limit: the largest rank that the factors allow.
     """
 
@@ -72,7 +72,7 @@ class Spectrum:
         return tuple((squares / total).tolist()) if total else tuple(0.0 for _ in self.values)
 
     def to_dict(self, threshold: float = THRESHOLD) -> dict[str, Any]:
-        """As plain values for JSON."""
+        """Plain values for JSON."""
         return {
             "values": list(self.values),
             "limit": self.limit,
@@ -88,15 +88,15 @@ class LayerRank:
     """One layer's update.
 
     Attributes:
-        name: of the layer.
-        group: its group.
-        shared: number of its A.
+        name: name of the layer.
+        group: name and shape of its group.
+        shared: index of its A.
         shape: (out, in).
         r: rank of its factors.
-        expected: of the update at the mean weights.
-        union: of all tokens' updates together; None where the weights are constant, so that it is the same.
+        expected: spectrum of the update at the mean weights.
+        union: spectrum of all tokens' updates together; None if the weights are constant, since it is then the same.
         varying: share of the mean squared norm of a token's update that is not the expected update; 0 if constant.
-        mixing: where the weights come from: see `Mixing`.
+        mixing: source of the weights: see `Mixing`.
     """
 
     name: str
@@ -110,7 +110,7 @@ class LayerRank:
     mixing: str
 
     def to_dict(self, threshold: float) -> dict[str, Any]:
-        """As plain values for JSON."""
+        """Plain values for JSON."""
         facts = {k: getattr(self, k) for k in ("name", "group", "shared", "shape", "r", "varying", "mixing")}
         spectra = {"expected": self.expected.to_dict(threshold)}
         if self.union is not None:
@@ -120,19 +120,19 @@ class LayerRank:
 
 @dataclass(frozen=True)
 class Overlap:
-    """How much the layers of one group have in common, as means over pairs of layers.
+    """Overlap of the subspaces of one group's layers.
 
     The overlap of two subspaces of dimensions k and l is the mean squared cosine of their min(k, l) principal angles:
-    1, one lies in the other; 0, they are orthogonal.
+    1 if one contains the other, 0 if they are orthogonal.
 
     Attributes:
         group: the group.
         layers: names, in order.
-        columns: (layers, layers), of the column spaces: the output directions that are written.
-        rows: (layers, layers), of the row spaces: the input directions that are read.
-        columns_by_chance: what random subspaces of these dimensions have on average: max(k, l) / out.
-        rows_by_chance: max(k, l) / in.
-        shared: number of each layer's A.
+        columns: overlaps of the column spaces (output directions), (layers, layers).
+        rows: overlaps of the row spaces (input directions), (layers, layers).
+        columns_by_chance: mean overlap of random subspaces of these dimensions: max(k, l) / out.
+        rows_by_chance: the same for rows: max(k, l) / in.
+        shared: index of each layer's A.
     """
 
     group: str
@@ -148,7 +148,7 @@ class Overlap:
 
         Args:
             what: `columns` or `rows`.
-            sharing: which pairs.
+            sharing: select pairs that share their A, or the others.
         """
         table = getattr(self, what)
         pairs = combinations(range(len(self.layers)), 2)
@@ -161,9 +161,9 @@ class RankReport:
     """Rank and overlap of an adapter.
 
     Attributes:
-        threshold: of the numerical rank and of the subspaces.
-        layers: layer by layer.
-        overlaps: group by group; of groups with one layer there is none.
+        threshold: threshold of the numerical rank and of the subspaces.
+        layers: one entry per layer.
+        overlaps: one entry per group of several layers.
     """
 
     threshold: float
@@ -172,20 +172,20 @@ class RankReport:
 
     @property
     def assumed(self) -> bool:
-        """Whether the weights of a data-dependent routing had to be assumed."""
+        """Whether the weights of a data-dependent routing were assumed, not measured."""
         return any(layer.mixing == "equal" for layer in self.layers)
 
     def median(self, what: str = "numerical_rank", union: bool = False) -> float:
         """Median over layers of `numerical_rank`, `effective_rank` or `stable_rank`."""
-        found = []
+        values = []
         for layer in self.layers:
             spectrum = layer.union if union and layer.union is not None else layer.expected
             rank = spectrum.numerical_rank(self.threshold) if what == "numerical_rank" else getattr(spectrum, what)
-            found.append(float(rank))
-        return float(torch.tensor(found).quantile(0.5))
+            values.append(float(rank))
+        return float(torch.tensor(values).quantile(0.5))
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values for JSON."""
+        """Plain values for JSON."""
         return {
             "threshold": self.threshold,
             "layers": [layer.to_dict(self.threshold) for layer in self.layers],
@@ -200,35 +200,35 @@ def rank_report(
 
     Args:
         layers: from `lily.analysis.factored.lily_layers` or `lora_layers`.
-        mixings: layer -> how it mixes its experts over data, for those whose routing depends on the data;
-            `RoutingReport.mixings` has them. Default: see `Mixing.assumed`.
-        threshold: a direction counts from this share of the largest singular value on.
+        mixings: layer -> its measured expert weights, if they depend on the data; see `RoutingReport.mixings`.
+            Default: see `Mixing.assumed`.
+        threshold: smallest ratio to the largest singular value at which a direction counts.
 
     Returns:
         The report, in the layers' order.
 
     Raises:
-        LilyError: if the threshold is no share, a mixing has another number of experts, or a number of a layer is not
-            finite.
+        LilyError: if the threshold is not between 0 and 1, a mixing has another number of experts, or a value of a
+            layer is not finite.
     """
     if not 0 < threshold < 1:
-        raise LilyError(f"threshold={threshold:g} is no share of the largest singular value; give one between 0 and 1")
-    known = mixings or {}
-    chosen = {layer.name: layer.static or known.get(layer.name) or Mixing.assumed(layer.experts) for layer in layers}
+        raise LilyError(f"threshold={threshold:g} is not a ratio of singular values; give a number between 0 and 1")
+    measured = mixings or {}
+    chosen = {layer.name: layer.static or measured.get(layer.name) or Mixing.assumed(layer.experts) for layer in layers}
     for layer in layers:
         if (experts := chosen[layer.name].mean.numel()) != layer.experts:
-            raise LilyError(f"{layer.name} mixes {layer.experts} experts, but the statistics given are of {experts}")
+            raise LilyError(f"{layer.name} mixes {layer.experts} experts, but its statistics have {experts}")
         _check_finite(layer, chosen[layer.name])
-    found = [_layer_rank(layer, chosen[layer.name]) for layer in layers]
+    ranks = [_layer_rank(layer, chosen[layer.name]) for layer in layers]
     overlaps = [
         _overlap(group, members, chosen, threshold) for group, members in grouped(layers).items() if len(members) > 1
     ]
-    return RankReport(threshold, tuple(found), tuple(overlaps))
+    return RankReport(threshold, tuple(ranks), tuple(overlaps))
 
 
 def _check_finite(layer: Factored, mixing: Mixing) -> None:
-    """Refuse what no decomposition of the linear algebra library takes; its own error names no layer."""
-    # a thin QR passes what is not finite on into its triangular factor
+    """Refuse values that are not finite; the error of the linear algebra library would not name the layer."""
+    # a QR decomposition keeps values that are not finite in its triangular factor
     parts = (("A", layer.in_core), ("B", layer.out_core), ("its weights", mixing.mean), ("its weights", mixing.second))
     bad = dict.fromkeys(name for name, tensor in parts if not torch.isfinite(tensor).all())
     if bad:
@@ -268,7 +268,7 @@ def _overlap(group: str, members: Sequence[Factored], mixings: Mapping[str, Mixi
 
 
 def _subspaces(layer: Factored, mean: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """Orthonormal bases (out, k) and (in, k) of the directions that count in the expected update."""
+    """Orthonormal bases (out, k) and (in, k) of the directions above the threshold in the expected update."""
     u, s, v = torch.linalg.svd(layer.core(mean), full_matrices=False)
     kept = s > threshold * s.max() if s.numel() else s > 0
     return layer.out_basis @ u[:, kept], layer.in_basis @ v[kept].T

@@ -1,4 +1,4 @@
-"""What is kept of a layer's routing while data go through the model, without keeping a token."""
+"""Sums of a layer's expert weights over data, in memory that does not grow with the number of tokens."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from lily.layers.routing_statistics import RoutingStatistics, per_token
 
 
 class Recorder(RoutingStatistics):
-    """Sums over the tokens of a layer that tell everything in `lily.analysis.routing`, for all of them and by sample.
+    """The sums over a layer's tokens from which `lily.analysis.routing` is computed, in total and per sample.
 
     Attributes:
         second: sum over tokens of w w^T, (E, E).
         entropy: sum over tokens of the entropy of w in nats.
         by_sample: sums of w over the tokens of each sample, (samples, E).
-        tokens: counted tokens of each sample, (samples,).
-        aligned: whether every forward had one leading entry for each sample of its batch.
+        tokens: number of counted tokens of each sample, (samples,).
+        aligned: whether the leading dimension of every forward was the batch.
     """
 
     def __init__(self, experts: int) -> None:
@@ -30,7 +30,7 @@ class Recorder(RoutingStatistics):
         self._batch = 0
 
     def begin(self, samples: int) -> None:
-        """A batch of so many samples comes."""
+        """Prepare for a batch of `samples` samples."""
         self._batch = samples
         self.by_sample = torch.cat([self.by_sample, self.by_sample.new_zeros(samples, self.by_sample.shape[1])])
         self.tokens = torch.cat([self.tokens, self.tokens.new_zeros(samples)])

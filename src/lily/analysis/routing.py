@@ -1,4 +1,4 @@
-"""What the routers do over data: how much each expert is used, and what that depends on.
+"""Routing over data: how much each expert is used, and what that depends on.
 
 For tokens t with weights w_t (a distribution over E experts), of samples s(t) with labels c(t), and m the mean over all
 tokens, m_s over a sample's, m_c over a label's, the variance of the weights is an exact sum (law of total variance):
@@ -6,11 +6,11 @@ tokens, m_s over a sample's, m_c over a label's, the variance of the weights is 
     E|w_t - m|^2  =  E|w_t - m_s|^2  +  E|m_s - m_c|^2  +  E|m_c - m|^2
        total             token              sample            label
 
-so their shares say how much the weights depend on the token inside a sample, on the sample inside its label, and on the
-label. Means are over tokens: a long sample counts more. Padding does not count.
+so their shares measure how much the weights depend on the token within a sample, on the sample within its label, and on
+the label. Means are over tokens, so long samples count more; padding does not count.
 
-The entropy of the mean weights, less the mean entropy of a token's own, is the mutual information of token and expert:
-0 if every token mixes the experts alike, ln E if each token uses one expert and all experts are used alike.
+The entropy of the mean weights, minus the mean entropy of a token's weights, is the mutual information of token and
+expert: 0 if every token mixes the experts equally, ln E if each token uses one expert and all are used equally often.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from lily.layers.routing_statistics import DEAD_EXPERT
 from lily.tuner.adapter import Adapted, find
 from lily.tuner.recording import Batch, call, evaluating
 
-# Random labellings by which the label's share is judged.
+# Number of permutations in the test of the label's share.
 PERMUTATIONS = 200
 
 
@@ -40,12 +40,12 @@ class Variance:
     """The variance of a layer's weights over tokens, summed over experts, and its parts; see the module.
 
     Attributes:
-        total: all of it.
-        token: between tokens of one sample.
-        sample: between samples (of one label, where labels are known).
-        label: between labels; None where they are not known, or all the same.
-        label_by_chance: what the part of the label is on average when labels are dealt out at random.
-        p_value: share of random labellings (and the true one) with at least this part of the label.
+        total: total variance.
+        token: variance between tokens of one sample.
+        sample: variance between samples (of one label, if there are labels).
+        label: variance between labels; None if there are none, or all are the same.
+        label_by_chance: mean of `label` over random permutations of the labels.
+        p_value: share of permutations (including the true labels) with at least this `label`.
     """
 
     total: float
@@ -56,7 +56,7 @@ class Variance:
     p_value: float | None = None
 
     def share(self, part: str) -> float:
-        """A part (`token`, `sample`, `label`, `label_by_chance`) as a share of the whole; 0 where nothing varies."""
+        """A part (`token`, `sample`, `label`, `label_by_chance`) as a share of the total; 0 if that is 0."""
         value = getattr(self, part)
         return value / self.total if self.total and value is not None else 0.0
 
@@ -66,14 +66,14 @@ class LayerRouting:
     """One layer's routing.
 
     Attributes:
-        name: of the layer.
-        group: its group.
-        shared: number of its A.
-        tokens: how many counted; 0 where the weights are constant and no data were read.
+        name: name of the layer.
+        group: name and shape of its group.
+        shared: index of its A.
+        tokens: number of counted tokens; 0 if the weights are constant, so that no data were read.
         mean: mean weights, (E,).
         second: mean of w w^T, (E, E).
         token_entropy: mean entropy of a token's weights, in nats.
-        variance: what the weights depend on; None if samples could not be told apart.
+        variance: what the weights depend on; None if samples could not be separated.
         labels: label -> mean weights over its tokens.
     """
 
@@ -89,7 +89,7 @@ class LayerRouting:
 
     @property
     def entropy(self) -> float:
-        """Of the mean weights, in nats: ln E if all experts are used alike."""
+        """Entropy of the mean weights in nats: ln E if all experts are used equally."""
         return float(torch.special.entr(torch.tensor(self.mean, dtype=torch.float64)).sum())
 
     @property
@@ -107,25 +107,25 @@ class LayerRouting:
         return tuple(e for e, w in enumerate(self.mean) if w < threshold / len(self.mean))
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values for JSON."""
+        """Plain values for JSON."""
         derived = ("entropy", "specialisation", "effective_experts")
         return {**asdict(self), **{name: getattr(self, name) for name in derived}, "dead": list(self.dead())}
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How alike layers of one group route, as means over pairs of layers.
+    """Similarity of the routing of one group's layers, as means over pairs of layers.
 
-    The agreement of two layers is 1 less the total variation distance of their mean weights: 1, the same; 0, they use
-    different experts. Their correlation is that of the samples' mean weights about each layer's own mean, over samples
-    and experts: 1, they react to the samples alike.
+    The agreement of two layers is 1 minus the total variation distance of their mean weights: 1 if these are equal, 0
+    if the layers use different experts. Their correlation is that of the samples' mean weights, centered per layer,
+    over samples and experts: 1 if both react equally to the samples.
 
     Attributes:
         group: the group.
         sharing: agreement of pairs that share their A; None if there are none.
-        others: of pairs that do not.
-        sharing_correlation: their correlation; None where nothing varies.
-        others_correlation: of the other pairs.
+        others: agreement of the other pairs.
+        sharing_correlation: correlation of pairs that share their A; None if nothing varies.
+        others_correlation: correlation of the other pairs.
     """
 
     group: str
@@ -137,14 +137,14 @@ class Agreement:
 
 @dataclass(frozen=True)
 class RoutingReport:
-    """What the routers of an adapter do.
+    """Routing of an adapter.
 
     Attributes:
         routing: `token`, `sequence`, `batch`, `static` or `uniform`.
-        samples: how many were read.
-        labels: in the order in which they came; empty: not known.
-        layers: layer by layer, in the plan's order.
-        agreements: group by group.
+        samples: number of samples.
+        labels: labels in the order of their first sample; empty: there are none.
+        layers: one entry per layer, in the plan's order.
+        agreements: one entry per group of several routed layers.
     """
 
     routing: str
@@ -155,12 +155,12 @@ class RoutingReport:
 
     @property
     def compares_labels(self) -> bool:
-        """Whether there are labels to tell apart; of one alone nothing can be said of what it decides."""
+        """Whether there is more than one label."""
         return len(self.labels) > 1
 
     @property
     def mixings(self) -> dict[str, Mixing]:
-        """For `lily.analysis.rank.rank_report`: layers whose weights depend on the data."""
+        """Measured weights of the layers that depend on the data, for `lily.analysis.rank.rank_report`."""
         return {
             layer.name: Mixing(torch.tensor(layer.mean).double(), torch.tensor(layer.second).double(), "data")
             for layer in self.layers
@@ -172,12 +172,12 @@ class RoutingReport:
         """Group -> experts that are dead in all its layers."""
         out: dict[str, set[int]] = {}
         for layer in self.layers:
-            found = set(layer.dead())
-            out[layer.group] = out.get(layer.group, found) & found
+            dead = set(layer.dead())
+            out[layer.group] = out.get(layer.group, dead) & dead
         return {group: tuple(sorted(experts)) for group, experts in out.items() if experts}
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values for JSON."""
+        """Plain values for JSON."""
         return {
             "routing": self.routing,
             "samples": self.samples,
@@ -195,65 +195,64 @@ def routing_report(
     adapter: str | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
 ) -> RoutingReport:
-    """Record the routing of every layer over data, in one pass; of a static adapter, its constant weights.
+    """Record the routing of every layer over data in one pass; for a static adapter, its constant weights.
 
     Args:
-        model: carries the adapter; its mode (train or eval) is as before afterwards.
-        batches: what `model(**batch)`, `model(*batch)` or `model(batch)` takes. Not read where no weight depends on
-            the data.
-        labels: of all samples, in the batches' order.
-        adapter: default: the active one.
-        forward: how a batch goes through the model, for other kinds of batches.
+        model: the model with the adapter; its mode (train or eval) is restored.
+        batches: arguments of `model(**batch)`, `model(*batch)` or `model(batch)`. Not read if the weights are constant.
+        labels: labels of all samples, in the batches' order.
+        adapter: name of the adapter; default: the active one.
+        forward: runs a batch through the model, for other kinds of batches.
 
     Raises:
-        LilyError: if there is no such adapter or no batch, the adapter is settling, or there are not as many labels
-            as samples.
+        LilyError: if there is no such adapter or no batch, the adapter is settling, or the number of labels is not
+            that of the samples.
     """
-    found = find(model, adapter)
-    fixed = {name: static_mixing(layer, found) for name, layer in found.layers.items()}
+    adapted = find(model, adapter)
+    fixed = {name: static_mixing(layer, adapted) for name, layer in adapted.layers.items()}
     recorders = {
-        name: Recorder(found.layers[name].settings[found.name].num_B)
+        name: Recorder(adapted.layers[name].settings[adapted.name].num_B)
         for name, mixing in fixed.items()
         if mixing is None
     }
     samples = 0
     if recorders:
-        if found.config.settled is not None:
+        if adapted.config.settled is not None:
             raise LilyError(
-                f"adapter {found.name!r} was saved while it settles (settled={found.config.settled:g}); finish that "
-                "training, or look at a checkpoint from before"
+                f"adapter {adapted.name!r} was saved while settling (settled={adapted.config.settled:g}); finish that "
+                "training, or analyze an earlier checkpoint"
             )
-        samples = _record(model, found, recorders, batches, forward or call)
+        samples = _record(model, adapted, recorders, batches, forward or call)
         if labels is not None and len(labels) != samples:
-            raise LilyError(f"{len(labels)} labels for {samples} samples; give one label for every sample")
+            raise LilyError(f"{len(labels)} labels for {samples} samples; give one label per sample")
     names = tuple(dict.fromkeys(str(label) for label in labels or ())) if recorders else ()
     ids = torch.tensor([names.index(str(label)) for label in labels or ()]) if names else None
     layers, sampled = [], {}
     for name, mixing in fixed.items():
-        group = found.plan.group_of(name)
-        where = (name, f"{group.name} ({group.out_features}, {group.in_features})", found.plan.slots[name].A)
+        group = adapted.plan.group_of(name)
+        where = (name, f"{group.name} ({group.out_features}, {group.in_features})", adapted.plan.slots[name].A)
         if mixing is not None:
             layers.append(_constant(where, mixing))
             continue
         layers.append(_recorded(where, recorders[name], names, ids))
         if recorders[name].aligned:
             sampled[name] = _deviations(recorders[name])
-    return RoutingReport(str(found.config.routing), samples, names, tuple(layers), _agreements(layers, sampled))
+    return RoutingReport(str(adapted.config.routing), samples, names, tuple(layers), _agreements(layers, sampled))
 
 
 @torch.no_grad()
 def _record(
     model: nn.Module,
-    found: Adapted,
+    adapted: Adapted,
     recorders: Mapping[str, Recorder],
     batches: Iterable[Batch],
     run: Callable[[nn.Module, Any], Any],
 ) -> int:
     samples = 0
-    with evaluating(model, found):
+    with evaluating(model, adapted):
         for name, recorder in recorders.items():
-            found.layers[name].statistics[found.name] = recorder
-        found.watch_masks()
+            adapted.layers[name].statistics[adapted.name] = recorder
+        adapted.watch_masks()
         for batch in batches:
             size = _samples(batch)
             for recorder in recorders.values():
@@ -305,9 +304,9 @@ def decompose(total: float, sums: Tensor, tokens: Tensor, ids: Tensor | None = N
 
     Args:
         total: variance over tokens, summed over experts.
-        sums: of the weights over each sample's tokens, (samples, E).
-        tokens: of each sample, (samples,).
-        ids: number of each sample's label, (samples,); None: no labels.
+        sums: sum of the weights over each sample's tokens, (samples, E).
+        tokens: number of tokens of each sample, (samples,).
+        ids: index of each sample's label, (samples,); None: no labels.
     """
     between = _between(sums, tokens)
     token = max(0.0, total - between)
@@ -315,16 +314,16 @@ def decompose(total: float, sums: Tensor, tokens: Tensor, ids: Tensor | None = N
         return Variance(total, token, between)
     label = _between_labels(sums, tokens, ids)
     generator = torch.Generator().manual_seed(0)
-    dealt = [
+    permuted = [
         _between_labels(sums, tokens, ids[torch.randperm(len(ids), generator=generator)]) for _ in range(PERMUTATIONS)
     ]
-    beyond = sum(value >= label for value in dealt)
-    chance = sum(dealt) / PERMUTATIONS
+    beyond = sum(value >= label for value in permuted)
+    chance = sum(permuted) / PERMUTATIONS
     return Variance(total, token, max(0.0, between - label), label, chance, (1 + beyond) / (1 + PERMUTATIONS))
 
 
 def _between(sums: Tensor, tokens: Tensor) -> float:
-    """Variance of the rows' means, weighted by their tokens and summed over experts."""
+    """Variance of the rows' means, weighted by tokens and summed over experts."""
     kept = tokens > 0
     sums, tokens = sums[kept], tokens[kept]
     if not len(tokens):
@@ -340,7 +339,7 @@ def _between_labels(sums: Tensor, tokens: Tensor, ids: Tensor) -> float:
 
 
 def _deviations(recorder: Recorder) -> Tensor:
-    """The samples' mean weights about the layer's mean over samples, flattened."""
+    """The samples' mean weights minus their mean, flattened."""
     means = recorder.by_sample / recorder.tokens.clamp(min=1).unsqueeze(-1)
     return (means - means.mean(0)).flatten()
 

@@ -1,6 +1,6 @@
-"""Learning rate and scale together: how many settings do, and whether their product alone decides.
+"""Learning rate and scale: which settings are near the best, and whether only their product matters.
 
-Pure functions; `benchmarks/scaling.py` trains what they look at.
+Pure functions; `benchmarks/scaling.py` runs the trainings.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Tried:
-    """A setting and what came of it.
+    """A setting and its quality.
 
     Attributes:
         contestant: the method.
         rate: learning rate.
-        scale: what multiplies the update: Lily's scaling, LoRA's alpha over its rank.
-        quality: the task's metric, mean over seeds; more is better.
-        seeds: how many.
+        scale: factor of the update: Lily's scaling, LoRA's alpha over its rank.
+        quality: the task's metric, mean over seeds; higher is better.
+        seeds: number of seeds.
     """
 
     contestant: str
@@ -30,17 +30,18 @@ class Tried:
 
     @property
     def product(self) -> float:
-        """Learning rate times scale: B begins at zero, so this is what Adam's first steps of the update are
-        proportional to. To three digits, so that equal ones are equal.
+        """Learning rate times scale, to which the first updates by Adam are proportional, since B starts at zero.
+
+        Rounded to three digits, so that products can be compared.
         """
         return float(f"{self.rate * self.scale:.3g}")
 
     def times(self, factor: float) -> Tried:
-        """In another unit."""
+        """The same setting with its quality in another unit."""
         return replace(self, quality=factor * self.quality)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values for JSON."""
+        """Plain values for JSON."""
         return asdict(self)
 
 
@@ -51,17 +52,17 @@ def near(tried: Sequence[Tried], tolerance: float) -> list[Tried]:
 
 
 def by_product(tried: Sequence[Tried]) -> dict[float, Tried]:
-    """Learning rate times scale -> the best setting that has it; of equal ones the first. By rising product."""
-    found: dict[float, Tried] = {}
+    """Learning rate times scale -> its best setting; of equal ones the first. By increasing product."""
+    best: dict[float, Tried] = {}
     for one in sorted(tried, key=lambda t: t.product):
-        if one.product not in found or one.quality > found[one.product].quality:
-            found[one.product] = one
-    return found
+        if one.product not in best or one.quality > best[one.product].quality:
+            best[one.product] = one
+    return best
 
 
 def spread_at_product(tried: Sequence[Tried]) -> dict[float, float]:
-    """Learning rate times scale -> best less worst of the settings that have it; products met once are left out."""
-    met: dict[float, list[float]] = {}
+    """Learning rate times scale -> best minus worst quality of its settings, if it has more than one."""
+    qualities: dict[float, list[float]] = {}
     for one in tried:
-        met.setdefault(one.product, []).append(one.quality)
-    return {p: max(own) - min(own) for p, own in sorted(met.items()) if len(own) > 1}
+        qualities.setdefault(one.product, []).append(one.quality)
+    return {p: max(own) - min(own) for p, own in sorted(qualities.items()) if len(own) > 1}

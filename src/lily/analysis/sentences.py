@@ -1,10 +1,11 @@
-"""What the figures show, in sentences: alternative texts, captions and the terminal's summary."""
+"""Descriptions of the figures: alternative texts, captions and the summary in the terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from math import log
+from statistics import median
 
 from lily.analysis.rank import RankReport
 from lily.analysis.routing import LayerRouting, RoutingReport
@@ -12,7 +13,7 @@ from lily.plan.sharing_plan import Group, SharingPlan
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """The numbers that tell layers apart, such as `0` or `1.2`; whole names where there is none."""
+    """The numbers that distinguish layers, such as `0` or `1.2`; their positions if these are not unique."""
     parts = [name.split(".") for name in names]
     common = len(list(takewhile(lambda column: len(set(column)) == 1, zip(*parts, strict=False))))
     numbers = [".".join(p for p in part[common:] if p.isdigit()) for part in parts]
@@ -22,113 +23,105 @@ def short_names(names: Sequence[str]) -> list[str]:
 
 
 def title_of(group: Group) -> str:
-    """A group's name with its shape, as in the reports."""
+    """A group's name with its shape, as in reports."""
     return f"{group.name} ({group.out_features}, {group.in_features})"
 
 
 def sharing_words(group: Group) -> str:
-    """Who shares what in a group."""
+    """Describe the sharing in a group."""
     sizes = [len(block) for block in group.blocks]
     each = f"{sizes[0]}" if len(set(sizes)) == 1 else f"{min(sizes)} to {max(sizes)}"
-    matrices = "one A" if len(sizes) == 1 else f"{len(sizes)} A, {each} neighbours each"
-    experts = "one B" if group.num_B == 1 else f"{group.num_B} experts B that all of them mix"
+    matrices = "one A" if len(sizes) == 1 else f"{len(sizes)} A, each by {each} consecutive layers"
+    experts = "one B" if group.num_B == 1 else f"{group.num_B} experts B, which every layer mixes"
     return f"{len(group.members)} layers share {matrices}, and {experts}. Rank {group.r}."
 
 
 def plan_words(plan: SharingPlan) -> str:
-    """Sharing in one sentence."""
+    """Describe the sharing of an adapter in one sentence."""
     tensors = len(plan.blocks), sum(g.num_B for g in plan.groups)
     return (
         f"{plan.num_layers} layers in {len(plan.groups)} groups share {tensors[0]} A and {tensors[1]} B; "
-        f"with one pair a layer, as LoRA has it, there would be {plan.num_layers} of each."
+        f"LoRA, with one pair per layer, would have {plan.num_layers} of each."
     )
 
 
 def rank_words(report: RankReport, lora: RankReport | None = None, equal_lora: int | None = None) -> str:
-    """The ranks in sentences, beside LoRA's."""
-    said = (
+    """Describe the ranks, compared with LoRA's."""
+    text = (
         f"The median layer's update has numerical rank {report.median():g} of at most "
         f"{max(layer.expected.limit for layer in report.layers)} (singular values above {report.threshold:g} of the "
         f"largest), effective rank {report.median('effective_rank'):.1f} and stable rank "
         f"{report.median('stable_rank'):.1f}."
     )
     if any(layer.union is not None for layer in report.layers) and not report.assumed:
-        said += (
-            f" All tokens together span {report.median(union=True):g} output directions, and "
-            f"{_varying(report):.1%} of an update's squared norm changes with the data."
+        varying = sum(layer.varying for layer in report.layers) / len(report.layers)
+        text += (
+            f" The updates of all tokens together span {report.median(union=True):g} output directions, and "
+            f"{varying:.1%} of an update's squared norm depends on the data."
         )
     if lora is not None:
-        said += (
-            f" The LoRA trained beside it has numerical rank {lora.median():g}, effective rank "
+        text += (
+            f" The LoRA trained for comparison has numerical rank {lora.median():g}, effective rank "
             f"{lora.median('effective_rank'):.1f} and stable rank {lora.median('stable_rank'):.1f}."
         )
     elif equal_lora is not None:
-        said += f" As many parameters buy LoRA of rank {equal_lora}."
-    return said
+        text += f" LoRA with as many parameters has rank {equal_lora}."
+    return text
 
 
 def short_rank_words(report: RankReport, lora: RankReport | None, equal_lora: int | None) -> str:
     """The numerical ranks in one sentence."""
-    said = f"A layer's update has numerical rank {report.median():g} (median)"
+    text = f"The median layer's update has numerical rank {report.median():g}"
     if lora is not None:
-        return f"{said}; that of the LoRA trained beside it has {lora.median():g}."
-    return f"{said}; LoRA of as many parameters has at most {equal_lora}." if equal_lora is not None else f"{said}."
-
-
-def _varying(report: RankReport) -> float:
-    return sum(layer.varying for layer in report.layers) / len(report.layers)
+        return f"{text}; the LoRA trained for comparison has {lora.median():g}."
+    return f"{text}; LoRA with as many parameters has at most {equal_lora}." if equal_lora is not None else f"{text}."
 
 
 def overlap_words(report: RankReport) -> str:
-    """What sharing did to the subspaces."""
-    found = {
-        (what, sharing): [m for o in report.overlaps if (m := o.mean(what, sharing)) is not None]
-        for what in ("rows", "columns")
-        for sharing in (True, False)
-    }
+    """Describe the overlap of the layers' subspaces."""
 
     def mean(what: str, sharing: bool) -> str:
-        values = found[what, sharing]
+        values = [m for overlap in report.overlaps if (m := overlap.mean(what, sharing)) is not None]
         return f"{sum(values) / len(values):.2f}" if values else "-"
 
     return (
-        f"Input directions in common: {mean('rows', True)} between layers that share an A, {mean('rows', False)} "
-        f"between others of a group. Output directions: {mean('columns', True)} and {mean('columns', False)}. "
-        "1: the same; 0: none."
+        f"Mean overlap of input directions: {mean('rows', True)} between layers that share an A, {mean('rows', False)} "
+        f"between other layers of a group. Of output directions: {mean('columns', True)} and {mean('columns', False)}. "
+        "1: identical; 0: orthogonal."
     )
 
 
 def routing_words(report: RoutingReport) -> str:
-    """What the routers do, in sentences."""
+    """Describe the routing."""
     routed = [layer for layer in report.layers if len(layer.mean) > 1]
     if not routed:
         return "There is one B in each group, so nothing is routed."
     if report.routing == "uniform":
         return "All experts have equal weight everywhere (uniform routing)."
     counts = [len(layer.mean) for layer in routed]  # groups may differ
-    spread = f"{_middle(layer.effective_experts for layer in routed):.2f} of {_from_to(counts, '{}')}"
-    said = f"The median layer uses {spread} experts (exp of the entropy of its mean weights)."
+    spread = f"{median(layer.effective_experts for layer in routed):.2f} of {_from_to(counts, '{}')}"
+    text = f"The median layer uses {spread} experts (exp of the entropy of its mean weights)."
     if not any(layer.tokens for layer in routed):
-        return f"{said} The weights are constant: they do not depend on the data."
-    said += (
-        f" Which expert is used tells {_middle(layer.specialisation for layer in routed):.3f} nats about the token "
+        return f"{text} The weights are constant: they do not depend on the data."
+    text += (
+        f" The mutual information of expert and token is {median(layer.specialisation for layer in routed):.3f} nats "
         f"(median; {_from_to([log(count) for count in counts], '{:.3f}')} at most)."
     )
-    told = [layer for layer in routed if layer.variance is not None and layer.variance.p_value is not None]
-    if told:
-        by = most_by_label(told)
+    tested = [layer for layer in routed if layer.variance is not None and layer.variance.p_value is not None]
+    if tested:
+        by = most_by_label(tested)
         share = by[0].variance.share("label") if by and by[0].variance is not None else 0.0
-        said += f" In {len(by)} of {len(told)} layers the weights depend on the class beyond chance (p < 0.05 each)" + (
-            f"; most in {by[0].name}, where it decides {share:.0%} of their variance." if by else "."
+        text += f" In {len(by)} of {len(tested)} layers weights depend on the class beyond chance (p < 0.05 each)" + (
+            f"; most in {by[0].name}, where it explains {share:.0%} of their variance." if by else "."
         )
     if report.dead:
         dead = ", ".join(f"B{e} of {group}" for group, experts in report.dead.items() for e in experts)
-        said += f" Dead in all layers: {dead}."
-    return said
+        text += f" Experts that are dead in all layers: {dead}."
+    return text
 
 
 def most_by_label(layers: Sequence[LayerRouting], level: float = 0.05) -> list[LayerRouting]:
-    """Layers whose weights depend on the label beyond chance, those where it decides most of the variance first."""
+    """Layers whose weights depend on the label beyond chance, by the decreasing share of variance it explains."""
     beyond = [r for r in layers if r.variance is not None and r.variance.p_value is not None]
     beyond = [r for r in beyond if r.variance is not None and (r.variance.p_value or 0.0) < level]
     return sorted(beyond, key=lambda r: -(r.variance.share("label") if r.variance is not None else 0.0))
@@ -137,12 +130,6 @@ def most_by_label(layers: Sequence[LayerRouting], level: float = 0.05) -> list[L
 def _from_to(values: Sequence[float], form: str) -> str:
     """`2`, or `2 to 4` where they differ."""
     return " to ".join(form.format(value) for value in sorted({min(values), max(values)}))
-
-
-def _middle(values: Iterable[float]) -> float:
-    ordered = sorted(values)
-    half = len(ordered) // 2
-    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
 
 
 def weights_by_group(report: RoutingReport) -> Mapping[str, list[LayerRouting]]:

@@ -1,7 +1,8 @@
-"""Regular expressions from files of strangers: tried on the model's names where they can be stopped.
+"""Run regular expressions from untrusted adapter files in a subprocess with a time limit (ReDoS guard).
 
-A short expression can take Python's `re` longer than any machine lasts, and nothing stops it. So one that a file
-brings along is first tried, on exactly the names it will meet, in a process of its own that ends after `SECONDS`.
+A short expression can keep Python's `re` busy forever, and `re` has no timeout. So each expression of a file is first
+matched with the model's module names in a subprocess that is killed after `SECONDS`. The `regex` package has a timeout
+but is another engine: what is slow in one can be fast in the other, and PEFT will apply the expression with `re`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ SECONDS = 10.0
 MAX_LENGTH = 20_000  # of one expression
 MAX_NAMES = 1_000  # entries of a list, unless the model has more modules
 
-# The calls that PEFT makes with a configuration's expressions.
+# The calls with which PEFT applies a configuration's expressions.
 _TRY = """
 import json, re, sys
 patterns, names = json.load(sys.stdin)
@@ -36,27 +37,26 @@ def check_patterns(config: LilyConfig, names: Sequence[str]) -> None:
     """Refuse a configuration whose expressions or lists would take too long on a model.
 
     Args:
-        config: read from a file.
-        names: of the model's modules.
+        config: a configuration that was read from a file.
+        names: names of the model's modules.
 
     Raises:
-        LilyError: if an expression is too long, cannot be compiled in its place, or does not end; or if a list is
-            longer than any model of this size needs.
+        LilyError: if an expression is too long, cannot be compiled or exceeds the time limit; or if a list is longer
+            than a model of this size needs.
     """
-    most = max(MAX_NAMES, len(names))
     keys = ("target_modules", "target_parameters", "exclude_modules", "rank_pattern", "modules_to_save",
             "layers_to_transform")  # fmt: skip
     for key in keys:
         value = getattr(config, key)
-        if isinstance(value, (set, list, tuple, dict)) and len(value) > most:
+        if isinstance(value, (set, list, tuple, dict)) and len(value) > max(MAX_NAMES, len(names)):
             raise LilyError(f"{key} has {len(value)} entries, but this model has {len(names)} modules")
     wanted = {}
     for key, pattern, used in _patterns(config):
         if len(pattern) > MAX_LENGTH:
             raise LilyError(
-                f"{key} is a regular expression of {len(pattern)} characters, at most {MAX_LENGTH} are read"
+                f"{key} is a regular expression of {len(pattern)} characters; at most {MAX_LENGTH} are accepted"
             )
-        if re.escape(pattern) != pattern.replace(".", r"\."):  # a plain dotted name needs no trial
+        if re.escape(pattern) != pattern.replace(".", r"\."):  # a plain dotted name is fast
             wanted[used] = f"{key}={pattern!r}"
     if wanted:
         _try(wanted, names)
@@ -77,7 +77,7 @@ def _patterns(config: LilyConfig) -> Iterator[tuple[str, str, str]]:
 
 
 def _try(wanted: dict[str, str], names: Iterable[str]) -> None:
-    said = ", ".join(wanted.values())
+    shown = ", ".join(wanted.values())
     try:
         run = subprocess.run(
             [sys.executable, "-I", "-S", "-c", _TRY],
@@ -88,8 +88,8 @@ def _try(wanted: dict[str, str], names: Iterable[str]) -> None:
         )
     except subprocess.TimeoutExpired:
         raise LilyError(
-            one_line(f"matching this model's names takes longer than {SECONDS:g} seconds: {said}; name the modules")
+            one_line(f"matching this model's names takes longer than {SECONDS:g} seconds: {shown}; name the modules")
         ) from None
     if run.returncode:
-        why = (run.stderr.decode("utf-8", "replace").splitlines() or ["the trial failed"])[-1]
-        raise LilyError(one_line(f"not a usable regular expression ({why}): {said}; name the modules"))
+        why = (run.stderr.decode("utf-8", "replace").splitlines() or ["the subprocess failed"])[-1]
+        raise LilyError(one_line(f"not a usable regular expression ({why}): {shown}; name the modules"))

@@ -1,4 +1,4 @@
-"""Adapter files: what is written, and the three layouts that are read.
+"""Adapter files: the layout that is written, and the three layouts that are read.
 
 Written: stock PEFT's names, each shared tensor once, under the first layer that uses it.
 
@@ -7,13 +7,13 @@ Written: stock PEFT's names, each shared tensor once, under the first layer that
     <layer>.lily_router.weight  (experts, r)         token, sequence and batch routing
     <layer>.lily_logits         (experts,)           static routing
 
-A convolution's A is (r, channels * height * width), an embedding's (r, rows). Of a parameter that stacks the experts of
-a mixture, `<layer>` is its name; its A are one tensor, one below the other, and its logits (stacked, experts).
+A convolution's A is (r, channels * height * width), an embedding's (r, rows). For a parameter that stacks the experts
+of a mixture, `<layer>` is its name; all its A are concatenated into one tensor, and its logits are (stacked, experts).
 
 Read: that; stock's, which repeats shared tensors under every layer; and the paper repository's (`lily_lp` for A,
-`lily_hp` for B, as a parameter (experts, r, out) or a linear layer's weight). Who shares what is known from the plan,
-never guessed from memory addresses. Only where stock would group these layers otherwise (under a regular expression,
-say) and the file's own sharing contradicts the plan, the file is asked: equal tensors are then shared ones.
+`lily_hp` for B, as a parameter (experts, r, out) or a linear layer's weight). Which layers share a tensor is determined
+by the plan, not by memory addresses. Only if stock PEFT would group these layers differently (for example, under a
+regular expression) and the file contradicts the plan, the file decides: equal tensors are then shared.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ KEY = re.compile(r"^(?P<layer>.+)\.(?P<part>lily_A|lily_B|lily_router|lily_logit
 
 @dataclass(frozen=True)
 class AdapterTensors:
-    """An adapter's tensors by their place in a plan.
+    """An adapter's tensors by their slots in a plan.
 
     Attributes:
-        A: number of the A -> (r, in).
-        B: number of the group -> (experts * r, out).
-        router: layer -> R (experts, r), where each has its own.
-        shared_router: number of the group -> R (experts, r), where its layers share one.
+        A: index of the A -> (r, in).
+        B: index of the group -> (experts * r, out).
+        router: layer -> R (experts, r), if each layer has a router.
+        shared_router: index of the group -> R (experts, r), if its layers share one.
         logits: layer -> logits (experts,) of static weights.
-        other: everything else in the file (saved modules, biases), untouched.
+        other: everything else in the file (saved modules, biases), unchanged.
     """
 
     A: dict[int, Tensor]
@@ -59,16 +59,16 @@ class AdapterTensors:
 
 
 def dump(state: Mapping[str, Tensor], adapter: str, plan: SharingPlan, every_layer: bool = False) -> dict[str, Tensor]:
-    """The adapter's entries of a model's state dict, under the names of a file (with the adapter's name still in).
+    """The adapter's entries of a model's state dict, under their names in a file.
 
     Args:
-        state: the model's state dict; wrappers' name parts (FSDP, compile) are dropped.
+        state: the model's state dict; name parts of wrappers (FSDP, compile) are removed.
         adapter: name of the adapter.
         plan: its sharing plan.
-        every_layer: repeat shared tensors under every layer, as stock does.
+        every_layer: repeat shared tensors under every layer, as stock PEFT does.
 
     Returns:
-        Names as in the module's docstring, with `.{adapter}` inserted where PEFT expects to remove it.
+        Names as in the module's docstring, with `.{adapter}`, which PEFT removes.
     """
     clean = {unwrapped(key): value for key, value in state.items()}
     marker = f"{BANK}.lily_A.{adapter}."
@@ -94,60 +94,60 @@ def dump(state: Mapping[str, Tensor], adapter: str, plan: SharingPlan, every_lay
 
 
 def parse(state: Mapping[str, Tensor], plan: SharingPlan, settled: float | None = None) -> AdapterTensors:
-    """Read an adapter file's tensors into the places of `plan`, whichever of the three layouts it has.
+    """Assign an adapter file's tensors, in any of the three layouts, to the slots of `plan`.
 
     Args:
         state: the file's entries, without the adapter's name.
         plan: the plan of the adapter they are loaded into.
-        settled: how far that adapter has settled: it has logits beside its routers, and the file of one that has
-            settled for good has logits alone.
+        settled: how far that adapter has settled. Its file holds logits besides routers, and only logits once it has
+            settled completely.
 
     Returns:
-        Every tensor that the plan asks for.
+        All tensors of the plan.
 
     Raises:
-        Regrouped: if the file shares tensors otherwise than the plan; its `plan` is the file's own.
-        LilyError: if a tensor is missing, has another shape, belongs to a layer that is not adapted, or disagrees
-            with its duplicate.
+        Regrouped: if the file shares tensors differently from the plan; its `plan` is that of the file.
+        LilyError: if a tensor is missing, has another shape, belongs to a layer that is not adapted, or differs from
+            its duplicate.
     """
-    found, other = _collect(state, plan)
-    if (pair := _contradiction(found, plan)) is not None:
-        regrouped = _plan_of(found, plan)
+    parts, other = _collect(state, plan)
+    if (pair := _contradiction(parts, plan)) is not None:
+        regrouped = _plan_of(parts, plan)
         if not plan.stock_differs:
             raise LilyError(
                 f"the adapter file holds different values for the shared {pair[0]} of {pair[1]} and {pair[2]}; "
-                "stock PEFT shares it alike, so the file is damaged; save the adapter again"
+                "stock PEFT shares it too, so the file is damaged; save the adapter again"
             )
         raise Regrouped(regrouped)
-    return _placed(found, plan, settled, other)
+    return _assign(parts, plan, settled, other)
 
 
 def check_names(state: Mapping[str, Tensor], plan: SharingPlan, settled: float | None = None) -> dict[str, Tensor]:
-    """Hold the names and shapes of an adapter file against a plan, before any tensor is read.
+    """Check the names and shapes of an adapter file against a plan, before any tensor is read.
 
     Args:
-        state: as for `parse`, but tensors on the meta device will do.
+        state: as for `parse`, but tensors may be on the meta device.
         plan: as for `parse`.
         settled: as for `parse`.
 
     Returns:
-        What is no tensor of Lily's (saved modules, biases), under its names in the file.
+        The tensors that are not Lily's (saved modules, biases), under their names in the file.
 
     Raises:
-        LilyError: as `parse`, but for duplicates that disagree.
+        LilyError: as for `parse`, except for duplicates that differ.
     """
-    found, other = _collect(state, plan)
-    _placed(found, plan, settled, other)
+    parts, other = _collect(state, plan)
+    _assign(parts, plan, settled, other)
     return other
 
 
 def resolve(
     state: Mapping[str, Tensor], plan: SharingPlan, settled: float | None = None
 ) -> tuple[AdapterTensors, SharingPlan]:
-    """As `parse`, under the file's own sharing where that contradicts the plan.
+    """As `parse`, with the file's sharing if that contradicts the plan.
 
     Returns:
-        The tensors, and the plan whose places they have.
+        The tensors, and the plan to whose slots they belong.
     """
     try:
         return parse(state, plan, settled), plan
@@ -155,27 +155,27 @@ def resolve(
         return parse(state, regrouped.plan, settled), regrouped.plan
 
 
-def _placed(found: Found, plan: SharingPlan, settled: float | None, other: dict[str, Tensor]) -> AdapterTensors:
-    A = {i: _shared(found["A"], block, f"A of {block[0]}") for i, (_, block) in enumerate(plan.blocks)}
-    B = {i: _shared(found["B"], g.layers, f"B of {g.name}") for i, g in enumerate(plan.groups)}
-    parts: Found = {"router": {}, "logits": {}}
-    if settled is None and plan.routing != "uniform":  # the paper's files have routers there, too
+def _assign(parts: Parts, plan: SharingPlan, settled: float | None, other: dict[str, Tensor]) -> AdapterTensors:
+    A = {i: _shared(parts["A"], block, f"A of {block[0]}") for i, (_, block) in enumerate(plan.blocks)}
+    B = {i: _shared(parts["B"], g.layers, f"B of {g.name}") for i, g in enumerate(plan.groups)}
+    kept: Parts = {"router": {}, "logits": {}}
+    if settled is None and plan.routing != "uniform":  # the paper's files have routers with uniform routing, too
         spare = "router" if plan.routing == "static" else "logits"
-        if found[spare]:
+        if parts[spare]:
             raise LilyError(
-                f"the adapter file has lily_{spare} for {next(iter(found[spare]))}, for which routing={plan.routing!r} "
-                "has no use; is it the file of this configuration?"
+                f"the adapter file has lily_{spare} for {next(iter(parts[spare]))}, which routing={plan.routing!r} "
+                "does not use; is it the file of this configuration?"
             )
     if plan.shared_router:
         for group in plan.groups:
-            own = [name for name in group.layers if name in found["router"]]
+            own = [name for name in group.layers if name in parts["router"]]
             if len(own) > 1:
                 raise LilyError(
                     f"the adapter file has a lily_router for {own[0]} and for {own[1]}, which share one by "
                     "shared_router=True; is it the file of this configuration?"
                 )
         shared = {
-            i: _shared(found["router"], group.layers, f"router of {group.name}")
+            i: _shared(parts["router"], group.layers, f"router of {group.name}")
             for i, group in enumerate(plan.groups)
             if group.num_B > 1
         }
@@ -186,24 +186,24 @@ def _placed(found: Found, plan: SharingPlan, settled: float | None, other: dict[
             continue
         needed = {"logits" if plan.routing == "static" else "router"}
         if settled is not None:
-            needed = {"logits"} | ({"router"} if found["router"] else set())
+            needed = {"logits"} | ({"router"} if parts["router"] else set())
         for part in needed:
-            if name not in found[part]:
+            if name not in parts[part]:
                 raise LilyError(
                     f"the adapter file has no lily_{part} for {name}, which routing={plan.routing!r} needs; "
                     "is it the file of this configuration and base model, and complete?"
                 )
-            parts[part][name] = found[part][name]
-    return AdapterTensors(A, B, parts["router"], parts["logits"], other)
+            kept[part][name] = parts[part][name]
+    return AdapterTensors(A, B, kept["router"], kept["logits"], other)
 
 
 def check_base(plan: SharingPlan, expected: Mapping[str, int] | None, base: str | None = None) -> None:
-    """Refuse a base model with another number of layers, which an adapter of shared tensors alone would fit.
+    """Refuse a base model with another number of layers, which an adapter with only shared tensors would fit.
 
     Args:
-        plan: of the adapter on this base model.
+        plan: plan of the adapter on this base model.
         expected: the layers that the adapter was made for, as `SharingPlan.layers_by_name`; None: not known.
-        base: the base model's name, for the message.
+        base: the name of the adapter's base model, for the error.
 
     Raises:
         LilyError: if they differ.
@@ -219,18 +219,18 @@ def check_base(plan: SharingPlan, expected: Mapping[str, int] | None, base: str 
 
 
 class Regrouped(Exception):
-    """The file's own sharing contradicts the plan. `plan` says how the file shares."""
+    """The sharing in the file contradicts the plan. `plan` is that of the file."""
 
     def __init__(self, plan: SharingPlan) -> None:
-        super().__init__("the adapter file shares its tensors otherwise than the plan")
+        super().__init__("the adapter file shares its tensors differently from the plan")
         self.plan = plan
 
 
-Found = dict[str, dict[str, Tensor]]
+Parts = dict[str, dict[str, Tensor]]  # A, B, router, logits -> layer -> tensor
 
 
-def _collect(state: Mapping[str, Tensor], plan: SharingPlan) -> tuple[Found, dict[str, Tensor]]:
-    found: Found = {"A": {}, "B": {}, "router": {}, "logits": {}}
+def _collect(state: Mapping[str, Tensor], plan: SharingPlan) -> tuple[Parts, dict[str, Tensor]]:
+    parts: Parts = {"A": {}, "B": {}, "router": {}, "logits": {}}
     other: dict[str, Tensor] = {}
     for key, tensor in state.items():
         match = KEY.match(unwrapped(key))
@@ -244,8 +244,8 @@ def _collect(state: Mapping[str, Tensor], plan: SharingPlan) -> tuple[Found, dic
                 f"the adapter file has {key!r}, but this model has no adapted layer {layer!r}; "
                 "check that the base model and target_modules are those the adapter was trained with"
             )
-        found[part][layer] = _checked(key, tensor, part, plan.group_of(layer))
-    return found, other
+        parts[part][layer] = _checked(key, tensor, part, plan.group_of(layer))
+    return parts, other
 
 
 def _checked(key: str, tensor: Tensor, part: str, group: Group) -> Tensor:
@@ -267,8 +267,8 @@ def _checked(key: str, tensor: Tensor, part: str, group: Group) -> Tensor:
     )
 
 
-def _shared(found: dict[str, Tensor], layers: Iterable[str], what: str) -> Tensor:
-    copies = [found[name] for name in layers if name in found]
+def _shared(tensors: dict[str, Tensor], layers: Iterable[str], what: str) -> Tensor:
+    copies = [tensors[name] for name in layers if name in tensors]
     if not copies:
         raise LilyError(f"the adapter file has no {what}; is it complete, and of this configuration and base model?")
     return copies[0]
@@ -278,28 +278,28 @@ def _equal(x: Tensor, y: Tensor) -> bool:
     return x is y or (x.shape == y.shape and bool(torch.equal(x, y)))
 
 
-def _contradiction(found: Found, plan: SharingPlan) -> tuple[str, str, str] | None:
-    """A part and two layers that share it in the plan and not in the file; None: there are none."""
+def _contradiction(parts: Parts, plan: SharingPlan) -> tuple[str, str, str] | None:
+    """A part and two layers that share it in the plan but not in the file; None: the file agrees."""
     for part, shares in (("A", [b for _, b in plan.blocks]), ("B", [g.layers for g in plan.groups])):
         for layers in shares:
-            copies = [name for name in layers if name in found[part]]
+            copies = [name for name in layers if name in parts[part]]
             for name in copies[1:]:
-                if not _equal(found[part][copies[0]], found[part][name]):
+                if not _equal(parts[part][copies[0]], parts[part][name]):
                     return part, copies[0], name
     return None
 
 
-def _plan_of(found: Found, plan: SharingPlan) -> SharingPlan:
-    """The plan by which a file with all duplicates was written: equal tensors of one shape are shared ones.
+def _plan_of(parts: Parts, plan: SharingPlan) -> SharingPlan:
+    """The plan by which a file with all duplicates was written: equal tensors of one shape are shared.
 
     Raises:
-        LilyError: if some layer has no copy of its own, so that the duplicates that differ are damage.
+        LilyError: if not every layer has a copy, so that the file is damaged or belongs to another base model.
     """
-    if any(set(found[part]) != set(plan.slots) for part in "AB"):
+    if any(set(parts[part]) != set(plan.slots) for part in "AB"):
         raise LilyError(
-            "the adapter file holds different values for one shared tensor, and not every layer has a copy of its "
-            "own: either the base model is another one (of another depth, say) than the adapter was trained on, or the "
-            "file is damaged; load it on its own base model, or save the adapter again"
+            "the adapter file holds different values for one shared tensor, and not every layer has a copy: either "
+            "the adapter was trained on another base model (for example, of another depth), or the file is damaged; "
+            "load it on its own base model, or save the adapter again"
         )
     by_shape: dict[tuple[object, ...], list[str]] = {}
     for name in plan.slots:
@@ -308,9 +308,9 @@ def _plan_of(found: Found, plan: SharingPlan) -> SharingPlan:
     order = {name: i for i, name in enumerate(plan.slots)}
     groups = []
     for names in by_shape.values():
-        for members in _classes(sorted(names, key=order.__getitem__), found["B"]):
+        for members in _classes(sorted(names, key=order.__getitem__), parts["B"]):
             group = plan.group_of(members[0])
-            blocks = tuple(tuple(block) for block in _classes(members, found["A"]))
+            blocks = tuple(tuple(block) for block in _classes(members, parts["A"]))
             last = dict.fromkeys(name.rpartition(".")[2] for name in members)
             groups.append(replace(group, name="+".join(last), blocks=blocks))
     return replace(plan, groups=tuple(groups))
@@ -319,11 +319,11 @@ def _plan_of(found: Found, plan: SharingPlan) -> SharingPlan:
 def _classes(names: list[str], tensors: dict[str, Tensor]) -> list[list[str]]:
     classes: list[list[str]] = []
     for name in names:
-        home = next((c for c in classes if _equal(tensors[c[0]], tensors[name])), None)
-        if home is None:
+        equal = next((c for c in classes if _equal(tensors[c[0]], tensors[name])), None)
+        if equal is None:
             classes.append([name])
         else:
-            home.append(name)
+            equal.append(name)
     return classes
 
 

@@ -1,7 +1,8 @@
 """Loading an adapter: every check before the model is touched.
 
-All ways of loading pass here (see `lily.tuner.registry`). The file's header is compared with the plan, the tensors are
-read and tested, and only then does PEFT inject layers and copy. A failure before that leaves the model as it was.
+All ways of loading an adapter use these checks (see `lily.tuner.registry`). The file's header is compared with the
+plan, the tensors are read and checked, and only then PEFT injects layers and copies tensors. An error before that
+leaves the model unchanged.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from lily.plan.sharing_plan import SharingPlan
 
 LILY_TYPES = (PeftType.LILY.value, EXTENDED_TYPE)
 
-MAX_RANKS = 1_000  # expressions, each of which is compiled
+MAX_RANKS = 1_000  # entries of rank_pattern, each of which is compiled
 
 WRAPPED = re.compile(r"\.(original_module|modules_to_save\.[^.]+)(?=\.|$)")
 
@@ -44,44 +45,43 @@ def config_values(path: Path, ours: bool = False) -> dict[str, Any] | None:
 
     Args:
         path: the file.
-        ours: whether a Lily configuration is asked for; if not, another method's is left to PEFT.
+        ours: require a Lily configuration; if False, another method's is left to PEFT.
 
     Returns:
-        The values; None for another method's.
+        The values; None for another method's configuration.
 
     Raises:
-        LilyError: if the file is no configuration, or its values cannot work.
+        LilyError: if the file is not a configuration, or its values are not valid.
     """
-    found = untrusted.parse_json(path)
-    values = found.value
+    parsed = untrusted.parse_json(path)
+    values = parsed.value
     if not isinstance(values, dict):
-        raise blame(path, f"expected an object with named values, got {type(values).__name__}")
+        raise blame(path, f"expected a JSON object, got {type(values).__name__}")
     kind = values.get("peft_type", LILY_TYPES[0] if ours else None)
     if not isinstance(kind, str) or (kind not in LILY_TYPES and kind not in PEFT_TYPE_TO_CONFIG_MAPPING):
-        raise blame(path, f"peft_type is {kind!r}, which is no method that PEFT or Lily knows; is it an adapter?")
+        raise blame(path, f"peft_type is {kind!r}, which is not a method of PEFT or Lily; is it an adapter?")
     if kind not in LILY_TYPES:
         if ours or _holds_lily(path.with_name(SAFETENSORS_WEIGHTS_NAME)):
-            raise blame(
-                path, f"peft_type is {kind!r}, but this is asked for, or holds, a Lily adapter; load its own file"
-            )
+            why = "a Lily configuration is required" if ours else "the folder holds a Lily adapter's tensors"
+            raise blame(path, f"peft_type is {kind!r}, but {why}; use that adapter's configuration")
         return None
     untrusted.check_inside(path)
-    if found.oddities:
-        raise blame(path, found.oddities[0])
+    if parsed.oddities:
+        raise blame(path, parsed.oddities[0])
     hints = get_type_hints(LilyConfig)
     for key, value in values.items():
         if key in hints and not _fits(value, hints[key]):
-            raise blame(path, f"{key}={value!r} is of the wrong type; expected {_name(hints[key])}")
+            raise blame(path, f"{key}={value!r} has the wrong type; expected {_name(hints[key])}")
         if isinstance(value, str) and len(value) > MAX_LENGTH:
-            raise blame(path, f"{key} has {len(value)} characters, at most {MAX_LENGTH} are read")
+            raise blame(path, f"{key} has {len(value)} characters; at most {MAX_LENGTH} are accepted")
     ranks = values.get("rank_pattern") or {}
     if len(ranks) > MAX_RANKS or any(len(key) > MAX_LENGTH for key in ranks):
         raise blame(
-            path, f"rank_pattern has {len(ranks)} entries; at most {MAX_RANKS} of {MAX_LENGTH} characters are read"
+            path, f"rank_pattern has {len(ranks)} entries; at most {MAX_RANKS} of {MAX_LENGTH} characters are accepted"
         )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of unknown keys; PEFT warns when it builds the configuration itself
+            warnings.simplefilter("ignore")  # about unknown keys; PEFT warns when it builds the configuration itself
             LilyConfig.from_peft_type(**copy.deepcopy(values))
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise blame(path, error) from None
@@ -89,7 +89,7 @@ def config_values(path: Path, ours: bool = False) -> dict[str, Any] | None:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a JSON value can be what a field of the configuration is declared to be."""
+    """Whether a JSON value is valid for the declared type of a field."""
     arguments, origin = get_args(hint), get_origin(hint) or hint
     if origin in (Union, UnionType):
         return any(_fits(value, argument) for argument in arguments)
@@ -111,7 +111,7 @@ def _name(hint: Any) -> str:
 
 
 def _holds_lily(path: Path) -> bool:
-    """Whether a file's header names tensors of Lily's; not whether they are any good."""
+    """Whether a file's header lists Lily tensors; they are not checked."""
     try:
         return any(format.KEY.match(name) for name in untrusted.read_header(path).entries)
     except LilyError:
@@ -119,13 +119,13 @@ def _holds_lily(path: Path) -> bool:
 
 
 class Opened:
-    """An adapter's tensors on their way into a model: first their names and shapes, then themselves.
+    """An opened adapter file: names and shapes first; the tensors are read on demand.
 
     Args:
         shapes: name -> a tensor of that shape, on the meta device if the file has not been read.
-        header: of the file; None: `shapes` are the tensors.
-        key_mapping: PEFT's: expression -> replacement, of names of older transformers models.
-        loose_sizes: PEFT's `ignore_mismatched_sizes`: saved modules of another size are passed over.
+        header: the file's header; None: `shapes` are the tensors themselves.
+        key_mapping: as in PEFT: expression -> replacement, for names of older transformers models.
+        loose_sizes: PEFT's `ignore_mismatched_sizes`: skip saved modules of another size.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class Opened:
 
     @classmethod
     def folder(cls, folder: Path, key_mapping: Mapping[str, str] | None = None, loose_sizes: bool = False) -> Opened:
-        """What a local folder holds.
+        """Open the tensor file of a local folder.
 
         Raises:
             LilyError: if there is no well-formed safetensors file.
@@ -169,13 +169,13 @@ class Opened:
         return self._state
 
     def check(self, plan: SharingPlan, config: LilyConfig, model: nn.Module, adapter: str | None = None) -> None:
-        """Refuse what does not fit the plan and the model; what passes can be copied without fail.
+        """Refuse a file that does not fit the plan and the model.
 
         Args:
-            plan: of the adapter.
-            config: the adapter's.
-            model: with the adapter; or without it, as it is before the injection.
-            adapter: its name, if the model has it.
+            plan: the adapter's plan.
+            config: the adapter's configuration.
+            model: the model with the adapter, or without it before injection.
+            adapter: name of the adapter, if the model has it.
 
         Raises:
             LilyError: see `check_fit` and `lily.checkpoint.format.resolve`.
@@ -186,25 +186,25 @@ class Opened:
         self.fits = True
 
 
-# What is being loaded while PEFT runs: it does not hand its files from one step to the next.
+# The file that is being loaded: PEFT does not pass it from one step of loading to the next.
 _current: ContextVar[Opened | None] = ContextVar("lily_current", default=None)
 
 
 def current() -> Opened | None:
-    """What the load in progress has opened; None: none is in progress."""
+    """The file that is being loaded; None: no load is in progress."""
     return _current.get()
 
 
 @contextlib.contextmanager
 def in_progress(opened: Opened) -> Iterator[Opened]:
-    """Within: PEFT's steps find `opened`, and what they refuse before it is known to fit is told with its file."""
+    """Context: `current()` is `opened`, and errors before its check has passed name the configuration file."""
     token = _current.set(opened)
     config_file = opened.header.path.with_name(CONFIG_NAME) if opened.header else None
     try:
         yield opened
     except ValueError as error:
         if opened.fits and not isinstance(error, LilyError):
-            raise  # of the model, or of where it is put
+            raise  # the file fits, so the error is about the model or device
         with naming(config_file):
             raise
     finally:
@@ -213,7 +213,7 @@ def in_progress(opened: Opened) -> Iterator[Opened]:
 
 @contextlib.contextmanager
 def naming(file: Path | None) -> Iterator[None]:
-    """Within: an error about bad input names `file`, unless it names one of its folder; None: as it is."""
+    """Context: errors about bad input name `file`, unless they name a file of its folder; None: unchanged."""
     try:
         yield
     except ValueError as error:
@@ -224,18 +224,18 @@ def naming(file: Path | None) -> Iterator[None]:
 
 
 def find(model_id: Any, hub: Mapping[str, Any], configured: bool = False) -> Path | None:
-    """The local folder of a Lily adapter's checked configuration and its tensors, downloaded if need be.
+    """The local folder with a Lily adapter's checked configuration and its tensors, downloaded if necessary.
 
     Args:
         model_id: a folder or a hub id.
         hub: options of `hf_hub_download`.
-        configured: the configuration is at hand and Lily's, so that only the tensors are asked for.
+        configured: a Lily configuration is already loaded, so only the tensors are needed.
 
     Returns:
-        The folder; None if it is no Lily adapter, or none at all, which PEFT then says.
+        The folder; None if it is not a Lily adapter or does not exist, which PEFT then handles.
 
     Raises:
-        LilyError: if it is one, and its configuration is bad.
+        LilyError: if it is a Lily adapter with an invalid configuration, or its tensors cannot be downloaded.
     """
     folder = Path(model_id, hub.get("subfolder") or "")
     if folder.is_dir():
@@ -245,12 +245,12 @@ def find(model_id: Any, hub: Mapping[str, Any], configured: bool = False) -> Pat
         if config.exists() or config.is_symlink():
             return None if config_values(config) is None else folder
         if _holds_lily(folder / SAFETENSORS_WEIGHTS_NAME):
-            raise blame(config, "is missing; the folder holds a Lily adapter's tensors, but not what they are for")
+            raise blame(config, "is missing, but the folder holds a Lily adapter's tensors; save the adapter again")
         return None
     if not configured:
         try:
             config = Path(hf_hub_download(str(model_id), CONFIG_NAME, **hub))
-        except Exception:  # PEFT says it in its own words
+        except Exception:  # PEFT raises its own error
             return None
         if config_values(config) is None:
             return None
@@ -259,12 +259,13 @@ def find(model_id: Any, hub: Mapping[str, Any], configured: bool = False) -> Pat
     except Exception as error:
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise blame(
-            f"{model_id}/{SAFETENSORS_WEIGHTS_NAME}", f"could not be had ({why}); no other format is read"
+            f"{model_id}/{SAFETENSORS_WEIGHTS_NAME}",
+            f"could not be downloaded ({why}); only safetensors files are supported",
         ) from None
 
 
 def check_config(config: LilyConfig, model: nn.Module) -> None:
-    """Refuse a file's configuration that this model's names cannot be held against in bounded time.
+    """Refuse a file's configuration whose expressions take too long on this model's names.
 
     Raises:
         LilyError: see `lily.checkpoint.bounded_regex.check_patterns`.
@@ -280,24 +281,24 @@ def check_fit(
     adapter: str | None,
     loose_sizes: bool = False,
 ) -> None:
-    """Hold names, shapes and types against the plan, and what a Lily layer does not own against the model.
+    """Check names, shapes and dtypes of Lily's tensors against the plan, and of all others against the model.
 
     Args:
-        state: name -> tensor; the meta device will do.
-        plan: of the adapter.
-        config: the adapter's.
-        model: with or without its adapters.
-        adapter: its name, if the model has it.
-        loose_sizes: PEFT's `ignore_mismatched_sizes`: saved modules of another size are passed over.
+        state: name -> tensor, which may be on the meta device.
+        plan: the adapter's plan.
+        config: the adapter's configuration.
+        model: the model, with or without its adapters.
+        adapter: name of the adapter, if the model has it.
+        loose_sizes: PEFT's `ignore_mismatched_sizes`: skip saved modules of another size.
 
     Raises:
-        LilyError: for anything missing, misshapen, of an unfit type, or that is no part of such an adapter.
+        LilyError: if a tensor is missing, does not belong to the adapter, or has the wrong shape or dtype.
     """
     format.check_base(plan, config.adapted_layers, config.base_model_name_or_path)
     other = format.check_names(state, plan, config.settled)
     for name, tensor in state.items():
         if name not in other and tensor.dtype not in untrusted.FLOATS:
-            raise LilyError(f"{name!r} is of type {_type(tensor)}, expected float64, float32, float16 or bfloat16")
+            raise LilyError(f"{name!r} has dtype {_type(tensor)}, expected float64, float32, float16 or bfloat16")
     own = _own_tensors(model)
     saved = _saved_tensors(model, config, adapter)
     mine = {**own, **{_plain(name): tensor for name, tensor in saved.items()}}
@@ -308,20 +309,20 @@ def check_fit(
         plain = _plain(name)
         if plain not in mine or not (plain in trained or plain.rpartition(".")[0] in embeddings):
             raise LilyError(
-                f"{name!r} is no part of a Lily adapter of this configuration (modules_to_save="
+                f"{name!r} does not belong to a Lily adapter of this configuration (modules_to_save="
                 f"{sorted(config.modules_to_save or ())}, bias={config.bias!r}) on this model; is it the base model "
                 "that the adapter was trained on?"
             )
         if sized and tuple(tensor.shape) != _shape(mine[plain]):
             raise LilyError(
-                f"{name!r} has shape {tuple(tensor.shape)}, but the model's own has {_shape(mine[plain])}; is it the "
+                f"{name!r} has shape {tuple(tensor.shape)}, but the model's has {_shape(mine[plain])}; is it the "
                 "base model that the adapter was trained on?"
             )
         floats = mine[plain].is_floating_point() and tensor.dtype in untrusted.FLOATS
         if tensor.dtype != mine[plain].dtype and not floats:
-            raise LilyError(f"{name!r} is of type {_type(tensor)}, but the model's own of {_type(mine[plain])}")
-    found = {_plain(name) for name in other}
-    missing = [*(name for name in saved if name not in state), *(name for name in biases if name not in found)]
+            raise LilyError(f"{name!r} has dtype {_type(tensor)}, but the model's has {_type(mine[plain])}")
+    present = {_plain(name) for name in other}
+    missing = [*(name for name in saved if name not in state), *(name for name in biases if name not in present)]
     if missing:
         raise LilyError(f"the adapter file has no {missing[0]!r}, which its configuration trains; is it complete?")
 
@@ -335,11 +336,11 @@ def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _saved_tensors(model: nn.Module, config: LilyConfig, adapter: str | None) -> dict[str, Tensor]:
-    """The name that PEFT will look for -> tensor, of every module that is saved whole, wrapped already or not."""
+    """The name that PEFT will look up -> tensor, for every module saved whole, wrapped or not."""
     out: dict[str, Tensor] = {}
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
-        # PEFT's own rule, which takes ends of names as text.
+        # as PEFT: a textual suffix, not at a dot boundary
         chosen = any(name.endswith(target) for target in config.modules_to_save or ())
         if not name or not chosen or name.startswith(inside):
             continue
@@ -363,7 +364,7 @@ def _biases(own: Mapping[str, Tensor], plan: SharingPlan, config: LilyConfig) ->
 
 
 def _embeddings(model: nn.Module) -> set[str]:
-    """Names of the layers that PEFT saves along when the vocabulary was resized."""
+    """Names of the layers that PEFT also saves when the vocabulary was resized."""
     layers = []
     for name in ("get_input_embeddings", "get_output_embeddings"):
         with contextlib.suppress(AttributeError, NotImplementedError):
@@ -372,17 +373,17 @@ def _embeddings(model: nn.Module) -> set[str]:
 
 
 def _plain(name: str) -> str:
-    """The name that a tensor or module has in the base model, without any wrapper's part."""
+    """The name of a tensor or module in the base model, without parts of wrappers."""
     name = WRAPPED.sub("", unwrapped(name).removeprefix(format.PREFIX))
     return name.replace(".base_layer", "")
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(getattr(tensor, "ds_shape", tensor.shape))  # ZeRO-3 keeps it beside an empty tensor
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))  # ZeRO-3 keeps the shape there, and an empty tensor
 
 
 def _sharded(model: nn.Module) -> bool:
-    """Whether FSDP1 has flattened the parameters, whose shapes then say nothing."""
+    """Whether FSDP1 has flattened the parameters, so that their shapes cannot be compared."""
     return any("_fsdp_wrapped_module" in name for name, _ in model.named_modules())
 
 
@@ -391,7 +392,7 @@ def _type(tensor: Tensor) -> str:
 
 
 def _mapped(state: Mapping[str, Tensor], key_mapping: Mapping[str, str] | None) -> dict[str, Tensor]:
-    """The names that PEFT's `load_peft_weights` gives: the first expression that fits is replaced."""
+    """Rename as PEFT's `load_peft_weights` does: apply the first expression that matches."""
     out = {}
     for key, tensor in state.items():
         prefix = format.PREFIX if key.startswith(format.PREFIX) else ""
@@ -405,6 +406,6 @@ def _mapped(state: Mapping[str, Tensor], key_mapping: Mapping[str, str] | None) 
 
 
 def plan_of(model: nn.Module, adapter: str) -> SharingPlan | None:
-    """The plan of an adapter that the model carries; None: it carries none of that name."""
+    """The plan of the model's adapter of that name; None: there is none."""
     banks = (m for m in model.modules() if isinstance(m, LilyBank))
     return next((bank.plans[adapter] for bank in banks if adapter in bank.plans), None)

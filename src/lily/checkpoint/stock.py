@@ -1,4 +1,4 @@
-"""Can stock PEFT read the file, or is it ours alone?"""
+"""Decide whether stock PEFT can read an adapter's file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lily.plan.uncalled_layers import uncalled
 
 
 def decide_file_format(config: LilyConfig, plan: SharingPlan, model: nn.Module) -> None:
-    """Find out how the adapter can be written so that stock PEFT reads it rightly or not at all."""
+    """Set how `config` is written, so that stock PEFT reads the adapter correctly or refuses it."""
     config.resolved_stride, config.layers_by_name = resolved_stride(plan, config), plan.layers_by_name
     config.stock_refusal, config.portable_targets = None, None
     other = next((group.kind for group in plan.groups if group.kind != LINEAR), None)
@@ -28,9 +28,9 @@ def decide_file_format(config: LilyConfig, plan: SharingPlan, model: nn.Module) 
     if not stock_grouping_differs(plan, config.target_modules or ()):
         return
     names = {group.name for group in plan.groups}
-    again = copy.copy(config)
-    again.target_modules, again.layers_to_transform, again.layers_pattern = names, None, None
-    same = {m.name for m in select_modules(model, again)} == set(plan.slots)
+    portable = copy.copy(config)
+    portable.target_modules, portable.layers_to_transform, portable.layers_pattern = names, None, None
+    same = {m.name for m in select_modules(model, portable)} == set(plan.slots)
     if same and config.layers_to_transform is None and not stock_grouping_differs(plan, names):
         config.portable_targets = names
     else:

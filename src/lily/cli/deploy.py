@@ -1,4 +1,4 @@
-"""`lily collapse` and `lily export`: taking an adapter where a LoRA goes."""
+"""`lily collapse` and `lily export`: make an adapter static and write it in the formats that a LoRA has."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from lily.cli.evaluate import Folder, RecipeOption
 from lily.cli.train import quieten
 from lily.errors import LilyError
 
-Out = Annotated[str, typer.Option("--out", help="What to write; it appears when it is complete.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Out = Annotated[str, typer.Option("--out", help="Folder or file to write; it appears when complete.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 KINDS = ("lora", "merged", "stock", "gguf")
-READERS = ("peft", "vllm", "diffusers")  # GGUF is a kind of its own
+READERS = ("peft", "vllm", "diffusers")  # GGUF is a separate kind
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-# What each kind makes use of.
+# Options of each kind.
 OPTIONS: dict[str, tuple[str, ...]] = {
     "lora": ("--for", "--rank", "--tolerance", "--force", "--dtype"),
     "merged": ("--dtype",),
@@ -38,18 +38,18 @@ def collapse_command(
     recipe: RecipeOption = None,
     data: Annotated[
         str | None,
-        typer.Option(help="Calibration rows, labels not needed: a file. Default: training rows."),
+        typer.Option(help="File with calibration rows; labels are not needed. Default: the training rows."),
     ] = None,
     held_out: Annotated[
         str | None,
-        typer.Option("--held-out", help="Labelled rows for drift and metrics: a file. Default: the run's."),
+        typer.Option("--held-out", help="File with labeled rows for drift and metrics. Default: the held-out rows."),
     ] = None,
-    rows: Annotated[int, typer.Option(min=1, help="At most so many rows for calibration, and for the drift.")] = 256,
-    refit_steps: Annotated[int, typer.Option(min=0, help="Steps of distillation against the dynamic adapter.")] = 0,
+    rows: Annotated[int, typer.Option(min=1, help="Largest number of rows for calibration, and for the drift.")] = 256,
+    refit_steps: Annotated[int, typer.Option(min=0, help="Distillation steps against the dynamic adapter.")] = 0,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Turn a data-dependent adapter into a static one, and say what that costs."""
+    """Turn a data-dependent adapter into a static one, and report how far its outputs move."""
     quieten()
     from lily.recipes.deploy import collapse_adapter
 
@@ -71,7 +71,7 @@ def collapse_command(
 
 
 def print_collapse(report: Mapping[str, Any], console: Console, every: bool = False) -> None:
-    """What a collapse did and what it cost, as a table: all layers, or those that changed most with the data."""
+    """Print a collapse report: of `every` layer, or of the five whose weights varied most with the data."""
     layers = report["layers"]
     common = _common([layer["name"] for layer in layers])
     table = Table(title=escape(f"layers of {common}") if common else None)
@@ -99,7 +99,7 @@ def print_collapse(report: Mapping[str, Any], console: Console, every: bool = Fa
 
 
 def _common(names: Sequence[str]) -> str:
-    """The modules that all names begin with."""
+    """The common prefix of all names, in whole modules."""
     shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*(name.split(".")[:-1] for name in names), strict=False))
     return ".".join(parts[0] for parts in shared)
 
@@ -111,28 +111,28 @@ def _drift(drift: Mapping[str, Any]) -> str:
 
 def export_command(
     adapter: Folder,
-    to: Annotated[str, typer.Option("--to", help="lora, merged, stock or gguf.")],
+    to: Annotated[str, typer.Option("--to", help="Format to write: lora, merged, stock or gguf.")],
     out: Out,
     target: Annotated[
         str,
-        typer.Option("--for", help="lora: what will read it: peft, vllm or diffusers."),
+        typer.Option("--for", help="With lora: the program that reads it, peft, vllm or diffusers."),
     ] = "peft",
-    rank: Annotated[int | None, typer.Option(min=1, help="lora: a smaller rank, by truncated SVD.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="With lora: a smaller rank, by truncated SVD.")] = None,
     tolerance: Annotated[
-        float | None, typer.Option(help="Energy that each layer may lose by --rank. Default: 0.01.")
+        float | None, typer.Option(help="Share of its energy that each layer may lose by --rank. Default: 0.01.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Cut although more is lost.")] = False,
-    dtype: Annotated[str, typer.Option(help="lora, merged: auto, float32, bfloat16 or float16.")] = "auto",
-    base: Annotated[str | None, typer.Option(help="The base model's folder, where there is no recipe.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Reduce the rank even if --tolerance is exceeded.")] = False,
+    dtype: Annotated[str, typer.Option(help="Data type: auto, float32, bfloat16 or float16.")] = "auto",
+    base: Annotated[str | None, typer.Option(help="Folder of the base model, if it has moved.")] = None,
     recipe: RecipeOption = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Write a static adapter as a LoRA, a merged model, a stock Lily adapter or a GGUF LoRA."""
     if to not in KINDS:
         raise LilyError(f"--to {to}: choose one of {', '.join(KINDS)}")
-    given = {"--for": target != "peft", "--rank": rank is not None, "--tolerance": tolerance is not None,
+    options = {"--for": target != "peft", "--rank": rank is not None, "--tolerance": tolerance is not None,
              "--force": force, "--dtype": dtype != "auto"}  # fmt: skip
-    _check_options(to, [name for name, is_given in given.items() if is_given])
+    _check_options(to, [name for name, is_used in options.items() if is_used])
     if target not in READERS:
         raise LilyError(f"--for {target}: choose one of {', '.join(READERS)}")
     if dtype not in DTYPES:
@@ -176,14 +176,14 @@ def export_command(
     console.print(escape(f"written: {out}"), soft_wrap=True)
 
 
-def _check_options(to: str, given: Sequence[str]) -> None:
-    """Refuse options that would change nothing."""
-    unused = [name for name in given if name not in OPTIONS[to]]
+def _check_options(to: str, options: Sequence[str]) -> None:
+    """Refuse options that would have no effect."""
+    unused = [name for name in options if name not in OPTIONS[to]]
     if unused:
         kinds = [kind for kind in KINDS if unused[0] in OPTIONS[kind]]
-        raise LilyError(f"{unused[0]} goes with --to {' or '.join(kinds)}, not with --to {to}; leave it away")
-    if "--rank" not in given and (idle := [name for name in ("--tolerance", "--force") if name in given]):
-        raise LilyError(f"{idle[0]} says how much --rank may cut; give --rank, or leave it away")
+        raise LilyError(f"{unused[0]} goes with --to {' or '.join(kinds)}, not with --to {to}; drop it")
+    if "--rank" not in options and (unused := [name for name in ("--tolerance", "--force") if name in options]):
+        raise LilyError(f"{unused[0]} limits what --rank may discard; add --rank or drop {unused[0]}")
 
 
 def _print_lora(lora: Any, model: Any, rank: int | None, console: Console) -> None:
@@ -199,7 +199,7 @@ def _print_lora(lora: Any, model: Any, rank: int | None, console: Console) -> No
 
 
 def print_energies(energies: Mapping[str, float], console: Console) -> None:
-    """What each layer kept of its update when its rank was cut."""
+    """Print the share of energy that each layer kept when its rank was reduced."""
     table = Table("layer", "energy kept")
     for name, energy in energies.items():
         table.add_row(escape(name), f"{energy:.2%}")

@@ -1,4 +1,4 @@
-"""`lily eval`, `lily predict` and `lily generate`: using a trained adapter."""
+"""`lily eval`, `lily predict` and `lily generate`: use a trained adapter."""
 
 from __future__ import annotations
 
@@ -18,30 +18,33 @@ from lily.cli.train import quieten
 from lily.errors import LilyError
 
 Folder = Annotated[str, typer.Argument(metavar="ADAPTER", help="A run's folder, or an adapter folder inside it.")]
-RecipeOption = Annotated[str | None, typer.Option("--recipe", help="Default: the one kept beside the adapter.")]
+RecipeOption = Annotated[str | None, typer.Option("--recipe", help="Recipe; default: the one beside the adapter.")]
 SPLITS = ("train", "validation", "test")
 
 
 def eval_command(
     adapter: Folder,
     recipe: RecipeOption = None,
-    split: Annotated[str | None, typer.Option(help="train, validation or test. Default: the run's own.")] = None,
-    file: Annotated[str | None, typer.Option(help="A file with the recipe's columns instead of a split.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    split: Annotated[
+        str | None,
+        typer.Option(help="Split to evaluate: train, validation or test. Default: the one that the run reported."),
+    ] = None,
+    file: Annotated[str | None, typer.Option(help="File with the recipe's columns, instead of a split.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
-    """Measure the recipe's metrics on a split or a file."""
+    """Compute the recipe's metrics on a split or a file."""
     if split is not None and file is not None:
         raise LilyError("--split and --file exclude each other; give one of them")
     if split is not None and split not in SPLITS:
         raise LilyError(f"--split {split}: choose one of {', '.join(SPLITS)}")
-    found = _adapter(adapter, recipe).evaluate(split, file)
+    metrics = _adapter(adapter, recipe).evaluate(split, file)
     if as_json:
-        print(json.dumps(found))
+        print(json.dumps(metrics))
         return
     from lily.recipes.scoring.metrics import shown
 
     table = Table("metric", "value", title=escape(file or split or "held-out rows"))
-    for name, value in found.items():
+    for name, value in metrics.items():
         table.add_row(name, shown(name, value))
     Console().print(table)
 
@@ -49,14 +52,18 @@ def eval_command(
 def predict_command(
     adapter: Folder,
     input: Annotated[
-        str, typer.Option("--input", help="csv, tsv, json, jsonl or parquet; - for jsonl on stdin; a folder of images.")
+        str,
+        typer.Option(
+            "--input",
+            help="Rows to predict: a csv, tsv, json, jsonl or parquet file; - for jsonl on stdin; a folder of images.",
+        ),
     ],
-    output: Annotated[str, typer.Option("--output", help="A jsonl file; - for stdout.")] = "-",
+    output: Annotated[str, typer.Option("--output", help="File to write as jsonl; - for stdout.")] = "-",
     recipe: RecipeOption = None,
     prefix: Annotated[
-        str, typer.Option(help="Put before the names prediction and score, should a row have them.")
+        str, typer.Option(help="Prefix of the added columns prediction and score, if the rows have such columns.")
     ] = "",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file if it exists.")] = False,
 ) -> None:
     """Add a prediction to every row, streaming: rows in, rows out."""
     from lily.recipes.data import sources
@@ -86,10 +93,10 @@ def predict_command(
 
 def generate_command(
     adapter: Folder,
-    prompt: Annotated[str, typer.Option("--prompt", help="What to answer.")],
+    prompt: Annotated[str, typer.Option("--prompt", help="Prompt to answer.")],
     recipe: RecipeOption = None,
 ) -> None:
-    """Answer one prompt, word by word. For many, use predict."""
+    """Answer one prompt, printed token by token. For many prompts, use predict."""
     used = _adapter(adapter, recipe)
     from transformers import TextStreamer
 
@@ -97,7 +104,7 @@ def generate_command(
 
 
 def _rows(used: Any, source: Path | str) -> tuple[Iterable[dict[str, Any]], Path | None]:
-    """The rows of what is to be predicted, and the folder that paths of images in them are relative to."""
+    """The rows to predict, and the folder that image paths in them are relative to."""
     from lily.recipes.data import images, tables
 
     if isinstance(source, str):

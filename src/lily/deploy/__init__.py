@@ -1,1 +1,1 @@
-"""How does it leave? Collapsed to static routing, then merged, or written as a LoRA, GGUF or stock adapter."""
+"""How is an adapter deployed? Collapsed to static routing, then merged, or written as LoRA, GGUF or stock adapter."""

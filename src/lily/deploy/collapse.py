@@ -1,8 +1,8 @@
-"""Collapse: a data-dependent adapter becomes a static one, and what that costs is measured.
+"""Collapse: turn a data-dependent adapter into a static one, and measure the error.
 
-The weights that each layer's router gave over calibration data are averaged, token by token, into one vector per
-layer. With it the adapter no longer looks at the data, so it merges and exports exactly; how much it lost is the
-*drift*, measured on held-out batches before the routers are dropped.
+The expert weights of each layer's router are averaged over the tokens of calibration data into one vector per layer.
+With these constant weights the adapter merges and exports exactly. The error is the *drift*, measured on held-out
+batches before the routers are removed.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class LayerReport:
     """One layer's routing over the calibration data.
 
     Attributes:
-        name: of the layer.
-        weights: the mean, which the static adapter uses.
-        uniformity: total variation distance of that mean from equal weights: 0 equal, 1 - 1/experts one expert alone.
-        variance: of the weight vector over tokens, summed over experts; 0: this layer does not look at the data.
-        update_error: how far the mean moves the layer's update on the held-out data, as a share of its norm (before
-            any re-fit).
+        name: name of the layer.
+        weights: the mean weights, which the static adapter uses, (experts,).
+        uniformity: total variation distance of the mean from equal weights: 0 if equal, 1 - 1/experts for one expert.
+        variance: variance of the weights over tokens, summed over experts; 0: the weights do not depend on the data.
+        update_error: relative error of the layer's update with the mean weights on the held-out data (before any
+            re-fit).
     """
 
     name: str
@@ -51,17 +51,17 @@ class LayerReport:
 
 @dataclass
 class CollapseReport:
-    """What `collapse` did and what it cost.
+    """Result of `collapse`.
 
     Attributes:
-        adapter: its name.
-        routing: what the routing was.
-        tokens: calibration tokens that counted.
-        layers: layer by layer.
-        drift: of the static adapter as it is now.
-        drift_before_refit: what it was before the re-fit; None without one.
-        refit_steps: steps of the re-fit that were kept.
-        metrics: the task's own metrics, `before` and `after`, where they were measured.
+        adapter: name of the adapter.
+        routing: the routing before.
+        tokens: number of calibration tokens, without padding.
+        layers: one report per routed layer.
+        drift: drift of the static adapter.
+        drift_before_refit: drift before the re-fit; None without one.
+        refit_steps: steps of the re-fit; 0 if it was not kept.
+        metrics: the task's metrics, `before` and `after`, if they were measured.
     """
 
     adapter: str
@@ -74,7 +74,7 @@ class CollapseReport:
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values for JSON."""
+        """Plain values for JSON."""
         return asdict(self)
 
 
@@ -91,44 +91,46 @@ def collapse(
 ) -> CollapseReport:
     """Turn a data-dependent adapter into a static one, in place.
 
-    One pass over `batches` averages each layer's routing (float64, padding left out by the attention mask, summed over
-    all processes of a distributed run). One pass over `held_out` measures the drift. The report is also kept in the
-    adapter's configuration, so its files and exports carry it.
+    One pass over `batches` averages each layer's routing (in float64, without padding by the attention mask, over all
+    processes of a distributed run). One pass over `held_out` measures the drift. The report is also stored in the
+    adapter's configuration, and so in its files and exports.
 
     Args:
-        model: carries the adapter; its mode (train or eval) is as before afterwards.
-        batches: calibration data: what `model(**batch)`, `model(*batch)` or `model(batch)` takes.
-        held_out: for the drift; default: the calibration batches again, which flatters it.
-        adapter: default: the active one.
-        refit_steps: steps of distillation of the static adapter from the dynamic one on `batches`; kept only if the
-            drift gets smaller.
-        refit_learning_rate: of those steps (AdamW).
-        metric: the task's metrics of a model, measured before and after.
-        forward: how a batch goes through the model, returning its outputs; for other kinds of batches.
+        model: the model with the adapter; its mode (train or eval) is restored.
+        batches: calibration data: arguments of `model(**batch)`, `model(*batch)` or `model(batch)`.
+        held_out: batches for the drift; default: the calibration batches, which underestimates it.
+        adapter: name of the adapter; default: the active one.
+        refit_steps: steps in which the static adapter is distilled from the dynamic one on `batches`; kept only if the
+            drift decreases.
+        refit_learning_rate: learning rate of those steps (AdamW).
+        metric: returns the task's metrics of a model; called before and after.
+        forward: runs a batch through the model and returns its outputs; for other kinds of batches.
 
     Returns:
-        The report; `print(report.to_dict())` or `lily collapse`.
+        The report.
 
     Raises:
         LilyError: if the adapter is static already, its update is not linear, or there is no batch.
     """
-    found = find(model, adapter)
-    config = found.config
-    bent = next((a for layer in found.layers.values() if (a := layer.settings[found.name].activation) != "none"), None)
+    adapted = find(model, adapter)
+    config = adapted.config
+    bent = next(
+        (a for layer in adapted.layers.values() if (a := layer.settings[adapted.name].activation) != "none"), None
+    )
     if bent is not None:
         raise LilyError(
-            f"adapter {found.name!r} has activation={bent!r}: even with static weights its update is not "
-            "linear, so it merges and exports to nothing; use it unmerged"
+            f"adapter {adapted.name!r} has activation={bent!r}: even with static weights its update is not "
+            "linear, so it cannot be merged or exported; use it unmerged"
         )
     if not config.dynamic:
         raise LilyError(
-            f"adapter {found.name!r} (routing={config.routing!r}, num_B={config.num_B}) is static already; "
-            "merge or export it as it is"
+            f"adapter {adapted.name!r} (routing={config.routing!r}, num_B={config.num_B}) is static already; "
+            "merge or export it directly"
         )
     if config.settled:
         raise LilyError(
-            f"adapter {found.name!r} was saved while it settles (settled={config.settled:g}): finish that training, "
-            "whose result is static, or collapse a checkpoint from before"
+            f"adapter {adapted.name!r} was saved while settling (settled={config.settled:g}): finish that training, "
+            "whose result is static, or collapse an earlier checkpoint"
         )
     run = forward or call
     batches = list(batches)
@@ -136,20 +138,20 @@ def collapse(
     if not batches or not held_out:
         raise LilyError("collapse needs calibration data, but there is no batch; give at least one")
     routing = str(config.routing)
-    with evaluating(model, found):
+    with evaluating(model, adapted):
         before = metric(model) if metric else None
-        statistics = _record(model, found, batches, run)
+        statistics = _record(model, adapted, batches, run)
         logits = {name: s.mean.clamp(min=TINY).log() for name, s in statistics.items()}
-        _settle_on(found, logits)
-        drift, errors = _measure(model, found, held_out, run)
-        report = CollapseReport(found.name, routing, int(next(iter(statistics.values())).count.item()), [], drift)
+        _add_logits(adapted, logits)
+        drift, errors = _measure(model, adapted, held_out, run)
+        report = CollapseReport(adapted.name, routing, int(next(iter(statistics.values())).count.item()), [], drift)
         if refit_steps:
-            _refit(model, found, batches, held_out, run, refit_steps, refit_learning_rate, report)
+            _refit(model, adapted, batches, held_out, run, refit_steps, refit_learning_rate, report)
         report.layers = [
-            _layer_report(name, s, found.layers[name].lily_logits[found.name], errors.get(name))
+            _layer_report(name, s, adapted.layers[name].lily_logits[adapted.name], errors.get(name))
             for name, s in statistics.items()
         ]
-        found.make_static()
+        adapted.make_static()
         if metric and before is not None:
             report.metrics = {"before": before, "after": metric(model)}
     config.provenance = {**(config.provenance or {}), "collapse": report.to_dict()}
@@ -157,19 +159,19 @@ def collapse(
 
 
 @torch.no_grad()
-def _record(model: nn.Module, found: Adapted, batches: Sequence[Batch], run: Run) -> dict[str, RoutingStatistics]:
+def _record(model: nn.Module, adapted: Adapted, batches: Sequence[Batch], run: Run) -> dict[str, RoutingStatistics]:
     statistics = {
-        name: RoutingStatistics.empty(layer.settings[found.name].num_B)
-        for name, layer in found.layers.items()
-        if layer.settings[found.name].num_B > 1
+        name: RoutingStatistics.empty(layer.settings[adapted.name].num_B)
+        for name, layer in adapted.layers.items()
+        if layer.settings[adapted.name].num_B > 1
     }
     for name, kept in statistics.items():
-        found.layers[name].statistics[found.name] = kept
-    found.watch_masks()
+        adapted.layers[name].statistics[adapted.name] = kept
+    adapted.watch_masks()
     for batch in batches:
         run(model, batch)
     for name, kept in statistics.items():
-        del found.layers[name].statistics[found.name]
+        del adapted.layers[name].statistics[adapted.name]
         all_reduce(kept)
     if not any(kept.count.item() for kept in statistics.values()):
         raise LilyError("no adapted layer ran on the calibration batches; is the adapter active and enabled?")
@@ -177,20 +179,20 @@ def _record(model: nn.Module, found: Adapted, batches: Sequence[Batch], run: Run
 
 
 @torch.no_grad()
-def _settle_on(found: Adapted, logits: Mapping[str, Tensor]) -> None:
-    """Give layers their static weights beside their routers, so that both can be compared."""
+def _add_logits(adapted: Adapted, logits: Mapping[str, Tensor]) -> None:
+    """Add static weights to layers in addition to their routers, so that both can be compared."""
     for name, value in logits.items():
-        layer = found.layers[name]
-        like = layer.router_of(found.name)
+        layer = adapted.layers[name]
+        like = layer.router_of(adapted.name)
         assert like is not None
         parameter = nn.Parameter(value.to(like.device, torch.float32), requires_grad=like.requires_grad)
-        layer.lily_logits[found.name] = parameter
-    found.bank.settled[found.name] = Settled(0.0)
+        layer.lily_logits[adapted.name] = parameter
+    adapted.bank.settled[adapted.name] = Settled(0.0)
 
 
 @contextlib.contextmanager
-def _static(found: Adapted) -> Iterator[None]:
-    settled = found.bank.settled[found.name]
+def _static(adapted: Adapted) -> Iterator[None]:
+    settled = adapted.bank.settled[adapted.name]
     settled.move(1.0)
     try:
         yield
@@ -201,24 +203,24 @@ def _static(found: Adapted) -> Iterator[None]:
 @torch.no_grad()
 def _measure(
     model: nn.Module,
-    found: Adapted,
+    adapted: Adapted,
     batches: Sequence[Batch],
     run: Run,
     exchange: Callable[[], None] = lambda: None,
 ) -> tuple[Drift, dict[str, float]]:
-    """The drift over batches, and each layer's own error on the inputs that it gets from the dynamic adapter.
+    """The drift over batches, and each layer's relative error on its inputs in the dynamic model.
 
     `exchange` swaps the shared tensors of the dynamic adapter in, and out again.
     """
-    sums = {name: [0.0, 0.0] for name in found.layers}
+    sums = {name: [0.0, 0.0] for name in adapted.layers}
     kl, error, norm, positions = 0.0, 0.0, 0.0, 0
     distributions = True
     for batch in batches:
         exchange()
-        with _compared(found, sums):
+        with _compared(adapted, sums):
             old = outputs(run(model, batch))
         exchange()
-        with _static(found):
+        with _static(adapted):
             new = outputs(run(model, batch))
         rows = kept_rows(old, batch, model)
         p, q = (t.reshape(-1, t.shape[-1])[rows].double() for t in (old, new))
@@ -241,23 +243,23 @@ def _measure(
 
 
 @contextlib.contextmanager
-def _compared(found: Adapted, sums: dict[str, list[float]]) -> Iterator[None]:
-    """Within: every layer also computes its static update, and the difference is summed."""
+def _compared(adapted: Adapted, sums: dict[str, list[float]]) -> Iterator[None]:
+    """Context: every layer also computes its static update; adds the squared difference and norm to `sums`."""
 
     def compare(name: str) -> Callable[..., None]:
         def hook(layer: Any, args: tuple[Any, ...], _: Any) -> None:
             if not args:
                 return
             x = args[0]
-            dynamic = layer.update_of(found.name, x).double()
-            with _static(found):
-                static = layer.update_of(found.name, x).double()
+            dynamic = layer.update_of(adapted.name, x).double()
+            with _static(adapted):
+                static = layer.update_of(adapted.name, x).double()
             sums[name][0] += float((dynamic - static).square().sum())
             sums[name][1] += float(dynamic.square().sum())
 
         return hook
 
-    handles = [layer.register_forward_hook(compare(name)) for name, layer in found.layers.items()]
+    handles = [layer.register_forward_hook(compare(name)) for name, layer in adapted.layers.items()]
     try:
         yield
     finally:
@@ -265,15 +267,15 @@ def _compared(found: Adapted, sums: dict[str, list[float]]) -> Iterator[None]:
             handle.remove()
 
 
-def _layer_report(name: str, seen: RoutingStatistics, logits: Tensor, error: float | None) -> LayerReport:
+def _layer_report(name: str, statistics: RoutingStatistics, logits: Tensor, error: float | None) -> LayerReport:
     w = torch.softmax(logits.detach().double(), 0).cpu()
     uniformity = float((w - 1 / w.numel()).abs().sum() / 2)
-    return LayerReport(name, w.tolist(), uniformity, seen.variance, error)
+    return LayerReport(name, w.tolist(), uniformity, statistics.variance, error)
 
 
 def _refit(
     model: nn.Module,
-    found: Adapted,
+    adapted: Adapted,
     batches: Sequence[Batch],
     held_out: Sequence[Batch],
     run: Run,
@@ -281,9 +283,9 @@ def _refit(
     rate: float,
     report: CollapseReport,
 ) -> None:
-    """Train the static adapter to give the dynamic one's outputs; keep it if the drift got smaller."""
-    shared = [t for tensors in found.bank.tensors(found.name) for t in tensors]
-    logits = [layer.lily_logits[found.name] for layer in found.layers.values() if found.name in layer.lily_logits]
+    """Train the static adapter to reproduce the dynamic one's outputs; keep the result if the drift decreases."""
+    shared = [t for tensors in adapted.bank.tensors(adapted.name) for t in tensors]
+    logits = [layer.lily_logits[adapted.name] for layer in adapted.layers.values() if adapted.name in layer.lily_logits]
     student: list[Tensor] = [*shared, *logits]
     trained = {p: p.requires_grad for p in model.parameters()}
     teacher, first = ([t.detach().clone() for t in tensors] for tensors in (shared, student))
@@ -301,8 +303,8 @@ def _refit(
             parameter.requires_grad_(False)
         for t in student:
             t.requires_grad_(True)
-        _distil(model, found, student, islice(cycle(batches), steps), run, steps, rate, exchange)
-        drift, _ = _measure(model, found, held_out, run, exchange)
+        _distill(model, adapted, student, islice(cycle(batches), steps), run, steps, rate, exchange)
+        drift, _ = _measure(model, adapted, held_out, run, exchange)
         report.drift_before_refit = report.drift
         better = drift.closer_than(report.drift)
         if better:
@@ -316,9 +318,9 @@ def _refit(
                     t.copy_(value)
 
 
-def _distil(
+def _distill(
     model: nn.Module,
-    found: Adapted,
+    adapted: Adapted,
     student: list[Tensor],
     batches: Iterable[Batch],
     run: Run,
@@ -326,20 +328,20 @@ def _distil(
     rate: float,
     exchange: Callable[[], None],
 ) -> None:
-    optimiser = torch.optim.AdamW(student, lr=rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.0, steps)
+    optimizer = torch.optim.AdamW(student, lr=rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     for batch in batches:
         with torch.no_grad():
             exchange()
             target = outputs(run(model, batch))
             exchange()
-        with _static(found):
+        with _static(adapted):
             out = outputs(run(model, batch))
         rows = kept_rows(out, batch, model)
         p, q = (t.reshape(-1, t.shape[-1])[rows].float() for t in (target, out))
         distributions = p.shape[-1] > 1 and is_distribution(model)
         loss = divergence(p, q) / p.shape[0] if distributions else F.mse_loss(q, p) / p.square().mean()
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         if dist.is_available() and dist.is_initialized():
             for t in student:
@@ -347,6 +349,6 @@ def _distil(
                     dist.all_reduce(t.grad)
                     t.grad /= dist.get_world_size()
         torch.nn.utils.clip_grad_norm_(student, 1.0)
-        optimiser.step()
+        optimizer.step()
         schedule.step()
-    optimiser.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=True)

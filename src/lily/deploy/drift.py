@@ -1,4 +1,4 @@
-"""How far a model's outputs moved: what is compared, and by which measure."""
+"""Drift: the difference between a model's outputs before and after a change."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from lily.tuner.recording import Batch
 
 @dataclass(frozen=True)
 class Drift:
-    """How far the model's outputs moved, on held-out batches.
+    """Difference between a model's outputs before and after, on held-out batches.
 
     Attributes:
         kl: mean KL divergence of the new output distribution from the old one in nats, over unmasked positions; None
-            where the outputs are no distributions.
-        relative_error: of the outputs, as a share of their norm.
-        positions: how many outputs were compared.
+            if the outputs are not distributions.
+        relative_error: norm of the difference over the norm of the old outputs.
+        positions: number of compared outputs.
     """
 
     kl: float | None
@@ -30,16 +30,14 @@ class Drift:
     positions: int
 
     def closer_than(self, other: Drift) -> bool:
-        """Whether the outputs moved less far, by the divergence where there is one."""
+        """Whether this drift is smaller: by `kl` if both have it, else by `relative_error`."""
         if self.kl is not None and other.kl is not None:
             return self.kl < other.kl
         return self.relative_error < other.relative_error
 
 
 def outputs(result: Any) -> Tensor:
-    """What of a model's result is compared: its logits, else its last hidden state, else its first tensor.
-
-    A tensor without a dimension (a loss) does not count.
+    """The compared part of a model's result: logits, last hidden state, sample, or the first tensor with a dimension.
 
     Raises:
         LilyError: if there is none.
@@ -52,16 +50,18 @@ def outputs(result: Any) -> Tensor:
     if isinstance(result, Mapping):
         result = tuple(result.values())
     values = result if isinstance(result, Sequence) else ()
-    found = next((v for v in values if isinstance(v, Tensor) and v.ndim), None)
-    if found is None:
-        raise LilyError(f"a {type(result).__name__} holds no outputs to compare; give collapse a `forward` that does")
-    return found
+    first = next((v for v in values if isinstance(v, Tensor) and v.ndim), None)
+    if first is None:
+        raise LilyError(
+            f"a {type(result).__name__} holds no outputs to compare; give collapse a `forward` that returns them"
+        )
+    return first
 
 
 def kept_rows(out: Tensor, batch: Batch, model: nn.Module) -> Tensor:
-    """Which rows of the flattened outputs count: unmasked positions where there is one output per token.
+    """Mask (rows,) of the flattened outputs: unmasked positions if there is one output per token, else all.
 
-    A model with an encoder and a decoder gives one output per token of the decoder, whose mask is another one.
+    An encoder-decoder model has one output per token of the decoder, which has a separate mask.
     """
     paired = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     mask = batch.get("decoder_attention_mask" if paired else "attention_mask") if isinstance(batch, Mapping) else None
@@ -71,7 +71,7 @@ def kept_rows(out: Tensor, batch: Batch, model: nn.Module) -> Tensor:
 
 
 def is_distribution(model: nn.Module) -> bool:
-    """Whether the model's outputs are logits of a distribution, as far as its name and configuration tell."""
+    """Whether the model's outputs are logits of a distribution, judged by its name and configuration."""
     config = getattr(model, "config", None)
     if getattr(config, "problem_type", None) in ("regression", "multi_label_classification"):
         return False

@@ -1,8 +1,8 @@
 """An exported LoRA as one GGUF file, which llama.cpp loads beside a GGUF base model (`--lora FILE`).
 
-Two things differ from PEFT's file. Tensors go by GGUF's names. And where llama.cpp rotates neighbouring channels of a
-head and transformers rotates its two halves, the base model's q and k rows were reordered when it became GGUF, so the
-rows of the update are reordered alike.
+Two things differ from PEFT's file: tensors have GGUF's names, and the rows of q and k are reordered for architectures
+whose base models the GGUF conversion reorders, because llama.cpp rotates adjacent channels of a head (RoPE) and
+transformers its two halves.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ OTHERWISE = (
 
 @dataclass(frozen=True)
 class Family:
-    """What a model becomes as GGUF.
+    """A model family in GGUF.
 
     Attributes:
-        architecture: GGUF's name of it.
+        architecture: GGUF's name of the architecture.
         reorders: whether q and k rows are reordered.
     """
 
@@ -39,7 +39,7 @@ class Family:
     reorders: bool = False
 
 
-# transformers' model_type -> family. Those whose outputs were compared with llama.cpp's; see tests/test_llama_cpp.py.
+# transformers' model_type -> family, for models whose outputs were compared with llama.cpp's (tests/test_llama_cpp.py).
 FAMILIES = {
     "llama": Family("llama", reorders=True),
     "mistral": Family("llama", reorders=True),
@@ -57,19 +57,19 @@ FAMILIES = {
 def write_gguf(export: LoraExport, base_config: Any, file: str | Path, *, overwrite: bool = False) -> None:
     """Write an exported LoRA as a GGUF file in float32.
 
-    For a layer with A (rank, in) and B (out, rank) it holds `blk.N.<name>.weight.lora_a` (rank, in) and `.lora_b`
-    (out, rank).
+    A layer with A (rank, in) and B (out, rank) becomes `blk.N.<name>.weight.lora_a` (rank, in) and `.lora_b` (out,
+    rank).
 
     Args:
         export: from `as_lora(model, target="llama.cpp")`.
-        base_config: of the base model: a `PretrainedConfig`, a `config.json` or the folder that holds one.
-        file: appears when it is complete.
+        base_config: configuration of the base model: a `PretrainedConfig`, a `config.json` or its folder.
+        file: the file to write, atomically.
         overwrite: replace an existing file.
 
     Raises:
-        LilyError: if gguf is not installed, llama.cpp cannot read such an adapter or this architecture is not known
-            here, the configuration is of another model, or the file exists.
-        OSError: if it cannot be written; nothing is left then.
+        LilyError: if gguf is not installed, llama.cpp cannot read such an adapter, the architecture is not supported,
+            the configuration belongs to another model, or the file exists.
+        OSError: if it cannot be written; nothing is left behind.
     """
     try:
         import gguf
@@ -100,7 +100,7 @@ def write_gguf(export: LoraExport, base_config: Any, file: str | Path, *, overwr
 
 
 def describe_gguf(file: Path) -> dict[str, Any]:
-    """What a GGUF file is, as `lily inspect` says it: kind, config, tensors, and where it came from if it says so.
+    """Describe a GGUF file for `lily inspect`: kind, config, tensors, and provenance if it has one.
 
     Raises:
         LilyError: if gguf is not installed, or the file cannot be read.
@@ -125,14 +125,14 @@ def describe_gguf(file: Path) -> dict[str, Any]:
 
 
 def _config(base_config: Any) -> Any:
-    """The configuration itself; a file's omits what is the default, so the class that knows the defaults reads it."""
+    """The configuration, read by transformers, since a file omits default values."""
     if not isinstance(base_config, (str, Path)):
         return base_config
     from transformers import AutoConfig
 
     path = Path(base_config).expanduser()
     if not (path if path.suffix == ".json" else path / "config.json").is_file():
-        raise LilyError(f"{path}: no config.json there; name the base model's folder")
+        raise LilyError(f"{path}: no config.json; name the base model's folder")
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
@@ -143,17 +143,17 @@ def _family(config: Any) -> Family:
     kind = getattr(config, "model_type", None)
     if kind not in FAMILIES:
         raise LilyError(
-            f"a GGUF LoRA is written for model_type {', '.join(FAMILIES)}; the base model's is {kind!r}: {OTHERWISE}"
+            f"GGUF LoRAs can be written for model_type {', '.join(FAMILIES)}; the base model's is {kind!r}: {OTHERWISE}"
         )
     return FAMILIES[kind]
 
 
 def _alpha(export: LoraExport) -> float:
-    """The one alpha of the file; llama.cpp divides it by each layer's own rank."""
+    """The one alpha of the file, which llama.cpp divides by each layer's rank."""
     if export.other:
         raise LilyError(
-            f"llama.cpp reads nothing but A and B, and the export also holds {sorted(export.other)[0]}; "
-            'use as_lora(model, target="llama.cpp"), which says what to do'
+            f"llama.cpp reads only A and B, and the export also holds {sorted(export.other)[0]}; "
+            'use as_lora(model, target="llama.cpp")'
         )
     alphas = {layer.scale * layer.A.shape[0] for layer in export.layers.values()}
     if len(alphas) != 1:
@@ -165,7 +165,7 @@ def _alpha(export: LoraExport) -> float:
 
 
 def _names(layers: list[str], config: Any, family: Family) -> dict[str, str]:
-    """Layer -> GGUF's name of it, such as `blk.0.attn_q`."""
+    """Layer -> its name in GGUF, such as `blk.0.attn_q`."""
     import gguf
 
     architecture = next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == family.architecture)
@@ -180,13 +180,13 @@ def _names(layers: list[str], config: Any, family: Family) -> dict[str, str]:
     if missing:
         raise LilyError(
             f"llama.cpp's {family.architecture} has no layer for {missing[0]} ({len(missing)} of {len(layers)} layers "
-            f"are like that); {OTHERWISE}"
+            f"are missing); {OTHERWISE}"
         )
     return names
 
 
 def _reordered(name: str, layer: Layer, config: Any, family: Family) -> tuple[Tensor, Tensor]:
-    """A (rank, in) and B (out, rank), whose rows are in the order that llama.cpp rotates them in."""
+    """A (rank, in) and B (out, rank), with rows in llama.cpp's order."""
     heads = _heads(name, config)
     if heads is None:
         return layer.A, layer.B
@@ -194,14 +194,14 @@ def _reordered(name: str, layer: Layer, config: Any, family: Family) -> tuple[Te
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if out != heads * size:
         raise LilyError(
-            f"{name} has {out} outputs, but the configuration says {heads} heads of {size}; give the configuration of "
-            "the model that the adapter was trained on"
+            f"{name} has {out} outputs, but the configuration has {heads} heads of size {size}; give the "
+            "configuration of the model that the adapter was trained on"
         )
     return layer.A, halves_to_pairs(layer.B, heads) if family.reorders else layer.B
 
 
 def _heads(name: str, config: Any) -> int | None:
-    """How many heads a q or k projection has; None for any other layer."""
+    """Number of heads of a q or k projection; None for any other layer."""
     heads = int(config.num_attention_heads)
     if name.endswith(".q_proj"):
         return heads
@@ -211,7 +211,7 @@ def _heads(name: str, config: Any) -> int | None:
 
 
 def halves_to_pairs(rows: Tensor, heads: int) -> Tensor:
-    """Rows (heads * size, rank) with row `i` of each head's first half followed by row `i` of its second half.
+    """Interleave rows (heads * size, rank): row `i` of each head's first half, then row `i` of its second half.
 
     transformers rotates channel `i` of a head with channel `i + size / 2`; GGUF's llama rotates `2 i` with `2 i + 1`.
     """

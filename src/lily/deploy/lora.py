@@ -1,7 +1,7 @@
 """A static adapter as a plain LoRA.
 
 Exact by construction: with static weights the update of a layer is `scaling * (sum_e p_e B_e).T @ A`, which is a LoRA
-of the same rank. Nothing is approximated unless a smaller rank is asked for.
+of the same rank. It is approximated only at a smaller rank.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lily.plan.sharing_plan import Group
 from lily.plan.specs import CONV2D, EMBEDDING, EXPERTS, PARAMETERS, SLICE, layer_spec
 from lily.tuner.adapter import Adapted, find
 
-# Energy that may be lost where the rank must fall, before it takes `force`.
+# Largest share of energy that a smaller rank may discard without `force`.
 TOLERANCE = 0.01
 
 
@@ -37,8 +37,8 @@ class Layer:
     Attributes:
         A: (rank, in), or (experts, rank, in).
         B: (out, rank), or (experts, out, rank).
-        scale: what the reader multiplies by, alpha / rank.
-        energy: share of the update's squared norm that is kept (of experts, the least); 1 is all of it.
+        scale: factor that the reader applies, alpha / rank.
+        energy: kept share of the update's squared norm (for stacked experts, the smallest); 1: exact.
     """
 
     A: Tensor
@@ -58,12 +58,12 @@ class LoraExport:
 
     Attributes:
         layers: name -> its matrices.
-        groups: name -> the group that the layer was in.
+        groups: name -> the layer's group in the plan.
         rank: the largest rank.
-        config: PEFT's configuration of it.
+        config: PEFT's configuration of the LoRA.
         other: biases and modules saved whole, by their names in the file.
-        provenance: where it came from.
-        component: the part of a diffusers pipeline that it is for, such as `unet`; None for any other model.
+        provenance: see `lily.deploy.provenance.origin`.
+        component: the adapted part of a diffusers pipeline, such as `unet`; None for any other model.
     """
 
     layers: dict[str, Layer]
@@ -76,7 +76,7 @@ class LoraExport:
 
     @property
     def size(self) -> int:
-        """Bytes of its tensors."""
+        """Size of its tensors in bytes."""
         tensors = [t for layer in self.layers.values() for t in (layer.A, layer.B)] + list(self.other.values())
         return sum(t.numel() * t.element_size() for t in tensors)
 
@@ -95,14 +95,15 @@ class LoraExport:
 
 
 def lora_entries(name: str, layer: Layer, groups: Mapping[str, Group]) -> dict[str, Tensor]:
-    """One layer's entries of a file, as PEFT's LoRA lays out a layer of that kind.
+    """One layer's entries of a file, in the layout of PEFT's LoRA for its kind.
 
     Source: `peft.tuners.lora.layer` (`_ConvNd`, `Embedding`, `ParamWrapper`).
 
     Args:
-        name: of the layer.
+        name: name of the layer.
         layer: its matrices.
-        groups: of all layers, in the model's order: adapted parameters of one module are nested, the last outermost.
+        groups: groups of all layers, in the model's order: adapted parameters of one module are nested, the last
+            outermost.
     """
     group, A, B = groups[name], layer.A, layer.B
     if group.kind == CONV2D:
@@ -129,29 +130,31 @@ def as_lora(
     dtype: torch.dtype | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> LoraExport:
-    """A static adapter as a LoRA.
+    """Convert a static adapter to a LoRA.
 
     Args:
-        model: carries the adapter.
-        adapter: default: the active one.
-        target: what is to read it: `peft`, `vllm`, `llama.cpp` or `diffusers`; decides padding and what is refused.
-        rank: default: the adapter's own, which is exact. A smaller one cuts each layer's update by a truncated SVD.
-        tolerance: share of a layer's energy (squared norm of its update) that may be lost that way.
-        force: cut although more is lost.
-        dtype: of the tensors; default: the adapter's, or float32 where that is half precision, whose mixed experts
-            half precision cannot hold.
-        provenance: further facts to keep with it.
+        model: the model with the adapter.
+        adapter: name of the adapter; default: the active one.
+        target: the reader: `peft`, `vllm`, `llama.cpp` or `diffusers`; decides padding and what is refused.
+        rank: rank of the LoRA; default: the adapter's, which is exact. A smaller rank truncates the SVD of each layer's
+            update.
+        tolerance: largest share of a layer's energy (squared norm of its update) that truncation may discard.
+        force: truncate even if more is discarded.
+        dtype: dtype of the tensors; default: the adapter's, or float32 instead of half precision, which cannot hold
+            mixed experts exactly.
+        provenance: further facts to store with it.
 
     Raises:
-        LilyError: if the adapter depends on the data, the target cannot read a part of it, or cutting loses too much.
+        LilyError: if the adapter depends on the data, the target cannot read a part of it, or truncation discards too
+            much.
     """
-    found = find(model, adapter)
+    adapted = find(model, adapter)
     wanted = TARGETS.get(target)
     if wanted is None:
         raise LilyError(f"no export target {target!r}; choose one of {', '.join(TARGETS)}")
-    other = other_entries(model, found, frozen=wanted.modules_to_save)
-    check_readable(target, wanted, found, other)
-    factors, groups = _joined(found)
+    other = other_entries(model, adapted, frozen=wanted.modules_to_save)
+    check_readable(target, wanted, adapted, other)
+    factors, groups = _joined(adapted)
     own = max(f.A.shape[-2] for f in factors.values())
     _check_rank(rank, own)
     layers = {name: _cut(f, rank) for name, f in factors.items()}
@@ -168,43 +171,43 @@ def as_lora(
         name: _finished(layer, rank_to if wanted.uniform or wanted.ranks else layer.rank, dtype, wanted.uniform)
         for name, layer in layers.items()
     }
-    config = _lora_config(found, layers, rank_to)
+    config = _lora_config(adapted, layers, rank_to)
     rounded = dtype is not None and any(torch.promote_types(f.B.dtype, dtype) != dtype for f in factors.values())
     exact = not rounded and all(layer.energy == 1 for layer in layers.values())
-    facts = origin(found, "export", provenance) | {
-        "exact": exact, "scaling": found.config.scaling, "rank": rank_to,
-        "adapter_parameters": found.plan.parameters.total,
+    facts = origin(adapted, "export", provenance) | {
+        "exact": exact, "scaling": adapted.config.scaling, "rank": rank_to,
+        "adapter_parameters": adapted.plan.parameters.total,
     }  # fmt: skip
     if rank is not None and rank < own:
         facts["energies"] = {name: layer.energy for name, layer in layers.items()}
-    return LoraExport(layers, groups, rank_to, config, other, facts, _component(found.root))
+    return LoraExport(layers, groups, rank_to, config, other, facts, _component(adapted.root))
 
 
 def _check_rank(rank: int | None, own: int) -> None:
     if rank is not None and not 1 <= rank <= own:
         raise LilyError(
-            f"rank={rank} is not valid: the adapter has {own}; give a positive integer up to that, or leave it out for "
+            f"rank={rank} is not valid: the adapter has {own}; give a positive integer up to that, or omit rank for "
             "an exact export"
         )
 
 
-def _joined(found: Adapted) -> tuple[dict[str, Factors], dict[str, Group]]:
-    """Each layer's update and group, where the slices of one layer have become one update of the whole layer.
+def _joined(adapted: Adapted) -> tuple[dict[str, Factors], dict[str, Group]]:
+    """Each layer's update and group, with the slices of one layer joined into one update of the whole layer.
 
-    That is exact: its rank is the sum of theirs, A has theirs one below the other, and B is zero where a slice's
-    columns meet the outputs of another.
+    This is exact: ranks add up, the slices' A are concatenated, and each slice's columns of B are zero at the outputs
+    of other slices.
     """
     factors: dict[str, Factors] = {}
     groups: dict[str, Group] = {}
     slices: dict[str, list[tuple[Group, Factors]]] = {}
-    for name, layer in found.layers.items():
-        group, update = found.plan.group_of(name), layer.factors(found.name)
+    for name, layer in adapted.layers.items():
+        group, update = adapted.plan.group_of(name), layer.factors(adapted.name)
         if group.kind == SLICE:
             slices.setdefault(name.rpartition(".")[0], []).append((group, update))
         else:
             factors[name], groups[name] = update, group
     for name, parts in slices.items():
-        out = layer_spec(name, found.root.get_submodule(name)).out_features
+        out = layer_spec(name, adapted.root.get_submodule(name)).out_features
         wide = []
         for group, update in parts:
             assert group.rows is not None
@@ -219,7 +222,7 @@ def _joined(found: Adapted) -> tuple[dict[str, Factors], dict[str, Group]]:
 
 
 def _cut(f: Factors, rank: int | None) -> Layer:
-    """A layer's update at its own rank, exactly, or at a smaller one by a truncated SVD of its two thin factors."""
+    """A layer's update, exact or at a smaller rank by a truncated SVD of its two thin factors."""
     r = f.A.shape[-2]
     if rank is None or rank >= r:
         return Layer(f.A, f.B.mT, f.scaling)
@@ -235,7 +238,7 @@ def _cut(f: Factors, rank: int | None) -> Layer:
 
 
 def _finished(layer: Layer, rank: int, dtype: torch.dtype | None, uniform: bool) -> Layer:
-    """Padded with zeros to `rank`; the scaling as an alpha that is a whole number, else inside B."""
+    """Pad with zeros to `rank`; keep the scaling if alpha is then an integer, else multiply it into B."""
     missing = rank - layer.rank
     A, B = nn.functional.pad(layer.A, (0, 0, 0, missing)), nn.functional.pad(layer.B, (0, missing))
     scale = layer.scale
@@ -244,19 +247,19 @@ def _finished(layer: Layer, rank: int, dtype: torch.dtype | None, uniform: bool)
     return Layer(A.to("cpu", dtype), B.to("cpu", dtype), scale, layer.energy)
 
 
-def _lora_config(found: Adapted, layers: Mapping[str, Layer], rank: int) -> LoraConfig:
-    config = found.config
+def _lora_config(adapted: Adapted, layers: Mapping[str, Layer], rank: int) -> LoraConfig:
+    config = adapted.config
     ranks = {name: layer.rank for name, layer in layers.items()}
     alphas = {name: round(layer.scale * ranks[name]) for name, layer in layers.items()}
     alpha = alphas[next(n for n, r in ranks.items() if r == rank)]
     return LoraConfig(
         r=rank,
         lora_alpha=alpha,
-        target_modules=_target_modules(found),
-        target_parameters=_target_parameters(found),
+        target_modules=_target_modules(adapted),
+        target_parameters=_target_parameters(adapted),
         rank_pattern={n: r for n, r in ranks.items() if r != rank},
         alpha_pattern={n: a for n, a in alphas.items() if a != alpha},
-        fan_in_fan_out=any(type(m.get_base_layer()).__name__ == "Conv1D" for m in found.layers.values()),
+        fan_in_fan_out=any(type(m.get_base_layer()).__name__ == "Conv1D" for m in adapted.layers.values()),
         bias={"lily_only": "lora_only"}.get(config.bias, config.bias),
         modules_to_save=saved_modules(config),
         task_type=config.task_type,
@@ -266,28 +269,28 @@ def _lora_config(found: Adapted, layers: Mapping[str, Layer], rank: int) -> Lora
     )
 
 
-def _target_modules(found: Adapted) -> list[str]:
-    """The shortest names that mean these layers and no others."""
-    specs = [spec for group in found.plan.groups for spec in group.specs if group.kind not in PARAMETERS]
+def _target_modules(adapted: Adapted) -> list[str]:
+    """The shortest names that match these layers and no others."""
+    specs = [spec for group in adapted.plan.groups for spec in group.specs if group.kind not in PARAMETERS]
     layers = list(dict.fromkeys(spec.path for spec in specs))
     if not layers:
         return []
     inside = tuple(f"{name}." for name in layers)
-    others = [n for n, _ in found.root.named_modules() if n and n not in layers and not n.startswith(inside)]
+    others = [n for n, _ in adapted.root.named_modules() if n and n not in layers and not n.startswith(inside)]
     return sorted(_find_minimal_target_modules(layers, others))
 
 
-def _target_parameters(found: Adapted) -> list[str] | None:
-    """The names of the adapted parameters, or `module.parameter` of them where no others are called that."""
-    names = [name for name in found.layers if found.plan.group_of(name).kind in PARAMETERS]
+def _target_parameters(adapted: Adapted) -> list[str] | None:
+    """The adapted parameters as `module.parameter` if that matches no others, else their full names."""
+    names = [name for name in adapted.layers if adapted.plan.group_of(name).kind in PARAMETERS]
     short = sorted({".".join(name.split(".")[-2:]) for name in names})
-    if names and {spec.name for spec in select_parameters(found.root, short)} == set(names):
+    if names and {spec.name for spec in select_parameters(adapted.root, short)} == set(names):
         return short
     return names or None
 
 
 def _component(root: nn.Module) -> str | None:
-    """What diffusers' pipelines call such a model; a model from elsewhere is no part of them."""
+    """The attribute of a diffusers pipeline that holds such a model; None for models of other libraries."""
     kind = type(root)
     if kind.__module__.partition(".")[0] != "diffusers":
         return None

@@ -1,4 +1,4 @@
-"""What every export says of where it came from, and reading that again."""
+"""The provenance of exports: writing and reading it."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from lily.tuner.adapter import Adapted
 PROVENANCE = "lily_provenance.json"
 
 
-def origin(found: Adapted, kind: str, further: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What every export says of where it came from."""
-    config = found.config
+def origin(adapted: Adapted, kind: str, further: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The provenance of an export: its adapter, plan, and what was done to it."""
+    config = adapted.config
     return {
         "format": f"lily {kind}", "lily": __version__, "base_model": config.base_model_name_or_path,
-        "routing": config.routing, "plan": str(found.plan).splitlines(),
+        "routing": config.routing, "plan": str(adapted.plan).splitlines(),
         **(config.provenance or {}), **(further or {}),
     }  # fmt: skip
 
 
 def header(facts: Mapping[str, Any]) -> dict[str, str]:
-    """The metadata of a safetensors file that says where it came from, should it be parted from its folder."""
+    """The provenance as metadata of a safetensors file, for when it is separated from its folder."""
     return {"format": "pt", "lily": json.dumps(facts, ensure_ascii=False)}
 
 
 def write_provenance(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Say it in a file of its own, for people."""
+    """Write the provenance as a separate, readable file."""
     write_text(folder / PROVENANCE, json.dumps(facts, indent=2, ensure_ascii=False))
 
 
 def provenance(folder: str | Path) -> dict[str, Any] | None:
-    """Where an exported folder came from, or None for one that this package did not write.
+    """The provenance of an exported folder; None if this package did not write it.
 
     Raises:
-        LilyError: if what it says cannot be read.
+        LilyError: if the provenance cannot be read.
     """
     folder = Path(folder)
     if (folder / PROVENANCE).is_file():
@@ -51,7 +51,7 @@ def provenance(folder: str | Path) -> dict[str, Any] | None:
     return None
 
 
-def _facts(file: Path, found: Any) -> dict[str, Any]:
-    if not isinstance(found, dict):
-        raise blame(file, "its provenance is no object with named values")
-    return found
+def _facts(file: Path, facts: Any) -> dict[str, Any]:
+    if not isinstance(facts, dict):
+        raise blame(file, "its provenance is not a JSON object")
+    return facts

@@ -1,4 +1,4 @@
-"""Writing exports. Every folder is written under a temporary name and appears when it is complete."""
+"""Write exports. Folders are written under a temporary name and renamed when they are complete."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ def write_lora(
 
     Args:
         export: from `as_lora`.
-        folder: appears when it is complete.
+        folder: the folder to write, atomically.
         overwrite: replace an existing folder.
-        layout: `peft` (also for vLLM), or `diffusers`: a file that `load_lora_weights` of a pipeline reads.
-        component: diffusers: the part of the pipeline that it is for, `unet` or `transformer`; default: read off the
-            class of the adapted model.
+        layout: `peft` (also for vLLM), or `diffusers`: a file for `load_lora_weights` of a pipeline.
+        component: diffusers: the adapted part of the pipeline, `unet` or `transformer`; default: derived from the class
+            of the adapted model.
 
     Raises:
         LilyError: if the folder exists, or the layout cannot express the export.
-        OSError: if it cannot be written; nothing is left then.
+        OSError: if it cannot be written; nothing is left behind.
     """
     if layout not in ("peft", "diffusers"):
         raise LilyError(f"layout={layout!r} is not known; choose peft or diffusers")
     if component is not None and layout != "diffusers":
-        raise LilyError(f"component={component!r} goes with layout='diffusers'; leave it out")
+        raise LilyError(f"component={component!r} is only for layout='diffusers'; remove it")
     facts = header(export.provenance)
     state = _pipeline_state(export, component) if layout == "diffusers" else export.state_dict()
     with new_folder(folder, overwrite) as new:
@@ -62,18 +62,18 @@ def write_lora(
 
 
 def _pipeline_state(export: LoraExport, component: str | None) -> dict[str, Tensor]:
-    """The entries of a diffusers file: it has no configuration, so its reader takes alpha to be the rank."""
+    """The entries of a diffusers file, which has no configuration: its reader assumes that alpha is the rank."""
     component = component or export.component
     if component is None:
         raise LilyError(
-            "which part of a pipeline this LoRA is for cannot be read off the adapted model; "
+            "which part of a pipeline this LoRA adapts is not known from the class of the model; "
             "name it: write_lora(..., layout='diffusers', component='unet') or 'transformer'"
         )
     plain = all(layer.scale == 1 and layer.rank == export.rank for layer in export.layers.values())
     if export.other or not plain:
         raise LilyError(
-            "a diffusers file holds nothing but A and B of one rank, without a scale; "
-            "make the export with as_lora(model, target='diffusers')"
+            "a diffusers file holds only A and B of one rank, without a scale; "
+            "export with as_lora(model, target='diffusers')"
         )
     return {f"{component}.{k.removeprefix(PREFIX)}": v for k, v in export.state_dict().items()}
 
@@ -90,16 +90,16 @@ def write_merged(
 ) -> nn.Module:
     """Merge a static adapter into its base model and write that as a plain model folder.
 
-    The weights are merged in place, one at a time, so the model is in memory once; `model` is used up.
+    The weights are merged in place, so the model is in memory once; `model` cannot be used afterwards.
 
     Args:
         model: a `PeftModel` around a model with `save_pretrained`.
-        folder: appears when it is complete.
-        adapter: default: the active one.
-        tokenizer: written beside it, if given.
+        folder: the folder to write, atomically.
+        adapter: name of the adapter; default: the active one.
+        tokenizer: also written, if given.
         overwrite: replace an existing folder.
-        max_shard_size: of one safetensors file.
-        provenance: further facts to keep with it.
+        max_shard_size: largest size of one safetensors file.
+        provenance: further facts to store with it.
 
     Returns:
         The merged model.
@@ -107,28 +107,28 @@ def write_merged(
     Raises:
         LilyError: if the adapter cannot be merged or the folder exists; nothing is merged then.
     """
-    found = find(model, adapter)
-    adapted = [module for module in found.root.modules() if isinstance(module, LilyLayer)]
-    others = {name for layer in adapted for name in layer.merged_adapters} - {found.name}
+    adapted = find(model, adapter)
+    layers = [module for module in adapted.root.modules() if isinstance(module, LilyLayer)]
+    others = {name for layer in layers for name in layer.merged_adapters} - {adapted.name}
     if others:
         raise LilyError(
-            f"adapter {sorted(others)[0]!r} is merged into the base weights now, and would be written too; "
+            f"adapter {sorted(others)[0]!r} is merged into the base weights, and would be written too; "
             "unmerge_adapter() first"
         )
-    for layer in found.layers.values():
-        layer.check_merge(found.name, safe_merge=True)
+    for layer in adapted.layers.values():
+        layer.check_merge(adapted.name, safe_merge=True)
     if not isinstance(model, peft.PeftModel):
         raise LilyError(
             f"this {type(model).__name__} had its adapter injected, and only a PeftModel can be merged and unloaded; "
             "load the adapter with PeftModel.from_pretrained, or export a LoRA"
         )
-    if not hasattr(found.root, "save_pretrained"):
+    if not hasattr(adapted.root, "save_pretrained"):
         raise LilyError(
-            f"a {type(found.root).__name__} has no save_pretrained; merge_and_unload() and save it yourself"
+            f"a {type(adapted.root).__name__} has no save_pretrained; use merge_and_unload() and save its state dict"
         )
-    facts = origin(found, "merged", provenance)
+    facts = origin(adapted, "merged", provenance)
     with new_folder(folder, overwrite) as new:
-        merged: Any = model.merge_and_unload(adapter_names=[found.name])
+        merged: Any = model.merge_and_unload(adapter_names=[adapted.name])
         merged.save_pretrained(str(new), max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(new))
@@ -146,26 +146,26 @@ def write_stock(
 ) -> None:
     """Write an adapter so that plain PEFT, without this package, computes the same.
 
-    Stock Lily knows batch routing only. A batch-routed adapter is written as it is. A static one gets layers of their
-    own, each with its mixed B twice and a router of zeros, which weighs both alike; that is larger than a LoRA, which
-    is the better export unless stock Lily itself is wanted.
+    Stock Lily has batch routing only. A batch-routed adapter is written unchanged. For a static one every layer is
+    written separately, with its mixed B twice and a router of zeros, which weights both equally; that is larger than a
+    LoRA, which is the better export unless stock Lily is required.
 
     Args:
-        model: carries the adapter.
-        folder: appears when it is complete.
-        adapter: default: the active one.
+        model: the model with the adapter.
+        folder: the folder to write, atomically.
+        adapter: name of the adapter; default: the active one.
         overwrite: replace an existing folder.
-        provenance: further facts to keep with it.
+        provenance: further facts to store with it.
 
     Raises:
         LilyError: if stock PEFT cannot express the adapter, or the folder exists.
     """
-    found = find(model, adapter)
-    config = found.config
-    facts = origin(found, "stock", provenance)
+    adapted = find(model, adapter)
+    config = adapted.config
+    facts = origin(adapted, "stock", provenance)
     if config.routing == "batch" and config.file_dict()["peft_type"] == "LILY":
         with new_folder(folder, overwrite) as new:
-            state = get_peft_model_state_dict(model, adapter_name=found.name)
+            state = get_peft_model_state_dict(model, adapter_name=adapted.name)
             config.save_pretrained(str(new))
             save_file({k: v.contiguous() for k, v in state.items()}, new / SAFETENSORS_WEIGHTS_NAME, header(facts))
             write_provenance(new, facts)
@@ -174,14 +174,14 @@ def write_stock(
         raise LilyError(f"stock Lily trains no biases (bias={config.bias!r}); export --to lora or --to merged")
     other = {
         type(layer.get_base_layer()).__name__
-        for name, layer in found.layers.items()
-        if found.plan.group_of(name).kind != LINEAR or not isinstance(layer.get_base_layer(), nn.Linear)
+        for name, layer in adapted.layers.items()
+        if adapted.plan.group_of(name).kind != LINEAR or not isinstance(layer.get_base_layer(), nn.Linear)
     }
     if other:
         raise LilyError(f"stock Lily adapts nn.Linear only, not {', '.join(sorted(other))}; export --to lora")
-    factors = {name: layer.factors(found.name) for name, layer in found.layers.items()}
+    factors = {name: layer.factors(adapted.name) for name, layer in adapted.layers.items()}
     r = max(f.A.shape[0] for f in factors.values())
-    state = other_entries(model, found)
+    state = other_entries(model, adapted)
     for name, f in factors.items():
         padded = (0, 0, 0, r - f.A.shape[0])
         A, B = nn.functional.pad(f.A, padded), nn.functional.pad(f.B, padded)
@@ -190,7 +190,7 @@ def write_stock(
         state[f"{PREFIX}{name}.lily_router.weight"] = torch.zeros(2, r)
     values = {
         "peft_type": "LILY", "r": r, "num_B": 2, "stride_A": 1, "scaling": config.scaling, "init_weights": True,
-        "target_modules": sorted(found.layers), "modules_to_save": saved_modules(config),
+        "target_modules": sorted(adapted.layers), "modules_to_save": saved_modules(config),
         "task_type": config.task_type, "base_model_name_or_path": config.base_model_name_or_path,
         "revision": config.revision, "inference_mode": True,
     }  # fmt: skip

@@ -17,12 +17,13 @@ from lily.errors import LilyError
 from lily.insight.texts import load_texts
 from lily.plan.budget import equal_lora_rank
 from lily.plan.sharing_plan import SharingPlan
-from lily.plan.specs import BLOCK, SLICE
+from lily.plan.specs import PARALLEL_MODULE, SLICE
 from lily.recipes import data
 from lily.recipes.data.tables import Row
 from lily.recipes.data.tasks import encode_inputs
 from lily.recipes.deploy import describe, load_for_export
-from lily.recipes.results.adapter import Adapter, adapter_path, batches, kept_recipe
+from lily.recipes.results.adapter import Adapter, batches
+from lily.recipes.results.adapter_folder import adapter_path, kept_recipe
 from lily.recipes.results.run_files import RunFigures, newest_checkpoint, run_figures, run_of
 from lily.recipes.scoring.inference import by_length, device_of
 from lily.recipes.spec.schema import CLASSIFYING, File
@@ -213,7 +214,7 @@ def _rows(told: Insight, used: Adapter, file: str | None, rows: int) -> tuple[li
 def _ranked(told: Insight, model: Any, folder: str, threshold: float) -> Insight:
     plan = find(model).plan
     # LoRA of a slice, or beside a module, is nothing that anybody could use instead.
-    alike = not any(group.kind in (SLICE, BLOCK) for group in plan.groups)
+    alike = not any(group.kind in (SLICE, PARALLEL_MODULE) for group in plan.groups)
     equal = equal_lora_rank(specs_of(plan), plan.parameters.total) if alike else None
     told = replace(told, plan=plan, equal_lora=equal)
     try:

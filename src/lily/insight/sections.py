@@ -8,7 +8,7 @@ from lily.html.charts import Series
 from lily.html.common import curve_figure
 from lily.html.markup import Child, Html, details, el, figure, join, table
 from lily.insight.gather import Insight
-from lily.recipes.results.card import costs_of, values_of
+from lily.recipes.results.card import adapter_costs, costs_of, values_of
 from lily.recipes.results.run_files import RunFigures
 from lily.recipes.scoring.metrics import shown
 
@@ -23,13 +23,9 @@ def result(told: Insight) -> Html | None:
     names = list(run.final)
     rows: list[list[Child]] = [["untrained", *values_of(names, run.before), "", "", ""]]
     rows += [[_baseline(name), *values_of(names, found), *costs_of(found)] for name, found in run.baselines.items()]
-    own = {
-        "parameters": run.parameters.get("adapter", 0),
-        "seconds": run.seconds.get("train", 0),
-        "bytes": run.adapter_bytes,
-    }
     title = {"lily": "Lily", "lora": "LoRA"}.get(run.method, run.method)
-    rows.append([el("b", cell) for cell in (f"this adapter ({title})", *values_of(names, run.final), *costs_of(own))])
+    own = [f"this adapter ({title})", *values_of(names, run.final), *costs_of(adapter_costs(run))]
+    rows.append([el("b", cell) for cell in own])
     count = run.rows.get(run.split)
     on = f"{count:,.0f} {run.split} rows" if count else f"the {run.split} rows"
     made = table(f"On {on}, seed {run.seed}", ["method", *names, "trained parameters", "seconds", "on disk"], rows)

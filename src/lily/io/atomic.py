@@ -17,10 +17,10 @@ from safetensors import SafetensorError
 
 from lily.errors import LilyError
 
-# What a disk answers when it takes no more.
+# errno of a disk that is full, over quota or read-only.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
-# Linux's renameat2: both paths are taken from the working directory; swap them.
+# Linux's renameat2: paths relative to the working directory; exchange them.
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
 
@@ -43,7 +43,7 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
         except BaseException:
             os.unlink(temporary)
             raise
-        sync_folder(folder)
+        sync(folder)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -53,9 +53,9 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 @contextlib.contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Within: what a full disk does to any writer becomes an `OSError` that names `path`.
+    """Context: errors of a full disk become an `OSError` that names `path`.
 
-    Python's own says which call failed but not for which file, and safetensors has an error type of its own.
+    Python's error may not name the file, and safetensors raises a separate type.
     """
     try:
         yield
@@ -67,20 +67,20 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def disk_error(error: OSError | SafetensorError) -> int | None:
-    """The number of the disk's refusal behind an error, or None if it is another kind of error."""
+    """The errno of an error of the disk, or None for any other error."""
     number = error.errno if isinstance(error, OSError) else None
-    if isinstance(error, SafetensorError) and (found := re.search(r"\(os error (\d+)\)", str(error))):
-        number = int(found[1])
+    if isinstance(error, SafetensorError) and (match := re.search(r"\(os error (\d+)\)", str(error))):
+        number = int(match[1])
     return number if number in DISK_ERRORS else None
 
 
 @contextlib.contextmanager
 def new_folder(folder: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` when the block ends well; if it does not, nothing is left.
+    """Context: a temporary folder that is renamed to `folder` at the end; after an exception, it is deleted.
 
     Raises:
-        LilyError: before anything is written: if `folder` exists and is not to be replaced, or its parent is missing.
-        OSError: naming `folder`, when the disk is full, whoever wrote.
+        LilyError: before anything is written, if `folder` exists and `overwrite` is False, or its parent is missing.
+        OSError: naming `folder`, if the disk is full.
     """
     path = Path(folder).expanduser().absolute()
     if path.exists() and not (overwrite and path.is_dir()):
@@ -96,27 +96,27 @@ def new_folder(folder: str | os.PathLike[str], overwrite: bool = False) -> Itera
 
 
 def publish(new: Path, path: Path) -> None:
-    """Give a finished folder its name: durable before it is seen. What had the name before is left beside `new`.
+    """Rename a complete folder to its final name, after fsync of all its files.
 
     Args:
-        new: the folder, inside a temporary one on the same file system.
-        path: its name.
+        new: the folder, inside a temporary folder on the same file system, where a folder that it replaces is left.
+        path: its final name.
     """
     for entry in new.rglob("*"):
         if entry.is_file():
             _finish(entry)
         else:
-            _sync(entry)
-    _sync(new)
+            sync(entry)
+    sync(new)
     if path.exists():
         _exchange(new, path)
     else:
         os.replace(new, path)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a folder that never stands there half deleted under its name."""
+    """Delete a folder, which is renamed first, so that its name never refers to a partly deleted one."""
     if folder.is_dir():
         hidden = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         os.replace(folder, hidden / folder.name)
@@ -124,7 +124,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def _exchange(new: Path, path: Path) -> None:
-    """Swap two folders, in one step where the system can: there is no moment without a folder of that name."""
+    """Swap two folders, atomically on Linux: killed between two renames, a process would leave no folder at `path`."""
     swap = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
     if swap is not None and not swap(AT_FDCWD, os.fsencode(new), AT_FDCWD, os.fsencode(path), RENAME_EXCHANGE):
         return
@@ -139,11 +139,11 @@ def _exchange(new: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def new_file(file: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
-    """A temporary path that becomes `file` when the block ends well; if it does not, nothing is left.
+    """Context: a temporary path that is renamed to `file` at the end; after an exception, it is deleted.
 
     Raises:
-        LilyError: before anything is written: if `file` exists and is not to be replaced, or its folder is missing.
-        OSError: naming `file`, when the disk is full, whoever wrote.
+        LilyError: before anything is written, if `file` exists and `overwrite` is False, or its folder is missing.
+        OSError: naming `file`, if the disk is full.
     """
     path = Path(file).expanduser().absolute()
     if path.is_dir():
@@ -157,17 +157,12 @@ def new_file(file: str | os.PathLike[str], overwrite: bool = False) -> Iterator[
         yield new
         _finish(new)
         os.replace(new, path)
-        sync_folder(path.parent)
-
-
-def sync_folder(folder: str | os.PathLike[str]) -> None:
-    """Make a rename inside `folder` durable."""
-    _sync(folder)
+        sync(path.parent)
 
 
 @contextlib.contextmanager
 def _scratch(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path`, so that what is written there can be renamed to it."""
+    """A temporary folder in the folder of `path`, so that its contents can be renamed to `path`."""
     folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         yield folder
@@ -176,12 +171,13 @@ def _scratch(path: Path) -> Iterator[Path]:
 
 
 def _finish(file: Path) -> None:
-    """Make a written file durable, and as readable as one that Python opens: safetensors makes its own private."""
+    """Apply the default permissions, since safetensors makes files private, and fsync."""
     os.chmod(file, 0o666 & ~_umask())
-    _sync(file)
+    sync(file)
 
 
-def _sync(path: str | os.PathLike[str]) -> None:
+def sync(path: str | os.PathLike[str]) -> None:
+    """Fsync a file, or a folder to make renames in it durable."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,7 +1,6 @@
-"""Reading files from strangers: JSON and safetensors, checked before anything is believed.
+"""Read untrusted JSON files and safetensors headers, bounded in time and memory.
 
-Everything here is bounded in time and memory by limits that are stated once, below. Whatever is wrong ends in a
-`LilyError` of one line that begins with the file.
+The limits are the constants below. Every error is a `LilyError` of one line that begins with the file.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ from torch import Tensor
 
 from lily.errors import LilyError
 
-MAX_JSON = 4 << 20  # an adapter's configuration is a page of text; one that names every expert of a large model, 2 MB
-MAX_HEADER = 32 << 20  # stock's layout names every tensor of every layer; 200,000 of them still fit
+MAX_JSON = 4 << 20  # bytes; a configuration that names every expert of a large model has 2 MB
+MAX_HEADER = 32 << 20  # bytes; enough for 200,000 tensors, since stock PEFT lists every tensor of every layer
 MAX_DEPTH = 32
-MAX_NUMBER = 2**63 - 1  # what a tensor's size can be; beyond it, numbers are of no use and slow to print
+MAX_NUMBER = 2**63 - 1  # the largest tensor size; larger numbers are slow to print
 MAX_DIMENSIONS = 8
 MAX_MESSAGE = 600
 
-# The safetensors format's types that PyTorch has too.
+# Data types of the safetensors format that PyTorch supports.
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
@@ -40,21 +39,21 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def one_line(text: str) -> str:
-    """A message that may quote a file of a stranger: control characters written out, and cut where it goes on."""
+    """Escape control characters and truncate, so that a message can quote untrusted input."""
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return shown if len(shown) <= MAX_MESSAGE else shown[: MAX_MESSAGE - 3] + "..."
 
 
 def blame(file: str | os.PathLike[str], text: object) -> LilyError:
-    """The error that says what is wrong with a file."""
+    """An error about a file, which begins with its name."""
     return LilyError(one_line(f"{os.fspath(file)}: {text}"))
 
 
 def check_inside(path: Path) -> None:
-    """Refuse a link that leads out of its folder (or, in the hub's cache, out of its repository's blobs).
+    """Refuse a symbolic link that leaves its folder (or, in the hub's cache, the blobs of its repository).
 
     Raises:
-        LilyError: if it does, or leads nowhere.
+        LilyError: if it does, or its target does not exist.
     """
     try:
         target = Path(os.path.realpath(path, strict=True))
@@ -70,10 +69,10 @@ def check_inside(path: Path) -> None:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file that is one: a device, a pipe or a folder is refused before it is opened.
+    """Open a regular file; devices, pipes and folders are refused before they are opened.
 
     Raises:
-        LilyError: if it is none, or cannot be read.
+        LilyError: if it is not a regular file, or cannot be read.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
@@ -85,45 +84,45 @@ def open_regular(path: Path) -> BinaryIO:
 
 @dataclass
 class Json:
-    """A JSON file's value, and what about it is not plain (repeated keys, infinities, endless numbers)."""
+    """A JSON file's value, and what is not valid in it (repeated keys, infinities, too large numbers)."""
 
     value: Any = None
     oddities: list[str] = field(default_factory=list)
 
 
 def read_json(path: Path, most: int = MAX_JSON) -> Any:
-    """The value of a JSON file that is plain: no repeated keys, no NaN or infinities, no number beyond 64 bits.
+    """The value of a JSON file without repeated keys, NaN, infinities and numbers of more than 64 bits.
 
     Args:
         path: the file.
-        most: its largest size in bytes.
+        most: largest accepted size in bytes.
 
     Raises:
-        LilyError: if it is anything else.
+        LilyError: if it has any of them, or as `parse_json`.
     """
-    found = parse_json(path, most)
-    if found.oddities:
-        raise blame(path, found.oddities[0])
-    return found.value
+    parsed = parse_json(path, most)
+    if parsed.oddities:
+        raise blame(path, parsed.oddities[0])
+    return parsed.value
 
 
 def parse_json(path: Path, most: int = MAX_JSON) -> Json:
-    """As `read_json`, but what is odd is listed and not refused.
+    """As `read_json`, but oddities are listed instead of refused.
 
     Raises:
-        LilyError: if it is no JSON, not UTF-8, too large or nested too deeply.
+        LilyError: if it is not JSON, not UTF-8, too large or nested too deeply.
     """
     with open_regular(path) as file:
         data = file.read(most + 1)
     if len(data) > most:
-        raise blame(path, f"is larger than {most} bytes, which no such file is; is it the right one?")
+        raise blame(path, f"is larger than {most} bytes, the largest accepted size; is it the right file?")
     return parse_text(path, data)
 
 
 def parse_text(path: Path, data: bytes) -> Json:
-    """As `parse_json`, for a text that was found in a file."""
-    found = Json()
-    odd = found.oddities
+    """As `parse_json`, for JSON inside another file."""
+    parsed = Json()
+    odd = parsed.oddities
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         out = dict(items)
@@ -142,7 +141,7 @@ def parse_text(path: Path, data: bytes) -> Json:
         return int(text)
 
     try:
-        found.value = json.loads(
+        parsed.value = json.loads(
             data.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant, parse_int=integer
         )
     except UnicodeDecodeError as error:
@@ -151,9 +150,9 @@ def parse_text(path: Path, data: bytes) -> Json:
         raise blame(path, f"not valid JSON: {error}") from None
     except RecursionError:
         raise blame(path, f"nested too deeply; at most {MAX_DEPTH} levels") from None
-    if not _is_flat(found.value):
+    if not _is_flat(parsed.value):
         raise blame(path, f"nested too deeply; at most {MAX_DEPTH} levels")
-    return found
+    return parsed
 
 
 def _is_flat(value: Any) -> bool:
@@ -175,18 +174,18 @@ class Entry:
 
     @property
     def meta(self) -> Tensor:
-        """A tensor of this type and shape that holds nothing."""
+        """A tensor of this dtype and shape on the meta device."""
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file says of itself, checked against its size.
+    """The header of a safetensors file, checked against the file's size.
 
     Attributes:
         path: the file.
-        entries: name -> type and shape.
-        metadata: the file's own texts.
+        entries: name -> dtype and shape.
+        metadata: the `__metadata__` texts.
     """
 
     path: Path
@@ -195,10 +194,10 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """A safetensors file's header. No tensor is read.
+    """Read a safetensors file's header, without its tensors.
 
     Raises:
-        LilyError: if its length, names, types, shapes or offsets are not those of a whole, well-formed file.
+        LilyError: if its length, names, dtypes, shapes or offsets are not those of a complete, well-formed file.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -207,24 +206,24 @@ def read_header(path: Path) -> Header:
             raise blame(path, f"has {size} bytes and no header; is it complete?")
         length = int.from_bytes(start, "little")
         if length > MAX_HEADER or length > size - 8:
-            raise blame(path, f"names a header of {length} bytes in a file of {size}; it is damaged or incomplete")
+            raise blame(path, f"declares a header of {length} bytes in a file of {size}; it is damaged or incomplete")
         data = file.read(length)
     if not data.startswith(b"{"):
-        raise blame(path, "its header is no JSON object; is it a safetensors file?")
-    found = parse_text(path, data)
-    if found.oddities:
-        raise blame(path, f"header: {found.oddities[0]}")
-    values: dict[str, Any] = found.value
+        raise blame(path, "its header is not a JSON object; is it a safetensors file?")
+    parsed = parse_text(path, data)
+    if parsed.oddities:
+        raise blame(path, f"header: {parsed.oddities[0]}")
+    values: dict[str, Any] = parsed.value
     metadata = values.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise blame(path, "header: __metadata__ does not map names to texts; the file is damaged")
     entries: dict[str, Entry] = {}
-    places = []
+    offsets = []
     for name, value in values.items():
-        entries[name], place = _entry(path, name, value)
-        places.append((*place, name))
+        entries[name], span = _entry(path, name, value)
+        offsets.append((*span, name))
     end = 0
-    for begin, stop, name in sorted(places):
+    for begin, stop, name in sorted(offsets):
         if begin != end:
             raise blame(path, f"header: the bytes of {name!r} begin at {begin}, expected {end}; the file is damaged")
         end = stop
@@ -235,9 +234,9 @@ def read_header(path: Path) -> Header:
 
 def _entry(path: Path, name: str, value: Any) -> tuple[Entry, tuple[int, int]]:
     if not name or not name.isprintable() or ".." in name or "/" in name or "\\" in name:
-        raise blame(path, f"header: {name!r} is no tensor's name; the file is not an adapter")
+        raise blame(path, f"header: {name!r} is not a valid tensor name; the file is not an adapter")
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
-        raise blame(path, f"header: {name!r} does not say dtype, shape and data_offsets; the file is damaged")
+        raise blame(path, f"header: {name!r} does not have exactly dtype, shape and data_offsets; the file is damaged")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise blame(path, f"header: {name!r} has the unknown data type {dtype!r}")
@@ -258,7 +257,7 @@ def _are_sizes(value: Any) -> bool:
 
 
 def read_tensors(header: Header) -> dict[str, Tensor]:
-    """The tensors of a file whose header is checked, on the CPU.
+    """Read the tensors of a checked file, on the CPU.
 
     Raises:
         LilyError: if one holds NaN or an infinity, or the file cannot be read.

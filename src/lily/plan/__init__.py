@@ -1,4 +1,6 @@
-"""What is adapted, who shares what, and what does it cost? Decided before a weight is read."""
+"""What is adapted, which layers share which tensors, and what does it cost? Decided before a weight is read."""
+
+import peft  # noqa: F401  first, since `import lily` registers as soon as PEFT is imported, and that needs this package
 
 from lily.plan.config import LilyConfig
 from lily.plan.select import select_targets

@@ -1,4 +1,4 @@
-"""One dial: from a parameter budget to r, num_A and num_B, and from a plan to what it costs.
+"""From a parameter budget to r, num_A and num_B.
 
 Arithmetic on names and shapes only: no model, no tensor. A Lily adapter's size is linear in its rank,
 
@@ -14,18 +14,18 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any
 
 from lily.errors import LilyError
 from lily.plan.options import ROUTINGS
 from lily.plan.sharing_plan import group_key, router_size
-from lily.plan.specs import EMBEDDING, PARAMETERS, ModuleSpec, count_base_parameters, require_modules, require_positive
+from lily.plan.specs import EMBEDDING, PARAMETERS, ModuleSpec, base_compute, require_modules, require_positive
 
 DEFAULT_RANK = 32  # the paper's rank for encoders and vision transformers, and stock PEFT's default
 LAYERS_PER_A = 14  # Hugging Face's best run: 28 layers, two A
-WELL_USED = 0.9  # of a budget; below it, the reason says what holds the rank down
+WELL_USED = 0.9  # share of a budget; below it, the reason names what limits the rank
 FEWEST, MOST = 2, 4  # the paper's range of num_A = num_B for 12 to 32 layers
 
 SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
@@ -33,7 +33,7 @@ COUNT = re.compile(r"(\d[\d_,]*(?:\.\d+)?(?:e\+?\d{1,2})?)\s*([kmbg]?)")
 
 
 def parse_count(value: str | int) -> int:
-    """Read a number of parameters: `1.2M`, `800k`, `1_000_000`, `1e6` or an int.
+    """Parse a number of parameters: `1.2M`, `800k`, `1_000_000`, `1e6` or an int.
 
     Args:
         value: digits with an optional `k`, `M`, `B` or `G` (in any case); fractions of a parameter are dropped.
@@ -51,19 +51,19 @@ def parse_count(value: str | int) -> int:
 
 
 def lora_parameters(modules: Sequence[ModuleSpec], r: int) -> int:
-    """Parameters of LoRA of rank `r` on these layers: `r * (in + out)` each, and for each of stacked experts."""
+    """Parameters of LoRA of rank `r` on these layers: `r * (in + out)` for each layer and each stacked expert."""
     return r * sum(m.experts * (m.in_features + m.out_features) for m in modules)
 
 
 def lora_compute(modules: Sequence[ModuleSpec], r: int, tokens: int) -> float:
-    """Multiply-adds of LoRA of rank `r`, as a share of these layers' own; see `Compute`.
+    """Multiply-adds of LoRA of rank `r`, as a share of those of the base layers; see `Compute`.
 
     Args:
         modules: the layers.
         r: LoRA's rank.
-        tokens: of a batch, for which the update of a parameter is computed once.
+        tokens: tokens of a batch, for which the update of a parameter is computed once.
     """
-    return sum(_lora_of(m, r, tokens) for m in modules) / count_base_parameters(modules)
+    return sum(_lora_of(m, r, tokens) for m in modules) / base_compute(modules)
 
 
 def _lora_of(m: ModuleSpec, r: int, tokens: int) -> float:
@@ -75,7 +75,7 @@ def _lora_of(m: ModuleSpec, r: int, tokens: int) -> float:
 def equal_lora_rank(modules: Sequence[ModuleSpec], parameters: int) -> int:
     """The largest LoRA rank on these layers with no more than `parameters` parameters.
 
-    At least 1: below `lora_parameters(modules, 1)` there is no smaller LoRA, and rank 1 is the nearest one.
+    At least 1, even if rank 1 has more.
 
     Raises:
         LilyError: if there are no layers.
@@ -86,14 +86,14 @@ def equal_lora_rank(modules: Sequence[ModuleSpec], parameters: int) -> int:
 
 @dataclass(frozen=True)
 class Choice:
-    """A shape for the adapter, and why.
+    """Rank and sharing of an adapter, with the reasons.
 
     Attributes:
         r: rank.
-        num_A: A per group, or None where `stride_A` was given.
-        stride_A: layers per A where that was given, else None.
+        num_A: A per group, or None if `stride_A` was given.
+        stride_A: layers per A if that was given, else None.
         num_B: experts per group.
-        parameters: what an adapter of this shape trains.
+        parameters: number of trainable parameters.
         reason: one sentence per decision.
     """
 
@@ -112,18 +112,8 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class _Shape:
-    """A group as far as its size depends on it."""
-
-    name: str
-    in_features: int
-    out_features: int
-    layers: int
-
-
-@dataclass(frozen=True)
 class _Sharing:
-    """How much is shared: exactly one of num_A and stride_A, num_B, and whether a group has one router."""
+    """How tensors are shared; exactly one of num_A and stride_A is set."""
 
     num_A: int | None
     stride_A: int | None
@@ -148,27 +138,27 @@ def choose(
     targets: object = None,
     shared_router: bool = False,
 ) -> Choice:
-    """Choose what is not given of r, num_A and num_B.
+    """Choose those of r, num_A and num_B that are not given.
 
     `num_A = num_B = n`, one A for about 14 layers, at least 2 and at most 4 (never more than one per two layers):
     the paper uses 2 to 4 for 12 to 32 layers, Hugging Face's best run 2 for 28. Then r is the largest rank that
-    fits. Where that would exceed the smallest side of a target, n grows instead; where not even r = 1 fits, n
-    shrinks. With both a budget and `r`, n is the largest that fits. Without a budget, r is 32 unless given.
+    fits. If that would exceed the smallest side of a target, n grows instead; if not even r = 1 fits, n shrinks. With
+    both a budget and `r`, n is the largest that fits. Without a budget, r is 32 unless given.
 
     Args:
         modules: the layers to adapt.
         parameters: the budget; the result never exceeds it.
-        match_lora: the other way to say it: as many parameters as LoRA of this rank on the same layers.
+        match_lora: instead of `parameters`: as many as LoRA of this rank has on the same layers.
         r: rank, kept if given; so are `num_A`, `stride_A` and `num_B`.
         num_A: A per group.
         stride_A: layers per A; instead of `num_A`.
         num_B: experts per group.
-        routing: decides how large the routers are.
+        routing: the adapter's routing, which decides the size of the routers.
         targets: the adapter's `target_modules`, which decide how layers group; see `lily.plan.build_plan`.
         shared_router: whether the layers of a group have one router.
 
     Raises:
-        LilyError: if the budget is too small (with the smallest one that works), said twice, or a value is not
+        LilyError: if the budget is too small (with the smallest one that works), given twice, or a value is not
             positive.
     """
     require_modules(modules)
@@ -178,7 +168,7 @@ def choose(
     if routing not in ROUTINGS:
         raise LilyError(f"routing={routing!r} is not known; choose one of {', '.join(ROUTINGS)}")
     shapes = _shapes(modules, targets)
-    depth = max(s.layers for s in shapes)
+    depth = max(s.experts for s in shapes)
 
     def sharing(n: int) -> _Sharing:
         return _Sharing(num_A if num_A or stride_A else n, stride_A, num_B or n, shared_router)
@@ -188,7 +178,7 @@ def choose(
 
     usual = _usual(depth)
     budget = lora_parameters(modules, match_lora) if match_lora is not None else parameters
-    most = depth if sharing(1) != sharing(depth) else 1  # nothing is left to vary where all is given
+    most = depth if sharing(1) != sharing(depth) else 1  # nothing is left to vary if all values are given
     if budget is None:
         n, rank = usual, r or min(DEFAULT_RANK, _cap(shapes))
     elif cost(r or 1, 1) > budget:
@@ -211,17 +201,18 @@ def _not_both(**values: int | None) -> None:
         raise LilyError(f"{' and '.join(values)} say the same thing twice; give one of them")
 
 
-def _shapes(modules: Sequence[ModuleSpec], targets: object) -> list[_Shape]:
+def _shapes(modules: Sequence[ModuleSpec], targets: object) -> list[ModuleSpec]:
+    """One spec per group, whose `experts` is the number of the group's members."""
     layers: Counter[ModuleSpec] = Counter()
     for m in modules:
         layers[group_key(m, targets)] += m.experts
-    return [_Shape(key.name, key.in_features, key.out_features, count) for key, count in layers.items()]
+    return [replace(key, experts=count) for key, count in layers.items()]
 
 
-def _parameters(shapes: Sequence[_Shape], r: int, sharing: _Sharing, routing: str) -> int:
+def _parameters(shapes: Sequence[ModuleSpec], r: int, sharing: _Sharing, routing: str) -> int:
     return sum(
-        r * (sharing.count_A(s.layers) * s.in_features + sharing.num_B * s.out_features)
-        + (1 if sharing.shared_router else s.layers) * router_size(routing, r, sharing.num_B)
+        r * (sharing.count_A(s.experts) * s.in_features + sharing.num_B * s.out_features)
+        + (1 if sharing.shared_router else s.experts) * router_size(routing, r, sharing.num_B)
         for s in shapes
     )
 
@@ -231,17 +222,17 @@ def _usual(depth: int) -> int:
     return max(1, min(max(FEWEST, math.ceil(depth / LAYERS_PER_A)), MOST, depth // 2))
 
 
-def _narrowest(shapes: Sequence[_Shape]) -> _Shape:
+def _narrowest(shapes: Sequence[ModuleSpec]) -> ModuleSpec:
     return min(shapes, key=lambda s: min(s.in_features, s.out_features))
 
 
-def _cap(shapes: Sequence[_Shape]) -> int:
-    """The largest rank that means anything: the smallest side of any target."""
+def _cap(shapes: Sequence[ModuleSpec]) -> int:
+    """The largest useful rank: the smallest side of any target."""
     narrowest = _narrowest(shapes)
     return min(narrowest.in_features, narrowest.out_features)
 
 
-def _largest_rank(shapes: Sequence[_Shape], sharing: _Sharing, routing: str, budget: int) -> int:
+def _largest_rank(shapes: Sequence[ModuleSpec], sharing: _Sharing, routing: str, budget: int) -> int:
     """The largest r within the budget, 0 if there is none. The size is linear in r, so two points give the line."""
     one = _parameters(shapes, 1, sharing, routing)
     slope = _parameters(shapes, 2, sharing, routing) - one
@@ -249,12 +240,12 @@ def _largest_rank(shapes: Sequence[_Shape], sharing: _Sharing, routing: str, bud
 
 
 def _best(
-    shapes: Sequence[_Shape], routing: str, budget: int, sharings: Sequence[_Sharing], usual: int
+    shapes: Sequence[ModuleSpec], routing: str, budget: int, sharings: Sequence[_Sharing], usual: int
 ) -> tuple[int, int]:
     """(r, n) for a free rank: the usual n, less if r = 1 does not fit, more if r would exceed the cap.
 
-    Among the n from the usual one to the first that is not capped, the one with the most parameters: the first
-    uncapped one may, by the grain of its rank, use less of the budget than the last capped one.
+    Of the n from the usual one to the first that is not capped, the one with the most parameters: since ranks are
+    integers, the first uncapped n may use less of the budget than the last capped one.
     """
     cap = _cap(shapes)
     ranks = [_largest_rank(shapes, sharing, routing, budget) for sharing in sharings]
@@ -285,12 +276,12 @@ def _why_budget(budget: int | None, match_lora: int | None, layers: int) -> list
 def _why_sharing(
     sharing: _Sharing, n: int, usual: int, depth: int, *, given: tuple[int | None, int | None], rank_given: bool
 ) -> list[str]:
-    said = (_say_A(sharing), f"num_B={sharing.num_B}")
-    kept = [part for part, value in zip(said, given, strict=True) if value is not None]
-    free = [part for part, value in zip(said, given, strict=True) if value is None]
+    parts = (_say_A(sharing), f"num_B={sharing.num_B}")
+    kept = [part for part, value in zip(parts, given, strict=True) if value is not None]
+    free = [part for part, value in zip(parts, given, strict=True) if value is None]
     sentences = [f"{', '.join(kept)}: as given."] if kept else []
     if free and n == usual:
-        why = "there is too little depth to share more finely"
+        why = "too few layers to share more finely"
         if depth >= 2 * FEWEST:
             why = (
                 f"about one for {LAYERS_PER_A} layers, at least {FEWEST} and at most {MOST} (the paper: 2 to 4 for 12 "
@@ -298,22 +289,22 @@ def _why_sharing(
             )
         sentences.append(f"{', '.join(free)}: {depth} layers deep, {why}.")
     elif free and rank_given:
-        sentences.append(f"{', '.join(free)}: the most that fits the budget at the rank given.")
+        sentences.append(f"{', '.join(free)}: the most that fits the budget at the given rank.")
     elif free and n > usual:
         sentences.append(
-            f"{', '.join(free)}: more than the usual {usual}, because the rank is bounded by the targets' sizes."
+            f"{', '.join(free)}: more than the usual {usual}, because the rank is limited by the targets' sizes."
         )
     elif free:
         sentences.append(f"{', '.join(free)}: fewer than the usual {usual}, because the budget is small.")
     return sentences
 
 
-def _why_rank(shapes: Sequence[_Shape], rank: int, given: int | None, budget: int | None, size: int) -> list[str]:
+def _why_rank(shapes: Sequence[ModuleSpec], rank: int, given: int | None, budget: int | None, size: int) -> list[str]:
     cap, narrowest = _cap(shapes), _narrowest(shapes)
     bound = f"{cap}, the smallest side of {narrowest.name} ({narrowest.out_features}, {narrowest.in_features})"
     used = "" if budget is None else f"; {size:,} parameters are {size / budget:.1%} of the budget"
     if given is not None:
-        beyond = f"; beyond {bound}, it adds nothing there" if given > cap else ""
+        beyond = f"; it is above {bound}, where it adds nothing" if given > cap else ""
         return [f"r={rank}: as given{beyond}{used}."]
     if budget is None:
         lowered = f"no more than {bound}" if rank < DEFAULT_RANK else "the default"
@@ -321,5 +312,5 @@ def _why_rank(shapes: Sequence[_Shape], rank: int, given: int | None, budget: in
     if rank < cap:
         return [f"r={rank}: the largest rank that fits{used}."]
     lone = size < WELL_USED * budget and any(min(s.in_features, s.out_features) > cap for s in shapes)
-    advice = f"; leave {narrowest.name} out (exclude_modules) and the rank can grow" if lone else ""
+    advice = f"; exclude {narrowest.name} (exclude_modules) to allow a larger rank" if lone else ""
     return [f"r={rank}: no more than {bound}{used}{advice}."]

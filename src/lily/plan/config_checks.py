@@ -1,26 +1,23 @@
-"""What is wrong with a configuration, before there is a model."""
+"""Validation of a `LilyConfig` that needs no model. Untyped, so that `config` alone imports the other."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import Any
 
 from lily.errors import LilyError
 from lily.plan.options import ACTIVATIONS, BIASES, DYNAMIC, OPTIONS, ROUTINGS, Options, sharing
 
-if TYPE_CHECKING:
-    from lily.plan.config import LilyConfig
-
 TARGETS_HINT = "name modules such as ['q_proj', 'v_proj'], or 'all-linear'"
 
 
-def check(c: LilyConfig) -> None:
-    """Refuse values and combinations that cannot work, and put the others into one form.
+def check(c: Any) -> None:
+    """Validate and normalize every field of a `LilyConfig`.
 
     Raises:
-        LilyError: for the first one, with the fix.
+        LilyError: for the first value or combination that cannot work, with the fix.
     """
     _check_int("r", c.r, "a positive integer such as 32")
     _check_options(c)
@@ -29,7 +26,7 @@ def check(c: LilyConfig) -> None:
     if c.batch_scope == "global" and c.routing != "batch":
         raise LilyError(
             f"batch_scope='global' is for routing='batch', but routing={c.routing!r} does not look at other samples; "
-            "leave it out"
+            "remove batch_scope"
         )
     _check_choice("bias", c.bias, BIASES)
     if c.settled is not None:
@@ -38,13 +35,15 @@ def check(c: LilyConfig) -> None:
             raise LilyError(f"settled={c.settled} is not a share; give a number from 0 (dynamic) to 1 (static)")
         if c.num_B == 1 or c.routing not in DYNAMIC:
             why = "num_B=1 has no router" if c.num_B == 1 else f"routing={c.routing!r} is static already"
-            raise LilyError(f"settled={c.settled}: {why}, so there is nothing to settle; leave it out")
+            raise LilyError(f"settled={c.settled}: {why}, so there is nothing to settle; remove settled")
     if c.adapted_layers is not None and not (
         isinstance(c.adapted_layers, dict) and all(type(n) is int for n in c.adapted_layers.values())
     ):
-        raise LilyError(f"adapted_layers={c.adapted_layers!r} is not valid; it is written to files, leave it out")
+        raise LilyError(
+            f"adapted_layers={c.adapted_layers!r} is not valid; it is set when files are written: remove it"
+        )
     if c.provenance is not None and not isinstance(c.provenance, dict):
-        raise LilyError(f"provenance={c.provenance!r} is not valid; it is written to files, leave it out")
+        raise LilyError(f"provenance={c.provenance!r} is not valid; it is set when files are written: remove it")
     if not isinstance(c.init_weights, bool):
         raise LilyError(f"init_weights={c.init_weights!r} is not a bool; give True (B starts at zero) or False")
     _check_names(c)
@@ -73,7 +72,7 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise LilyError(f"{name}={value!r} is not known; choose one of {', '.join(choices)}")
 
 
-def _check_names(c: LilyConfig) -> None:
+def _check_names(c: Any) -> None:
     for name in ("target_modules", "exclude_modules"):
         value = getattr(c, name)
         if value is None:
@@ -93,7 +92,7 @@ def _check_names(c: LilyConfig) -> None:
         raise LilyError(f"modules_to_save={c.modules_to_save!r} is not a list of names; write ['classifier']")
 
 
-def _check_parameters(c: LilyConfig) -> None:
+def _check_parameters(c: Any) -> None:
     if c.target_parameters is None:
         return
     if not _is_names(c.target_parameters):
@@ -104,10 +103,10 @@ def _check_parameters(c: LilyConfig) -> None:
     c.target_parameters = sorted(set(c.target_parameters)) or None
     if c.target_parameters is None:
         return
-    apart = "or train the parameters with an adapter of their own, as a second one"
+    apart = "or train the parameters with a second, separate adapter"
     if c.num_B > 1 and c.routing in DYNAMIC:
         raise LilyError(
-            f"routing={c.routing!r} looks at tokens, and those that reach target_parameters are not seen; use "
+            f"routing={c.routing!r} depends on tokens, which cannot be observed at target_parameters; use "
             f"routing='static' (the default with target_parameters), 'uniform' or num_B=1, {apart}"
         )
     if c.activation != "none" or c.dropout:
@@ -118,7 +117,7 @@ def _check_parameters(c: LilyConfig) -> None:
         )
 
 
-def _check_slices(c: LilyConfig) -> None:
+def _check_slices(c: Any) -> None:
     if c.target_slices is None:
         return
     well_formed = isinstance(c.target_slices, Mapping) and all(
@@ -131,24 +130,24 @@ def _check_slices(c: LilyConfig) -> None:
             f"target_slices={c.target_slices!r} is not valid; write {{'qkv': ['k', 'v']}}, or where the layout is not "
             "known {'qkv': {'v': [1536, 2304]}}"
         )
-    # as a file has them, so that a configuration and its own copy from a file are equal
+    # plain types, so that a configuration equals its copy read back from a file
     plain = {k: dict(v) if isinstance(v, Mapping) else sorted(v) for k, v in c.target_slices.items()}
     c.target_slices = plain or None
 
 
-def _check_parallel(c: LilyConfig) -> None:
+def _check_parallel(c: Any) -> None:
     if c.parallel_modules is not None and not _is_names(c.parallel_modules):
         raise LilyError(f"parallel_modules={c.parallel_modules!r} is not a list of names; write ['mlp']")
     c.parallel_modules = sorted(set(c.parallel_modules or ())) or None
 
 
-def _check_group_options(c: LilyConfig) -> None:
+def _check_group_options(c: Any) -> None:
     if not isinstance(c.shared_router, bool):
-        raise LilyError(f"shared_router={c.shared_router!r} is not a bool")
+        raise LilyError(f"shared_router={c.shared_router!r} is not a bool; give True or False")
     if c.shared_router and (c.routing not in DYNAMIC or c.settled is not None):
         why = f"routing={c.routing!r}" if c.routing not in DYNAMIC else "settling"
         raise LilyError(
-            f"shared_router=True: with {why} each layer has weights of its own, and no router; leave shared_router out"
+            f"shared_router=True: with {why} each layer has separate weights and no router; remove shared_router"
         )
     if c.group_options is None:
         return
@@ -158,8 +157,8 @@ def _check_group_options(c: LilyConfig) -> None:
         raise LilyError(f"group_options={c.group_options!r} is not valid; write {{'mlp': {{'activation': 'relu'}}}}")
     for key, own in c.group_options.items():
         if unknown := sorted(map(str, own.keys() - set(OPTIONS))):
-            hint = "ranks are given by rank_pattern; " if unknown[0] == "r" else ""
-            raise LilyError(f"group_options[{key!r}] has {unknown[0]!r}; {hint}it may have {', '.join(OPTIONS)}")
+            hint = "set ranks with rank_pattern; " if unknown[0] == "r" else ""
+            raise LilyError(f"group_options[{key!r}] has {unknown[0]!r}; {hint}valid keys are {', '.join(OPTIONS)}")
         try:
             _check_options(Options(**{**{name: getattr(c, name) for name in OPTIONS}, **sharing(own)}))
         except LilyError as error:
@@ -167,7 +166,7 @@ def _check_group_options(c: LilyConfig) -> None:
     c.group_options = {key: dict(own) for key, own in c.group_options.items()} or None
 
 
-def _check_options(c: LilyConfig | Options) -> None:
+def _check_options(c: Any) -> None:
     for name in ("stride_A", "num_A"):
         if getattr(c, name) is not None:
             _check_int(name, getattr(c, name), "a positive integer such as 2")
@@ -199,7 +198,7 @@ def _check_regex(name: str, pattern: str) -> None:
         ) from None
 
 
-def _check_layers(c: LilyConfig) -> None:
+def _check_layers(c: Any) -> None:
     indices = c.layers_to_transform
     if indices is not None:
         listed = indices if isinstance(indices, (list, tuple)) else [indices]
@@ -217,7 +216,7 @@ def _check_layers(c: LilyConfig) -> None:
         raise LilyError("layers_pattern needs layers_to_transform; give both or neither")
 
 
-def _check_rank_pattern(c: LilyConfig) -> None:
+def _check_rank_pattern(c: Any) -> None:
     if not isinstance(c.rank_pattern, dict):
         raise LilyError(f"rank_pattern={c.rank_pattern!r} is not valid; give a mapping such as {{'q_proj': 16}}")
     for pattern, rank in c.rank_pattern.items():

@@ -1,4 +1,4 @@
-"""What a plan costs in compute and memory, before a weight exists."""
+"""Compute and memory of a plan, before a weight is read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lily.plan.options import DYNAMIC
 from lily.plan.sharing_plan import SharingPlan
-from lily.plan.specs import EMBEDDING, PARAMETERS, ModuleSpec, count_base_parameters, require_modules, require_positive
+from lily.plan.specs import EMBEDDING, PARAMETERS, ModuleSpec, base_compute, require_modules, require_positive
 
 
 @dataclass(frozen=True)
@@ -15,20 +15,20 @@ class Compute:
     """Multiply-adds per token (of a convolution: per pixel), summed over the adapted layers.
 
     Attributes:
-        base: the frozen layers: in * out; of an embedding, which looks up, out.
-        down: h = x A^T: r * in; of an embedding 0.
+        base: the frozen layers: in * out; for an embedding, which looks up, out.
+        down: h = x A^T: r * in; for an embedding 0.
         router: h R^T: r * num_B with dynamic routing and more than one expert, else 0.
         expand_first: concat(w_e h) concat(B_e): num_B * r * out.
-        combine_first: h (sum w_e B_e): r * out, and `combine` for every distinct w.
+        combine_first: h (sum w_e B_e): r * out, plus `combine` for every distinct w.
         combine: sum w_e B_e: num_B * r * out per combination; 0 with one expert.
         parameters: the updates of adapted parameters, num_B * r * out + r * in * out for each matrix, once for all
             tokens of the batch; all experts count, in `base` too.
-        tokens_per_combine: how many tokens share one combination: 1 (token), the tokens of a sample (sequence) or
-            of the batch (all others).
+        tokens_per_combine: number of tokens that share one combination: 1 (token), the tokens of a sample (sequence)
+            or of the batch (all others).
         form: the cheaper form, `expand-first` or `combine-first`.
-        share: all of the adapter in that form, as a share of `base`.
-        share_expand_first: the same in the one form.
-        share_combine_first: the same in the other.
+        share: compute of the adapter in that form, as a share of `base`.
+        share_expand_first: the same in the expand-first form.
+        share_combine_first: the same in the combine-first form.
     """
 
     base: int
@@ -57,7 +57,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a plan costs."""
+    """Compute, file size and training memory of a plan."""
 
     compute: Compute
     checkpoint_bytes: int
@@ -76,7 +76,7 @@ def estimate(
     base_bytes: int | None = None,
     whole: Sequence[ModuleSpec] | None = None,
 ) -> Estimate:
-    """What a plan costs to compute, to store and to train.
+    """Estimate the compute, file size and training memory of a plan.
 
     The file holds every shared tensor once, in float32: `4 * parameters` bytes (and a header of a few KB).
     Memory, with an adapter in float32 and Adam, without gradient checkpointing:
@@ -87,19 +87,19 @@ def estimate(
                                         + 4 * sum over adapted layers of (r + num_B))
                       + weight_bytes * sum over adapted parameters of in * out    # the updated weights
 
-    The activations are a rough figure: every linear layer's input and output counts once, which stands for what the
-    layers around it keep; attention scores, dropout masks and the allocator's slack are not in it.
+    The activations are a rough estimate: the input and output of every linear layer count once, as a proxy for what the
+    layers around it store; attention scores, dropout masks and allocator overhead are not included.
 
     Args:
         plan: the sharing plan.
         modules: the layers it adapts.
         batch: samples per step.
         tokens: tokens per sample.
-        base_parameters: of the whole frozen model; default: of the adapted layers.
+        base_parameters: parameters of the whole frozen model; default: of the adapted layers.
         linear: all linear layers of the model; default: the adapted ones.
         weight_bytes: bytes per frozen weight and per activation: 4 for float32, 2 for bfloat16.
-        base_bytes: of the frozen weights, where they are quantised.
-        whole: the whole layers that hold `modules`, which the adapter's products are a share of; default: `modules`.
+        base_bytes: bytes of the frozen weights, if they are quantized.
+        whole: the whole layers that contain `modules`, relative to which compute is reported; default: `modules`.
 
     Raises:
         LilyError: if there are no layers, or batch or tokens is not positive.
@@ -116,7 +116,7 @@ def estimate(
     activations = batch * tokens * (weight_bytes * wide + 4 * hidden) + weight_bytes * updated
     memory = Memory(weights, adapter, activations, weights + adapter + activations)
     return Estimate(
-        _compute(plan, batch, tokens, count_base_parameters(modules if whole is None else whole)), 4 * trained, memory
+        _compute(plan, batch, tokens, base_compute(modules if whole is None else whole)), 4 * trained, memory
     )
 
 

@@ -1,7 +1,7 @@
 """Slices of fused projections: which outputs of one linear layer are the query, the key, the value, the gate.
 
-Models fuse projections that read the same input into one weight and take its output apart afterwards. How, is known
-here for common architectures and can be said for any other. A layout is a value, found from names and sizes alone.
+Models fuse projections that read the same input into one weight and split its output afterwards. The layouts of common
+architectures are listed here; for others the configuration states them. Only names and sizes are read.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from lily.errors import LilyError
 class Rows:
     """Outputs `start` to `stop` of every `period` outputs.
 
-    One run of them where `period` is the layer's whole width; one run a head where heads are interleaved, as
-    GPT-NeoX has them: (heads, 3, head size).
+    One range if `period` is the layer's whole width; one range per head if heads are interleaved, as in GPT-NeoX:
+    (heads, 3, head size).
 
     Attributes:
-        start: first output of the run.
-        stop: one past its last.
-        period: outputs after which the next run begins.
+        start: first output of the range.
+        stop: one past its last output.
+        period: distance from one range to the next.
     """
 
     start: int
@@ -45,29 +45,29 @@ Layout = dict[str, Rows]
 
 
 def layout_of(name: str, module: nn.Module, parent: nn.Module, config: Any) -> Layout | None:
-    """How a fused projection is laid out, if its architecture is known.
+    """The layout of a fused projection, if its architecture is known.
 
     Args:
-        name: the layer's own last name, such as `qkv_proj`.
+        name: last part of the layer's name, such as `qkv_proj`.
         module: the layer; its `out_features` is read (`nf` of GPT-2's `Conv1D`).
-        parent: the module that calls it; its class says which architecture this is.
-        config: the model's configuration (of transformers); None for other libraries' models, whose modules say it.
+        parent: the module that calls it; its class identifies the architecture.
+        config: the model's configuration (of transformers); None for other libraries, whose modules hold the sizes.
 
     Returns:
-        Slice name -> outputs; None where nothing is known.
+        Slice name -> outputs; None if the architecture is not known.
     """
     out: int = module.out_features if hasattr(module, "out_features") else getattr(module, "nf", 0)  # type: ignore[assignment]
     path = type(parent).__module__.split(".")
     if path[0] == "timm" and name == "qkv":
-        known = TIMM.get(".".join(path[1:]))
-        layout = known(parent, out) if known is not None else None
+        rule = TIMM.get(".".join(path[1:]))
+        layout = rule(parent, out) if rule is not None else None
         return layout if layout is not None and _covers(layout, out) else None
     if path[:2] != ["transformers", "models"] or config is None:
         return None
     rule = RULES.get((path[2], name))
     own = getattr(parent, "config", None) or config
     layout = rule(own.get_text_config(), out) if rule is not None else None
-    # what a cross-attention of the same name fuses is something else
+    # a cross-attention layer of the same name fuses other projections
     return layout if layout is not None and _covers(layout, out) else None
 
 
@@ -75,32 +75,32 @@ def rows_of(target: str, asked: object, layout: Layout | None, out_features: int
     """The slices of a layer that the configuration asks for.
 
     Args:
-        target: the layer's name, for messages.
+        target: the layer's name, for error messages.
         asked: names of slices of a known layout, or name -> [start, stop] or [start, stop, period].
-        layout: the known one, if any.
-        out_features: of the layer.
+        layout: the known layout; None: there is none.
+        out_features: number of outputs of the layer.
 
     Returns:
         Slice name -> outputs, in the order of the outputs.
 
     Raises:
-        LilyError: for an unknown name, a layout that is not known, and outputs that overlap or are not there.
+        LilyError: for an unknown name or layout, and for outputs that overlap or do not exist.
     """
     if isinstance(asked, Mapping):
-        found = {str(name): _explicit(target, str(name), value, out_features) for name, value in asked.items()}
+        slices = {str(name): _explicit(target, str(name), value, out_features) for name, value in asked.items()}
     else:
         names = list(asked) if isinstance(asked, (list, tuple, set)) else []
         if layout is None:
             raise LilyError(
-                f"target_slices: how {target} is laid out is not known; say it, such as "
+                f"target_slices: the layout of {target} is not known; state it, such as "
                 f"{{{(names or ['v'])[0]!r}: [{out_features * 2 // 3}, {out_features}]}} (start and stop among its "
                 f"{out_features} outputs; a third number is the period at which heads repeat)"
             )
         if wrong := [name for name in names if name not in layout]:
             raise LilyError(f"target_slices: {target} has no slice {wrong[0]!r}; it has {', '.join(layout)}")
-        found = {name: rows for name, rows in layout.items() if name in names}
-    _refuse_overlap(target, found, out_features)
-    return dict(sorted(found.items(), key=lambda item: (item[1].start, item[0])))
+        slices = {name: rows for name, rows in layout.items() if name in names}
+    _refuse_overlap(target, slices, out_features)
+    return dict(sorted(slices.items(), key=lambda item: (item[1].start, item[0])))
 
 
 def _explicit(target: str, name: str, value: object, out: int) -> Rows:
@@ -130,7 +130,7 @@ def _covers(layout: Layout, out: int) -> bool:
 
 
 def _contiguous(period: int, **sizes: int) -> Layout:
-    """Slices one after the other, in blocks of `period` outputs."""
+    """Consecutive slices, repeated every `period` outputs."""
     layout, start = {}, 0
     for name, size in sizes.items():
         layout[name] = Rows(start, start + size, period)
@@ -149,7 +149,7 @@ def _heads(config: Any, out: int) -> Layout:
 
 
 def _grouped(config: Any, out: int) -> Layout:
-    """All queries, then the fewer keys, then the values."""
+    """All queries, then all keys, then all values, with fewer key-value heads than query heads."""
     heads, size = config.num_attention_heads, _head_size(config)
     few = int(getattr(config, "num_key_value_heads", None) or heads) * size
     return _contiguous(out, q=heads * size, k=few, v=few)
@@ -174,40 +174,40 @@ def _bigcode(config: Any, out: int) -> Layout:
 
 
 def _codegen(config: Any, out: int) -> Layout:
-    """Laid out for four devices: each one's queries, values and keys, in this order."""
+    """Split for four devices: the queries, values and keys of each, in this order."""
     share = out // 12
     return _contiguous(out // 4, q=share, v=share, k=share)
 
 
 def _thirds(config: Any, out: int) -> Layout:
-    """Of the model's width each, so that a cross-attention's key and value are not taken for three."""
+    """Each as wide as the model, so that a cross-attention's key and value are not mistaken for three slices."""
     size = config.hidden_size
     return _contiguous(out, q=size, k=size, v=size)
 
 
-def _in_blocks(attention: Any, out: int) -> Layout:
-    """All queries, all keys, all values: timm's most common form, which asks nothing of the module."""
+def _in_thirds(attention: Any, out: int) -> Layout:
+    """All queries, all keys, all values: timm's most common layout."""
     return _contiguous(out, q=out // 3, k=out // 3, v=out // 3)
 
 
 def _head_first(attention: Any, out: int) -> Layout:
     size = attention.dim_head
-    return _contiguous(3 * size, q=size, k=size, v=size) if attention.head_first else _in_blocks(attention, out)
+    return _contiguous(3 * size, q=size, k=size, v=size) if attention.head_first else _in_thirds(attention, out)
 
 
 def _wide_values(attention: Any, out: int) -> Layout:
-    """(heads, query + key + value), whose values are of another size."""
+    """(heads, query + key + value), with values of another size."""
     key, value = attention.key_dim, attention.val_dim
     return _contiguous(2 * key + value, q=key, k=key, v=value)
 
 
 def _global_query(attention: Any, out: int) -> Layout:
-    """GCViT's global blocks are given their queries."""
-    return _contiguous(out, k=out // 2, v=out // 2) if attention.use_global else _in_blocks(attention, out)
+    """The global attention of GCViT receives its queries as an input."""
+    return _contiguous(out, k=out // 2, v=out // 2) if attention.use_global else _in_thirds(attention, out)
 
 
 def _gate_up(config: Any, out: int) -> Layout:
-    """The gate is what the activation acts on."""
+    """The gate is the half that the activation is applied to."""
     return _contiguous(out, gate=out // 2, up=out // 2)
 
 
@@ -220,8 +220,8 @@ def _mamba2(config: Any, out: int) -> Layout:
     return _contiguous(out, z=inner, x=inner, B=state, C=state, dt=config.num_heads)
 
 
-# Modules of timm whose classes have all queries, all keys and all values in their `qkv`.
-IN_BLOCKS = (
+# Modules of timm whose `qkv` is all queries, all keys, all values.
+IN_THIRDS = (
     "layers.attention", "layers.attention_pool2d", "layers.diff_attention", "models.beit", "models.cait", "models.coat",
     "models.convit", "models.davit", "models.edgenext", "models.eva", "models.fastvit", "models.hiera",
     "models.hieradet_sam2", "models.metaformer", "models.mvitv2", "models.nest", "models.swin_transformer",
@@ -229,17 +229,17 @@ IN_BLOCKS = (
     "models.vision_transformer_relpos", "models.vision_transformer_sam", "models.volo", "models.xcit",
 )  # fmt: skip
 
-# Module of timm -> the layout of a class's `qkv`, of that attention and its outputs; each is checked against timm's own
-# code by tests/test_slices.py. Any other may divide its outputs in a way of its own.
+# Module of timm -> the layout of its `qkv`, from the attention module and its number of outputs. Checked against
+# timm's code by tests/plan/test_fused_layouts.py; for modules that are not listed no layout is assumed.
 TIMM: dict[str, Callable[[Any, int], Layout]] = {
-    **dict.fromkeys(IN_BLOCKS, _in_blocks),
+    **dict.fromkeys(IN_THIRDS, _in_thirds),
     "models.maxxvit": _head_first,
     "models.tiny_vit": _wide_values,
     "models.efficientformer": _wide_values,
     "models.gcvit": _global_query,
 }
 
-# (architecture, layer) -> its layout; each is checked against the model's own code by tests/test_slices.py.
+# (architecture, layer) -> its layout; each is checked against the model's code by tests/plan/test_fused_layouts.py.
 RULES: dict[tuple[str, str], Callable[[Any, int], Layout]] = {
     **{(name, "query_key_value"): _heads for name in ("bloom", "gpt_neox", "gpt_neox_japanese", "persimmon")},
     ("falcon", "query_key_value"): _falcon,

@@ -1,4 +1,4 @@
-"""The choices that a configuration offers, and the options that groups of layers may have of their own."""
+"""Valid values of `LilyConfig` options, and the options that can differ between groups of layers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OPTIONS = ("num_B", "stride_A", "num_A", "scaling", "dropout", "activation")
 
 @dataclass(frozen=True)
 class Options:
-    """What may differ from one group of layers to another; see `LilyConfig` for each."""
+    """Options that can differ between groups of layers; see `LilyConfig` for each."""
 
     num_B: int
     stride_A: int | None
@@ -27,5 +27,5 @@ class Options:
 
 
 def sharing(own: Mapping[str, Any]) -> dict[str, Any]:
-    """A group's own options, of which either way to say how A is shared takes the place of both."""
+    """A group's options, where setting `stride_A` or `num_A` overrides both of the configuration's."""
     return {"stride_A": None, "num_A": None, **own} if {"stride_A", "num_A"} & own.keys() else dict(own)

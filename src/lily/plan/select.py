@@ -1,6 +1,6 @@
-"""What a configuration targets in a model: layers, slices, parallel modules and parameters.
+"""The layers, slices, parallel modules and parameters of a model that a configuration selects.
 
-Names and sizes only, so a model on the meta device is enough.
+Only names and sizes are read, so a model on the meta device is enough.
 """
 
 from __future__ import annotations
@@ -23,35 +23,33 @@ from lily.errors import LilyError
 from lily.plan.config import LilyConfig
 from lily.plan.fused_layouts import layout_of, rows_of
 from lily.plan.specs import (
-    BLOCK,
     LINEAR,
+    PARALLEL_MODULE,
     PARAMETERS,
     SLICE,
     ModuleSpec,
     base_of,
-    block_spec,
     layer_spec,
     linear_layers,
+    parallel_module_spec,
     parameter_spec,
 )
 from lily.plan.uncalled_layers import uncalled
 
 
 class NoTargetError(LilyError, NoMatchingPeftModuleError):  # type: ignore[misc]
-    """The targets match nothing. Also PEFT's own type for that, so existing handlers catch it."""
+    """The targets match nothing. Subclass of PEFT's error for that, so existing handlers catch it."""
 
 
 def select_targets(model: nn.Module, config: LilyConfig) -> list[ModuleSpec]:
-    """The layers, then the blocks and the parameters that `config` targets, each in the model's order.
-
-    Like `lily.plan.select.select_modules`, it reads names and sizes only.
+    """The layers, then the parallel modules, then the parameters that `config` targets, each in the model's order.
 
     Args:
         model: the base model, or one that already carries adapters.
-        config: what to adapt.
+        config: the adapter's configuration.
 
     Returns:
-        One `ModuleSpec` per layer and per parameter.
+        One `ModuleSpec` per layer, slice, parallel module and parameter.
 
     Raises:
         NoTargetError: (a LilyError) if a target matches nothing, with near matches.
@@ -60,7 +58,7 @@ def select_targets(model: nn.Module, config: LilyConfig) -> list[ModuleSpec]:
     others = config.target_parameters or config.parallel_modules
     specs = select_modules(model, config) if config.target_modules or not others else []
     specs = select_slices(model, specs, config.target_slices)
-    specs += select_blocks(model, config.parallel_modules)
+    specs += select_parallel_modules(model, config.parallel_modules)
     if config.target_parameters:
         specs += select_parameters(model, config.target_parameters)
     _check_names(specs)
@@ -70,10 +68,10 @@ def select_targets(model: nn.Module, config: LilyConfig) -> list[ModuleSpec]:
 def select_slices(
     model: nn.Module, specs: Sequence[ModuleSpec], wanted: Mapping[str, object] | None
 ) -> list[ModuleSpec]:
-    """`specs` with the slices of a layer in its place, where `LilyConfig.target_slices` asks for them.
+    """Replace layers in `specs` by their slices that `LilyConfig.target_slices` names.
 
     Raises:
-        NoTargetError: (a LilyError) if a name in `wanted` is none of these layers.
+        NoTargetError: (a LilyError) if a name in `wanted` matches none of these layers.
         LilyError: if a layer is not linear, or has no such slices.
     """
     out: list[ModuleSpec] = []
@@ -85,7 +83,7 @@ def select_slices(
             out.append(spec)
             continue
         if spec.kind != LINEAR:
-            raise LilyError(f"target_slices: {spec.name} is of the kind {spec.kind}; only linear layers are sliced")
+            raise LilyError(f"target_slices: {spec.name} is of the kind {spec.kind}; only linear layers can be sliced")
         parent, _, short = spec.name.rpartition(".")
         owner = base_of(model.get_submodule(parent))
         layout = layout_of(short, base_of(model.get_submodule(spec.name)), owner, getattr(model, "config", None))
@@ -98,17 +96,17 @@ def select_slices(
         if name not in matched:
             known = list(dict.fromkeys(spec.name.rpartition(".")[2] for spec in specs))
             raise NoTargetError(
-                f"target_slices has the key {name!r}, which fits no adapted layer; adapted: {', '.join(known)}"
+                f"target_slices has the key {name!r}, which matches no adapted layer; adapted: {', '.join(known)}"
             )
     return out
 
 
-def select_blocks(model: nn.Module, wanted: Sequence[str] | None) -> list[ModuleSpec]:
-    """The modules, by name or class, that an adapter is to run beside (`LilyConfig.parallel_modules`).
+def select_parallel_modules(model: nn.Module, wanted: Sequence[str] | None) -> list[ModuleSpec]:
+    """The parallel modules, matched by name or class (`LilyConfig.parallel_modules`).
 
     Raises:
         NoTargetError: (a LilyError) if one of `wanted` matches nothing.
-        LilyError: if the sizes of a match cannot be known.
+        LilyError: if the sizes of a match are not known.
     """
     specs: list[ModuleSpec] = []
     matched: set[str] = set()
@@ -117,7 +115,7 @@ def select_blocks(model: nn.Module, wanted: Sequence[str] | None) -> list[Module
         hits = [w for w in wanted or () if name == w or name.endswith(f".{w}") or type(base).__name__ == w]
         matched.update(hits)
         if hits:
-            specs.append(block_spec(name, base))
+            specs.append(parallel_module_spec(name, base))
     for name in wanted or ():
         if name not in matched:
             known = list(dict.fromkeys(type(m).__name__ for _, m in own_modules(model)))
@@ -130,27 +128,27 @@ def select_blocks(model: nn.Module, wanted: Sequence[str] | None) -> list[Module
 def whole_layers(
     model: nn.Module, specs: Sequence[ModuleSpec], exclude: list[str] | str | None = None
 ) -> list[ModuleSpec]:
-    """Where LoRA can go instead: a sliced layer whole, the linear layers inside a module with an adapter beside it.
+    """The layers where LoRA can go instead: sliced layers whole, and the linear layers inside parallel modules.
 
     Args:
-        model: without adapters.
+        model: the base model, without adapters.
         specs: what Lily adapts.
-        exclude: modules inside of modules to leave out.
+        exclude: layers inside parallel modules to leave out.
 
     Returns:
         Layers and parameters, each once.
     """
-    found: dict[str, ModuleSpec] = {}
+    layers: dict[str, ModuleSpec] = {}
     for spec in specs:
         here = [spec]
         if spec.kind == SLICE:
             here = [layer_spec(spec.path, model.get_submodule(spec.path))]
-        elif spec.kind == BLOCK:
+        elif spec.kind == PARALLEL_MODULE:
             inside = list(linear_layers(spec.name, model.get_submodule(spec.name)))
             free = LilyConfig(target_modules=[inner.name for inner in inside], exclude_modules=exclude)
             here = [inner for inner in inside if check_target_module_exists(free, inner.name)]
-        found |= {one.name: one for one in here}
-    return list(found.values())
+        layers |= {one.name: one for one in here}
+    return list(layers.values())
 
 
 def select_parameters(model: nn.Module, targets: Sequence[str]) -> list[ModuleSpec]:
@@ -160,8 +158,8 @@ def select_parameters(model: nn.Module, targets: Sequence[str]) -> list[ModuleSp
         NoTargetError: (a LilyError) if one of `targets` matches nothing, with near matches.
         LilyError: if a match cannot be adapted.
     """
-    found: list[ModuleSpec] = []
-    known: dict[str, None] = {}
+    specs: list[ModuleSpec] = []
+    unmatched: dict[str, None] = {}
     matched: set[str] = set()
     for path, module in [("", model), *own_modules(model)]:
         base = base_of(module)
@@ -173,42 +171,47 @@ def select_parameters(model: nn.Module, targets: Sequence[str]) -> list[ModuleSp
             hits = [t for t in targets if name == t or name.endswith(f".{t}")]
             matched.update(hits)
             if not hits:
-                known[short] = None
+                unmatched[short] = None
                 continue
             _check_owner(name, path, base)
-            found.append(parameter_spec(name, base))
+            specs.append(parameter_spec(name, base))
     for target in targets:
         if target not in matched:
-            near = difflib.get_close_matches(target.rpartition(".")[2], known, n=3)
-            hint = f"did you mean {', '.join(near)}? " if near else ""
-            shown = ", ".join(list(known)[:20]) + (", ..." if len(known) > 20 else "")
+            hint, shown = _suggest([target], list(unmatched))
             raise NoTargetError(
-                f"target_parameters={target!r} matches no parameter; {hint}others of this model: {shown or 'none'}"
+                f"target_parameters={target!r} matches no parameter; {hint}others of this model: {shown}"
             )
-    return found
+    return specs
+
+
+def _suggest(targets: Sequence[str], names: Sequence[str]) -> tuple[str, str]:
+    """A question about near matches of `targets` among `names`, and the first of all names."""
+    near = dict.fromkeys(n for t in targets for n in difflib.get_close_matches(t.rpartition(".")[2], names, n=3))
+    hint = f"did you mean {', '.join(near)}? " if near else ""
+    return hint, ", ".join(names[:20]) + (", ..." if len(names) > 20 else "") or "none"
 
 
 def _check_owner(name: str, path: str, base: nn.Module) -> None:
     if not path:
         raise LilyError(
-            f"target parameter {name} belongs to the model itself, which nothing can stand in for; name others in "
-            "target_parameters"
+            f"target parameter {name} belongs to the model itself, and only submodules can be replaced; name other "
+            "parameters in target_parameters"
         )
     if hasattr(base, "parametrizations") and name.rpartition(".")[2] in base.parametrizations:  # type: ignore[operator]
         raise LilyError(
-            f"target parameter {name} is parametrised (quantised, perhaps), so there is no plain weight to add to; "
-            "remove the parametrisation, or name other target_parameters"
+            f"target parameter {name} has a parametrization (perhaps a quantization), so there is no plain weight to "
+            "add to; remove the parametrization, or name other target_parameters"
         )
 
 
 def _check_names(specs: Sequence[ModuleSpec]) -> None:
-    """Refuse a layer that is to be adapted in two ways by one configuration: whole, by a part, or beside its parent."""
-    blocks = tuple(f"{spec.name}." for spec in specs if spec.kind == BLOCK)
+    """Refuse a layer that one configuration would adapt in two ways: whole, by a part, or by a parallel module."""
+    parallel = tuple(f"{spec.name}." for spec in specs if spec.kind == PARALLEL_MODULE)
     for spec in specs:
-        if spec.name.startswith(blocks):
+        if spec.name.startswith(parallel):
             raise LilyError(
-                f"{spec.name} is inside {next(b for b in blocks if spec.name.startswith(b))[:-1]}, beside which an "
-                "adapter of parallel_modules runs; leave one of them out, or give it an adapter of its own"
+                f"{spec.name} is inside {next(p for p in parallel if spec.name.startswith(p))[:-1]}, a parallel "
+                "module; remove one of them from the configuration, or adapt it by a second adapter"
             )
     layers = {spec.path for spec in specs if spec.kind not in PARAMETERS}
     for spec in specs:
@@ -219,7 +222,7 @@ def _check_names(specs: Sequence[ModuleSpec]) -> None:
 def adapted_twice(path: str) -> LilyError:
     """The error for a layer that is adapted as a whole and by its parameter."""
     return LilyError(
-        f"{path} would be adapted as a layer and by its parameter too; leave it out of target_modules or of "
+        f"{path} would be adapted both as a layer and by its parameter; remove it from target_modules or from "
         "target_parameters"
     )
 
@@ -227,8 +230,7 @@ def adapted_twice(path: str) -> LilyError:
 def select_modules(model: nn.Module, config: LilyConfig) -> list[ModuleSpec]:
     """The layers of `model` that `config` targets, in the model's order.
 
-    Reads names and sizes only, so a model on the meta device will do. `"all-linear"` in `config.target_modules` is
-    replaced by the names it stands for, as PEFT does.
+    Replaces `"all-linear"` in `config.target_modules` by the names that it stands for, as PEFT does.
 
     Args:
         model: the base model, or one that already carries adapters.
@@ -239,50 +241,50 @@ def select_modules(model: nn.Module, config: LilyConfig) -> list[ModuleSpec]:
 
     Raises:
         NoTargetError: (a LilyError) if nothing matches, with near matches.
-        LilyError: if a match is of no kind that can be adapted, or is read by its parent without being called, or if
-            an index in `config.layers_to_transform` chooses no layer.
+        LilyError: if a match cannot be adapted, or its parent reads its weight without calling it, or an index in
+            `config.layers_to_transform` selects no layer.
     """
     all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
     _maybe_include_all_linear_layers(config, model)
     modules = dict(own_modules(model))
-    inert = {name: found for name, found in uncalled(modules).items() if found.remedy is None}
+    inert = {name: reason for name, reason in uncalled(modules).items() if reason.remedy is None}
     if all_linear and isinstance(config.target_modules, set):
         config.target_modules -= inert.keys()
-        # what trains whole needs no adapter
+        # modules that train whole need no adapter
         saved = tuple(config.modules_to_save or ())
         config.target_modules -= {
             n for n in config.target_modules if n in saved or n.endswith(tuple(f".{s}" for s in saved))
         }
-    found = []
+    specs = []
     for name, module in modules.items():
         if not check_target_module_exists(config, name):
             continue
         if name in inert:
             raise LilyError(
                 f"{name} belongs to {inert[name].parent}, which reads its weight {inert[name].why}, so an "
-                f"adapter there would do nothing; leave it out with exclude_modules=['{name.rpartition('.')[2]}']"
+                f"adapter there would do nothing; exclude it with exclude_modules=['{name.rpartition('.')[2]}']"
             )
-        found.append(layer_spec(name, module))
-    if not found:
+        specs.append(layer_spec(name, module))
+    if not specs:
         raise _no_target(config, modules)
-    _check_layer_indices(found, config)
-    return found
+    _check_layer_indices(specs, config)
+    return specs
 
 
-def _check_layer_indices(found: Sequence[ModuleSpec], config: LilyConfig) -> None:
+def _check_layer_indices(specs: Sequence[ModuleSpec], config: LilyConfig) -> None:
     asked = config.layers_to_transform
     for index in asked if isinstance(asked, (list, tuple)) else [] if asked is None else [asked]:
         alone = copy.copy(config)
         alone.layers_to_transform = [index]
-        if not any(check_target_module_exists(alone, m.name) for m in found):
+        if not any(check_target_module_exists(alone, m.name) for m in specs):
             raise LilyError(
                 f"layers_to_transform has the index {index}, but no layer of that number matches target_modules="
-                f"{sorted(config.target_modules or ())}; leave it out"
+                f"{sorted(config.target_modules or ())}; remove it"
             )
 
 
 def own_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
-    """Modules of the base model: adapted layers stand for their base layer, and adapter internals are skipped."""
+    """Named modules of the base model: adapted layers instead of their base layers, without adapter internals."""
     inside: list[str] = []
     for name, module in model.named_modules():
         if not name or any(name.startswith(prefix) for prefix in inside):
@@ -304,19 +306,17 @@ def _no_target(config: LilyConfig, modules: dict[str, nn.Module]) -> NoTargetErr
             if not config.exclude_modules:
                 return NoTargetError(
                     f"target_modules={wanted if len(wanted) > 1 else repr(wanted[0])} matches only modules that are "
-                    f"trained whole anyway ({', '.join(config.modules_to_save or ())}); name others"
+                    f"trained whole anyway ({', '.join(config.modules_to_save or ())}); name other modules"
                 )
             return NoTargetError(
                 f"every module that target_modules={wanted} matches is excluded by exclude_modules="
                 f"{config.exclude_modules} or modules_to_save={config.modules_to_save}; relax one of them"
             )
-    near = list(dict.fromkeys(c for w in wanted for c in difflib.get_close_matches(w.rpartition(".")[2], known, n=3)))
-    hint = f"did you mean {', '.join(near)}? " if near else ""
-    shown = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
+    hint, shown = _suggest(wanted, known)
     where = f" in layers {config.layers_to_transform}" if config.layers_to_transform is not None else ""
     return NoTargetError(
         f"target_modules={wanted if len(wanted) > 1 else repr(wanted[0])} matches no module{where}; {hint}"
-        f"linear layers of this model: {shown or 'none'}"
+        f"linear layers of this model: {shown}"
     )
 
 
@@ -326,7 +326,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def is_causal(model: nn.Module) -> bool:
-    """Whether tokens of this model must not see later ones: causal language models and state-space models."""
+    """Whether each token depends on earlier ones only: causal language models and state-space models."""
     config = getattr(model, "config", None)
     if isinstance(config, dict):
         return False

@@ -1,6 +1,6 @@
-"""The sharing plan: who shares what, decided before a weight exists.
+"""The sharing plan: which layers share which tensors, decided before a weight is read.
 
-`select_modules` reads names and shapes off a model (the meta device is enough) and `build_plan`, a pure function,
+`select_modules` reads names and shapes from a model (the meta device is enough) and `build_plan`, a pure function,
 turns them and a config into a `SharingPlan`: a value that can be printed, compared and tested without a model, and
 that alone drives injection, checkpoints and the planner.
 """
@@ -22,7 +22,7 @@ from lily.plan.fused_layouts import Rows
 from lily.plan.options import DYNAMIC
 from lily.plan.specs import EMBEDDING, EXPERTS, LINEAR, MATRIX, SLICE, ModuleSpec
 
-# What PEFT adds to modules_to_save by itself for a task, after a plan is made and before layers are replaced.
+# Modules that PEFT adds to modules_to_save for a task, after the plan is made and before layers are replaced.
 SAVED_HEADS = {
     "SEQ_CLS": ["classifier", "score"],
     "TOKEN_CLS": ["classifier", "score"],
@@ -34,19 +34,19 @@ SAVED_HEADS = {
 class Group:
     """Layers of one target name, kind and shape: they share the experts B, and each block of them shares an A.
 
-    The matrices that a parameter stacks (a mixture's experts) are a group of their own: they are its members, named by
-    their index, and what they share is kept under the parameter's name, their A as one tensor.
+    The matrices that a parameter stacks (a mixture's experts) are a separate group: its members are named by their
+    index, and their shared tensors are stored under the parameter's name, all A as one tensor.
 
     Attributes:
-        name: the target name, such as `q_proj`; of stacked experts the parameter's full name.
+        name: the target name, such as `q_proj`; for stacked experts the parameter's full name.
         in_features: columns of A.
         out_features: columns of B.
         r: rank.
         num_B: experts.
         blocks: consecutive names that share one A, in the model's order.
-        kind: of its layers; see `lily.plan.specs.ModuleSpec`.
-        kernel: of convolutions.
-        rows: of slices: which outputs of their layers they are.
+        kind: kind of its layers; see `lily.plan.specs.ModuleSpec`.
+        kernel: kernel size of convolutions.
+        rows: outputs of their layers that slices select.
     """
 
     name: str
@@ -66,12 +66,12 @@ class Group:
 
     @property
     def kept(self) -> tuple[tuple[str, ...], ...]:
-        """For each tensor that holds A: the names of what uses it. They are the blocks, but for stacked experts."""
+        """For each tensor that holds A, the names that use it: the blocks, except for stacked experts."""
         return ((self.name,),) if self.kind == EXPERTS else self.blocks
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """The names of what is adapted: its members, or the parameter that stacks them."""
+        """The names of the adapted layers: its members, or the parameter that stacks them."""
         return tuple(name for block in self.kept for name in block)
 
     @property
@@ -81,12 +81,12 @@ class Group:
 
     @property
     def logits_shape(self) -> tuple[int, ...]:
-        """Of one layer's static logits: (num_B,), or (experts, num_B) of a parameter that stacks experts."""
+        """Shape of one layer's static logits: (num_B,), or (experts, num_B) for a parameter that stacks experts."""
         return (len(self.members), self.num_B) if self.kind == EXPERTS else (self.num_B,)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the base weights: (out, in), (out, channels, height, width), (rows, out), or (experts, out, in)."""
+        """Shape of the base weights: (out, in), (out, channels, height, width), (rows, out), or (experts, out, in)."""
         if self.kernel:
             return (self.out_features, self.in_features // math.prod(self.kernel), *self.kernel)
         if self.kind == EMBEDDING:
@@ -95,7 +95,7 @@ class Group:
 
     @property
     def specs(self) -> list[ModuleSpec]:
-        """What `build_plan` made the group of."""
+        """The specs from which `build_plan` made the group."""
         experts = len(self.members) if self.kind == EXPERTS else 1
         sizes = (self.in_features, self.out_features, self.kind, self.kernel, experts, self.rows)
         return [ModuleSpec(name, *sizes) for name in self.layers]
@@ -122,7 +122,7 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a layer finds its shared tensors: index of its A, index of its group (and so of its B)."""
+    """Indices of a layer's shared tensors: A among all A of the plan, B (and the group) among the groups."""
 
     A: int
     B: int
@@ -134,9 +134,9 @@ class SharingPlan:
 
     Attributes:
         groups: in the order in which the model reaches their first layer.
-        routing: decides what a layer's own router holds.
+        routing: the adapter's routing, which decides what a layer's router holds.
         shared_router: whether the layers of a group share one router.
-        stock_differs: whether stock PEFT would group the same layers otherwise, so that a file of its may do so.
+        stock_differs: whether stock PEFT would group the same layers differently, so that its files may do so.
     """
 
     groups: tuple[Group, ...]
@@ -146,7 +146,7 @@ class SharingPlan:
 
     @cached_property
     def slots(self) -> dict[str, Slot]:
-        """Layer -> its place among the shared tensors. A's are numbered through all groups."""
+        """Layer -> the indices of its shared tensors. A are numbered through all groups."""
         slots: dict[str, Slot] = {}
         a = 0
         for b, group in enumerate(self.groups):
@@ -157,7 +157,7 @@ class SharingPlan:
 
     @property
     def blocks(self) -> tuple[tuple[Group, tuple[str, ...]], ...]:
-        """(group, layers) of every tensor that holds A, in the order of their numbers."""
+        """(group, layers) of every tensor that holds A, in the order of their indices."""
         return tuple((group, block) for group in self.groups for block in group.kept)
 
     def group_of(self, name: str) -> Group:
@@ -170,12 +170,12 @@ class SharingPlan:
 
     @property
     def num_layers(self) -> int:
-        """How many layers are adapted."""
+        """Number of adapted layers."""
         return len(self.slots)
 
     @property
     def layers_by_name(self) -> dict[str, int]:
-        """Last name -> how many adapted layers have it. Unlike groups, it does not depend on how they were selected."""
+        """Last name -> number of adapted layers. Unlike groups, it does not depend on how they were selected."""
         return dict(Counter(name.rpartition(".")[2] for name in self.slots))
 
     @property
@@ -212,13 +212,13 @@ def router_size(routing: str, r: int, num_B: int) -> int:
 
 
 def build_plan(modules: Sequence[ModuleSpec], config: LilyConfig) -> SharingPlan:
-    """Decide who shares what.
+    """Decide which layers share which tensors.
 
     A group is one target name, one kind and one shape. The name is the module's own last name, however the module was
     selected; only where a list names it several times over (`proj` and `attn.proj`), the longest of those. Inside a
     group, layers keep their order and every `stride_A` of them share an A.
 
-    The experts that one parameter stacks are a group of their own, in the order of their index.
+    The experts that one parameter stacks are a separate group, in the order of their index.
 
     Args:
         modules: the layers and parameters to adapt, in the order in which the model yields them.
@@ -228,17 +228,16 @@ def build_plan(modules: Sequence[ModuleSpec], config: LilyConfig) -> SharingPlan
         The plan. The same for any order of the set `config.target_modules`.
 
     Raises:
-        LilyError: if `rank_pattern` gives layers of one group different ranks, or has a key that fits no layer.
+        LilyError: if `rank_pattern` gives layers of one group different ranks, or has a key that matches no layer.
     """
     members: dict[ModuleSpec, list[str]] = {}
     expression = config.target_modules if isinstance(config.target_modules, str) else None
     for m in modules:
-        # To stock PEFT, everything that a regular expression selects is one target.
+        # Stock PEFT treats everything that a regular expression selects as one target.
         stock = expression if config.stock_grouping else None
         key = group_key(m, config.target_modules)
         members.setdefault(replace(key, name=stock or key.name), []).append(m.name)
-    _check_keys("group_options", config.group_options, list(dict.fromkeys(key.name for key in members)))
-    _check_rank_pattern([m.name for m in modules], config)
+    _check_keys(config, list(dict.fromkeys(key.name for key in members)), [m.name for m in modules])
     groups = []
     for key, layers in members.items():
         r = _group_rank(key.name, layers, config)
@@ -253,7 +252,7 @@ def build_plan(modules: Sequence[ModuleSpec], config: LilyConfig) -> SharingPlan
 
 
 def group_key(spec: ModuleSpec, targets: object) -> ModuleSpec:
-    """What all layers of a group have in common, under the group's name; see `build_plan`."""
+    """The spec that all layers of a group share, under the group's name; see `build_plan`."""
     if spec.kind == EXPERTS:
         return spec
     if spec.kind in (MATRIX, SLICE):  # `weight` and `v` mean little without their module's name
@@ -270,24 +269,22 @@ def target_name(module: str, targets: object) -> str:
     return module.rpartition(".")[2]
 
 
-def _check_rank_pattern(names: Sequence[str], config: LilyConfig) -> None:
-    for key in config.rank_pattern or {}:
-        if not any(get_pattern_key([key], name) == key for name in names):
-            known = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise LilyError(
-                f"rank_pattern has the key {key!r}, which fits no adapted layer; {hint}adapted: {', '.join(known)}"
-            )
+def _check_keys(config: LilyConfig, groups: Sequence[str], layers: Sequence[str]) -> None:
+    """Refuse keys of `group_options` and `rank_pattern` that match nothing."""
+    for key in config.group_options or ():
+        if not any(name == key or name.endswith(f".{key}") for name in groups):
+            hint = f"{_near(key, groups)}groups: {', '.join(groups)}"
+            raise LilyError(f"group_options has the key {key!r}, which matches no group; {hint}")
+    short = list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
+    for key in config.rank_pattern or ():
+        if not any(get_pattern_key([key], name) == key for name in layers):
+            hint = f"{_near(key, short)}adapted: {', '.join(short)}"
+            raise LilyError(f"rank_pattern has the key {key!r}, which matches no adapted layer; {hint}")
 
 
-def _check_keys(option: str, given: Iterable[str] | None, names: Sequence[str]) -> None:
-    """Refuse a key that none of `names` is or ends with."""
-    for key in given or ():
-        if not any(name == key or name.endswith(f".{key}") for name in names):
-            near = difflib.get_close_matches(key, names, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise LilyError(f"{option} has the key {key!r}, which fits no group; {hint}groups: {', '.join(names)}")
+def _near(key: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(key, names, n=1)
+    return f"did you mean {near[0]}? " if near else ""
 
 
 def _group_rank(group: str, names: Sequence[str], config: LilyConfig) -> int:
@@ -304,7 +301,7 @@ def _group_rank(group: str, names: Sequence[str], config: LilyConfig) -> int:
 
 
 def resolved_stride(plan: SharingPlan, config: LilyConfig) -> int | None:
-    """The one `stride_A` that says the same as `num_A` for every group, or None if there is none."""
+    """The one `stride_A` that is equivalent to `num_A` for every group, or None if there is none."""
     if config.stride_A is not None:
         return config.stride_A
     strides = {math.ceil(len(g.members) / (config.num_A or 1)) for g in plan.groups}
@@ -312,13 +309,13 @@ def resolved_stride(plan: SharingPlan, config: LilyConfig) -> int | None:
 
 
 def stock_grouping_differs(plan: SharingPlan, targets: str | Iterable[str]) -> bool:
-    """Whether stock PEFT would group these layers otherwise than the plan does.
+    """Whether stock PEFT would group these layers differently.
 
     Stock groups by (matched target, shape). The target is the whole regular expression, or any listed name that the
-    module's name ends with (as text, in the order of a set); so only lists in which exactly one name fits are safe.
+    module's name ends with (as text, in the order of a set); so only lists in which exactly one name matches are safe.
     """
     seen: dict[tuple[str, int, int], int] = {}
-    linear = [group for group in plan.groups if group.kind == LINEAR]  # stock adapts nothing else
+    linear = [group for group in plan.groups if group.kind == LINEAR]  # stock PEFT adapts nothing else
     for b, group in enumerate(linear):
         for name in group.members:
             hits = [targets] if isinstance(targets, str) else [t for t in targets if name.endswith(t)]

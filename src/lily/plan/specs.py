@@ -1,7 +1,7 @@
-"""What can be adapted: the kinds of layers, and the size that each has for the method.
+"""What can be adapted: the kinds of layers and parameters, and the matrix shape (out, in) of each.
 
-To the method every one of them is a matrix of shape (out, in): a convolution sees the pixels under its kernel, an
-embedding an identity matrix's rows, and of fused experts each is a matrix of its own.
+The input of a convolution's matrix is the pixels under its kernel, that of an embedding a one-hot row, and each of the
+fused experts of a mixture is a separate matrix.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ from lily.plan.fused_layouts import Rows
 
 LINEAR, CONV2D, EMBEDDING = "linear", "conv2d", "embedding"
 SLICE = "slice"  # some outputs of a linear layer
-BLOCK = "block"  # beside a whole module, whatever it computes
+PARALLEL_MODULE = "block"  # an adapter runs beside a whole module; the value stays, since JSON reports contain it
 MATRIX, EXPERTS = "matrix", "experts"  # parameters: one matrix, or a stack of them
 PARAMETERS = (MATRIX, EXPERTS)
-PARTS = (SLICE, MATRIX, EXPERTS)  # of a module, which bear its name and their own
+PARTS = (SLICE, MATRIX, EXPERTS)  # parts of a module, named <module>.<part>
 
 # PEFT can size these too, but they do not compute x @ W.T on their last dimension.
 NOT_LINEAR = (nn.Conv1d, nn.Conv3d, nn.MultiheadAttention)
 
-SUPPORTED = "nn.Linear (quantised ones included), GPT-2's Conv1D, nn.Conv2d and nn.Embedding"
+SUPPORTED = "nn.Linear (also quantized), GPT-2's Conv1D, nn.Conv2d and nn.Embedding"
 
 
 @dataclass(frozen=True)
 class ModuleSpec:
-    """What to adapt: its dotted name in the model and its sizes.
+    """One thing to adapt: its dotted name in the model and its sizes.
 
     Attributes:
-        name: of the layer, of the parameter, or of a layer and one of its slices.
+        name: name of the layer or parameter; of a slice `<layer>.<slice>`.
         in_features: columns of A.
         out_features: columns of B.
-        kind: `linear`, `conv2d` or `embedding` for a layer; `slice` for some outputs of a linear one; `block` for any
-            module that an adapter runs beside; `matrix` or `experts` for a parameter.
-        kernel: (height, width) of a convolution, whose `in_features` are its channels times that.
-        experts: how many matrices a parameter stacks; 1 for anything else.
-        rows: of a slice: which outputs of its layer it is.
+        kind: `linear`, `conv2d` or `embedding` for a layer; `slice` for some outputs of a linear one; `block` for a
+            parallel module; `matrix` or `experts` for a parameter.
+        kernel: (height, width) of a convolution; its `in_features` are channels * height * width.
+        experts: number of matrices that a parameter stacks; 1 for anything else.
+        rows: outputs of the layer that a slice selects.
     """
 
     name: str
@@ -56,15 +56,15 @@ class ModuleSpec:
 
     @property
     def path(self) -> str:
-        """The module that the adapter goes on: the one of that name, or the one that has the part of that name."""
+        """Name of the module that gets the adapter: itself, or the module that a part belongs to."""
         return self.name.rpartition(".")[0] if self.kind in PARTS else self.name
 
 
 def layer_spec(name: str, module: nn.Module) -> ModuleSpec:
-    """A layer's kind and sizes, read off its attributes.
+    """A layer's kind and sizes, from its attributes.
 
     Raises:
-        LilyError: if it is of no kind that can be adapted.
+        LilyError: if a layer of this kind cannot be adapted.
     """
     base = base_of(module)
     if isinstance(base, nn.Conv2d):
@@ -81,48 +81,48 @@ def layer_spec(name: str, module: nn.Module) -> ModuleSpec:
     if sizes[0] is None or sizes[1] is None:
         raise LilyError(
             f"target {name} is a {type(base).__name__}, not a linear layer or another that can be adapted; Lily adapts "
-            f"{SUPPORTED}, and stacked weights of experts by target_parameters. Narrow target_modules, or leave it out "
+            f"{SUPPORTED}, and stacked weights of experts by target_parameters. Narrow target_modules, or exclude it "
             "with exclude_modules"
         )
     return ModuleSpec(name, int(sizes[0]), int(sizes[1]))
 
 
 def _conv_spec(name: str, base: nn.Conv2d) -> ModuleSpec:
-    leave_out = "Narrow target_modules, or leave it out with exclude_modules"
+    fix = "Narrow target_modules, or exclude it with exclude_modules"
     if base.groups != 1:
         raise LilyError(
-            f"target {name} is a convolution of groups={base.groups}; Lily adapts those of groups=1, because an A "
-            f"would see all channels where the layer does not. {leave_out}"
+            f"target {name} is a convolution with groups={base.groups}; Lily adapts those with groups=1, because A "
+            f"reads all channels and a grouped convolution does not. {fix}"
         )
     if type(base).forward is not nn.Conv2d.forward:
         raise LilyError(
-            f"target {name} is a {type(base).__name__}, a convolution that does more than nn.Conv2d; what it does "
-            f"besides cannot be known. {leave_out}"
+            f"target {name} is a {type(base).__name__}, a subclass of nn.Conv2d with a different forward, which an "
+            f"adapter cannot follow. {fix}"
         )
     kernel = tuple(base.kernel_size)
     return ModuleSpec(name, base.in_channels * math.prod(kernel), base.out_channels, CONV2D, kernel)
 
 
-def block_spec(name: str, module: nn.Module) -> ModuleSpec:
-    """What goes into a module and comes out of it: the input of its first linear layer and the output of its last.
+def parallel_module_spec(name: str, module: nn.Module) -> ModuleSpec:
+    """The sizes of a parallel module: the input of its first linear layer and the output of its last.
 
     Raises:
-        LilyError: if it has none.
+        LilyError: if it has no linear layer.
     """
     sizes = [(spec.in_features, spec.out_features) for spec in linear_layers(name, module)]
     if not sizes:
         raise LilyError(
             f"parallel_modules: {name} is a {type(module).__name__} without linear layers, so that the sizes of its "
-            "input and output are not known; name a module that has some"
+            "input and output are not known; name a module with linear layers"
         )
-    return ModuleSpec(name, sizes[0][0], sizes[-1][1], BLOCK)
+    return ModuleSpec(name, sizes[0][0], sizes[-1][1], PARALLEL_MODULE)
 
 
 def linear_layers(name: str, module: nn.Module) -> Iterator[ModuleSpec]:
-    """The linear layers of a module: itself, or inside it.
+    """The linear layers of a module: itself, or those inside it.
 
     Args:
-        name: the module's.
+        name: the module's name.
         module: a module without adapters.
     """
     for path, inner in module.named_modules(prefix=name):
@@ -134,23 +134,23 @@ def parameter_spec(name: str, module: nn.Module) -> ModuleSpec:
     """A parameter's kind and sizes, as PEFT's LoRA reads them.
 
     Args:
-        name: of the parameter, which is (out, in), (experts, out, in), or (experts, in, out) if `is_transposed`.
-        module: owns it.
+        name: name of the parameter, of shape (out, in), (experts, out, in), or (experts, in, out) if `is_transposed`.
+        module: the module that owns it.
 
     Raises:
-        LilyError: if it has another number of dimensions, or is no floating-point weight of 16 bits or more.
+        LilyError: if it has another number of dimensions, or is not a floating-point weight of at least 16 bits.
     """
     parameter: Any = getattr(module, name.rpartition(".")[2])
-    shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # DeepSpeed's, of a parameter that it has sharded
+    shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # ds_shape: DeepSpeed's, of a sharded one
     if len(shape) not in (2, 3):
         raise LilyError(
             f"target parameter {name} has shape {shape}; Lily adapts matrices (out, in) and stacked ones (experts, "
-            "out, in). Name others in target_parameters"
+            "out, in). Name other parameters in target_parameters"
         )
     if not parameter.is_floating_point() or parameter.element_size() == 1:
         raise LilyError(
-            f"target parameter {name} is of {parameter.dtype}, and its update would be rounded to its few values; load "
-            "the base model unquantised, or name other target_parameters"
+            f"target parameter {name} has dtype {parameter.dtype}, to whose few values its update would be rounded; "
+            "load the base model without quantization, or name other target_parameters"
         )
     if len(shape) == 2:
         return ModuleSpec(name, shape[1], shape[0], MATRIX)
@@ -159,27 +159,23 @@ def parameter_spec(name: str, module: nn.Module) -> ModuleSpec:
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether a module stacks its experts' weights as (experts, in, out); transformers' say so of themselves."""
+    """Whether a module stacks its experts' weights as (experts, in, out), by the flag that transformers sets."""
     return bool(getattr(module, "is_transposed", False))
 
 
 def base_of(module: nn.Module) -> nn.Module:
-    """The layer itself, without the adapters around it."""
+    """The base layer, without the adapters around it."""
     base: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     return base  # type: ignore[no-any-return]
 
 
-def _base_of(kind: str, in_features: int, out_features: int) -> int:
-    return (1 if kind == EMBEDDING else in_features) * out_features
-
-
-def count_base_parameters(modules: Sequence[ModuleSpec]) -> int:
-    """Parameters of the base weights that are adapted."""
-    return sum(_base_of(m.kind, m.in_features, m.out_features) * m.experts for m in modules)
+def base_compute(modules: Sequence[ModuleSpec]) -> int:
+    """Multiply-adds per token of the base layers: in * out, for an embedding, which looks up, out."""
+    return sum((1 if m.kind == EMBEDDING else m.in_features) * m.out_features * m.experts for m in modules)
 
 
 def require_modules(modules: Sequence[ModuleSpec]) -> None:
-    """Raise a LilyError if there is nothing to adapt."""
+    """Raise a LilyError if there are no modules to adapt."""
     if not modules:
         raise LilyError("there are no layers to adapt; choose target modules that match some")
 

@@ -1,4 +1,4 @@
-"""Making an adapter static and taking it elsewhere: what `lily collapse` and `lily export` do."""
+"""Collapse an adapter, load one for export, describe a folder: behind `lily collapse`, `export` and `inspect`."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from lily.errors import LilyError
 from lily.io.atomic import new_folder, write_text
 from lily.io.untrusted import read_header, read_json, read_tensors
 from lily.plan.config import LilyConfig
-from lily.recipes import data, loader, models
+from lily.recipes import data, models
+from lily.recipes.by_task import function_for
 from lily.recipes.data.tables import Row
-from lily.recipes.results.adapter import Adapter, adapter_path, batches, elsewhere, kept_labels, kept_recipe, recipe_of
+from lily.recipes.results.adapter import Adapter, batches
+from lily.recipes.results.adapter_folder import AdapterFolder, adapter_path, kept_recipe, within_run
 from lily.recipes.results.card import LABELS
 from lily.recipes.scoring.evaluate import Judge
-from lily.recipes.spec.dreambooth import DreamBooth
-from lily.recipes.spec.schema import File, Model
+from lily.recipes.scoring.inference import device_of
+from lily.recipes.spec.schema import File
 
 if TYPE_CHECKING:
     from lily.deploy.collapse import CollapseReport
 
 REPORT = "collapse.json"
-KEPT = ("recipe.yaml", LABELS, "README.md")
 
 
 def collapse_adapter(
@@ -50,7 +51,7 @@ def collapse_adapter(
         recipe: default: the one kept beside the adapter.
         calibration: a file with the recipe's columns, of which the label is not needed; default: training rows.
         held_out: the same with labels, for the drift and the metrics; default: the rows that the run reported on.
-        rows: at most so many rows for calibration, and for the drift.
+        rows: at most this many rows for calibration, and for the drift.
         refit_steps: see `lily.collapse`.
         overwrite: replace the output folder.
 
@@ -60,42 +61,51 @@ def collapse_adapter(
     Raises:
         LilyError: for anything wrong with the adapter, the data or the output folder.
     """
-    from lily.deploy.collapse import collapse
-
-    drawing = drawing_recipe(adapter_path(folder), recipe)
-    if drawing is not None:
-        from lily.recipes.dreambooth import deploy as dreambooth
-
-        if calibration is not None or held_out is not None:
-            raise LilyError("--data and --held-out are for text; the recipe's own images calibrate this adapter")
-        path = adapter_path(folder)
-        return dreambooth.collapse_adapter(path, output, drawing, refit_steps=refit_steps, overwrite=overwrite)
+    location = AdapterFolder.of(folder, recipe)
+    collapse = function_for("collapse", location.recipe)
     with new_folder(output, overwrite) as new:  # first, so that hours of work do not end at a folder that exists
-        used = Adapter(folder, recipe)
-        if used.recipe.method != "lily":
-            raise LilyError(f"{folder} is a {used.recipe.method} adapter; only Lily adapters are collapsed")
-        known = used.splits.train if calibration is None else _rows(calibration, used, labelled=False)
-        judged = used.splits.held_out if held_out is None else _rows(held_out, used)
-        if used.labels is not None:
-            data.check_labels(judged, used.labels, held_out or "the held-out split")
-        device = next(used.model.parameters()).device
-        judge = Judge(used.recipe, used.processor, used.labels)
-        report = collapse(
-            used.model,
-            batches(known[:rows], used.recipe, used.processor, device),
-            batches(judged[:rows], used.recipe, used.processor, device),
-            refit_steps=refit_steps,
-            metric=lambda model: judge(model, judged),
+        report: CollapseReport = collapse(
+            location, new, recipe=recipe, calibration=calibration, held_out=held_out, rows=rows, refit_steps=refit_steps
         )
-        used.model.save_pretrained(str(new))
-        for name in KEPT:
-            if (used.path / name).is_file():
-                shutil.copy(used.path / name, new / name)
-        kept = kept_recipe(used.path)
-        if not (new / "recipe.yaml").is_file() and kept is not None:
-            shutil.copy(kept, new / "recipe.yaml")
+        kept = kept_recipe(location.path)
+        for file in (kept, location.path / LABELS, location.path / "README.md"):
+            if file is not None and file.is_file():
+                shutil.copy(file, new / file.name)
         write_text(new / REPORT, json.dumps(report.to_dict(), indent=2))
         return report
+
+
+def collapse_text(
+    location: AdapterFolder,
+    new: Path,
+    *,
+    recipe: str | None,
+    calibration: str | None,
+    held_out: str | None,
+    rows: int,
+    refit_steps: int,
+) -> CollapseReport:
+    """`collapse_adapter` for text and images; writes the adapter into `new`."""
+    from lily.deploy.collapse import collapse
+
+    used = Adapter(str(location.path), recipe)
+    if used.recipe.method != "lily":
+        raise LilyError(f"{location.path} is a {used.recipe.method} adapter; only Lily adapters are collapsed")
+    calibrating = used.splits.train if calibration is None else _rows(calibration, used, labelled=False)
+    judged = used.splits.held_out if held_out is None else _rows(held_out, used)
+    if used.labels is not None:
+        data.check_labels(judged, used.labels, held_out or "the held-out split")
+    device = device_of(used.model)
+    judge = Judge(used.recipe, used.processor, used.labels)
+    report = collapse(
+        used.model,
+        batches(calibrating[:rows], used.recipe, used.processor, device),
+        batches(judged[:rows], used.recipe, used.processor, device),
+        refit_steps=refit_steps,
+        metric=lambda model: judge(model, judged),
+    )
+    used.model.save_pretrained(str(new))
+    return report
 
 
 def _rows(file: str, used: Adapter, labelled: bool = True) -> list[Row]:
@@ -113,42 +123,33 @@ def load_for_export(
     Args:
         folder: a run's folder, or any adapter folder.
         recipe: default: the one kept beside the adapter.
-        base: folder of the base model; default: where the recipe says it is, or the one the adapter was trained on.
-        weights: whether the base model's weights are needed; if not, they are not read.
+        base: folder of the base model; default: the recipe's, else the one that the adapter names.
+        weights: read the base model's weights; without them names and shapes alone are right.
         dtype: of those weights; auto keeps the file's.
 
     Returns:
-        The model (a PeftModel, or a diffusers model), the base model's tokenizer (None if it has none) and what is
-        known of the adapter's origin.
+        The model (a PeftModel, or a diffusers model), the base model's tokenizer (None if it has none) and the
+        adapter's origin as JSON values.
 
     Raises:
         LilyError: if the adapter or its base model is missing, or they do not fit.
     """
     path = adapter_path(folder)
-    config = _lily_config(path)
-    drawing = drawing_recipe(path, recipe)
-    if drawing is not None:
-        from lily.recipes.dreambooth import deploy as dreambooth
+    config = PeftConfig.from_pretrained(str(path))
+    if not isinstance(config, LilyConfig):
+        raise LilyError(f"{path} is a {config.peft_type} adapter, not a Lily one; it needs no export")
+    location = AdapterFolder.of(folder, recipe, base)
+    model, tokenizer, facts = function_for("load_for_export", location.recipe)(location, weights=weights, dtype=dtype)
+    return model, tokenizer, {"adapter": str(path), **facts}
 
-        if weights:
-            raise LilyError(
-                f"{path} is for a pipeline, of which no merged model is written; export --to lora --for diffusers"
-            )
-        return dreambooth.without_weights(path, drawing), None, {"adapter": str(path)}
-    if recipe is not None or (base is None and kept_recipe(path) is not None):
-        chosen = recipe_of(path, recipe)
-        source, task = chosen.model if base is None else elsewhere(chosen.model, base), chosen.task
-    else:
-        source, task = _base(path, config, base), "sft" if config.task_type == "CAUSAL_LM" else "text-classification"
-        if config.task_type not in ("CAUSAL_LM", "SEQ_CLS"):
-            raise LilyError(
-                f"{path}: the command line exports task_type CAUSAL_LM and SEQ_CLS, not {config.task_type}; in "
-                " Python, lily.export takes any model"
-            )
-    quantised = source.quantization
+
+def load_text(location: AdapterFolder, *, weights: bool, dtype: str) -> tuple[Any, Any, dict[str, Any]]:
+    """`load_for_export` for text and images."""
+    (source, task), path = location.base_model(), location.path
+    quantized = source.quantization
     # Merged into few bits an update would be rounded away: it goes into the weights that they were made of.
     source = source.model_copy(update={"dtype": dtype, "quantization": "none"})
-    labels = kept_labels(path) or tuple(str(i) for i in range(_classes(path)))
+    labels = location.outputs()
     if weights:
         model = models.load_model(source, task, labels)
     else:
@@ -156,9 +157,9 @@ def load_for_export(
         model = models.meta_model(source, task, len(labels))
         model.to_empty(device="cpu")
     loaded = PeftModel.from_pretrained(model, str(path))
-    facts: dict[str, Any] = {"adapter": str(path)}
-    if quantised != "none":
-        facts["trained_on"] = f"the base model in {quantised}"
+    facts: dict[str, Any] = {}
+    if quantized != "none":
+        facts["trained_on"] = f"the base model in {quantized}"
     if (path / REPORT).is_file():
         facts["collapse"] = read_json(path / REPORT)
     try:
@@ -168,50 +169,16 @@ def load_for_export(
     return loaded, tokenizer, facts
 
 
-def drawing_recipe(path: Path, recipe: str | None) -> DreamBooth | None:
-    """The recipe named, or the one kept beside an adapter, if it is one for drawing."""
-    named = recipe or kept_recipe(path)
-    found = None if named is None else loader.load_any(str(named))
-    return found if isinstance(found, DreamBooth) else None
-
-
-def _lily_config(path: Path) -> LilyConfig:
-    config = PeftConfig.from_pretrained(str(path))
-    if not isinstance(config, LilyConfig):
-        raise LilyError(f"{path} is a {config.peft_type} adapter, not a Lily one; it needs no export")
-    return config
-
-
-def _base(path: Path, config: LilyConfig, base: str | None) -> Model:
-    where = base or config.base_model_name_or_path
-    if not where:
-        raise LilyError(f"{path} does not say which base model it is for; name it with --base")
-    if base is None and not Path(where).is_dir():
-        raise LilyError(f"{path} is for the base model {where!r}, which is no folder here; name it with --base")
-    return Model(path=where) if Path(where).expanduser().exists() else Model(hub=where)
-
-
-def _classes(path: Path) -> int:
-    """Outputs of the classification head that the adapter file holds; 2 if it holds none."""
-    for key, entry in read_header(path / "adapter_model.safetensors").entries.items():
-        if ".lily_" not in key and key.endswith("weight") and entry.shape:
-            return entry.shape[0]
-    return 2
-
-
 def describe(folder: str) -> dict[str, Any]:
-    """What a folder is: an adapter (ours, a LoRA, another), an exported one, a merged model, and where it came from.
-
-    The same for a GGUF file.
+    """Kind, size, configuration and origin of a folder (an adapter of any method, a model, an export) or a GGUF file.
 
     Raises:
-        LilyError: if it is neither.
+        LilyError: if it is none of these.
     """
     path = Path(folder).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         return {"folder": str(path), "bytes": path.stat().st_size, **describe_gguf(path)}
-    if (path / "best").is_dir():
-        path = path / "best"
+    path = within_run(path)
     facts: dict[str, Any] = {"folder": str(path)}
     weights = sorted(path.glob("*.safetensors"))
     facts["bytes"] = sum(file.stat().st_size for file in weights)
@@ -241,7 +208,7 @@ def describe(folder: str) -> dict[str, Any]:
 
 
 def _zero_routers(files: list[Path]) -> bool:
-    """Whether all routers weigh all experts alike, whatever the data: so static adapters are written for stock PEFT."""
+    """Whether all routers are zero, so that all experts weigh the same: a static adapter written for stock PEFT."""
     routers = []
     for file in files:
         routers += [tensor for key, tensor in read_tensors(read_header(file)).items() if ".lily_router" in key]
@@ -250,10 +217,10 @@ def _zero_routers(files: list[Path]) -> bool:
 
 def _tensors(files: list[Path]) -> dict[str, dict[str, int]]:
     parts = ("lily_A", "lily_B", "lily_router", "lily_logits", "lora_A", "lora_B", "other")
-    found = {part: {"count": 0, "parameters": 0} for part in parts}
+    totals = {part: {"count": 0, "parameters": 0} for part in parts}
     for file in files:
         for key, entry in read_header(file).entries.items():
             part = next((p for p in parts if f".{p}" in key), "other")
-            found[part]["count"] += 1
-            found[part]["parameters"] += math.prod(entry.shape)
-    return found
+            totals[part]["count"] += 1
+            totals[part]["parameters"] += math.prod(entry.shape)
+    return totals

@@ -76,16 +76,23 @@ def recipe_report(
     Raises:
         LilyError: for whatever is wrong with the recipe, its data or its model.
     """
-    from lily.recipes import loader, methods, models, preflight
-    from lily.recipes.data import tasks
-    from lily.recipes.models import quantization
+    from lily.recipes import loader, preflight
+    from lily.recipes.by_task import function_for
     from lily.recipes.results.result import output_folder
-    from lily.recipes.spec.places import located
 
     recipe = loader.load_any(target, list(overrides))
     preflight.check_output(recipe, output_folder(recipe))
-    if recipe.task == "dreambooth":
-        return _drawing_report(recipe, batch, tokens)
+    report: RecipeReport = function_for("plan", recipe)(recipe, batch, tokens)
+    return report
+
+
+def text_report(recipe: Recipe, batch: int | None, tokens: int | None) -> RecipeReport:
+    """`recipe_report` for text and images."""
+    from lily.recipes import loader, methods, models, preflight
+    from lily.recipes.data import tasks
+    from lily.recipes.models import quantization
+    from lily.recipes.spec.places import located
+
     segments: tuple[tuple[str, bool], ...] = ()
     if recipe.model.architecture is not None:
         with located(recipe, "model", "architecture"):
@@ -112,7 +119,7 @@ def recipe_report(
     return RecipeReport(recipe.name, recipe.method, loader.dump_recipe(recipe), plan, segments)
 
 
-def _drawing_report(recipe: DreamBooth, batch: int | None, tokens: int | None) -> RecipeReport:
+def drawing_report(recipe: DreamBooth, batch: int | None, tokens: int | None) -> RecipeReport:
     """The dry run of subject-driven generation: its images are not looked at, and there is no text to preview."""
     from lily.recipes import loader, methods
     from lily.recipes.dreambooth.run import planned

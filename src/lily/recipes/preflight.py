@@ -1,4 +1,4 @@
-"""What can be found wrong with a run before a weight is read or a file is written."""
+"""Checks of a run before a weight is read or a file is written."""
 
 from __future__ import annotations
 
@@ -45,26 +45,26 @@ EXTRAS = {
     "matplotlib": '"lily-peft[plots]"',
 }
 
-# What a resumed run may change: nothing that the finished part depends on.
+# Keys that a resumed run may change, since the finished part does not depend on them.
 FREE = ("description", "output", "baselines", "generation", "train.epochs", "train.max_steps",
         "train.save_every", "train.early_stopping", "train.eval_batch_size", "train.report_to")  # fmt: skip
 
-# Modules of absolute position embeddings: beyond them a model fails, while rotary ones merely degrade.
+# Modules of absolute position embeddings, which limit the length; rotary ones do not.
 POSITIONS = ("position_embeddings", "wpe", "embed_positions")
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run, ready to start.
+    """A checked run, ready to start.
 
     Attributes:
         splits: the rows.
-        processor: the model's tokenizer, or what prepares its images.
+        processor: the tokenizer or image preprocessor.
         train: encoded training examples.
         validation: encoded validation examples.
-        config: what to put on the model; None where there is nothing to train.
+        config: of the adapter; None where there is none (method none).
         meta: the model on the meta device.
-        general: encoded texts aside from the task, to measure forgetting on.
+        general: encoded texts of other kinds than the task, to measure forgetting on.
     """
 
     splits: Splits
@@ -77,7 +77,7 @@ class Prepared:
 
 
 def prepare(recipe: Recipe) -> Prepared:
-    """Everything that a run needs besides the weights, checked.
+    """Load and check everything that a run needs besides the weights.
 
     Raises:
         LilyError: for anything wrong with packages, data, tokenizer, targets or lengths.
@@ -106,7 +106,7 @@ def prepare(recipe: Recipe) -> Prepared:
     )
     for name, rows in splits.judged.items():
         if recipe.task == "sft" and name != "validation":
-            # for what it refuses: no answer of them may fit
+            # only for its check that answers are not truncated away
             tasks.encode(rows, recipe, processor, None, f"the {name} rows")
         if recipe.task == "sft" and "exact_match" in metrics_of(recipe):
             answers.expected_answers(rows, recipe)
@@ -117,16 +117,16 @@ def prepare(recipe: Recipe) -> Prepared:
 
 
 def unseen_message(splits: Splits) -> str:
-    """What to say of classes that there is nothing to learn of."""
+    """The warning about classes without training rows."""
     shown = ", ".join(splits.unseen[:3]) + (", ..." if len(splits.unseen) > 3 else "")
     return (
         f"no training image is of {len(splits.unseen)} of the {len(splits.labels or ())} classes ({shown}); the head "
-        "has them all the same, and held-out images of theirs are as good as missed"
+        "keeps an output for each, but it is never trained, so their held-out images will be misclassified"
     )
 
 
 def check_packages(recipe: Recipe) -> None:
-    """Refuse a recipe that needs a package which is not installed.
+    """Check that the packages which a recipe needs are installed.
 
     Raises:
         LilyError: names what to install.
@@ -144,12 +144,12 @@ def check_packages(recipe: Recipe) -> None:
 
 
 def missing(module: str) -> str:
-    """What to say of a module that is not installed."""
+    """The message about a module that is not installed."""
     return f"{module} is not installed; pip install {EXTRAS.get(module, module)}"
 
 
 def check_length(recipe: Recipe, model: nn.Module) -> None:
-    """Refuse examples longer than the model's absolute positions.
+    """Check that examples are not longer than the model's absolute positions.
 
     Raises:
         LilyError: names the limit.
@@ -168,7 +168,7 @@ def check_length(recipe: Recipe, model: nn.Module) -> None:
 
 
 def check_size(size: int, model: PreTrainedModel) -> None:
-    """Refuse images of a size that the model's positions are not for. Some models stretch theirs, others fail.
+    """Check that the model takes images of this size: some models interpolate their positions, others fail.
 
     Args:
         size: height and width in pixels.
@@ -187,14 +187,14 @@ def check_size(size: int, model: PreTrainedModel) -> None:
             model(pixel_values=torch.empty(1, 3, size, size, device="meta"))
     except (ValueError, RuntimeError) as error:
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise LilyError(f"the model reads images of {own} x {own} pixels, not {size} ({why}); leave it out") from None
+        raise LilyError(f"the model reads images of {own} x {own} pixels, not {size} ({why}); remove the key") from None
 
 
 def check_output(recipe: Recipe | DreamBooth, output: Path) -> None:
-    """Refuse a recipe's file that writes elsewhere than below the working directory; the command line may.
+    """Check that an output folder which a recipe's file names is below the working directory.
 
     Raises:
-        LilyError: if it names such a folder, itself or through a link.
+        LilyError: if it is not, also through a link. The command line may name any folder.
     """
     key = ("output",)
     if key not in recipe.places.written or key in recipe.places.overridden:
@@ -209,43 +209,43 @@ def check_output(recipe: Recipe | DreamBooth, output: Path) -> None:
 
 
 def check_folder(recipe: Recipe | DreamBooth, output: Path, resume: bool, overwrite: bool) -> None:
-    """Refuse to touch what is not this run's.
+    """Check that a run may write to its folder.
 
     Raises:
         LilyError: if the folder exists and neither flag is given; to resume, if it holds no run or another one; to
-            overwrite, if it holds anything that no run wrote.
+            overwrite, if it holds files that no run wrote.
     """
     check_output(recipe, output)
     if output.exists() and not output.is_dir():
         raise LilyError(f"output {output} is a file; name a folder")
-    found = sorted(p.name for p in output.iterdir()) if output.is_dir() else []
-    # a run that was killed before it wrote its recipe, so before anything, is none
-    if not all(checkpoints.is_leftover(name) for name in found) and not (resume or overwrite):
+    names = sorted(p.name for p in output.iterdir()) if output.is_dir() else []
+    # a run that was killed before it wrote its recipe left temporary files only
+    if not all(checkpoints.is_leftover(name) for name in names) and not (resume or overwrite):
         raise LilyError(
             f"output {output} exists; --resume continues it, --overwrite replaces it, output=... names another"
         )
-    foreign = [name for name in found if not _own(name)]
+    foreign = [name for name in names if not _own(name)]
     if overwrite and foreign:
         raise LilyError(
             f"output {output} holds {foreign[0]}, which no run wrote; move it away, or name another folder with output="
         )
     if resume:
         if not (output / "recipe.yaml").is_file():
-            raise LilyError(f"output {output} holds no run, so there is nothing to resume; leave --resume away")
+            raise LilyError(f"output {output} holds no run, so there is nothing to resume; drop --resume")
         changed = list(changes(loader.load_any(str(output / "recipe.yaml")), recipe))
         if changed:
             raise LilyError(
-                f"--resume: {'; '.join(changed)}. Give the same recipe again, or start anew with --overwrite"
+                f"--resume: {'; '.join(changed)}. Give the same recipe again, or start again with --overwrite"
             )
 
 
 def _own(name: str) -> bool:
-    """Whether a run writes a file of this name, or leaves it when it is killed: `.best.new`, `.metrics.json.x7f`."""
+    """Whether a run writes a file of this name, or leaves it behind when it is killed."""
     return name in checkpoints.OWN or checkpoints.is_leftover(name)
 
 
 def changes(then: Recipe | DreamBooth, now: Recipe | DreamBooth, free_keys: Sequence[str] = FREE) -> Iterator[str]:
-    """What differs between two recipes, but for keys that are free to."""
+    """The keys that differ between two recipes, except `free_keys`, each as a phrase."""
     before, after = (flat(recipe.model_dump(mode="json")) for recipe in (then, now))
     for key in sorted(before.keys() | after.keys()):
         free = any(key == name or key.startswith(f"{name}.") for name in free_keys)
@@ -255,7 +255,7 @@ def changes(then: Recipe | DreamBooth, now: Recipe | DreamBooth, free_keys: Sequ
 
 def flat(values: dict[str, Any], at: str = "") -> dict[str, Any]:
     """Nested values by dotted names."""
-    found: dict[str, Any] = {}
+    flattened: dict[str, Any] = {}
     for key, value in values.items():
-        found |= flat(value, f"{at}{key}.") if isinstance(value, dict) else {f"{at}{key}": value}
-    return found
+        flattened |= flat(value, f"{at}{key}.") if isinstance(value, dict) else {f"{at}{key}": value}
+    return flattened

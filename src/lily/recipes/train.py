@@ -1,4 +1,4 @@
-"""`lily train`: from a recipe to an adapter, its figures and its card."""
+"""`lily train` for text and images: from a recipe to an adapter, its metrics and its model card."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PREDICTIONS = "predictions.json"
 if TYPE_CHECKING:
     from lily.recipes.scoring.evaluate import Judge
 
-# Is shown the evaluations so far after each of them; whether training should stop.
+# Called with the evaluations so far after each of them; True stops the training.
 Watch = Callable[[Sequence[dict[str, float]]], bool]
 
 
@@ -53,16 +53,16 @@ def train(
     Everything that can be checked without weights is checked first, so a mistake costs seconds and writes nothing.
 
     Args:
-        recipe: what to do.
-        resume: go on from the run's last complete checkpoint.
+        recipe: model, data, method and schedule.
+        resume: continue from the run's last complete checkpoint.
         overwrite: replace the run's folder.
         quiet: no progress bar.
-        watch: may stop the training, as if its time were up; resumed, it goes on from there.
-        validation_only: leave the test rows alone and do not judge the untrained model: a trial of a search.
+        watch: may stop the training early; a resumed run continues from there.
+        validation_only: do not evaluate the test rows or the untrained model: a trial of a search.
 
     Returns:
         The result, also written to the run's folder: `metrics.json`, `recipe.yaml`, `best/` and `last/` (adapters), and
-        what was found for each held-out row: `predictions.json`.
+        `predictions.json` (the prediction and score of each held-out row).
 
     Raises:
         LilyError: for anything wrong with recipe, data, model or folder, and for a loss that is not finite.
@@ -76,7 +76,7 @@ def train(
         processes.check(recipe)
         preflight.check_folder(recipe, output, resume, overwrite)
         prepared = preflight.prepare(recipe)
-        # before the folder is touched: what weights reveal is a mistake like any other, and writes nothing
+        # before the folder is touched, so that unreadable weights write nothing
         return prepared, _load(recipe, prepared)
 
     def begun() -> Path | None:
@@ -93,7 +93,7 @@ def train(
     checkpoint = processes.on_first(begun)
     with other_peft.implementation(recipe), Signals() as signals:
         result = _run(recipe, prepared, loaded, output, checkpoint, signals, quiet, watch, validation_only)
-        # written before the baselines too: what took hours does not wait for them
+        # written before the baselines too, so that an error there does not lose it
         _write(result, recipe, output, started)
         if recipe.baselines:
             result.baselines = _baselines(recipe, prepared.splits, output, resume, quiet)
@@ -112,13 +112,9 @@ def _write(result: Result, recipe: Recipe, output: Path, started: float) -> None
             card.finish_adapter(output / name, recipe, result)
 
 
-def _listed(labels: Sequence[str] | None) -> list[str] | None:
-    return None if labels is None else list(labels)
-
-
 @dataclass(frozen=True)
 class _Loaded:
-    """The untrained model with its adapter, parameters and bytes of the frozen one, and what was said of its head."""
+    """The untrained model with its adapter, parameters and bytes of the frozen one, and a message about its head."""
 
     model: Any
     base_parameters: int
@@ -131,22 +127,22 @@ def _load(recipe: Recipe, prepared: Prepared) -> _Loaded:
     from transformers import set_seed
 
     set_seed(recipe.seed)
-    said: list[str] = []
+    messages: list[str] = []
     with located(recipe, "model", recipe.model.kind):
         base = models.load_model(
             recipe.model,
             recipe.task,
             prepared.splits.labels,
             precision=precision_of(recipe),
-            announce=said.append,
+            announce=messages.append,
         )
-    for line in said if processes.is_first() else ():
+    for line in messages if processes.is_first() else ():
         print(line, file=sys.stderr)
     total, size = base.num_parameters(), base.get_memory_footprint()
     set_seed(recipe.seed)
     model = base if prepared.config is None else get_peft_model(base, prepared.config)
     placed = model if processes.to_be_sharded() else place(model)
-    return _Loaded(placed, total, size, next(iter(said), None))
+    return _Loaded(placed, total, size, next(iter(messages), None))
 
 
 def _run(
@@ -170,13 +166,14 @@ def _run(
     split = "test" if splits.test and not validation_only else "validation"
     judge = evaluate.Judge(recipe, processor, splits.labels)
     scored = recipe.task == "sft" and any(name in metric_tools.SCORED for name in names)
-    result = Result(recipe.name, recipe.method, recipe.task, recipe.seed, names[0], split, _listed(splits.labels))
+    labels = None if splits.labels is None else list(splits.labels)
+    result = Result(recipe.name, recipe.method, recipe.task, recipe.seed, names[0], split, labels)
     result.quantization, result.base_bytes = recipe.model.quantization, loaded.base_bytes
 
     def judge_untrained(m: Any) -> None:
         if not validation_only:
             result.before = judge(m, splits.held_out)
-            if config is None:  # there is no other
+            if config is None:  # the untrained model is also the final one
                 _write_predictions(judge, split, output)
             result.tests = test_sets.judged(judge, m, splits.tests, "before")
             result.samples = evaluate.samples(m, processor, splits.held_out, recipe, "before")
@@ -198,7 +195,7 @@ def _run(
     if config is None:
         judge_untrained(model)
         result.final = result.before
-        result.tests = {name: {**found, "final": found["before"]} for name, found in result.tests.items()}
+        result.tests = {name: {**figures, "final": figures["before"]} for name, figures in result.tests.items()}
         return result
 
     trainer = runner.build_trainer(
@@ -214,10 +211,10 @@ def _run(
 
     def look(m: Any) -> None:
         judge_untrained(m)
-        trainer.progress.most = forgetting.most(recipe, result.forgetting)
+        trainer.progress.max_general_loss = forgetting.most(recipe, result.forgetting)
 
-    if trainer.shards:  # whole, the model may not fit where its parts do
-        trainer.look = look
+    if trainer.shards:  # unsharded, the model may not fit into one device
+        trainer.on_sharded = look
     else:
         look(model)
     trainer.signals, trainer.watch = signals, watch
@@ -233,10 +230,11 @@ def _run(
         trainer.evaluate()
     result.history = progress.history
     result.last, result.best = (
-        {"epoch": found["epoch"], "value": found[metric]} for found in (progress.history[-1], progress.best)
+        {"epoch": evaluation["epoch"], "value": evaluation[metric]}
+        for evaluation in (progress.history[-1], progress.best)
     )
     if prepared.general:
-        last, after = (found[forgetting.LOSS] for found in (progress.history[-1], progress.best))
+        last, after = (h[forgetting.LOSS] for h in (progress.history[-1], progress.best))
         result.forgetting = forgetting.of(result.forgetting["before"], last, after)
     if validation_only:
         result.final = {name: progress.best[name] for name in names}
@@ -251,7 +249,7 @@ def _run(
 
 
 def _write_predictions(judge: Judge, split: str, output: Path) -> None:
-    """What was found for each row that the judge saw last: two runs on the same rows can be compared row by row."""
+    """Write the judge's last predictions, so that two runs on the same rows can be compared row by row."""
     if processes.is_first():
         write_text(output / PREDICTIONS, json.dumps({"split": split, "items": judge.items}))
 
@@ -266,7 +264,7 @@ def _parameters(model: Any, total: int) -> dict[str, int]:
 def _baselines(recipe: Recipe, splits: Splits, output: Path, resume: bool, quiet: bool) -> dict[str, dict[str, float]]:
     from lily.recipes.scoring import baselines
 
-    found: dict[str, dict[str, float]] = {}
+    figures: dict[str, dict[str, float]] = {}
     for name in recipe.baselines:
         if name == "lora":
             if recipe.method == "lora":
@@ -274,13 +272,11 @@ def _baselines(recipe: Recipe, splits: Splits, output: Path, resume: bool, quiet
             other = recipe.model_copy(update={"method": "lora", "baselines": [], "output": str(output / "lora")})
             begun = resume and processes.on_first((output / "lora" / "recipe.yaml").is_file)
             lora = train(other, resume=begun, overwrite=not begun, quiet=quiet)
-            found[name] = {
+            figures[name] = {
                 **lora.final,
-                "parameters": lora.parameters["adapter"],
-                "seconds": lora.seconds["train"],
-                "bytes": lora.adapter_bytes,
+                **card.adapter_costs(lora),
                 **({"forgetting": lora.forgetting["increase"]} if lora.forgetting else {}),
             }
         else:
-            found[name] = processes.on_first(partial(baselines.run, name, recipe, splits))
-    return found
+            figures[name] = processes.on_first(partial(baselines.run, name, recipe, splits))
+    return figures

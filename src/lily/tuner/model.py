@@ -34,11 +34,11 @@ from lily.layers.slice import Slice
 from lily.plan.config import CAUSAL_TASKS, LilyConfig
 from lily.plan.select import is_causal, select_targets
 from lily.plan.sharing_plan import SharingPlan, build_plan
-from lily.plan.specs import BLOCK, CONV2D, EMBEDDING, LINEAR, PARAMETERS, ModuleSpec
+from lily.plan.specs import CONV2D, EMBEDDING, LINEAR, PARALLEL_MODULE, PARAMETERS, ModuleSpec
 from lily.tuner import call_uncalled
 from lily.tuner.check_targets import check_targets
 
-LAYERS = {LINEAR: Linear, CONV2D: Conv2d, EMBEDDING: Embedding, BLOCK: ParallelModule}
+LAYERS = {LINEAR: Linear, CONV2D: Conv2d, EMBEDDING: Embedding, PARALLEL_MODULE: ParallelModule}
 
 # Merging warns if rounding to the base weight's precision loses more than this share of an update's norm.
 REPORTED_ROUNDING = 0.01
@@ -110,7 +110,7 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
 
     def _check_target_module_exists(self, peft_config: LilyConfig, key: str) -> Any:
         """See PEFT; parallel modules are not named in `target_modules`."""
-        if key in self._plan.slots and self._plan.group_of(key).kind == BLOCK:
+        if key in self._plan.slots and self._plan.group_of(key).kind == PARALLEL_MODULE:
             return True
         return bool(peft_config.target_modules) and check_target_module_exists(peft_config, key)
 

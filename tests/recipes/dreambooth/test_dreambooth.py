@@ -291,6 +291,9 @@ def test_a_resumed_run_ends_as_one_that_never_stopped(tmp_path, pipes, subject):
     _, whole = trained(tmp_path / "a", pipes["sdxl"], subject, **common)
     trained(tmp_path / "b", pipes["sdxl"], subject, "train.max_steps=2", **common)
     given = values(pipes["sdxl"], subject, tmp_path / "b" / "run", **common)
+    file = loop.newest_checkpoint(tmp_path / "b" / "run" / "checkpoints") / f"{loop.STATE}.json"
+    assert '"optimizer"' in file.read_text()
+    file.write_text(file.read_text().replace('"optimizer"', '"optimiser"'))  # as earlier versions spelled it
     resumed = run.train(recipe(tmp_path / "b", given), resume=True, quiet=True)
     assert equal(state(tmp_path / "a" / "run"), state(tmp_path / "b" / "run"))
     assert resumed.history == whole.history
@@ -315,14 +318,14 @@ def test_a_loss_that_is_no_number_ends_the_run_and_leaves_its_last_checkpoint(tm
     wild = ["train.learning_rate=1e25", "validation.every=1", "train.gradient_accumulation=1"]
     with pytest.raises(LilyError, match=r"the loss is (nan|inf) at step \d; lower train.learning_rate; the adapter of"):
         run.train(recipe(tmp_path, given, *wild), quiet=True)
-    kept = loop.last_checkpoint(tmp_path / "run" / "checkpoints")
+    kept = loop.newest_checkpoint(tmp_path / "run" / "checkpoints")
     assert (kept / "adapter_model.safetensors").is_file()
     tally("faults survived")
 
 
 def test_a_checkpoint_that_cannot_be_read_says_so(tmp_path, pipes, subject):
     chosen, _ = trained(tmp_path, pipes["sd3"], subject)
-    (loop.last_checkpoint(tmp_path / "run" / "checkpoints") / f"{loop.STATE}.json").write_bytes(b"torn")
+    (loop.newest_checkpoint(tmp_path / "run" / "checkpoints") / f"{loop.STATE}.json").write_bytes(b"torn")
     with pytest.raises(LilyError, match="cannot be read"):
         run.train(chosen, resume=True, quiet=True)
     tally("faults survived")
@@ -475,7 +478,7 @@ def no_images(folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (other_class, "StableDiffusionPipeline is no pipeline that can be trained here"),
+        (other_class, "StableDiffusionPipeline is not a supported pipeline"),
         (pickled, "could not be loaded"),
         (with_code, "could not be loaded"),
         (not_json, "could not be loaded"),

@@ -124,13 +124,13 @@ REFUSED = [
         r"yaml:\d+: lily.slices='qkv' matches no module; linear layers of this model: .*qkv_proj",
     ),
     ({"slices": {"qkv_proj": ["key"]}}, r"lily.slices: .*qkv_proj has no slice 'key'; it has q, k, v"),
-    ({"slices": {"down_proj": ["k"]}}, r"lily.slices: how .*down_proj is laid out is not known; say it"),
+    ({"slices": {"down_proj": ["k"]}}, r"lily.slices: the layout of .*down_proj is not known; state it"),
     ({"slices": {"down_proj": {"k": [0]}}}, r"lily.slices: k: \[0\] of .* is not \[start, stop\]"),
     ({"parallel": ["Mlp"]}, r"yaml:\d+: lily.parallel='Mlp' matches no module by name or class: .*Phi3MLP"),
     ({"parallel": ["mlp"], "groups": {"mpl": {"r": 8}}}, None),
     (
         {"parallel": ["mlp"], "groups": {"mpl": {"activation": "relu"}}},
-        r"yaml:\d+: lily.groups has the key 'mpl', which fits no group; did you mean mlp\? groups: mlp",
+        r"yaml:\d+: lily.groups has the key 'mpl', which matches no group; did you mean mlp\? groups: mlp",
     ),
     ({"parallel": ["mlp", "qkv_proj"], "slices": {"qkv_proj": ["k"]}}, r"qkv_proj"),
 ]

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from lily.errors import LilyError
-from lily.io.atomic import naming, sync_folder
+from lily.io.atomic import naming, sync
 from lily.recipes.spec.schema import Package, Source
 
 # Only these are read by pip from the environment besides its own configuration.
@@ -111,7 +111,7 @@ def building(target: Path) -> Iterator[Path]:
             os.replace(temporary, target)
         if not target.exists():
             raise LilyError(f"{target} could not be written")
-        sync_folder(target.parent)
+        sync(target.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -1,1 +1,1 @@
-"""Subject-driven generation (DreamBooth): a few images of one thing, and a diffusion model that learns to draw it."""
+"""Subject-driven generation (DreamBooth): a diffusion model learns to draw one subject from a few images."""

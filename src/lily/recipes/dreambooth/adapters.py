@@ -1,4 +1,4 @@
-"""Adapters on a denoiser, through diffusers' own `add_adapter`, and their files."""
+"""Adapters on a denoiser, through diffusers' `add_adapter`, and their files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def add(model: Any, config: PeftConfig) -> list[nn.Parameter]:
     """Put an adapter on a frozen denoiser.
 
     Returns:
-        What it trains, in float32 whatever the denoiser is.
+        The trained parameters, in float32 also where the denoiser is not.
     """
     model.add_adapter(config)
     cast_training_params(model, torch.float32)
@@ -34,28 +34,28 @@ def add(model: Any, config: PeftConfig) -> list[nn.Parameter]:
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
     """The adapter's tensors, on the CPU, by their names in a file."""
-    found = get_peft_model_state_dict(model)
-    return {f"{PREFIX}{name}": tensor.detach().cpu().contiguous() for name, tensor in found.items()}
+    state = get_peft_model_state_dict(model)
+    return {f"{PREFIX}{name}": tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
 def save(model: Any, folder: Path) -> None:
-    """Write a folder that PEFT loads; an older one is replaced when the new one is complete."""
+    """Write a folder that PEFT loads; an existing one is replaced when the new one is complete."""
     with new_folder(folder, overwrite=True) as new:
         write(model, new)
 
 
 def write(model: Any, folder: Path) -> None:
-    """Write what PEFT loads into a folder that somebody else brings to its name."""
+    """Write the files that PEFT loads into an existing folder."""
     model.peft_config["default"].save_pretrained(str(folder))
     save_file(state_of(model), folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def load(model: Any, folder: str | Path) -> PeftConfig:
-    """Put a saved adapter on a denoiser, by diffusers' `add_adapter`, for use.
+    """Load a saved adapter onto a denoiser, for inference.
 
     Args:
         model: a diffusers model without an adapter, such as `pipe.unet`.
-        folder: what `save` wrote.
+        folder: written by `save`.
 
     Returns:
         The adapter's configuration.
@@ -75,28 +75,28 @@ def load(model: Any, folder: str | Path) -> PeftConfig:
 
 
 def load_weights(model: nn.Module, file: Path) -> None:
-    """Put a file's tensors into the adapter that the model carries.
+    """Load a file's tensors into the model's adapter.
 
     Raises:
-        LilyError: if the file has others.
+        LilyError: if the file has tensors of another adapter.
     """
     state = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(file).items()}
-    strangers = set_peft_model_state_dict(model, state).unexpected_keys
-    if strangers:
-        raise LilyError(f"{file} does not fit the adapter: it holds {strangers[0]}, which the adapter has not")
+    unexpected = set_peft_model_state_dict(model, state).unexpected_keys
+    if unexpected:
+        raise LilyError(f"{file} does not fit the adapter, which has no tensor {unexpected[0]}; name its own folder")
 
 
 def write_for_pipelines(model: Any, pipe: Any, family: Family, folder: Path) -> bool:
-    """Write what a pipeline's `load_lora_weights` reads.
+    """Write a LoRA for a pipeline's `load_lora_weights`.
 
     Args:
         model: the denoiser with its adapter.
-        pipe: the pipeline that it belongs to.
+        pipe: the pipeline of the denoiser.
         family: of the pipeline.
         folder: replaced when the new one is complete.
 
     Returns:
-        False, and nothing is written, where the adapter depends on what it sees, which no LoRA does.
+        False, and nothing is written, where the adapter depends on its input, which a LoRA cannot.
     """
     config = model.peft_config["default"]
     if str(getattr(config.peft_type, "value", config.peft_type)) == "LORA":

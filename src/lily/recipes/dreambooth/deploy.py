@@ -1,71 +1,66 @@
-"""Taking a trained drawing adapter elsewhere: static over the recipe's own images, and onto a model for export."""
+"""`lily collapse` and `lily export` for adapters of task dreambooth."""
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lily.io.atomic import new_folder, write_text
+from lily.errors import LilyError
 from lily.recipes.dreambooth import adapters, loop, run
+from lily.recipes.results.adapter_folder import AdapterFolder
 from lily.recipes.spec.dreambooth import DreamBooth
 
 if TYPE_CHECKING:
     from lily.deploy.collapse import CollapseReport
 
-KEPT = ("recipe.yaml", "README.md")
 
-
-def collapse_adapter(
-    folder: Path, output: str, recipe: DreamBooth, *, refit_steps: int = 0, overwrite: bool = False
+def collapse(
+    location: AdapterFolder,
+    new: Path,
+    *,
+    recipe: str | None,
+    calibration: str | None,
+    held_out: str | None,
+    rows: int,
+    refit_steps: int,
 ) -> CollapseReport:
     """Collapse an adapter over its subject's images, at noise levels spread over the schedule.
 
-    Args:
-        folder: of the adapter.
-        output: the folder to write: the static adapter, and `diffusers/` in it for pipelines.
-        recipe: that it was trained by.
-        refit_steps: see `lily.collapse`.
-        overwrite: replace the output folder.
-
-    Returns:
-        The report, also written as `collapse.json`. Its drift is measured on noise that did not calibrate.
+    Writes the static adapter into `new`, and `diffusers/` in it for pipelines. The drift is measured on noise that did
+    not calibrate. `recipe` and `rows` change nothing here; see `lily.recipes.deploy.collapse_adapter`.
 
     Raises:
-        LilyError: for anything wrong with the adapter, the recipe or the output folder.
+        LilyError: for anything wrong with the adapter or the recipe, or if data are named.
     """
     from lily.deploy.collapse import collapse
 
-    with new_folder(output, overwrite) as new:
-        prepared = run.prepare(recipe)
-        family, pipe = prepared.family, run.load(recipe, prepared)
-        pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-        text, _, _ = run.texts(recipe, pipe, family, [])
-        images = run.encoded(recipe, pipe, prepared.subject)
-        model = getattr(pipe, family.component)
-        adapters.load(model, folder)
-        world = loop.World.of(recipe, pipe, family, images, None, text)
-        seed = recipe.validation.seed
-        known, held_out = (calls(world, recipe.validation.times, s) for s in (seed, seed + 1))
-        report = collapse(model, known, held_out, refit_steps=refit_steps)
-        adapters.write(model, new)
-        adapters.write_for_pipelines(model, pipe, family, new / "diffusers")
-        for name in KEPT:
-            if (folder / name).is_file():
-                shutil.copy(folder / name, new / name)
-        write_text(new / "collapse.json", json.dumps(report.to_dict(), indent=2))
-        return report
+    if calibration is not None or held_out is not None:
+        raise LilyError("--data and --held-out are for text; the recipe's images calibrate this adapter")
+    spec = _recipe(location)
+    prepared = run.prepare(spec)
+    family, pipe = prepared.family, run.load(spec, prepared)
+    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    text, _, _ = run.texts(spec, pipe, family, [])
+    images = run.encoded(spec, pipe, prepared.subject)
+    model = getattr(pipe, family.component)
+    adapters.load(model, location.path)
+    world = loop.World.of(spec, pipe, family, images, None, text)
+    seed = spec.validation.seed
+    calibrating, judged = (calls(world, spec.validation.times, s) for s in (seed, seed + 1))
+    report = collapse(model, calibrating, judged, refit_steps=refit_steps)
+    adapters.write(model, new)
+    adapters.write_for_pipelines(model, pipe, family, new / "diffusers")
+    return report
 
 
 def calls(world: loop.World, times: int, seed: int) -> list[dict[str, Any]]:
-    """What the denoiser is called with while its fixed loss is taken: batches for `lily.collapse`.
+    """The denoiser's keyword arguments in each call of `loop.fixed_loss`: batches for `lily.collapse`.
 
     Args:
         world: the model and its images.
-        times: noise levels of each image.
+        times: number of noise levels for each image.
         seed: of the noise.
     """
     seen: list[dict[str, Any]] = []
@@ -77,9 +72,22 @@ def calls(world: loop.World, times: int, seed: int) -> list[dict[str, Any]]:
     return seen
 
 
-def without_weights(folder: Path, recipe: DreamBooth) -> Any:
-    """The recipe's denoiser with an adapter, where the denoiser's own weights are not needed and not read."""
-    _, meta, _ = run.planned(recipe)
+def load(location: AdapterFolder, *, weights: bool, dtype: str) -> tuple[Any, None, dict[str, Any]]:
+    """The denoiser with the adapter, for export; its weights are not read, so `dtype` changes nothing.
+
+    Raises:
+        LilyError: if `weights` are needed.
+    """
+    if weights:
+        raise LilyError(
+            f"{location.path} is for a pipeline, of which no merged model is written; export --to lora --for diffusers"
+        )
+    _, meta, _ = run.planned(_recipe(location))
     model = meta.to_empty(device="cpu")  # memory that nothing is written to costs nothing
-    adapters.load(model, folder)
-    return model
+    adapters.load(model, location.path)
+    return model, None, {}
+
+
+def _recipe(location: AdapterFolder) -> DreamBooth:
+    assert isinstance(location.recipe, DreamBooth)  # `by_task` chose this module
+    return location.recipe

@@ -1,4 +1,4 @@
-"""The pipelines that can be trained, as far as they differ: which part denoises, and how it is called.
+"""What differs between the pipelines that can be trained: which part denoises, and how it is called.
 
 Everything else (schedules, text encoders, autoencoders, sampling) is diffusers' own.
 """
@@ -39,14 +39,14 @@ class Text:
 
 
 class Family(ABC):
-    """What the loop needs to know of a kind of pipeline.
+    """The interface of the training loop to a kind of pipeline.
 
     Attributes:
-        component: the pipeline's name of the part that denoises, which is adapted.
-        kind: class of that part, in diffusers.
+        component: the pipeline's attribute of the denoiser, which is adapted.
+        kind: class of the denoiser, in diffusers.
         flow: whether it is trained by flow matching.
         guided_by_negative: whether sampling takes a negative prompt (classifier-free guidance).
-        optional: parts that a pipeline may have been saved without.
+        optional: components that a pipeline may have been saved without.
     """
 
     component: str
@@ -59,7 +59,7 @@ class Family(ABC):
         self, scheduler: Any, *, min_snr_gamma: float | None = None, weighting: str = "logit_normal",
         logit_mean: float = 0.0, logit_std: float = 1.0,
     ) -> Objective:  # fmt: skip
-        """The objective that the pipeline's scheduler goes with."""
+        """The training objective for the pipeline's scheduler."""
         if self.flow:
             return Flow(scheduler, weighting, logit_mean, logit_std)
         return Diffusion(scheduler, min_snr_gamma)
@@ -70,7 +70,7 @@ class Family(ABC):
 
         Args:
             pipe: with its text encoders.
-            prompts: any number; an empty one is what guidance steers away from.
+            prompts: any number; an empty one serves guidance.
             max_tokens: for a T5 encoder; default: the pipeline's own.
         """
 
@@ -96,7 +96,7 @@ class Sdxl(Family):
     component, kind, flow = "unet", "UNet2DConditionModel", False
 
     def encode(self, pipe: Any, prompts: Sequence[str], max_tokens: int | None) -> Text:
-        """See `Family.encode`; an empty prompt is all zeros where the pipeline says so."""
+        """See `Family.encode`; an empty prompt is all zeros if the pipeline is configured so."""
         tokens, _, pooled, _ = pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False)
         if pipe.config.force_zeros_for_empty_prompt:
             empty = torch.tensor([not p for p in prompts], device=tokens.device)
@@ -135,11 +135,11 @@ class Sd3(Family):
 
 
 class Flux(Family):
-    """FLUX: as `Sd3`, on latents packed two by two, with positions given and guidance learned."""
+    """FLUX: as `Sd3`, on latents packed two by two, with explicit positions and distilled guidance."""
 
     component, kind = "transformer", "FluxTransformer2DModel"
     guided_by_negative = False
-    guidance = 1.0  # what the guidance-distilled model is told while it trains, as in diffusers' examples
+    guidance = 1.0  # input of the guidance-distilled model in training, as in diffusers' examples
 
     def encode(self, pipe: Any, prompts: Sequence[str], max_tokens: int | None) -> Text:
         """See `Family.encode`."""
@@ -168,7 +168,7 @@ class Flux(Family):
         return out.reshape(batch, channels, height, width)
 
 
-# A pipeline's class, as model_index.json has it -> what is known of it.
+# Class in model_index.json -> family.
 FAMILIES: dict[str, type[Family]] = {
     "StableDiffusionXLPipeline": Sdxl,
     "StableDiffusion3Pipeline": Sd3,
@@ -177,11 +177,11 @@ FAMILIES: dict[str, type[Family]] = {
 
 
 def family_of(pipeline: str) -> Family:
-    """What is known of a pipeline's class.
+    """The family of a pipeline's class.
 
     Raises:
-        LilyError: if nothing is.
+        LilyError: if there is none.
     """
     if pipeline not in FAMILIES:
-        raise LilyError(f"{pipeline} is no pipeline that can be trained here; those are {', '.join(FAMILIES)}")
+        raise LilyError(f"{pipeline} is not a supported pipeline; choose one of {', '.join(FAMILIES)}")
     return FAMILIES[pipeline]()

@@ -1,4 +1,4 @@
-"""Images as the latents that a diffusion model works on, encoded once."""
+"""Images encoded once as the latents that a diffusion model works on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lily.recipes.data.images import ENDINGS, Preprocess
 
 @dataclass(frozen=True)
 class Encoded:
-    """A set of images behind the autoencoder.
+    """Images encoded by the autoencoder.
 
     Attributes:
         mean: (images, channels, height, width), scaled as the denoiser expects.
@@ -35,13 +35,13 @@ class Encoded:
         return Encoded(self.mean[indices], self.std[indices], self.sizes[indices])
 
     def draw(self, generator: torch.Generator) -> Tensor:
-        """Latents drawn from what the autoencoder says of each image."""
+        """Sample latents from the autoencoder's distribution of each image."""
         noise = torch.randn(self.mean.shape, generator=generator)
         return self.mean + self.std * noise.to(self.mean)
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The images in a folder, by name.
+    """The images in a folder, sorted by name.
 
     Raises:
         LilyError: if there are none.
@@ -55,7 +55,7 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def read(files: list[Path], resolution: int) -> tuple[Tensor, Tensor]:
-    """Images resized to `resolution` along the shorter side and cropped in the middle.
+    """Read images, resized to `resolution` along the shorter side and center-cropped.
 
     Returns:
         Pixels (images, 3, resolution, resolution) in [-1, 1], and sizes (images, 6).
@@ -79,7 +79,7 @@ def read(files: list[Path], resolution: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def encode(vae: Any, pixels: Tensor, sizes: Tensor, batch: int = 8) -> Encoded:
-    """Put images through the autoencoder, in float32 whatever its own data type is (SDXL's overflows in float16).
+    """Encode images in float32, also where the autoencoder has another dtype (SDXL's overflows in float16).
 
     Args:
         vae: an AutoencoderKL.

@@ -1,7 +1,7 @@
 """The training loop: accelerate around diffusers' parts.
 
-What a step draws at random (images, noise, times, dropout) follows from the seed and the step's number alone, so a run
-that goes on from a checkpoint continues as if it had never stopped.
+The random numbers of a step (images, noise, times, dropout) follow from the seed and the step's number alone, so a
+resumed run equals an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -24,24 +24,25 @@ from lily.recipes.dreambooth import adapters
 from lily.recipes.dreambooth.families import Family, Text
 from lily.recipes.dreambooth.latents import Encoded
 from lily.recipes.dreambooth.objectives import Objective
+from lily.recipes.results.run_files import newest_checkpoint
 from lily.recipes.spec.dreambooth import DreamBooth, Steps
 from lily.recipes.trainer.state_files import load_state, save_state
 
 STATE, PROGRESS = "state", "progress.json"
-EVALUATED = 4  # samples at a time, of the fixed loss
+EVALUATED = 4  # batch size of the fixed loss
 
 
 @dataclass(frozen=True)
 class World:
-    """What the loop works on.
+    """The model and data of a run.
 
     Attributes:
         model: the denoiser with its adapter.
         family: of its pipeline.
-        objective: what it is trained on.
+        objective: computes its loss.
         dtype: of its frozen weights.
-        images: the subject, encoded.
-        prior: images of its class, encoded; None without prior preservation.
+        images: encoded images of the subject.
+        prior: encoded images of its class; None without prior preservation.
         text: the subject's prompt, and the class's where there is a prior: one row each.
     """
 
@@ -57,7 +58,7 @@ class World:
     def of(
         cls, recipe: DreamBooth, pipe: Any, family: Family, images: Encoded, prior: Encoded | None, text: Text
     ) -> World:
-        """What a recipe makes of a pipeline whose denoiser has its adapter."""
+        """Build it from a recipe and a pipeline whose denoiser has its adapter."""
         t = recipe.train
         objective = family.objective(
             pipe.scheduler, min_snr_gamma=t.min_snr_gamma, weighting=t.weighting, logit_mean=t.logit_mean,
@@ -69,7 +70,7 @@ class World:
     def losses(
         self, model: nn.Module, images: Encoded, rows: list[int], latents: Tensor, noise: Tensor, times: Tensor
     ) -> Tensor:
-        """The loss of each sample, (batch,); `rows` says which prompt each goes with."""
+        """The loss of each sample, (batch,); `rows`: the index of each sample's prompt."""
         text = self.text.rows(rows).to(self.dtype)
 
         def predict(noisy: Tensor, at: Tensor) -> Tensor:
@@ -79,7 +80,7 @@ class World:
 
 
 def generator(*numbers: int) -> torch.Generator:
-    """A source of randomness that follows from these numbers alone."""
+    """A random generator seeded with these numbers."""
     seed = 0
     for number in numbers:
         seed = (seed * 6364136223846793005 + number + 1442695040888963407) % 2**63
@@ -87,12 +88,12 @@ def generator(*numbers: int) -> torch.Generator:
 
 
 def chosen(count: int, batch: int, micro: int, seed: int) -> Tensor:
-    """The images of a batch: every image once, in an order of its own each time round.
+    """The images of a batch: every image once per epoch, in a different order each time.
 
     Args:
-        count: of images.
-        batch: how many to choose.
-        micro: number of the batch, from 0.
+        count: number of images.
+        batch: number of images to choose.
+        micro: index of the batch.
         seed: of the run.
 
     Returns:
@@ -107,10 +108,10 @@ def train_loss(world: World, model: nn.Module, recipe: DreamBooth, micro: int) -
     """The loss of one batch, prior preservation included.
 
     Args:
-        world: what to train on.
+        world: model and data.
         model: as accelerate prepared it.
         recipe: batch size and weights.
-        micro: number of the batch, from 0.
+        micro: index of the batch.
     """
     count, source = recipe.train.batch_size, generator(recipe.seed, 0, micro)
     torch.manual_seed(int(torch.randint(2**62, (), generator=source)))  # for dropout
@@ -128,13 +129,13 @@ def train_loss(world: World, model: nn.Module, recipe: DreamBooth, micro: int) -
 
 @torch.no_grad()
 def fixed_loss(world: World, images: Encoded, row: int, times: int, seed: int) -> float:
-    """The loss with the same noise at the same levels every time, so that two of them can be compared.
+    """The loss with the same noise at the same levels in every call, for comparisons.
 
     Args:
         world: the model and its objective.
-        images: what to take it of.
-        row: the prompt that goes with them.
-        times: noise levels of each image.
+        images: encoded images.
+        row: index of their prompt.
+        times: number of noise levels for each image.
         seed: of the noise.
     """
     training = world.model.training
@@ -180,14 +181,14 @@ class Run:
 
     Args:
         recipe: the schedule.
-        world: what to train on.
-        accelerator: from `accelerator_for`.
+        world: model and data.
+        accelerator: see `accelerator_for`.
         folder: of the checkpoints.
         validate: called with the step before training, every `validation.every` steps and at the end, in eval mode;
             returns what goes into the history.
 
     Attributes:
-        history: what every validation found, with its step.
+        history: the metrics of every validation, with its step.
     """
 
     def __init__(
@@ -207,24 +208,24 @@ class Run:
             recipe, world, accelerator, folder, validate,
         )  # fmt: skip
         self.parameters = [p for p in world.model.parameters() if p.requires_grad]
-        optimiser = torch.optim.AdamW(self.parameters, lr=learning_rate(recipe), weight_decay=t.weight_decay)
+        optimizer = torch.optim.AdamW(self.parameters, lr=learning_rate(recipe), weight_decay=t.weight_decay)
         name = "constant_with_warmup" if t.schedule == "constant" else t.schedule
-        schedule = get_scheduler(name, optimiser, num_warmup_steps=t.warmup, num_training_steps=t.max_steps)
-        self.model, self.optimiser, self.schedule = accelerator.prepare(world.model, optimiser, schedule)
+        schedule = get_scheduler(name, optimizer, num_warmup_steps=t.warmup, num_training_steps=t.max_steps)
+        self.model, self.optimizer, self.schedule = accelerator.prepare(world.model, optimizer, schedule)
         self.history: list[dict[str, float]] = []
         self.step = 0
 
     def run(self, quiet: bool = False) -> None:
-        """Train to the recipe's last step, with a validation and a checkpoint every so often.
+        """Train to the recipe's last step, with validations and checkpoints.
 
         Raises:
-            LilyError: if the loss is not a number any more; the last checkpoint stands.
+            LilyError: if the loss is not finite; the last checkpoint is kept.
         """
         from tqdm.auto import tqdm
 
         total, every = self.recipe.train.max_steps, self.recipe.validation.every
         if not self.history:
-            self._note({})
+            self._validate({})
         self.model.train()
         losses: list[float] = []
         with tqdm(total=total, initial=self.step, disable=quiet, desc="steps") as bar:
@@ -234,7 +235,7 @@ class Run:
                 bar.update()
                 bar.set_postfix(loss=f"{losses[-1]:.4f}")
                 if self.step % every == 0 or self.step == total:
-                    self._note({"train_loss": sum(losses) / len(losses)})
+                    self._validate({"train_loss": sum(losses) / len(losses)})
                     losses = []
                     self._save()
         self.world.model.eval()
@@ -247,34 +248,33 @@ class Run:
                     loss = train_loss(self.world, self.model, self.recipe, self.step * accumulated + part)
                 if not math.isfinite(loss.item()):
                     raise LilyError(
-                        f"the loss is {loss.item()} at step {self.step + 1}; lower train.learning_rate"
-                        f"{self._last_words()}"
+                        f"the loss is {loss.item()} at step {self.step + 1}; lower train.learning_rate{self._kept()}"
                     )
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
                     self.accelerator.clip_grad_norm_(self.parameters, self.recipe.train.max_grad_norm)
-                self.optimiser.step()
+                self.optimizer.step()
                 self.schedule.step()
-                self.optimiser.zero_grad()
+                self.optimizer.zero_grad()
             value += loss.item() / accumulated
         return value
 
-    def _last_words(self) -> str:
-        kept = last_checkpoint(self.folder)
+    def _kept(self) -> str:
+        kept = newest_checkpoint(self.folder)
         return "" if kept is None else f"; the adapter of step {int(kept.name.rpartition('-')[2])} is in {kept}"
 
-    def _note(self, found: dict[str, float]) -> None:
+    def _validate(self, metrics: dict[str, float]) -> None:
         self.world.model.eval()
-        self.history.append({"step": self.step, **found, **self.validate(self.step)})
+        self.history.append({"step": self.step, **metrics, **self.validate(self.step)})
         self.world.model.train()
 
     def _save(self) -> None:
-        """A checkpoint under its step's number, complete from the moment it has its name; older ones go."""
+        """Write a checkpoint, which gets its name when it is complete, and remove older ones."""
         self.folder.mkdir(parents=True, exist_ok=True)
         target = self.folder / f"checkpoint-{self.step}"
         with new_folder(target, overwrite=True) as new:
             save_file(adapters.state_of(self.world.model), new / adapters.WEIGHTS)
-            kept = {"optimiser": self.optimiser.state_dict(), "schedule": self.schedule.state_dict()}
+            kept = {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
             if self.accelerator.scaler is not None:
                 kept["scaler"] = self.accelerator.scaler.state_dict()
             save_state(kept, new, STATE)
@@ -284,7 +284,7 @@ class Run:
                 shutil.rmtree(old)
 
     def resume(self, checkpoint: Path) -> None:
-        """Go on from a checkpoint.
+        """Continue from a checkpoint.
 
         Raises:
             LilyError: if it cannot be read.
@@ -293,19 +293,14 @@ class Run:
             kept = load_state(checkpoint, STATE)
             progress = json.loads((checkpoint / PROGRESS).read_text("utf-8"))
             adapters.load_weights(self.world.model, checkpoint / adapters.WEIGHTS)
-            self.optimiser.load_state_dict(kept["optimiser"])
+            # the name in checkpoints of earlier versions differs in its spelling
+            self.optimizer.load_state_dict(next(state for name, state in kept.items() if name.startswith("optimi")))
             self.schedule.load_state_dict(kept["schedule"])
             if self.accelerator.scaler is not None and "scaler" in kept:
                 self.accelerator.scaler.load_state_dict(kept["scaler"])
-        except Exception as error:  # each part of a spoiled checkpoint has its own way to say so
+        except Exception as error:  # a damaged file may raise anything, by its part
             raise LilyError(
-                f"checkpoint {checkpoint} cannot be read ({type(error).__name__}: {error}); remove it and start anew "
+                f"checkpoint {checkpoint} cannot be read ({type(error).__name__}: {error}); remove it and start again "
                 "with --overwrite"
             ) from None
         self.step, self.history = int(progress["step"]), list(progress["history"])
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint, or None."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
-    return found[-1] if found else None

@@ -1,4 +1,4 @@
-"""What a denoiser is trained on: noise or velocity prediction with a noise schedule, and flow matching.
+"""Training objectives of denoisers: noise or velocity prediction with a noise schedule, and flow matching.
 
 Sources: DDPM (arXiv 2006.11239), v-prediction (2202.00512), min-SNR weighting (2303.09556), rectified flow with
 logit-normal timesteps (2403.03206). The schedules and weightings are those of diffusers.
@@ -25,12 +25,12 @@ from torch import Tensor
 
 from lily.errors import LilyError
 
-# (noisy latents, timesteps as the model wants them) -> prediction of the latents' shape.
+# (noisy latents, timesteps in the model's units) -> prediction of the latents' shape.
 Predict = Callable[[Tensor, Tensor], Tensor]
 
 
 class Objective(Protocol):
-    """How noise is added, and what the model is asked for."""
+    """How noise is added, and what the model predicts."""
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """Random times for training, (count,)."""
@@ -51,11 +51,11 @@ def _per_sample(predicted: Tensor, target: Tensor) -> Tensor:
 
 
 class Diffusion:
-    """Noise (epsilon) or velocity prediction; the pipeline's schedule says which.
+    """Noise (epsilon) or velocity prediction, as the pipeline's scheduler is configured.
 
     Args:
         scheduler: the pipeline's.
-        min_snr_gamma: weigh losses by min(SNR, gamma) / SNR; None: all alike.
+        min_snr_gamma: weight losses by min(SNR, gamma) / SNR; None: no weighting.
 
     Raises:
         LilyError: for a schedule of another kind.
@@ -68,7 +68,7 @@ class Diffusion:
         self.gamma = min_snr_gamma
         if self.kind not in ("epsilon", "v_prediction"):
             raise LilyError(
-                f"the pipeline's scheduler predicts {self.kind!r}; training is written for epsilon and v_prediction"
+                f"the pipeline's scheduler predicts {self.kind!r}; only epsilon and v_prediction can be trained"
             )
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
@@ -94,11 +94,11 @@ class Diffusion:
 
 
 class Flow:
-    """Rectified flow: the model is asked for the velocity, noise - latents.
+    """Rectified flow: the model predicts the velocity, noise - latents.
 
     Args:
         scheduler: the pipeline's.
-        weighting: how times are drawn and losses weighed, in diffusers' names.
+        weighting: distribution of times and weights of losses, by diffusers' names.
         mean: of the logit, for logit_normal.
         std: of the logit, for logit_normal.
     """
@@ -109,7 +109,7 @@ class Flow:
         self.steps = len(self.scheduler.timesteps)
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """By the weighting's density."""
+        """Distributed as the weighting demands."""
         share = compute_density_for_timestep_sampling(
             self.weighting, count, self.mean, self.std, mode_scale=1.29, generator=generator
         )

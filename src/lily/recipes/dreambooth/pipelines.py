@@ -38,10 +38,10 @@ def source_of(model: Pipeline) -> Path | str:
 
 
 def meta_denoiser(model: Pipeline) -> tuple[Family, nn.Module]:
-    """What a pipeline's denoiser is, on the meta device: names and shapes, no weights.
+    """A pipeline's family, and its denoiser on the meta device: names and shapes without weights.
 
     Raises:
-        LilyError: if it cannot be had, or is of a kind that is not trained here.
+        LilyError: if its configuration cannot be loaded, or its kind is not supported.
     """
     import diffusers
 
@@ -49,7 +49,7 @@ def meta_denoiser(model: Pipeline) -> tuple[Family, nn.Module]:
         pipeline, file = KNOWN[model.architecture]
         family = family_of(pipeline)
         config = json.loads((Path(__file__).parent / file).read_text("utf-8"))
-    elif model.standin is not None:  # what is known of it needs no training
+    elif model.standin is not None:  # its configuration is known without training it
         from lily.recipes.dreambooth.standin import KINDS
 
         pipe = KINDS[model.standin]()
@@ -81,7 +81,7 @@ def load_pipeline(model: Pipeline) -> Any:
     diffusers.utils.logging.disable_progress_bar()
     source = source_of(model)
     family, index = _family(model, source)
-    # A pipeline that was saved without an optional part does not say so, and diffusers asks for it.
+    # diffusers requires optional parts to be named as None if the pipeline was saved without them.
     absent = {part: None for part in family.optional if not any(index.get(part) or ())}
     name = next(name for name, kind in FAMILIES.items() if type(family) is kind)
     pipe = loading(
@@ -105,7 +105,7 @@ def load_pipeline(model: Pipeline) -> Any:
 
 
 def _family(model: Pipeline, source: Path | str) -> tuple[Family, dict[str, Any]]:
-    """What is known of a pipeline, and what its index says of its parts."""
+    """A pipeline's family, and its model_index.json."""
     from diffusers import DiffusionPipeline
 
     index: dict[str, Any] = loading(

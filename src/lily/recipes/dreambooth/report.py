@@ -1,4 +1,4 @@
-"""What a DreamBooth run leaves for people: the closing table and the adapter's model card."""
+"""The closing table of a DreamBooth run and the adapter's model card."""
 
 from __future__ import annotations
 
@@ -9,65 +9,44 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lily.recipes.results.card import costs_of
+from lily.recipes.results import card
 from lily.recipes.spec.dreambooth import DreamBooth
 
 if TYPE_CHECKING:
     from lily.recipes.results.result import Result
 
-LICENCES = "The base model's and the images' licences apply to this adapter as well; check them before you share it."
-
 
 def print_result(result: Result, recipe: DreamBooth, output: Path, console: Console) -> None:
-    """The closing table, then where things are."""
+    """Print losses of baselines and adapter, then the files' locations."""
     names = list(result.final)
-    table = Table("", *names, "trained", "seconds", "file", title=f"{result.name}: {result.rows['train']} images, "
-                  f"seed {result.seed}")  # fmt: skip
-    own = {
-        "parameters": result.parameters["adapter"],
-        "seconds": result.seconds["train"],
-        "bytes": result.adapter_bytes,
-    }
+    title = f"{result.name}: {result.rows['train']} images, seed {result.seed}"
+    table = Table("", *names, "trained", "seconds", "file", title=title)
+    own = {**result.final, **card.adapter_costs(result)}
     table.add_row("untrained", *(f"{result.before[name]:.4f}" for name in names), "", "", "")
-    for name, found in result.baselines.items():
-        table.add_row(name, *(f"{found[n]:.4f}" for n in names), *costs_of(found))
-    table.add_row(f"[bold]{_title(result)}[/]", *(f"{result.final[n]:.4f}" for n in names), *costs_of(own))
+    for name, figures in [*result.baselines.items(), (f"[bold]{card.method_title(result)}[/]", own)]:
+        table.add_row(name, *(f"{figures[n]:.4f}" for n in names), *card.costs_of(figures))
     console.print(table)
     console.print("loss: the same noise at the same levels of the training images, before and after", highlight=False)
     pipelines = f"    for pipelines: {output / 'diffusers'}" if (output / "diffusers").is_dir() else ""
     console.print(escape(f"adapter: {output / 'last'}{pipelines}    images: {output / 'samples'}"), soft_wrap=True)
 
 
-def _title(result: Result) -> str:
-    return result.method if result.method != "lily" else f"Lily ({result.adapter.get('routing')})"
-
-
-def card(recipe: DreamBooth, result: Result) -> str:
+def model_card(recipe: DreamBooth, result: Result) -> str:
     """The model card, in Markdown with the Hub's front matter."""
     base = recipe.model.hub or recipe.model.path or f"the small {recipe.model.standin} pipeline"
+    prompt = f"instance_prompt: {recipe.subject.prompt!r}"
+    rows = [["untrained", f"{result.before['loss']:.4f}", ""]]
+    rows += [[name, f"{v['loss']:.4f}", f"{v['parameters']:,.0f}"] for name, v in result.baselines.items()]
+    rows += [["this adapter", f"{result.final['loss']:.4f}", f"{result.parameters['adapter']:,}"]]
     lines = [
-        "---",
-        "library_name: diffusers",
-        f"tags: [{result.method}, dreambooth, text-to-image]",
-        *([f"base_model: {recipe.model.hub}"] if recipe.model.hub else []),
-        f"instance_prompt: {recipe.subject.prompt!r}",
-        "---",
-        "",
-        f"# {recipe.name}",
-        "",
-        recipe.description.strip(),
-        "",
+        *card.card_head(recipe, "diffusers", [result.method, "dreambooth", "text-to-image"], prompt),
         f"An adapter ({', '.join(f'{k} {v}' for k, v in result.adapter.items())}) for `{base}`, trained on "
         f"{result.rows['train']} images of one subject. Prompt: `{recipe.subject.prompt}`.",
         "",
-        "| | loss | parameters |",
-        "| --- | --- | --- |",
-        f"| untrained | {result.before['loss']:.4f} | |",
-        *(f"| {name} | {found['loss']:.4f} | {found['parameters']:,.0f} |" for name, found in result.baselines.items()),
-        f"| this adapter | {result.final['loss']:.4f} | {result.parameters['adapter']:,} |",
+        *card.markdown_table(["", "loss", "parameters"], rows),
         "",
-        "The loss is that of denoising the training images, with the same noise before and after; it says that the "
-        "model learned them, not how well it draws.",
+        "The loss is that of denoising the training images, with the same noise before and after; it measures how well "
+        "the model learned them, not how well it draws.",
         "",
         "```python",
         "from lily.recipes.dreambooth.adapters import load",
@@ -75,7 +54,7 @@ def card(recipe: DreamBooth, result: Result) -> str:
         f'load(pipe.{result.adapter["component"]}, "path/of/this/folder")',
         "```",
         "",
-        LICENCES,
+        card.licenses("images"),
         "",
     ]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""`lily train` for subject-driven generation: from a recipe to an adapter, its figures and its images."""
+"""`lily train` for subject-driven generation: from a recipe to an adapter, its metrics and its images."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from lily.plan.select import select_modules
 from lily.recipes import loader, methods, preflight
 from lily.recipes.data.sources import local_path
 from lily.recipes.models.precision import precision_of
+from lily.recipes.results.card import adapter_costs
 from lily.recipes.results.result import Result, output_folder
+from lily.recipes.results.run_files import newest_checkpoint
 from lily.recipes.spec.dreambooth import DreamBooth
 from lily.recipes.spec.places import located
 
@@ -34,14 +36,14 @@ EXTRA = '"lily-peft[diffusion]"'
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run, ready to start.
+    """A checked run, ready to start.
 
     Attributes:
         family: of the pipeline.
         meta: its denoiser on the meta device.
-        config: the adapter to put on it.
+        config: of the adapter.
         subject: the subject's images.
-        prior: given images of its class; None where there is no prior, or its images are drawn.
+        prior: images of its class; None where there is no prior, or its images are generated.
     """
 
     family: Family
@@ -52,10 +54,10 @@ class Prepared:
 
 
 def planned(recipe: DreamBooth) -> tuple[Family, nn.Module, PeftConfig]:
-    """The denoiser without weights and the adapter that the recipe puts on it.
+    """The denoiser without weights, and the configuration of its adapter.
 
     Raises:
-        LilyError: for missing packages, a pipeline that is not known, or targets that match nothing.
+        LilyError: for missing packages, an unsupported pipeline, or targets that match nothing.
     """
     for name in ("diffusers", "accelerate", "PIL"):
         if find_spec(name) is None:
@@ -70,7 +72,7 @@ def planned(recipe: DreamBooth) -> tuple[Family, nn.Module, PeftConfig]:
 
 
 def prepare(recipe: DreamBooth) -> Prepared:
-    """Everything that a run needs besides the weights, checked.
+    """Load and check everything that a run needs besides the weights.
 
     Raises:
         LilyError: for anything wrong with packages, images, pipeline or targets.
@@ -81,29 +83,29 @@ def prepare(recipe: DreamBooth) -> Prepared:
     with located(recipe, "subject", "images"):
         subject = image_files(local_path(recipe.subject.images))
         read(subject, 8)
-    given = None
+    prior = None
     if recipe.subject.prior is not None and recipe.subject.prior.images is not None:
         with located(recipe, "subject", "prior", "images"):
-            given = image_files(local_path(recipe.subject.prior.images))[: recipe.subject.prior.count]
-            read(given, 8)
-    return Prepared(family, meta, config, subject, given)
+            prior = image_files(local_path(recipe.subject.prior.images))[: recipe.subject.prior.count]
+            read(prior, 8)
+    return Prepared(family, meta, config, subject, prior)
 
 
 def train(recipe: DreamBooth, *, resume: bool = False, overwrite: bool = False, quiet: bool = False) -> Result:
     """Train and write a recipe's adapter, with images before, during and after.
 
     Args:
-        recipe: what to do.
-        resume: go on from the run's last complete checkpoint.
+        recipe: model, data, method and schedule.
+        resume: continue from the run's last complete checkpoint.
         overwrite: replace the run's folder.
         quiet: no progress bar.
 
     Returns:
         The result, also written to the run's folder: `metrics.json`, `recipe.yaml`, `last/` (the adapter for PEFT),
-        `diffusers/` (the same for a pipeline's `load_lora_weights`, where that can hold it) and `samples/`.
+        `diffusers/` (a LoRA for a pipeline's `load_lora_weights`, unless the adapter is dynamic) and `samples/`.
 
     Raises:
-        LilyError: for anything wrong with recipe, images, pipeline or folder, and if the loss stops being a number.
+        LilyError: for anything wrong with recipe, images, pipeline or folder, and for a loss that is not finite.
     """
     started = time.perf_counter()
     output = output_folder(recipe)
@@ -125,35 +127,35 @@ def train(recipe: DreamBooth, *, resume: bool = False, overwrite: bool = False, 
 
 
 def _write(result: Result, recipe: DreamBooth, output: Path, started: float) -> None:
-    from lily.recipes.dreambooth.report import card
+    from lily.recipes.dreambooth.report import model_card
 
     result.seconds["total"] = time.perf_counter() - started
     result.write(output / "metrics.json")
     write_text(output / "last" / "recipe.yaml", loader.dump_recipe(recipe))
-    write_text(output / "last" / "README.md", card(recipe, result))
+    write_text(output / "last" / "README.md", model_card(recipe, result))
 
 
 def load(recipe: DreamBooth, prepared: Prepared) -> Any:
-    """The pipeline, whose denoiser must be what was planned for.
+    """Load the pipeline, whose denoiser must have the planned layers.
 
     Raises:
-        LilyError: if it is not, or cannot be loaded.
+        LilyError: if it has others, or cannot be loaded.
     """
     from lily.recipes.dreambooth.pipelines import load_pipeline
 
     with located(recipe, "model", recipe.model.kind):
         pipe = load_pipeline(recipe.model)
-    step = pipe.vae_scale_factor * 2  # both a UNet's levels and a transformer's patches need an even number
+    step = pipe.vae_scale_factor * 2  # a UNet's levels and a transformer's patches need an even number
     with located(recipe, "subject", "resolution"):
         if recipe.subject.resolution % step:
             raise LilyError(f"subject.resolution={recipe.subject.resolution}: the pipeline needs a multiple of {step}")
     wanted = methods.lily_config(recipe, prepared.meta)
-    there, known = (select_modules(m, wanted) for m in (getattr(pipe, prepared.family.component), prepared.meta))
+    loaded, expected = (select_modules(m, wanted) for m in (getattr(pipe, prepared.family.component), prepared.meta))
     with located(recipe, "model", "architecture"):
-        if there != known:
+        if loaded != expected:
             raise LilyError(
-                f"model.architecture={recipe.model.architecture}: the pipeline has other layers ({len(there)} to "
-                f"adapt, {len(known)} expected); leave it out"
+                f"model.architecture={recipe.model.architecture}: the pipeline has other layers ({len(loaded)} to "
+                f"adapt, {len(expected)} expected); remove the key"
             )
     return pipe
 
@@ -184,17 +186,17 @@ def _run(recipe: DreamBooth, prepared: Prepared, pipe: Any, output: Path, resume
 
     def validate(step: int) -> dict[str, float]:
         with accelerator.autocast():
-            found = {"loss": loop.fixed_loss(world, images, 0, v.times, v.seed)}
+            losses = {"loss": loop.fixed_loss(world, images, 0, v.times, v.seed)}
             if prior is not None:
-                found["prior_loss"] = loop.fixed_loss(world, prior, 1, v.times, v.seed)
-        # outside: autocast would have an autoencoder that the pipeline puts in float32 overflow in float16 all the same
+                losses["prior_loss"] = loop.fixed_loss(world, prior, 1, v.times, v.seed)
+        # outside autocast, in which an autoencoder that the pipeline puts in float32 would overflow in float16
         for number, prompt in enumerate(drawn):
-            made = samples.draw(pipe, family, prompt, empty, recipe.subject.resolution, v, v.images, v.seed)
-            samples.write_grid(made, output / "samples" / _grid(step, number))
-        return found
+            images_drawn = samples.draw(pipe, family, prompt, empty, recipe.subject.resolution, v, v.images, v.seed)
+            samples.write_grid(images_drawn, output / "samples" / _grid(step, number))
+        return losses
 
     run = loop.Run(recipe, world, accelerator, output / "checkpoints", validate)
-    checkpoint = loop.last_checkpoint(output / "checkpoints") if resume else None
+    checkpoint = newest_checkpoint(output / "checkpoints") if resume else None
     if checkpoint is not None:
         run.resume(checkpoint)
     clock = time.perf_counter()
@@ -206,7 +208,7 @@ def _run(recipe: DreamBooth, prepared: Prepared, pipe: Any, output: Path, resume
     result.final, result.history = _loss(run.history[-1]), run.history
     epochs = run.step * recipe.train.batch_size * recipe.train.gradient_accumulation / len(images)
     result.last = {"epoch": epochs, "value": run.history[-1]["loss"]}
-    best = min(run.history[1:], key=lambda found: found["loss"])
+    best = min(run.history[1:], key=lambda h: h["loss"])
     result.best = {"epoch": epochs * best["step"] / run.step, "value": best["loss"]}
     result.precision = precision
     result.device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
@@ -232,7 +234,7 @@ def _loss(found: dict[str, float]) -> dict[str, float]:
 
 
 def texts(recipe: DreamBooth, pipe: Any, family: Family, prompts: list[str]) -> tuple[Text, list[Text], Text]:
-    """Prompts to train on, prompts to draw, and the empty one; then the text encoders go, to free their memory."""
+    """Encode prompts to train on, prompts to draw and the empty one; then drop the text encoders to free memory."""
     import torch
 
     prior = [] if recipe.subject.prior is None else [recipe.subject.prior.prompt]
@@ -247,7 +249,7 @@ def texts(recipe: DreamBooth, pipe: Any, family: Family, prompts: list[str]) -> 
 
 
 def encoded(recipe: DreamBooth, pipe: Any, files: list[Path]) -> Encoded:
-    """Images at the recipe's resolution, behind the pipeline's autoencoder."""
+    """Encode images at the recipe's resolution."""
     from lily.recipes.dreambooth.latents import encode, read
 
     return encode(pipe.vae, *read(files, recipe.subject.resolution), batch=1)
@@ -256,7 +258,7 @@ def encoded(recipe: DreamBooth, pipe: Any, files: list[Path]) -> Encoded:
 def _prior(
     recipe: DreamBooth, prepared: Prepared, pipe: Any, family: Family, text: Text, empty: Text, output: Path
 ) -> Encoded | None:
-    """Images of the class, given or drawn by the pipeline while it has no adapter yet, encoded."""
+    """Encoded images of the class: the recipe's, or generated by the pipeline before it gets its adapter."""
     from lily.recipes.dreambooth.latents import image_files
     from lily.recipes.dreambooth.samples import draw
 
@@ -266,7 +268,7 @@ def _prior(
     if prepared.prior is not None:
         return encoded(recipe, pipe, prepared.prior)
     folder = output / CLASS_IMAGES
-    if not folder.is_dir():  # a resumed run has them
+    if not folder.is_dir():  # a resumed run has them already
         resolution = recipe.subject.resolution
         made = draw(pipe, family, text.rows([1]), empty, resolution, recipe.validation, wanted.count, recipe.seed)
         with new_folder(folder) as new:
@@ -276,16 +278,11 @@ def _prior(
 
 
 def _lora(recipe: DreamBooth, output: Path, quiet: bool) -> dict[str, float]:
-    """The same run with LoRA, in a folder inside."""
+    """The metrics and costs of the same run with LoRA, in a subfolder."""
     changes: dict[str, Any] = {"method": "lora", "baselines": [], "output": str(output / "lora")}
     if recipe.subject.prior is not None and (output / CLASS_IMAGES).is_dir():
         prior = recipe.subject.prior.model_copy(update={"images": str(output / CLASS_IMAGES)})
         changes["subject"] = recipe.subject.model_copy(update={"prior": prior})
     other = recipe.model_copy(update=changes)
     lora = train(other, overwrite=True, quiet=quiet)
-    return {
-        **lora.final,
-        "parameters": lora.parameters["adapter"],
-        "seconds": lora.seconds["train"],
-        "bytes": lora.adapter_bytes,
-    }
+    return {**lora.final, **adapter_costs(lora)}

@@ -1,4 +1,4 @@
-"""Images that a pipeline draws, always from the same noise, and files of them."""
+"""Draw images with a pipeline, always from the same noise, and write them as files."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def draw(
     """Images for one prompt.
 
     Args:
-        pipe: with the denoiser as it is now; its scheduler is left as it was.
+        pipe: its scheduler is left unchanged.
         family: of the pipeline.
         text: one row, the prompt.
-        empty: one row, what guidance steers away from.
+        empty: one row, the empty prompt for guidance.
         resolution: pixels.
         settings: sampler steps and guidance.
-        images: how many.
+        images: number of images.
         seed: of their noise.
     """
     scheduler = pipe.scheduler
@@ -41,7 +41,7 @@ def draw(
         }
     drawn: list[Image] = []
     try:
-        for number in range(images):  # one at a time: each image's noise is its own, and memory is that of one
+        for number in range(images):  # one at a time: each has a separate generator, and memory is that of one
             drawn += pipe(
                 prompt_embeds=text.tokens,
                 pooled_prompt_embeds=text.pooled,
@@ -58,12 +58,12 @@ def draw(
 
 
 def write_grid(images: list[Image], file: Path, smallest: int = 256) -> None:
-    """Images side by side as one PNG that appears whole; small ones are enlarged, pixel by pixel, to be seen.
+    """Write images side by side as one PNG, atomically; small ones are enlarged by an integer factor.
 
     Args:
         images: all of one size.
         file: replaced if it exists.
-        smallest: pixels that each is shown at, at least.
+        smallest: width in pixels up to which images are enlarged.
     """
     from PIL import Image as Images
 

@@ -1,7 +1,7 @@
-"""Small pipelines that know a little: trained once on CIFAR-10, kept in the cache, so that there is something to adapt.
+"""Small pipelines trained once on CIFAR-10 and kept in the cache, for use where no pretrained one can be downloaded.
 
-They stand in for pretrained pipelines where none can be downloaded. Their text encoders stay random, and what they draw
-is the size of a stamp; a run on them shows that everything works, not how good a method is on the real ones.
+Their text encoders stay random, and they draw at 64 pixels; a run on them shows that everything works, not how good a
+method is.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from lily.recipes.dreambooth import tiny
 from lily.recipes.dreambooth.families import FAMILIES
 from lily.recipes.dreambooth.latents import Encoded, encode
 
-# A change of what is built or how it is trained needs a new one: the cache goes by it.
+# Part of the cache's folder names: increase it when architecture or training change.
 VERSION = 1
 KINDS: dict[str, Callable[..., Any]] = {"sdxl": tiny.sdxl, "flow": tiny.sd3}
 IMAGES = "${LILY_DATA}/cifar10/train_1000_per_class.tar.xz"
 RESOLUTION = 64
-T5_TOKENS = 1  # the absent third text encoder's zeros, which would be most of a prompt at their usual number
+T5_TOKENS = 1  # zeros in place of the absent third text encoder; the usual number would be most of a prompt
 
 
 def standin(kind: str) -> Path:
@@ -47,7 +47,7 @@ def standin(kind: str) -> Path:
     if target.is_dir():
         return target
     pixels, names = _images()
-    print(f"building the small {kind} pipeline, once: some minutes, kept in {target}", file=sys.stderr)
+    print(f"building the small {kind} pipeline once, in some minutes; it is kept in {target}", file=sys.stderr)
     vae = _autoencoder(folder / f"vae-{VERSION}", pixels)
     pipe = KINDS[kind](vae=vae)
     pipe.set_progress_bar_config(disable=True)
@@ -58,7 +58,7 @@ def standin(kind: str) -> Path:
 
 
 def _images() -> tuple[torch.Tensor, list[str]]:
-    """CIFAR-10's training images, (10000, 3, 32, 32) in [-1, 1], and the name of each one's class."""
+    """CIFAR-10's training images, (10000, 3, 32, 32) in [-1, 1], and their class names."""
     archive = local_path(IMAGES)
     prepare = Preprocess(32, norm="half")
     rows = list(read_images(archive))
@@ -66,7 +66,7 @@ def _images() -> tuple[torch.Tensor, list[str]]:
 
 
 def _autoencoder(target: Path, pixels: torch.Tensor, steps: int = 1000, batch: int = 32) -> Any:
-    """The autoencoder of all stand-ins, trained on 32-pixel images; convolutions alone, it takes larger ones too."""
+    """The autoencoder of all stand-ins, trained on 32-pixel images; convolutional, so it takes larger ones too."""
     from diffusers import AutoencoderKL
 
     if not target.is_dir():
@@ -90,12 +90,12 @@ def _autoencoder(target: Path, pixels: torch.Tensor, steps: int = 1000, batch: i
 
 @torch.no_grad()
 def _scale(vae: Any, pixels: torch.Tensor) -> float:
-    """What brings the latents to a standard deviation of 1."""
+    """The factor that scales the latents to a standard deviation of 1."""
     return float(1 / vae.encode(pixels).latent_dist.mean.std())
 
 
 def _train_denoiser(pipe: Any, pixels: torch.Tensor, names: list[str], steps: int = 2000, batch: int = 16) -> None:
-    """Teach the pipeline to draw CIFAR-10's classes at 64 pixels; one prompt in ten is left empty, for guidance."""
+    """Train the pipeline on CIFAR-10's classes at 64 pixels; one prompt in ten is empty, for guidance."""
     family = FAMILIES[type(pipe).__name__]()
     model = getattr(pipe, family.component)
     classes = sorted(set(names))
@@ -134,20 +134,20 @@ def _encode(vae: Any, pixels: torch.Tensor) -> Encoded:
 def _descend(
     what: str, model: torch.nn.Module, loss: Callable[[], torch.Tensor], steps: int, learning_rate: float
 ) -> None:
-    """AdamW with a warm-up and a cosine, and a line now and then for whoever waits."""
+    """Train with AdamW, a warm-up and a cosine schedule; prints a line of progress every 250 steps."""
     model.requires_grad_(True).train()
-    optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda s: min(1.0, (s + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * s / steps))
+        optimizer, lambda s: min(1.0, (s + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * s / steps))
     )
     started, total = time.perf_counter(), 0.0
     for step in range(1, steps + 1):
         value = loss()
         value.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
+        optimizer.step()
         schedule.step()
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         total += value.item()
         if step % 250 == 0:
             print(f"  {what}: step {step}/{steps}, loss {total / 250:.4f}, {time.perf_counter() - started:.0f} s",

@@ -1,4 +1,4 @@
-"""Small pipelines built from configurations: every part that the large ones have, random, and no download."""
+"""Small random pipelines built from configurations, with every part that the large ones have."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-# What the words of a tiny tokenizer are learned from; anything else is spelled in bytes.
+# Training text of the tiny tokenizer; other words are encoded as bytes.
 WORDS = (
     "a photo of the an in on with and airplane automobile bird cat deer dog frog horse ship truck "
     "sks toy car robot bear wolf stuffed animal plushie"
@@ -37,7 +37,7 @@ def tokenizer() -> Any:
 
 
 def text_encoder(vocabulary: Any, *, projected: bool, seed: int) -> Any:
-    """A random CLIP text encoder, with a projection of its pooled output or without."""
+    """A random CLIP text encoder, with a projection of its pooled output or not."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     torch.manual_seed(seed)
@@ -52,13 +52,13 @@ def text_encoder(vocabulary: Any, *, projected: bool, seed: int) -> Any:
         bos_token_id=vocabulary.bos_token_id,
         eos_token_id=vocabulary.eos_token_id,
         pad_token_id=vocabulary.eos_token_id,
-        initializer_factor=2.0,  # random embeddings this large keep different prompts apart
+        initializer_factor=2.0,  # large random embeddings keep different prompts distinguishable
     )
     return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
 
 
 def autoencoder(seed: int, width: int = 16) -> Any:
-    """An autoencoder that makes 4 channels of a quarter of the height and width."""
+    """An autoencoder to 4 channels, a quarter of the height and width."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(seed)
@@ -69,7 +69,7 @@ def autoencoder(seed: int, width: int = 16) -> Any:
         layers_per_block=1,
         latent_channels=CHANNELS,
         norm_num_groups=8,
-        mid_block_add_attention=False,  # so that it works at sizes it was not trained at
+        mid_block_add_attention=False,  # so that it generalizes to other sizes
         shift_factor=0.0,
         use_quant_conv=False,
         use_post_quant_conv=False,

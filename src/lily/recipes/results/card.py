@@ -1,4 +1,4 @@
-"""What a run leaves for people: the closing table and the adapter's model card."""
+"""The closing table of a run and the adapter's model card."""
 
 from __future__ import annotations
 
@@ -19,15 +19,14 @@ from lily.recipes.spec.schema import CLASSIFYING, Recipe
 
 if TYPE_CHECKING:
     from lily.recipes.results.result import Result
+    from lily.recipes.results.run_files import RunFigures
     from lily.recipes.spec.dreambooth import DreamBooth
 
 LABELS = "labels.json"
 
-LICENCES = "The base model's and the data's licences apply to this adapter as well; check them before you share it."
-
 
 def adapter_summary(model: Any, recipe: Recipe | DreamBooth) -> dict[str, Any]:
-    """The adapter in a few numbers: method, rank, sharing, learning rate."""
+    """Method, rank, sharing and learning rate of the adapter."""
     config = getattr(model, "peft_config", {}).get("default")
     if config is None or recipe.method == "none":
         return {"method": recipe.method, "learning_rate": methods.learning_rate(recipe)}
@@ -41,8 +40,8 @@ def adapter_summary(model: Any, recipe: Recipe | DreamBooth) -> dict[str, Any]:
 
 
 def print_result(result: Result, recipe: Recipe, output: Path, console: Console) -> None:
-    """The closing table: every contestant on the same held-out rows, then where things are."""
-    names, final = _told(result, recipe)
+    """Print baselines and adapter on the same held-out rows, then the files' locations."""
+    names, final = _columns(result, recipe)
     rows = result.rows[result.split]
     table = Table(
         "",
@@ -52,16 +51,10 @@ def print_result(result: Result, recipe: Recipe, output: Path, console: Console)
         "file",
         title=escape(f"{result.name}: {rows:,} {result.split} rows, seed {result.seed}"),
     )
-    for name, found in result.baselines.items():
-        table.add_row(_title(name, recipe), *values_of(names, found), *costs_of(found))
-    own = {
-        "parameters": result.parameters["adapter"] or result.parameters["head"],
-        "seconds": result.seconds.get("train", 0.0),
-        "bytes": result.adapter_bytes,
-    }
+    for name, figures in result.baselines.items():
+        table.add_row(_title(name, recipe), *values_of(names, figures), *costs_of(figures))
     table.add_row("untrained", *values_of(names, result.before), "", "", "")
-    title = recipe.method if recipe.method != "lily" else f"Lily ({result.adapter.get('routing')})"
-    table.add_row(f"[bold]{title}[/]", *values_of(names, final), *costs_of(own))
+    table.add_row(f"[bold]{method_title(result)}[/]", *values_of(names, final), *costs_of(adapter_costs(result)))
     console.print(table)
     if result.tests:
         header, *lines = _tests(result, recipe)
@@ -81,10 +74,10 @@ def print_result(result: Result, recipe: Recipe, output: Path, console: Console)
 
 
 def _epochs(result: Result) -> str:
-    """The main metric on the validation rows: what the best epoch was chosen by, and what the last one has."""
+    """The main metric on the validation rows, after the best and after the last epoch."""
     if result.best is None or result.last is None:
         return ""
-    best, last = (shown(result.metric, found["value"]) for found in (result.best, result.last))
+    best, last = (shown(result.metric, evaluation["value"]) for evaluation in (result.best, result.last))
     when = f"after epoch {result.best['epoch']:g}"
     return f"best {result.metric} on validation {best} {when}, after the last epoch {last}"
 
@@ -98,11 +91,11 @@ def _tests_card(result: Result, recipe: Recipe) -> list[str]:
     if not result.tests:
         return []
     header, *lines = _tests(result, recipe)
-    return [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *lines)] + [""]
+    return [*markdown_table(header, lines), ""]
 
 
-def _told(result: Result, recipe: Recipe) -> tuple[list[str], dict[str, float]]:
-    """What the tables' columns are named, and the run's own values of them."""
+def _columns(result: Result, recipe: Recipe) -> tuple[list[str], dict[str, float]]:
+    """Names of the tables' metric columns, and the values of the adapter."""
     names: list[str] = list(metrics_of(recipe))
     if not result.forgetting:
         return names, result.final
@@ -124,14 +117,20 @@ def _title(name: str, recipe: Recipe) -> str:
     return titles[name]
 
 
-def values_of(names: Sequence[str], found: Mapping[str, float]) -> list[str]:
-    """The named metrics, for a table."""
-    return [shown(name, found.get(name)) for name in names]
+def values_of(names: Sequence[str], metrics: Mapping[str, float]) -> list[str]:
+    """The named metrics, formatted for a table."""
+    return [shown(name, metrics.get(name)) for name in names]
 
 
-def costs_of(found: Mapping[str, float]) -> list[str]:
-    """Trained parameters, seconds and the file's size, for a table; empty where they are not known."""
-    parameters, seconds, size = (found.get(name) for name in ("parameters", "seconds", "bytes"))
+def adapter_costs(run: Result | RunFigures) -> dict[str, float]:
+    """A run's `parameters`, `seconds` and `bytes`, as baselines have them among their figures."""
+    parameters = run.parameters.get("adapter", 0) or run.parameters.get("head", 0)
+    return {"parameters": parameters, "seconds": run.seconds.get("train", 0.0), "bytes": run.adapter_bytes}
+
+
+def costs_of(figures: Mapping[str, float]) -> list[str]:
+    """Trained parameters, seconds and file size, formatted for a table; empty where they are not known."""
+    parameters, seconds, size = (figures.get(name) for name in ("parameters", "seconds", "bytes"))
     return [
         f"{parameters:,.0f}" if parameters else "",
         f"{seconds:.0f}" if seconds else "",
@@ -139,8 +138,30 @@ def costs_of(found: Mapping[str, float]) -> list[str]:
     ]
 
 
+def method_title(result: Result) -> str:
+    """The method for a table; for Lily with its routing."""
+    return result.method if result.method != "lily" else f"Lily ({result.adapter.get('routing')})"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
+
+
+def card_head(recipe: Recipe | DreamBooth, library: str, tags: Sequence[str], *extra: str) -> list[str]:
+    """The Hub's front matter, title and description of a model card; `extra`: further lines of front matter."""
+    base = [f"base_model: {recipe.model.hub}"] if recipe.model.hub else []
+    front = ["---", f"library_name: {library}", f"tags: [{', '.join(tags)}]", *base, *extra, "---"]
+    return [*front, "", f"# {recipe.name}", "", recipe.description.strip(), ""]
+
+
+def licenses(data: str) -> str:
+    """The closing sentence of a model card."""
+    return f"The base model's and the {data}'s licenses apply to this adapter as well; check them before you share it."
+
+
 def finish_adapter(folder: Path, recipe: Recipe, result: Result) -> None:
-    """Add to a PEFT folder what makes it usable on its own: the recipe, the classes and a model card."""
+    """Add the recipe, the classes and a model card to a PEFT folder."""
     write_text(folder / "recipe.yaml", loader.dump_recipe(recipe))
     if result.labels is not None:
         write_text(folder / LABELS, json.dumps(result.labels, ensure_ascii=False))
@@ -154,29 +175,17 @@ def card(recipe: Recipe, result: Result) -> str:
         base = f"the stand-in `{recipe.model.standin}` (`lily.recipes.offline.standins`)"
     files = [recipe.data.train, *(recipe.data.mix or {}).values()]
     data = ", ".join(_named(file.hub, file.path, file.package) for file in files)
-    names, final = _told(result, recipe)
+    names, final = _columns(result, recipe)
     what, own, tags = "An adapter", "this adapter", [recipe.method, recipe.task]
     if recipe.method == "none":
         what, own, tags = "A new head, without an adapter", "this head", [recipe.task]
+    scores = [*((_title(name, recipe), v) for name, v in result.baselines.items()), ("untrained", result.before)]
     lines = [
-        "---",
-        "library_name: peft",
-        f"tags: [{', '.join(tags)}]",
-        *([f"base_model: {recipe.model.hub}"] if recipe.model.hub else []),
-        "---",
-        "",
-        f"# {recipe.name}",
-        "",
-        recipe.description.strip(),
-        "",
+        *card_head(recipe, "peft", tags),
         f"{what} ({', '.join(f'{k} {v}' for k, v in result.adapter.items())}) for {base}{_bits(recipe)}, trained on "
         f"{data}.",
         "",
-        f"| | {' | '.join(names)} |",
-        f"| --- | {' | '.join('---' for _ in names)} |",
-        *(f"| {_title(n, recipe)} | {' | '.join(values_of(names, v))} |" for n, v in result.baselines.items()),
-        f"| untrained | {' | '.join(values_of(names, result.before))} |",
-        f"| {own} | {' | '.join(values_of(names, final))} |",
+        *markdown_table(["", *names], [[name, *values_of(names, v)] for name, v in [*scores, (own, final)]]),
         "",
         *([_forgetting(result), ""] if result.forgetting else []),
         *_tests_card(result, recipe),
@@ -197,7 +206,7 @@ def card(recipe: Recipe, result: Result) -> str:
         'model = PeftModel.from_pretrained(base, "path/of/this/folder")',
         "```",
         "",
-        f"Or `lily predict path/of/this/folder --input rows.csv`. {LICENCES}",
+        f"Or `lily predict path/of/this/folder --input rows.csv`. {licenses('data')}",
         "",
     ]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What training found (`Result`), and the folder that it writes."""
+"""The result of a run (`Result`), and the folder that it is written to."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lily.recipes.spec.schema import Recipe
 
 @dataclass
 class Result:
-    """What a run found; `metrics.json` is this.
+    """The result of a run, as written to `metrics.json`.
 
     Attributes:
         metric: the main metric, which chose the best checkpoint.
-        split: what `before` and `final` are measured on: test, or validation where there is no test.
+        split: that `before` and `final` are measured on: test, or validation where there is no test.
         before: all metrics of the untrained model on that split.
         final: all metrics of the best adapter on that split.
         tests: the same two for each further test set, and their mean: name -> before or final -> metrics.
@@ -29,14 +29,14 @@ class Result:
         quantization: of the frozen model.
         base_bytes: of the frozen model in memory.
         seconds: training alone, and the whole run.
-        peak_bytes: the most memory that was held at once, in any part of the run; see `lily.recipes.trainer.memory`.
+        peak_bytes: peak memory of the whole run; see `lily.recipes.trainer.memory`.
         baselines: name -> metrics (and parameters and seconds, where it was trained).
         history: all evaluations on the validation rows.
-        router: what `lily.callbacks.router_watch` saw of the routing in the last step that it looked at.
-        new_head: what was said where the model's own head was of another size.
+        router: the last sample of `lily.callbacks.router_watch`.
+        new_head: the message printed where the model's head was replaced by one of another size.
         forgetting: mean loss per token of general text `before` training, after it (`last`), with the best adapter
-            (`after`) and by how much that has grown (`increase`); empty: not measured.
-        samples: prompts with the expected answer and those before and after training.
+            (`after`) and the difference (`increase`); empty: not measured.
+        samples: prompts with the expected answer and the answers before and after training.
     """
 
     name: str
@@ -75,5 +75,5 @@ class Result:
 
 
 def output_folder(recipe: Recipe | DreamBooth) -> Path:
-    """The run's folder, placeholders filled in."""
+    """The run's folder, with the placeholders replaced."""
     return Path(recipe.output.format(name=recipe.name, method=recipe.method, seed=recipe.seed)).expanduser()

@@ -1,4 +1,4 @@
-"""What a run of `lily train` left in its folder, read back with care: the folder may be a stranger's."""
+"""Read the files of a run of `lily train`, which may be untrusted."""
 
 from __future__ import annotations
 
@@ -16,23 +16,11 @@ METRICS = "metrics.json"
 
 @dataclass(frozen=True)
 class RunFigures:
-    """The figures of one run.
+    """The figures of one run: those of `lily.recipes.results.result.Result`, checked, and two curves.
 
     Attributes:
-        name: of the recipe.
-        method: `lily`, `lora` or `none`.
-        metric: the main metric.
-        split: what `before`, `final` and `baselines` were measured on.
-        seed: of the run.
-        before: metrics of the untrained model.
-        final: metrics of the best adapter.
-        baselines: name -> metrics.
         evaluations: (step, main metric on the validation rows).
         losses: (step, training loss).
-        parameters: by part.
-        adapter_bytes: of the adapter's file.
-        seconds: by part.
-        rows: split -> how many.
     """
 
     name: str
@@ -51,12 +39,12 @@ class RunFigures:
     rows: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values for JSON."""
+        """Plain JSON values."""
         return asdict(self)
 
 
 def run_of(folder: Path) -> Path | None:
-    """The run that a folder is, or whose best adapter it is; None: neither."""
+    """The run's folder, if `folder` is one or the `best` inside one; else None."""
     if (folder / METRICS).is_file():
         return folder
     parent = folder.resolve().parent
@@ -64,42 +52,42 @@ def run_of(folder: Path) -> Path | None:
 
 
 def run_figures(folder: Path) -> RunFigures:
-    """The figures of a run's folder.
+    """Read the figures of a run.
 
     Raises:
-        LilyError: if its files are not what `lily train` writes.
+        LilyError: if its files are not in the format that `lily train` writes.
     """
-    found = json_object(folder / METRICS)
+    values = json_object(folder / METRICS)
     try:
-        metric = str(found["metric"])
-        history = found.get("history") or []
+        metric = str(values["metric"])
+        history = values.get("history") or []
         return RunFigures(
-            name=str(found["name"]),
-            method=str(found["method"]),
+            name=str(values["name"]),
+            method=str(values["method"]),
             metric=metric,
-            split=str(found["split"]),
-            seed=int(found["seed"]),
-            before=_numbers(found["before"]),
-            final=_numbers(found["final"]),
-            baselines={str(name): _numbers(values) for name, values in found.get("baselines", {}).items()},
+            split=str(values["split"]),
+            seed=int(values["seed"]),
+            before=_numbers(values["before"]),
+            final=_numbers(values["final"]),
+            baselines={str(name): _numbers(v) for name, v in values.get("baselines", {}).items()},
             evaluations=_curve(history, metric),
             losses=_losses(folder / "checkpoints"),
-            parameters=_numbers(found.get("parameters", {})),
-            adapter_bytes=float(found.get("adapter_bytes", 0)),
-            seconds=_numbers(found.get("seconds", {})),
-            rows=_numbers(found.get("rows", {})),
+            parameters=_numbers(values.get("parameters", {})),
+            adapter_bytes=float(values.get("adapter_bytes", 0)),
+            seconds=_numbers(values.get("seconds", {})),
+            rows=_numbers(values.get("rows", {})),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise LilyError(
-            f"{folder / METRICS} is not what `lily train` writes ({type(error).__name__}: {error}); move it away to "
-            "see the adapter without its figures"
+            f"{folder / METRICS} is not in the format of `lily train` ({type(error).__name__}: {error}); move it away "
+            "to inspect the adapter without its figures"
         ) from None
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint with the largest number inside a folder of checkpoints."""
-    found = [p for p in folder.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
-    return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
+    checkpoints = [p for p in folder.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
+    return max(checkpoints, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
 
 
 def _losses(checkpoints: Path) -> tuple[tuple[float, float], ...]:
@@ -110,14 +98,14 @@ def _losses(checkpoints: Path) -> tuple[tuple[float, float], ...]:
 
 
 def _curve(history: Any, name: str) -> tuple[tuple[float, float], ...]:
-    """(step, value) wherever both are finite numbers."""
+    """(step, value) of the entries where both are finite numbers."""
     points = [(_number(entry.get("step")), _number(entry.get(name))) for entry in history]
     return tuple((step, value) for step, value in points if step is not None and value is not None)
 
 
 def _numbers(values: Mapping[Any, Any]) -> dict[str, float]:
-    found = {str(name): _number(value) for name, value in values.items()}
-    return {name: value for name, value in found.items() if value is not None}
+    numbers = {str(name): _number(value) for name, value in values.items()}
+    return {name: value for name, value in numbers.items() if value is not None}
 
 
 def _number(value: Any) -> float | None:
@@ -126,15 +114,15 @@ def _number(value: Any) -> float | None:
 
 
 def json_object(file: Path) -> dict[str, Any]:
-    """What a run's JSON file holds; a diverged run's may hold NaN.
+    """Read a JSON object; NaN is allowed, since a diverged run writes it.
 
     Raises:
-        LilyError: if it is no JSON, or no object.
+        LilyError: if the file is not a JSON object.
     """
     try:
-        found = json.loads(file.read_text("utf-8"))
+        value = json.loads(file.read_text("utf-8"))
     except ValueError as error:
         raise LilyError(f"{file} is not JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise LilyError(f"{file} holds a {type(found).__name__}, not an object")
-    return found
+    if not isinstance(value, dict):
+        raise LilyError(f"{file} holds a {type(value).__name__}, not an object")
+    return value

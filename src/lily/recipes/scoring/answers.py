@@ -67,7 +67,7 @@ def first_match(pattern: str, text: str) -> str:
     Raises:
         TimeoutError: after `MAX_SECONDS`.
     """
-    import regex  # re's syntax, but a search can be given a limit; transformers depends on it
+    import regex  # has a timeout; expressions that PEFT applies with re need lily.checkpoint.bounded_regex instead
 
     match = regex.compile(pattern).search(text[:MAX_TEXT], timeout=MAX_SECONDS)
     if match is None:

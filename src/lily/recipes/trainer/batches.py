@@ -1,8 +1,12 @@
-"""Which rows a step trains on: the same ones, in the same order, however many processes share the work.
+"""Which rows a step trains on, independent of the number of processes.
 
-A batch of the recipe is a batch over all processes. Its rows follow from the seed and the epoch alone (not from the
-random numbers that dropout used up, which differ between processes and after a resume), every process takes its part
-of each batch, and the last batch of an epoch is as small as it is: no row is repeated to even the parts out.
+The recipe's batch is split among the processes. Its rows follow from the seed and the epoch alone (not from random
+numbers that dropout has used up, which differ between processes and after a resume), and the last batch of an epoch
+stays small: no row is repeated to make the parts equal.
+
+accelerate's `split_batches` with `even_batches=False` gives other figures: a process without rows in the last batch
+gets no batch, so the others wait for it in that step, and unequal parts get no weight. `use_seedable_sampler` replaces
+a RandomSampler only, so grouping by length would draw from the global random generator.
 """
 
 from __future__ import annotations
@@ -23,14 +27,14 @@ SHARE = "share"
 
 
 class Batches(Sampler[list[int]]):
-    """Batches of row numbers, those of all processes together.
+    """Batches of row numbers, for all processes together.
 
     Args:
-        rows: how many there are.
-        size: rows of a batch.
-        seed: with the epoch, decides the order.
-        lengths: of the rows; given: rows of like length come together. None: any order.
-        group: rows that should be of like length; a multiple of `size`.
+        rows: number of rows.
+        size: rows in a batch.
+        seed: determines the order together with the epoch.
+        lengths: tokens of each row, to batch rows of similar length; None: shuffle only.
+        group: number of rows that should have similar lengths; a multiple of `size`.
     """
 
     def __init__(
@@ -40,7 +44,7 @@ class Batches(Sampler[list[int]]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Each epoch has an order of its own."""
+        """Each epoch has a different order."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -58,36 +62,35 @@ class Batches(Sampler[list[int]]):
 
 @dataclass(frozen=True)
 class Part:
-    """Makes one process's inputs of the row numbers of a whole batch.
+    """Collates one process's part of a batch.
 
     Attributes:
         rows: the encoded examples, by number.
         collate: makes a batch of examples.
-        rank: of this process.
-        world: number of processes.
+        process: this process's index.
+        processes: their number.
     """
 
     rows: Any
     collate: Callable[[list[Any]], dict[str, Any]]
-    rank: int
-    world: int
+    process: int
+    processes: int
 
     def __call__(self, numbers: list[int]) -> dict[str, Any]:
-        """The inputs, and among several processes `SHARE`.
+        """The model's inputs and, with several processes, `SHARE`.
 
-        A process for which the batch has no row is given one all the same, since all must take part in each step;
-        it does not count.
+        A process that the batch has no row for gets one with weight 0, since all must take part in each step.
         """
-        mine = numbers[self.rank :: self.world]
+        mine = numbers[self.process :: self.processes]
         batch = dict(self.collate([self.rows[i] for i in mine or numbers[:1]]))
-        if not mine and batch["labels"].ndim > 1:  # labels of tokens: the loss is over those that have one
+        if not mine and batch["labels"].ndim > 1:  # labels of tokens: the loss is over the unmasked ones
             batch["labels"] = torch.full_like(batch["labels"], IGNORED)
-        if self.world > 1:
+        if self.processes > 1:
             batch[SHARE] = torch.tensor([len(mine), len(numbers)])
         return batch
 
 
-def weight_of(share: Tensor, world: int) -> Tensor:
-    """By what to multiply the mean over a part's rows, so that the mean over processes is that over the whole batch."""
-    weight: Tensor = share[0] * world / share[1]
+def weight_of(share: Tensor, processes: int) -> Tensor:
+    """Weight of a part's mean loss, so that the mean over processes is the mean over the batch's rows."""
+    weight: Tensor = share[0] * processes / share[1]
     return weight

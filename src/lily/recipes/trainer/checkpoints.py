@@ -1,8 +1,7 @@
-"""Checkpoints of a run: each is complete from the moment it has its name, and the one before lives until then.
+"""Checkpoints of a run: one gets its name when it is complete, and the one before it is kept until then.
 
-A checkpoint is what transformers' Trainer resumes from, with the files of `state_files` in place of pickles, and beside
-it the run's progress: the evaluations so far and the best adapter of that moment, so that a resumed run chooses among
-its own evaluations and no others.
+A checkpoint is what transformers' Trainer resumes from, with the files of `state_files` instead of pickles, and the
+run's progress: the evaluations and the best adapter so far, so that a resumed run chooses among these.
 """
 
 from __future__ import annotations
@@ -18,25 +17,26 @@ from typing import Any
 
 from lily.errors import LilyError
 from lily.io.atomic import naming, new_folder, publish, remove_folder, write_text
+from lily.recipes.trainer.state_files import SPOILED
 
-# What a run writes into its folder.
+# Names that a run writes into its folder.
 OWN = ("best", "last", "lora", "checkpoints", "metrics.json", "predictions.json", "progress.json", "recipe.yaml",
        "samples", "diffusers", "class-images")  # fmt: skip
-# Inside a checkpoint, with the best adapter one folder deeper than where transformers looks for adapters to load.
+# Inside a checkpoint; the best adapter is one folder deeper than where transformers looks for adapters to load.
 MOMENT = "progress/moment.json"
 BEST = "progress/best"
 
 
 @dataclass
 class Moment:
-    """Where a run stood when a checkpoint was written, besides what the trainer knows.
+    """State of a run when a checkpoint was written, besides the trainer's.
 
     Attributes:
         history: the evaluations so far.
-        owed: whether an evaluation was due that a signal cut short; a resumed run begins with it.
-        seconds: spent in training.
-        peak_bytes: the most memory that was held at once.
-        router: what `lily.callbacks.router_watch` had seen.
+        owed: whether a signal interrupted an evaluation that was due; a resumed run begins with it.
+        seconds: training time.
+        peak_bytes: peak memory.
+        router: state of `lily.callbacks.router_watch`.
     """
 
     history: list[dict[str, float]] = field(default_factory=list)
@@ -46,7 +46,7 @@ class Moment:
     router: dict[str, Any] = field(default_factory=dict)
 
     def write(self, checkpoint: Path, best: Path) -> None:
-        """Put it, and the best adapter, into a checkpoint that is being written."""
+        """Write it, and the best adapter, into a checkpoint."""
         (checkpoint / MOMENT).parent.mkdir()
         if self.history:
             shutil.copytree(best, checkpoint / BEST)
@@ -54,10 +54,10 @@ class Moment:
 
     @classmethod
     def read(cls, checkpoint: Path | None) -> Moment:
-        """What a checkpoint holds; that of a beginning, for none.
+        """The state in a checkpoint; without one, that of a new run.
 
         Raises:
-            LilyError: if it is not what `write` writes.
+            LilyError: if the checkpoint is not one of `write`.
         """
         if checkpoint is None:
             return cls()
@@ -65,9 +65,7 @@ class Moment:
         try:
             return cls(**json.loads(file.read_text("utf-8")))
         except (OSError, ValueError, TypeError) as error:
-            raise LilyError(
-                f"{file} is no state of a training that can be resumed ({error}); start anew with --overwrite"
-            ) from error
+            raise LilyError(SPOILED.format(file=file, error=error)) from error
 
 
 def last(output: Path) -> Path | None:
@@ -77,27 +75,27 @@ def last(output: Path) -> Path | None:
 
 
 def _step(path: Path) -> int:
-    """The step in a checkpoint's name; 0 for another path."""
+    """The step in a checkpoint's name; 0: the path is not a checkpoint."""
     named = re.fullmatch(r"checkpoint-(\d+)", path.name)
     return int(named[1]) if named else 0
 
 
 def is_leftover(name: str) -> bool:
-    """Whether a killed run left a file or folder of this name: `.best.x7f`, `.metrics.json.x7f`."""
+    """Whether the name is that of a temporary file or folder of a killed run: `.best.x7f`, `.metrics.json.x7f`."""
     return any(name.startswith(f".{own}.") for own in OWN)
 
 
 @contextlib.contextmanager
 def written(checkpoint: Path, main: bool, wait: Callable[[], object]) -> Iterator[Path]:
-    """A folder of the same name in a hidden one, which becomes the checkpoint when the block ends well.
+    """A hidden folder to write into, which becomes the checkpoint when the block ends without an error.
 
     Args:
         checkpoint: `.../checkpoint-STEP`.
-        main: whether this process is the one that names and removes; all of them may write.
+        main: whether this process creates, renames and removes folders; all processes may write files.
         wait: returns when every process has called it.
 
     Raises:
-        OSError: naming the checkpoint, when the disk is full; older checkpoints are then as they were.
+        OSError: naming the checkpoint, when the disk is full; older checkpoints are unchanged.
     """
     hidden = checkpoint.with_name(f".{checkpoint.name}.new")
     new = hidden / checkpoint.name
@@ -126,9 +124,9 @@ def _remove_others(checkpoint: Path) -> None:
 
 
 def restore(output: Path, checkpoint: Path | None) -> None:
-    """Put a run's folder back to the moment of a checkpoint, or of the beginning, and clear what a killed run left.
+    """Reset a run's folder to a checkpoint (None: to an empty run) and remove temporary files of a killed run.
 
-    Being killed here costs nothing: the next time does the same.
+    It can be repeated after being killed at any point.
     """
     for leftover in [
         *(p for p in output.glob(".*") if is_leftover(p.name)),
@@ -140,7 +138,7 @@ def restore(output: Path, checkpoint: Path | None) -> None:
             leftover.unlink()
     moment = Moment.read(checkpoint)
     if checkpoint is not None:
-        _remove_others(checkpoint)  # those that a run killed right after it named this one had no time for
+        _remove_others(checkpoint)  # a run killed right after it named this one did not remove them
     if checkpoint is not None and moment.history:
         with new_folder(output / "best", overwrite=True) as new:
             shutil.copytree(checkpoint / BEST, new, dirs_exist_ok=True)
@@ -150,6 +148,6 @@ def restore(output: Path, checkpoint: Path | None) -> None:
 
 
 def clear(output: Path) -> None:
-    """Delete a run, its checkpoints first, so that nothing goes on from one that is half deleted."""
+    """Delete a run, its checkpoints first, so that a half deleted run is never resumed."""
     remove_folder(output / "checkpoints")
     shutil.rmtree(output, ignore_errors=True)

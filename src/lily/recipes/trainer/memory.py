@@ -1,4 +1,4 @@
-"""How much memory a run held at most."""
+"""Peak memory of a run."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ STATUS = Path("/proc/self/status")
 
 
 def peak_bytes() -> int:
-    """The most that was held at once: of the GPU, as PyTorch counts it; without one, of the whole process.
+    """Peak memory in bytes: of the GPU, as PyTorch counts it; without one, of the process.
 
-    Of the process Linux is asked for this program's own peak: the usual count is inherited from whoever started it.
+    On Linux the process's peak is read from /proc, since `getrusage` includes that of the parent process.
     """
     import torch
 
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
-    if STATUS.is_file() and (found := re.search(r"^VmHWM:\s+(\d+) kB", STATUS.read_text("ascii"), re.M)):
-        return int(found[1]) * 1024
+    if STATUS.is_file() and (match := re.search(r"^VmHWM:\s+(\d+) kB", STATUS.read_text("ascii"), re.M)):
+        return int(match[1]) * 1024
     try:
         import resource
     except ImportError:  # Windows

@@ -1,9 +1,9 @@
-"""A Trainer that means the same on any number of processes: the same batches, the same losses, the same checkpoints.
+"""A Trainer with the same batches, losses and checkpoints on any number of processes.
 
-transformers gives each process batches of its own, tops the last ones up with rows from the beginning, averages over
-processes what is a mean over fewer rows, and writes FSDP's checkpoints in forms that depend on the engine. Here a
-batch is one of the recipe, whoever computes it (`batches`), and a checkpoint holds the gathered adapter
-and optimiser, so that a run goes on with more or fewer processes, or under another engine.
+transformers gives each process separate batches, fills the last ones up with repeated rows, averages over processes
+means over unequal numbers of rows, and writes FSDP checkpoints that depend on the engine. Here the recipe's batch is
+split among the processes (`batches`), and a checkpoint holds the gathered adapter and optimizer, so that a run resumes
+on more or fewer processes, or under another engine.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from lily.recipes.trainer.batches import SHARE, Batches, Part, weight_of
 
 
 class Parallel(Trainer):  # type: ignore[misc]
-    """To be mixed in before a Trainer.
+    """Mixin, to come before a Trainer class.
 
     Attributes:
         recipe: set before training.
-        look: is shown the model once its engine has sharded it, before any checkpoint is loaded into it.
+        on_sharded: called with the model after the engine has sharded it, before a checkpoint is loaded into it.
     """
 
     recipe: Recipe
     optimizer: Any
-    look: Callable[[Any], None] | None = None
+    on_sharded: Callable[[Any], None] | None = None
 
     @property
     def shards(self) -> bool:
@@ -44,13 +44,13 @@ class Parallel(Trainer):  # type: ignore[misc]
 
     @property
     def usable(self) -> Any:
-        """The model to call: as its engine wrapped it where that is needed for a forward."""
+        """The model to call: the engine's wrapper where a forward needs it."""
         return self.model_wrapped if self.is_deepspeed_enabled else self.model
 
     # -- the same rows
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """The part of every batch that is this process's."""
+        """The part of every batch that belongs to this process."""
         rows, collate = self._encoded(self.train_dataset, "training")
         size = self.recipe.train.batch_size
         lengths = None
@@ -62,7 +62,7 @@ class Parallel(Trainer):  # type: ignore[misc]
         return self._loader(range(len(rows)), batch_sampler=batches, collate_fn=part)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """All rows in every process: a mean over rows must not depend on how they are shared out."""
+        """All rows in every process, so that a mean over rows does not depend on the number of processes."""
         if self.args.world_size == 1:
             loader: DataLoader[Any] = super().get_eval_dataloader(eval_dataset)
             return loader
@@ -73,14 +73,14 @@ class Parallel(Trainer):  # type: ignore[misc]
         )
 
     def _encoded(self, rows: Any, what: str) -> tuple[Any, Any]:
-        """The rows, and what makes a batch of them, without what the model does not take."""
+        """Rows and collator without the columns that the model does not take."""
         if hasattr(rows, "column_names"):
             return self._remove_unused_columns(rows, description=what), self.data_collator
         return rows, self._get_collator_with_removed_columns(self.data_collator, description=what)
 
     def _loader(self, rows: Any, **how: Any) -> DataLoader[Any]:
         loader = DataLoader(rows, pin_memory=self.args.dataloader_pin_memory, **how)
-        # accelerate's, for what it does around a loader; each process has been given what it needs already
+        # for accelerate's bookkeeping; the rows are split among the processes already, so it gets one process
         ready: DataLoader[Any] = prepare_data_loader(
             loader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True
         )
@@ -89,7 +89,7 @@ class Parallel(Trainer):  # type: ignore[misc]
     # -- the same loss
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        """Only of tokens: a model with a head takes the mean of its rows, whatever it is told."""
+        """None unless the loss is over tokens: models with a head ignore the number and take the mean over rows."""
         if self.recipe.task != "sft":
             return None
         return super()._get_num_items_in_batch(batch_samples, device)
@@ -97,31 +97,31 @@ class Parallel(Trainer):  # type: ignore[misc]
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """As it is, but for a part that is smaller or larger than the others'."""
+        """The loss, weighted where this process has fewer or more rows of the batch than the others."""
         share = inputs.pop(SHARE, None)
-        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if share is None or num_items_in_batch is not None:
-            return found
+            return loss
         weight = weight_of(share, self.args.world_size)
-        return (found[0] * weight, found[1]) if return_outputs else found * weight
+        return (loss[0] * weight, loss[1]) if return_outputs else loss * weight
 
-    # -- the optimiser, made when the parameters are what they will be
+    # -- the optimizer, created after the engine has replaced the parameters
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW on the recipe's parameter groups."""
         if self.optimizer is None:
             groups = parameter_groups(self.recipe, self.model if model is None else model)
             self.optimizer = torch.optim.AdamW(groups, weight_decay=self.recipe.train.weight_decay)
-        made: torch.optim.Optimizer = self.optimizer
-        return made
+        optimizer: torch.optim.Optimizer = self.optimizer
+        return optimizer
 
     # -- the same checkpoints
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        if self.look is None:
+        if self.on_sharded is None:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        self.look(self.usable)
+        self.on_sharded(self.usable)
         if resume_from_checkpoint is not None:
             if self.is_deepspeed_enabled:
                 deepspeed_load_checkpoint(self.model_wrapped, resume_from_checkpoint, load_module_strict=False)
@@ -145,14 +145,14 @@ class Parallel(Trainer):  # type: ignore[misc]
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def optimizer_state(self) -> dict[str, Any]:
-        """The optimiser's state as one process has it, gathered in the first one."""
+        """The optimizer's state as on a single process, gathered in the first one."""
         if self.is_fsdp_enabled:
             return distributed.optimizer_state(self.model, self.optimizer)
         state: dict[str, Any] = self.optimizer.state_dict()
         return state
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
-        """The other way round."""
+        """Load what `optimizer_state` returned."""
         if self.is_fsdp_enabled:
             distributed.load_optimizer_state(self.model, self.optimizer, state)
         else:
@@ -160,12 +160,12 @@ class Parallel(Trainer):  # type: ignore[misc]
 
 
 def _own(value: Any) -> Any:
-    """In place of gathering: this process has them all."""
+    """Replaces gathering: every process has all rows."""
     return value
 
 
 def parameter_groups(recipe: Recipe, model: nn.Module) -> list[dict[str, Any]]:
-    """The adapter, and a new head with its own learning rate. Frozen parameters are left out."""
+    """The trained parameters: the adapter, and a new head with a separate learning rate."""
     rate = learning_rate(recipe)
     adapter: list[nn.Parameter] = []
     head: list[nn.Parameter] = []

@@ -1,4 +1,4 @@
-"""Several processes that run one recipe (`accelerate launch`, `torchrun`): who goes first, and how errors end all."""
+"""Several processes for one recipe (`accelerate launch`, `torchrun`): their order, and errors that end all of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def join() -> None:
-    """Meet the other processes, if a launcher started several."""
+    """Initialize the process group, if a launcher started several processes."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         import torch
         from accelerate import PartialState
@@ -31,69 +31,65 @@ def is_first() -> bool:
 
 
 def in_turn(work: Callable[[], T]) -> T:
-    """`work()` in every process: first in one of each machine, which fills the caches, then in the others.
+    """Call `work` in every process: first in one of each machine, which fills the caches, then in the others.
 
     Raises:
-        Exception: what `work` raised here.
-        ElsewhereError: if it raised in another process; it has not begun here then, or its result is dropped.
+        Exception: from `work` in this process.
+        ElsewhereError: if it failed in another process; here it has not started then, or its result is dropped.
     """
     join()
-    if world_size() == 1:
-        return work()
-    found: Any = None
+    result: Any = None
     local = int(os.environ.get("LOCAL_RANK", "0"))
-    for turn in (local == 0, local != 0):
-        error: Exception | None = None
-        if turn:
-            try:
-                found = work()
-            except Exception as raised:
-                error = raised
-        failed: list[Any] = [None] * world_size()
-        dist.all_gather_object(failed, None if error is None else str(error))
-        if error is not None:
-            raise error
-        if any(said is not None for said in failed):
-            number = next(i for i, said in enumerate(failed) if said is not None)
-            raise ElsewhereError(f"process {number}: {failed[number]}")
-    return found  # type: ignore[no-any-return]
+    for turn in (local == 0, local != 0) if world_size() > 1 else (True,):
+        result, error = _attempt(work) if turn else (result, None)
+        errors: list[str | None] = [None] * world_size()
+        if world_size() > 1:
+            dist.all_gather_object(errors, None if error is None else str(error))
+        _raise(error, errors)
+    return result  # type: ignore[no-any-return]
 
 
 def on_first(work: Callable[[], T]) -> T:
-    """`work()` in the first process alone; all get what it returns.
+    """Call `work` in the first process alone and return its result in all.
 
     Raises:
-        Exception: what `work` raised, in the first process.
+        Exception: from `work`, in the first process.
         ElsewhereError: then, in the others.
     """
-    if world_size() == 1:
-        return work()
-    found, error = None, None
-    if is_first():
-        try:
-            found = work()
-        except Exception as raised:
-            error = raised
-    found, said = from_first((found, None if error is None else str(error)))
+    result, error = _attempt(work) if is_first() else (None, None)
+    result, message = from_first((result, None if error is None else str(error)))
+    _raise(error, [message])
+    return result  # type: ignore[no-any-return]
+
+
+def _attempt(work: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    try:
+        return work(), None
+    except Exception as error:
+        return None, error
+
+
+def _raise(error: Exception | None, errors: list[str | None]) -> None:
+    """Raise the error of this process, or else one that names another process and its message."""
     if error is not None:
         raise error
-    if said is not None:
-        raise ElsewhereError(f"process 0: {said}")
-    return found  # type: ignore[no-any-return]
+    for index, message in enumerate(errors):
+        if message is not None:
+            raise ElsewhereError(f"process {index}: {message}")
 
 
 def check(recipe: Recipe) -> None:
-    """Refuse what these processes cannot run.
+    """Check that these processes can run the recipe.
 
     Raises:
-        LilyError: if they cannot share a batch equally, or FSDP1 is to make one tensor of frozen and trained ones.
+        LilyError: if they cannot split a batch equally, or FSDP1 would flatten frozen and trained tensors into one.
     """
-    size, world = recipe.train.batch_size, world_size()
-    if size % world:
-        near = max(world, size - size % world)
+    size, processes = recipe.train.batch_size, world_size()
+    if size % processes:
+        near = max(processes, size - size % processes)
         with located(recipe, "train", "batch_size"):
             raise LilyError(
-                f"train.batch_size={size} is the batch over all processes, and {world} of them cannot share it "
+                f"train.batch_size={size} is the batch over all processes, and {processes} of them cannot share it "
                 f"equally; give a multiple, such as {near}"
             )
     fsdp1 = os.environ.get("ACCELERATE_USE_FSDP") == "true" and os.environ.get("FSDP_VERSION", "1") == "1"
@@ -105,6 +101,6 @@ def check(recipe: Recipe) -> None:
 
 
 def to_be_sharded() -> bool:
-    """Whether the launcher's engine will put the model, or parts of it, where they belong."""
+    """Whether the launcher's engine moves the model, or parts of it, to devices."""
     zero3 = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
     return os.environ.get("ACCELERATE_USE_FSDP") == "true" or zero3

@@ -1,8 +1,8 @@
-"""A Trainer that can be stopped at any moment and goes on as if it had not been.
+"""A Trainer that can be stopped at any moment; the resumed run ends with the same bits as an uninterrupted one.
 
 transformers writes checkpoints under their final names, with pickles, and draws another order of the rows when it
-resumes within an epoch. Here a checkpoint is complete from the moment it has its name (`checkpoints`),
-holds safetensors and JSON (`state_files`), and knows the random numbers that its epoch began with.
+resumes within an epoch. Here a checkpoint gets its name when it is complete (`checkpoints`), holds safetensors and JSON
+(`state_files`), and includes the random state at the start of its epoch.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ Every = int | Literal["epoch"]
 
 
 def due(every: Every, step: int, epoch: float, last: bool) -> bool:
-    """Whether what is done every so often is due.
+    """Whether a periodic action is due.
 
     Args:
-        every: steps, or `epoch`.
-        step: optimiser steps done.
-        epoch: passes over the rows done.
+        every: interval in optimizer steps, or `epoch`.
+        step: optimizer steps done.
+        epoch: epochs done.
         last: whether training ends with this step; then everything is due.
     """
     return last or (epoch == int(epoch) if every == "epoch" else step % every == 0)
 
 
 class Cadence(TrainerCallback):  # type: ignore[misc]
-    """Asks for evaluations and checkpoints. At one step the evaluation comes first, also at an epoch's last step.
+    """Schedules evaluations and checkpoints; at the same step the evaluation comes first, also at an epoch's end.
 
-    transformers' own asks for those of an epoch after those of its last step, so a run killed in between would resume
+    transformers schedules those of an epoch after those of its last step, so a run killed in between would resume
     without the evaluation.
     """
 
@@ -50,20 +50,20 @@ class Cadence(TrainerCallback):  # type: ignore[misc]
         self.evaluate_every, self.save_every = evaluate_every, save_every
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """After each optimiser step."""
+        """After each optimizer step."""
         last = state.global_step >= state.max_steps
         control.should_evaluate = due(self.evaluate_every, state.global_step, state.epoch, last)
         control.should_save = due(self.save_every, state.global_step, state.epoch, last)
 
 
 class Resumable(Parallel):
-    """To be mixed in before a Trainer.
+    """Mixin, to come before a Trainer class. The attributes are set before training.
 
     Attributes:
-        signals: what the process was told meanwhile; set before training.
-        progress: the evaluations and the best adapter; set before training.
-        health: what watches the routers; set before training.
-        routing: what records the routing, for checkpoints that are complete from the moment they have their name.
+        signals: the signals that this process has received.
+        progress: the evaluations and the best adapter.
+        health: watches the routers.
+        routing: records the routing, which becomes part of each checkpoint.
     """
 
     signals: Signals
@@ -79,16 +79,16 @@ class Resumable(Parallel):
 
     @property
     def seconds(self) -> float:
-        """Spent in training, by the processes before this one too."""
+        """Time spent in training, including the runs that this one resumes."""
         return self._moment.seconds + time.perf_counter() - self._started
 
     @property
     def peak_bytes(self) -> int:
-        """The most memory that was held at once, in the processes before this one too."""
+        """Peak memory, including the runs that this one resumes."""
         return max(self._moment.peak_bytes, memory.peak_bytes())
 
     def resume(self, checkpoint: Path | None) -> None:
-        """Train, from a checkpoint on or from the start.
+        """Train, from a checkpoint or from the start.
 
         Raises:
             KeyboardInterrupt: at Ctrl-C, after a checkpoint.
@@ -98,7 +98,7 @@ class Resumable(Parallel):
         self.health.routers.state = self._moment.router
         with self.signals.deferred():
             self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        if self.signals.received is not None:  # after the last step, when nobody asked any more
+        if self.signals.received is not None:  # received after the last step
             raise self.signals.ending()
 
     # -- stopping
@@ -112,15 +112,15 @@ class Resumable(Parallel):
     def _evaluate(self, *arguments: Any, **more: Any) -> Any:
         before = random_state()
         try:
-            found = super()._evaluate(*arguments, **more)
+            metrics = super()._evaluate(*arguments, **more)
         except (KeyboardInterrupt, SystemExit):
             if self.signals.received is not None:
                 set_random_state(before)
                 self._leave(self.signals.received)
             raise
-        # a run that ends here by its own choice leaves what it would leave at its last step
+        # early stopping makes this the last step, which always leaves a checkpoint
         self.control.should_save |= self.control.should_training_stop
-        return found
+        return metrics
 
     def _leave(self, number: int) -> NoReturn:
         if self._saved_step != self.state.global_step:
@@ -130,33 +130,33 @@ class Resumable(Parallel):
 
     # -- resuming
 
-    def _run_epoch(self, **given: Any) -> None:
-        checkpoint, first = given["resume_from_checkpoint"], given["epoch"] == given["epochs_trained"]
+    def _run_epoch(self, **arguments: Any) -> None:
+        checkpoint, first = arguments["resume_from_checkpoint"], arguments["epoch"] == arguments["epochs_trained"]
         if checkpoint is not None and first:
-            # not to be written again: it is the one that training goes on from
+            # training resumes from this checkpoint: do not write it again
             self._saved_step = self.state.global_step
             state = self._load_random(Path(checkpoint))
             set_random_state(state["now"])
             if self._moment.owed:
                 self._moment.owed = False
                 self._evaluate(None, None)
-            # transformers would do one more step before it asks
+            # transformers checks this only after one more step
             if self.state.global_step >= self.state.max_steps or self.progress.exhausted:
                 self.control.should_training_stop = True
             if self.control.should_training_stop:
                 return
             self._random = random_state()
-            if given["steps_trained_in_current_epoch"]:
+            if arguments["steps_trained_in_current_epoch"]:
                 set_random_state(state["epoch"])
         self._epoch_random = random_state()
-        super()._run_epoch(**given)
+        super()._run_epoch(**arguments)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if self._random is not None:
             set_random_state(self._random)
 
     def _load_random(self, checkpoint: Path) -> Any:
-        """The generators of this process; of the first one, if there were fewer processes then."""
+        """The random state of this process; of the first one, if the checkpoint is of fewer processes."""
         name = f"random_{self.args.process_index}"
         return load_state(checkpoint, name if (checkpoint / f"{name}.json").is_file() else "random_0")
 
@@ -164,7 +164,7 @@ class Resumable(Parallel):
 
     @property
     def _by_engine(self) -> bool:
-        """Whether an engine writes and reads its optimiser in its own way."""
+        """Whether the engine (DeepSpeed) writes and reads the optimizer itself."""
         return bool(self.is_deepspeed_enabled)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -188,7 +188,7 @@ class Resumable(Parallel):
         return str(self._writing or super()._get_output_dir(trial))
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
-        """A run writes cards of its own, beside the adapters."""
+        """Nothing: the run writes its own cards beside the adapters."""
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM during training: the step is finished, a checkpoint is written, and then the process ends."""
+"""Ctrl-C and SIGTERM during training: finish the step, write a checkpoint, then end the process."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ HANDLED = (signal.SIGINT, signal.SIGTERM)
 
 
 class Signals:
-    """Within: Ctrl-C and SIGTERM raise, so that everything is tidied up; where they are deferred, the first is noted.
+    """Context in which Ctrl-C and SIGTERM raise, so that cleanup runs; within `deferred`, the first one is recorded.
 
-    Several processes are given the signal by their launcher, not all at the same moment and some of them twice;
-    `agreed` makes them stop after the same step. Handlers exist in a process's main thread only; elsewhere nothing is
-    noted and nothing is changed.
+    A launcher sends the signal to several processes at different moments, to some of them twice; `agreed` makes them
+    stop after the same step. Signal handlers need the main thread; in any other thread this context has no effect.
     """
 
     def __init__(self) -> None:
@@ -51,9 +50,9 @@ class Signals:
 
     @contextlib.contextmanager
     def deferred(self, wanted: bool = True) -> Iterator[None]:
-        """Within: a signal waits until somebody asks; not `wanted`: it ends the block.
+        """Context in which a signal is recorded and `agreed` reports it; not `wanted`: in which it ends the block.
 
-        Among several processes, who wait for each other, one that waits goes on waiting.
+        With several processes, which wait for each other, a deferred signal stays deferred.
         """
         before = self._deferred
         self._deferred = wanted or (before and _several())
@@ -65,7 +64,7 @@ class Signals:
             self._deferred = before
 
     def agreed(self, device: torch.device) -> int | None:
-        """The signal that any of the processes was sent, the same answer on all of them; every one of them must ask."""
+        """The signal that any process has received: the same on all of them, and all of them must call this."""
         if not _several():
             return self.received
         number = torch.tensor(self.received or 0, device=device)
@@ -73,7 +72,7 @@ class Signals:
         return int(number) or None
 
     def ending(self, number: int | None = None) -> BaseException:
-        """What to raise: as if the signal had come without a handler, but for exit code 143 after SIGTERM."""
+        """The exception to raise: KeyboardInterrupt for Ctrl-C, exit code 143 for SIGTERM."""
         number = number or self.received
         return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + int(number or signal.SIGTERM))
 

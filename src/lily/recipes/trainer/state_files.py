@@ -1,8 +1,7 @@
-"""What a resumed training needs besides the weights, as safetensors and JSON: no pickle is written, and none is read.
+"""States of optimizers, schedules, gradient scalers and random generators as safetensors and JSON, without pickles.
 
-The states of optimisers, schedules, gradient scalers and random generators are nested dictionaries, lists and tuples
-of numbers and tensors. The tensors go into one safetensors file and the nesting, which keeps tuples apart from lists
-and numbers as keys, into one JSON file beside it. Both hold every value exactly.
+Such a state is nested dictionaries, lists and tuples of numbers and tensors. The tensors go into one safetensors file
+and the nesting, with tuples distinct from lists and numbers allowed as keys, into one JSON file. Both are exact.
 """
 
 from __future__ import annotations
@@ -20,14 +19,16 @@ from torch import Tensor
 
 from lily.errors import LilyError
 
+SPOILED = "{file} is not a training state that can be resumed ({error}); start again with --overwrite"
+
 
 def save_state(state: Any, folder: Path, name: str) -> None:
     """Write `name.json` and, if there are tensors, `name.safetensors`.
 
     Args:
         state: dictionaries, lists, tuples, numbers, texts, None, tensors and NumPy arrays.
-        folder: exists.
-        name: of the two files.
+        folder: an existing folder.
+        name: of the two files, without ending.
     """
     tensors: dict[str, Tensor] = {}
     tree = _packed(state, tensors)
@@ -37,22 +38,20 @@ def save_state(state: Any, folder: Path, name: str) -> None:
 
 
 def load_state(folder: Path, name: str) -> Any:
-    """What `save_state` was given; NumPy arrays come back as tensors.
+    """The state that `save_state` wrote; NumPy arrays come back as tensors.
 
     Raises:
-        LilyError: if the files are missing or are not what it writes.
+        LilyError: if the files are missing or damaged.
     """
     file, table = folder / f"{name}.json", folder / f"{name}.safetensors"
     try:
         return _unpacked(json.loads(file.read_text("utf-8")), load_file(table) if table.is_file() else {})
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise LilyError(
-            f"{file} is no state of a training that can be resumed ({error}); start anew with --overwrite"
-        ) from error
+        raise LilyError(SPOILED.format(file=file, error=error)) from error
 
 
 def _packed(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """`value` in JSON's terms; its tensors are put into `tensors`."""
+    """`value` as JSON values; its tensors are added to `tensors`."""
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(value)
     if isinstance(value, Tensor):
@@ -82,7 +81,7 @@ def _unpacked(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def random_state() -> dict[str, Any]:
-    """The state of every generator that training draws from: Python's, NumPy's, torch's and the current GPU's."""
+    """The state of all random generators: Python's, NumPy's, torch's and the current GPU's."""
     state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -90,7 +89,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put the generators back to what `random_state` gave; on a machine without a GPU, all but the GPU's."""
+    """Restore the generators from `random_state`; on a machine without a GPU, all but the GPU's."""
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, np.asarray(keys), *rest))

@@ -1,7 +1,7 @@
-"""The trainers: transformers' Trainer and TRL's SFTTrainer, with what a recipe adds to them.
+"""Build a recipe's trainer: transformers' Trainer or TRL's SFTTrainer.
 
-Added: metrics that the loss does not give, the best adapter kept as a plain PEFT folder, early stopping on the
-recipe's own metric. Everything else (schedule, accumulation, checkpointing, resuming, logging) is theirs.
+Added to them: metrics besides the loss, the best adapter as a plain PEFT folder, early stopping on the recipe's metric.
+Schedule, accumulation and logging are theirs.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,27 +37,24 @@ from lily.recipes.scoring.forgetting import LOSS
 from lily.recipes.spec.schema import CLASSIFYING, Recipe
 from lily.recipes.trainer.resumable import Cadence, Resumable
 
-if TYPE_CHECKING:
-    pass
-
 Evaluate = Callable[[torch.nn.Module], dict[str, float]]
 
 
 class Progress:
-    """The evaluations of a run and its best adapter, kept on disk so that a resumed run goes on with them.
+    """The evaluations of a run and its best adapter, kept on disk so that a resumed run continues with them.
 
     Args:
         output: the run's folder.
         metric: the main metric.
-        patience: evaluations without gain before the run should stop; None: never.
+        patience: evaluations without improvement before the run should stop; None: never.
 
     Attributes:
-        history: what every evaluation on the validation rows found, with its epoch and step.
-        best: the best of them. Where the adapter settles, only what was found after that counts.
-        most: the largest loss on general text that the best may have; None: any.
+        history: the metrics of every evaluation on the validation rows, with its epoch and step.
+        best: the best of them. Where the adapter settles, only evaluations after that count.
+        max_general_loss: upper bound on the general-text loss of the selected checkpoint; None: no bound.
     """
 
-    most: float | None = None
+    max_general_loss: float | None = None
 
     def __init__(self, output: Path, metric: str, patience: int | None) -> None:
         self.folder, self.file = output / "best", output / "progress.json"
@@ -69,24 +66,24 @@ class Progress:
 
     @property
     def best(self) -> dict[str, float]:
-        """The first evaluation that no later one beats, among the final ones if there are any.
+        """The first evaluation that no later one beats, among those of the settled adapter if there are any.
 
-        Where there is a limit to forgetting, among those within it; if there are none, the one nearest to it.
+        With `max_general_loss`, among those within it; if there are none, the one with the smallest general loss.
         """
         eligible = [h for h in self.history if h.get("final", 1.0)] or self.history
-        if self.most is not None:
-            within = [h for h in eligible if h[LOSS] <= self.most]
+        if self.max_general_loss is not None:
+            within = [h for h in eligible if h[LOSS] <= self.max_general_loss]
             eligible = within or [min(eligible, key=lambda h: h[LOSS])]
         best = eligible[0]
-        for found in eligible[1:]:
-            if metric_tools.better(self.metric, found[self.metric], best[self.metric]):
-                best = found
+        for evaluation in eligible[1:]:
+            if metric_tools.better(self.metric, evaluation[self.metric], best[self.metric]):
+                best = evaluation
         return best
 
-    def update(self, model: PeftModel, found: dict[str, float]) -> bool:
-        """Take note of an evaluation; True means that patience is used up."""
-        self.history = [h for h in self.history if h["step"] < found["step"]] + [found]
-        if self.best is found:
+    def update(self, model: PeftModel, evaluation: dict[str, float]) -> bool:
+        """Record an evaluation, and save the adapter if it is the best; returns `exhausted`."""
+        self.history = [h for h in self.history if h["step"] < evaluation["step"]] + [evaluation]
+        if self.best is evaluation:
             save_adapter(model, self.folder, overwrite=True)
         if rank() == 0:
             write_text(self.file, json.dumps(self.history))
@@ -114,12 +111,12 @@ def build_trainer(
 
     Args:
         recipe: schedule and task.
-        model: with its adapter; frozen parameters are left out of the optimiser.
-        processor: the model's tokenizer, or what prepares its images.
+        model: with its adapter.
+        processor: the tokenizer or image preprocessor.
         train: encoded examples.
         validation: encoded examples.
         output: the run's folder.
-        beyond_loss: further validation metrics, which the loss does not give.
+        beyond_loss: computes validation metrics besides the loss.
         quiet: no progress bar.
 
     Returns:
@@ -147,7 +144,7 @@ def build_trainer(
             eval_dataset=Dataset.from_list(list(validation)),
             **common,
         )
-        # TRL rounds what trains on a quantised model to bfloat16, in which a small step changes nothing.
+        # On a quantized model TRL rounds trained parameters to bfloat16, in which a small step changes nothing.
         for p, data in trained.items():
             if p.dtype != data.dtype:
                 p.data = data
@@ -166,9 +163,9 @@ def build_trainer(
     if recipe.method == "lily" and settle is not None:
         trainer.add_callback(SettleCallback(settle.start, settle.end))
     trainer.add_callback(Cadence(recipe.train.evaluate_every, recipe.train.save_every or recipe.train.evaluate_every))
-    trainer.health = HealthCallback(lambda said: print(f"warning: {said}", file=sys.stderr))
+    trainer.health = HealthCallback(lambda message: print(f"warning: {message}", file=sys.stderr))
     trainer.add_callback(trainer.health)
-    if recipe.method == "lily" and settle is None:  # what settles is recorded by settling itself
+    if recipe.method == "lily" and settle is None:  # SettleCallback records the routing itself
         trainer.routing = RoutingCallback()
         trainer.add_callback(trainer.routing)
     trainer.recipe = recipe
@@ -179,7 +176,7 @@ def build_trainer(
 
 
 def score(recipe: Recipe, predictions: Any, labels: Any) -> dict[str, float]:
-    """A head's outputs (rows, outputs) against labels: the recipe's metrics."""
+    """The recipe's metrics of a head's outputs (rows, outputs)."""
     outputs = predictions[0] if isinstance(predictions, tuple) else predictions
     predicted = outputs.argmax(-1) if recipe.task in CLASSIFYING else outputs.reshape(-1)
     return metric_tools.compute(metric_tools.metrics_of(recipe), predicted, labels)
@@ -198,28 +195,28 @@ def _with_best(base: type[Trainer]) -> Any:
             return loss
 
         def settled(self) -> float | None:
-            """How far an adapter that settles has; None: it does not settle, or is static already."""
+            """Progress of settling, 0 to 1; None: the adapter does not settle, or is static already."""
             config = getattr(self.model, "peft_config", {}).get("default")
             return getattr(config, "settled", None)
 
         def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
-            """Also: metrics that the loss does not give, and the best adapter."""
+            """Evaluate, and keep the best adapter."""
             with self.signals.deferred(False):
-                found: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-                found["eval_perplexity"] = float(np.exp(min(found["eval_loss"], 80.0)))
+                metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+                metrics["eval_perplexity"] = float(np.exp(min(metrics["eval_loss"], 80.0)))
                 if self.beyond_loss is not None:
-                    found.update({f"eval_{name}": value for name, value in self.beyond_loss(self.model).items()})
+                    metrics.update({f"eval_{name}": value for name, value in self.beyond_loss(self.model).items()})
                 if self.general is not None:
-                    found[f"eval_{LOSS}"] = self.general(self.model)
-            found = from_first(found)  # the processes decide alike, also where their arithmetic differs in a last bit
+                    metrics[f"eval_{LOSS}"] = self.general(self.model)
+            metrics = from_first(metrics)  # so that all processes decide the same, even if their last bits differ
             step, epoch = self.state.global_step, float(self.state.epoch or 0.0)
-            values = {name: found[f"eval_{name}"] for name in (*self.names, LOSS) if f"eval_{name}" in found}
+            values = {name: metrics[f"eval_{name}"] for name in (*self.names, LOSS) if f"eval_{name}" in metrics}
             settled = self.settled()
             final = {} if settled is None else {"final": float(settled == 1)}
             exhausted = self.progress.update(self.model, {"step": step, "epoch": epoch, **values, **final})
             if exhausted or (self.watch is not None and self.watch(self.progress.history)):
                 self.control.should_training_stop = True
-            return found
+            return metrics
 
     return RecipeTrainer
 
@@ -250,7 +247,7 @@ def _arguments(recipe: Recipe, output: Path, quiet: bool) -> dict[str, Any]:
         "data_seed": recipe.seed,
         "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
-        # `Cadence` says when
+        # `Cadence` decides when
         "eval_strategy": "no",
         "save_strategy": "no",
         "logging_steps": 50,

@@ -1,0 +1,156 @@
+"""Adapter folders: the recipe kept beside an adapter, the base model that it is for, and its classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from peft import PeftConfig
+
+from lily.errors import LilyError
+from lily.io.untrusted import blame, read_header, read_json
+from lily.recipes import loader
+from lily.recipes.results.card import LABELS
+from lily.recipes.spec.dreambooth import DreamBooth
+from lily.recipes.spec.schema import Model, Recipe, Task
+
+TASKS: dict[str, Task] = {
+    "CAUSAL_LM": "sft",
+    "SEQ_CLS": "text-classification",
+}  # PEFT's task types, where there is no recipe
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """An adapter's folder and what belongs to it. No weight has been read.
+
+    Attributes:
+        path: the folder that holds adapter_config.json.
+        recipe: the one that was named, else the one kept beside the adapter; None: there is neither.
+        base: the folder or hub id that replaces the recipe's base model; None: no replacement.
+    """
+
+    path: Path
+    recipe: Recipe | DreamBooth | None
+    base: str | None = None
+
+    @classmethod
+    def of(cls, folder: str, recipe: str | None = None, base: str | None = None) -> AdapterFolder:
+        """Find the adapter in a folder.
+
+        Args:
+            folder: a run's folder, or an adapter folder.
+            recipe: name or path of a recipe; default: the one kept beside the adapter.
+            base: folder or hub id of the base model; default: where the recipe or the adapter says it is.
+
+        Raises:
+            LilyError: if there is no adapter, or the recipe cannot be used.
+        """
+        path = adapter_path(folder)
+        kept = kept_recipe(path)
+        chosen = recipe or (None if kept is None else str(kept))
+        try:
+            loaded = None if chosen is None else loader.load_any(chosen)
+        except LilyError:
+            if recipe is not None or base is None:
+                raise
+            loaded = None  # --base says what the kept recipe, perhaps of an older version, would
+        if isinstance(loaded, Recipe) and recipe is None and loaded.model.trust_remote_code:
+            if base is None:
+                raise LilyError(
+                    f"{kept} wants to run code from the model's repository (trust_remote_code); "
+                    f"if you trust it, say so with --recipe {kept}"
+                )
+            model = loaded.model.model_copy(update={"trust_remote_code": False})
+            loaded = loaded.model_copy(update={"model": model})
+        if isinstance(loaded, Recipe) and base is not None:
+            loaded = loaded.model_copy(update={"model": _at(loaded.model, base)})
+        return cls(path, loaded, base)
+
+    def text_recipe(self) -> Recipe:
+        """The recipe of an adapter for text or images.
+
+        Raises:
+            LilyError: if there is no recipe, or it is one of task dreambooth.
+        """
+        if self.recipe is None:
+            raise LilyError(f"{self.path} holds no recipe.yaml; name the recipe with --recipe")
+        if isinstance(self.recipe, DreamBooth):
+            raise LilyError(f"{self.path} is an adapter of task dreambooth; this works on adapters for text and images")
+        return self.recipe
+
+    def base_model(self) -> tuple[Model, Task]:
+        """The base model and the task: those of the recipe, else those that adapter_config.json names.
+
+        Raises:
+            LilyError: if neither names a model that can be found, or PEFT's task type is not supported.
+        """
+        if self.recipe is not None:
+            recipe = self.text_recipe()
+            return recipe.model, recipe.task
+        config = PeftConfig.from_pretrained(str(self.path))
+        where = self.base or config.base_model_name_or_path
+        if not where:
+            raise LilyError(f"{self.path} does not say which base model it is for; name it with --base")
+        if self.base is None and not Path(where).is_dir():
+            raise LilyError(
+                f"{self.path} is for the base model {where!r}, which is no folder here; name it with --base"
+            )
+        if config.task_type not in TASKS:
+            raise LilyError(
+                f"{self.path}: without a recipe, task_type must be CAUSAL_LM or SEQ_CLS, not {config.task_type}; name "
+                "the recipe with --recipe, or use lily.export in Python, which takes any model"
+            )
+        return Model(path=where) if Path(where).expanduser().exists() else Model(hub=where), TASKS[config.task_type]
+
+    def labels(self) -> tuple[str, ...] | None:
+        """The classes kept beside the adapter; None: it has no labels.json.
+
+        Raises:
+            LilyError: if the file is no list of names.
+        """
+        file = self.path / LABELS
+        if not file.is_file():
+            return None
+        labels = read_json(file)
+        if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+            raise blame(file, "expected a list of the classes' names")
+        return tuple(labels)
+
+    def outputs(self) -> tuple[str, ...]:
+        """The classes, or the numbers of the outputs of the head that the adapter's file holds; two if it has none."""
+        if (labels := self.labels()) is not None:
+            return labels
+        for key, entry in read_header(self.path / "adapter_model.safetensors").entries.items():
+            if ".lily_" not in key and key.endswith("weight") and entry.shape:
+                return tuple(map(str, range(entry.shape[0])))
+        return ("0", "1")
+
+
+def within_run(path: Path) -> Path:
+    """The adapter of a run's folder, `best` or else `last` (DreamBooth has no `best`); any other folder itself."""
+    return next((path / name for name in ("best", "last") if (path / name).is_dir()), path)
+
+
+def adapter_path(folder: str) -> Path:
+    """The folder of the adapter: `folder` itself, or the one in a run's folder.
+
+    Raises:
+        LilyError: if it holds no adapter.
+    """
+    path = within_run(Path(folder).expanduser())
+    if not (path / "adapter_config.json").is_file():
+        raise LilyError(f"{folder} holds no adapter (adapter_config.json); name a run's folder or its best/")
+    return path
+
+
+def kept_recipe(path: Path) -> Path | None:
+    """The recipe's file beside an adapter, if there is one."""
+    return next((p for p in (path / "recipe.yaml", path.parent / "recipe.yaml") if p.is_file()), None)
+
+
+def _at(model: Model, base: str) -> Model:
+    """The recipe's base model, from another folder or repository."""
+    kind = "path" if Path(base).expanduser().exists() else "hub"
+    cleared = dict.fromkeys((*Model.kinds, "revision", "architecture"))
+    return model.model_copy(update={**cleared, kind: base, "format": "transformers"})
