@@ -83,7 +83,7 @@ def test_k_and_v_slices_and_a_parallel_mlp_of_a_timm_vit():
     for i, block in enumerate(blocks):
         (x, y), *_ = qkv[i]
         fused = block.attn.qkv
-        slices = {layer.part: layer for layer in fused.nest}
+        slices = {layer.part: layer for layer in fused.nested}
         base = fused.get_base_layer()
         expected = x @ base.weight.T + base.bias
         expected[..., 32:64] += paper_update(x, *tensors(slices["k"]))

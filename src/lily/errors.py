@@ -1,4 +1,4 @@
-"""The one exception that Lily raises for bad input."""
+"""Exceptions that Lily raises."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class LilyError(ValueError):
 
 
 class DivergedError(LilyError):
-    """Training has left the finite numbers: the input is well-formed, but a learning rate or scaling is too large."""
+    """Loss, gradient or weights are not finite: usually the learning rate or scaling is too large."""
 
 
 class ElsewhereError(LilyError):
-    """Another process of the same run has found an error and tells it. The command line says nothing more."""
+    """Raised in the other processes when one process of a run fails; that one prints the error."""

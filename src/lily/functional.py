@@ -1,4 +1,4 @@
-"""Lily as pure functions: the paper's method on one screen, and the judge of every faster path.
+"""Lily as pure functions: the paper's method on one screen, and the reference that tests every faster path.
 
 Source: "Low-Rank Interconnected Adaptation across Layers" (arXiv 2407.09946), section 3.
 
@@ -6,11 +6,11 @@ Source: "Low-Rank Interconnected Adaptation across Layers" (arXiv 2407.09946), s
     p = softmax(h @ R.T)                     # R: (experts, r)       the router, one per layer
     y = base(x) + scaling * mix(h, p, B)     # B: (experts, r, out)  shared by all layers of a group
 
-A convolution and an embedding differ in the first line alone: `down_conv`, `down_embedding`. The weights of a mixture's
-experts, whose tokens nobody sees, are updated themselves, by `A.T @ static_B`.
+A convolution and an embedding differ only in the first line: `down_conv`, `down_embedding`. The stacked weights of a
+mixture of experts, whose tokens are not accessible, are updated directly, by `A.T @ static_B`.
 
-Letters: `x` input, `h` hidden (rank r), `p` expert weights per token, `w` the mixing weights that a routing makes of
-`p`, `E` experts. Leading dimensions are (batch, tokens) where a layer sees sequences.
+Letters: `x` input, `h` hidden (rank r), `p` expert weights per token, `w` the mixing weights that a routing
+computes from `p`, `E` experts. Leading dimensions are (batch, tokens) where a layer sees sequences.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ def down(x: Tensor, A: Tensor, activation: str = "none", dropout: float = 0.0, t
 
 
 def down_conv(x: Tensor, A: Tensor, layer: nn.Conv2d) -> Tensor:
-    """Project down where the layer is a convolution: A is the kernel of a narrow one, and tokens are output pixels.
+    """Project down for a convolution: A is the kernel of a narrow one, and tokens are output pixels.
 
     Args:
         x: (batch, channels, height, width).
         A: (r, channels * kernel height * kernel width).
-        layer: whose stride, padding and dilation count.
+        layer: provides stride, padding and dilation.
 
     Returns:
         (batch, output height, output width, r); before the activation.
@@ -51,9 +51,9 @@ def down_conv(x: Tensor, A: Tensor, layer: nn.Conv2d) -> Tensor:
 
 
 def down_embedding(ids: Tensor, A: Tensor, layer: nn.Embedding) -> Tensor:
-    """Project down where the layer looks up rows: the columns of `A` (r, rows) that `ids` (...) name, (..., r).
+    """Project down for an embedding: the columns of `A` (r, rows) at `ids` (...), as (..., r).
 
-    `padding_idx`, `max_norm` and `scale_grad_by_freq` of the layer hold for A too, as in PEFT's LoRA. Before the
+    `padding_idx`, `max_norm` and `scale_grad_by_freq` of the layer apply to A too, as in PEFT's LoRA. Before the
     activation.
     """
     options = (layer.padding_idx, layer.max_norm, layer.norm_type, layer.scale_grad_by_freq)
@@ -61,7 +61,7 @@ def down_embedding(ids: Tensor, A: Tensor, layer: nn.Embedding) -> Tensor:
 
 
 def hidden(a: Tensor, activation: str = "none", dropout: float = 0.0, training: bool = False) -> Tensor:
-    """The hidden state h of what A made of the input, (..., r).
+    """The hidden state h of the input projected by A, (..., r).
 
     Dropout acts on h, after the activation, so the router and the experts see the same h.
     """
@@ -93,7 +93,7 @@ def pool(p: Tensor, routing: str, mask: Tensor | None = None) -> Tensor:
             (batch * tokens, E) the rows are regrouped by sample first.
 
     Returns:
-        `token`: p itself. `sequence`: (batch, 1, E), broadcastable to p; p itself where a row is all a sample has.
+        `token`: p itself. `sequence`: (batch, 1, E), broadcastable to p; p itself if a sample is one row.
         `batch`: (E,).
     """
     if routing == "token":
@@ -118,12 +118,12 @@ def pool(p: Tensor, routing: str, mask: Tensor | None = None) -> Tensor:
 def mix(h: Tensor, w: Tensor, B: Tensor) -> Tensor:
     """Project up through the weighted experts: sum over e of w_e * (h @ B_e).
 
-    Two exact forms. Combine first, `h @ (sum_e w_e B_e)`, where many tokens share one w; expand first,
-    `concat_e(w_e * h) @ concat_e(B_e)`, one matrix product for any w. A B per token is never materialised.
+    Two exact forms: combine first, `h @ (sum_e w_e B_e)`, if many tokens share one w; expand first,
+    `concat_e(w_e * h) @ concat_e(B_e)`, one matrix product for any w. A B per token is never materialized.
 
     Args:
         h: (..., r).
-        w: (E,), (batch, 1, E) (or more ones between) or (..., E).
+        w: (E,), (batch, 1, E) (or with more dimensions of size 1) or (..., E).
         B: (E, r, out).
 
     Returns:
@@ -161,7 +161,7 @@ def lily(
         B: (E, r, out).
         router: R (E, r) for `token`, `sequence` and `batch`; the learned logits (E,) for `static`; ignored for
             `uniform` and where E is 1.
-        routing: which of the five.
+        routing: `token`, `sequence`, `batch`, `static` or `uniform`.
         scaling: multiplies the update directly.
         activation: `none`, `relu`, `gelu` or `silu`, between A and B.
         dropout: probability, on h.
@@ -177,16 +177,16 @@ def lily(
 def up(
     h: Tensor, B: Tensor, router: Tensor | None, routing: str, scaling: float = 1.0, mask: Tensor | None = None
 ) -> Tensor:
-    """The update (..., out) that `h` (..., r) leads to, for a layer of any kind; see `lily` for the arguments."""
+    """The update (..., out) from `h` (..., r), for a layer of any kind; see `lily` for the arguments."""
     return scaling * mix(h, weights(h, B.shape[0], router, routing, mask), B)
 
 
 def static_B(B: Tensor, logits: Tensor | None) -> Tensor:
-    """The experts mixed by weights that depend on nothing.
+    """Mix the experts by constant weights.
 
     Args:
         B: (E, r, out).
-        logits: (E,), or (layers, E) of several layers at once; None: all experts weigh the same.
+        logits: (E,), or (layers, E) for several layers; None: equal weights.
 
     Returns:
         (r, out), or (layers, r, out).

@@ -27,7 +27,7 @@ def full_update(model, name, weights):
     found = find(model)
     layer = found.layers[name]
     A, B = (t.detach().double() for t in layer.tensors_of(found.name))
-    return layer.scaling[found.name] * torch.einsum("e,ero->or", weights, B) @ A
+    return layer.settings[found.name].scaling * torch.einsum("e,ero->or", weights, B) @ A
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "llama", "plain"])

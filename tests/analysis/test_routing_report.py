@@ -117,8 +117,8 @@ def test_an_expert_that_no_token_chooses_is_dead_and_specialized_experts_are_tol
     def layer(mean, entropy):
         return LayerRouting("l", "g", 0, 10, mean, ((0.0,) * 3,) * 3, entropy, None, {})
 
-    assert layer((0.5, 0.49, 0.01), 0.0).dead() == (2,)
-    assert layer((0.5, 0.4, 0.1), 0.0).dead() == ()
+    assert layer((0.5, 0.497, 0.003), 0.0).dead() == (2,)
+    assert layer((0.5, 0.496, 0.004), 0.0).dead() == ()
     one_hot = layer((1 / 3, 1 / 3, 1 / 3), 0.0)
     assert one_hot.specialisation == pytest.approx(math.log(3))
     assert one_hot.effective_experts == pytest.approx(3)

@@ -30,7 +30,7 @@ class Watch(lily.SettleCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         super().on_step_begin(args, state, control, **kwargs)
-        self.shares.append(self.settling.found.config.settled)
+        self.shares.append(self.settling.adapted.config.settled)
         self.vectors.append(torch.stack([v.detach().softmax(0) for v in self.settling.logits]))
 
 
@@ -130,7 +130,7 @@ def test_half_way_the_weights_are_half_of_each():
     A, B = layer.tensors_of("default")
     h = x @ A.T
     w = (route(h, layer.router_of("default")) + layer.lily_logits["default"].softmax(0)) / 2
-    expected = torch.einsum("bte,btr,ero->bto", w, h, B) * layer.scaling["default"]
+    expected = torch.einsum("bte,btr,ero->bto", w, h, B) * layer.settings["default"].scaling
     assert torch.allclose(layer.update_of("default", x), expected, atol=1e-6)
 
 
@@ -139,7 +139,7 @@ def test_a_checkpoint_from_the_middle_loads_as_what_it_is(tmp_path):
     for settled in (0.0, 0.25, 1.0):
         settling = lily.Settling(model, total_steps=100, start=0.0, end=0.99)
         model.peft_config["default"].settled = settled
-        settling.found.bank.settled["default"] = Settled(settled)
+        settling.adapted.bank.settled["default"] = Settled(settled)
         model.save_pretrained(tmp_path / str(settled))
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*(missing|nexpected).*")
@@ -210,11 +210,11 @@ def test_training_in_eval_mode_settles_on_nothing_and_says_so():
     settling = lily.Settling(model, total_steps=10, start=0.3, end=0.6)
     settling.step(3)
     model(**inputs("llama"))
-    with pytest.warns(UserWarning, match=r"settling saw no token since the last step.*call model.train\(\)"):
+    with pytest.warns(UserWarning, match=r"settling recorded no token since the last step.*call model.train\(\)"):
         settling.step(4)
 
 
-def test_accumulation_counts_optimiser_steps(tmp_path):
+def test_accumulation_counts_optimizer_steps(tmp_path):
     whole, watch = trained(tmp_path, per_device_train_batch_size=4)
     parts, other = trained(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2)
     assert watch.shares == other.shares
@@ -255,12 +255,12 @@ def test_trls_trainer_settles_too(tmp_path):
 def test_ones_own_loop_settles_every_dynamic_routing(routing):
     model = fresh(routing=routing).train()
     settling = lily.Settling(model, total_steps=10, start=0.3, end=0.6)
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for step in range(10):
         settling.step(step)
         model(**inputs("llama", seed=step), labels=inputs("llama", seed=step)["input_ids"]).loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
     settling.finish()
     assert model.peft_config["default"].routing == "static"
     assert torch.isfinite(predict(model.eval(), inputs("llama"))).all()
@@ -298,7 +298,7 @@ def test_training_that_ends_too_early_says_so():
 @pytest.mark.parametrize(("start", "end"), [(0.5, 0.5), (0.8, 0.6), (-0.1, 0.5), (0.5, 1.0)])
 def test_bad_fractions_are_refused(start, end):
     for make in (lily.SettleCallback, lambda *a: lily.Settling(fresh(), 10, *a)):
-        with pytest.raises(LilyError, match="give fractions of training with 0 <= start < end < 1"):
+        with pytest.raises(LilyError, match="expected fractions of training, 0 <= start < end < 1"):
             make(start, end)
 
 
@@ -312,17 +312,17 @@ def test_what_is_static_has_nothing_to_settle():
         LilyConfig(settled=1.5)
 
 
-def test_an_optimiser_made_too_early_is_refused(tmp_path):
+def test_an_optimizer_made_too_early_is_refused(tmp_path):
     model = fresh()
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     trainer = Trainer(
         model=model,
         args=arguments(tmp_path),
         train_dataset=ROWS,
         callbacks=[lily.SettleCallback()],
-        optimizers=(optimiser, None),
+        optimizers=(optimizer, None),
     )
-    with pytest.raises(LilyError, match="the optimiser was made before the adapter got its static weights"):
+    with pytest.raises(LilyError, match="the optimizer was created before the adapter got its static weights"):
         trainer.train()
 
 
@@ -343,14 +343,14 @@ def settle_on_own_rows(rank):
     model = fresh(settled=0.0)
     settling = lily.Settling(model, total_steps=20, start=0.4, end=0.7)
     parallel = torch.nn.parallel.DistributedDataParallel(model)
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
     vectors = []
     for step in range(20):
         settling.step(step)
         batch = inputs("llama", seed=100 * rank + step)
         parallel(**batch, labels=batch["input_ids"]).loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         vectors.append(torch.stack([v.detach().clone() for v in settling.logits]))
     settling.finish()
     return torch.stack(vectors).tolist(), predict(model.eval(), inputs("llama")).tolist()

@@ -324,7 +324,7 @@ WRITERS = {
 
 @pytest.mark.parametrize("writer", WRITERS)
 def test_a_dynamic_adapter_is_refused_and_nothing_is_written(writer, tmp_path):
-    with pytest.raises(LilyError, match=r"depends on the data; turn it into a static one first \(lily.collapse"):
+    with pytest.raises(LilyError, match=r"depends on the data; make it static first \(lily.collapse"):
         WRITERS[writer](adapted("llama", routing="token"), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

@@ -60,13 +60,17 @@ class Case:
     def leaves(self):
         return [t for t in (self.x, self.A, self.B, self.router, self.bias) if t is not None]
 
+    @property
+    def update(self):
+        return fused.Update(self.A, self.B, self.router, self.how, self.mask)
+
     def fast(self):
         weight = self.weight.t().contiguous() if self.how.transposed else self.weight
-        return fused.linear(self.x, weight, self.bias, self.A, self.B, self.router, self.how, self.mask)
+        return fused.linear(self.x, weight, self.bias, self.update)
 
     def beside(self):
         base = nn.functional.linear(self.x, self.weight, self.bias)
-        return fused.plus_update(base, self.x, self.A, self.B, self.router, self.how, self.mask)
+        return fused.plus_update(base, self.x, self.update)
 
     def reference(self):
         x, A, B = (t.double() for t in (self.x, self.A, self.B))

@@ -53,7 +53,7 @@ def test_a_mask_fits_by_shape():
     assert not fits(mask, torch.zeros(5, 2, 8))
 
 
-def test_the_attended_sequence_is_recognised_by_its_memory():
+def test_the_attended_sequence_is_recognized_by_its_memory():
     own, other, states = torch.ones(2, 5), torch.zeros(2, 5), torch.randn(2, 5, 8)
     scope = Scope(own, other, (states.data_ptr(), states.shape))
     assert scope.fit(states) is other

@@ -189,14 +189,14 @@ def test_every_tensor_of_an_embedding_learns_and_rows_that_are_not_looked_up_sta
     config = LilyConfig(r=4, num_B=2, routing="token", target_modules=["0"], activation=activation)
     model = get_peft_model(base, config)
     x, target = torch.tensor([[1, 2, 5]]), torch.randn(1, 3, 6)
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
     first = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     before, losses = model(torch.arange(9)).detach(), []
     for _ in range(40):
         loss = (model(x) - target).square().mean()
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
     assert all(not torch.equal(p, first[n]) for n, p in model.named_parameters() if p.requires_grad)
@@ -338,7 +338,7 @@ def test_an_embedding_that_cuts_norms_trains_and_refuses_to_merge():
     base = nn.Sequential(nn.Embedding(7, 4, max_norm=1.0))
     model = randomise(get_peft_model(base, LilyConfig(r=2, num_B=2, routing="static", target_modules=["0"])))
     model(torch.arange(7)).sum().backward()
-    with pytest.raises(LilyError, match=r"max_norm=1\.0: it cuts what it looks up"):
+    with pytest.raises(LilyError, match=r"max_norm=1\.0: it clips the rows that it looks up"):
         model.merge_adapter()
 
 

@@ -366,13 +366,13 @@ def steps_of_a_stage(rank, routing="token"):
     pipeline = PipelineStage(stage, rank, 2, torch.device("cpu"))
     schedule = ScheduleGPipe(pipeline, 4, loss_fn=lambda y, target: (y - target).square().mean())
     trained = [p for p in stage.parameters() if p.requires_grad]
-    optimiser = torch.optim.SGD(trained, lr=0.1)
+    optimizer = torch.optim.SGD(trained, lr=0.1)
     for step in range(3):
         x, target = pipelined(step)
         schedule.step(x) if rank == 0 else schedule.step(target=target)
         lily.sum_bank_gradients(stage)
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
     return {name: p.detach().numpy() for name, p in root.named_parameters() if p.requires_grad}
 
 
@@ -385,12 +385,12 @@ def pipelined(step):
 @pytest.mark.parametrize("routing", ["token", "static"])
 def test_pipeline_stages_train_the_adapter_that_one_process_does(routing):
     model = plain(routing)
-    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for step in range(3):
         x, target = pipelined(step)
         (model(x) - target).square().mean().backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
     first, second = processes(partial(steps_of_a_stage, routing=routing))
     for name, expected in model.base_model.model.named_parameters():
         if expected.requires_grad:

@@ -1,9 +1,12 @@
-"""Base layers of every kind, compiled and quantised ones included."""
+"""Base layers of every kind, compiled and quantized ones included."""
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
+from diffusers.utils.peft_utils import get_adapter_name
 from helpers import build, inputs, predict, randomise
 from peft import get_peft_model
 from torch import nn
@@ -69,3 +72,18 @@ def test_inputs_of_any_rank_and_empty_ones_pass(routing, shape):
     model = randomise(get_peft_model(nn.Sequential(nn.Linear(8, 6)), config))
     out = model(torch.randn(shape))
     assert out.shape == (*shape[:-1], 6)
+
+
+def test_settings_are_per_adapter_frozen_and_deleted_with_it():
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 6)), LilyConfig(r=3, num_B=2, target_modules=["0"]))
+    model.add_adapter("other", LilyConfig(r=4, num_B=1, scaling=0.5, target_modules=["0"]))
+    layer = model.base_model.model[0]
+    assert get_adapter_name(layer) == "default_2"  # diffusers counts the entries of `r`
+    assert layer.r == {"default": 3, "other": 4}
+    other = layer.settings["other"]
+    assert (other.num_B, other.scaling) == (1, 0.5)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        other.scaling = 1.0
+    model.delete_adapter("other")
+    assert list(layer.settings) == ["default"]
+    assert layer._get_available_adapters() == {"default"}

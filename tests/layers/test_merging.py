@@ -174,7 +174,7 @@ def test_an_injected_adapter_merges_layer_by_layer():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"routing": "token"}, "routing='token' depends on the data; turn it into a static one first .lily.collapse"),
+        ({"routing": "token"}, "routing='token' depends on the data; make it static first .lily.collapse"),
         ({"routing": "sequence"}, "routing='sequence' depends on the data"),
         ({"routing": "batch"}, "train the next one with `settle`"),
         ({"routing": "static", "activation": "relu"}, "activation='relu' between A and B is not linear"),
@@ -214,7 +214,7 @@ def test_a_safe_merge_refuses_what_half_precision_cannot_hold():
     assert same_bits(model, before)
 
 
-def test_a_quantised_weight_is_refused():
+def test_a_quantized_weight_is_refused():
     class Packed(nn.Linear):
         pass
 
@@ -222,7 +222,7 @@ def test_a_quantised_weight_is_refused():
     bits = nn.Parameter(torch.zeros(12, 8, dtype=torch.uint8), requires_grad=False)
     model.blocks[1]["up"].weight = bits
     model = get_peft_model(model, config_for("plain", routing="static", target_modules=["up"]))
-    with pytest.raises(LilyError, match="load the base model unquantised"):
+    with pytest.raises(LilyError, match="load the base model unquantized"):
         model.merge_adapter()
 
 
@@ -233,7 +233,7 @@ def test_one_float8_weight_is_refused_before_any_layer_is_merged():
     model = randomise(get_peft_model(base, config_for("plain", routing="static", target_modules=["up"])))
     before = {n: w.view(torch.uint8) for n, w in base_bits(model).items()}
     for act in (model.merge_adapter, model.merge_and_unload, lambda: export.write_merged(model, "never")):
-        with pytest.raises(LilyError, match=r"whose weight is a Parameter of torch.float8_e4m3fn.*unquantised"):
+        with pytest.raises(LilyError, match=r"whose weight is a Parameter of torch.float8_e4m3fn.*unquantized"):
             act()
     assert {n: w.view(torch.uint8).tolist() for n, w in base_bits(model).items()} == {
         n: w.tolist() for n, w in before.items()

@@ -41,7 +41,7 @@ def test_an_adapter_beside_an_mlp_equals_the_formula(routing):
         update = functional.lily(x, A, B, router, routing=routing, activation="relu")
         with torch.no_grad():
             assert torch.allclose(layer(x), layer.base_layer(x) + update, atol=1e-5)
-    assert {found.layers[n].activation["default"] for n in found.layers if n not in blocks} == {"none"}
+    assert {found.layers[n].settings["default"].activation for n in found.layers if n not in blocks} == {"none"}
 
 
 def test_it_trains_saves_and_loads(routing, tmp_path):
@@ -74,7 +74,7 @@ def test_a_second_adapter_goes_beside_the_same_module():
 
 def test_what_runs_beside_a_module_is_neither_merged_nor_exported():
     model = vit(routing="static", group_options=None)
-    with pytest.raises(LilyError, match="runs beside a ViTMLP"):
+    with pytest.raises(LilyError, match="runs in parallel to a ViTMLP"):
         model.merge_adapter()
     with pytest.raises(LilyError, match="is of the kind block"):
         as_lora(model)
@@ -141,7 +141,11 @@ def test_options_of_a_group_hold_for_it_alone():
     query, value = found.plan.groups
     assert (query.num_B, len(query.blocks), value.num_B, len(value.blocks)) == (3, 2, 1, 4)
     settings = {
-        n.rpartition(".")[2]: (m.scaling["default"], m.dropout["default"], m.router_of("default") is None)
+        n.rpartition(".")[2]: (
+            m.settings["default"].scaling,
+            m.settings["default"].dropout,
+            m.router_of("default") is None,
+        )
         for n, m in found.layers.items()
     }
     assert settings == {"query": (2.0, 0.0, False), "value": (0.5, 0.1, True)}

@@ -1,4 +1,4 @@
-"""Quantised base models: bitsandbytes, torchao, and layers that hold no `weight`, as GPTQ's and HQQ's."""
+"""Quantized base models: bitsandbytes, torchao, and layers that hold no `weight`, as GPTQ's and HQQ's."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
 def wide_llama(dtype=torch.float32):
-    """Wide enough for the quantisation blocks of 4-bit kernels."""
+    """Wide enough for the quantization blocks of 4-bit kernels."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=128, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, vocab_size=61
@@ -162,21 +162,21 @@ def config(routing="token", **more):
 
 def train(model, steps=3, rate=1e-2):
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=rate)
+    optimizer = torch.optim.AdamW(trained, lr=rate)
     losses = []
     for _ in range(steps):
         batch = inputs("llama")
         loss = model.train()(**batch, labels=batch["input_ids"]).loss
         loss.backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in trained)
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         losses.append(loss.item())
     return losses
 
 
 @pytest.mark.parametrize("routing", ["token", "sequence", "static"])
-def test_a_quantised_base_trains_saves_and_loads(tmp_path, make, routing):
+def test_a_quantized_base_trains_saves_and_loads(tmp_path, make, routing):
     base = predict(make(), inputs("llama"))
     model = get_peft_model(make(), config(routing))
     frozen = {name: t.clone() for name, t in model.state_dict().items() if "lily" not in name and torch.is_tensor(t)}
@@ -197,7 +197,7 @@ def real(t):
     return t.dequantize() if type(t) not in fused.PLAIN else t
 
 
-def test_every_gradient_on_a_quantised_base_is_the_references(make, monkeypatch):
+def test_every_gradient_on_a_quantized_base_is_the_references(make, monkeypatch):
     def gradients(fast):
         if not fast:
             monkeypatch.setattr(fused, "product_dtype", lambda *_: None)
@@ -248,7 +248,7 @@ def test_inference_before_training_costs_no_gradient(make):
 
 
 @pytest.mark.slow
-def test_a_loaded_adapter_is_collapsed_and_refitted_on_a_quantised_base(make, tmp_path):
+def test_a_loaded_adapter_is_collapsed_and_refitted_on_a_quantized_base(make, tmp_path):
     model = randomise(get_peft_model(make(), config()))
     model.save_pretrained(tmp_path / "adapter")
     model = PeftModel.from_pretrained(make(), tmp_path / "adapter").eval()
@@ -259,7 +259,7 @@ def test_a_loaded_adapter_is_collapsed_and_refitted_on_a_quantised_base(make, tm
     torch.testing.assert_close(predict(back, inputs("llama")), predict(model, inputs("llama")), rtol=0, atol=2e-2)
 
 
-def test_a_lora_exported_from_a_quantised_base_gives_the_same_logits_on_it(make_for_lora, tmp_path):
+def test_a_lora_exported_from_a_quantized_base_gives_the_same_logits_on_it(make_for_lora, tmp_path):
     make, model = make_for_lora, randomise(get_peft_model(make_for_lora(), config("static"))).eval()
     write_lora(as_lora(model), tmp_path / "lora")
     lora = PeftModel.from_pretrained(make(), tmp_path / "lora").eval()
@@ -270,24 +270,24 @@ def test_a_lora_exported_from_a_quantised_base_gives_the_same_logits_on_it(make_
     )
 
 
-def test_merging_into_a_quantised_base_is_refused_and_leaves_it_alone(make):
+def test_merging_into_a_quantized_base_is_refused_and_leaves_it_alone(make):
     model = randomise(get_peft_model(make(), config("static"))).eval()
     before = predict(model, inputs("llama"))
     for merge in (model.merge_adapter, model.merge_and_unload, lambda: model.merge_adapter(safe_merge=True)):
-        with pytest.raises(LilyError, match=r"cannot merge into a \w+ .*load the base model unquantised"):
+        with pytest.raises(LilyError, match=r"cannot merge into a \w+ .*load the base model unquantized"):
             merge()
     assert torch.equal(predict(model, inputs("llama")), before)
     model.unload()
 
 
-def test_an_adapter_trained_on_a_quantised_base_merges_into_the_full_one(make, tmp_path):
+def test_an_adapter_trained_on_a_quantized_base_merges_into_the_full_one(make, tmp_path):
     model = get_peft_model(make(), config("static"))
     train(model)
     model.eval().save_pretrained(tmp_path)
     full = PeftModel.from_pretrained(wide_llama(), tmp_path).eval()
     before = predict(full, inputs("llama"))
     torch.testing.assert_close(predict(full.merge_and_unload(), inputs("llama")), before)
-    torch.testing.assert_close(before, predict(model, inputs("llama")), rtol=0, atol=0.3)  # what quantisation moved
+    torch.testing.assert_close(before, predict(model, inputs("llama")), rtol=0, atol=0.3)  # what quantization moved
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -308,7 +308,7 @@ def test_a_model_prepared_by_peft_trains_in_half_precision(folder, kind, checkpo
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_gradient_checkpointing_changes_no_gradient_on_a_quantised_base(folder, kind):
+def test_gradient_checkpointing_changes_no_gradient_on_a_quantized_base(folder, kind):
     def gradients(checkpointing):
         model = prepare_model_for_kbit_training(
             KINDS[kind](folder),
@@ -332,7 +332,7 @@ def test_saving_a_model_in_4_bits_keeps_the_adapter_and_its_weights(folder, tmp_
 
 
 def test_a_half_precision_input_is_not_copied_to_the_adapters_float32(folder):
-    """What the update keeps for backward, beside the quantised base: its input as it came, and no copy of it."""
+    """What the update keeps for backward, beside the quantized base: its input as it came, and no copy of it."""
     model = get_peft_model(nf4(folder, torch.bfloat16), config("static"))
     layer, kept = model.base_model.model.model.layers[0].mlp.down_proj, []
     x = torch.randn(4, 32, 128, dtype=torch.bfloat16, requires_grad=True)
@@ -358,13 +358,13 @@ def test_the_layers_of_another_kind_are_named_when_they_cannot_be_adapted():
         get_peft_model(nn.ModuleDict({"q": Codes()}), LilyConfig(r=2, num_B=2, target_modules=["q"]))
 
 
-def test_lora_on_the_same_quantised_base_as_control(make_for_lora):
+def test_lora_on_the_same_quantized_base_as_control(make_for_lora):
     model = get_peft_model(make_for_lora(), LoraConfig(r=4, target_modules=TARGETS, task_type="CAUSAL_LM"))
     losses = train(model)
     assert losses[-1] < losses[0]
 
 
-def test_two_adapters_switch_on_a_quantised_base(make):
+def test_two_adapters_switch_on_a_quantized_base(make):
     model = randomise(get_peft_model(make(), config()), seed=3)
     model.add_adapter("other", config("static"))
     states = {}

@@ -64,7 +64,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 
 def named(module: nn.Module, part: str) -> Slice:
-    return next(layer for layer in module.nest if layer.part == part)
+    return next(layer for layer in module.nested if layer.part == part)
 
 
 def rows(module: nn.Module, part: str) -> torch.Tensor:

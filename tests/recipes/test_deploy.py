@@ -240,8 +240,8 @@ def test_a_base_folder_without_a_tokenizer_is_merged_into(trained, tmp_path, cha
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["export", "{dynamic}", "--to", "lora"], "depends on the data; turn it into a static one first"),
-        (["export", "{dynamic}", "--to", "merged"], "depends on the data; turn it into a static one first"),
+        (["export", "{dynamic}", "--to", "lora"], "depends on the data; make it static first"),
+        (["export", "{dynamic}", "--to", "merged"], "depends on the data; make it static first"),
         (["export", "{static}", "--to", "onnx"], "--to onnx: choose one of lora, merged, stock"),
         (["export", "{static}", "--to", "merged", "--rank", "2"], "--rank goes with --to lora, not with --to merged"),
         (["export", "{static}", "--to", "stock", "--for", "vllm"], "--for goes with --to lora, not with --to stock"),

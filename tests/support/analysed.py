@@ -24,7 +24,7 @@ def weights_of_tokens(model, name, batch):
         A, _ = layer.tensors_of(found.name)
         p = torch.softmax((args[0] @ A.T @ layer.router_of(found.name).T).double(), -1)
         m = batch["attention_mask"].double()
-        if layer.routing[found.name] == "sequence":
+        if layer.settings[found.name].routing == "sequence":
             p = ((p * m.unsqueeze(-1)).sum(1) / m.sum(1, keepdim=True)).unsqueeze(1).expand_as(p)
         kept.append(p[m.bool()])
 

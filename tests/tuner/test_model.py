@@ -66,7 +66,7 @@ def test_every_trainable_tensor_gets_a_gradient_and_nothing_else_does(kind, rout
     assert all("lily_" in n or "classifier" in n for n, p in model.named_parameters() if p.requires_grad)
 
 
-def test_an_optimiser_sees_a_shared_tensor_once():
+def test_an_optimizer_sees_a_shared_tensor_once():
     model = adapted("llama")
     named = [p for n, p in model.named_parameters() if "lily_" in n]
     assert (
@@ -316,11 +316,11 @@ def test_random_initialisation_starts_b_off_zero():
 
 def test_static_experts_do_not_stay_equal():
     model = adapted("llama", trained=False, routing="static")
-    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     for _ in range(2):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         logits(model, inputs("llama")).square().sum().backward()
-        optimiser.step()
+        optimizer.step()
     B = bank_of(model.base_model.model).lily_B["default"][0].view(3, 4, 32)
     assert not torch.allclose(B[0], B[1], atol=1e-6)
 

@@ -175,7 +175,7 @@ def test_the_time_step_gets_the_update_of_the_formula(kind, routing, monkeypatch
     torch.testing.assert_close(seen["time_step"], expected.transpose(1, 2))
 
 
-def test_a_mixer_of_a_quantised_model_which_calls_its_time_step_gets_the_same_update():
+def test_a_mixer_of_a_quantized_model_which_calls_its_time_step_gets_the_same_update():
     model = adapted("falcon_mamba", ["dt_proj"])
     by_product = logits(model)
     model.config._is_quantized = True

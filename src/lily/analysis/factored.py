@@ -122,7 +122,9 @@ def lily_layers(model: nn.Module, adapter: str | None = None) -> list[Factored]:
         LilyError: if there is no such adapter, or its update is not linear.
     """
     adapted = find(model, adapter)
-    bent = next((a for layer in adapted.layers.values() if (a := layer.activation[adapted.name]) != "none"), None)
+    bent = next(
+        (a for layer in adapted.layers.values() if (a := layer.settings[adapted.name].activation) != "none"), None
+    )
     if bent is not None:
         raise LilyError(
             f"adapter {adapted.name!r} has activation={bent!r} between A and B, so its update is no "
@@ -136,13 +138,13 @@ def _lily_layers(adapted: Adapted) -> Iterator[Factored]:
     downs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
     ups: dict[int, tuple[Tensor, Tensor]] = {}
     for name, layer in adapted.layers.items():
-        slot = layer.slots[adapted.name]
+        slot = layer.settings[adapted.name].slot
         A, B = (t.detach().double().cpu() for t in layer.tensors_of(adapted.name))  # (r, in), (E, r, out)
         if slot.B not in ups:
             basis, core = torch.linalg.qr(B.flatten(0, 1).T)  # (out, m), (m, E r)
             ups[slot.B] = basis, core.unflatten(1, B.shape[:2])
         out_basis, out_core = ups[slot.B]
-        core = layer.scaling[adapted.name] * out_core
+        core = layer.settings[adapted.name].scaling * out_core
         group = adapted.plan.group_of(name)
         title = f"{group.name} ({group.out_features}, {group.in_features})"
         stacked = group.kind == EXPERTS
@@ -156,11 +158,11 @@ def _lily_layers(adapted: Adapted) -> Iterator[Factored]:
 
 def static_mixing(layer: LilyLayer, adapted: Adapted, expert: int = 0) -> Mixing | None:
     """A layer's constant weights, or None if they depend on the data; for stacked experts, those of `expert`."""
-    name, experts = adapted.name, layer.num_B[adapted.name]
-    if router_size(layer.routing[name], layer.r[name], experts) == 0:
-        return Mixing.constant(torch.full((experts,), 1 / experts))
+    name, settings = adapted.name, layer.settings[adapted.name]
+    if router_size(settings.routing, settings.r, settings.num_B) == 0:
+        return Mixing.constant(torch.full((settings.num_B,), 1 / settings.num_B))
     settled = adapted.bank.settled.get(name)
-    if layer.routing[name] == "static" or (settled is not None and settled.done):
+    if settings.routing == "static" or (settled is not None and settled.done):
         logits = layer.lily_logits[name].detach().double()
         return Mixing.constant(functional.softmax(logits[expert] if logits.ndim == 2 else logits))
     return None

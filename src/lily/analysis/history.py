@@ -143,7 +143,7 @@ class RoutingCallback(TrainerCallback):  # type: ignore[misc]
         if state.global_step not in self.recorded_steps or self.adapted is None or not self.adapted.config.dynamic:
             return
         for layer in self.adapted.layers.values():
-            experts = layer.num_B[self.adapted.name]
+            experts = layer.settings[self.adapted.name].num_B
             layer.statistics[self.adapted.name] = RoutingStatistics.empty(experts, training_only=True)
         self.recording = True
         self.adapted.watch_masks()
@@ -157,7 +157,8 @@ class RoutingCallback(TrainerCallback):  # type: ignore[misc]
         rows, tokens = dict(self.history.layers), dict(self.history.tokens)
         for name, layer in adapted.layers.items():
             # another callback may have removed them; all processes must reduce the same tensors
-            statistics = layer.statistics.pop(adapted.name, RoutingStatistics.empty(layer.num_B[adapted.name]))
+            nothing = RoutingStatistics.empty(layer.settings[adapted.name].num_B)
+            statistics = layer.statistics.pop(adapted.name, nothing)
             all_reduce(statistics)
             tokens[name] = (*tokens.get(name, ()), int(statistics.count.item()))
             rows[name] = (*rows.get(name, ()), tuple(statistics.mean.tolist()))

@@ -27,11 +27,10 @@ from torch import Tensor, nn
 from lily.analysis.factored import Mixing, static_mixing
 from lily.analysis.recorder import Recorder
 from lily.errors import LilyError
+from lily.layers.routing_statistics import DEAD_EXPERT
 from lily.tuner.adapter import Adapted, find
 from lily.tuner.recording import Batch, call, evaluating
 
-# An expert is dead in a layer that gives it less than this share of an equal weight on average.
-DEAD = 0.1
 # Number of permutations in the test of the label's share.
 PERMUTATIONS = 200
 
@@ -103,7 +102,7 @@ class LayerRouting:
         """Exp of the entropy of the mean weights."""
         return exp(self.entropy)
 
-    def dead(self, threshold: float = DEAD) -> tuple[int, ...]:
+    def dead(self, threshold: float = DEAD_EXPERT) -> tuple[int, ...]:
         """Experts with a mean weight below `threshold` times an equal one."""
         return tuple(e for e, w in enumerate(self.mean) if w < threshold / len(self.mean))
 
@@ -212,7 +211,9 @@ def routing_report(
     adapted = find(model, adapter)
     fixed = {name: static_mixing(layer, adapted) for name, layer in adapted.layers.items()}
     recorders = {
-        name: Recorder(adapted.layers[name].num_B[adapted.name]) for name, mixing in fixed.items() if mixing is None
+        name: Recorder(adapted.layers[name].settings[adapted.name].num_B)
+        for name, mixing in fixed.items()
+        if mixing is None
     }
     samples = 0
     if recorders:

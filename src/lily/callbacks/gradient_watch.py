@@ -1,7 +1,7 @@
-"""Adapted layers that take no part in training: their parent never calls them, or what they compute is not used.
+"""Adapted layers without a gradient: their parent never calls them, or the loss does not use their output.
 
-Nothing fails then; the layer's own tensors just never get a gradient. What is known beforehand is refused or remedied
-when a plan is made (`lily.plan.uncalled_layers`); this finds the rest in the first steps.
+No error is raised then; the layer's tensors just never receive a gradient. Known cases are refused or fixed when a plan
+is made (`lily.plan.uncalled_layers`); this finds the others in the first steps.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from lily.layers.bank import BANK, LilyBank
+from lily.layers.bank import banks_in
 from lily.layers.find import layers_of
 from lily.layers.layer import LilyLayer
 
-# An expert of a mixture may get no token for some steps; a layer that got no gradient in so many is told of.
+# An expert may receive no token for a few steps, so warn only after this many steps without a gradient.
 STEPS = 20
 
 
 class IdleWatch:
-    """Looks for adapted layers without a gradient in the first steps, until all have had one; reports the others once.
+    """Reports, once, the adapted layers that received no gradient in the first steps.
 
     Args:
-        announce: is given the report.
+        announce: called with the report.
     """
 
     def __init__(self, announce: Callable[[str], Any]) -> None:
@@ -33,20 +33,20 @@ class IdleWatch:
 
     @property
     def wanted(self) -> bool:
-        """Whether there is anything left to look for."""
+        """Whether some layer may still be without a gradient."""
         return self._idle is None or bool(self._idle)
 
     def look(self, model: nn.Module, trained: Collection[nn.Parameter], last: bool) -> None:
-        """Take note of a step, after its gradient is there and before it is used.
+        """Inspect the gradients of a step, after backward and before the optimizer's step.
 
         Args:
             model: with its adapters.
-            trained: what the optimiser has. Of a layer none of whose tensors is in it nothing is known: some engines
-                keep the gradients elsewhere.
+            trained: the optimizer's parameters. Layers with no tensor among them are skipped: some engines keep the
+                gradients elsewhere.
             last: whether it is the last step of the training.
         """
-        found, total = idle_layers(model, trained)
-        self._idle = found if self._idle is None else self._idle & found
+        idle, total = idle_layers(model, trained)
+        self._idle = idle if self._idle is None else self._idle & idle
         self._seen += 1
         if self._idle and (last or self._seen >= STEPS):
             self.announce(idle_message(sorted(self._idle), total, self._seen))
@@ -54,45 +54,43 @@ class IdleWatch:
 
 
 def idle_layers(model: nn.Module, trained: Collection[nn.Parameter]) -> tuple[set[str], int]:
-    """The adapted layers that the last backward did not reach, and how many there are.
+    """The adapted layers that the last backward did not reach, and the number of all adapted layers.
 
-    A layer with a tensor of its own (router or logits) is judged by it, any other by those that it shares.
+    A layer with a router or logits is judged by these, any other by the tensors that it shares.
     """
-    known = {id(p) for p in trained}
+    trained_ids = {id(p) for p in trained}
     idle: set[str] = set()
     total = 0
-    for path, bank in model.named_modules():
-        if not isinstance(bank, LilyBank):
-            continue
-        layers = layers_of(model.get_submodule(path.removesuffix(BANK).rstrip(".")))
+    for root, bank in banks_in(model):
+        layers = layers_of(root)
         total += len(layers)
         for name, layer in layers.items():
             tensors = [t for adapter in cast("list[str]", bank.active_adapters) for t in _tensors(layer, adapter)]
-            tensors = [t for t in tensors if id(t) in known and t.numel()]  # a sharded one may hold nothing here
+            tensors = [t for t in tensors if id(t) in trained_ids and t.numel()]  # a sharded one may hold nothing here
             if tensors and all(t.grad is None for t in tensors):
                 idle.add(name)
     return idle, total
 
 
 def _tensors(layer: LilyLayer, adapter: str) -> list[Tensor]:
-    if adapter not in layer.slots:
+    if adapter not in layer.settings:
         return []
     own = [cast(Tensor, layer.lily_router[adapter].weight)] if adapter in layer.lily_router else []
     own += [cast(Tensor, layer.lily_logits[adapter])] if adapter in layer.lily_logits else []
-    return own or list(layer.bank.pair(adapter, layer.slots[adapter]))
+    return own or list(layer.bank.pair(adapter, layer.settings[adapter].slot))
 
 
 def idle_message(idle: Sequence[str], total: int, steps: int) -> str:
-    """What to say of layers that got no gradient.
+    """The warning about layers that received no gradient.
 
     Args:
         idle: their names; at least one.
-        total: adapted layers in all.
-        steps: that were looked at.
+        total: number of adapted layers.
+        steps: number of steps inspected.
     """
     shown = ", ".join(idle[:3]) + (f" and {len(idle) - 3} more" if len(idle) > 3 else "")
     return (
         f"{len(idle)} of {total} adapted layers got no gradient in {steps} steps: {shown}. Their parent reads the "
-        "weight without calling the layer, or what it computes is not used for the loss, so an adapter there does "
-        "nothing; leave them out of the targets (experts that no token was sent to are no fault)"
+        "weight without calling the layer, or the loss does not use their output, so an adapter there does nothing; "
+        "remove them from the targets (experts that received no token are not a fault)"
     )

@@ -1,7 +1,7 @@
-"""Watching a training: a loss, gradient or weight that is no number any more, and routers that stop routing.
+"""Training health: stop at a loss, gradient or weight that is not finite; warn of routers that stop routing.
 
-A run with a loss that is not finite is lost, and what it writes then replaces what was good; so it is stopped before
-the step is taken. Routers that stop routing (`router_watch`) and adapted layers without a gradient (`gradient_watch`)
+A run with a loss that is not finite cannot recover and would overwrite good checkpoints, so it is stopped before the
+optimizer's step. Routers that stop routing (`router_watch`) and adapted layers without a gradient (`gradient_watch`)
 are reported; training continues.
 """
 
@@ -11,7 +11,6 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,92 +24,59 @@ from lily.callbacks.gradient_watch import IdleWatch
 from lily.callbacks.router_watch import RouterWatch
 from lily.errors import DivergedError
 
-# float16: steps in a row that may overflow. Some do while the gradient scaler looks for its scale.
+# float16: consecutive steps that may overflow. Some do while the gradient scaler searches for its scale.
 OVERFLOWS = 50
-
-
-@dataclass(frozen=True)
-class Fault:
-    """Something that is no finite number.
-
-    Attributes:
-        step: the optimiser step that it was found in.
-        what: such as `the loss is nan`.
-        rate: the learning rate of that step.
-        last: the newest checkpoint, or None.
-    """
-
-    step: int
-    what: str
-    rate: float
-    last: Path | None
-
-    def __str__(self) -> str:
-        advice = (
-            "lower the learning rate or scaling, or train in float32 (or bfloat16) if this was float16"
-            if self.step > 1
-            else "nothing was learned yet, so look at the base model's weights, its precision and the data"
-        )
-        kept = f"the last checkpoint is {self.last}" if self.last else "there is no checkpoint yet"
-        return f"step {self.step}: {self.what} (learning rate {self.rate:g}); {advice}. Nothing of it was saved; {kept}"
 
 
 def last_checkpoint(folder: str) -> Path | None:
     """The newest `checkpoint-STEP` in a Trainer's output folder."""
-    found = {int(m[1]): p for p in Path(folder).glob("*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))}
-    return found[max(found)] if found else None
+    steps = {int(m[1]): p for p in Path(folder).glob("*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))}
+    return steps[max(steps)] if steps else None
 
 
 class HealthCallback(TrainerCallback):  # type: ignore[misc]
-    """Watches a `Trainer` (transformers', TRL's): `Trainer(..., callbacks=[lily.HealthCallback()])`.
+    """Checks a training with `Trainer` (transformers', TRL's): `Trainer(..., callbacks=[lily.HealthCallback()])`.
 
-    A gradient that is not finite stops training before the step is taken, and weights that are not before they are
+    A gradient that is not finite stops training before the optimizer's step, and a weight that is not before it is
     saved, by a `DivergedError` that names the step, the tensors and the last good checkpoint. Under float16 single
-    overflows are the gradient scaler's business. The loss is logged as it is: `logging_nan_inf_filter`, which hides
-    what is not finite, is switched off. Routers are looked at in some steps; those that have collapsed are reported
-    once, and so are adapted layers that get no gradient in the first steps. One wait for the device per step; works
-    without Lily too, for the finite part.
+    overflows are left to the gradient scaler. `logging_nan_inf_filter`, which hides losses that are not finite from the
+    log, is switched off. Routers are sampled in some steps; persistent problems are reported once, and so are adapted
+    layers that receive no gradient in the first steps. Costs one device synchronization per step. The checks for finite
+    values work on models without Lily too.
 
     Args:
-        announce: is given the reports on routers and layers; default: a warning.
+        announce: called with the reports on routers and layers; default: a warning.
     """
 
     def __init__(self, announce: Callable[[str], Any] | None = None) -> None:
-        announce = announce or (lambda said: warnings.warn(said, stacklevel=2))
+        announce = announce or (lambda report: warnings.warn(report, stacklevel=2))
         self.routers, self.idle = RouterWatch(announce), IdleWatch(announce)
         self._loss: Tensor | None = None
         self._overflows = 0
 
     def note_loss(self, loss: Tensor) -> None:
-        """Have a micro-batch's loss looked at together with the gradient of its step; a callback is not told of it."""
+        """Check a micro-batch's loss together with the gradient of its step; `Trainer` passes no loss to callbacks."""
         loss = loss.detach()
         self._loss = loss if self._loss is None else self._loss + loss.to(self._loss.device)
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Let the loss be logged as it is."""
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        """Log losses that are not finite, too."""
         args.logging_nan_inf_filter = False
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
-        """Have the routing recorded, in some steps."""
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        """Record the routing in some steps."""
         if state.is_world_process_zero and self.routers.wants(state.global_step, state.max_steps):
-            self.routers.attach(model)
+            self.routers.attach(kw["model"])
 
     def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        optimizer: Any = None,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
     ) -> None:
-        """After the gradient of a step, before it is used.
+        """Check the gradient of a step before the optimizer uses it.
 
         Raises:
             DivergedError: if loss or gradient are not finite.
         """
+        model, optimizer = kw.get("model"), kw["optimizer"]
         self.routers.collect(state.global_step + 1)
         if self.idle.wanted and state.is_world_process_zero and model is not None:
             self.idle.look(model, _parameters(optimizer), last=state.global_step + 1 >= state.max_steps)
@@ -127,51 +93,35 @@ class HealthCallback(TrainerCallback):  # type: ignore[misc]
                 return
             what = f"the gradient has overflowed in {OVERFLOWS} steps in a row"
         else:
-            what = _listed("the gradient", model, gradients)
-        raise DivergedError(str(_fault(args, state.global_step + 1, what, optimizer)))
+            what = _which("the gradient", model, gradients)
+        raise _diverged(args, state.global_step + 1, what, optimizer)
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        optimizer: Any = None,
-        **_: Any,
-    ) -> None:
-        """Before anything is logged, judged or saved.
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        """Check the weights before anything is logged, evaluated or saved.
 
         Raises:
             DivergedError: if a weight is not finite.
         """
         if control.should_log or control.should_evaluate or control.should_save:
-            self.check_weights(args, state, model, optimizer)
+            self.check_weights(args, state, kw["model"], kw["optimizer"])
 
-    def on_epoch_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        optimizer: Any = None,
-        **_: Any,
-    ) -> None:
-        """Before an epoch's result is judged or saved.
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        """Check the weights before an epoch's result is evaluated or saved.
 
         Raises:
             DivergedError: if a weight is not finite.
         """
-        self.check_weights(args, state, model, optimizer)
+        self.check_weights(args, state, kw["model"], kw["optimizer"])
 
     def check_weights(self, args: TrainingArguments, state: TrainerState, model: Any, optimizer: Any) -> None:
-        """Refuse to go on with weights that are not finite.
+        """Stop if a weight is not finite.
 
         Raises:
             DivergedError: names the step, the tensors and the last checkpoint.
         """
         weights = {p: _local(p.detach()) for p in _parameters(optimizer)}
         if not _finite(list(weights.values()), args):
-            raise DivergedError(str(_fault(args, state.global_step, _listed("the weight", model, weights), optimizer)))
+            raise _diverged(args, state.global_step, _which("the weight", model, weights), optimizer)
 
 
 def _parameters(optimizer: Any) -> list[nn.Parameter]:
@@ -184,9 +134,9 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _finite(tensors: Sequence[Tensor], args: TrainingArguments) -> bool:
-    """Whether all numbers are finite, on all processes; one reduction and one wait for the device."""
+    """Whether all values are finite, on all processes; one reduction and one device synchronization."""
     norm = get_total_norm(tensors)
-    # a norm may overflow although nothing that it is made of has
+    # a norm may overflow although all values are finite
     finite = bool(torch.isfinite(norm)) or all(bool(torch.isfinite(t).all()) for t in tensors)
     if dist.is_available() and dist.is_initialized():
         everywhere = torch.tensor(int(finite), device=args.device)
@@ -195,15 +145,25 @@ def _finite(tensors: Sequence[Tensor], args: TrainingArguments) -> bool:
     return finite
 
 
-def _listed(what: str, model: nn.Module, tensors: Mapping[nn.Parameter, Tensor]) -> str:
+def _which(what: str, model: Any, tensors: Mapping[nn.Parameter, Tensor]) -> str:
     names = {p: name for name, p in model.named_parameters()}
     bad = [names.get(p, "a parameter") for p, t in tensors.items() if not torch.isfinite(t).all()]
     if not bad:
-        return f"{what} on another process is not finite"
+        return f"{what} in another process is not finite"
     shown = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
     return f"{what} of {shown} is not finite"
 
 
-def _fault(args: TrainingArguments, step: int, what: str, optimizer: Any) -> Fault:
+def _diverged(args: TrainingArguments, step: int, what: str, optimizer: Any) -> DivergedError:
+    """The error for `what`, such as `the loss is nan`, in an optimizer step."""
     rate = max(float(group["lr"]) for group in optimizer.param_groups)
-    return Fault(step, what, rate, last_checkpoint(args.output_dir))
+    advice = (
+        "lower the learning rate or scaling, or train in float32 (or bfloat16) if this was float16"
+        if step > 1
+        else "nothing was learned yet, so check the base model's weights, its precision and the data"
+    )
+    last = last_checkpoint(args.output_dir)
+    checkpoint = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
+    return DivergedError(
+        f"step {step}: {what} (learning rate {rate:g}); {advice}. This step was not saved; {checkpoint}"
+    )

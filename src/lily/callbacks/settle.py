@@ -1,9 +1,9 @@
-"""Settle: a routing that looks at the data becomes a static one while the adapter still learns.
+"""Settle: a data-dependent routing becomes static while the adapter still trains.
 
-Up to the fraction `start` of training nothing changes, but each layer's mean routing is recorded. Between `start` and
-`end` the weights that are used move from the data's own to that running mean. After `end` the mean is an ordinary
-learned vector and training goes on, which repairs what settling cost. The result is a static adapter: merging it and
-exporting it are exact.
+Up to the fraction `start` of training nothing changes, except that each layer's mean routing is recorded. Between
+`start` and `end` the expert weights are interpolated from the data-dependent ones to that running mean. After `end` the
+mean is an ordinary learned vector and training continues, which recovers what settling cost. The result is a static
+adapter: merging and exporting it are exact.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from lily.layers.sharding import is_sharded
 from lily.plan.options import DYNAMIC
 from lily.tuner.adapter import Adapted, find
 
-# Steps that the running mean looks back, as a share of training.
+# Window of the running mean, as a share of training.
 WINDOW = 0.05
 
 
 def share_settled(fraction: float, start: float, end: float) -> float:
-    """How far the weights have moved, at a fraction of training: 0 up to `start`, 1 from `end` on."""
+    """The share of the static weights at a fraction of training: 0 up to `start`, 1 after `end`."""
     if fraction >= end:
         return 1.0
     return max(0.0, (fraction - start) / (end - start))
 
 
 class Settling:
-    """Settles one adapter, driven by one's own training loop.
+    """Settles one adapter in a custom training loop.
 
-    Make it before the optimiser, whose parameters it adds to; call `step` before each optimiser step's forwards and
-    `finish` after the last. Only forwards in training mode count, so evaluating in between changes nothing::
+    Create it before the optimizer, because it adds parameters; call `step` before the forward passes of each optimizer
+    step and `finish` after the last. Only forward passes in training mode count, so evaluation changes nothing::
 
         settling = lily.Settling(model, total_steps=1000)
-        optimiser = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+        optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
         for step in range(1000):
             settling.step(step)
             ...
@@ -49,13 +49,13 @@ class Settling:
 
     Args:
         model: carries the adapter.
-        total_steps: optimiser steps of the whole training; 0: given later as `total_steps`.
-        start: fraction of training up to which the routing stays as it is.
-        end: fraction from which on it is static.
+        total_steps: optimizer steps of the whole training; 0: set the attribute `total_steps` later.
+        start: fraction of training up to which the routing is unchanged.
+        end: fraction of training after which it is static.
         adapter: default: the active one.
 
     Raises:
-        LilyError: if the fractions are no increasing pair in [0, 1), or the adapter's routing is static already.
+        LilyError: unless 0 <= start < end < 1, or if the adapter's routing is static already.
     """
 
     def __init__(
@@ -63,8 +63,8 @@ class Settling:
     ) -> None:
         check_fractions(start, end)
         self.start, self.end, self.total_steps = start, end, total_steps
-        self.found: Adapted = find(model, adapter)
-        config, name = self.found.config, self.found.name
+        self.adapted: Adapted = find(model, adapter)
+        config, name = self.adapted.config, self.adapted.name
         if config.num_B == 1 or config.routing not in DYNAMIC:
             raise LilyError(
                 f"adapter {name!r} (routing={config.routing!r}, num_B={config.num_B}) is static already; "
@@ -72,37 +72,40 @@ class Settling:
             )
         if config.settled is None:
             config.settled = 0.0
-        for layer in self.found.layers.values():
+        for layer in self.adapted.layers.values():
             if name not in layer.lily_logits:
                 router = layer.lily_router[name].weight
                 layer.lily_logits[name] = nn.Parameter(
-                    torch.zeros(layer.num_B[name], device=router.device, dtype=router.dtype),  # type: ignore[arg-type]
+                    torch.zeros(layer.settings[name].num_B, device=router.device, dtype=router.dtype),  # type: ignore[arg-type]
                     requires_grad=router.requires_grad,  # type: ignore[arg-type]
                 )
-        self.found.bank.settled[name] = Settled(config.settled)
+        self.adapted.bank.settled[name] = Settled(config.settled)
 
     @property
     def logits(self) -> list[nn.Parameter]:
-        """The learned vectors, one per layer; the optimiser must have them."""
-        return [layer.lily_logits[self.found.name] for layer in self.found.layers.values()]
+        """The learned vectors, one per layer; the optimizer must contain them."""
+        return [layer.lily_logits[self.adapted.name] for layer in self.adapted.layers.values()]
 
     @property
     def recording(self) -> bool:
         """Whether the routing is being recorded."""
-        return any(self.found.name in layer.statistics for layer in self.found.layers.values())
+        return any(self.adapted.name in layer.statistics for layer in self.adapted.layers.values())
 
     def step(self, step: int) -> None:
-        """Move to where training is now.
+        """Interpolate according to the progress of training.
 
         Args:
-            step: optimiser steps done so far. May jump, as after a resume.
+            step: optimizer steps done so far. May jump, as after a resume.
+
+        Raises:
+            LilyError: without `total_steps`, or if an engine shards the adapter.
         """
         if not self.total_steps:
-            raise LilyError("Settling does not know how long training is; give total_steps")
+            raise LilyError("settling needs the length of training; set total_steps")
         if any(is_sharded(p) for p in self.logits):
             raise LilyError(
-                "a routing cannot settle while an engine (FSDP, ZeRO-3) holds the adapter in parts; train under DDP, "
-                "or without settle and collapse the adapter afterwards"
+                "a routing cannot settle while an engine (FSDP, ZeRO-3) shards the adapter; train under DDP, or "
+                "without settle and collapse the adapter afterwards"
             )
         window = max(1, round(WINDOW * self.total_steps))
         first = max(0, round(self.start * self.total_steps) - window)
@@ -110,43 +113,43 @@ class Settling:
         if self.recording:
             self._note(age=max(1, step - first), window=window)
         self._record(first <= step and share < 1)
-        if share != self.found.config.settled:
-            self.found.config.settled = share
-            self.found.bank.settled[self.found.name].move(share)
+        if share != self.adapted.config.settled:
+            self.adapted.config.settled = share
+            self.adapted.bank.settled[self.adapted.name].move(share)
 
     def finish(self) -> None:
-        """End as a plain static adapter: the routers are dropped.
+        """Convert to a plain static adapter: the routers are dropped.
 
         Raises:
             LilyError: if training ended before the routing had settled.
         """
-        if self.found.config.settled != 1:
+        if self.adapted.config.settled != 1:
             self._record(False)
             raise LilyError(
-                f"training ended before the routing settled (settled={self.found.config.settled:g}); "
+                f"training ended before the routing settled (settled={self.adapted.config.settled:g}); "
                 "train to the end, or lower `end`"
             )
-        self.found.make_static()
+        self.adapted.make_static()
 
     def _record(self, wanted: bool) -> None:
         if wanted == self.recording:
             return
-        for layer in self.found.layers.values():
+        for layer in self.adapted.layers.values():
             if wanted:
-                # Not in eval mode: an evaluation between two steps would bring its rows into what is learned, and a
-                # resumed run, which does not repeat it, would end elsewhere.
-                experts = layer.num_B[self.found.name]
-                layer.statistics[self.found.name] = RoutingStatistics.empty(experts, training_only=True)
+                # Not in eval mode: evaluation rows would leak into what is learned, and a resumed run, which does not
+                # repeat the evaluation, would give another result.
+                experts = layer.settings[self.adapted.name].num_B
+                layer.statistics[self.adapted.name] = RoutingStatistics.empty(experts, training_only=True)
             else:
-                layer.statistics.pop(self.found.name, None)
-        self.found.watch_masks()
+                layer.statistics.pop(self.adapted.name, None)
+        self.adapted.watch_masks()
 
     @torch.no_grad()
     def _note(self, age: int, window: int) -> None:
-        """Move each layer's running mean by what the last step saw, the same on all processes."""
-        name, layers = self.found.name, list(self.found.layers.values())
+        """Update each layer's running mean with the last step's statistics, the same on all processes."""
+        name, layers = self.adapted.name, list(self.adapted.layers.values())
         seen = [layer.statistics[name] for layer in layers]
-        # One tensor for all layers: one exchange between processes, one wait for the device.
+        # One tensor for all layers: one reduction and one device synchronization.
         packed = torch.cat([t.to(layers[0].lily_logits[name].device) for s in seen for t in (s.total, s.count)])
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(packed)
@@ -154,7 +157,7 @@ class Settling:
         counts = torch.cat(sums[1::2]).tolist()
         if not any(counts):
             warnings.warn(
-                "settling saw no token since the last step, because no forward ran in training mode; call "
+                "settling recorded no token since the last step, because no forward ran in training mode; call "
                 "model.train() before the training forwards",
                 stacklevel=3,
             )
@@ -168,24 +171,25 @@ class Settling:
 
 
 def check_fractions(start: float, end: float) -> None:
-    """Refuse fractions between which nothing can settle.
+    """Check the interval of training in which the routing settles.
 
     Raises:
         LilyError: unless 0 <= start < end < 1.
     """
     if not 0 <= start < end < 1:
-        raise LilyError(f"settle start={start:g}, end={end:g}: give fractions of training with 0 <= start < end < 1")
+        raise LilyError(f"settle start={start:g}, end={end:g}: expected fractions of training, 0 <= start < end < 1")
 
 
 class SettleCallback(TrainerCallback):  # type: ignore[misc]
     """Settles the adapter of a `Trainer` (transformers', TRL's): `Trainer(..., callbacks=[lily.SettleCallback()])`.
 
-    Accumulation, several processes and resuming are taken into account. Checkpoints written in between load as what
-    they are; the model after training, and every checkpoint after `end`, is a plain static adapter.
+    Supports gradient accumulation, several processes and resuming. Checkpoints written between `start` and `end` load
+    with their share of static weights; the model after training, and every checkpoint after `end`, is a plain static
+    adapter.
 
     Args:
-        start: fraction of training up to which the routing stays as it is.
-        end: fraction from which on it is static.
+        start: fraction of training up to which the routing is unchanged.
+        end: fraction of training after which it is static.
         adapter: default: the active one.
     """
 
@@ -194,51 +198,42 @@ class SettleCallback(TrainerCallback):  # type: ignore[misc]
         self.start, self.end, self.adapter = start, end, adapter
         self.settling: Settling | None = None
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
-        """Before the trainer makes its optimiser."""
-        self.settling = Settling(model, 0, self.start, self.end, self.adapter)
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        """Add the static weights before the trainer creates its optimizer."""
+        self.settling = Settling(kw["model"], 0, self.start, self.end, self.adapter)
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        optimizer: Any = None,
-        **_: Any,
-    ) -> None:
-        """Refuse what would undo settling.
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        """Check that nothing will undo settling.
 
         Raises:
-            LilyError: if the optimiser does not hold the static vectors, or a checkpoint from before they were used
+            LilyError: if the optimizer does not contain the static vectors, or a checkpoint from before they were used
                 could be loaded at the end.
         """
+        optimizer = kw["optimizer"]
         if args.load_best_model_at_end:
             raise LilyError(
                 "load_best_model_at_end=True could bring back a checkpoint from before the routing settled; set it to "
                 "False and choose among the checkpoints after `end`"
             )
         if self.settling is None:
-            self.settling = Settling(model, 0, self.start, self.end, self.adapter)
+            self.settling = Settling(kw["model"], 0, self.start, self.end, self.adapter)
         self.settling.total_steps = state.max_steps
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]} if optimizer else set()
-        if any(id(p) not in held for p in self.settling.logits):
+        trained = {id(p) for group in optimizer.param_groups for p in group["params"]} if optimizer else set()
+        if any(id(p) not in trained for p in self.settling.logits):
             raise LilyError(
-                "the optimiser was made before the adapter got its static weights; let the Trainer make it, or give "
-                "LilyConfig(settled=0.0), with which they are there from the start"
+                "the optimizer was created before the adapter got its static weights; let the Trainer create it, or "
+                "use LilyConfig(settled=0.0), which creates them with the adapter"
             )
         self.settling.step(state.global_step)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """After each optimiser step, and so before a checkpoint is written: move to where the next one is."""
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        """Interpolate for the next step, before a checkpoint of this one is written."""
         assert self.settling is not None
         self.settling.step(state.global_step)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Make it a plain static adapter, if training came that far."""
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        """Convert to a plain static adapter, if training reached `end`."""
         assert self.settling is not None
-        if self.settling.found.config.settled == 1:
+        if self.settling.adapted.config.settled == 1:
             self.settling.finish()
-            self.settling = None  # another training starts with a static adapter, and says so
+            self.settling = None  # another training starts with a static adapter and is refused

@@ -114,7 +114,9 @@ def collapse(
     """
     adapted = find(model, adapter)
     config = adapted.config
-    bent = next((a for layer in adapted.layers.values() if (a := layer.activation[adapted.name]) != "none"), None)
+    bent = next(
+        (a for layer in adapted.layers.values() if (a := layer.settings[adapted.name].activation) != "none"), None
+    )
     if bent is not None:
         raise LilyError(
             f"adapter {adapted.name!r} has activation={bent!r}: even with static weights its update is not "
@@ -159,9 +161,9 @@ def collapse(
 @torch.no_grad()
 def _record(model: nn.Module, adapted: Adapted, batches: Sequence[Batch], run: Run) -> dict[str, RoutingStatistics]:
     statistics = {
-        name: RoutingStatistics.empty(layer.num_B[adapted.name])
+        name: RoutingStatistics.empty(layer.settings[adapted.name].num_B)
         for name, layer in adapted.layers.items()
-        if layer.num_B[adapted.name] > 1
+        if layer.settings[adapted.name].num_B > 1
     }
     for name, kept in statistics.items():
         adapted.layers[name].statistics[adapted.name] = kept

@@ -19,7 +19,7 @@ from lily.deploy.extra_tensors import PREFIX, other_entries, saved_modules
 from lily.deploy.provenance import origin
 from lily.deploy.readers import TARGETS, check_readable, padded_rank
 from lily.errors import LilyError
-from lily.layers.layer import Factors
+from lily.layers.merging import Factors
 from lily.layers.part import NESTED
 from lily.plan.select import select_parameters
 from lily.plan.sharing_plan import Group

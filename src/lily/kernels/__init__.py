@@ -1,1 +1,1 @@
-"""The method, fast: held to `lily.functional` in values and gradients."""
+"""Fast kernels of the method, tested against `lily.functional` in values and gradients."""

@@ -1,15 +1,15 @@
-"""The method, fast: a frozen base layer and its adapter in one autograd node.
+"""A frozen base layer and its adapter in one autograd node.
 
-The same mathematics as `functional`, which judges it. What makes it fast:
+Computes the same as `functional`, which its tests compare it with, but faster:
 
-- the update is added to the base layer's output as its matrix product is computed, never on its own;
-- of the activations only `x` itself is kept; backward computes h and p again, which costs one narrow product (kept,
-  they would take more memory than LoRA's narrower h does);
-- the gradient of `x` accumulates in one place, from the base layer and from A;
-- half-precision inputs are multiplied in half precision, as autocast does, without a float32 copy of them.
+- the update is accumulated into the base layer's output by its matrix product, without a tensor for it;
+- `x` is the only activation saved for backward, which recomputes h and p by one narrow product (saved, they would take
+  more memory than LoRA's narrower h);
+- the gradients of `x` from the base layer and from A are accumulated in one tensor;
+- half-precision inputs are multiplied in half precision, as under autocast, without a float32 copy.
 
-Letters as in `functional`; `n` rows stand for all tokens of all samples, `C` (batch, r, out) for the experts that a
-sample's weights have combined already, `g` (n, E * r) for the hidden states that a token's weights have expanded.
+Letters as in `functional`; `n` is the number of tokens of all samples, `C` (batch, r, out) the experts combined with a
+sample's weights, `g` (n, E * r) the hidden states expanded with each token's weights.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from torch import Tensor
 from lily import functional
 from lily.kernels.matmul import bmm, mm, plus_mm
 
-# From so many tokens on, combining the experts costs less than expanding tokens: for each of several samples, and for
-# weights that all tokens share.
-COMBINE_FROM, COMBINE_SHARED_FROM = 32, 4
-
-# Up to so many tokens a forward without gradients is a matter of calls, not of arithmetic.
+# Smallest number of tokens per sample for which combining the experts is faster than expanding the tokens.
+COMBINE_FROM = 32
+# The same for weights that all tokens share.
+COMBINE_SHARED_FROM = 4
+# Up to this number of tokens, call overhead dominates a forward without gradients.
 FEW = 16
 
 
 class How(NamedTuple):
-    """What does not change from token to token.
+    """Options that are the same for all tokens.
 
     Attributes:
-        routing: one of the five.
+        routing: as in `functional.lily`.
         experts: E.
         scaling: multiplies the update.
-        dtype: of the large matrix products.
+        dtype: dtype of the large matrix products.
         activation: between A and B.
         dropout: probability, on h; 0 outside training.
         transposed: the base weight is (in, out), as `Conv1D` has it.
@@ -56,9 +56,9 @@ class How(NamedTuple):
 
 
 def product_dtype(x: Tensor, A: Tensor, B: Tensor) -> torch.dtype | None:
-    """In what the fast path would multiply, or None where it does not apply and the reference must do.
+    """The dtype in which the fast path multiplies, or None if only the reference supports the inputs.
 
-    Half-precision inputs stay as they are, whatever the adapter's dtype; under autocast its dtype counts.
+    Half-precision inputs keep their dtype for float32 adapters, too; under autocast it is autocast's dtype.
     """
     if A.dtype != B.dtype or not x.is_floating_point() or A.device != x.device or A.ndim != 2:
         return None
@@ -72,7 +72,7 @@ def product_dtype(x: Tensor, A: Tensor, B: Tensor) -> torch.dtype | None:
 
 
 def _plain_products(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Within, products are of what they are given: autocast has had its say in `How.dtype`."""
+    """Disable autocast within: `How.dtype` accounts for it already."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else NOTHING
 
@@ -81,99 +81,82 @@ NOTHING = contextlib.nullcontext()
 
 
 def _is_ordinary(*tensors: Tensor) -> bool:
-    """Whether nothing stands between the tensors and their values: no subclass, no functional transform."""
+    """Whether the tensors are plain: no subclass, no functional transform."""
     return all(type(t) in PLAIN for t in tensors) and not torch._C._are_functorch_transforms_active()
 
 
 PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    router: Tensor | None,
-    how: How,
-    mask: Tensor | None = None,
-) -> Tensor:
+class Update(NamedTuple):
+    """An adapter's update in one forward.
+
+    Attributes:
+        A: (r, in).
+        B: (E * r, out).
+        router: as in `functional.lily`.
+        how: the options.
+        mask: (batch, tokens), for `sequence`.
+    """
+
+    A: Tensor
+    B: Tensor
+    router: Tensor | None
+    how: How
+    mask: Tensor | None = None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, update: Update) -> Tensor:
     """A frozen linear layer with its update.
 
     Args:
         x: (..., in).
         weight: (out, in), or (in, out) if `how.transposed`; must not require a gradient.
         bias: (out,); may require one.
-        A: (r, in).
-        B: (E * r, out).
-        router: as in `functional.lily`.
-        how: the rest.
-        mask: (batch, tokens), for `sequence`.
+        update: the adapter's.
 
     Returns:
         (..., out), in `how.dtype`.
     """
-    return _apply(x, weight, bias, None, A, B, router, mask, how)
+    return _apply(x, weight, bias, None, update)
 
 
-def plus_update(
-    result: Tensor,
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    router: Tensor | None,
-    how: How,
-    mask: Tensor | None = None,
-) -> Tensor:
-    """The update on top of what any other base layer made of `x`: for quantised or trainable ones.
+def plus_update(result: Tensor, x: Tensor, update: Update) -> Tensor:
+    """Add the update to the output of any other base layer, such as a quantized or trainable one.
 
     Args:
-        result: (..., out); stays as it is.
+        result: (..., out); not modified.
         x: (..., in).
-        A: (r, in).
-        B: (E * r, out).
-        router: as in `functional.lily`.
-        how: the rest.
-        mask: (batch, tokens), for `sequence`.
+        update: the adapter's.
 
     Returns:
         (..., out), in the dtype of `result`.
     """
-    return _apply(x, None, None, result, A, B, router, mask, how)
+    return _apply(x, None, None, result, update)
 
 
-def _apply(x: Tensor, *rest: Any) -> Tensor:
+def _apply(x: Tensor, weight: Tensor | None, bias: Tensor | None, result: Tensor | None, update: Update) -> Tensor:
     if torch.is_grad_enabled():
-        return cast(Tensor, _Node.apply(x, *rest))  # type: ignore[no-untyped-call]
-    if not torch.compiler.is_compiling() and 0 < x.numel() <= FEW * x.shape[-1]:
-        y = _decode(x, *rest)
+        return cast(Tensor, _Node.apply(x, weight, bias, result, *update))  # type: ignore[no-untyped-call]
+    if weight is not None and not torch.compiler.is_compiling() and 0 < x.numel() <= FEW * x.shape[-1]:
+        y = _decode(x, weight, bias, update)
         if y is not None:
             return y
-    return _forward(x, *rest)[0]
+    return _forward(x, weight, bias, result, update)[0]
 
 
-def _decode(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    result: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    router: Tensor | None,
-    mask: Tensor | None,
-    how: How,
-) -> Tensor | None:
-    """The output for a few tokens with weights of their own, in as few calls as can be: there, calls are the cost.
+def _decode(x: Tensor, weight: Tensor, bias: Tensor | None, update: Update) -> Tensor | None:
+    """The output for a few tokens with weights per token, in as few calls as possible, because calls dominate.
 
-    None where something else is asked for.
+    None for other options.
     """
+    A, B, router, how, mask = update
     alone = how.routing == "sequence" and mask is None and x.ndim > 2 and x.numel() == x.shape[0] * x.shape[-1]
     per_token = (alone or how.routing in ("token", "static")) and how.experts > 1 and router is not None
-    plain = weight is not None and result is None and not how.transposed
-    plain = plain and how.activation == "none" and not how.dropout
-    if not (per_token and plain and x.dtype == A.dtype == weight.dtype == how.dtype):  # type: ignore[union-attr]
+    plain = not how.transposed and how.activation == "none" and not how.dropout
+    if not (per_token and plain and x.dtype == A.dtype == weight.dtype == how.dtype):
         return None
-    y = F.linear(x, weight, bias)  # type: ignore[arg-type]
+    y = F.linear(x, weight, bias)
     h = F.linear(x, A)
     logits = router if how.routing == "static" else F.linear(h, router)  # type: ignore[arg-type]
     p = torch.softmax(logits, -1) if how.dtype == torch.float32 else functional.softmax(logits)  # type: ignore[arg-type]
@@ -185,12 +168,12 @@ def _decode(
 class _Node(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        x, _, bias, _, A, B, router, mask, how = inputs
-        y, weight, dropped = _forward(*inputs)
+        x, weight, bias, result, A, B, router, how, mask = inputs
+        y, weight, dropped = _forward(x, weight, bias, result, Update(A, B, router, how, mask))
         ctx.how = how
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(x, weight, A, B, router, mask, *dropped)
-        return y.detach()  # no view, which autograd would not let a model change in place, as ReLU(inplace=True) does
+        return y.detach()  # not a view: autograd would refuse in-place changes of one, as by ReLU(inplace=True)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
@@ -223,17 +206,10 @@ class _Node(torch.autograd.Function):
 
 
 def _forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    result: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    router: Tensor | None,
-    mask: Tensor | None,
-    how: How,
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, result: Tensor | None, update: Update
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
-    """The output, the base weight as it was multiplied, and h and dh/da where dropout made them unrepeatable."""
+    """The output, the base weight in `how.dtype`, and h and dh/da if dropout prevents recomputing them."""
+    A, B, router, how, mask = update
     with _plain_products(x):
         low = x.to(how.dtype)
         if result is None:
@@ -250,7 +226,7 @@ def _forward(
 
 
 def _route(h: Tensor, router: Tensor | None, how: How) -> Tensor | None:
-    """p: (n, E) per token, or (E,) for `static`; None where nothing is learned."""
+    """p: (n, E) per token, or (E,) for `static`; None without a router."""
     if router is None:
         return None
     logits = router if how.routing == "static" else mm(h, router.to(how.dtype).t())
@@ -265,7 +241,7 @@ def _base(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> T
 
 
 def activate(a: Tensor, activation: str, dropout: float = 0.0) -> tuple[Tensor, Tensor | None]:
-    """The hidden state h of `a` (n, r), and dh/da where that is not 1."""
+    """The hidden state h of `a` (n, r), and dh/da; None where that is 1."""
     slope: Tensor | None = None
     h = a
     if activation == "relu":
@@ -277,13 +253,13 @@ def activate(a: Tensor, activation: str, dropout: float = 0.0) -> tuple[Tensor, 
         cdf = 0.5 * (1 + torch.erf(a / math.sqrt(2)))
         h, slope = a * cdf, cdf + a * torch.exp(-0.5 * a * a) / math.sqrt(2 * math.pi)
     if dropout:
-        kept = F.dropout(torch.ones_like(h), dropout)
-        h, slope = h * kept, kept if slope is None else slope * kept
+        keep = F.dropout(torch.ones_like(h), dropout)
+        h, slope = h * keep, keep if slope is None else slope * keep
     return h, slope
 
 
 def _samples(x: Tensor, how: How, mask: Tensor | None) -> tuple[int, int]:
-    """How many samples (whose tokens share their weights) the rows of `x` make up, and of how many tokens each."""
+    """The number of samples (whose tokens share mixing weights) in `x`, and the tokens of each."""
     n = x[..., 0].numel()
     if how.experts == 1 or how.routing in ("batch", "static", "uniform"):
         return 1, n
@@ -296,14 +272,14 @@ def _samples(x: Tensor, how: How, mask: Tensor | None) -> tuple[int, int]:
 
 
 def _shares(x: Tensor, how: How, mask: Tensor | None, p: Tensor) -> Tensor | None:
-    """What each token counts in its sample's mean, (batch, tokens); None: all the same."""
+    """The weight of each token in its sample's mean, (batch, tokens); None: all equal."""
     if mask is None or how.routing != "sequence":
         return None
     tokens = _samples(x, how, mask)[1]
     m = (mask != 0).to(p.dtype)
     m = m / m.sum(1, keepdim=True).clamp(min=1)  # a row of padding alone gets weight 0, not NaN
-    more = tokens // mask.shape[1]
-    return m if more == 1 else (m / more).repeat_interleave(more, 1)
+    repeats = tokens // mask.shape[1]
+    return m if repeats == 1 else (m / repeats).repeat_interleave(repeats, 1)
 
 
 def _weights(p: Tensor | None, how: How, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -329,7 +305,7 @@ def _combines(h: Tensor, w: Tensor) -> bool:
 
 
 def _combine(w: Tensor, B: Tensor, how: How) -> Tensor:
-    """C (batch, r, out), scaled, of the weights (batch, E)."""
+    """C (batch, r, out), scaled, from the weights (batch, E)."""
     return (_scaled(w, how, B.dtype) @ B.view(how.experts, -1)).view(w.shape[0], -1, B.shape[1])
 
 
@@ -366,7 +342,7 @@ def _plus(y: Tensor, g: Tensor, B: Tensor, spare: bool) -> Tensor:
 def _mix_backward(
     dy: Tensor, h: Tensor, w: Tensor, B: Tensor, how: How, wants_B: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The gradients dh (n, r), dw (batch, E) where there is a router, dB (E * r, out), of dy (n, out)."""
+    """The gradients dh (n, r), dw (batch, E) if there is a router, and dB (E * r, out) from dy (n, out)."""
     experts, r = how.experts, h.shape[1]
     learns = experts > 1 and how.routing != "uniform"
     low = B.to(dy.dtype)
@@ -396,7 +372,7 @@ def _mix_backward(
 def _route_backward(
     dh: Tensor, dw: Tensor, h: Tensor, p: Tensor, router: Tensor, how: How, x: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The gradient dh with what comes through the router, and the router's own gradient."""
+    """The gradient dh including the part through the router, and the gradient of the router."""
     if how.routing == "static":
         dw = dw[0]
         return dh, (p * (dw - (p * dw).sum())).to(router.dtype)
@@ -413,7 +389,7 @@ def _route_backward(
 
 
 def _differentiable_backward(ctx: Any, dy: Tensor) -> Any:
-    """The gradients as a function that can be differentiated again, by way of the reference."""
+    """The gradients by the reference, so that they can be differentiated again."""
     how: How = ctx.how
     x, weight, A, B, router, mask, *_ = ctx.saved_tensors
     if how.dropout:
@@ -430,8 +406,8 @@ def _differentiable_backward(ctx: Any, dy: Tensor) -> Any:
         )  # fmt: skip
         if weight is not None:
             y = y + low_x @ (weight if how.transposed else weight.t())
-        found = torch.autograd.grad(y, list(wanted.values()), dy.to(y.dtype), create_graph=True, allow_unused=True)
-    by_name = dict(zip(wanted, found, strict=True))
+        grads = torch.autograd.grad(y, list(wanted.values()), dy.to(y.dtype), create_graph=True, allow_unused=True)
+    by_name = dict(zip(wanted, grads, strict=True))
     dbias = dy.reshape(-1, dy.shape[-1]).sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
     dresult = dy if ctx.needs_input_grad[3] else None
     return by_name.get("x"), None, dbias, dresult, *(by_name.get(name) for name in ("A", "B", "router")), None, None

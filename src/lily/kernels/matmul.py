@@ -1,8 +1,8 @@
-"""Matrix products of the fast path, on the library that multiplies faster here.
+"""Matrix products of the fast path, by oneDNN or PyTorch, whichever is faster.
 
-For float32 on CPUs PyTorch calls MKL, which keeps to AVX2 on CPUs of other makers than Intel. oneDNN, which comes with
-PyTorch too, uses AVX-512 there: the same products in half the time on an AMD EPYC (docs/performance.md). Elsewhere, and
-for every other dtype and device, the products are PyTorch's own.
+For float32 on CPUs PyTorch calls MKL, which uses only AVX2 on CPUs not made by Intel. oneDNN, which is part of PyTorch
+too, uses AVX-512 there: half the time on an AMD EPYC (docs/performance.md). Other dtypes and devices use PyTorch's
+products.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# Products of fewer multiplications than this take less time than oneDNN's set-up of a call (about 10 us).
+# Fewer multiplications than this take less time than the overhead of a oneDNN call (about 10 us).
 LEAST_WORK = 2**21
 
 
 def onednn_is_faster() -> bool:
-    """Whether oneDNN is there and beats PyTorch's own choice on this machine's CPU. Fixed, so runs repeat exactly."""
-    there = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    if not there or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    """Whether oneDNN is available and faster on this CPU. A fixed rule, not a measurement, so runs repeat exactly."""
+    available = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if not available or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     return "AVX512" in torch.backends.cpu.get_cpu_capability() and _cpu_maker() not in ("GenuineIntel", "")
 
 
 def _cpu_maker() -> str:
-    known = Path("/proc/cpuinfo")
-    if not known.is_file():
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.is_file():
         return "AuthenticAMD" if "AuthenticAMD" in platform.processor() else ""
-    with known.open("r", encoding="utf-8", errors="replace") as file:
+    with cpuinfo.open("r", encoding="utf-8", errors="replace") as file:
         return next((line.partition(":")[2].strip() for line in file if line.startswith("vendor_id")), "")
 
 
-# Benchmarks turn it off to show what it is worth.
+# Benchmarks switch it off for comparison.
 ONEDNN = onednn_is_faster()
 
 
@@ -49,7 +49,7 @@ def mm(x: Tensor, w: Tensor) -> Tensor:
 
 
 def plus_mm(y: Tensor, x: Tensor, w: Tensor, spare: bool = False) -> Tensor:
-    """`y` (n, m) + `x` (n, k) @ `w` (k, m); with `spare`, `y` is used up: the result may be written into it."""
+    """`y` (n, m) + `x` (n, k) @ `w` (k, m); with `spare`, the result may be written into `y`."""
     if not _on_onednn(x, w):
         return y.addmm_(x, w) if spare else torch.addmm(y, x, w)
     return torch.ops.lily.plus_mm(y, x, w) if torch.compiler.is_compiling() else _plus_mm(y, x, w)
@@ -66,7 +66,7 @@ def bmm(x: Tensor, w: Tensor) -> Tensor:
 
 def _is_large(x: Tensor, w: Tensor) -> bool:
     if torch.compiler.is_compiling():
-        return True  # decided when it runs: a size may be symbolic here
+        return True  # decided at run time: a size may be symbolic here
     return x.shape[0] * x.shape[1] * w.shape[1] >= LEAST_WORK
 
 
@@ -82,7 +82,7 @@ def _plus_mm(y: Tensor, x: Tensor, w: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise.binary(x, y, w.t(), None, "add")  # type: ignore[no-any-return]
 
 
-# A compiled model calls them as they are: the compiler would read more into oneDNN's own than they promise.
+# Opaque to the compiler, which makes assumptions about oneDNN's operators that do not hold here.
 torch.library.define("lily::mm", "(Tensor x, Tensor w) -> Tensor")
 torch.library.define("lily::plus_mm", "(Tensor y, Tensor x, Tensor w) -> Tensor")
 torch.library.impl("lily::mm", "cpu", _mm)

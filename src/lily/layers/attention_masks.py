@@ -1,14 +1,13 @@
 """Which tokens count: how the attention mask reaches layers that never see it.
 
-`sequence` routing averages over the unmasked tokens of each sample. Models pass the mask down in many forms, most of
-them no longer recognisable where a linear layer is called, so it is read where it is still (batch, tokens): at the
-models inside a model (the model itself, an encoder stack, a decoder stack), by forward hooks. A layer then looks up
-the mask that fits the shape of its input.
+`sequence` routing averages over the unmasked tokens of each sample. Models pass the mask down in many forms that a
+linear layer cannot recognize, so forward hooks read it where it still is (batch, tokens): at the models inside a model
+(the model itself, an encoder stack, a decoder stack). A layer then looks up the mask that fits the shape of its input.
 
-Under gradient checkpointing layers run again during backward, when the model's forward is over and another one (the
-second half of a contrastive pair, say) may have left its own mask. So a model's outputs carry a gradient hook that
-brings its masks back: autograd runs what was computed last first, hence finishes one forward's graph, recomputation
-included, before it reaches the outputs of an earlier one.
+Under gradient checkpointing layers run again during backward, when the model's forward has ended and another one (such
+as the second half of a contrastive pair) may have left its mask. So a gradient hook on a model's outputs restores its
+masks: autograd works in reverse order, so it finishes one forward's graph, recomputation included, before it reaches
+the outputs of an earlier one.
 """
 
 from __future__ import annotations
@@ -30,9 +29,9 @@ class Scope:
     """The masks that one model was called with.
 
     Attributes:
-        own: (batch, tokens) of the sequence that this model reads; None means that all its tokens count.
+        own: (batch, tokens) of the model's input sequence; None: all its tokens count.
         other: (batch, tokens) of the sequence that it attends to (cross-attention).
-        other_address: that sequence's hidden states, to recognise layers that read them.
+        other_address: memory address of that sequence's hidden states, to recognize layers that read them.
     """
 
     own: Tensor | None
@@ -47,14 +46,14 @@ class Scope:
 
 
 def fits(mask: Tensor, x: Tensor) -> bool:
-    """Whether `x` is (batch, tokens, ..., in), or (batch * tokens, in), of this (batch, tokens) mask."""
+    """Whether `x` is (batch, tokens, ..., in) or (batch * tokens, in) with the (batch, tokens) of the mask."""
     if x.ndim >= 3:
         return x.shape[:2] == mask.shape
     return x.ndim == 2 and x.shape[0] == mask.numel() and x.shape[0] != mask.shape[0]
 
 
 def _address(x: Tensor) -> Address | None:
-    # A traced or meta tensor has none; a mask of the layer's own shape is then the best answer.
+    # A traced or meta tensor has none; the layer then takes the mask that fits its shape.
     return None if torch.compiler.is_compiling() or x.device.type == "meta" else (x.data_ptr(), x.shape)
 
 
@@ -62,8 +61,8 @@ class MaskTracker:
     """The masks of the forward that is running; one per adapted model, shared by its layers and the hooks.
 
     Attributes:
-        scopes: of the models that are running, outermost first.
-        backward: the scope whose graph autograd is going through.
+        scopes: masks of the models that are running, outermost first.
+        backward: the scope whose graph autograd is traversing.
     """
 
     def __init__(self) -> None:
@@ -71,40 +70,38 @@ class MaskTracker:
         self.backward: Scope | None = None
 
     def mask_for(self, x: Tensor) -> Tensor | None:
-        """The mask that fits the input `x` of a layer, on its device; None means that all tokens count."""
+        """The mask that fits the input `x` of a layer, on its device; None: all tokens count."""
         scope = self.scopes[-1] if self.scopes else self.backward
         mask = None if scope is None else scope.fit(x)
         return None if mask is None else mask.to(x.device)  # the model's inputs may be on another device than the layer
 
 
-class EnterModel:
-    """Before a model's forward: its masks hold until `LeaveModel`."""
+class ModelHooks:
+    """Forward hooks of one model: its masks are in force during its forward, and again in its backward.
+
+    Args:
+        tracker: where the layers look up masks.
+        module: the model.
+    """
 
     def __init__(self, tracker: MaskTracker, module: nn.Module) -> None:
         self.tracker = tracker
         self.names = list(inspect.signature(module.forward).parameters)
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Open a scope. A mask in a form that cannot be read leaves the outer one in force."""
-        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Open a scope. If the mask has an unsupported form, the outer one stays in force."""
+        arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
         scopes = self.tracker.scopes
-        own = given.get("attention_mask")
+        own = arguments.get("attention_mask")
         if own is not None and not _readable(own):
             own = scopes[-1].own if scopes else None
-        other, states = given.get("encoder_attention_mask"), given.get("encoder_hidden_states")
+        other, states = arguments.get("encoder_attention_mask"), arguments.get("encoder_hidden_states")
         scopes.append(
             Scope(own, other if _readable(other) else None, _address(states) if isinstance(states, Tensor) else None)
         )
 
-
-class LeaveModel:
-    """After a model's forward, also one that raised."""
-
-    def __init__(self, tracker: MaskTracker) -> None:
-        self.tracker = tracker
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Close the scope, and have backward bring it back."""
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Close the scope, also after a forward that raised, and restore it in backward."""
         tracker = self.tracker
         if not tracker.scopes:
             return
@@ -141,10 +138,10 @@ def watch(model: nn.Module, layers: Iterable[str], tracker: MaskTracker) -> list
     Args:
         model: the adapted model.
         layers: dotted names of the adapted layers.
-        tracker: what the layers ask.
+        tracker: where the layers look up masks.
 
     Returns:
-        Handles; `.remove()` takes a hook off again.
+        Handles of the hooks.
     """
     names = {""}
     for layer in layers:
@@ -154,6 +151,7 @@ def watch(model: nn.Module, layers: Iterable[str], tracker: MaskTracker) -> list
     handles: list[Any] = []
     for name in sorted(names):
         module = model.get_submodule(name)
-        handles.append(module.register_forward_pre_hook(EnterModel(tracker, module), with_kwargs=True))
-        handles.append(module.register_forward_hook(LeaveModel(tracker), always_call=True))
+        hooks = ModelHooks(tracker, module)
+        handles.append(module.register_forward_pre_hook(hooks.enter, with_kwargs=True))
+        handles.append(module.register_forward_hook(hooks.leave, always_call=True))
     return handles

@@ -1,4 +1,4 @@
-"""The bank: the tensors that layers share, each once, at the root of the adapted model."""
+"""The bank: every tensor that layers share, stored once, at the root of the adapted model."""
 
 from __future__ import annotations
 
@@ -20,50 +20,50 @@ BANK = "lily_bank"
 
 
 class Settled:
-    """How far the routing of an adapter has moved from the data's weights to each layer's static ones.
+    """The interpolation between the data-dependent weights of an adapter and each layer's static ones.
 
     Args:
-        share: 0: the data's weights; 1: the static ones alone.
+        share: of the static weights, 0 to 1.
 
     Attributes:
-        begun: whether static weights have a share at all.
-        done: whether nothing depends on the data any more.
+        begun: whether the share is above 0.
+        done: whether it is 1, so that the weights no longer depend on the data.
     """
 
     def __init__(self, share: float) -> None:
-        # A tensor, so that a compiled layer is not compiled again at every step.
+        # A tensor, so that a compiled layer is not recompiled at every step.
         self._share = torch.tensor(share, dtype=torch.float64)
         self.move(share)
 
     def move(self, share: float) -> None:
-        """Go to another share."""
+        """Set the share."""
         self._share.fill_(share)
         self.begun, self.done = share > 0, share >= 1
 
     def blend(self, dynamic: Tensor, static: Tensor) -> Tensor:
-        """The weights that are used: `dynamic` (..., E) and `static` (E,) interpolated."""
+        """Interpolate `dynamic` (..., E) and `static` (E,): the weights in use."""
         return torch.lerp(dynamic, static.expand_as(dynamic), self._share.to(dynamic))
 
 
 class LilyBank(nn.Module, BaseTunerLayer):  # type: ignore[misc]
-    """Every A and B of every adapter, and the plan that says who uses them.
+    """Every A and B of every adapter, and the plan that assigns them to layers.
 
-    A `BaseTunerLayer` without a base layer, so that PEFT, transformers and diffusers, which switch, freeze, cast and
-    delete adapters layer by layer, treat the shared tensors as they treat a layer's own.
+    A `BaseTunerLayer` without a base layer, because PEFT, transformers and diffusers switch, freeze, cast and delete
+    adapters layer by layer, and must do so with the shared tensors too.
 
     Attributes:
-        lily_A: adapter -> list of A, each (r, in), numbered as `SharingPlan.blocks`; of a parameter that stacks experts
-            one tensor of all its A, (A * r, in).
+        lily_A: adapter -> list of A, each (r, in), numbered as `SharingPlan.blocks`; for stacked experts one tensor of
+            all their A, (A * r, in).
         lily_B: adapter -> list of B, each (experts * r, out), one per group; stock PEFT's layout.
         lily_R: adapter -> number of the group -> router R (experts, r), where a group's layers share one.
         plans: adapter -> its sharing plan.
         placements: adapter -> device and dtype of each A and B, those of the first layer that uses it.
-        settled: adapter -> how far its routing has settled; absent: it is not settling.
-        masks: what `sequence` routing asks for the attention mask.
-        arrived: what is being loaded into a model that accelerate spreads over devices, until it has.
+        settled: adapter -> how far its routing has settled; absent if it is not settling.
+        masks: the attention masks for `sequence` routing.
+        arrived: tensors by name that are being loaded into a model that accelerate spreads over devices; empty after.
     """
 
-    # PEFT asks every tuner layer for its base layer's; the bank has none.
+    # PEFT reads these of every tuner layer's base layer; the bank has none.
     weight = None
     bias = None
 
@@ -97,49 +97,49 @@ class LilyBank(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self,
         adapter: str,
         plan: SharingPlan,
-        places: Mapping[str, Placement],
+        placements: Mapping[str, Placement],
         init_weights: bool,
         activations: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """Create the tensors of a plan; see `first_values` for what is in them.
+        """Create the tensors of a plan, initialized by `first_values`.
 
         Args:
             adapter: its name; an adapter of that name is replaced.
-            plan: who shares what.
-            places: device and dtype by layer.
-            init_weights: False starts all of them at random.
-            activations: group -> what is between its A and B, if anything.
+            plan: the sharing plan.
+            placements: device and dtype by layer.
+            init_weights: False initializes all of them at random.
+            activations: group -> activation between its A and B; default: none.
         """
         self.plans[adapter] = plan
         starts = {g.name: first_values(g, init_weights, activations.get(g.name, "none")) for g in plan.groups}
-        on_A, on_B = [places[block[0]] for _, block in plan.blocks], [places[g.layers[0]] for g in plan.groups]
+        on_A, on_B = [placements[b[0]] for _, b in plan.blocks], [placements[g.layers[0]] for g in plan.groups]
         self.placements[adapter] = (on_A, on_B)
         self.lily_A[adapter] = nn.ParameterList(
-            _shared(group.rows_A, group.in_features, place, starts[group.name][0])
-            for (group, _), place in zip(plan.blocks, on_A, strict=True)
+            _shared(group.rows_A, group.in_features, placement, starts[group.name][0])
+            for (group, _), placement in zip(plan.blocks, on_A, strict=True)
         )
         self.lily_B[adapter] = nn.ParameterList(
-            _shared(g.num_B * g.r, g.out_features, place, starts[g.name][1])
-            for g, place in zip(plan.groups, on_B, strict=True)
+            _shared(g.num_B * g.r, g.out_features, placement, starts[g.name][1])
+            for g, placement in zip(plan.groups, on_B, strict=True)
         )
         if plan.shared_router:
             routers = {
-                str(i): _shared(g.num_B, g.r, place, _kaiming)
-                for i, (g, place) in enumerate(zip(plan.groups, on_B, strict=True))
+                str(i): _shared(g.num_B, g.r, placement, _kaiming)
+                for i, (g, placement) in enumerate(zip(plan.groups, on_B, strict=True))
                 if g.num_B > 1
             }
             self.lily_R[adapter] = nn.ParameterDict(routers)
 
     def tensors(self, adapter: str) -> tuple[nn.ParameterList, nn.ParameterList]:
-        """The A and the B of an adapter, in the plan's order. Ask at each use: sharding swaps the parameters."""
+        """The A and the B of an adapter, in the plan's order. Do not cache them: sharding replaces the parameters."""
         return cast(nn.ParameterList, self.lily_A[adapter]), cast(nn.ParameterList, self.lily_B[adapter])
 
     def pair(self, adapter: str, slot: Slot) -> tuple[Tensor, Tensor]:
-        """One layer's A and B; like `tensors`, but for one look-up at each forward."""
+        """One layer's A and B; called in each forward, so it must be fast."""
         (tensors_A, tensors_B), (a, b) = self.tensors(adapter), (str(slot.A), str(slot.B))
-        # A list of parameters spends longer on its index than a small product takes. Subscripts and not get(): by them
-        # DeepSpeed's ZeRO-3, which replaces the dictionary, notices that a layer uses a parameter which is not its own,
-        # and gathers it. Where FSDP1 has put a plain tensor in a parameter's place, the attribute is that.
+        # Indexing a ParameterList takes longer than a small matrix product. Subscripts and not get(): DeepSpeed's
+        # ZeRO-3 replaces the dictionary, and its subscript gathers a parameter that another module owns. FSDP1 replaces
+        # a parameter by a plain tensor, which is an attribute.
         of_A, of_B = tensors_A._parameters, tensors_B._parameters
         A = of_A[a] if a in of_A else getattr(tensors_A, a)
         B = of_B[b] if b in of_B else getattr(tensors_B, b)
@@ -150,36 +150,36 @@ class LilyBank(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return getattr(self.lily_R[adapter], str(slot.B))  # type: ignore[no-any-return]
 
     def watch(self, model: nn.Module, layers: list[str]) -> None:
-        """Have the attention mask of `model`'s forwards noted for `layers`; none: stop noting it."""
+        """Record the attention masks of `model`'s forwards for `layers`; with no layers, stop recording."""
         for handle in self.watching:
             handle.remove()
         self.watching = watch(model, layers, self.masks) if layers else []
 
     def forward(self, x: Tensor) -> Tensor:
-        """Pass `x` on: a root that calls all its children in turn (`nn.Sequential`) calls the bank too."""
+        """Return `x`: a root that calls all its children in turn (`nn.Sequential`) calls the bank too."""
         return x
 
     def get_base_layer(self) -> nn.Module:
-        """The bank wraps nothing: itself."""
+        """Itself: the bank wraps nothing."""
         return self
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         if adapter_name not in self.plans:
             return
         (on_A, on_B), holders = self.placements[adapter_name], (self.lily_A, self.lily_B, self.lily_R)
-        for holder, places in zip(holders, (on_A, on_B, on_B), strict=True):
+        for holder, placements in zip(holders, (on_A, on_B, on_B), strict=True):
             own = holder[adapter_name]._parameters if adapter_name in holder else {}
             for number, tensor in own.items():
-                home, dtype = places[int(number)]
+                home, dtype = placements[int(number)]
                 if tensor is not None and tensor.device.type != "meta":
                     own[number] = nn.Parameter(tensor.to(device or home, dtype), tensor.requires_grad)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Layers decide; see `lily.tuner.registry` for how PEFT's conversion passes the bank over."""
+        """True: the layers decide; `lily.tuner.registry` makes PEFT's conversion skip the bank."""
         return True
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The bank adds nothing itself."""
+        """Empty: the bank adds nothing."""
         return torch.zeros(0, 0)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -190,6 +190,12 @@ class LilyBank(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def __repr__(self) -> str:
         return f"lily.LilyBank({', '.join(self.plans)})"
+
+
+def banks_in(model: nn.Module) -> list[tuple[nn.Module, LilyBank]]:
+    """Every bank inside a model, after the module that it belongs to."""
+    banks = [(path, module) for path, module in model.named_modules() if isinstance(module, LilyBank)]
+    return [(model.get_submodule(path.removesuffix(BANK).rstrip(".")), bank) for path, bank in banks]
 
 
 def bank_of(model: nn.Module) -> LilyBank:
@@ -207,11 +213,11 @@ Fill = Callable[[Tensor], Tensor]
 
 
 def first_values(group: Group, init_weights: bool, activation: str) -> tuple[Fill, Fill]:
-    """How the A and the B of a group start: A Kaiming-uniform and B zero, so that the update is zero.
+    """Initializers of the A and the B of a group: A Kaiming-uniform and B zero, so that the update is zero.
 
-    An embedding's A starts at zero and its B as standard normal numbers, as LoRA's do: A has a column for every row of
-    the embedding, and those of rows that training never looks up must not move with B. (After ReLU, whose gradient at
-    zero is zero, that A would never learn.)
+    An embedding has A zero and B standard normal, as in LoRA: A has a column for every row of the embedding, and rows
+    that training never looks up must not change with B. (With ReLU, whose gradient at zero is zero, such an A would
+    never learn.)
     """
     if not init_weights:
         return _kaiming, _kaiming
@@ -224,6 +230,6 @@ def _kaiming(weight: Tensor) -> Tensor:
     return nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
 
 
-def _shared(rows: int, columns: int, place: Placement, fill: Fill) -> nn.Parameter:
-    device, dtype = place
+def _shared(rows: int, columns: int, placement: Placement, fill: Fill) -> nn.Parameter:
+    device, dtype = placement
     return nn.Parameter(fill(torch.empty(rows, columns)).to(device, dtype))

@@ -7,11 +7,11 @@ from typing import cast
 from torch import Tensor, nn
 
 from lily import functional
-from lily.layers.layer import Factors
-from lily.layers.linear import Beside
+from lily.layers.layer import LilyLayer
+from lily.layers.merging import Factors
 
 
-class Conv2d(Beside):
+class Conv2d(LilyLayer):
     """An adapted `nn.Conv2d` of any kernel, stride, padding and dilation; its tokens are its output pixels.
 
     A is the kernel of a convolution to r channels, B a 1x1 convolution from there, as in PEFT's LoRA. `sequence`
@@ -23,7 +23,7 @@ class Conv2d(Beside):
     """
 
     def update_of(self, adapter: str, x: Tensor) -> Tensor:
-        """See `LilyLayer.update_of`; an input without batch is one sample."""
+        """See `LilyLayer.update_of`; an input without batch dimension is one sample."""
         return super().update_of(adapter, x) if x.ndim == 4 else super().update_of(adapter, x.unsqueeze(0)).squeeze(0)
 
     @property
@@ -31,7 +31,7 @@ class Conv2d(Beside):
         return cast(nn.Conv2d, self.base)
 
     def beyond_lora(self) -> str | None:
-        """What of the base layer a LoRA of it would not do: PEFT gives its A the kernel, stride and padding alone."""
+        """The option of the base layer that PEFT's LoRA ignores: its A has the kernel, stride and padding only."""
         conv = self._conv
         if any(d > 1 and k > 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)):
             return f"dilation={conv.dilation}"
@@ -40,13 +40,13 @@ class Conv2d(Beside):
         return None
 
     def _down(self, x: Tensor, A: Tensor) -> Tensor:
-        return functional.down_conv(self._cast_input_dtype(x, A.dtype), A, self._conv)  # type: ignore[operator]
+        return functional.down_conv(self._cast_input_dtype(x, A.dtype), A, self._conv)
 
     def _out(self, update: Tensor, x: Tensor) -> Tensor:
         return update.movedim(-1, 1)
 
     def _mask(self, x: Tensor, h: Tensor) -> Tensor | None:
-        return None  # an attention mask speaks of tokens, not of pixels
+        return None  # an attention mask covers tokens, not pixels
 
     def _oriented(self, factors: Factors) -> Tensor:
         return super()._oriented(factors).view(self.adapted_weight.shape)

@@ -1,8 +1,8 @@
-"""Where an adapter's tensors are: layers on several devices, and base weights that accelerate keeps elsewhere.
+"""Device placement of adapters: layers on several devices, and base weights that accelerate offloads.
 
-A model that does not fit is spread by accelerate over devices, main memory and disk. A module whose weights are
-*offloaded* has them on the meta device except within its own forward. Adapters read their tensors without calling the
-module that holds them, and are small: they stay on the device that computes.
+accelerate spreads a model that does not fit over devices, main memory and disk. *Offloaded* weights are on the meta
+device except during the forward of their module. Adapters read their tensors without calling the module that holds
+them, and are small, so they stay on the device that computes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lily.plan.specs import base_of
 # Device and dtype that a layer's adapter takes (None: PyTorch's default dtype).
 Placement = tuple[torch.device, torch.dtype | None]
 
-# What quantised layers call their weight.
+# Names of the weight in quantized and other layers.
 WEIGHTS = ("weight", "qweight", "W_q")
 
 # The modules that hold an adapter's tensors.
@@ -31,31 +31,31 @@ HOLDER = re.compile(r"(^|\.)lily_(A|B|R|router|logits)(\.|$)")
 
 
 def placement(module: nn.Module, spread: bool = False, parameter: str | None = None) -> Placement:
-    """Where a layer's adapter goes: where its base layer computes, in its weight's dtype if that is a floating one.
+    """Device and dtype of a layer's adapter: where its base layer computes, in its weight's dtype if floating.
 
     Args:
         module: the layer, adapted or not.
-        spread: whether accelerate spreads its model (`is_spread`); a weight on the meta device is then somewhere else,
-            also where PEFT has taken accelerate's hooks off in order to load an adapter.
-        parameter: the name of the one that is adapted, if it is not the layer.
+        spread: whether accelerate spreads its model (`is_spread`); a weight on the meta device is then offloaded,
+            even if PEFT has removed accelerate's hooks to load an adapter.
+        parameter: name of the adapted parameter; default: the layer's weight.
     """
     base = base_of(module)
     weight = weight_of(base) if parameter is None else getattr(base, parameter)
     if weight is None:
         weight = next(chain(base.parameters(), base.buffers()))
     dtype = getattr(base, "compute_dtype", None) or weight.dtype
-    away = spread and weight.device.type == "meta"
-    device = execution_device(base) or (torch.device("cpu") if away else weight.device)
+    offloaded = spread and weight.device.type == "meta"
+    device = execution_device(base) or (torch.device("cpu") if offloaded else weight.device)
     return device, dtype if dtype.is_floating_point else None
 
 
 def weight_of(base: nn.Module) -> Any:
-    """The base layer's weight, whatever its kind of layer calls it; None where it has none."""
+    """The base layer's weight under any of the `WEIGHTS` names; None where it has none."""
     return next((w for w in (getattr(base, name, None) for name in WEIGHTS) if w is not None), None)
 
 
 def execution_device(module: nn.Module) -> torch.device | None:
-    """Where accelerate runs a module; None where that is not accelerate's business."""
+    """The device on which accelerate runs a module; None without accelerate's hook."""
     hook = _hook(module)
     return None if hook is None else torch.device(hook.execution_device)
 
@@ -66,26 +66,26 @@ def is_spread(model: nn.Module) -> bool:
 
 
 def call_with(module: nn.Module, weights: Callable[[], Mapping[str, Tensor]], args: Any, kwargs: Any) -> Any:
-    """Call a module with other tensors in the place of some of its parameters.
+    """Call a module with some of its parameters replaced by other tensors.
 
     Args:
-        module: where accelerate keeps its weights elsewhere, they are brought in first.
-        weights: the tensors by name; called when the module's own parameters are there.
-        args: of the module.
-        kwargs: of the module.
+        module: its weights are loaded first if accelerate offloads them.
+        weights: returns the tensors by name; called when the module's parameters are loaded.
+        args: positional arguments of the module.
+        kwargs: keyword arguments of the module.
     """
     hook = _hook(module)
     if hook is None or not hook.offload:
-        with _standing_in(module, weights()):
+        with _replaced(module, weights()):
             return module(*args, **kwargs)
     args, kwargs = hook.pre_forward(module, *args, **kwargs)
-    with _standing_in(module, weights()):
+    with _replaced(module, weights()):
         output = module._old_forward(*args, **kwargs)  # type: ignore[operator]
     return hook.post_forward(module, output)
 
 
 @contextlib.contextmanager
-def _standing_in(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+def _replaced(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     own = {name: module._parameters[name] for name in tensors}
     module._parameters.update(tensors)  # type: ignore[arg-type]
     try:
@@ -94,22 +94,22 @@ def _standing_in(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[N
         module._parameters.update(own)
 
 
-def onload(root: nn.Module, known: Mapping[str, Tensor] | None = None) -> None:
-    """Bring the adapter tensors inside `root` back from where accelerate offloaded them, for good.
+def onload(root: nn.Module, values_by_name: Mapping[str, Tensor] | None = None) -> None:
+    """Move the adapter tensors inside `root` permanently to the device that computes, if accelerate offloaded them.
 
     Args:
         root: a bank, an adapted layer, or a model that holds them.
-        known: values by name in `root`, for what accelerate does not have: it takes what belongs on the disk from the
-            base model's files.
+        values_by_name: values, named as in `root`, that accelerate does not have: it reads weights for the disk from
+            the base model's files.
     """
     for path, holder in root.named_modules():
         hook = _hook(holder) if HOLDER.search(path) else None
         if hook is None or not hook.offload:
             continue
         names = [name for name, _ in holder.named_parameters(recurse=False)]
-        values = {n: (known or {}).get(f"{path}.{n}") for n in names}
+        values = {n: (values_by_name or {}).get(f"{path}.{n}") for n in names}
         values = {n: hook.weights_map[n] if value is None else value for n, value in values.items()}
-        hook.offload = False  # or else taking it off would put its own values back
+        hook.offload = False  # otherwise removing the hook would restore its values
         remove_hook_from_module(holder)
         for name, value in values.items():
             set_module_tensor_to_device(holder, name, hook.execution_device, value=value)
@@ -118,5 +118,5 @@ def onload(root: nn.Module, known: Mapping[str, Tensor] | None = None) -> None:
 def _hook(module: nn.Module) -> AlignDevicesHook | None:
     hook = module.__dict__.get("_hf_hook")
     hooks = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
-    found = (h for h in hooks if isinstance(h, AlignDevicesHook) and h.execution_device is not None)
-    return next(found, None)
+    aligning = (h for h in hooks if isinstance(h, AlignDevicesHook) and h.execution_device is not None)
+    return next(aligning, None)

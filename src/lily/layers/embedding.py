@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from lily import functional
 from lily.errors import LilyError
 from lily.layers.bank import LilyBank
-from lily.layers.linear import Beside
+from lily.layers.layer import LilyLayer
 
 
-class Embedding(Beside):
+class Embedding(LilyLayer):
     """An adapted `nn.Embedding`: A has a column for each of its rows.
 
     Args:
@@ -32,17 +32,17 @@ class Embedding(Beside):
         return functional.down_embedding(x, A, self._table)
 
     def _out(self, update: Tensor, x: Tensor) -> Tensor:
-        scale = self._get_embed_scale()  # type: ignore[operator]  # Gemma's, which multiplies what it finds
+        scale = self._get_embed_scale()  # type: ignore[operator]  # Gemma scales the looked-up rows
         return update if scale is None else update * scale.to(update)
 
     def _mask(self, x: Tensor, h: Tensor) -> Tensor | None:
-        return self.bank.masks.mask_for(h)  # ids have no features, by which masks are recognised
+        return self.bank.masks.mask_for(h)  # masks are matched by shape, and ids have no feature dimension
 
     def check_merge(self, adapter: str, safe_merge: bool = False) -> None:
-        """See `LilyLayer.check_merge`; refuses a `max_norm`, which would cut the sum where now it cuts the parts."""
+        """See `LilyLayer.check_merge`; refuses `max_norm`, which would clip the sum instead of each part."""
         if self._table.max_norm is not None:
             raise LilyError(
-                f"cannot merge into an embedding of max_norm={self._table.max_norm}: it cuts what it looks up, so the "
-                "merged weight would give other values; use the adapter unmerged, or export a LoRA"
+                f"cannot merge into an embedding with max_norm={self._table.max_norm}: it clips the rows that it looks "
+                "up, so the merged weight would give other values; use the adapter unmerged, or export a LoRA"
             )
         super().check_merge(adapter, safe_merge)

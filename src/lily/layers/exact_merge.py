@@ -1,8 +1,8 @@
-"""Folding an update into a weight so that it can be taken out again without a trace.
+"""Add an update to a weight so that it can be removed again bit-exactly.
 
-Adding an update rounds, and subtracting it again rounds once more, so a weight that is merged and unmerged at every
-step of a reinforcement-learning run drifts. Here the few entries that subtraction would not bring back are kept, so
-unmerging restores every bit.
+Adding an update rounds, and subtracting it rounds again, so a weight that is merged and unmerged at every step of a
+reinforcement-learning run drifts. The few entries that subtraction does not restore are stored, so unmerging restores
+every bit.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class Undo:
-    """What subtraction alone would get wrong.
+    """The entries that subtraction does not restore.
 
     Attributes:
-        where: flat positions; None where most of the weight is kept, which is then all of it.
-        values: the weight's own values there.
-        checksum: of the weight's bits, to notice an update that is not reproduced exactly; where all of the weight is
-            kept, of the merged weight's, to notice that it changed.
+        where: flat positions; None if the whole weight is stored because most entries differ.
+        values: the weight's values there.
+        checksum: of the weight's bits, to detect an update that is not reproduced exactly; if the whole weight is
+            stored, of the merged weight's bits, to detect that it changed.
     """
 
     where: Tensor | None
@@ -52,7 +52,7 @@ def add(weight: Tensor, delta: Tensor) -> tuple[Tensor, float]:
 
 
 def fold(weight: Tensor, delta: Tensor) -> tuple[Tensor, Undo, float]:
-    """Like `add`, and keep what it takes to undo it exactly."""
+    """Like `add`, and also return what undoes it exactly."""
     merged, error = add(weight, delta)
     back = _subtracted(merged, delta)
     where = (_bits(back) != _bits(weight)).flatten().nonzero().squeeze(1)
@@ -65,7 +65,7 @@ def fold(weight: Tensor, delta: Tensor) -> tuple[Tensor, Undo, float]:
 
 
 def unfold(merged: Tensor, delta: Tensor, undo: Undo) -> tuple[Tensor, bool]:
-    """Take the update out again.
+    """Remove the update.
 
     Args:
         merged: what `fold` returned.
@@ -73,12 +73,12 @@ def unfold(merged: Tensor, delta: Tensor, undo: Undo) -> tuple[Tensor, bool]:
         undo: what `fold` returned with it.
 
     Returns:
-        The weight, and whether it is the old one to the last bit; it is, unless `merged` or `delta` changed.
+        The weight, and whether it equals the original bit for bit; it does, unless `merged` or `delta` changed.
     """
     if undo.where is None and _checksum(merged) == undo.checksum:
         return undo.values.to(merged.device), True
     weight = _subtracted(merged, delta)
-    if undo.where is None:  # someone else changed it: the kept weight knows nothing of that
+    if undo.where is None:  # changed since the merge: the stored weight would lose that change
         return weight, False
     weight.view(-1)[undo.where.to(weight.device).long()] = undo.values.to(weight.device)
     return weight, _checksum(weight) == undo.checksum

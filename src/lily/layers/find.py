@@ -1,4 +1,4 @@
-"""Adapted layers of a model, and whether the model must note attention masks for them."""
+"""Find the adapted layers of a model, and record attention masks for those that need them."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from lily.layers.sharding import unwrapped
 
 
 def layers_of(root: nn.Module) -> dict[str, LilyLayer]:
-    """All adapted layers of a model, by the names that plans have for them."""
-    found = ((unwrapped(path), module) for path, module in root.named_modules() if isinstance(module, LilyLayer))
-    return {layer.name_in_plan(path): layer for path, layer in found}
+    """All adapted layers of a model, by their names in plans."""
+    modules = ((unwrapped(path), module) for path, module in root.named_modules() if isinstance(module, LilyLayer))
+    return {layer.name_in_plan(path): layer for path, layer in modules}
 
 
 def watch_masks(model: nn.Module) -> None:
-    """Have attention masks noted for the layers that ask for them now.
+    """Record attention masks for the layers that use them now.
 
     Args:
         model: the root that holds the bank.
     """
-    asking = [
+    names = [
         name
         for name, m in model.named_modules()
-        if isinstance(m, LilyLayer) and (m.statistics or "sequence" in m.routing.values())
+        if isinstance(m, LilyLayer) and (m.statistics or any(s.routing == "sequence" for s in m.settings.values()))
     ]
-    bank_of(model).watch(model, asking)
+    bank_of(model).watch(model, names)

@@ -1,26 +1,24 @@
-"""One adapted layer: its own router, where its shared tensors are, and one call into the mathematics.
+"""State of one adapted layer: its settings, its router, where its shared tensors are; and one call into the math.
 
-Here: what layers of all kinds have in common, and the linear one. Others: `lily.layers.conv`, `lily.layers.embedding`,
-`lily.layers.parameter`.
+Each kind of layer has a subclass (`linear`, `conv`, `embedding`, `slice`, `parameter`, `parallel_module`); merging is
+in `merging`.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from lily import functional
 from lily.errors import LilyError
 from lily.kernels import fused
 from lily.layers.bank import LilyBank
-from lily.layers.devices import onload, weight_of
-from lily.layers.exact_merge import Undo, add, fold, unfold
+from lily.layers.devices import execution_device, onload, weight_of
+from lily.layers.merging import Factors, MergingMixin, NotStaticError
 from lily.layers.routing_statistics import RoutingStatistics
 from lily.layers.sharding import is_here, mean_of_all
 from lily.plan.config import LilyConfig
@@ -28,53 +26,37 @@ from lily.plan.options import DYNAMIC
 from lily.plan.sharing_plan import Group, Slot
 
 
-class NotStaticError(LilyError):
-    """The update depends on the data, so it is no matrix. The message names the ways out."""
-
-    def __init__(self, adapter: str, routing: str, activation: str) -> None:
-        why = f"routing={routing!r} depends on the data"
-        ways = (
-            "turn it into a static one first (lily.collapse, or `lily collapse` on the command line), or train the "
-            "next one with `settle`, which makes it static while it learns"
-        )
-        if activation != "none":
-            why = f"activation={activation!r} between A and B is not linear"
-            ways = "use the adapter unmerged, or train one with activation='none'"
-        super().__init__(f"adapter {adapter!r} cannot be merged or exported: {why}; {ways}")
-
-
 @dataclass(frozen=True)
-class Factors:
-    """The update of a layer whose routing is static: `scaling * B.T @ A`; of stacked experts, one each.
+class Settings:
+    """What is fixed about one adapter on one layer; see `LilyConfig` for the options.
 
     Attributes:
-        A: (r, in), or (experts, r, in).
-        B: (r, out), or (experts, r, out), the experts of B already mixed.
+        slot: where its A and B are in the bank.
+        r: the rank.
+        num_B: experts.
+        stride: of stacked experts, how many in a row share an A.
         scaling: multiplies the update.
+        routing: as it is now: `lily.collapse` and settling make it `static`.
+        batch_scope: whether `batch` routing averages over one process or all.
+        activation: between A and B.
+        dropout: probability, on h.
     """
 
-    A: Tensor
-    B: Tensor
+    slot: Slot
+    r: int
+    num_B: int
+    stride: int
     scaling: float
-
-    @property
-    def delta(self) -> Tensor:
-        """The update as (out, in), or (experts, out, in)."""
-        return self.scaling * (self.B.mT @ self.A)
-
-
-@dataclass(frozen=True)
-class Merged:
-    """An adapter that is in the base weight now: what it was then, and how to take it out."""
-
-    factors: Factors
-    undo: Undo
+    routing: str
+    batch_scope: str
+    activation: str
+    dropout: float
 
 
 class Router(nn.Linear):
     """R (experts, r). Its layer reads the weight and never calls it.
 
-    Engines that gather a module's weights when it is called must therefore leave it to the block that it is part of.
+    Engines that gather a module's weights when it is called must therefore leave it to the module that contains it.
     PEFT's wrapping policy for FSDP1 makes units of trained modules without children; hence the child.
     """
 
@@ -84,48 +66,36 @@ class Router(nn.Linear):
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
 
 
-class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
-    """State of an adapted layer. A and B are in the bank; see `lily.layers.bank`.
+class LilyLayer(nn.Module, MergingMixin):
+    """An adapted layer of any kind. A and B are in the bank; see `lily.layers.bank`.
+
+    Args:
+        base_layer: the frozen layer.
+        bank: the shared tensors.
 
     Attributes:
+        settings: adapter -> its settings on this layer.
         lily_router: adapter -> R as `nn.Linear(r, experts)`, for token, sequence and batch routing.
-        lily_logits: adapter -> logits (experts,), for static routing and for one that is settling.
-        slots: adapter -> where its A and B are in the bank.
-        statistics: adapter -> what is being recorded of its routing; empty: nothing is.
-        merged_as: adapter -> how it was merged into the base weight.
-        rounding: adapter -> share of its update's norm that the last merge rounded away.
-        transposed: whether the base weight is (in, out), as GPT-2's `Conv1D` has it.
-        converts: whether PEFT's conversion to LoRA, which knows linear layers alone, can take it.
+        lily_logits: adapter -> logits (experts,), for static routing and while a routing settles.
+        statistics: adapter -> recorder of its routing; empty unless something records it.
     """
 
-    converts = False
-
     adapter_layer_names: tuple[str, ...] = ("lily_router", "lily_logits")
-    other_param_names: tuple[str, ...] = (
-        "slots", "r", "num_B", "scaling", "routing", "batch_scope", "activation", "dropout", "statistics", "rounding",
-    )  # fmt: skip
+    other_param_names: tuple[str, ...] = ("settings", "statistics", "rounding")
 
     def __init__(self, base_layer: nn.Module, bank: LilyBank) -> None:
+        super().__init__()
         self.base_layer = base_layer
         self.transposed = type(self.get_base_layer()).__name__ == "Conv1D"
         # In a tuple, so that nn.Module does not register it: the bank belongs to the root alone.
         self._bank = (bank,)
+        self.settings: dict[str, Settings] = {}
         self.lily_router = nn.ModuleDict({})
         self.lily_logits = nn.ParameterDict({})
-        self.slots: dict[str, Slot] = {}
-        self.r: dict[str, int] = {}
-        self.num_B: dict[str, int] = {}
-        self.scaling: dict[str, float] = {}
-        self.routing: dict[str, str] = {}
-        self.batch_scope: dict[str, str] = {}
-        self.activation: dict[str, str] = {}
-        self.dropout: dict[str, float] = {}
         self.statistics: dict[str, RoutingStatistics] = {}
-        self.merged_as: dict[str, Merged] = {}
-        self.rounding: dict[str, float] = {}
+        self.merged_as, self.rounding, self.merged_adapters = {}, {}, []
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
-        self.merged_adapters: list[str] = []
 
     @property
     def bank(self) -> LilyBank:
@@ -133,8 +103,13 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
         return self._bank[0]
 
     @property
+    def r(self) -> dict[str, int]:
+        """Adapter -> rank, of which diffusers counts the adapters."""
+        return {name: settings.r for name, settings in self.settings.items()}
+
+    @property
     def base(self) -> nn.Module:
-        """The base layer itself, whatever is around it."""
+        """The base layer without any wrapper."""
         return self.get_base_layer()  # type: ignore[no-any-return]
 
     @property
@@ -152,15 +127,15 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
         return path
 
     def acting(self) -> list[str]:
-        """The adapters that take part in a forward now. A merged one that is switched off is taken out first."""
+        """The adapters that take part in a forward now. A merged one that is switched off is unmerged first."""
         if self.merged_adapters:
             if self._disable_adapters:
                 self.unmerge()
             return []
-        return [] if self._disable_adapters else [name for name in self.active_adapters if name in self.slots]
+        return [] if self._disable_adapters else [name for name in self.active_adapters if name in self.settings]
 
     def _get_available_adapters(self) -> set[str]:
-        return set(self.slots)
+        return set(self.settings)
 
     def update_layer(
         self, adapter: str, group: Group, slot: Slot, config: LilyConfig, device: torch.device | None = None
@@ -174,24 +149,28 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
             config: the adapter's configuration.
             device: where the layer computes; default: where its base weight is.
         """
-        self.slots[adapter] = slot
-        self.r[adapter], self.num_B[adapter] = group.r, group.num_B
         own = config.options_of(group.name)
-        self.scaling[adapter], self.routing[adapter] = own.scaling, str(config.routing)
-        self.batch_scope[adapter] = config.batch_scope
-        self.activation[adapter], self.dropout[adapter] = own.activation, own.dropout
+        self.settings[adapter] = Settings(
+            slot, group.r, group.num_B, group.stride, own.scaling, str(config.routing), config.batch_scope,
+            own.activation, own.dropout,
+        )  # fmt: skip
         if group.num_B > 1 and config.routing in DYNAMIC and not config.shared_router:
             self.lily_router[adapter] = Router(group.r, group.num_B)
             if config.settled is not None:
                 self.lily_logits[adapter] = nn.Parameter(torch.zeros(group.logits_shape))
         elif group.num_B > 1 and config.routing == "static":
-            # Random, not zero: with equal weights all experts get equal gradients and would stay equal for ever.
+            # Random, not zero: with equal weights all experts get equal gradients and would stay equal forever.
             self.lily_logits[adapter] = nn.Parameter(torch.randn(group.logits_shape))
         self._move_adapter_to_device_of_base_layer(adapter, device)
 
+    def change_settings(self, adapter: str, **changes: Any) -> None:
+        """Replace some fields of an adapter's settings."""
+        self.settings[adapter] = replace(self.settings[adapter], **changes)
+
     def router_of(self, adapter: str, device: torch.device | None = None) -> Tensor | None:
         """R (experts, r), the static logits (experts,), or None where the routing learns nothing; on a device."""
-        if self.num_B[adapter] == 1 or self.routing[adapter] == "uniform":
+        settings = self.settings[adapter]
+        if settings.num_B == 1 or settings.routing == "uniform":
             return None
         router = self._router(adapter)
         if router.is_meta:
@@ -200,26 +179,31 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
         return router if device is None or router.device == device else router.to(device)
 
     def _router(self, adapter: str) -> Tensor:
-        if self.routing[adapter] == "static":
+        if self.settings[adapter].routing == "static":
             return cast(Tensor, self.lily_logits[adapter])
         if adapter not in self.lily_router:
-            return self.bank.router(adapter, self.slots[adapter])
+            return self.bank.router(adapter, self.settings[adapter].slot)
         return cast(Tensor, self.lily_router[adapter].weight)
 
     def tensors_of(self, adapter: str, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-        """A (r, in) and B (experts, r, out), where the bank has them now, or on a device."""
-        num_B, (A, B) = self.num_B[adapter], self._pair(adapter, device)
+        """A (r, in) and B (experts, r, out), where the bank has them now, or on a device.
+
+        Raises:
+            LilyError: if a sharding engine holds them in parts that have not been gathered.
+        """
+        num_B, (A, B) = self.settings[adapter].num_B, self._pair(adapter, device)
         if not (is_here(A) and is_here(B)):
             raise LilyError(
                 f"the shared tensors of adapter {adapter!r} are sharded and have not been gathered: lily_bank was made "
-                "a unit of its own, or the model is called past its wrapper; wrap the root of the model, whose part "
-                "the bank is, and call that (with FSDP2: fully_shard(model) after fully_shard(layer) for each layer)"
+                "a separate unit, or the model is called without its wrapper; wrap the root of the model, which "
+                "contains the bank, and call that (with FSDP2: fully_shard(model) after fully_shard(layer) for each "
+                "layer)"
             )
         return A, B.view(num_B, B.shape[0] // num_B, B.shape[1])
 
     def _pair(self, adapter: str, device: torch.device | None) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (experts * r, out), on a device: layers on several devices share one bank."""
-        bank, slot = self._bank[0], self.slots[adapter]
+        bank, slot = self._bank[0], self.settings[adapter].slot
         A, B = bank.pair(adapter, slot)
         if device is None or (A.device == device and B.device == device):
             return A, B
@@ -228,23 +212,32 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
             A, B = bank.pair(adapter, slot)
         return A.to(device), B.to(device)
 
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output for `x` plus the updates, in its dtype. Kinds with a faster way override this."""
+        adapters, base = self.acting(), self.base_layer
+        if "_hf_hook" in base.__dict__:  # accelerate may run the base layer on another device than its input's
+            x = x.to(execution_device(base) or x.device)
+        result: Tensor = base(x, *args, **kwargs)
+        for adapter in adapters:
+            result = result + self.update_of(adapter, x).to(result.dtype)
+        return result
+
     def update_of(self, adapter: str, x: Tensor) -> Tensor:
         """What one adapter adds to the base layer's output.
 
         Args:
             adapter: its name; must be on this layer.
-            x: what the base layer takes; if floating, it is cast to the adapter's dtype, as PEFT does.
+            x: the base layer's input; if floating, it is cast to the adapter's dtype, as PEFT does.
 
         Returns:
             Of the shape of the base layer's output.
         """
-        A, B = self.tensors_of(adapter, x.device)
-        a = self._down(x, A)
-        h = functional.hidden(a, self.activation[adapter], self.dropout[adapter], self.training)
-        return self._out(self.scaling[adapter] * functional.mix(h, self._weights(adapter, h, x), B), x)
+        settings, (A, B) = self.settings[adapter], self.tensors_of(adapter, x.device)
+        h = functional.hidden(self._down(x, A), settings.activation, settings.dropout, self.training)
+        return self._out(settings.scaling * functional.mix(h, self._weights(adapter, h, x), B), x)
 
     def _down(self, x: Tensor, A: Tensor) -> Tensor:
-        """What A makes of the input: (..., r), tokens and all that stands for them before r."""
+        """The input projected by A, before the activation: (..., r), where the leading dimensions are tokens."""
         return self._cast_input_dtype(x, A.dtype) @ A.T  # type: ignore[no-any-return]
 
     def _out(self, update: Tensor, x: Tensor) -> Tensor:
@@ -255,61 +248,61 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
         """Which tokens of the input count, (batch, tokens); None: all do."""
         return self.bank.masks.mask_for(x)
 
-    def _fast(self, adapter: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, fused.How, Tensor | None] | None:
-        """What `fused` needs to compute the adapter's update, or None where only the reference can."""
-        bank, routing, router = self._bank[0], self.routing[adapter], self.router_of(adapter, x.device)
+    def _plus_update(self, result: Tensor, x: Tensor, adapter: str) -> Tensor:
+        """`result` (..., out) plus an adapter's update for `x` (..., in), fused where possible."""
+        fast = self._fast(adapter, x)
+        if fast:
+            return fused.plus_update(result, x, fast)
+        return result + self.update_of(adapter, x).to(result.dtype)
+
+    def _fast(self, adapter: str, x: Tensor) -> fused.Update | None:
+        """The adapter's update for `fused`, or None where only the reference can compute it."""
+        bank, settings, router = self._bank[0], self.settings[adapter], self.router_of(adapter, x.device)
+        routing = settings.routing
         settled = bank.settled.get(adapter) if router is not None else None
         if settled is not None:
             if settled.begun and not settled.done:
                 return None
             routing, router = self._settled_router(adapter, settled.done)
-        if routing == "batch" and (not self.training or self.batch_scope[adapter] == "global"):
-            return None  # what batch routing is for is stock PEFT's results, to the last bit
+        if routing == "batch" and (not self.training or settings.batch_scope == "global"):
+            return None  # batch routing exists to give stock PEFT's results, to the last bit
         A, B = self._pair(adapter, x.device)
         dtype = fused.product_dtype(x, A, B)
         if dtype is None:
             return None
         if adapter in self.statistics and routing != "static":
             self._record(adapter, x, A)
-        dropout = self.dropout[adapter] if self.training else 0.0
-        how = fused.How(
-            routing,
-            self.num_B[adapter],
-            self.scaling[adapter],
-            dtype,
-            self.activation[adapter],
-            dropout,
-            self.transposed,
-        )
+        dropout = settings.dropout if self.training else 0.0
+        how = fused.How(routing, settings.num_B, settings.scaling, dtype, settings.activation, dropout, self.transposed)
         mask = bank.masks.mask_for(x) if routing == "sequence" else None
-        return A, B, router, how, mask
+        return fused.Update(A, B, router, how, mask)
 
     def _settled_router(self, adapter: str, done: bool) -> tuple[str, Tensor]:
-        """The routing before or after settling, and its router: with no gradient from the one that is idle.
+        """The routing before or after settling and its router, plus zero times the unused one.
 
-        Without any, distributed training would wait for it.
+        Without a gradient for the unused one, distributed training would wait for it.
         """
         router, logits = cast(Tensor, self.router_of(adapter)), cast(Tensor, self.lily_logits[adapter])
-        used, idle = (logits, router) if done else (router, logits)
-        if self.training and idle.requires_grad:
-            used = used + 0 * idle.sum().to(used.dtype)
-        return ("static" if done else self.routing[adapter]), used
+        used, unused = (logits, router) if done else (router, logits)
+        if self.training and unused.requires_grad:
+            used = used + 0 * unused.sum().to(used.dtype)
+        return ("static" if done else self.settings[adapter].routing), used
 
     @torch.no_grad()
     def _record(self, adapter: str, x: Tensor, A: Tensor) -> None:
-        """Note the weights of a forward that the fast path computes, which does not tell them."""
-        statistics = self.statistics[adapter]
+        """Record expert weights that the fused path does not return; recomputes h."""
+        settings, statistics = self.settings[adapter], self.statistics[adapter]
         if statistics.wants(self.training):
             mask = self.bank.masks.mask_for(x)
-            h = functional.down(self._cast_input_dtype(x, A.dtype), A, self.activation[adapter])
-            router, routing = (
-                self.router_of(adapter, x.device),
-                "token" if statistics.per_token else self.routing[adapter],
-            )
-            statistics.add(functional.weights(h, self.num_B[adapter], router, routing, mask), h, mask)
+            h = functional.down(self._cast_input_dtype(x, A.dtype), A, settings.activation)
+            routing = "token" if statistics.per_token else settings.routing
+            router = self.router_of(adapter, x.device)
+            statistics.add(functional.weights(h, settings.num_B, router, routing, mask), h, mask)
 
     def _weights(self, adapter: str, h: Tensor, x: Tensor) -> Tensor:
-        experts, router, routing = self.num_B[adapter], self.router_of(adapter, h.device), self.routing[adapter]
+        """The mixing weights of a forward: (E,), (batch, 1, E) or (..., E)."""
+        settings, router = self.settings[adapter], self.router_of(adapter, h.device)
+        experts, routing = settings.num_B, settings.routing
         statistics = self.statistics.get(adapter)
         settled = self.bank.settled.get(adapter) if experts > 1 else None
         mask = self._mask(x, h) if routing == "sequence" or statistics is not None else None
@@ -318,22 +311,22 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
             target = functional.softmax(logits).to(h.dtype)
             if settled.done:
                 return functional.softmax(self._settled_router(adapter, True)[1]).to(h.dtype)
-        if routing == "batch" and self.training and router is not None and self.batch_scope[adapter] == "global":
+        if routing == "batch" and self.training and router is not None and settings.batch_scope == "global":
             w = mean_of_all(functional.route(h, router))
         else:
             w = functional.weights(h, experts, router, routing, mask)
         if statistics is not None and statistics.wants(self.training):
-            seen = functional.weights(h, experts, router, "token") if statistics.per_token else w
-            statistics.add(seen, h, mask)
+            per_token = functional.weights(h, experts, router, "token") if statistics.per_token else w
+            statistics.add(per_token, h, mask)
         if settled is not None:
             w = settled.blend(w, target.detach()) + (0 * logits.sum()).to(h.dtype)
         return w
 
     def is_static(self, adapter: str) -> bool:
-        """Whether the adapter's update is one matrix, whatever the data: it can be merged and exported."""
-        settled = self.bank.settled.get(adapter)
-        fixed = self.num_B[adapter] == 1 or self.routing[adapter] not in DYNAMIC
-        return (fixed or (settled is not None and settled.done)) and self.activation[adapter] == "none"
+        """Whether the adapter's update is one matrix for all data, so that it can be merged and exported."""
+        settings, settled = self.settings[adapter], self.bank.settled.get(adapter)
+        fixed = settings.num_B == 1 or settings.routing not in DYNAMIC
+        return (fixed or (settled is not None and settled.done)) and settings.activation == "none"
 
     def factors(self, adapter: str) -> Factors:
         """The adapter's update as a product, in at least float32.
@@ -341,115 +334,19 @@ class LilyLayer(BaseTunerLayer):  # type: ignore[misc]
         Raises:
             LilyError: if the update depends on the data.
         """
+        settings = self.settings[adapter]
         if not self.is_static(adapter):
-            raise NotStaticError(adapter, self.routing[adapter], self.activation[adapter])
-        tensors = self.tensors_of(adapter, self.bank.pair(adapter, self.slots[adapter])[1].device)
+            raise NotStaticError(adapter, settings.routing, settings.activation)
+        tensors = self.tensors_of(adapter, self.bank.pair(adapter, settings.slot)[1].device)
         A, B = (t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in tensors)
-        logits = self.lily_logits.get(adapter) if self.num_B[adapter] > 1 else None
+        logits = self.lily_logits.get(adapter) if settings.num_B > 1 else None
         with torch.autocast(B.device.type, enabled=False):
             mixed = self._mixed(B, None if logits is None else logits.detach())
-        return Factors(A, mixed, self.scaling[adapter])
+        return Factors(A, mixed, settings.scaling)
 
     def _mixed(self, B: Tensor, logits: Tensor | None) -> Tensor:
         """The B of each matrix of the base weight, its experts mixed by static weights."""
         return functional.static_B(B, logits)
 
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether PEFT's `convert_to_lora` can take this layer's adapter; see `is_static`."""
-        return self.converts and adapter_name in self.slots and self.is_static(adapter_name)
-
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """The adapter's update in the shape and orientation of the base weight.
-
-        Raises:
-            LilyError: if the update depends on the data.
-        """
-        return self._oriented(self.factors(adapter))
-
-    def _oriented(self, factors: Factors) -> Tensor:
-        with torch.autocast(factors.A.device.type, enabled=False):
-            return factors.delta.mT if self.transposed else factors.delta
-
-    def check_merge(self, adapter: str, safe_merge: bool = False) -> None:
-        """Refuse what cannot be merged, before anything is.
-
-        Args:
-            adapter: its name.
-            safe_merge: also refuse an update that is not finite.
-
-        Raises:
-            LilyError: if the update depends on the data, the base weight is quantised, or `safe_merge` finds a fault.
-        """
-        factors = self.factors(adapter)
-        base = self.get_base_layer()
-        weight = self.adapted_weight
-        plain = type(weight) in fused.PLAIN
-        # A float8 weight is quantised too: its scale is somewhere else.
-        if not plain or not weight.is_floating_point() or weight.element_size() == 1:
-            kind = f"{type(weight).__name__} of {weight.dtype}" if plain else type(weight).__name__
-            raise LilyError(
-                f"cannot merge into a {type(base).__name__} whose weight is a {kind}: the update "
-                "would be rounded to its few values; load the base model unquantised (or call its dequantize()) and "
-                "merge there, or export a LoRA"
-            )
-        if safe_merge and not torch.isfinite(add(weight.data, self._wide(factors, weight))[0]).all():
-            raise LilyError(f"merged with adapter {adapter!r} the weight would hold NaN or infinity; it is not merged")
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Fold adapters into the base weight; computed in at least float32, undone to the last bit by `unmerge`.
-
-        Args:
-            safe_merge: refuse values that are not finite.
-            adapter_names: default: the active ones.
-
-        Raises:
-            LilyError: see `check_merge`. The weight is then as it was.
-        """
-        for name in self._mergeable(safe_merge, adapter_names):
-            weight, factors = self.adapted_weight, self.factors(name)
-            merged, undo, error = fold(weight.data, self._wide(factors, weight))
-            weight.data.copy_(merged)
-            kept = replace(factors, A=factors.A.clone(), B=factors.B.clone())
-            self.merged_as[name] = Merged(kept, undo)
-            self.rounding[name] = error
-            self.merged_adapters.append(name)
-
-    def _mergeable(self, safe_merge: bool, adapter_names: list[str] | None) -> list[str]:
-        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.slots]
-        for name in names:
-            self.check_merge(name, safe_merge)
-        return names
-
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Module:
-        """The base layer, with adapters folded in for good (nothing is kept to undo it) or taken out. See PEFT."""
-        base: nn.Module = self.get_base_layer()
-        if not merge:
-            self.unmerge()
-            return base
-        weight = self.adapted_weight
-        for name in self._mergeable(safe_merge, adapter_names):
-            merged, error = add(weight.data, self._wide(self.factors(name), weight))
-            weight.data.copy_(merged)
-            self.rounding[name] = error
-        return base
-
-    def unmerge(self) -> None:
-        """Take all merged adapters out of the base weight again, last in first out."""
-        while self.merged_adapters:
-            name, weight = self.merged_adapters.pop(), self.adapted_weight
-            record = self.merged_as.pop(name)
-            self.rounding.pop(name, None)
-            restored, exact = unfold(weight.data, self._wide(record.factors, weight), record.undo)
-            weight.data.copy_(restored)
-            if not exact:
-                warnings.warn(
-                    "unmerged up to rounding, not to the last bit: the base weight or its device changed in between",
-                    stacklevel=2,
-                )
-
-    def _wide(self, factors: Factors, weight: Tensor) -> Tensor:
-        A, B = factors.A.to(weight.device), factors.B.to(weight.device)
-        delta = self._oriented(replace(factors, A=A, B=B))
-        return delta.to(torch.promote_types(delta.dtype, weight.dtype)).contiguous()
+    def __repr__(self) -> str:
+        return "lily." + super().__repr__()

@@ -1,4 +1,4 @@
-"""Lily on a linear layer, and beside a whole module."""
+"""An adapted linear layer."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from lily.kernels import fused
-from lily.layers.bank import LilyBank
 from lily.layers.devices import execution_device
 from lily.layers.layer import LilyLayer
 
 
-class Linear(nn.Module, LilyLayer):
-    """An adapted linear layer: `nn.Linear`, a quantised stand-in for it, or GPT-2's `Conv1D`.
+class Linear(LilyLayer):
+    """An adapted linear layer: `nn.Linear`, a quantized replacement for it, or GPT-2's `Conv1D`.
 
     A frozen full-precision base layer and its adapter are computed as one (see `lily.kernels.fused`). Any other base
-    layer is called as it is, so that it still dequantizes, shards and runs its hooks.
+    layer is called unchanged, so that it still dequantizes, shards and runs its hooks.
 
     Args:
         base_layer: the frozen layer.
@@ -25,10 +24,6 @@ class Linear(nn.Module, LilyLayer):
     """
 
     converts = True
-
-    def __init__(self, base_layer: nn.Module, bank: LilyBank) -> None:
-        super().__init__()
-        LilyLayer.__init__(self, base_layer, bank)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`x` (..., in) -> (..., out), in the dtype of the base layer's output."""
@@ -39,59 +34,30 @@ class Linear(nn.Module, LilyLayer):
         base, result = self.base_layer, None
         if "_hf_hook" in base.__dict__:  # accelerate may run the base layer on another device than its input's
             x = x.to(execution_device(base) or x.device)
-        for adapter in [] if self._disable_adapters else cast(list[str], self.active_adapters):
-            if adapter not in self.slots:
+        for adapter in [] if self._disable_adapters else self.active_adapters:
+            if adapter not in self.settings:
                 continue
             fast = self._fast(adapter, x)
-            if result is None and fast and not args and not kwargs and is_plain(base, x, fast[3].dtype):
-                result = fused.linear(x, base.weight, base.bias, *fast)  # type: ignore[arg-type]
+            if result is None and fast and not args and not kwargs and is_plain(base, x, fast.how.dtype):
+                result = fused.linear(x, base.weight, base.bias, fast)  # type: ignore[arg-type]
                 continue
             if result is None:
                 result = base(x, *args, **kwargs)
             if fast:
-                result = fused.plus_update(result, x, *fast)
+                result = fused.plus_update(result, x, fast)
             else:
                 result = result + self.update_of(adapter, x).to(result.dtype)
         return cast(Tensor, base(x, *args, **kwargs)) if result is None else result
 
-    def __repr__(self) -> str:
-        return "lily." + super().__repr__()
-
-
-class Beside(nn.Module, LilyLayer):
-    """An adapted layer whose base layer is called as it is, the updates beside it: the base of other kinds.
-
-    Args:
-        base_layer: the frozen layer.
-        bank: the shared tensors.
-    """
-
-    def __init__(self, base_layer: nn.Module, bank: LilyBank) -> None:
-        super().__init__()
-        LilyLayer.__init__(self, base_layer, bank)
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """What the base layer makes of `x`, and the updates, in its dtype."""
-        adapters, base = self.acting(), self.base_layer
-        if "_hf_hook" in base.__dict__:  # accelerate may run the base layer on another device than its input's
-            x = x.to(execution_device(base) or x.device)
-        result: Tensor = base(x, *args, **kwargs)
-        for adapter in adapters:
-            result = result + self.update_of(adapter, x).to(result.dtype)
-        return result
-
-    def __repr__(self) -> str:
-        return "lily." + super().__repr__()
-
 
 def is_plain(base: nn.Module, x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether calling `base` on `x` is nothing but a product with a frozen weight, in `dtype`, plus a bias."""
+    """Whether calling `base` on `x` only multiplies by a frozen weight, in `dtype`, and adds a bias."""
     if type(base) is not nn.Linear and type(base).__name__ != "Conv1D":
         return False
     weight: Any = base.weight
     if weight.requires_grad or weight.device != x.device:
         return False
-    if hasattr(type(weight), "__tensor_flatten__"):  # a quantised or sharded one, which compiling does not hide
+    if hasattr(type(weight), "__tensor_flatten__"):  # a quantized or sharded one, which compiling does not hide
         return False
     if not torch.compiler.is_compiling() and type(weight) not in fused.PLAIN:
         return False

@@ -1,4 +1,4 @@
-"""An adapter beside a whole module, such as the MLP of a transformer's block."""
+"""An adapter that runs in parallel to a whole module, such as the MLP of a transformer layer."""
 
 from __future__ import annotations
 
@@ -8,27 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from lily.errors import LilyError
-from lily.kernels import fused
-from lily.layers.bank import LilyBank
 from lily.layers.layer import LilyLayer
 
 
-class Block(nn.Module, LilyLayer):
-    """Any module with an update beside it: `module(x) + scaling * mix(act(x @ A.T), p, B)`.
+class ParallelModule(LilyLayer):
+    """Any module with a parallel update: `module(x) + scaling * mix(act(x @ A.T), p, B)`.
 
-    The paper's VTAB experiments run one with ReLU beside each MLP.
+    The paper's VTAB experiments adapt each MLP in this way, with ReLU.
 
     Args:
-        base_layer: the module; what it returns first has the leading dimensions of its input.
+        base_layer: the module; its first output has the leading dimensions of its input.
         bank: the shared tensors.
     """
 
-    def __init__(self, base_layer: nn.Module, bank: LilyBank) -> None:
-        super().__init__()
-        LilyLayer.__init__(self, base_layer, bank)
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module makes of its arguments; the first tensor that it returns has the update in it."""
+        """The module's output, with the update added to the first tensor of it."""
         adapters = self.acting()
         out = self.base_layer(*args, **kwargs)
         if not adapters:
@@ -38,11 +32,7 @@ class Block(nn.Module, LilyLayer):
         self._check_shapes(adapters[0], x, result)
         x = x.to(result.device)  # accelerate may run a module on another device than its input's
         for adapter in adapters:
-            fast = self._fast(adapter, x)
-            if fast:
-                result = fused.plus_update(result, x, *fast)
-            else:
-                result = result + self.update_of(adapter, x).to(result.dtype)
+            result = self._plus_update(result, x, adapter)
         return (result, *out[1:]) if isinstance(out, tuple) else result
 
     def _check_shapes(self, adapter: str, x: Any, result: Any) -> None:
@@ -51,9 +41,9 @@ class Block(nn.Module, LilyLayer):
         if not fits or (x.shape[-1], result.shape[-1]) != (A.shape[1], B.shape[2]):
             shapes = [str(tuple(t.shape)) if isinstance(t, Tensor) else type(t).__name__ for t in (x, result)]
             raise LilyError(
-                f"a {type(self.base_layer).__name__} cannot have an adapter beside it: its input and output are "
-                f"{' and '.join(shapes)}, expected (..., {A.shape[1]}) and (..., {B.shape[2]}); leave it "
-                "out of parallel_modules"
+                f"a {type(self.base_layer).__name__} cannot have a parallel adapter: its input and output are "
+                f"{' and '.join(shapes)}, expected (..., {A.shape[1]}) and (..., {B.shape[2]}); remove it "
+                "from parallel_modules"
             )
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -68,19 +58,16 @@ class Block(nn.Module, LilyLayer):
 
     @property
     def adapted_weight(self) -> Any:
-        """None: there is no weight that the update is for."""
+        """None: the update belongs to no weight."""
         return None
 
     def check_merge(self, adapter: str, safe_merge: bool = False) -> None:
-        """Refused: see `LilyLayer.check_merge`.
+        """Always refuse: see `LilyLayer.check_merge`.
 
         Raises:
             LilyError: always.
         """
         raise LilyError(
-            f"adapter {adapter!r} runs beside a {type(self.base_layer).__name__} (parallel_modules), and is no part of "
-            "any weight, so it cannot be merged; use it unmerged"
+            f"adapter {adapter!r} runs in parallel to a {type(self.base_layer).__name__} (parallel_modules) and "
+            "belongs to no weight, so it cannot be merged; use it unmerged"
         )
-
-    def __repr__(self) -> str:
-        return "lily." + super().__repr__()

@@ -1,7 +1,7 @@
 """An adapted parameter: a matrix, or the stacked matrices of a mixture's experts.
 
-The module that owns it goes on computing whatever it computes, with another weight: nobody here sees its tokens. So the
-update has to be a matrix (static weights), and it is added to the weight for the time of a forward.
+The module that owns the parameter computes with an updated weight; its tokens are not visible here. So the update must
+be a matrix (static weights), and it is added to the weight during a forward.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from torch import Tensor, nn
 
 from lily.layers.bank import LilyBank
 from lily.layers.devices import call_with, placement
-from lily.layers.part import Nested
+from lily.layers.part import PartLayer
 from lily.plan.config import LilyConfig
 from lily.plan.sharing_plan import Group, Slot
 from lily.plan.specs import EXPERTS, is_transposed
 
 
-class Parameter(Nested):
+class Parameter(PartLayer):
     """An adapted parameter of `base_layer`; two of one module are nested, as PEFT's LoRA nests them.
 
-    Like there, the update is in force while the module is called; who reads the parameter from outside gets the
+    As in PEFT, the update is in force only while the module is called; reading the parameter from outside gives the
     frozen one.
 
     Args:
@@ -36,12 +36,11 @@ class Parameter(Nested):
     def __init__(self, base_layer: nn.Module, bank: LilyBank, part: str) -> None:
         super().__init__(base_layer, bank, part)
         self.weight_name = part
-        self.experts = 0  # of a matrix
-        self.strides: dict[str, int] = {}
+        self.experts = 0  # stacked experts; 0: a single matrix
 
     @property
     def adapted_weight(self) -> Any:
-        """The parameter as the module has it."""
+        """The frozen parameter."""
         return getattr(self.base, self.weight_name)
 
     def update_layer(
@@ -49,7 +48,7 @@ class Parameter(Nested):
     ) -> None:
         """See `LilyLayer.update_layer`."""
         if group.kind == EXPERTS:
-            self.experts, self.strides[adapter] = len(group.members), group.stride
+            self.experts = len(group.members)
             self.transposed = is_transposed(self.base)
         super().update_layer(adapter, group, slot, config, device)
 
@@ -60,16 +59,16 @@ class Parameter(Nested):
             self.lily_logits[adapter_name] = nn.Parameter(logits.to(device or home, dtype), logits.requires_grad)
 
     def tensors_of(self, adapter: str, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-        """A and B (experts of B, r, out). Of stacked experts, A is (experts, r, in): each one's own."""
+        """A and B (experts of B, r, out). For stacked experts, A is (experts, r, in), the A of each."""
         A, B = super().tensors_of(adapter, device)
         if not self.experts:
             return A, B
-        A, stride = A.view(-1, self.r[adapter], A.shape[1]), self.strides[adapter]
+        A, stride = A.view(-1, self.settings[adapter].r, A.shape[1]), self.settings[adapter].stride
         return (A if stride == 1 else A[torch.arange(self.experts, device=A.device) // stride]), B
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module makes of its arguments with the updated weights, those of the whole nest."""
-        acting = [(layer, layer.acting()) for layer in self.nest]
+        """The module's output with its updated weights, including those of the adapters nested inside this one."""
+        acting = [(layer, layer.acting()) for layer in self.nested]
         if not any(adapters for _, adapters in acting):
             return self.base(*args, **kwargs)
         return call_with(self.base, partial(_updated, acting), args, kwargs)
@@ -78,17 +77,17 @@ class Parameter(Nested):
         """The weight with the updates of some adapters, in its own dtype."""
         weight: Tensor = self.adapted_weight
         for adapter in adapters:
-            weight = self._plus_update(weight, adapter)
+            weight = self._updated_weight(weight, adapter)
         return weight
 
-    def _plus_update(self, weight: Tensor, adapter: str) -> Tensor:
-        """`weight` with an update: for all experts as one batched product, added as it is computed."""
+    def _updated_weight(self, weight: Tensor, adapter: str) -> Tensor:
+        """`weight` plus an update, in one (batched, for stacked experts) multiply-add."""
         A, B = self.tensors_of(adapter, weight.device)
         with torch.autocast(weight.device.type, enabled=False):  # the weight keeps its dtype
             mixed = self._mixed(B, self.router_of(adapter))
             left, right = (A.mT, mixed) if self.transposed else (mixed.mT, A)
             add = torch.baddbmm if self.experts else torch.addmm
-            return add(weight, left.to(weight), right.to(weight), alpha=self.scaling[adapter])
+            return add(weight, left.to(weight), right.to(weight), alpha=self.settings[adapter].scaling)
 
     def _mixed(self, B: Tensor, logits: Tensor | None) -> Tensor:
         mixed = super()._mixed(B, logits)

@@ -1,4 +1,4 @@
-"""Adapters on parts of one module, one inside the other: parameters, slices."""
+"""Adapters on parts of a module (parameters, slices); several on one module are nested."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ from lily.layers.layer import LilyLayer
 NESTED = ".base_layer"
 
 
-class Nested(nn.Module, LilyLayer):
-    """An adapter on one part of a module; those on its other parts are inside it, as PEFT's LoRA nests parameters.
+class PartLayer(LilyLayer):
+    """An adapter on one part of a module. Adapters on other parts are nested inside, as PEFT's LoRA nests parameters.
 
     Args:
         base_layer: the module, or an adapter on another part of it.
         bank: the shared tensors.
-        part: the part's own name.
+        part: the part's name.
     """
 
     def __init__(self, base_layer: nn.Module, bank: LilyBank, part: str) -> None:
-        super().__init__()
-        LilyLayer.__init__(self, base_layer, bank)
+        super().__init__(base_layer, bank)
         self.part = part
 
     def name_in_plan(self, path: str) -> str:
-        """See `LilyLayer.name_in_plan`: the module's name and the part's, wherever it is in the nest."""
+        """See `LilyLayer.name_in_plan`: the module's name and the part's, without the nesting."""
         return f"{re.sub(rf'({re.escape(NESTED)})+$', '', path)}.{self.part}"
 
     @property
-    def nest(self) -> list[Self]:
-        """It and those of its kind inside it, outermost first."""
-        return [self, *(self.base_layer.nest if isinstance(self.base_layer, type(self)) else [])]
+    def nested(self) -> list[Self]:
+        """Itself and the adapters of its kind inside it, outermost first."""
+        return [self, *(self.base_layer.nested if isinstance(self.base_layer, type(self)) else [])]
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
         """See `LilyLayer`; the adapters inside this one are unloaded too."""
         base = super().unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
-        if isinstance(self.base_layer, Nested):
+        if isinstance(self.base_layer, PartLayer):
             self.base_layer.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
         return base
 
     def __repr__(self) -> str:
-        return f"lily.{type(self).__name__}(\n  ({self.part})\n" + super().__repr__().partition("\n")[2]
+        first, _, rest = super().__repr__().partition("\n")
+        return f"{first}\n  ({self.part})\n{rest}"

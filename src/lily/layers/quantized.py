@@ -1,4 +1,4 @@
-"""Quantised base layers: what of them an adapter must know besides calling them."""
+"""Work-around for quantized base layers."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch import nn
 
 
 def keep_differentiable(model: nn.Module) -> None:
-    """Have bitsandbytes' 4-bit layers go on giving gradients on CPUs.
+    """Keep bitsandbytes' 4-bit layers differentiable on CPUs.
 
-    On a CPU that multiplies bfloat16 they repack themselves, at the first forward in eval mode, for a product that
-    autograd cannot go through: whatever trains afterwards gets no gradient from behind them, and no error tells. So
-    where something is to be trained they must not; those that have are repacked back.
+    On a CPU with bfloat16 instructions they repack their weights at the first forward in eval mode, for a product that
+    has no backward: layers before them then get no gradient in training, without an error. This disables repacking and
+    reverts it where it has happened.
 
     Args:
         model: holds the layers, adapted or not.

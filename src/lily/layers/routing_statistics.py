@@ -1,4 +1,4 @@
-"""Recording what routers do, in one pass and without keeping a token."""
+"""Statistics of routing, accumulated in one pass without storing tokens."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 TINY = 1e-30  # weight of an expert that no token chose; its logit stays finite
+# An expert is dead if its mean weight is below this part of an equal one. Its gradient is proportional to its weight,
+# so it learns a hundred times slower than under equal weights; a larger bound would count experts for rare tokens.
+DEAD_EXPERT = 0.01
 
 
 def per_token(w: Tensor, h: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The weights of a forward for each token, and which tokens count, in float64.
+    """Expand the weights of a forward to every token, in float64.
 
     Args:
         w: the weights used: (E,), (batch, 1, E) or (..., E).
-        h: (..., r), whose leading shape says how many tokens each of them stands for.
+        h: (..., r); its leading dimensions are the tokens.
         mask: (batch, tokens), nonzero where a token counts; None: all do.
 
     Returns:
-        (..., E) and (...), of h's leading shape.
+        Weights (..., E) and counts (...), 1 where a token counts and else 0, with h's leading dimensions.
     """
     w = w.detach().double().expand(*h.shape[:-1], -1)
     counts = w.new_ones(h.shape[:-1])
@@ -39,8 +42,8 @@ class RoutingStatistics:
         total: sum of the weights, (E,).
         square: sum of their squares, (E,).
         count: tokens seen.
-        training_only: whether forwards in eval mode are none of its business.
-        per_token: whether it is each token's own weights that count, whatever the routing makes of them.
+        training_only: ignore forward passes made in eval mode.
+        per_token: record the softmax weights of each token, before the routing pools them.
     """
 
     total: Tensor
@@ -51,7 +54,7 @@ class RoutingStatistics:
 
     @classmethod
     def empty(cls, experts: int, training_only: bool = False, per_token: bool = False) -> RoutingStatistics:
-        """Nothing seen yet."""
+        """Statistics of zero tokens."""
         total, square, count = (torch.zeros(n, dtype=torch.float64) for n in (experts, experts, 1))
         return cls(total, square, count, training_only, per_token)
 
@@ -60,13 +63,7 @@ class RoutingStatistics:
         return training or not self.training_only
 
     def add(self, w: Tensor, h: Tensor, mask: Tensor | None) -> None:
-        """Count one forward.
-
-        Args:
-            w: the weights used: (E,), (batch, 1, E) or (..., E).
-            h: (..., r), whose leading shape says how many tokens each of them stands for.
-            mask: (batch, tokens), nonzero where a token counts; None: all do.
-        """
+        """Add one forward; see `per_token` for the arguments."""
         with torch.no_grad():
             w, counts = per_token(w, h, mask)
             weighted = (w * counts.unsqueeze(-1)).flatten(0, -2)
@@ -77,27 +74,27 @@ class RoutingStatistics:
             self.count += counts.sum()
 
     def reset(self) -> None:
-        """Forget everything."""
-        for kept in (self.total, self.square, self.count):
-            kept.zero_()
+        """Set all sums to zero."""
+        for sums in (self.total, self.square, self.count):
+            sums.zero_()
 
     @property
     def mean(self) -> Tensor:
-        """Mean weights, (E,); uniform where nothing was seen."""
+        """Mean weights, (E,); uniform without tokens."""
         if not self.count.item():
             return torch.full_like(self.total, 1 / self.total.numel())
         return self.total / self.count
 
     @property
     def variance(self) -> float:
-        """Variance of the weight vector over the tokens, summed over experts: 0 where the data do not matter."""
+        """Variance of the weight vector over the tokens, summed over experts; 0 if independent of the data."""
         if not self.count.item():
             return 0.0
         return float((self.square / self.count - self.mean.square()).clamp(min=0).sum())
 
 
 def all_reduce(statistics: RoutingStatistics) -> None:
-    """Add up what all processes of a distributed run have seen; alone, nothing happens."""
+    """Sum the statistics over all processes of a distributed run; without one, do nothing."""
     if dist.is_available() and dist.is_initialized():
         packed = torch.cat([statistics.total, statistics.square, statistics.count])
         dist.all_reduce(packed)

@@ -1,7 +1,7 @@
-"""What a sharding engine makes of a parameter, and the way from there to the whole tensor and back.
+"""Sharded parameters: gather the whole tensor and write it back.
 
-FSDP2 puts a DTensor in its place, FSDP1 a flat piece of its values (or none), DeepSpeed's ZeRO-3 an empty tensor that
-remembers its shape.
+FSDP2 replaces a parameter by a DTensor, FSDP1 by a flat shard of its values (or an empty one), DeepSpeed's ZeRO-3 by an
+empty tensor that stores the shape.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -20,22 +20,22 @@ WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod."
 
 
 def is_partitioned(p: Tensor) -> bool:
-    """Whether DeepSpeed's ZeRO-3 holds the tensor in parts."""
+    """Whether DeepSpeed's ZeRO-3 shards the tensor."""
     return hasattr(p, "ds_id")
 
 
 def is_flat(p: Tensor) -> bool:
-    """Whether FSDP1 holds the tensor in parts, whose shape says nothing."""
+    """Whether FSDP1 shards the tensor; its shape is then meaningless."""
     return getattr(p, "_fsdp_flattened", False)
 
 
 def is_sharded(p: Tensor) -> bool:
-    """Whether an engine holds the tensor in parts."""
+    """Whether an engine shards the tensor."""
     return isinstance(p, DTensor) or is_flat(p) or is_partitioned(p)
 
 
 def is_here(t: Tensor) -> bool:
-    """Whether a tensor that has two dimensions or more when it is whole is so now, all of it in this process."""
+    """Whether a tensor of two or more dimensions is whole in this process now."""
     return not isinstance(t, DTensor) and t.ndim >= 2
 
 
@@ -46,26 +46,25 @@ def shape_of(p: Tensor) -> torch.Size:
 
 
 def whole(p: Tensor) -> Tensor:
-    """The whole tensor; under FSDP2 a collective operation, under ZeRO-3 and FSDP1 within `gathered` only."""
+    """The whole tensor; under FSDP2 a collective operation, under ZeRO-3 and FSDP1 within `units` only."""
     if isinstance(p, DTensor):
-        # with CPU offload the parts wait where the processes' network may not reach
-        there: Any = p.to(p.device_mesh.device_type)
-        found: Tensor = there.full_tensor()
-        return found
+        # with CPU offload the shards are on a device that the process group may not support
+        on_device: Any = p.to(p.device_mesh.device_type)
+        return cast(Tensor, on_device.full_tensor())
     return p
 
 
 def put(p: Tensor, value: Tensor) -> None:
-    """Give a tensor new values, which all processes have whole; as `whole`, the other way round."""
+    """Write a whole tensor, the same in all processes, into a parameter: the inverse of `whole`."""
     if isinstance(p, DTensor):
-        there = value.to(p.device_mesh.device_type, p.dtype)
-        p.copy_(distribute_tensor(there, p.device_mesh, p.placements))
+        on_device = value.to(p.device_mesh.device_type, p.dtype)
+        p.copy_(distribute_tensor(on_device, p.device_mesh, p.placements))
     else:
         p.copy_(value)
 
 
 def reshard(model: nn.Module) -> None:
-    """Put FSDP2's parts back in place of whole tensors, which a forward without backward leaves at the root."""
+    """Reshard FSDP2's parameters; a forward without backward leaves those of the root whole."""
     if dist.is_available():
         from torch.distributed.fsdp import FSDPModule
 
@@ -78,7 +77,7 @@ def reshard(model: nn.Module) -> None:
 def root_gathered(model: nn.Module) -> Iterator[None]:
     """Within, a method other than forward, such as `generate`, can be called on a model under FSDP1.
 
-    FSDP2's root is told of such methods by transformers.
+    For FSDP2, transformers registers such methods.
     """
     if _fsdp1_units(model)[:1] == [model]:
         from torch.distributed.fsdp import FullyShardedDataParallel
@@ -90,15 +89,15 @@ def root_gathered(model: nn.Module) -> Iterator[None]:
 
 
 def units(model: nn.Module, wanted: Iterable[str], change: bool) -> Iterator[dict[str, Tensor]]:
-    """The named parameters, in portions within which `whole` and `put` work. All processes must go through them.
+    """Iterate over groups of named parameters within which `whole` and `put` work. All processes must iterate together.
 
     Args:
         model: as its engine wrapped it.
-        wanted: names as `named_parameters` of the model has them.
-        change: whether they are to be changed.
+        wanted: names as in `model.named_parameters()`.
+        change: whether the caller changes them.
     """
     names = set(wanted)
-    found: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if name in names}
+    parameters: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if name in names}
     flat = _fsdp1_units(model)
     if flat:
         from torch.distributed.fsdp import FullyShardedDataParallel
@@ -106,17 +105,17 @@ def units(model: nn.Module, wanted: Iterable[str], change: bool) -> Iterator[dic
         for unit in flat:
             own = {id(p) for module in _modules_of(unit, flat) for p in module.parameters(recurse=False)}
             with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=change):
-                yield {name: p for name, p in found.items() if id(p) in own}
-    elif any(is_partitioned(p) for p in found.values()):
+                yield {name: p for name, p in parameters.items() if id(p) in own}
+    elif any(is_partitioned(p) for p in parameters.values()):
         zero: Any = importlib.import_module("deepspeed").zero
-        with zero.GatheredParameters(list(found.values()), modifier_rank=0 if change else None):
-            yield found
+        with zero.GatheredParameters(list(parameters.values()), modifier_rank=0 if change else None):
+            yield parameters
     else:
-        yield found
+        yield parameters
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over all processes. What each does with it has a part in the gradient of what every one gave."""
+    """The sum over all processes; the gradient is summed over all processes, too."""
 
     @staticmethod
     def forward(ctx: Any, t: Tensor) -> Tensor:
@@ -135,10 +134,10 @@ def _sum_of_all(t: Tensor) -> Tensor:
 
 
 def mean_of_all(p: Tensor) -> Tensor:
-    """The mean over all rows of all processes, who must all ask for it; differentiable.
+    """The mean over all rows of all processes, which must all call this; differentiable.
 
     Args:
-        p: (..., E), of any number of rows in each process.
+        p: (..., E); the number of rows may differ between processes.
 
     Returns:
         (E,), the same in all processes.
@@ -153,7 +152,7 @@ def mean_of_all(p: Tensor) -> Tensor:
 
 
 def unwrapped(name: str) -> str:
-    """A name without the parts that wrappers (FSDP1, checkpointing, compile) put into it."""
+    """A name without the parts that wrappers (FSDP1, checkpointing, compile) insert."""
     for wrapper in WRAPPERS:
         name = name.replace(wrapper, "")
     return name
@@ -161,7 +160,7 @@ def unwrapped(name: str) -> str:
 
 @contextlib.contextmanager
 def plain_names(model: nn.Module) -> Iterator[None]:
-    """Within, modules have the names that they had before FSDP1 put itself between them, which PEFT goes by."""
+    """Within, modules have their names without FSDP1's wrappers, which PEFT expects."""
     flat = _fsdp1_units(model)
     wrapped = [
         (parent, name, child)
@@ -187,7 +186,7 @@ def _fsdp1_units(model: nn.Module) -> list[nn.Module]:
 
 
 def _modules_of(unit: nn.Module, others: list[nn.Module]) -> Iterator[nn.Module]:
-    """The modules whose parameters are this unit's: those below it and not below another unit inside it."""
+    """The modules whose parameters belong to this unit: below it, but not below another unit inside it."""
     stack = list(unit.children())
     while stack:
         module = stack.pop()

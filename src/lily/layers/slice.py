@@ -7,22 +7,21 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lily.kernels import fused
-from lily.layers.layer import Factors
-from lily.layers.part import Nested
+from lily.layers.merging import Factors
+from lily.layers.part import PartLayer
 from lily.plan.config import LilyConfig
 from lily.plan.fused_layouts import Rows
 from lily.plan.sharing_plan import Group, Slot
 from lily.plan.specs import layer_spec
 
 
-class Slice(Nested):
-    """A linear layer with an update of its outputs `rows` alone. Several slices of one layer are nested.
+class Slice(PartLayer):
+    """A linear layer with an update of its outputs `rows` alone. Slices of one layer are nested.
 
     Args:
         base_layer: the frozen layer, or another slice of it.
         bank: the shared tensors.
-        part: the slice's own name.
+        part: the slice's name.
     """
 
     rows: Rows
@@ -43,7 +42,7 @@ class Slice(Nested):
     def adapted_weight(self) -> Any:
         """The slice's part of the base weight, as a view: (runs, run, in), or (in, runs, run) of `Conv1D`.
 
-        What is no plain weight is given as it is.
+        A weight that is not a plain tensor is returned unchanged.
         """
         weight = self.whole_weight
         if type(weight) not in (nn.Parameter, Tensor) or weight.ndim != 2:
@@ -57,13 +56,8 @@ class Slice(Nested):
         x = x.to(result.device)  # accelerate may run the base layer on another device than its input's
         for adapter in adapters:
             part = self.rows.view(result)
-            fast = self._fast(adapter, x)
-            if fast:
-                updated = fused.plus_update(part.flatten(-2), x, *fast)
-            else:
-                updated = part.flatten(-2) + self.update_of(adapter, x).to(result.dtype)
-            # What came out of the layer is nobody else's yet, so the slice is written where it is.
-            part.copy_(updated.view(part.shape))
+            # Nothing else refers to the layer's output yet, so the slice is updated in place.
+            part.copy_(self._plus_update(part.flatten(-2), x, adapter).view(part.shape))
         return result
 
     def _oriented(self, factors: Factors) -> Tensor:

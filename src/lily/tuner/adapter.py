@@ -1,4 +1,4 @@
-"""Finding an adapter inside a model: what every tool that reads or changes a trained adapter starts from."""
+"""Find an adapter inside a model, to read or change it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lily.checkpoint.stock import decide_file_format
 from lily.errors import LilyError
-from lily.layers.bank import BANK, LilyBank
+from lily.layers.bank import LilyBank, banks_in
 from lily.layers.find import layers_of, watch_masks
 from lily.layers.layer import LilyLayer
 from lily.plan.config import LilyConfig
@@ -22,7 +22,7 @@ class Adapted:
     """One adapter of a model.
 
     Attributes:
-        name: of the adapter.
+        name: name of the adapter.
         root: the base model, which holds the bank; names of layers are relative to it.
         bank: the shared tensors.
         config: the adapter's configuration.
@@ -37,11 +37,11 @@ class Adapted:
 
     @property
     def plan(self) -> SharingPlan:
-        """Who shares what."""
+        """The adapter's sharing plan."""
         return self.bank.plans[self.name]
 
     def watch_masks(self) -> None:
-        """Have attention masks noted for the layers that ask for them now."""
+        """Record attention masks for the layers that use them now."""
         watch_masks(self.root)
 
     @torch.no_grad()
@@ -49,11 +49,11 @@ class Adapted:
         """Turn a data-dependent adapter into a static one, in place.
 
         Args:
-            logits: layer -> logits (experts,) of its weights; default: those that the layers have already.
+            logits: layer -> logits (experts,) of its weights; default: the logits that the layers have.
         """
         for name, layer in self.layers.items():
             router = layer.router_of(self.name)
-            layer.routing[self.name] = "static"
+            layer.change_settings(self.name, routing="static")
             if router is None:
                 continue
             if logits is not None:
@@ -80,11 +80,10 @@ def find(model: nn.Module, adapter: str | None = None) -> Adapted:
     Raises:
         LilyError: if the model carries no Lily adapter, or none of that name.
     """
-    found = next(((n, m) for n, m in model.named_modules() if isinstance(m, LilyBank)), None)
-    if found is None:
+    banks = banks_in(model)
+    if not banks:
         raise LilyError(f"this {type(model).__name__} carries no Lily adapter; load one with PeftModel.from_pretrained")
-    path, bank = found
-    root = model.get_submodule(path.removesuffix(BANK).rstrip("."))
+    root, bank = banks[0]
     active = cast(list[str], bank.active_adapters)
     if adapter is None:
         if len(active) != 1:

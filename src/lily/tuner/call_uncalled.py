@@ -1,12 +1,12 @@
-"""Make mixers and attention call the layers that they would otherwise only read (`lily.plan.uncalled_layers`).
+"""Make mixers and attention call the layers whose weights they otherwise only read (`lily.plan.uncalled_layers`).
 
-A mixer of transformers hands the weights of `x_proj`, `dt_proj` and `out_proj` to one fused kernel in training, and on
-every path multiplies by the weight of `dt_proj`. In a mixer with an adapter on one of them, two hooks around its
-forward choose the path that it takes in evaluation (it calls `x_proj` and `out_proj`, and convolution and scan still
-have kernels of their own) and put the adapted `dt_proj` in its weight's place. Other mixers are left alone.
+A mixer of transformers passes the weights of `x_proj`, `dt_proj` and `out_proj` to one fused kernel in training, and
+always multiplies by the weight of `dt_proj`. In a mixer with an adapter on one of them, two hooks around its forward
+select the evaluation path (it calls `x_proj` and `out_proj`, and convolution and scan still use separate kernels) and
+replace the weight of `dt_proj` by the adapted layer. Other mixers are not changed.
 
-timm's attention with biases beside `qkv` multiplies by the weight of `qkv` and adds both in one step; while there is an
-adapter, it is told to call `qkv` and add the biases afterwards.
+timm's attention with separate `q` and `v` biases multiplies by the weight of `qkv` and adds them in one step; while
+there is an adapter, a flag makes it call `qkv` and add the biases afterwards.
 """
 
 from __future__ import annotations
@@ -22,38 +22,26 @@ from lily.plan.uncalled_layers import SEPARATE, SEPARATED, children_read
 
 
 class Applied:
-    """An adapted layer, to a mixer that multiplies by its weight: `layer.weight @ x` is what the layer does.
+    """A stand-in for an adapted layer in a mixer that multiplies by its weight: `layer.weight @ x` applies the layer.
 
     Args:
         layer: the adapted layer.
     """
 
     def __init__(self, layer: LilyLayer) -> None:
-        self.layer, self.weight, self.bias = layer, Product(layer), layer.bias
+        self.layer, self.weight, self.bias = layer, self, layer.bias
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The layer, as a mixer of a quantised model calls it."""
-        result: Tensor = self.layer(x)
-        return result
-
-
-class Product:
-    """The weight of an adapted layer that adds its updates to a product.
-
-    Args:
-        layer: the adapted layer.
-    """
-
-    def __init__(self, layer: LilyLayer) -> None:
-        self.layer = layer
+        """Call the layer, as a mixer of a quantized model does."""
+        return self.layer(x)  # type: ignore[no-any-return]
 
     def __matmul__(self, columns: Tensor) -> Tensor:
-        """Columns (..., in, tokens) -> (..., out, tokens), without the layer's bias."""
-        # The mixer's own product, so that an adapter that adds nothing changes not even a rounding.
+        """The layer without its bias: columns (..., in, tokens) -> (..., out, tokens)."""
+        # The same product as the mixer's, so that an adapter that adds zero does not even change the rounding.
         result: Tensor = self.layer.get_base_layer().weight @ columns
         rows = columns.transpose(-1, -2)
         for adapter in self.layer.active_adapters:
-            if adapter in self.layer.slots:
+            if adapter in self.layer.settings:
                 result = result + self.layer.update_of(adapter, rows).transpose(-1, -2).to(result.dtype)
         return result
 
@@ -62,8 +50,8 @@ class Calling:
     """The hooks around one mixer's forward.
 
     Attributes:
-        training: what the mixer's flag was before the forward that is running.
-        handles: take the hooks off again.
+        training: the mixer's mode before the current forward; None between forwards.
+        handles: remove the hooks.
     """
 
     def __init__(self, mixer: nn.Module) -> None:
@@ -74,7 +62,7 @@ class Calling:
         ]
 
     def enter(self, mixer: nn.Module, args: Any) -> None:
-        """Choose the path. What is merged or switched off is in the weights alone, which any path reads."""
+        """Select the path. Without an acting adapter, the weights suffice, which every path reads."""
         layers = adapted(mixer)
         for layer in layers.values():
             if layer.merged and layer.disable_adapters:
@@ -82,14 +70,14 @@ class Calling:
         acting = {name: layer for name, layer in layers.items() if _acts(layer)}
         if not acting:
             return
-        # The mixer's own flag, not its children's: dropout in an adapter goes on.
+        # The mixer's flag, not its children's: dropout in an adapter stays active.
         self.training, mixer.training = mixer.training, False
         for name, layer in acting.items():
             if children_read(mixer)[name].remedy == "applied":
-                mixer.__dict__[name] = Applied(layer)  # found before the child of that name, which stays where it is
+                mixer.__dict__[name] = Applied(layer)  # takes precedence over the child of that name
 
     def leave(self, mixer: nn.Module, args: Any, output: Any) -> None:
-        """Put back what `enter` changed, also after a forward that raised."""
+        """Restore what `enter` changed, also after a forward that raised."""
         if self.training is not None:
             mixer.training, self.training = self.training, None
         for name in children_read(mixer):
@@ -97,23 +85,23 @@ class Calling:
 
 
 def adapted(mixer: nn.Module) -> dict[str, LilyLayer]:
-    """The layers with an adapter that the mixer would not, or not always, call."""
+    """The layers with an adapter that the mixer does not always call."""
     children = ((name, mixer._modules.get(name)) for name in children_read(mixer))
-    return {name: layer for name, layer in children if isinstance(layer, LilyLayer) and layer.slots}
+    return {name: layer for name, layer in children if isinstance(layer, LilyLayer) and layer.settings}
 
 
 def _acts(layer: LilyLayer) -> bool:
-    active = any(adapter in layer.slots for adapter in layer.active_adapters)
+    active = any(adapter in layer.settings for adapter in layer.active_adapters)
     return active and not layer.merged and not layer.disable_adapters
 
 
 def watch(model: nn.Module) -> None:
-    """Put the hooks on the mixers that need them now, and take them off the others; likewise timm's flag.
+    """Install the hooks and timm's flag on the modules that need them now, and remove them from the others.
 
     Args:
         model: with or without adapters.
     """
-    begun = []
+    hooked = []
     for name, mixer in model.named_modules():
         read = children_read(mixer)
         if not read:
@@ -124,27 +112,27 @@ def watch(model: nn.Module) -> None:
             continue
         if needed and there is None:
             Calling(mixer)
-            begun += [f"{name}.{child}" for child in needed]
+            hooked += [f"{name}.{child}" for child in needed]
         elif not needed and there is not None:
             for handle in there.handles:
                 handle.remove()
-    if begun and kernels_installed():
-        names = sorted({name.rpartition(".")[2] for name in begun})
+    if hooked and kernels_installed():
+        names = sorted({name.rpartition(".")[2] for name in hooked})
         warnings.warn(
-            f"{', '.join(names)}: {len(begun)} adapted layers are read by their mixers' fused training kernel without "
-            "being called, so these mixers do without it: the same result in more time and memory. Leave them out of "
+            f"{', '.join(names)}: {len(hooked)} adapted layers are read by their mixers' fused training kernel without "
+            "being called, so these mixers run without it: same result, more time and memory. Remove them from "
             "target_modules to keep it",
             stacklevel=3,
         )
 
 
 def kernels_installed() -> bool:
-    """Whether there may be a fused kernel at all: from mamba_ssm, or from the hub by way of `kernels`."""
+    """Whether a fused kernel may be installed: from mamba_ssm, or from the hub through `kernels`."""
     return any(importlib.util.find_spec(package) is not None for package in ("mamba_ssm", "kernels"))
 
 
 def call_projections(model: nn.Module) -> None:
-    """Have timm's attention call its `qkv` whatever adapter is put there: other methods than Lily need it as much.
+    """Make timm's attention call its `qkv`, for adapters of methods other than Lily.
 
     Args:
         model: without adapters.
@@ -155,7 +143,7 @@ def call_projections(model: nn.Module) -> None:
 
 
 def _separate(attention: nn.Module, wanted: bool) -> None:
-    # An attribute and no hook: it holds for every forward, so a compiled model has nothing to trace.
+    # An attribute, not a hook: it holds for every forward, so a compiled model has nothing to trace.
     setattr(attention, SEPARATE, wanted)
     if wanted:
         setattr(attention, SEPARATED, True)

@@ -1,4 +1,4 @@
-"""Refuse a layer that another adapter of the model adapts in another way: whole, by its slices, or by a parameter."""
+"""Refuse a layer that another adapter of the model adapts differently: whole, by its slices, or by a parameter."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from lily.plan.specs import PARAMETERS, SLICE, ModuleSpec
 
 
 def check_targets(model: nn.Module, specs: Sequence[ModuleSpec]) -> None:
-    """Compare the targets of a new adapter with the layers that are in the model.
+    """Compare the targets of a new adapter with the adapted layers of the model.
 
     Args:
         model: the base model, or one that already carries adapters.
-        specs: what the new adapter targets; `lily.plan.select` has checked them against each other.
+        specs: targets of the new adapter; `lily.plan.select` has checked them against each other.
 
     Raises:
-        LilyError: if a layer is already adapted in another way.
+        LilyError: if a layer is already adapted differently.
     """
     for spec in specs:
         module = model.get_submodule(spec.path)

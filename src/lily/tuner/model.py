@@ -1,4 +1,4 @@
-"""Injection: `LilyModel`, PEFT's tuner for Lily, turns a plan into layers and a bank."""
+"""`LilyModel`, PEFT's tuner for Lily: turns a plan into layers and a bank."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from lily.layers.embedding import Embedding
 from lily.layers.find import layers_of, watch_masks
 from lily.layers.layer import LilyLayer
 from lily.layers.linear import Linear
-from lily.layers.parallel_module import Block
+from lily.layers.parallel_module import ParallelModule
 from lily.layers.parameter import Parameter
-from lily.layers.part import Nested
+from lily.layers.part import PartLayer
 from lily.layers.quantized import keep_differentiable
 from lily.layers.sharding import unwrapped
 from lily.layers.slice import Slice
@@ -38,18 +38,18 @@ from lily.plan.specs import CONV2D, EMBEDDING, LINEAR, PARALLEL_MODULE, PARAMETE
 from lily.tuner import call_uncalled
 from lily.tuner.check_targets import check_targets
 
-LAYERS = {LINEAR: Linear, CONV2D: Conv2d, EMBEDDING: Embedding, PARALLEL_MODULE: Block}
+LAYERS = {LINEAR: Linear, CONV2D: Conv2d, EMBEDDING: Embedding, PARALLEL_MODULE: ParallelModule}
 
-# Share of an update's norm lost to the base weight's precision, from which on merging says so.
+# Merging warns if rounding to the base weight's precision loses more than this share of an update's norm.
 REPORTED_ROUNDING = 0.01
 
 
 class LilyModel(BaseTuner):  # type: ignore[misc]
-    """A model with Lily adapters. Made by `peft.get_peft_model`; not called directly.
+    """A model with Lily adapters. `peft.get_peft_model` creates it.
 
     Args:
         model: the base model.
-        peft_config: a `LilyConfig`, or stock PEFT's, which means batch routing.
+        peft_config: a `LilyConfig`, or stock PEFT's, which implies batch routing.
         adapter_name: name of the first adapter.
     """
 
@@ -65,10 +65,10 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        """Plan, then inject; the model is untouched when the plan fails. See PEFT's `BaseTuner.inject_adapter`.
+        """Plan, then inject; the model is unchanged if the plan fails. See PEFT's `BaseTuner.inject_adapter`.
 
-        A `state_dict` names the layers only where the configuration does not: a file holds shared tensors once, so
-        not every layer need appear in it.
+        A `state_dict` selects the layers only if the configuration does not: a file holds shared tensors once, so it
+        need not name every layer.
 
         Raises:
             LilyError: see `lily.plan.select.select_modules` and `lily.plan.build_plan`.
@@ -87,21 +87,20 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         call_uncalled.watch(model)
 
     def _prepare_adapter_config(self, peft_config: LilyConfig, model_config: dict[str, Any]) -> LilyConfig:
-        """PEFT's choice of modules by architecture, where none are given; an unknown one needs none with parameters."""
+        """PEFT's default modules by architecture; not needed with parallel modules, or parameters of an unknown one."""
         known = model_config.get("model_type") in self.target_module_mapping
         others = peft_config.parallel_modules or (peft_config.target_parameters and not known)
         if peft_config.target_modules is None and others:
             return peft_config
-        prepared: LilyConfig = super()._prepare_adapter_config(peft_config, model_config)
-        return prepared
+        return super()._prepare_adapter_config(peft_config, model_config)  # type: ignore[no-any-return]
 
     def _prepare_model(self, peft_config: LilyConfig, model: nn.Module) -> None:
-        """PEFT's last step before it replaces a layer: decide everything here, so that nothing fails half-way."""
+        """PEFT's last step before it replaces a layer: every check is here, so that nothing fails half-way."""
         specs = select_targets(model, peft_config)
         check_targets(model, specs)
         _decide_routing(peft_config, model)
         self._plan = build_plan(specs, peft_config)
-        self._places = {spec.name: _place(model, spec) for spec in specs}
+        self._placements = {spec.name: _placement(model, spec) for spec in specs}
         self._parts: dict[str, list[str]] = {}
         for spec in specs:
             self._parts.setdefault(spec.path, []).append(spec.name)
@@ -110,7 +109,7 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
             opened.check(self._plan, peft_config, model)
 
     def _check_target_module_exists(self, peft_config: LilyConfig, key: str) -> Any:
-        """See PEFT; a module that an adapter is to run beside is named elsewhere than in `target_modules`."""
+        """See PEFT; parallel modules are not named in `target_modules`."""
         if key in self._plan.slots and self._plan.group_of(key).kind == PARALLEL_MODULE:
             return True
         return bool(peft_config.target_modules) and check_target_module_exists(peft_config, key)
@@ -130,7 +129,7 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
             for name in self._parts[current_key]:
                 self._adapt_part(peft_config, adapter_name, name, Slice)
             return
-        group, slot, device = plan.group_of(current_key), plan.slots[current_key], self._places[current_key][0]
+        group, slot, device = plan.group_of(current_key), plan.slots[current_key], self._placements[current_key][0]
         layer: Any = target if isinstance(target, LilyLayer) else LAYERS[group.kind](target, bank)
         layer.update_layer(adapter_name, group, slot, peft_config, device)
         if layer is not target:
@@ -141,25 +140,25 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         peft_config: LilyConfig,
         adapter_name: str,
         name: str,
-        kind: type[Nested],
+        kind: type[PartLayer],
         context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
-        """Put an adapter on a part of a module, around those that are there."""
+        """Add an adapter to a part of a module, outside the adapters on its other parts."""
         path, _, part = name.rpartition(".")
         parent, target, target_name = _get_submodules(self.model, path)
-        nest = target.nest if isinstance(target, kind) else []
-        found = next((layer for layer in nest if layer.part == part), None)
+        nested = target.nested if isinstance(target, kind) else []
+        existing = next((layer for layer in nested if layer.part == part), None)
         with context():
-            layer = found or kind(target, self._bank(adapter_name, peft_config), part)
-            group, slot, device = self._plan.group_of(name), self._plan.slots[name], self._places[name][0]
+            layer = existing or kind(target, self._bank(adapter_name, peft_config), part)
+            group, slot, device = self._plan.group_of(name), self._plan.slots[name], self._placements[name][0]
             layer.update_layer(adapter_name, group, slot, peft_config, device)
-        if found is None:
+        if existing is None:
             self._put(layer, adapter_name, parent, target_name)
 
     def _inject_parameters(
         self, peft_config: LilyConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
-        """PEFT's step after the layers are replaced: adapt the parameters, as the plan has them."""
+        """PEFT's step after the layers are replaced: adapt the parameters of the plan."""
         plan = self._plan
         names = [name for group in plan.groups if group.kind in PARAMETERS for name in group.layers]
         context = init_empty_weights if low_cpu_mem_usage else contextlib.nullcontext
@@ -174,7 +173,7 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         bank = bank_of(self.model)
         if bank.plans.get(adapter_name) is not self._plan:  # first layer of this adapter
             activations = {g.name: peft_config.options_of(g.name).activation for g in self._plan.groups}
-            bank.add(adapter_name, self._plan, self._places, peft_config.init_weights, activations)
+            bank.add(adapter_name, self._plan, self._placements, peft_config.init_weights, activations)
             if peft_config.settled is not None:
                 bank.settled[adapter_name] = Settled(peft_config.settled)
         return bank
@@ -186,17 +185,17 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         setattr(parent, target_name, layer)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT's also moves the adapter to the base weight (nowhere, if that is offloaded) and wants it named `weight`.
+        # PEFT's also moves the adapter to the base weight's device (meta, if offloaded) and needs one named `weight`.
         setattr(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        # PEFT's last step after it has loaded an adapter and had accelerate spread the model over devices.
+        # PEFT's last step after it has loaded an adapter and accelerate has spread the model over devices.
         onload(self.model, bank_of(self.model).arrived)
         bank_of(self.model).arrived = {}
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Make the named adapters the active ones (all of them take part in a forward). See PEFT."""
+        """Activate the named adapters; all of them take part in a forward. See PEFT."""
         super().set_adapter(adapter_name, inference_mode=inference_mode)
         if hasattr(self.model, BANK):
             bank_of(self.model).set_adapter(adapter_name, inference_mode=inference_mode)
@@ -208,10 +207,10 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         call_uncalled.watch(self.model)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Fold static adapters into the base weights; `unmerge_adapter` restores every bit. See PEFT.
+        """Merge static adapters into the base weights; `unmerge_adapter` restores every bit. See PEFT.
 
         Raises:
-            LilyError: if any layer cannot be merged; none is then.
+            LilyError: if a layer cannot be merged; no layer is then.
         """
         self._check_merge(adapter_names, safe_merge)
         super().merge_adapter(adapter_names, safe_merge)
@@ -225,8 +224,8 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
             if not isinstance(layer, LilyLayer):
                 continue
             for adapter in layer.active_adapters if adapter_names is None else adapter_names:
-                if adapter in layer.slots and adapter not in layer.merged_adapters:
-                    # the values themselves matter to the safe check only, which makes offloaded ones be read
+                if adapter in layer.settings and adapter not in layer.merged_adapters:
+                    # only the safe check needs the values, and so reads offloaded weights
                     with onload_layer(layer) if safe_merge else contextlib.nullcontext():
                         layer.check_merge(adapter, safe_merge)
                     tied = names.get(id(layer.whole_weight), [])
@@ -265,11 +264,11 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
     ) -> dict[str, Tensor]:
         bank, _ = _find_bank(model)
         plan = bank.plans[adapter_name]
-        # A grouping that the written configuration does not lead to must stay visible in the file.
+        # A grouping that does not follow from the written configuration must be visible in the file.
         written = copy.copy(config)
         written.stock_grouping = False
         as_configured = plan == build_plan(format.specs_of(plan), written)
-        if config.settled == 1:  # what the routers hold is no longer used
+        if config.settled == 1:  # the routers are no longer used
             state_dict = {k: v for k, v in state_dict.items() if f".lily_router.{adapter_name}." not in k}
         names = {path: name for name, path in _part_keys(model, adapter_name).items()}
         state_dict = {names.get(unwrapped(k), k): v for k, v in state_dict.items()}
@@ -300,11 +299,11 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
 
 
 def _part_keys(model: nn.Module, adapter: str) -> dict[str, str]:
-    """Routers and logits of parts of modules: what they are called in files -> what in the model, where they nest."""
+    """Routers and logits of parts of modules: name in files -> name in the model, which includes the nesting."""
     return {
         f"{m.name_in_plan(path)}.{own}": f"{path}.{own}"
         for path, m in ((unwrapped(path), m) for path, m in model.named_modules())
-        if isinstance(m, Nested)
+        if isinstance(m, PartLayer)
         for own in (f"lily_logits.{adapter}", f"lily_router.{adapter}.weight")
     }
 
@@ -321,7 +320,7 @@ def _report_rounding(model: nn.Module) -> None:
 
 
 def _find_bank(model: nn.Module) -> tuple[LilyBank, str]:
-    """The bank and the name, with its dot, of the module that it is the root of."""
+    """The bank, and the name (with a trailing dot) of the module that it belongs to."""
     for name, module in model.named_modules():
         if isinstance(module, LilyBank):
             return module, unwrapped(name.removesuffix(BANK))
@@ -329,35 +328,37 @@ def _find_bank(model: nn.Module) -> tuple[LilyBank, str]:
 
 
 def _regroup(model: nn.Module, config: LilyConfig, adapter: str, plan: SharingPlan) -> None:
-    """Rebuild an adapter's shared tensors for another plan over the same layers."""
+    """Recreate an adapter's shared tensors for another plan of the same layers."""
     bank = bank_of(model)
     old = bank.tensors(adapter)[0][0]
     layers = layers_of(model)
-    places = {spec.name: _place(model, spec) for spec in format.specs_of(plan)}
-    bank.add(adapter, plan, places, init_weights=True)
+    placements = {spec.name: _placement(model, spec) for spec in format.specs_of(plan)}
+    bank.add(adapter, plan, placements, init_weights=True)
     for tensors in bank.tensors(adapter):
         tensors.requires_grad_(old.requires_grad)
         tensors.to("meta" if old.device.type == "meta" else None, old.dtype)
     for name, slot in plan.slots.items():
-        layers[name].slots[adapter] = slot
+        layers[name].change_settings(adapter, slot=slot)
     decide_file_format(config, plan, model)
 
 
-def _place(model: nn.Module, spec: ModuleSpec) -> Placement:
-    """Where the adapter of a layer or of a part of one goes."""
+def _placement(model: nn.Module, spec: ModuleSpec) -> Placement:
+    """Device and dtype of the adapter of a layer, or of a part of one."""
     parameter = spec.name.rpartition(".")[2] if spec.kind in PARAMETERS else None
     return placement(model.get_submodule(spec.path), is_spread(model), parameter)
 
 
 def _decide_routing(config: LilyConfig, model: nn.Module) -> None:
-    """Choose the default that depends on the model, and warn of a routing that lets a causal model see ahead."""
+    """Choose the default routing of the model, and warn of one that lets a causal model see later tokens."""
     causal = is_causal(model)
     if config.routing_is_default:
         config.routing = config.default_routing(causal or config.task_type in CAUSAL_TASKS)
     if causal and config.num_B > 1 and config.routing in ("batch", "sequence"):
-        seen = "later tokens and padding" + (" and the other samples of the batch" if config.routing == "batch" else "")
+        leaked = "later tokens and padding" + (
+            " and the other samples of the batch" if config.routing == "batch" else ""
+        )
         warnings.warn(
-            f"routing={config.routing!r} on a causal model: its outputs will depend on {seen}, so decoding with a KV "
+            f"routing={config.routing!r} on a causal model: its outputs will depend on {leaked}, so decoding with a KV "
             "cache differs from decoding without. Use routing='token' (see docs/routing.md)",
             stacklevel=2,
         )

@@ -1,6 +1,6 @@
-"""PEFT's and transformers' ways of loading an adapter, each led through `lily.checkpoint.load`.
+"""Replacements of PEFT's and transformers' loading functions that load Lily adapters through `lily.checkpoint.load`.
 
-`lily.tuner.registry` puts these in the place of PEFT's own. Each leaves to the original what is not Lily's.
+`lily.tuner.registry` installs them. Each calls the original for adapters of other methods.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lily.checkpoint.load import Opened
 from lily.errors import LilyError
 from lily.plan.config import LilyConfig
 
-# What decides an adapter's function besides its tensors: two that differ here cannot be swapped.
+# Settings that change an adapter's function besides its tensors: adapters that differ here cannot be hot-swapped.
 HOTSWAP_KEYS = [
     "r", "stride_A", "num_A", "num_B", "scaling", "routing", "activation", "rank_pattern", "settled", "target_modules",
     "target_parameters",
@@ -58,65 +58,63 @@ def _from_json_file(cls: Any, path_json_file: str, **kwargs: Any) -> dict[str, A
     """`PeftConfig.from_json_file`, through which every `adapter_config.json` is read."""
     values = load.config_values(Path(path_json_file), ours=issubclass(cls, LilyConfig))
     if values is None:
-        found: dict[str, Any] = _stock_from_json_file.__func__(cls, path_json_file, **kwargs)
-        return found
-    values.pop("runtime_config", None)  # PEFT's own rule: valid at run time only
+        return _stock_from_json_file.__func__(cls, path_json_file, **kwargs)  # type: ignore[no-any-return]
+    values.pop("runtime_config", None)  # PEFT drops it too: valid at run time only
     return values
 
 
 def _from_pretrained(cls: type[PeftModel], *args: Any, **kwargs: Any) -> PeftModel:
     """`PeftModel.from_pretrained`."""
     stock = _stock_from_pretrained.__func__
-    given = inspect.signature(stock).bind(cls, *args, **kwargs)
-    model, model_id, config = given.arguments["model"], given.arguments["model_id"], given.arguments.get("config")
-    options = given.arguments.get("kwargs", {})
+    bound = inspect.signature(stock).bind(cls, *args, **kwargs)
+    model, model_id, config = bound.arguments["model"], bound.arguments["model_id"], bound.arguments.get("config")
+    options = bound.arguments.get("kwargs", {})
     folder = None
     if config is None or isinstance(config, peft.LilyConfig):
         folder = load.find(model_id, _download(options), configured=config is not None)
     if folder is None:
-        return stock(*given.args, **given.kwargs)
-    mapping = given.arguments.get("key_mapping") or getattr(model, "_checkpoint_conversion_mapping", None)
+        return stock(*bound.args, **bound.kwargs)
+    mapping = bound.arguments.get("key_mapping") or getattr(model, "_checkpoint_conversion_mapping", None)
     opened = Opened.folder(folder, mapping, options.get("ignore_mismatched_sizes", False))
     with load.in_progress(opened):
-        known = LilyConfig.from_pretrained(str(folder)) if config is None else LilyConfig.from_stock(config)
-        load.check_config(known, model)
-        return stock(*given.args, **given.kwargs)
+        ours = LilyConfig.from_pretrained(str(folder)) if config is None else LilyConfig.from_stock(config)
+        load.check_config(ours, model)
+        return stock(*bound.args, **bound.kwargs)
 
 
 def _load_adapter(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
     """`PeftModel.load_adapter`."""
     if load.current() is not None:  # the second half of `from_pretrained`
         return _stock_load_adapter(self, *args, **kwargs)
-    given = inspect.signature(_stock_load_adapter).bind(self, *args, **kwargs)
-    model_id, name = given.arguments["model_id"], given.arguments["adapter_name"]
-    options = given.arguments.get("kwargs", {})
-    known = self.peft_config.get(name)
+    bound = inspect.signature(_stock_load_adapter).bind(self, *args, **kwargs)
+    model_id, name = bound.arguments["model_id"], bound.arguments["adapter_name"]
+    options = bound.arguments.get("kwargs", {})
+    existing = self.peft_config.get(name)
     folder = None
-    if known is None or isinstance(known, LilyConfig):
-        folder = load.find(model_id, _download(options), configured=known is not None)
+    if existing is None or isinstance(existing, LilyConfig):
+        folder = load.find(model_id, _download(options), configured=existing is not None)
     if folder is None:
         carries = any(isinstance(config, LilyConfig) for config in self.peft_config.values())
         with load.naming(Path(model_id, CONFIG_NAME) if carries else None):
             return _stock_load_adapter(self, *args, **kwargs)
-    opened = Opened.folder(folder, given.arguments.get("key_mapping"), options.get("ignore_mismatched_sizes", False))
+    opened = Opened.folder(folder, bound.arguments.get("key_mapping"), options.get("ignore_mismatched_sizes", False))
     with load.in_progress(opened):
-        if known is None:
+        if existing is None:
             load.check_config(LilyConfig.from_pretrained(str(folder)), self)
         elif (plan := load.plan_of(self, name)) is not None:
-            opened.check(plan, known, self, name)
+            opened.check(plan, existing, self, name)
         return _stock_load_adapter(self, *args, **kwargs)
 
 
 def _load_weights(
     model_id: str, device: str | None = None, key_mapping: dict[str, str] | None = None, **options: Any
 ) -> dict[str, Tensor]:
-    """`load_peft_weights`: a Lily adapter's tensors come from safetensors alone, and are finite."""
+    """`load_peft_weights`: a Lily adapter's tensors are read from safetensors only, and must be finite."""
     opened = load.current()
     if opened is None:
         folder = load.find(model_id, _download(options))
         if folder is None:
-            found: dict[str, Tensor] = _stock_load_weights(model_id, device, key_mapping, **options)
-            return found
+            return _stock_load_weights(model_id, device, key_mapping, **options)  # type: ignore[no-any-return]
         opened = Opened.folder(folder, key_mapping)
     device = device or infer_device()
     return {name: tensor.to("cpu" if device == "mps" else device) for name, tensor in opened.state.items()}
@@ -129,7 +127,7 @@ def _set_state(
     ignore_mismatched_sizes: bool = False,
     low_cpu_mem_usage: bool = False,
 ) -> Any:
-    """`set_peft_model_state_dict`: all of a Lily adapter's tensors fit before the first is copied."""
+    """`set_peft_model_state_dict`: check that all tensors of a Lily adapter fit before the first is copied."""
     config = _configs(model).get(adapter_name)
     plan = load.plan_of(model, adapter_name)
     if isinstance(config, LilyConfig) and plan is not None:
@@ -148,20 +146,20 @@ def _hotswap(
         _stock_hotswap(model, model_name_or_path, adapter_name, torch_device, **kwargs)
         return
     with load.in_progress(Opened.folder(folder)) as opened:
-        known = _configs(model).get(adapter_name)
-        if isinstance(known, LilyConfig) and (plan := load.plan_of(model, adapter_name)) is not None:
-            # PEFT's own first step, so that what differs in general is told before what does in detail
-            hotswap.check_hotswap_configs_compatible(known, LilyConfig.from_pretrained(str(folder)))
-            opened.check(plan, known, model, adapter_name)
+        existing = _configs(model).get(adapter_name)
+        if isinstance(existing, LilyConfig) and (plan := load.plan_of(model, adapter_name)) is not None:
+            # PEFT's first step, so that a difference in configuration is reported before one in tensors
+            hotswap.check_hotswap_configs_compatible(existing, LilyConfig.from_pretrained(str(folder)))
+            opened.check(plan, existing, model, adapter_name)
         _stock_hotswap(model, model_name_or_path, adapter_name, torch_device, **kwargs)
 
 
 def _hotswap_state(
     model: nn.Module, state_dict: dict[str, Tensor], adapter_name: str, config: PeftConfig, *args: Any, **kwargs: Any
 ) -> None:
-    """PEFT's second half of `hotswap_adapter`, which knows LoRA's tensors alone: copy ours into their places.
+    """The second half of PEFT's `hotswap_adapter`, which supports only LoRA: copy our tensors into the model's.
 
-    The parameters stay the same objects, so a compiled model is not compiled again.
+    The parameters stay the same objects, so a compiled model is not recompiled.
     """
     if not isinstance(config, LilyConfig):
         _stock_hotswap_state(model, state_dict, adapter_name, config, *args, **kwargs)
@@ -182,8 +180,8 @@ def _transformers(
 ) -> Any:
     """`model.load_adapter` of transformers, which its `from_pretrained` uses too.
 
-    It matches names of tensors to names of parameters itself, and so would miss the bank; Lily's files are read by
-    PEFT's own loading instead. Anything else goes its usual way.
+    It matches names of tensors to names of parameters and would miss the bank, so Lily's files are loaded as PEFT does.
+    Other adapters are passed on.
     """
     load_config = kwargs.get("load_config")
     source = peft_model_id or getattr(load_config, "pretrained_model_name_or_path", None)
@@ -191,7 +189,7 @@ def _transformers(
     hub["local_files_only"] = hub.get("local_files_only") or kwargs.get("local_files_only")
     hub = {key: hub[key] for key in ("revision", "token", "cache_dir", "subfolder", "local_files_only") if hub.get(key)}
     name = adapter_name or "default"
-    known = name in getattr(self, "peft_config", {})
+    exists = name in getattr(self, "peft_config", {})
     folder = None
     if (
         adapter_state_dict is None
@@ -202,14 +200,16 @@ def _transformers(
     config = peft_config
     if config is None and folder is not None:
         config = LilyConfig.from_pretrained(str(folder))
-    if not isinstance(config, LilyConfig) or known or kwargs.get("hotswap") is True:
+    if not isinstance(config, LilyConfig) or exists or kwargs.get("hotswap") is True:
         return _stock_transformers(self, peft_model_id, adapter_name, peft_config, adapter_state_dict, *args, **kwargs)
     if folder is not None:
         opened = Opened.folder(folder)
     elif adapter_state_dict is not None:
         opened = Opened({PREFIX + key.removeprefix(PREFIX): tensor for key, tensor in adapter_state_dict.items()})
     else:
-        raise LilyError("give the adapter's folder or its state dict beside its configuration")
+        raise LilyError(
+            "load_adapter got a configuration without tensors; pass peft_model_id or adapter_state_dict too"
+        )
     config.inference_mode = not kwargs.get("is_trainable", False)
     others = dict(getattr(self, "peft_config", {}))
     with load.in_progress(opened):
@@ -217,14 +217,14 @@ def _transformers(
         try:
             inject_adapter_in_model(config, self, name)
         except Exception:
-            if others:  # PEFT has noted the new one already
+            if others:  # PEFT has already added the new one
                 self.peft_config.pop(name, None)
             raise
         self._hf_peft_config_loaded = True
-        found = _set_state(self, {key.removeprefix(PREFIX): t for key, t in opened.state.items()}, name)
+        result = _set_state(self, {key.removeprefix(PREFIX): t for key, t in opened.state.items()}, name)
     if config.inference_mode:
         self.eval()
-    return found
+    return result
 
 
 # (owner, attribute, ours, stock); functions that PEFT's modules import from one another are replaced in each.

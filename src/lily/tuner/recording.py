@@ -1,4 +1,4 @@
-"""Running a model on batches while its routing is recorded."""
+"""Run a model on batches while its routing is recorded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Batch = Mapping[str, Any] | Sequence[Any] | Tensor
 
 
 def call(model: nn.Module, batch: Batch) -> Any:
-    """The model's outputs for a batch in any of the forms that `collapse` takes."""
+    """The model's outputs for a batch in any of the forms that `lily.collapse` accepts."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if isinstance(batch, Tensor):
         return model(batch.to(device))
@@ -26,18 +26,20 @@ def call(model: nn.Module, batch: Batch) -> Any:
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module, found: Adapted) -> Iterator[None]:
-    """Within: eval mode, masks noted. After: the mode as it was, and nothing recorded any more."""
+def evaluating(model: nn.Module, adapted: Adapted) -> Iterator[None]:
+    """Within, the model is in eval mode; afterwards its mode is restored and recording stops."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         yield
     finally:
-        found.bank.settled.pop(found.name, None)
-        for layer in found.layers.values():
-            layer.statistics.pop(found.name, None)
-            if layer.routing[found.name] in DYNAMIC and found.name in layer.lily_logits:  # it did not end well
-                del layer.lily_logits[found.name]
-        found.watch_masks()
+        adapted.bank.settled.pop(adapted.name, None)
+        for layer in adapted.layers.values():
+            layer.statistics.pop(adapted.name, None)
+            if (
+                layer.settings[adapted.name].routing in DYNAMIC and adapted.name in layer.lily_logits
+            ):  # `collapse` was interrupted
+                del layer.lily_logits[adapted.name]
+        adapted.watch_masks()
         for module, training in modes.items():
             module.training = training

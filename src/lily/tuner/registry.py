@@ -1,4 +1,4 @@
-"""Making PEFT use this package for Lily, and undoing it."""
+"""Register this package with PEFT for Lily, and unregister it."""
 
 from __future__ import annotations
 
@@ -28,11 +28,10 @@ _stock_conversion = conversion._convert_module_to_lora
 def _convert_module_to_lora(
     module: nn.Module, rank: int | float, adapter_name: str = "default"
 ) -> tuple[Tensor, Tensor, int]:
-    """Stock's, but for the bank, which is a tuner layer that adds nothing itself: rank 0 passes it over."""
+    """Stock PEFT's, except for the bank, a tuner layer without an update: rank 0 makes PEFT skip it."""
     if isinstance(module, LilyBank):
         return torch.zeros(0, 0), torch.zeros(0, 0), 0
-    found: tuple[Tensor, Tensor, int] = _stock_conversion(module, rank, adapter_name)
-    return found
+    return _stock_conversion(module, rank, adapter_name)  # type: ignore[no-any-return]
 
 
 _stock_save_pretrained = PeftModel.save_pretrained
@@ -42,21 +41,21 @@ MATRICES = re.compile(r"\.lily_(A|B|router)\.")
 
 @functools.wraps(_stock_save_pretrained)
 def _save_pretrained(self: PeftModel, save_directory: str, *args: Any, **kwargs: Any) -> None:
-    """Stock's, but for an adapter that is in parts: it would wait for processes that never come, or write a part."""
+    """Stock PEFT's, except for a sharded adapter: stock would wait for the other processes, or write a shard."""
     if kwargs.get("state_dict") is None:
         for name, p in self.named_parameters():
             if MATRICES.search(name) and not sharding.is_here(p):
                 raise LilyError(
-                    f"cannot save to {save_directory}: {name} is sharded, and this process holds a part of it; call "
+                    f"cannot save to {save_directory}: {name} is sharded, and this process holds only a shard; call "
                     "lily.save_adapter(model, folder) in all processes instead"
                 )
     _stock_save_pretrained(self, save_directory, *args, **kwargs)
 
 
 def register() -> None:
-    """Make PEFT use this package wherever it meets `PeftType.LILY`. `import lily` does; calling it again is harmless.
+    """Make PEFT use this package for `PeftType.LILY`. `import lily` does this; calling it again is harmless.
 
-    `get_peft_model`, `PeftModel.from_pretrained`, `inject_adapter_in_model` and what builds on them then work with
+    `get_peft_model`, `PeftModel.from_pretrained`, `inject_adapter_in_model` and their callers then work with
     `lily.LilyConfig`, and a plain `peft.LilyConfig` keeps its meaning (batch routing). `peft.convert_to_lora` works
     for static adapters.
     """
@@ -71,7 +70,7 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Give `PeftType.LILY` back to stock PEFT. Models that already carry our adapters keep working."""
+    """Restore stock PEFT's `PeftType.LILY`. Models that already carry our adapters keep working."""
     PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LILY] = peft.LilyConfig
     PEFT_TYPE_TO_CONFIG_MAPPING.pop(EXTENDED_TYPE, None)
     PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LILY] = StockModel

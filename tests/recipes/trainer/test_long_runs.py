@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import lily
-from lily.callbacks.router_watch import AT_LEAST, IN_A_ROW, RouterWatch, collapse_message, judged
+from lily.callbacks.router_watch import AT_LEAST, IN_A_ROW, RouterWatch, diagnose, problem_message
 from lily.errors import LilyError
 from lily.layers.routing_statistics import RoutingStatistics
 from lily.recipes import loader, train
@@ -52,14 +52,14 @@ def softmax_of(gain: float, experts: int = 4, tilt: float = 0.0) -> torch.Tensor
         (softmax_of(1.0), None),
         (softmax_of(5.0), None),
         (softmax_of(1.0, tilt=3.0), None),
-        (softmax_of(1.0, tilt=8.0), "collapsed"),
-        (softmax_of(1.0, experts=2, tilt=8.0), "collapsed"),
+        (softmax_of(1.0, tilt=8.0), "degenerate"),
+        (softmax_of(1.0, experts=2, tilt=8.0), "degenerate"),
         (softmax_of(500.0), "saturated"),
         (softmax_of(1.0, tilt=-12.0), "dead experts"),
     ],
 )
 def test_a_routers_problem_is_told_from_what_its_softmax_gave(p, problem):
-    assert judged(seen(p)).problem == problem
+    assert diagnose(seen(p)).problem == problem
 
 
 def test_statistics_per_token_see_what_the_mean_over_a_sample_hides():
@@ -83,7 +83,7 @@ def test_statistics_per_token_see_what_the_mean_over_a_sample_hides():
 def test_a_problem_is_reported_once_and_only_when_it_lasts():
     said: list[str] = []
     watch = RouterWatch(said.append)
-    bad, good = judged(seen(softmax_of(1.0, tilt=8.0))), judged(seen(softmax_of(1.0)))
+    bad, good = diagnose(seen(softmax_of(1.0, tilt=8.0))), diagnose(seen(softmax_of(1.0)))
     for step in range(1, IN_A_ROW):
         watch.note(step, {"layers.0.q_proj": bad, "layers.1.q_proj": good})
     watch.note(IN_A_ROW, {"layers.0.q_proj": good, "layers.1.q_proj": good})
@@ -99,8 +99,8 @@ def test_a_problem_is_reported_once_and_only_when_it_lasts():
 
 
 def test_a_report_on_many_routers_stays_short():
-    bad = judged(seen(softmax_of(500.0)))
-    said = collapse_message(7, {f"layers.{i}.up_proj": bad for i in range(200)}, 224)
+    bad = diagnose(seen(softmax_of(500.0)))
+    said = problem_message(7, {f"layers.{i}.up_proj": bad for i in range(200)}, 224)
     assert "layers.2.up_proj (mean certainty 0.99" in said
     assert " and 197 more. Lower" in said
     assert len(said) < 500
@@ -246,7 +246,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
 
 
 def test_what_is_not_finite_in_the_first_step_is_no_matter_of_the_learning_rate(tmp_path):
-    with pytest.raises(LilyError, match=r"^step 1: .*look at the base model's weights.*there is no checkpoint yet$"):
+    with pytest.raises(LilyError, match=r"^step 1: .*check the base model's weights.*there is no checkpoint yet$"):
         trained(tmp_path, 2, 1e-3, Breaks(1, math.nan, "lily_A"), lily.HealthCallback())
 
 
