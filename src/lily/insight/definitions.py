@@ -1,6 +1,7 @@
 """The glossary of the page: every term has one meaning, here and on the page."""
 
-from lily.analysis.routing import DEAD, PERMUTATIONS
+from lily.analysis.routing import PERMUTATIONS
+from lily.layers.routing_statistics import DEAD_EXPERT
 
 TERMS = {
     "A, B, expert": (
@@ -29,7 +30,7 @@ TERMS = {
         "Mutual information of token and expert: entropy of the mean weights minus the mean entropy of a "
         "token's weights."
     ),
-    "dead expert": f"An expert whose mean weight in a layer is less than {DEAD:.0%} of an equal share.",
+    "dead expert": f"An expert whose mean weight in a layer is less than {DEAD_EXPERT:.0%} of an equal share.",
     "degenerate router": "A router that always picks the same expert.",
     "collapse": "Replacing a routing that depends on the data by constant weights (`lily collapse`).",
     "limits": (
