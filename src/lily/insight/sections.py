@@ -47,7 +47,7 @@ def result(insight: Insight) -> list[Block]:
     run = insight.run
     if run is None or not run.final:
         return []
-    names, title = list(run.final), METHODS.get(run.method, run.method)
+    names = list(run.final)
     rows = [
         ["untrained", *values_of(names, run.before), "", "", ""],
         *([METHODS.get(n, n), *values_of(names, values), *costs_of(values)] for n, values in run.baselines.items()),
