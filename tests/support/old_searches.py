@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,19 @@ def unpacked(fixture: Path, folder: Path) -> None:
     for file in (folder / fixture.name).rglob("*"):
         if file.is_file():
             file.write_text(file.read_text("utf-8").replace(str(ROOT), str(folder)), "utf-8")
+
+
+def failing_start(started: list[Any]) -> Any:
+    """In place of `lily.search.runner._start`: notes the job, and starts a process that fails at once."""
+
+    def start(job: Any, out: Path, threads: int, lock: Any) -> subprocess.Popen[bytes]:
+        started.append(job)
+        log = out / "logs" / f"{job.name.replace('/', '-')}.log"
+        log.parent.mkdir(exist_ok=True)
+        with log.open("wb") as file:
+            return subprocess.Popen([sys.executable, "-S", "-c", "raise SystemExit('error: not now')"], stderr=file)
+
+    return start
 
 
 def interrupted_after(count: int, function: Any) -> Any:

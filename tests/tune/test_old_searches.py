@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from old_searches import SWEEP, TUNE, unpacked
+from old_searches import SWEEP, TUNE, failing_start, unpacked
 from searching import FakeTraining
 from typer.testing import CliRunner
 
 from lily.cli.main import app
-from lily.compare import runner
 from lily.errors import LilyError
 from lily.recipes import train
+from lily.search import runner
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -41,19 +39,10 @@ def test_a_search_of_an_earlier_version_keeps_its_trials_and_resumes_the_one_tha
 def test_a_sweep_of_an_earlier_version_trains_only_what_is_not_finished(tmp_path, monkeypatch):
     unpacked(FIXTURES / "sweep", tmp_path)
     started = []
-
-    def start(job, out, threads, lock):
-        started.append((job.name, job.until))
-        log = runner._log(out, job)
-        log.parent.mkdir(exist_ok=True)
-        return subprocess.Popen(
-            [sys.executable, "-S", "-c", "raise SystemExit('error: not now')"], stderr=log.open("wb")
-        )
-
-    monkeypatch.setattr(runner, "_start", start)
+    monkeypatch.setattr(runner, "_start", failing_start(started))
     done = CliRunner().invoke(app, SWEEP, catch_exceptions=False, env={"COLUMNS": "200"})
     assert done.exit_code == 0, done.output
-    assert started == [("r16-A2-B2/0", None), ("lora/0", None)]
+    assert [(job.name, job.until) for job in started] == [("r16-A2-B2/0", None), ("lora/0", None)]
     found = json.loads((tmp_path / "sweep/granularity.json").read_text())
     assert {
         entry["name"]: (entry["steps"], bool(entry["held_out"]), entry["failed"]) for entry in found["entries"]
