@@ -112,7 +112,7 @@ def test_a_model_of_ones_own_is_measured_from_its_config_alone(tmp_path):
     [
         (["llama", "--width", "100"], "multiple of 64"),
         (["llama", "--dtype", "int8"], "int8 is not known"),
-        (["vit", "--measure", "speed"], "no measurement"),
+        (["vit", "--measure", "speed"], "'speed' is unknown"),
         (["no/such/model"], "no/such/model"),
         (["llama", "--depth", "2", "--width", "64", "--contestants", "VeRA"], "'VeRA' is unknown"),
     ],
