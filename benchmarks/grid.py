@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lily.compare.runner import Job, opened, run, side_by_side
 from lily.recipes import methods, preflight
 from lily.recipes.spec.schema import Recipe
-from lily.tune import folder
+from lily.search import folder
+from lily.search.runner import Job, run, side_by_side
 from lily.tune.space import changed, rounded
 
 
@@ -61,9 +62,9 @@ def lora_rank(base: Recipe) -> int:
 def train(base: Recipe, rank: int, settings: Sequence[Setting], out: Path, jobs: int) -> dict[Setting, Path]:
     """The settings whose runs are finished, after training those that are not, `jobs` at a time; 0 trains nothing."""
     listed = {s: out / "runs" / s.name for s in settings}
-    runs = [Job(s.name, folder.placed(s.recipe(base, rank), at), at, trial=True) for s, at in listed.items()]
+    runs = [Job(s.name, folder.inside(s.recipe(base, rank), at), at, trial=True) for s, at in listed.items()]
     if jobs:
         count, threads = side_by_side(jobs)
-        with opened(out, overwrite=False) as lock:
-            run(runs, out, count, threads, lock, lambda job, o: print(job.name, o.error or "done", flush=True))
+        with folder.opened(out, "benchmarks/grid.py", ("runs", "recipes", "logs")) as lock:
+            run(runs, out, count, threads, lock, partial(print, flush=True))
     return {s: at for (s, at), job in zip(listed.items(), runs, strict=True) if job.done}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lily.analysis.plots import settings_plot
-from lily.analysis.scaling import Tried, by_product, near, spread_at_product
+from lily.analysis.scaling import Tried, by_product, near
 from lily.errors import LilyError
 
 
@@ -25,12 +25,6 @@ def test_products_that_are_equal_but_for_rounding_are_one():
     found = by_product(grid())
     assert list(found) == [6.25e-5, 2.5e-4, 1e-3, 4e-3, 1.6e-2]
     assert [round(t.quality) for t in found.values()] == [78, 79, 80, 79, 78]
-
-
-def test_what_a_product_leaves_open_is_the_spread_of_the_settings_that_have_it():
-    assert spread_at_product(grid()) == pytest.approx({2.5e-4: 0, 1e-3: 0, 4e-3: 0})
-    worse = [*grid(), Tried("Lily", 1e-2, 0.1, 70.0)]
-    assert spread_at_product(worse)[1e-3] == pytest.approx(10)
 
 
 def test_near_the_best_are_those_within_the_tolerance():

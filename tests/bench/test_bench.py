@@ -75,9 +75,9 @@ def test_peak_memory_counts_what_is_held_at_once():
 
 
 def test_an_unknown_contestant_or_measurement_is_named(subject):
-    with pytest.raises(LilyError, match="no contestant 'DoRA'"):
+    with pytest.raises(LilyError, match="'DoRA' is unknown"):
         contestants(subject, OPTIONS, ["DoRA"])
-    with pytest.raises(LilyError, match="no measurement 'speed'"):
+    with pytest.raises(LilyError, match="'speed' is unknown"):
         report.run(subject, OPTIONS, ["speed"], 1)
 
 
@@ -112,9 +112,9 @@ def test_a_model_of_ones_own_is_measured_from_its_config_alone(tmp_path):
     [
         (["llama", "--width", "100"], "multiple of 64"),
         (["llama", "--dtype", "int8"], "int8 is not known"),
-        (["vit", "--measure", "speed"], "no measurement"),
+        (["vit", "--measure", "speed"], "'speed' is unknown"),
         (["no/such/model"], "no/such/model"),
-        (["llama", "--depth", "2", "--width", "64", "--contestants", "VeRA"], "no contestant"),
+        (["llama", "--depth", "2", "--width", "64", "--contestants", "VeRA"], "'VeRA' is unknown"),
     ],
 )
 def test_a_wrong_option_is_one_error(options, message, capsys, monkeypatch):

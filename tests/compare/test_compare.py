@@ -20,14 +20,14 @@ from typer.testing import CliRunner
 
 from lily.cli.main import app
 from lily.compare import compare as comparing
-from lily.compare import runner
 from lily.compare.contestants import parse, resolve
 from lily.compare.page import page as written
 from lily.compare.result import read
-from lily.compare.runner import Job, Outcome
 from lily.compare.tables import quality, summary
 from lily.errors import LilyError
 from lily.recipes import loader, preflight
+from lily.search import runner
+from lily.search.runner import Job, Outcome
 
 
 def invoke(*arguments):
@@ -139,7 +139,7 @@ def test_forgetting_has_a_column_where_it_was_measured(done):
     for file in ("comparison.md", "comparison.html"):
         text = (out / "tiny" / file).read_text()
         assert "0.0600 ± 0.0141" in text
-        assert "Forgetting: by how much the loss on general text rose" in text
+        assert "Forgetting: increase of the loss on general text" in text
 
 
 def test_what_is_not_a_number_is_shown_as_a_dash_and_not_tested(done):
@@ -154,7 +154,7 @@ def test_what_is_not_a_number_is_shown_as_a_dash_and_not_tested(done):
     assert [line[1:] for line in quality(found)[2:]][1] == ["-", "-", "-"]
     assert quality(found)[2][-2:] == ["", ""]  # the first method is not tested against itself
     comparing.write(found, out / "tiny")
-    assert "-: no test, for want of" in (out / "tiny/comparison.md").read_text()
+    assert "-: not tested (no common seed or rows" in (out / "tiny/comparison.md").read_text()
     assert "nan" not in (out / "tiny/comparison.html").read_text()
 
 
@@ -175,7 +175,7 @@ def test_another_folder_is_never_written_into(tmp_path, recipe):
     (tmp_path / "mine/tiny/thesis.txt").write_text("all of it")
     for more in ([], ["--overwrite"]):
         found = invoke(recipe, "--output", tmp_path / "mine", *more)
-        assert "thesis.txt, which no comparison wrote" in str(found.exception)
+        assert "thesis.txt, which `lily compare` does not write" in str(found.exception)
     assert os.listdir(tmp_path / "mine/tiny") == ["thesis.txt"]
 
 
@@ -216,7 +216,7 @@ def test_one_seed_has_no_standard_deviation_and_several_have_one(done):
     found = read(done[0] / "tiny")
     one = written(found)
     assert "tandard deviation</th>" in one
-    for said in ("Bars:", "the standard deviation tells", "Standard deviation over the seeds", 'class="number">0<'):
+    for said in ("Bars:", "see the standard deviation", "Standard deviation over the seeds", 'class="number">0<'):
         assert said not in one
     entries = [replace(e, seeds=(0, 1), values={m: (0.5, 0.75) for m in e.values}) for e in found.entries]
     several = written(replace(found, entries=tuple(entries)))
@@ -236,7 +236,7 @@ def test_a_browser_renders_the_page_without_complaint(done, tmp_path, colours, w
 
 def settings(tmp_path, **changes):
     given = {"methods": ("lily", "ia3"), "seeds": 1, "equal": "params", "tune": True, "jobs": 1, "threads": 1}
-    return comparing.Wish(**{**given, **changes})
+    return comparing.CompareOptions(**{**given, **changes})
 
 
 def test_tuning_searches_for_every_method_alike_on_validation_rows(tmp_path, recipe, monkeypatch):
@@ -301,7 +301,7 @@ def test_a_recipe_that_fails_does_not_hold_up_the_next_one(done, encoder, tmp_pa
 
     def compare(recipe, *_):
         if recipe.name == "first":
-            raise LilyError("no run of first ended well: it broke")
+            raise LilyError("all runs of first failed: it broke")
         return read(out / "tiny")
 
     monkeypatch.setattr(comparing, "compare", compare)
@@ -310,7 +310,7 @@ def test_a_recipe_that_fails_does_not_hold_up_the_next_one(done, encoder, tmp_pa
     assert found.exit_code == 1, found.output + str(found.exception)
     assert "McNemar, exact" in found.output
     assert f"written to {out / 'tiny'}" in found.output
-    assert found.stderr == "error: first: no run of first ended well: it broke\n"
+    assert found.stderr == "error: first: all runs of first failed: it broke\n"
 
 
 def test_runs_of_all_recipes_are_checked_before_the_first_is_trained(done, encoder, tmp_path, monkeypatch):
@@ -328,7 +328,7 @@ def test_before_a_search_runs_are_checked_but_for_what_it_chooses(done, tmp_path
     def check(*changes, **wish):
         recipe = loader.load_recipe(path, changes)
         given = settings(tmp_path, methods=("lily",), **wish)
-        comparing.check(recipe, comparing.contestants(recipe, given), given, out / "tiny")
+        comparing.check(recipe, comparing.resolved(recipe, given), given, out / "tiny")
 
     other = ["train.learning_rate=0.02", "lily.learning_rate=0.5"]
     check(*other)  # what the finished runs have instead may be what the search chooses
@@ -349,8 +349,8 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(tmp_path, recipe, monkeyp
     )  # fmt: skip
     jobs = [Job(f"lora/{i}", chosen, tmp_path / "runs" / str(i)) for i in range(3)]
     told = []
-    outcomes = runner.run(jobs, tmp_path, 2, 1, None, lambda job, outcome: told.append(job.name))
-    assert sorted(told) == ["lora/0", "lora/1", "lora/2"]
+    outcomes = runner.run(jobs, tmp_path, 2, 1, None, told.append)
+    assert sorted(line.split()[1] for line in told) == ["lora/0", "lora/1", "lora/2"]
     assert all(o.figures is None and o.error.startswith("it broke (see ") for o in outcomes.values())
 
 
@@ -434,7 +434,7 @@ def test_a_comparison_of_two_recipes_killed_in_the_middle_goes_on_and_finds_what
     wait_for(begun("second/lily/1"), process)
     process.terminate()  # and politely
     assert process.wait() == 143
-    assert b"the same command goes on where this one stopped" in process.stdout.read()
+    assert b"repeat the same command to continue" in process.stdout.read()
 
     subprocess.run(command(paths, killed), check=True, **quiet)
     for recipe in ("first", "second"):

@@ -1,10 +1,10 @@
-"""Successive halving: who goes on, and how far."""
+"""Successive halving: which runs continue, and how far."""
 
 from __future__ import annotations
 
 import pytest
 
-from lily.tune.halving import Rung, rungs, survivors
+from lily.tune.halving import Rung, next_runs, rungs
 
 
 def test_each_rung_takes_twice_the_steps_and_keeps_half():
@@ -27,9 +27,23 @@ def test_short_runs_have_fewer_rungs_each_longer_than_the_one_before(steps):
     assert found[-1] == Rung(None, 2)
 
 
-def test_the_better_ones_go_on_in_their_order_and_failed_ones_do_not():
+def survivors(values, keep, metric):
+    """Which of the first rung's entrants run in the second one."""
+    stages = (Rung(10, keep), Rung(None, keep))
+    runs = next_runs({(0, one): value for one, value in values.items()}, stages, list(values), metric)
+    assert {index for index, _ in runs} <= {1}
+    return [one for _, one in runs]
+
+
+def test_the_better_ones_continue_in_their_order_and_failed_ones_do_not():
     values = {"a": 0.5, "b": None, "c": 0.9, "d": 0.7, "e": 0.7}
-    assert survivors(values, 2, lambda a, b: a > b) == ["c", "d"]
-    assert survivors(values, 2, lambda a, b: a < b) == ["a", "d"]
-    assert survivors(values, 9, lambda a, b: a > b) == ["a", "c", "d", "e"]
-    assert survivors({"a": None}, 1, lambda a, b: a > b) == []
+    assert survivors(values, 2, "accuracy") == ["c", "d"]
+    assert survivors(values, 2, "loss") == ["a", "d"]
+    assert survivors(values, 9, "accuracy") == ["a", "c", "d", "e"]
+    assert survivors({"a": None}, 1, "accuracy") == []
+
+
+def test_all_begin_and_nothing_follows_the_last_rung():
+    stages = (Rung(10, 1), Rung(None, 1))
+    assert next_runs({}, stages, ["a", "b"], "accuracy") == [(0, "a"), (0, "b")]
+    assert next_runs({(0, "a"): 0.1, (0, "b"): 0.2, (1, "b"): 0.3}, stages, ["a", "b"], "accuracy") == []

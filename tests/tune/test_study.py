@@ -16,10 +16,10 @@ from searching import LEARNING_RATE, SCALING, TOO_MUCH, FakeTraining, quality
 
 from lily.errors import LilyError
 from lily.recipes import loader, train
-from lily.tune import folder, ranking
+from lily.search import folder
 from lily.tune.report import print_tuned
-from lily.tune.run import Wish, tune
-from lily.tune.study import JOURNAL, Tried
+from lily.tune.run import WRITTEN, TuneOptions, best_trial, ranked_trials, tune
+from lily.tune.study import JOURNAL, TrialResult
 
 TRIALS = 24
 
@@ -35,7 +35,9 @@ def search(source, tmp_path, monkeypatch):
         monkeypatch.setattr(train, "train", training or FakeTraining())
         monkeypatch.setattr("gc.collect", lambda: 0)  # a second, after trials that take none
         recipe = loader.load_recipe(source, overrides)
-        return tune(recipe, tmp_path / name, wish or Wish(trials=TRIALS), source=source, overrides=overrides, **how)
+        return tune(
+            recipe, tmp_path / name, wish or TuneOptions(trials=TRIALS), source=source, overrides=overrides, **how
+        )
 
     return run
 
@@ -53,11 +55,11 @@ def undisturbed():
 def test_a_search_begins_with_the_recipe_and_comes_near_the_best(search, undisturbed):
     training = FakeTraining()
     found = search(training)
-    undisturbed += plain(found.tried)
-    assert [t.number for t in found.tried] == list(range(TRIALS))
-    assert found.tried[0].values == found.space.start
+    undisturbed += plain(found.trials)
+    assert [t.number for t in found.trials] == list(range(TRIALS))
+    assert found.trials[0].values == found.space.start
     assert quality(training.recipes[0]) < 0.6 < 0.9 < found.best.value
-    assert found.best == ranking.best(found.tried, "accuracy")
+    assert found.best == best_trial(found.trials, "accuracy")
     assert found.best.values["learning_rate"] == pytest.approx(LEARNING_RATE, rel=1)
     assert found.best.values["scaling"] == pytest.approx(SCALING, rel=2)
     assert found.importance.keys() == {"learning_rate", "scaling", "shape"}
@@ -67,16 +69,16 @@ def test_a_search_begins_with_the_recipe_and_comes_near_the_best(search, undistu
 
 def test_trials_see_validation_rows_alone_and_train_no_baselines(search):
     training = FakeTraining()
-    search(training, overrides=["baselines=[lora]"], wish=Wish(trials=2))
+    search(training, overrides=["baselines=[lora]"], wish=TuneOptions(trials=2))
     assert all(flags["validation_only"] for flags in training.flags)
     assert all(recipe.baselines == [] for recipe in training.recipes)
 
 
 def test_a_trial_that_is_worse_than_the_median_is_stopped_and_one_that_diverges_is_survived(search):
     found = search()
-    states = {t.state for t in found.tried}
+    states = {t.state for t in found.trials}
     assert states == {"complete", "stopped", "diverged"}
-    for t in found.tried:
+    for t in found.trials:
         assert (t.steps < 40) == (t.state != "complete")
         assert (t.values["learning_rate"] > TOO_MUCH) == (t.state == "diverged")
     assert found.best.state == "complete"
@@ -90,10 +92,10 @@ def test_a_trial_that_fails_is_told_and_the_search_goes_on(search, tmp_path):
             raise LilyError("no such shape [v2]")
 
     said = []
-    found = search(FakeTraining(ending=ending), wish=Wish(trials=4), announce=said.append)
+    found = search(FakeTraining(ending=ending), wish=TuneOptions(trials=4), announce=said.append)
     reasons = ["RuntimeError: CUDA out of memory.", "no such shape [v2]"]
-    assert [(t.state, t.reason) for t in found.tried[1:3]] == [("failed", reason) for reason in reasons]
-    assert found.tried[3].state != "failed"
+    assert [(t.state, t.reason) for t in found.trials[1:3]] == [("failed", reason) for reason in reasons]
+    assert found.trials[3].state != "failed"
     assert [line for line in said if "failed" in line] == [f"  failed: {reason}" for reason in reasons]
     kept = json.loads((tmp_path / "search" / "tune.json").read_text())
     assert [t["reason"] for t in kept["trials"]] == ["", *reasons, ""]
@@ -104,7 +106,7 @@ def test_a_trial_that_fails_is_told_and_the_search_goes_on(search, tmp_path):
     assert all(f"failed: {reason}" in text for reason in reasons)
     assert "2 trials failed" in text
     again = FakeTraining()
-    search(again, wish=Wish(trials=5))
+    search(again, wish=TuneOptions(trials=5))
     assert [train.output_folder(r).name for r in again.recipes] == ["004"]
     tally("faults survived", 2)
 
@@ -116,10 +118,10 @@ def test_trials_that_fail_one_after_the_other_end_the_search_and_the_same_comman
 
     training = FakeTraining(ending=ending)
     with pytest.raises(LilyError, match="3 trials in a row failed, the last one because: the disk is gone, 5"):
-        search(training, wish=Wish(trials=9))
+        search(training, wish=TuneOptions(trials=9))
     assert len(training.recipes) == 6
-    found = search(wish=Wish(trials=7))
-    assert [t.state == "failed" for t in found.tried] == [True, True, False, True, True, True, False]
+    found = search(wish=TuneOptions(trials=7))
+    assert [t.state == "failed" for t in found.trials] == [True, True, False, True, True, True, False]
 
 
 @pytest.mark.parametrize(
@@ -130,16 +132,16 @@ def test_a_full_disk_is_no_fault_of_the_trial_which_goes_on_later(search, refuse
         raise refused
 
     with pytest.raises(type(refused)):
-        search(FakeTraining(ending=ending), wish=Wish(trials=1))
+        search(FakeTraining(ending=ending), wish=TuneOptions(trials=1))
     again = FakeTraining()
-    search(again, wish=Wish(trials=1))
+    search(again, wish=TuneOptions(trials=1))
     assert again.flags[0]["resume"]
 
 
 @pytest.mark.parametrize("at", [(0, 1), (7, 4), (23, 2)], ids=str)
 def test_a_search_that_is_killed_and_started_again_tries_the_same(search, undisturbed, at, tmp_path):
     if not undisturbed:
-        undisturbed += plain(search(name="undisturbed").tried)
+        undisturbed += plain(search(name="undisturbed").trials)
 
     def kill(run, evaluation):
         if (run, evaluation) == at:
@@ -151,24 +153,24 @@ def test_a_search_that_is_killed_and_started_again_tries_the_same(search, undist
         journal.write(b'{"op_code":4,"wor')  # half a line
     (tmp_path / "search" / f"{JOURNAL}.lock").symlink_to("/nowhere")
     again = FakeTraining()
-    assert plain(search(again).tried) == undisturbed
+    assert plain(search(again).trials) == undisturbed
     assert again.flags[0]["resume"]
     tally("faults survived")
 
 
 def test_a_finished_search_trains_nothing_and_goes_on_with_more_trials(search):
-    first = search(wish=Wish(trials=3))
+    first = search(wish=TuneOptions(trials=3))
     training = FakeTraining()
-    assert plain(search(training, wish=Wish(trials=3)).tried) == plain(first.tried)
+    assert plain(search(training, wish=TuneOptions(trials=3)).trials) == plain(first.trials)
     assert training.recipes == []
-    more = search(training, wish=Wish(trials=5))
+    more = search(training, wish=TuneOptions(trials=5))
     assert len(training.recipes) == 2
-    assert plain(more.tried[:3]) == plain(first.tried)
+    assert plain(more.trials[:3]) == plain(first.trials)
 
 
 def test_when_time_is_up_no_new_trial_begins(search):
     training, said = FakeTraining(), []
-    found = search(training, wish=Wish(trials=5, timeout=-1), announce=said.append)
+    found = search(training, wish=TuneOptions(trials=5, timeout=-1), announce=said.append)
     assert training.recipes == []
     assert found.best is None
     assert "time is up after 0 trials" in said[-1]
@@ -191,7 +193,7 @@ def test_the_best_recipe_is_what_its_trial_trained(search, tmp_path):
 def test_without_a_file_to_extend_the_best_recipe_is_written_out(source, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "train", FakeTraining())
     recipe = loader.load_recipe(source)
-    found = tune(recipe, tmp_path / "search", Wish(trials=1))
+    found = tune(recipe, tmp_path / "search", TuneOptions(trials=1))
     best = loader.load_recipe(str(found.recipe))
     assert "extends" not in found.recipe.read_text()
     assert best.data == recipe.data
@@ -199,7 +201,7 @@ def test_without_a_file_to_extend_the_best_recipe_is_written_out(source, tmp_pat
 
 
 def test_loras_search_writes_loras_recipe(search):
-    found = search(overrides=["method=lora"], wish=Wish(trials=3))
+    found = search(overrides=["method=lora"], wish=TuneOptions(trials=3))
     best = loader.load_recipe(str(found.recipe))
     assert best.method == "lora"
     assert best.lora.alpha == pytest.approx(found.best.values["alpha"], rel=0.01)
@@ -207,24 +209,24 @@ def test_loras_search_writes_loras_recipe(search):
 
 
 def test_weights_of_trials_are_kept_only_if_asked_for(search, tmp_path):
-    search(wish=Wish(trials=1))
+    search(wish=TuneOptions(trials=1))
     assert sorted(p.name for p in (tmp_path / "search" / "trials" / "000").iterdir()) == ["metrics.json", "recipe.yaml"]
-    search(name="kept", wish=Wish(trials=1, keep=True))
+    search(name="kept", wish=TuneOptions(trials=1, keep=True))
     assert (tmp_path / "kept" / "trials" / "000" / "best").is_dir()
 
 
 def test_a_folder_of_another_search_or_of_something_else_is_left_alone(search, tmp_path):
-    search(wish=Wish(trials=1))
+    search(wish=TuneOptions(trials=1))
     with pytest.raises(LilyError, match=r"begun with other settings: recipe\.seed was 0 and is now 3"):
         search(overrides=["seed=3"])
     with pytest.raises(LilyError, match=r"other settings: space\.ranges\.scaling"):
-        search(wish=Wish(trials=1, ranges={"scaling": (1.0, 2.0)}))
+        search(wish=TuneOptions(trials=1, ranges={"scaling": (1.0, 2.0)}))
     training = FakeTraining()
-    search(training, overrides=["seed=3"], wish=Wish(trials=1), overwrite=True)
+    search(training, overrides=["seed=3"], wish=TuneOptions(trials=1), overwrite=True)
     assert len(training.recipes) == 1
     (tmp_path / "search" / "thesis.tex").touch()
     for overwrite in (True, False):
-        with pytest.raises(LilyError, match=r"holds thesis\.tex, which is not of this"):
+        with pytest.raises(LilyError, match=r"holds thesis\.tex, which `lily tune` does not write"):
             search(overwrite=overwrite)
     (tmp_path / "file").touch()
     with pytest.raises(LilyError, match="is a file; name a folder"):
@@ -233,27 +235,30 @@ def test_a_folder_of_another_search_or_of_something_else_is_left_alone(search, t
 
 
 def test_two_processes_do_not_search_in_one_folder(search, tmp_path, monkeypatch):
-    search(wish=Wish(trials=1))
-    monkeypatch.setattr("lily.compare.runner.PATIENCE", 0)
-    with folder._alone(tmp_path / "search"), pytest.raises(LilyError, match="another process is at work in"):
-        search(wish=Wish(trials=2))
+    search(wish=TuneOptions(trials=1))
+    monkeypatch.setattr(folder, "PATIENCE", 0)
+    with (
+        folder.opened(tmp_path / "search", "lily tune", WRITTEN),
+        pytest.raises(LilyError, match="another process is using"),
+    ):
+        search(wish=TuneOptions(trials=2))
 
 
 @pytest.mark.parametrize("text", ["{}\n", "no journal\n\n", '{"op_code": 99}\n', '{"op_code": 0, "worker_id": "a"}\n'])
 def test_a_journal_that_is_none_is_refused(search, tmp_path, text):
-    search(wish=Wish(trials=1))
+    search(wish=TuneOptions(trials=1))
     (tmp_path / "search" / JOURNAL).write_text(text)
-    with pytest.raises(LilyError, match="is no journal of a search"):
-        search(wish=Wish(trials=2))
+    with pytest.raises(LilyError, match="is not the journal of a search"):
+        search(wish=TuneOptions(trials=2))
     tally("inputs rejected")
 
 
 @pytest.mark.parametrize(
     ("wish", "message"),
     [
-        (Wish(trials=0), "give at least 1"),
-        (Wish(max_forgetting=0.1), "needs the recipe to measure it"),
-        (Wish(knobs=["rank"]), "'rank' is no knob of lily"),
+        (TuneOptions(trials=0), "give at least 1"),
+        (TuneOptions(max_forgetting=0.1), "needs a recipe that measures forgetting"),
+        (TuneOptions(knobs=["rank"]), "'rank' is not a knob of lily"),
     ],
     ids=str,
 )
@@ -271,16 +276,16 @@ def test_a_recipe_that_cannot_run_is_refused_before_anything_is_written(search, 
 
 def test_the_best_is_the_best_of_those_that_forget_little_enough():
     tried = [
-        Tried(0, "complete", {}, 0.5, forgetting=0.01),
-        Tried(1, "complete", {}, 0.9, forgetting=0.30),
-        Tried(2, "complete", {}, 0.7, forgetting=0.10),
-        Tried(3, "stopped", {}, 0.99, forgetting=0.0),
-        Tried(4, "complete", {}, 0.7, forgetting=0.05),
-        Tried(5, "diverged", {}),
+        TrialResult(0, "complete", {}, 0.5, forgetting=0.01),
+        TrialResult(1, "complete", {}, 0.9, forgetting=0.30),
+        TrialResult(2, "complete", {}, 0.7, forgetting=0.10),
+        TrialResult(3, "stopped", {}, 0.99, forgetting=0.0),
+        TrialResult(4, "complete", {}, 0.7, forgetting=0.05),
+        TrialResult(5, "diverged", {}),
     ]
-    assert [t.number for t in ranking.ranked(tried, "accuracy")] == [1, 4, 2, 0, 3, 5]
-    assert ranking.best(tried, "accuracy").number == 1
-    assert ranking.best(tried, "accuracy", 0.1).number == 4
-    assert ranking.best(tried, "accuracy", 0.001) is None
-    assert ranking.best(tried, "loss").number == 0
-    assert ranking.best([replace(t, forgetting=None) for t in tried], "accuracy", 1.0) is None
+    assert [t.number for t in ranked_trials(tried, "accuracy")] == [1, 4, 2, 0, 3, 5]
+    assert best_trial(tried, "accuracy").number == 1
+    assert best_trial(tried, "accuracy", 0.1).number == 4
+    assert best_trial(tried, "accuracy", 0.001) is None
+    assert best_trial(tried, "loss").number == 0
+    assert best_trial([replace(t, forgetting=None) for t in tried], "accuracy", 1.0) is None

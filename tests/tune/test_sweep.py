@@ -13,13 +13,13 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from lily.cli.main import app
-from lily.compare.runner import Job, Outcome
 from lily.errors import LilyError
 from lily.recipes import loader
+from lily.search.runner import Job, Outcome, described
 from lily.tune import sweep as granularity
 from lily.tune import sweep_report
-from lily.tune.space import Shape
-from lily.tune.sweep import LORA, Wish, prepare, spread, sweep
+from lily.tune.space import AdapterShape
+from lily.tune.sweep import LORA, SweepOptions, prepare, sweep, thinned
 
 
 @pytest.fixture
@@ -32,12 +32,12 @@ def make(tmp_path, encoder, table):
 
 
 class FakeRuns:
-    """In place of `lily.compare.runner.run`: figures follow from the rank; some runs fail."""
+    """In place of `lily.search.runner.run`: figures follow from the rank; some runs fail."""
 
     def __init__(self, failing=(), ending=None):
         self.failing, self.ending, self.jobs = failing, ending, []
 
-    def __call__(self, jobs, out, count, threads, lock, told):
+    def __call__(self, jobs, out, count, threads, lock, announce):
         outcomes = {}
         for job in jobs:
             job.check()
@@ -48,7 +48,7 @@ class FakeRuns:
                 raise KeyboardInterrupt
             self.jobs.append(job)
             outcomes[job.name] = self._outcome(job)
-            told(job, outcomes[job.name])
+            announce(f"{job.name}{described(job, outcomes[job.name])}")
         return outcomes
 
     def _outcome(self, job):
@@ -56,6 +56,8 @@ class FakeRuns:
             return Outcome(None, "diverged")
         value = 0.5 + job.recipe.lily.r / 1000 + job.recipe.seed / 100
         figures = {
+            "metric": "accuracy",
+            "seconds": {},
             "split": "validation" if job.trial else "test",
             "before": {} if job.trial else {"accuracy": 0.5},
             "best": {"epoch": 1.0, "value": value},
@@ -75,7 +77,7 @@ class FakeRuns:
 def trained(tmp_path, make, monkeypatch):
     def run(runs=None, overrides=(), said=None, name="sweep", **how):
         monkeypatch.setattr(granularity, "run", runs or FakeRuns())
-        wish = Wish(**how)
+        wish = SweepOptions(**how)
         return sweep(make(*overrides), tmp_path / name, wish, announce=(said if said is not None else []).append)
 
     return run
@@ -93,7 +95,9 @@ def test_every_shape_is_trained_with_every_seed_and_costs_the_same(trained, make
         assert entry.held_out == pytest.approx((0.4 + entry.r / 1000, 0.41 + entry.r / 1000))
     tried = {(j.recipe.lily.num_A, j.recipe.lily.num_B, j.recipe.lily.r, j.recipe.lily.params) for j in runs.jobs}
     assert tried == {(entry.num_A, entry.num_B, entry.r, None) for entry in found.entries}
-    assert all(0.9 * found.budget <= shape.parameters <= found.budget for shape in prepare(make(), Wish()).shapes)
+    assert all(
+        0.9 * found.budget <= shape.parameters <= found.budget for shape in prepare(make(), SweepOptions()).shapes
+    )
 
 
 def test_the_worse_half_is_given_up_at_every_rung_and_the_rest_goes_on(trained):
@@ -105,7 +109,7 @@ def test_the_worse_half_is_given_up_at_every_rung_and_the_rest_goes_on(trained):
     assert complete == list(found.entries[:2])  # rank is quality here
     assert all(j.trial == (j.until is not None) for j in runs.jobs)
     assert all(j.recipe.train.early_stopping is None for j in runs.jobs)
-    assert any("go on" in line for line in said)
+    assert any("continue" in line for line in said)
     assert all(entry.validation for entry in found.entries)
 
 
@@ -127,7 +131,7 @@ def test_a_failed_run_is_told_and_the_others_count(trained):
     assert entry.failed == (0,)
     assert len(entry.validation) == 1
     assert any("r16-A2-B2/0 failed: diverged" in line for line in said)
-    with pytest.raises(LilyError, match="no run of tiny ended well"):
+    with pytest.raises(LilyError, match="all runs of tiny failed"):
         trained(FakeRuns(failing=tuple(f"{e.name}/0" for e in found.entries)), name="failed")
     tally("faults survived")
 
@@ -167,7 +171,7 @@ def test_shapes_that_were_given_up_are_not_drawn_beside_complete_ones(trained):
     assert "accuracy on the test rows (%) of 2 shapes of equal size" in picture.alt
     assert picture.alt.count("num_A=") == 2
     for entry in given_up:
-        assert f"{entry.name} (given up after {entry.steps} steps)" in picture.alt
+        assert f"{entry.name} (stopped after {entry.steps} steps)" in picture.alt
     assert picture.figure.axes[0].get_ylabel() == "accuracy on the test rows (%)"
     assert "LoRA of equal size" in picture.alt
 
@@ -180,13 +184,13 @@ def test_shapes_that_were_given_up_are_not_drawn_beside_complete_ones(trained):
 
 
 def test_many_shapes_are_thinned_out_evenly_and_the_recipes_own_stays():
-    shapes = [Shape(r, r, None, 1, 100) for r in (33, *range(100, 0, -1))]
-    chosen = spread(shapes, 5)
+    shapes = [AdapterShape(r, r, None, 1, 100) for r in (33, *range(100, 0, -1))]
+    chosen = thinned(shapes, 5)
     assert len(chosen) == 5
     assert [s.r for s in chosen] == sorted((s.r for s in chosen), reverse=True)
     assert shapes[0] in chosen
     assert {chosen[0].r, chosen[-1].r} == {100, 1}
-    assert spread(shapes[:3], 5) == (shapes[1], shapes[2], shapes[0])
+    assert thinned(shapes[:3], 5) == (shapes[1], shapes[2], shapes[0])
 
 
 def test_a_paused_run_counts_as_done_for_its_rung_and_no_further(tmp_path, make):
@@ -205,12 +209,12 @@ def test_a_paused_run_counts_as_done_for_its_rung_and_no_further(tmp_path, make)
 @pytest.mark.parametrize(
     ("overrides", "wish", "message"),
     [
-        (["method=lora"], Wish(), "method: lora has no granularity"),
-        (["lily.groups={query: {r: 2}}"], Wish(), r"lily\.groups gives some groups a shape of their own"),
-        ([], Wish(most=1), "at least two shapes"),
-        ([], Wish(seeds=0), "at least two shapes .* and one seed"),
-        ([], Wish(budget="10"), "10 parameters buy no shape"),
-        (["data.columns.text=texts"], Wish(), "no column 'texts'"),
+        (["method=lora"], SweepOptions(), "method: lora has no granularity"),
+        (["lily.groups={query: {r: 2}}"], SweepOptions(), r"lily\.groups sets the shape of some groups"),
+        ([], SweepOptions(most=1), "at least two shapes"),
+        ([], SweepOptions(seeds=0), "at least two shapes .* and one seed"),
+        ([], SweepOptions(budget="10"), "no shape uses 10 parameters well"),
+        (["data.columns.text=texts"], SweepOptions(), "no column 'texts'"),
     ],
     ids=str,
 )

@@ -16,9 +16,9 @@ from lily.cli.tune import parse_time
 from lily.errors import LilyError
 from lily.recipes import loader, train
 from lily.tune.report import print_tuned
-from lily.tune.run import Tuned
+from lily.tune.run import TuneResult
 from lily.tune.space import Range, Space
-from lily.tune.study import Tried
+from lily.tune.study import TrialResult
 
 TINY = ["train.epochs=2", "train.batch_size=18"]
 
@@ -48,12 +48,13 @@ def test_a_search_ends_with_a_table_and_a_recipe_that_gives_what_its_trial_gave(
 
 
 @pytest.mark.parametrize(
-    ("tested", "said"), [(True, "no trial has seen"), (False, "expect less of rows that had no part")]
+    ("tested", "said"),
+    [(True, "no trial has seen"), (False, "expect a worse result on rows that were not used to choose")],
 )
 def test_it_is_said_whether_rows_are_left_to_test_the_choice_on(tmp_path, tested, said):
-    tried = Tried(0, "complete", {"scaling": 1.0}, 0.5)
+    tried = TrialResult(0, "complete", {"scaling": 1.0}, 0.5)
     space = Space("lily", {"scaling": Range(0.5, 2.0, 1.0)})
-    found = Tuned("a", "lily", "accuracy", 12, tested, space, (tried,), tried, {}, tmp_path / "[v2]" / "best.yaml")
+    found = TuneResult("a", "lily", "accuracy", 12, tested, space, (tried,), tried, {}, tmp_path / "[v2]" / "best.yaml")
     console = Console(record=True, width=200)
     print_tuned(found, tmp_path / "[v2]", console)
     text = console.export_text()

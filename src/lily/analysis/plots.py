@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite, nan
+from math import nan
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from lily.analysis.forgetting import Outcome, by_contestant, frontier
@@ -20,6 +20,7 @@ from lily.analysis.granularity import Point, Quality
 from lily.analysis.rank import RankReport
 from lily.analysis.routing import RoutingReport
 from lily.analysis.scaling import Tried
+from lily.analysis.seeds import spread
 from lily.analysis.sentences import rank_words, routing_words, sharing_words, short_names, title_of, weights_by_group
 from lily.analysis.series import block_sizes, by_expert, ranks_by_layer, relative_spectra
 from lily.errors import LilyError
@@ -203,7 +204,7 @@ def quality_plot(
     for i, experts in enumerate(lines):
         points = sorted((p for p in shapes if experts is None or p.num_B == experts), key=lambda p: p.r)
         label = "Lily, num_A = num_B" if experts is None else f"Lily, num_B = {experts}"
-        means, spreads = [fmean(p.values) for p in points], [_spread(p.values) for p in points]
+        means, spreads = [fmean(p.values) for p in points], [spread(p.values) or 0.0 for p in points]
         color = LILY if experts is None else LINES[i % len(LINES)]
         panel.errorbar([p.r for p in points], means, spreads, fmt="o-", capsize=3, color=color, label=label)
         for p in points:
@@ -211,7 +212,8 @@ def quality_plot(
             panel.annotate(text, (p.r, fmean(p.values)), xytext=(4, 5), textcoords="offset points", fontsize=8)
     if lora:
         panel.axhline(fmean(lora), color=LORA, linestyle="--", label="LoRA of equal size")
-        panel.axhspan(fmean(lora) - _spread(lora), fmean(lora) + _spread(lora), color=LORA, alpha=0.12)
+        half = spread(lora) or 0.0
+        panel.axhspan(fmean(lora) - half, fmean(lora) + half, color=LORA, alpha=0.12)
     ranks = sorted({p.r for p in shapes})
     panel.set_xscale("log")
     panel.set_xticks(ranks, [str(r) for r in ranks])
@@ -220,10 +222,6 @@ def quality_plot(
     panel.set_ylabel(metric)
     panel.legend()
     return Picture(figure, _quality_words(shapes, metric, lora))
-
-
-def _spread(values: Sequence[float]) -> float:
-    return stdev(values) if len(values) > 1 and all(map(isfinite, values)) else 0.0
 
 
 def _quality_words(shapes: Sequence[Quality], metric: str, lora: Sequence[float]) -> str:

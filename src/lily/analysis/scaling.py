@@ -58,11 +58,3 @@ def by_product(tried: Sequence[Tried]) -> dict[float, Tried]:
         if one.product not in best or one.quality > best[one.product].quality:
             best[one.product] = one
     return best
-
-
-def spread_at_product(tried: Sequence[Tried]) -> dict[float, float]:
-    """Learning rate times scale -> best minus worst quality of its settings, if it has more than one."""
-    qualities: dict[float, list[float]] = {}
-    for one in tried:
-        qualities.setdefault(one.product, []).append(one.quality)
-    return {p: max(own) - min(own) for p, own in sorted(qualities.items()) if len(own) > 1}

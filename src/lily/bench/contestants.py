@@ -1,4 +1,4 @@
-"""Who is compared: the frozen model, LoRA, stock Lily and ours, on the same base weights."""
+"""The contestants: the frozen model, LoRA, stock Lily and this package's Lily, on the same base weights."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ NAMES = (FROZEN, LORA, LORA_RANK, STOCK, *(f"Lily {routing}" for routing in ROUT
 
 @dataclass(frozen=True)
 class Contestant:
-    """A model in the comparison.
+    """A model that is measured.
 
     Attributes:
         name: one of `NAMES`.
-        model: shares its frozen weights with all the others but the merged one.
+        model: shares its frozen weights with all contestants except the merged one.
         rank: of its updates; 0 for the frozen model.
-        parameters: that train.
+        parameters: number that train.
     """
 
     name: str
@@ -40,18 +40,18 @@ class Contestant:
 
 
 def contestants(subject: Subject, options: dict[str, Any], names: Sequence[str] = NAMES) -> list[Contestant]:
-    """Build them, every one with small random adapter weights, as if it had trained a little.
+    """Build the contestants, with small random adapter weights as after some training.
 
     Args:
         subject: the base model.
         options: `r`, `num_A` (or `stride_A`), `num_B` and `scaling` of Lily; LoRA's rank follows from them.
-        names: which; some of `NAMES`.
+        names: contestants to build, from `NAMES`.
 
     Raises:
-        LilyError: for a name that is not known.
+        LilyError: for an unknown name.
     """
     if unknown := [name for name in names if name not in NAMES]:
-        raise LilyError(f"no contestant {unknown[0]!r}; there are {', '.join(repr(n) for n in NAMES)}")
+        raise LilyError(f"--contestants: {unknown[0]!r} is unknown; choose from {', '.join(map(repr, NAMES))}")
     config = lily.LilyConfig(target_modules=subject.targets, routing="token", **options)
     modules = lily.select_modules(subject.base, config)
     plan = lily.build_plan(modules, config)
@@ -65,10 +65,10 @@ def contestants(subject: Subject, options: dict[str, Any], names: Sequence[str] 
         STOCK: (rank, lambda base: _stock(base, options, targets)),
         **{f"Lily {routing}": (rank, partial(_ours, options, targets, routing)) for routing in ROUTINGS},
     }
-    made = []
+    built = []
     for name in names:
         if name == STOCK and options.get("num_B") == 1:
-            continue  # it has no such thing
+            continue  # stock Lily needs at least two experts
         rank_of, make = makers["Lily static" if name == MERGED else name]
         base = copy.deepcopy(subject.base) if name == MERGED else sharing_weights(subject.base)
         model = make(base).to(subject.device).train()
@@ -76,17 +76,17 @@ def contestants(subject: Subject, options: dict[str, Any], names: Sequence[str] 
         if name == MERGED:
             cast(peft.PeftModel, model).merge_adapter()
         parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        made.append(Contestant(name, model, rank_of, parameters))
-    return made
+        built.append(Contestant(name, model, rank_of, parameters))
+    return built
 
 
 def sharing_weights(base: nn.Module) -> nn.Module:
-    """A copy of the modules around the same weights."""
+    """A copy of the modules that shares the weights."""
     return copy.deepcopy(base, memo={id(p): p for p in base.parameters()})
 
 
 def _frozen(base: nn.Module) -> nn.Module:
-    """No adapter; gradients flow through all blocks all the same, as they do for the others."""
+    """No adapter, but gradients flow through all layers, as they do with one."""
     base.get_input_embeddings().register_forward_hook(_requires_grad)  # type: ignore[operator]
     return base
 

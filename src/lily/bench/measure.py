@@ -1,4 +1,4 @@
-"""The measurements. What counts are ratios within a round, in which every contestant takes its turn."""
+"""The measurements. Results are ratios within a round, in which each contestant is measured once."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ import lily
 from lily.bench.contestants import STOCK, Contestant, sharing_weights
 from lily.bench.subjects import Subject
 
-Run = Callable[[int], float]  # round -> seconds (or whatever is measured)
-INPUTS = 4  # different inputs, taken in turn, so that no cache holds the last round's
+Run = Callable[[int], float]  # round -> seconds, or bytes
+INPUTS = 4  # number of different inputs; they alternate, so that no cache holds the last round's
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one contestant's measurement gave.
+    """The measurements of one contestant.
 
     Attributes:
         median: over the rounds.
@@ -42,13 +42,13 @@ class Outcome:
 
 
 def interleave(runs: Mapping[str, Run], reference: str, rounds: int, warm_up: int = 1) -> dict[str, Outcome]:
-    """Run all contestants in every round, each round starting with another one.
+    """Measure all contestants in every round; each round starts with another one.
 
     Args:
-        runs: contestant -> what measures it once.
+        runs: contestant -> function that measures it once.
         reference: the contestant whose ratio is 1.
-        rounds: that count.
-        warm_up: rounds before those.
+        rounds: number of rounds that count.
+        warm_up: number of rounds before them.
     """
     names = list(runs)
     found: dict[str, list[float]] = {name: [] for name in names}
@@ -67,7 +67,7 @@ def interleave(runs: Mapping[str, Run], reference: str, rounds: int, warm_up: in
 
 @contextlib.contextmanager
 def clock(device: torch.device) -> Iterator[Callable[[], float]]:
-    """Within: work on `device`. Afterwards the yielded function tells how many seconds it took."""
+    """Measures the work on a device inside the block; the yielded function returns its seconds afterwards."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
@@ -75,24 +75,24 @@ def clock(device: torch.device) -> Iterator[Callable[[], float]]:
         end.record()
         torch.cuda.synchronize(device)
         return
-    begun = time.perf_counter()
+    started = time.perf_counter()
     taken = [0.0]
     yield lambda: taken[0]
-    taken[0] = time.perf_counter() - begun
+    taken[0] = time.perf_counter() - started
 
 
 def training_step(subject: Subject, contestant: Contestant) -> Callable[[int], None]:
-    """Forward, backward and an AdamW step of what trains."""
+    """Forward, backward and an AdamW step of the trainable parameters."""
     model = contestant.model
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(trainable, lr=1e-6) if trainable else None
+    optimizer = torch.optim.AdamW(trainable, lr=1e-6) if trainable else None
     batches = [subject.inputs(seed) for seed in range(INPUTS)]
 
     def step(turn: int) -> None:
         model(**batches[turn % INPUTS]).loss.backward()
-        if optimiser is not None:
-            optimiser.step()
-            optimiser.zero_grad()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
 
     return step
 
@@ -110,20 +110,20 @@ def step_time(subject: Subject, contestant: Contestant) -> Run:
 
 
 def step_memory(subject: Subject, contestant: Contestant) -> Run:
-    """Bytes that a training step needs at its peak, on top of the frozen weights: adapter, optimiser, activations."""
+    """Peak bytes of a training step besides the frozen weights: adapter, optimizer state, activations."""
     step = training_step(subject, contestant)
     trainable = sum(p.numel() * p.element_size() for p in contestant.model.parameters() if p.requires_grad)
 
     def run(turn: int) -> float:
         if turn < 0:
-            step(turn)  # makes the optimiser's state
+            step(turn)  # creates the optimizer's state
         return 3 * trainable + peak(lambda: step(turn), subject.device)
 
     return run
 
 
 def peak(work: Callable[[], None], device: torch.device) -> int:
-    """Most bytes that `work` held at once of what it allocated itself, as the allocator counts them."""
+    """Peak bytes of what `work` allocates, as the allocator counts them."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -195,9 +195,9 @@ def files(subject: Subject, contestants: Sequence[Contestant], rounds: int) -> d
             seconds = []
             for _ in range(rounds):
                 base = sharing_weights(subject.base)
-                begun = time.perf_counter()
+                started = time.perf_counter()
                 peft.PeftModel.from_pretrained(base, folder)
-                seconds.append(time.perf_counter() - begun)
+                seconds.append(time.perf_counter() - started)
             size = (Path(folder) / "adapter_model.safetensors").stat().st_size
         found[c.name] = {"bytes": float(size), "load_seconds": statistics.median(seconds)}
     return found

@@ -1,4 +1,4 @@
-"""What was measured, as a value: run, printed, drawn, kept as JSON."""
+"""Running the measurements; their report as a value, as JSON, as tables and as a plot."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Measure:
 
     Attributes:
         title: with its unit, for tables.
-        make: what measures a contestant.
-        names: contestants that it makes sense for.
+        make: returns the function that measures a contestant.
+        names: contestants that it applies to.
         scale: from the measured value to the title's unit.
-        rounds: fixed where the value hardly varies; None: as asked.
+        rounds: fixed number where the value hardly varies; None: the report's.
     """
 
     title: str
@@ -73,7 +73,7 @@ class Report:
     files: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """All of it."""
+        """The report as JSON."""
         return json.dumps(asdict(self), indent=1)
 
     @classmethod
@@ -92,7 +92,7 @@ class Report:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Device, threads and versions, as far as they decide times."""
+    """Device, threads and versions, that affect times."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     return {
         "device": name,
@@ -120,23 +120,23 @@ def run(
     names: Sequence[str] = NAMES,
     say: Callable[[str], None] = lambda _: None,
 ) -> Report:
-    """Measure.
+    """Measure the contestants on one base model.
 
     Args:
         subject: the base model and its inputs.
         options: `r`, `num_A`, `num_B`, `scaling` of Lily.
         kinds: keys of `MEASURES`, and `files`.
         rounds: of each measurement that varies.
-        names: contestants; LoRA, which the ratios are to, is always among them.
-        say: told what is being measured.
+        names: contestants; LoRA, the reference of the ratios, is always added.
+        say: called with the name of each measurement when it begins.
 
     Raises:
-        LilyError: for a kind that is not known, or that the subject cannot do.
+        LilyError: for an unknown measurement, or decoding with a model that does not generate.
     """
     if unknown := [kind for kind in kinds if kind not in (*MEASURES, "files")]:
-        raise LilyError(f"no measurement {unknown[0]!r}; there are {', '.join([*MEASURES, 'files'])}")
+        raise LilyError(f"--measure: {unknown[0]!r} is unknown; choose from {', '.join([*MEASURES, 'files'])}")
     if "decode" in kinds and subject.vocabulary is None:
-        raise LilyError(f"{subject.name} does not generate, so there is no decoding to measure; leave decode out")
+        raise LilyError(f"{subject.name} does not generate, so it cannot decode; remove decode from --measure")
     chosen = [name for name in NAMES if name in names or name == LORA]
     made = {c.name: c for c in contestants(subject, options, [*chosen, *(n for n in names if n not in NAMES)])}
     setting = {
@@ -194,7 +194,7 @@ def plot(report: Report, path: Path) -> None:
     """Draw the ratios to LoRA, one panel per measurement, the spread as whiskers.
 
     Raises:
-        LilyError: if matplotlib is not there.
+        LilyError: if matplotlib is not installed.
     """
     try:
         from matplotlib import rc_context
@@ -208,8 +208,8 @@ def plot(report: Report, path: Path) -> None:
         found = report.results[kind]
         middle = [o.ratio for o in found.values()]
         low, high = ([abs(f(o.ratios) - o.ratio) for o in found.values()] for f in (min, max))
-        colours = ["#7a5195" if name.startswith("Lily") else "#b0b0b0" for name in found]
-        panel.barh(list(found), middle, xerr=[low, high], color=colours, ecolor="#404040")
+        colors = ["#7a5195" if name.startswith("Lily") else "#b0b0b0" for name in found]
+        panel.barh(list(found), middle, xerr=[low, high], color=colors, ecolor="#404040")
         panel.axvline(1, color="#202020", linewidth=1)
         panel.invert_yaxis()
         panel.set_title(MEASURES[kind].title.partition(",")[0])

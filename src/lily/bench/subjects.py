@@ -1,6 +1,6 @@
-"""What is measured on: a base model with random weights of a real shape, and inputs for it.
+"""The base models of a benchmark: a real architecture and size with random weights, and inputs for it.
 
-Times do not depend on what the weights are, so no weight is read and any architecture will do.
+Times do not depend on the values of the weights, so none are read.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ Inputs = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a built-in model and of what it is fed.
+    """Sizes of a built-in model and of its inputs.
 
     Attributes:
         width: of the hidden state.
-        depth: how many blocks.
-        batch: samples of a step.
-        tokens: of a sample; an image has its patches and one more.
+        depth: number of layers.
+        batch: samples per step.
+        tokens: per sample; an image has one per patch and one more.
     """
 
     width: int = 768
@@ -40,11 +40,11 @@ class Subject:
     """A base model and its inputs.
 
     Attributes:
-        name: as tables say it.
+        name: in tables.
         base: the model, on its device and in its dtype, in training mode, without dropout.
         inputs: seed -> the inputs of one training step, with labels.
-        targets: which modules are adapted.
-        vocabulary: of a causal model, which can decode; else None.
+        targets: modules to adapt.
+        vocabulary: size of a causal model's vocabulary; None: the model cannot decode.
         shape: batch and tokens of the inputs.
     """
 
@@ -57,7 +57,7 @@ class Subject:
 
     @property
     def device(self) -> torch.device:
-        """Where it is."""
+        """Device of the base model."""
         return next(self.base.parameters()).device
 
 
@@ -100,7 +100,7 @@ def vit(shape: Shape, device: str, dtype: torch.dtype) -> Subject:
 
 
 def causal_subject(name: str, base: nn.Module, shape: Shape, targets: list[str] | str) -> Subject:
-    """Any causal language model, fed random tokens."""
+    """Any causal language model, with random tokens as inputs."""
     config: Any = base.config
     vocabulary = int(config.get_text_config().vocab_size)
     device = next(base.parameters()).device
@@ -114,14 +114,14 @@ def causal_subject(name: str, base: nn.Module, shape: Shape, targets: list[str] 
 
 
 def own(name: str, meta: nn.Module, shape: Shape, targets: list[str] | str, device: str, dtype: torch.dtype) -> Subject:
-    """A user's own architecture, given on the meta device.
+    """A user's architecture, from a model on the meta device.
 
     Raises:
-        LilyError: if it is no causal language model.
+        LilyError: if it is not a causal language model.
     """
     if not is_causal(meta) or getattr(meta, "get_input_embeddings", None) is None:
         raise LilyError(
-            f"{name} is a {type(meta).__name__}; lily bench takes causal language models, or --shape llama or vit"
+            f"{name} is a {type(meta).__name__}; lily bench needs a causal language model, or the built-in llama or vit"
         )
 
     def build() -> nn.Module:

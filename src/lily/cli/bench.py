@@ -1,4 +1,4 @@
-"""`lily bench`: what Lily costs beside LoRA on this machine."""
+"""`lily bench`: time, memory and size of Lily and LoRA on this machine."""
 
 from __future__ import annotations
 
@@ -18,29 +18,38 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def bench_command(
     model: Annotated[
-        str, typer.Argument(help="llama or vit (built in), or a model folder, config.json or hub id: its shape counts.")
+        str,
+        typer.Argument(help="Base model: llama or vit (built in), or a folder, config.json or hub id, for its sizes."),
     ] = "llama",
     measure: Annotated[
-        str, typer.Option(help="What, with commas: step, memory, prefill, decode, files.")
+        str, typer.Option(help="Comma-separated measurements: step, memory, prefill, decode, files.")
     ] = "step,memory,prefill,decode,files",
-    contestants: Annotated[str | None, typer.Option(help="Which, with semicolons. Default: all.")] = None,
-    targets: Annotated[str, typer.Option(help="Modules to adapt: names with commas, an expression, all-linear.")] = (
-        "all-linear"
-    ),
-    r: Annotated[int | None, typer.Option(min=1, help="Lily's rank. Default: 32, or what --params gives.")] = None,
-    num_a: Annotated[int | None, typer.Option("--num-a", min=1, help="A per group.")] = None,
-    num_b: Annotated[int | None, typer.Option("--num-b", min=1, help="Experts per group.")] = None,
-    params: Annotated[str | None, typer.Option(help="Budget such as 1.2M.")] = None,
-    width: Annotated[int, typer.Option(min=64, help="Of a built-in model; a multiple of 64.")] = 768,
-    depth: Annotated[int, typer.Option(min=1, help="Blocks of a built-in model.")] = 12,
-    batch: Annotated[int, typer.Option(min=1, help="Samples of a step.")] = 4,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a sample.")] = 128,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds that count.")] = 7,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1. Default: a GPU where there is one.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the base. Default: bfloat16 on a GPU, else float32.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write results.json (and ratios.svg) into this folder.")] = None,
+    contestants: Annotated[
+        str | None, typer.Option(help="Contestants to measure, separated by semicolons. Default: all.")
+    ] = None,
+    targets: Annotated[
+        str, typer.Option(help="Modules to adapt: comma-separated names, a regular expression, or all-linear.")
+    ] = ("all-linear"),
+    r: Annotated[
+        int | None, typer.Option(min=1, help="Rank of Lily. Default: 32, or the largest within --params.")
+    ] = None,
+    num_a: Annotated[int | None, typer.Option("--num-a", min=1, help="Number of A per group.")] = None,
+    num_b: Annotated[int | None, typer.Option("--num-b", min=1, help="Number of experts (B) per group.")] = None,
+    params: Annotated[str | None, typer.Option(help="Parameter budget of the adapter, such as 1.2M.")] = None,
+    width: Annotated[int, typer.Option(min=64, help="Width of a built-in model; a multiple of 64.")] = 768,
+    depth: Annotated[int, typer.Option(min=1, help="Number of layers of a built-in model.")] = 12,
+    batch: Annotated[int, typer.Option(min=1, help="Number of samples per step.")] = 4,
+    tokens: Annotated[int, typer.Option(min=1, help="Number of tokens per sample.")] = 128,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of measured rounds.")] = 7,
+    device: Annotated[
+        str | None, typer.Option(help="Device: cpu, cuda or cuda:1. Default: a GPU if there is one.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Dtype of the base model. Default: bfloat16 on a GPU, otherwise float32.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write results.json (and ratios.svg) to.")] = None,
 ) -> None:
-    """Measure time, memory and size of Lily beside LoRA, on random weights of a real shape; nothing is trained."""
+    """Measure time, memory and size of Lily and LoRA on a model with random weights; nothing is trained."""
     import importlib.util
 
     import torch
@@ -51,7 +60,7 @@ def bench_command(
     console = Console()
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if where.startswith("cuda") and not torch.cuda.is_available():
-        raise LilyError(f"--device {where}: PyTorch sees no GPU here; give --device cpu")
+        raise LilyError(f"--device {where}: PyTorch finds no GPU; use --device cpu")
     kind = dtype or ("bfloat16" if where.startswith("cuda") else "float32")
     if kind not in DTYPES:
         raise LilyError(f"--dtype {kind} is not known; choose one of {', '.join(DTYPES)}")
@@ -86,7 +95,7 @@ def bench_command(
 def _subject(
     model: str, targets: str, device: str, dtype: Any, sizes: tuple[int, int, int, int], asked: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
-    """The base model, and what of Lily's options was asked or follows."""
+    """The base model, and Lily's options: those given on the command line, and those that follow from them."""
     from dataclasses import replace
 
     import lily

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lily.cli.train import quieten
+from lily.cli.tune import Jobs, Threads
 from lily.errors import LilyError
 
 if TYPE_CHECKING:
@@ -26,36 +27,42 @@ def compare_command(
         list[str],
         typer.Argument(
             metavar="RECIPE... [KEY=VALUE]...",
-            help="Recipes, and changes to all of them. With --summary: folders that `lily compare` wrote.",
+            help="Recipes, and changes that apply to all of them. With --summary: folders that `lily compare` wrote.",
         ),
     ],
     methods: Annotated[
         str,
         typer.Option(
-            help="With commas: lily, lily:batch (or another routing), stock-lily, lora, rslora, dora, none (the head "
-            "alone), peft (the recipe's block), or a type of PEFT's such as vera, loha, ia3. All but the first are "
-            "tested against it."
+            help="Comma-separated methods: lily, lily:batch (or another routing), stock-lily, lora, rslora, dora, none "
+            "(trains the head alone), peft (the recipe's section peft), or another PEFT type such as vera, loha, ia3. "
+            "The others are tested against the first."
         ),
     ] = "lily,lora",
-    seeds: Annotated[int, typer.Option(min=1, help="How many, from the recipe's own on.")] = 3,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Number of seeds per method, counted up from the recipe's seed.")
+    ] = 3,
     equal: Annotated[
-        str, typer.Option(help="params: for each the largest rank with no more parameters than Lily; rank: Lily's.")
+        str,
+        typer.Option(
+            help="params: each method has the largest rank with no more parameters than Lily; rank: Lily's rank."
+        ),
     ] = "params",
     tune: Annotated[
-        bool, typer.Option("--tune", help="First choose each one's learning rate and scale on the validation rows.")
+        bool,
+        typer.Option("--tune", help="First choose the learning rate and scale of each method on the validation rows."),
     ] = False,
-    jobs: Annotated[
-        int | None, typer.Option(min=1, help="Runs at the same time. Default: one for two cores; one on a GPU.")
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Of each run. Default: OMP_NUM_THREADS, or an even share of the cores.")
-    ] = None,
+    jobs: Jobs = None,
+    threads: Threads = None,
     output: Annotated[
-        str, typer.Option(help="Folder; each recipe has one inside. The same command goes on where it stopped.")
+        str,
+        typer.Option(
+            help="Folder to write; it has a subfolder per recipe. The same command continues an interrupted one."
+        ),
     ] = "runs/compare",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete earlier runs and start over.")] = False,
     summary: Annotated[
-        bool, typer.Option("--summary", help="Print one Markdown table of finished comparisons; train nothing.")
+        bool,
+        typer.Option("--summary", help="Print one Markdown table of finished comparisons without training anything."),
     ] = False,
 ) -> None:
     """Compare methods on the same rows, in the same order, at equal budgets, with paired tests."""
@@ -67,50 +74,52 @@ def compare_command(
         raise LilyError(f"--equal {equal} is not known; choose one of {', '.join(BUDGETS)}")
     quieten()
     from lily.compare import compare as comparing
-    from lily.compare import runner
     from lily.compare.contestants import parse
     from lily.recipes import loader
+    from lily.search import folder
+    from lily.search.runner import side_by_side
 
-    count, share = runner.side_by_side(jobs)
-    wish = comparing.Wish(tuple(parse(methods)), seeds, equal, tune, count, threads or share, overwrite)  # type: ignore[arg-type]
+    count, share = side_by_side(jobs)
+    names = tuple(parse(methods))
+    options = comparing.CompareOptions(names, seeds, equal, tune, count, threads or share, overwrite)  # type: ignore[arg-type]
     changes = [text for text in recipes if "=" in text]
     chosen = [loader.load_recipe(name, changes) for name in recipes if "=" not in name]
     if not chosen:
-        raise LilyError("name a recipe to compare on; `lily recipes` lists those that ship")
+        raise LilyError("lily compare: no recipe is given; `lily recipes` lists the shipped ones")
     if twice := [r.name for r in chosen if [s.name for s in chosen].count(r.name) > 1]:
-        raise LilyError(f"two recipes are named {twice[0]}; give one of them another `name`")
+        raise LilyError(f"two recipes have the name {twice[0]}; give one of them another `name`")
     out = Path(output).expanduser()
     for recipe in chosen:  # all of them before the first is trained
-        runner.check_folder(out / recipe.name)
-    entered = [(recipe, comparing.contestants(recipe, wish)) for recipe in chosen]
-    for recipe, found in entered:
-        comparing.check(recipe, found, wish, out / recipe.name)
-    for recipe, found in entered:
-        listed = ", ".join(f"{c.name} {c.parameters:,}" + (f" (r={c.rank})" if c.rank else "") for c in found)
+        folder.check(out / recipe.name, comparing.COMMAND, comparing.WRITTEN)
+    resolved = [(recipe, comparing.resolved(recipe, options)) for recipe in chosen]
+    for recipe, compared in resolved:
+        comparing.check(recipe, compared, options, out / recipe.name)
+    for recipe, compared in resolved:
+        listed = ", ".join(f"{c.name} {c.parameters:,}" + (f" (r={c.rank})" if c.rank else "") for c in compared)
         console.print(escape(f"{recipe.name}: parameters {listed}"), highlight=False, soft_wrap=True)
     errors, failed = [], False
     try:
-        for recipe, found in entered:
-            tell = partial(_tell, console, recipe.name)
+        for recipe, compared in resolved:
+            announce = partial(_announce, console, recipe.name)
             try:
-                told = comparing.compare(recipe, found, wish, out / recipe.name, tell)
-            except LilyError as error:  # the other recipes are not held up
+                comparison = comparing.compare(recipe, compared, options, out / recipe.name, announce)
+            except LilyError as error:  # continue with the other recipes
                 errors.append(f"{recipe.name}: {error}")
-                tell(f"failed: {error}")
+                announce(f"failed: {error}")
                 continue
-            _print(told, console)
+            _print(comparison, console)
             console.print(escape(f"written to {out / recipe.name}"), soft_wrap=True, highlight=False)
-            failed |= bool(told.failed)
+            failed |= bool(comparison.failed)
     except (KeyboardInterrupt, SystemExit):
-        console.print("\nthe same command goes on where this one stopped")
+        console.print("\nrepeat the same command to continue")
         raise
-    for said in errors:
-        print(f"error: {said}", file=sys.stderr)
+    for message in errors:
+        print(f"error: {message}", file=sys.stderr)
     if errors or failed:
         raise typer.Exit(1)
 
 
-def _tell(console: Console, name: str, line: str) -> None:
+def _announce(console: Console, name: str, line: str) -> None:
     console.print(escape(f"{name} {line}"), highlight=False, soft_wrap=True)
 
 
@@ -119,26 +128,26 @@ def _summary(folders: list[Path]) -> str:
     from lily.compare.result import is_comparison, read
     from lily.compare.tables import summary
 
-    found = []
+    comparisons = []
     for folder in folders:
         inner = [path for path in (folder, *sorted(folder.glob("*"))) if is_comparison(path)]
         if not inner:
             raise LilyError(f"{folder} holds no comparison; name a folder that `lily compare` wrote")
-        found += [read(path) for path in inner]
-    return summary(found)
+        comparisons += [read(path) for path in inner]
+    return summary(comparisons)
 
 
-def _print(found: Comparison, console: Console) -> None:
+def _print(comparison: Comparison, console: Console) -> None:
     from lily.compare import tables
 
-    said = tables.words(found)
-    console.print(escape(said[0]), soft_wrap=True, highlight=False)
-    for lines in (tables.quality(found), tables.costs(found)):
+    first, *others = tables.words(comparison)
+    console.print(escape(first), soft_wrap=True, highlight=False)
+    for lines in (tables.quality(comparison), tables.costs(comparison)):
         table = Table()
         for i, name in enumerate(lines[0]):
             table.add_column(escape(name), justify="right" if i else "left", no_wrap=not i)
         for row in lines[1:]:
             table.add_row(*(escape(cell) for cell in row))
         console.print(table)
-    for line in said[1:]:
+    for line in others:
         console.print(escape(line), soft_wrap=True, highlight=False)

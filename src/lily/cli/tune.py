@@ -1,4 +1,4 @@
-"""`lily tune` and `lily sweep`: choosing what a recipe leaves to choose."""
+"""`lily tune` and `lily sweep`: searching the settings of a recipe."""
 
 from __future__ import annotations
 
@@ -17,38 +17,51 @@ from lily.errors import LilyError
 
 UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
 
-Budget = Annotated[str | None, typer.Option("--params", help="Parameters of a shape, such as 1.2M. Default: its own.")]
-Grid = Annotated[bool, typer.Option("--grid", help="Every num_A with every num_B, not only equal ones.")]
-Output = Annotated[str | None, typer.Option(help="The folder to write. Default: below runs/.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Begin anew.")]
-Verbose = Annotated[bool, typer.Option("--verbose", help="Progress bars of the runs.")]
+Budget = Annotated[
+    str | None, typer.Option("--params", help="Parameter budget of a shape, such as 1.2M. Default: the recipe's.")
+]
+Grid = Annotated[bool, typer.Option("--grid", help="Combine every num_A with every num_B. Default: num_A = num_B.")]
+Output = Annotated[str | None, typer.Option(help="Folder to write. Default: a folder in runs/.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete earlier runs and start over.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show the progress bars of the runs.")]
+Jobs = Annotated[
+    int | None, typer.Option(min=1, help="Runs at the same time. Default: one per two cores, or one on a GPU.")
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(min=1, help="CPU threads per run. Default: OMP_NUM_THREADS, or an equal share of the cores."),
+]
 
 
 def tune_command(
     recipe: Recipe_,
     overrides: Overrides = None,
-    trials: Annotated[int, typer.Option(help="In all; a finished search goes on with a larger number.")] = 20,
-    timeout: Annotated[str | None, typer.Option(help="Begin no trial after this time, such as 90m or 8h.")] = None,
+    trials: Annotated[
+        int, typer.Option(help="Total number of trials. A larger number continues a finished search.")
+    ] = 20,
+    timeout: Annotated[str | None, typer.Option(help="Start no trial after this time, such as 90m or 8h.")] = None,
     method: Annotated[
-        str | None, typer.Option(help="lily, lora, rslora, dora or stock-lily. Default: the recipe's.")
+        str | None, typer.Option(help="Method to tune: lily, lora, rslora, dora or stock-lily. Default: the recipe's.")
     ] = None,
-    knobs: Annotated[str | None, typer.Option(help="Some of them only, such as learning_rate,scaling.")] = None,
+    knobs: Annotated[
+        str | None, typer.Option(help="Comma-separated knobs to search, such as learning_rate,scaling. Default: all.")
+    ] = None,
     ranges: Annotated[
-        list[str] | None, typer.Option("--range", help="Bounds of a knob, such as scaling=0.1:10.")
+        list[str] | None, typer.Option("--range", help="Smallest and largest value of a knob, such as scaling=0.1:10.")
     ] = None,
     params: Budget = None,
     grid: Grid = False,
     max_forgetting: Annotated[
-        float | None, typer.Option(help="The best may not increase the loss on general text by more.")
+        float | None, typer.Option(help="Largest increase of the loss on general text that the best trial may have.")
     ] = None,
-    keep: Annotated[bool, typer.Option("--keep", help="Keep the trials' adapters.")] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the adapters of all trials.")] = False,
     output: Output = None,
     overwrite: Overwrite = False,
     verbose: Verbose = False,
 ) -> None:
-    """Search learning rate, scaling and shape on the validation rows; writes the best recipe.
+    """Search learning rate, scaling and shape on the validation rows, and write the best recipe.
 
-    Killed and started again, it goes on.
+    The same command continues an interrupted search.
     """
     from lily.recipes import loader
 
@@ -59,7 +72,7 @@ def tune_command(
     from lily.tune import report, run
     from lily.tune.space import parse_ranges
 
-    wish = run.Wish(
+    options = run.TuneOptions(
         trials=trials,
         timeout=seconds,
         knobs=None if knobs is None else [name.strip() for name in knobs.split(",")],
@@ -71,10 +84,10 @@ def tune_command(
     )
     folder = Path(output).expanduser() if output else run.output_folder(chosen)
     try:
-        found = run.tune(
+        result = run.tune(
             chosen,
             folder,
-            wish,
+            options,
             source=recipe,
             overrides=changes,
             overwrite=overwrite,
@@ -82,9 +95,9 @@ def tune_command(
             announce=_announce,
         )
     except (KeyboardInterrupt, SystemExit, OSError):
-        print("\nthe same command goes on", file=sys.stderr)
+        print("\nrepeat the same command to continue", file=sys.stderr)
         raise
-    report.print_tuned(found, folder, Console())
+    report.print_tuned(result, folder, Console())
 
 
 def sweep_command(
@@ -92,46 +105,42 @@ def sweep_command(
     overrides: Overrides = None,
     params: Budget = None,
     grid: Grid = False,
-    points: Annotated[int, typer.Option(help="At most so many shapes, evenly spread over the ranks.")] = 8,
-    seeds: Annotated[int, typer.Option(help="Of each shape, from the recipe's own on.")] = 1,
+    points: Annotated[int, typer.Option(help="Largest number of shapes; they are spread evenly over the ranks.")] = 8,
+    seeds: Annotated[int, typer.Option(help="Number of seeds per shape, counted up from the recipe's seed.")] = 1,
     halving: Annotated[
-        bool, typer.Option("--halving", help="Give up the worse half at every rung, by the validation rows.")
+        bool, typer.Option("--halving", help="Stop the worse half of the shapes at every rung, by the validation rows.")
     ] = False,
-    lora: Annotated[bool, typer.Option("--lora", help="Also train LoRA of as many parameters.")] = False,
-    jobs: Annotated[
-        int | None, typer.Option(min=1, help="Runs at the same time. Default: one for two cores; one on a GPU.")
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Of each run. Default: OMP_NUM_THREADS, or an even share of the cores.")
-    ] = None,
+    lora: Annotated[bool, typer.Option("--lora", help="Also train LoRA with as many parameters.")] = False,
+    jobs: Jobs = None,
+    threads: Threads = None,
     output: Output = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Train the shapes (r, num_A, num_B) that one budget buys: quality against granularity, as a table and a plot.
+    """Train the shapes (r, num_A, num_B) within one budget, and show quality against granularity as a table and a plot.
 
-    Killed and started again, it goes on.
+    The same command continues an interrupted sweep.
     """
     from lily.recipes import loader
 
     chosen = loader.load_recipe(recipe, overrides or [])
     quieten()
-    from lily.compare.runner import side_by_side
+    from lily.search.runner import side_by_side
     from lily.tune import sweep, sweep_report
 
     count, share = side_by_side(jobs)
-    wish = sweep.Wish(params, grid, points, seeds, halving, lora, count, threads or share)
+    options = sweep.SweepOptions(params, grid, points, seeds, halving, lora, count, threads or share)
     folder = Path(output).expanduser() if output else sweep.output_folder(chosen)
     try:
-        found = sweep.sweep(chosen, folder, wish, overwrite=overwrite, announce=_announce)
+        result = sweep.sweep(chosen, folder, options, overwrite=overwrite, announce=_announce)
     except (KeyboardInterrupt, SystemExit):
-        print("\nthe same command goes on", file=sys.stderr)
+        print("\nrepeat the same command to continue", file=sys.stderr)
         raise
     console = Console()
-    sweep_report.print_sweep(found, folder, console)
+    sweep_report.print_sweep(result, folder, console)
     if find_spec("matplotlib") is None:
-        console.print(escape('no plot: matplotlib is not installed; pip install "lily-peft[plots]"'))
+        console.print(escape('no plot, because matplotlib is not installed; pip install "lily-peft[plots]"'))
         return
-    picture = sweep_report.picture(found)
+    picture = sweep_report.picture(result)
     for name in sweep.PICTURES:
         picture.save(folder / name, overwrite=True)
     console.print(escape(f"plot: {folder / sweep.PICTURES[0]}"), soft_wrap=True)
@@ -141,7 +150,7 @@ def parse_time(text: str) -> float:
     """Seconds of a time such as 90m, 8h or 3600.
 
     Raises:
-        LilyError: if it is none.
+        LilyError: quotes a text of another form.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text.strip().lower())
     if match is None:
@@ -149,5 +158,5 @@ def parse_time(text: str) -> float:
     return float(match[1]) * UNITS[match[2]]
 
 
-def _announce(said: str) -> None:
-    print(said, file=sys.stderr, flush=True)
+def _announce(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

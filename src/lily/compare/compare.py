@@ -1,39 +1,44 @@
-"""From a recipe and names of methods to a finished comparison."""
+"""`lily compare`: from a recipe and the names of methods to a finished comparison."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lily.compare import search, tables
-from lily.compare.contestants import Contestant, Equal, resolve
+from lily.compare import doubling, tables
+from lily.compare.contestants import ComparedMethod, Equal, resolve
 from lily.compare.page import page
 from lily.compare.result import Comparison, read
-from lily.compare.runner import Job, Outcome, opened, run
 from lily.errors import LilyError
 from lily.io.atomic import write_text
 from lily.recipes import preflight
 from lily.recipes.scoring import metrics
 from lily.recipes.spec.schema import Recipe
+from lily.search import folder
+from lily.search.engine import search
+from lily.search.runner import Announce, Job, Outcome, run
 
-Tell = Callable[[str], None]
+# What a comparison writes into its folder.
+WRITTEN = ("runs", "tuning", "recipes", "logs", "comparison.json", "comparison.md", "comparison.html")
+COMMAND = "lily compare"
+Trial = tuple[str, doubling.Powers]  # method's name, and what multiplies its learning rate and scale
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What a comparison is to be.
+class CompareOptions:
+    """Options of a comparison.
 
     Attributes:
         methods: from `contestants.parse`; the others are tested against the first.
-        seeds: how many, from the recipe's own on.
+        seeds: number of seeds, counted up from the recipe's.
         equal: `params` or `rank`.
-        tune: choose learning rate and scale of each method on the validation rows first.
+        tune: first choose learning rate and scale of each method on the validation rows.
         jobs: runs at the same time.
-        threads: of each.
-        overwrite: begin anew.
+        threads: CPU threads per run.
+        overwrite: delete earlier runs.
     """
 
     methods: tuple[str, ...]
@@ -45,168 +50,145 @@ class Wish:
     overwrite: bool = False
 
 
-def contestants(recipe: Recipe, wish: Wish) -> list[Contestant]:
-    """Everything that can be checked without weights, checked; and the methods with their ranks.
+def resolved(recipe: Recipe, options: CompareOptions) -> list[ComparedMethod]:
+    """The methods with their ranks, after all checks that need no weights.
 
     Raises:
-        LilyError: for whatever is wrong with the recipe, its data, its model or a method.
+        LilyError: if the recipe, its data, its model or a method is wrong.
     """
     prepared = preflight.prepare(recipe.model_copy(update={"method": "lily"}))
-    return resolve(recipe, wish.methods, wish.equal, prepared.meta)
+    return resolve(recipe, options.methods, options.equal, prepared.meta)
 
 
-def check(recipe: Recipe, found: Sequence[Contestant], wish: Wish, out: Path) -> None:
-    """Refuse to go on with runs of another recipe, before anything is trained.
-
-    Args:
-        recipe: the experiment.
-        found: its contestants.
-        wish: what is asked.
-        out: the comparison's folder.
+def check(recipe: Recipe, methods: Sequence[ComparedMethod], options: CompareOptions, out: Path) -> None:
+    """Refuse a folder with runs of another recipe, before anything is trained.
 
     Raises:
         LilyError: if the folder holds one.
     """
-    if wish.overwrite:
+    if options.overwrite:
         return
-    for c in found:
-        tuned = wish.tune and c.trains
-        for power in search.FIRST if tuned else ():
-            _trial(c, (power, 0), recipe.seed, out).check()
-        for job in _finals([c], _seeds(recipe, wish), out):
-            job.check(c.settings if tuned else ())
+    for method in methods:
+        tuned = options.tune and method.trains
+        for power in doubling.FIRST if tuned else ():
+            _trial(method, (power, 0), recipe.seed, out).check()
+        for job in _finals([method], _seeds(recipe, options), out):
+            job.check(method.settings if tuned else ())
 
 
-def compare(recipe: Recipe, found: Sequence[Contestant], wish: Wish, out: Path, tell: Tell) -> Comparison:
-    """Train what is not trained yet, and write `comparison.json`, `.md` and `.html`.
+def compare(
+    recipe: Recipe, methods: Sequence[ComparedMethod], options: CompareOptions, out: Path, announce: Announce
+) -> Comparison:
+    """Train what is not finished yet, and write `comparison.json`, `.md` and `.html`.
 
     Args:
         recipe: the experiment.
-        found: its contestants.
-        wish: what is asked.
-        out: the comparison's folder.
-        tell: called with a line for each run that ends.
+        methods: from `resolved`.
+        options: of the comparison.
+        out: its folder.
+        announce: called with a line for each run that ends.
 
     Raises:
-        LilyError: if the folder holds anything else, or no run gave anything. One that fails is told in the result.
+        LilyError: if the folder holds anything else, or all runs failed. Single failures are part of the result.
         KeyboardInterrupt: at Ctrl-C, and SystemExit at SIGTERM, when all runs have written their checkpoints.
     """
-    with opened(out, wish.overwrite) as lock:
+    with folder.opened(out, COMMAND, WRITTEN, options.overwrite) as lock:
         setting: dict[str, Any] = {
-            "methods": [c.name for c in found], "equal": wish.equal, "tune": wish.tune,
-            "seeds": _seeds(recipe, wish), "jobs": wish.jobs, "threads": wish.threads,
+            "methods": [method.name for method in methods], "equal": options.equal, "tune": options.tune,
+            "seeds": _seeds(recipe, options), "jobs": options.jobs, "threads": options.threads,
         }  # fmt: skip
         failed: dict[str, str] = {}
-        if wish.tune:
-            found, setting["tuning"], failed = _tuned(recipe, found, wish, out, lock, tell)
-        jobs = _finals(found, setting["seeds"], out)
-        outcomes = run(jobs, out, wish.jobs, wish.threads, lock, _teller(jobs, tell))
+        if options.tune:
+            methods, setting["tuning"], failed = _tuned(recipe, methods, options, out, lock, announce)
+        jobs = _finals(methods, setting["seeds"], out)
+        outcomes = run(jobs, out, options.jobs, options.threads, lock, announce)
         failed |= {name: outcome.error for name, outcome in outcomes.items() if outcome.error is not None}
         if all(outcome.figures is None for outcome in outcomes.values()):
-            raise LilyError(f"no run of {recipe.name} ended well: {next(iter(failed.values()))}")
-        told = read(out, setting, failed)
-        write(told, out)
-        return told
+            raise LilyError(f"all runs of {recipe.name} failed: {next(iter(failed.values()))}")
+        comparison = read(out, setting, failed)
+        write(comparison, out)
+        return comparison
 
 
-def write(found: Comparison, out: Path) -> None:
-    """Write a comparison's table and pages."""
-    write_text(out / "comparison.json", json.dumps(found.to_dict(), indent=2))
-    write_text(out / "comparison.md", tables.markdown(found))
-    write_text(out / "comparison.html", page(found))
+def write(comparison: Comparison, out: Path) -> None:
+    """Write a comparison's figures, table and page."""
+    write_text(out / "comparison.json", json.dumps(comparison.to_dict(), indent=2))
+    write_text(out / "comparison.md", tables.markdown(comparison))
+    write_text(out / "comparison.html", page(comparison))
 
 
-def _seeds(recipe: Recipe, wish: Wish) -> list[int]:
-    return [recipe.seed + i for i in range(wish.seeds)]
+def _seeds(recipe: Recipe, options: CompareOptions) -> list[int]:
+    return [recipe.seed + i for i in range(options.seeds)]
 
 
-def _finals(found: Sequence[Contestant], seeds: Sequence[int], out: Path) -> list[Job]:
+def _finals(methods: Sequence[ComparedMethod], seeds: Sequence[int], out: Path) -> list[Job]:
     """The runs that are compared."""
     return [
-        Job(f"{c.folder}/{seed}", c.with_seed(seed), out / "runs" / c.folder / str(seed))
+        Job(f"{method.folder}/{seed}", method.with_seed(seed), out / "runs" / method.folder / str(seed))
         for seed in seeds
-        for c in found
+        for method in methods
     ]
 
 
 def _tuned(
-    recipe: Recipe, found: Sequence[Contestant], wish: Wish, out: Path, lock: Any, tell: Tell
-) -> tuple[list[Contestant], dict[str, Any], dict[str, str]]:
-    """The contestants at the settings that the search chose, what it found, and those for which it found nothing."""
-    name = metrics.metrics_of(recipe)[0]
-
-    def better(a: float, b: float) -> bool:
-        return metrics.better(name, a, b)
-
-    tried: dict[str, dict[search.Point, float | None]] = {c.name: {} for c in found}
+    recipe: Recipe, methods: Sequence[ComparedMethod], options: CompareOptions, out: Path, lock: Any, announce: Announce
+) -> tuple[list[ComparedMethod], dict[str, Any], dict[str, str]]:
+    """The methods at their best settings, a record of their trials, and why the methods failed that have none."""
+    metric = metrics.metrics_of(recipe)[0]
+    by_name = {method.name: method for method in methods}
     errors: dict[str, str] = {}
-    while True:
-        jobs: dict[str, tuple[Contestant, search.Point]] = {}
-        listed: list[Job] = []
-        for c in found:
-            points = search.next_points(tried[c.name], better, c.scale is not None) if c.trains else []
-            for point in points:
-                job = _trial(c, point, recipe.seed, out)
-                jobs[job.name] = c, point
-                listed.append(job)
-        if not listed:
-            break
-        outcomes = run(listed, out, wish.jobs, wish.threads, lock, _teller(listed, tell))
-        for key, (c, point) in jobs.items():
-            figures, error = outcomes[key].figures, outcomes[key].error
-            tried[c.name][point] = None if figures is None or not figures["best"] else figures["best"]["value"]
-            errors |= {c.name: error} if error is not None else {}
-    record: dict[str, Any] = {}
-    made, failed = [], {}
-    for c in found:
-        best = search.chosen(tried[c.name], better)
-        lost = c.trains and best is None
-        final = c if best is None else _at(c, best)
-        if lost:
-            why = errors.get(c.name, "nothing was evaluated")
-            failed[c.name] = f"at every learning rate that was tried, the last time because: {why}"
-            tell(f"{c.name} failed: {failed[c.name]}")
-        else:
-            made.append(final)
-        trials = [
-            {"learning_rate": (at := _at(c, p)).learning_rate, "scale": at.scale and at.scale[1], name: value}
-            for p, value in sorted(tried[c.name].items())
+
+    def of_method(name: str, values: Mapping[Trial, float | None]) -> dict[doubling.Powers, float | None]:
+        return {powers: value for (of, powers), value in values.items() if of == name}
+
+    def propose(values: Mapping[Trial, float | None]) -> list[Trial]:
+        return [
+            (method.name, powers)
+            for method in methods
+            if method.trains
+            for powers in doubling.next_powers(of_method(method.name, values), metric, method.scale is not None)
         ]
-        record[c.name] = {
-            "learning_rate": None if lost else final.learning_rate,
-            "scale": None if lost else final.scale and final.scale[1],
-            "trials": trials,
+
+    def run_trials(trials: Sequence[Trial]) -> dict[Trial, float | None]:
+        jobs = [_trial(by_name[name], powers, recipe.seed, out) for name, powers in trials]
+        outcomes: dict[str, Outcome] = run(jobs, out, options.jobs, options.threads, lock, announce)
+        ended = {trial: outcomes[job.name] for trial, job in zip(trials, jobs, strict=True)}
+        errors.update({name: outcome.error for (name, _), outcome in ended.items() if outcome.error is not None})
+        return {trial: outcome.validation for trial, outcome in ended.items()}
+
+    values = search(propose, run_trials)
+    tuned, record, failed = [], {}, {}
+    for method in methods:
+        trials = of_method(method.name, values)
+        best = doubling.best_powers(trials, metric)
+        chosen = method if best is None else _at(method, best)
+        if lost := method.trains and best is None:
+            why = errors.get(method.name, "no value of its metric is finite")
+            failed[method.name] = f"at every learning rate that was tried, the last time because: {why}"
+            announce(f"{method.name} failed: {failed[method.name]}")
+        else:
+            tuned.append(chosen)
+        record[method.name] = {
+            **({"learning_rate": None, "scale": None} if lost else _settings(chosen)),
+            "trials": [{**_settings(_at(method, powers)), metric: value} for powers, value in sorted(trials.items())],
         }
-    return made, record, failed
+    return tuned, record, failed
 
 
-def _at(contestant: Contestant, point: search.Point) -> Contestant:
-    rate, scale = point
-    return contestant.with_settings(
-        contestant.learning_rate * search.FACTOR**rate if rate else None,
-        contestant.scale[1] * search.FACTOR**scale if scale and contestant.scale else None,
+def _settings(method: ComparedMethod) -> dict[str, float | None]:
+    return {"learning_rate": method.learning_rate, "scale": method.scale and method.scale[1]}
+
+
+def _at(method: ComparedMethod, powers: doubling.Powers) -> ComparedMethod:
+    rate, scale = powers
+    return method.with_settings(
+        method.learning_rate * doubling.FACTOR**rate if rate else None,
+        method.scale[1] * doubling.FACTOR**scale if scale and method.scale else None,
     )
 
 
-def _trial(contestant: Contestant, point: search.Point, seed: int, out: Path) -> Job:
-    made = _at(contestant, point)
-    said = f"rate{made.learning_rate:g}" + (f"-scale{made.scale[1]:g}" if made.scale is not None else "")
-    return Job(f"tuning/{made.folder}/{said}", made.with_seed(seed), out / "tuning" / made.folder / said, True)
-
-
-def _teller(jobs: Sequence[Job], tell: Tell) -> Callable[[Job, Outcome], None]:
-    ended: list[str] = []
-
-    def told(job: Job, outcome: Outcome) -> None:
-        ended.append(job.name)
-        place = f"[{len(ended)}/{len(jobs)}] {job.name}"
-        if outcome.figures is None:
-            tell(f"{place} failed: {outcome.error}")
-            return
-        figures = outcome.figures
-        metric = figures["metric"]
-        split = "validation" if job.trial else figures["split"]
-        said = f"{metric} {metrics.shown(metric, figures['final'][metric])} on the {split} rows"
-        tell(f"{place}: {said}, {figures['seconds'].get('train', 0.0):.0f} s")
-
-    return told
+def _trial(method: ComparedMethod, powers: doubling.Powers, seed: int, out: Path) -> Job:
+    tried = _at(method, powers)
+    name = f"rate{tried.learning_rate:g}" + (f"-scale{tried.scale[1]:g}" if tried.scale is not None else "")
+    where = f"tuning/{method.folder}/{name}"
+    return Job(where, tried.with_seed(seed), out / where, trial=True)

@@ -1,4 +1,4 @@
-"""Who is compared: each method as a recipe of its own, at the rank that makes the budgets equal."""
+"""The methods of a comparison: each as a separate recipe, at the rank that makes the budgets equal."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ NAMED = ("lily", "stock-lily", "lora", "rslora", "dora", "peft", "none")
 
 
 @dataclass(frozen=True)
-class Contestant:
+class ComparedMethod:
     """A method, ready to train.
 
     Attributes:
-        name: as it was asked for, such as `lily:batch` or `vera`.
-        recipe: what trains it, its rank written out.
+        name: as in `--methods`, such as `lily:batch` or `vera`.
+        recipe: that trains it, with its rank as a number.
         rank: of its updates; None where it has none.
-        parameters: that train, a new head aside.
-        scale: path of the recipe's key that says how much the update counts, and its value; None where it has none.
+        parameters: number that train, without those of a new head.
+        scale: path of the recipe's key that multiplies the update, and its value; None where there is none.
     """
 
     name: str
@@ -39,12 +39,12 @@ class Contestant:
 
     @property
     def folder(self) -> str:
-        """What its folder is called."""
+        """Name of its folder."""
         return self.name.replace(":", "-")
 
     @property
     def learning_rate(self) -> float:
-        """What it trains with."""
+        """Learning rate of its adapter."""
         return methods.learning_rate(self.recipe)
 
     @property
@@ -54,37 +54,38 @@ class Contestant:
 
     @property
     def _rate(self) -> tuple[str, ...]:
-        block = methods.block_of(self.recipe.method)
-        return (block, "learning_rate") if block else ("train", "learning_rate")
+        section = methods.block_of(self.recipe.method)
+        return (section, "learning_rate") if section else ("train", "learning_rate")
 
     @property
     def trains(self) -> bool:
-        """Whether there is anything of it to tune."""
+        """Whether it has an adapter, and so settings to choose."""
         return self.recipe.method != "none"
 
-    def with_settings(self, learning_rate: float | None = None, scale: float | None = None) -> Contestant:
+    def with_settings(self, learning_rate: float | None = None, scale: float | None = None) -> ComparedMethod:
         """The same with another learning rate, or another scale."""
-        recipe, found = self.recipe, self.scale
+        recipe, own_scale = self.recipe, self.scale
         if learning_rate is not None:
             recipe = changed(recipe, {self._rate: learning_rate})
-        if scale is not None and found is not None:
-            recipe, found = changed(recipe, {found[0]: scale}), (found[0], scale)
-        return replace(self, recipe=recipe, scale=found)
+        if scale is not None and own_scale is not None:
+            own_scale = (own_scale[0], scale)
+            recipe = changed(recipe, dict([own_scale]))
+        return replace(self, recipe=recipe, scale=own_scale)
 
     def with_seed(self, seed: int) -> Recipe:
-        """What trains it with a seed."""
+        """Its recipe with another seed."""
         return changed(self.recipe, {("seed",): seed})
 
 
 def parse(names: str) -> list[str]:
-    """Names of contestants, with commas between them, in order.
+    """The methods in a comma-separated list, in order.
 
     Raises:
-        LilyError: if one is not known, or given twice.
+        LilyError: if a name is unknown or repeated.
     """
     listed = [name.strip().lower() for name in names.split(",") if name.strip()]
     if not listed:
-        raise LilyError("--methods is empty; give some such as lily,lora")
+        raise LilyError("--methods is empty; name some methods, such as lily,lora")
     for name in listed:
         method, colon, routing = name.partition(":")
         if colon and (method != "lily" or routing not in ROUTINGS):
@@ -99,25 +100,25 @@ def parse(names: str) -> list[str]:
     return listed
 
 
-def resolve(recipe: Recipe, names: Sequence[str], equal: Equal, model: nn.Module) -> list[Contestant]:
-    """The contestants of a recipe.
+def resolve(recipe: Recipe, names: Sequence[str], equal: Equal, model: nn.Module) -> list[ComparedMethod]:
+    """The methods on a recipe, each at its rank.
 
     Args:
-        recipe: the experiment; its `lily` block is the budget.
+        recipe: the experiment; its `lily` section sets the budget.
         names: from `parse`.
         equal: `params`: for each the largest rank with no more parameters than Lily; `rank`: Lily's rank for all.
         model: the base model on the meta device.
 
     Raises:
-        LilyError: if a method cannot be put on this model.
+        LilyError: if a method cannot adapt this model.
     """
     lily = methods.peft_config(changed(recipe, {("method",): "lily"}), model)
     assert lily is not None
     rank = int(lily.r)
-    return [_contestant(recipe, name, None if equal == "params" else rank, model) for name in names]
+    return [_compared(recipe, name, None if equal == "params" else rank, model) for name in names]
 
 
-def _contestant(recipe: Recipe, name: str, rank: int | None, model: nn.Module) -> Contestant:
+def _compared(recipe: Recipe, name: str, rank: int | None, model: nn.Module) -> ComparedMethod:
     method, _, routing = name.partition(":")
     changes: dict[tuple[str, ...], Any] = {("method",): method, ("baselines",): []}
     if routing:
@@ -127,49 +128,49 @@ def _contestant(recipe: Recipe, name: str, rank: int | None, model: nn.Module) -
     if method in methods.LORAS:
         changes[("lora", "r")] = rank or "equal"
     elif method not in NAMED:
-        given = recipe.peft.peft_type
-        if given is None or given.upper() != method.upper():  # the block is about another method
+        peft_type = recipe.peft.peft_type
+        if peft_type is None or peft_type.upper() != method.upper():  # the section is about another method
             changes[("peft",)] = {"peft_type": method.upper()}
         changes[("method",)] = "peft"
     chosen = changed(recipe, changes)
-    block = methods.block_of(chosen.method)
-    if block == "peft":
+    section = methods.block_of(chosen.method)
+    if section == "peft":
         kind = other_peft.config_class(str(chosen.peft.peft_type))
         has_rank = "r" in other_peft.options_of(kind)
         chosen = changed(chosen, {("peft", "r"): rank if has_rank else None})
     config = methods.peft_config(chosen, model)
     if config is None:
-        return Contestant(name, chosen, None, 0, None)
+        return ComparedMethod(name, chosen, None, 0, None)
     with other_peft.implementation(chosen):
         parameters = 0 if chosen.method == "none" else other_peft.count(model, config)
     reached = _rank_of(config) if chosen.method != "none" else None
-    if reached is not None and block in ("lora", "peft"):
-        chosen = changed(chosen, {(block, "r"): reached})
-    return Contestant(name, chosen, reached, parameters, _scale(chosen, config))
+    if reached is not None and section in ("lora", "peft"):
+        chosen = changed(chosen, {(section, "r"): reached})
+    return ComparedMethod(name, chosen, reached, parameters, _scale(chosen, config))
 
 
 def _rank_of(config: Any) -> int | None:
-    found = getattr(config, "init_r", None) or getattr(config, "r", None)
-    return int(found) if found else None
+    rank = getattr(config, "init_r", None) or getattr(config, "r", None)
+    return int(rank) if rank else None
 
 
 def _scale(recipe: Recipe, config: Any) -> tuple[tuple[str, ...], float] | None:
-    block = methods.block_of(recipe.method)
-    if block == "lily":
+    section = methods.block_of(recipe.method)
+    if section == "lily":
         return ("lily", "scaling"), recipe.lily.scaling
-    if block == "lora":
+    if section == "lora":
         return ("lora", "alpha"), float(config.lora_alpha)
-    if block == "peft":
+    if section == "peft":
         name = next((name for name in other_peft.SCALES if getattr(config, name, None)), None)
         return None if name is None else (("peft", name), float(getattr(config, name)))
     return None
 
 
 def changed(recipe: Recipe, values: dict[tuple[str, ...], Any]) -> Recipe:
-    """The recipe with other values, checked.
+    """The recipe with other values, validated.
 
     Raises:
-        LilyError: if they do not go together.
+        LilyError: if they contradict one another.
     """
     document = recipe.model_dump(mode="json")
     for path, value in values.items():
@@ -177,7 +178,7 @@ def changed(recipe: Recipe, values: dict[tuple[str, ...], Any]) -> Recipe:
         for part in path[:-1]:
             where = where[part]
         where[path[-1]] = value
-    made = Recipe.model_validate(document)
-    for path, said in checks.problems(made):
-        raise LilyError(f"{recipe.name}, method {made.method}: {'.'.join(path)}: {said}")
-    return made.written_at(recipe.places)
+    valid = Recipe.model_validate(document)
+    for path, problem in checks.problems(valid):
+        raise LilyError(f"{recipe.name}, method {valid.method}: {'.'.join(path)}: {problem}")
+    return valid.written_at(recipe.places)

@@ -1,7 +1,7 @@
 """Whether two methods differ on the same held-out rows: paired tests, by scipy.
 
-What is random here is which rows there are; the trained models are taken as they are. That another seed might have
-trained them otherwise shows in the spread over seeds, not in these p-values.
+The tests treat the rows as random and the trained models as fixed. How much another seed changes a model shows in the
+spread over seeds, not in these p-values.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lily.recipes.spec.schema import Metric
 
 RESAMPLES = 2000
 Items = dict[str, list[Any]]
-# Metrics that count right rows.
+# Metrics that are a share of correct rows.
 COUNTS = ("accuracy", "accuracy_norm", "exact_match")
 LOSSES = ("loss", "perplexity")
 
@@ -28,15 +28,15 @@ class Paired:
     """A paired comparison.
 
     Attributes:
-        test: which: `McNemar, exact` or `paired permutation`.
-        n: rows.
-        difference: of the metric, the first minus the second, mean over seeds.
-        low: of the 95% interval of the difference, by a bootstrap over rows.
-        high: likewise.
+        test: `McNemar, exact` or `paired permutation`.
+        n: number of rows.
+        difference: first minus second value of the metric, mean over seeds.
+        low: lower end of the 95% interval of the difference, by a bootstrap over rows.
+        high: upper end of it.
         p: two-sided.
-        only_first: rows that the first alone has right, and ...
-        only_second: ... the second alone, over all seeds; None where rows are not right or wrong.
-        by_seed: p of McNemar's exact test of each seed, likewise.
+        only_first: rows that only the first method has correct, summed over seeds; None for other metrics.
+        only_second: rows that only the second has correct.
+        by_seed: p of McNemar's exact test per seed; empty for other metrics.
     """
 
     test: str
@@ -55,7 +55,7 @@ class Paired:
 
 
 def mcnemar(first: Sequence[int], second: Sequence[int]) -> tuple[int, int, float]:
-    """McNemar's exact test: (rows that the first alone has right, the second alone, two-sided p)."""
+    """McNemar's exact test: (rows that only the first has correct, rows that only the second has, two-sided p)."""
     from scipy.stats import binomtest
 
     a, b = np.asarray(first, bool), np.asarray(second, bool)
@@ -66,23 +66,23 @@ def mcnemar(first: Sequence[int], second: Sequence[int]) -> tuple[int, int, floa
 def compare(metric: Metric, first: Sequence[Items], second: Sequence[Items], seed: int = 0) -> Paired | None:
     """Compare two methods on the same rows.
 
-    With one seed of a metric that counts right rows this is McNemar's exact test. Otherwise a row's results are
-    swapped between the two methods, those of all seeds together, and the difference of the metric, mean over seeds, is
-    taken again: a paired permutation test.
+    With one seed and a metric that is a share of correct rows this is McNemar's exact test. Otherwise it is a paired
+    permutation test of the difference of the metric (mean over seeds): rows are swapped between the two methods, each
+    for all seeds together.
 
     Args:
-        metric: which.
-        first: what was found for each row, by seed; see `lily.recipes.scoring.evaluate.Judge`.
-        second: the same of the other method, with the same seeds.
+        metric: to compare.
+        first: results by row, one dictionary per seed; see `lily.recipes.scoring.evaluate.Judge`.
+        second: results of the other method, with the same seeds.
         seed: of the resampling.
 
     Returns:
-        None where what was kept does not allow it: other rows, nothing by row, or values that are not finite.
+        None where no test is possible: different rows, no results by row, or values that are not finite.
     """
-    found = _statistic(metric, first, second)
-    if found is None:
+    statistic = _statistic(metric, first, second)
+    if statistic is None:
         return None
-    rows, difference = found
+    rows, difference = statistic
     names = np.arange(rows)
     low, high = _interval(difference, names, rows, seed)
     kept: dict[str, Any] = {"n": rows, "difference": float(difference(names, names + rows)), "low": low, "high": high}
@@ -102,9 +102,9 @@ Difference = Callable[[Any, Any], float]
 
 
 def _statistic(metric: Metric, first: Sequence[Items], second: Sequence[Items]) -> tuple[int, Difference] | None:
-    """How many rows, and the difference of the metric as a function of which results count as whose.
+    """The number of rows, and the difference of the metric as a function of two arrays of result indices.
 
-    Results are numbered: row i of the first method is i, of the second `rows + i`.
+    Index i is row i of the first method, `rows + i` row i of the second.
     """
     columns = (metric,) if metric in COUNTS else ("loss",) if metric in LOSSES else ("predicted", "expected")
     if any(not items.get(name) for items in (*first, *second) for name in columns):
@@ -113,7 +113,7 @@ def _statistic(metric: Metric, first: Sequence[Items], second: Sequence[Items]) 
     if len(sizes) != 1 or len(first) != len(second):
         return None
     values = [[np.array([*a[name], *b[name]], float) for a, b in zip(first, second, strict=True)] for name in columns]
-    # no swap makes a difference that is larger than NaN, so a single one would look like a finding
+    # comparisons with NaN are false, so a single one would make p look significant
     if not all(np.isfinite(v).all() for column in values for v in column):
         return None
     if metric in COUNTS:
@@ -140,7 +140,7 @@ def _statistic(metric: Metric, first: Sequence[Items], second: Sequence[Items]) 
 def _permuted(difference: Difference, names: Any, rows: int, seed: int) -> float:
     from scipy.stats import permutation_test
 
-    found = permutation_test(
+    result = permutation_test(
         (names, names + rows),
         lambda a, b: difference(a.astype(int), b.astype(int)),
         permutation_type="samples",
@@ -148,7 +148,7 @@ def _permuted(difference: Difference, names: Any, rows: int, seed: int) -> float
         n_resamples=RESAMPLES,
         random_state=np.random.default_rng(seed),
     )
-    return float(found.pvalue)
+    return float(result.pvalue)
 
 
 def _interval(difference: Difference, names: Any, rows: int, seed: int) -> tuple[float, float]:

@@ -1,23 +1,23 @@
-"""A finished comparison as a value, from the files that its runs left: nothing is trained or loaded here."""
+"""A finished comparison as a value, read from the files of its runs; no model is trained or loaded."""
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+from lily.analysis.seeds import spread
 from lily.compare.paired import Items, Paired, compare
-from lily.compare.runner import METRICS, PREDICTIONS
 from lily.errors import LilyError
 from lily.recipes.results.run_files import json_object
 from lily.recipes.spec.schema import Metric
+from lily.search.runner import METRICS, PREDICTIONS
 
 TITLES = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA", "none": "no adapter", "stock-lily": "stock Lily",
           "vera": "VeRA", "loha": "LoHa", "lokr": "LoKr"}  # fmt: skip
-# What `lily sweep` writes beside its runs: at the beginning, and in the end.
+# What `lily sweep` writes beside its runs: first, and last.
 OTHERS = ("settings.json", "granularity.json")
 # Keys of a run's adapter summary that say how much its update counts.
 SCALES = ("scaling", "lora_alpha", "alpha")
@@ -31,20 +31,20 @@ class Entry:
         name: of the method, such as `lily:batch`.
         title: for people.
         seeds: of its runs.
-        values: metric -> a value for each seed, of the best adapter on the held-out rows.
-        tests: further test set -> metric -> values, likewise.
-        last: the main metric after the last epoch, on the validation rows, for each seed.
-        best: of the best epoch, likewise.
-        history: (optimiser step, main metric on the validation rows, mean over seeds).
-        forgetting: how much the loss on general text rose, in nats per token, for each seed that measured it.
+        values: metric -> a value per seed, of the best adapter on the held-out rows.
+        tests: further test set -> metric -> a value per seed.
+        last: main metric after the last epoch, on the validation rows, per seed.
+        best: main metric of the best epoch, on the validation rows, per seed.
+        history: (optimizer step, main metric on the validation rows, mean over seeds).
+        forgetting: increase of the loss on general text, in nats per token, for each seed that measured it.
         rank: of its updates; None where it has none.
-        parameters: that train, a new head aside; of the head, where it alone trains.
-        learning_rate: that it trained with.
-        scale: how much its update counts, and the name of the option that says so.
+        parameters: number that train, without a new head's; the head's, where it alone trains.
+        learning_rate: of the adapter.
+        scale: option that multiplies the update, and its value.
         seconds: of training.
         peak_bytes: of memory.
-        adapter_bytes: of the file.
-        test: against the first method, on the same rows.
+        adapter_bytes: size of the adapter's file.
+        test: paired test against the first method, on the same rows.
     """
 
     name: str
@@ -76,24 +76,24 @@ class Entry:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that was found.
+    """The figures of a comparison; `comparison.json` is this.
 
     Attributes:
         name: of the recipe.
         task: its task.
         metric: the main one, which chose the best epochs.
         metrics: all of them.
-        split: what they are measured on.
-        rows: of that split.
-        trained_on: training rows.
+        split: that they are measured on.
+        rows: number in that split.
+        trained_on: number of training rows.
         untrained: metric -> values of the model before training, by seed (a new head differs by seed).
         untrained_tests: further test set -> the same.
-        entries: the methods, in the order in which they were asked for.
+        entries: the methods, in the order of `--methods`.
         device: of the first run.
-        precision: likewise.
-        versions: likewise.
-        setting: what was asked of the comparison: budget, seeds, tuning.
-        failed: run, or method whose search for settings found none -> why it gave nothing.
+        precision: of the first run.
+        versions: of the packages of the first run.
+        setting: options of the comparison: budget, seeds, tuning.
+        failed: run, or method all of whose trials failed -> the reason.
     """
 
     name: str
@@ -118,7 +118,7 @@ class Comparison:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Comparison:
-        """The other way round."""
+        """From the values of `to_dict`."""
         entries = tuple(
             Entry(**{**entry, "test": None if entry["test"] is None else Paired(**entry["test"])})
             for entry in values["entries"]
@@ -131,61 +131,56 @@ def is_comparison(folder: Path) -> bool:
     return (folder / "runs").is_dir() and not any((folder / name).exists() for name in OTHERS)
 
 
-def spread(values: Sequence[float]) -> float | None:
-    """Standard deviation; None of a single value, or where one is not finite."""
-    return statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
-
-
 def read(folder: Path, setting: dict[str, Any] | None = None, failed: dict[str, str] | None = None) -> Comparison:
     """The comparison whose runs a folder holds, from their `metrics.json` and `predictions.json` alone.
 
     Args:
-        folder: that `lily compare` wrote, of one recipe.
-        setting: what was asked; default: what `comparison.json` says of it, if it is there.
-        failed: likewise.
+        folder: that `lily compare` wrote for one recipe.
+        setting: options of the comparison; default: those in `comparison.json`, if it exists.
+        failed: failures; default: those in `comparison.json`.
 
     Raises:
-        LilyError: if it holds no finished run, or runs of different things.
+        LilyError: if it holds no finished run, or runs on different recipes or rows.
     """
     runs = sorted((p.parent for p in (folder / "runs").glob(f"*/*/{METRICS}")), key=lambda p: (len(p.name), p.name))
     kept = _kept(folder)
     setting = setting if setting is not None else kept.get("setting", {})
     methods, seeds = setting.get("methods"), setting.get("seeds")
-    if methods is not None:  # the folder may hold more, from another time
+    if methods is not None:  # the folder may hold other methods, of an earlier command
         lost = kept.get("failed", {}) if failed is None else failed
-        asked = {name.replace(":", "-") for name in methods if name not in lost}
-        runs = [r for r in runs if r.parent.name in asked and int(r.name) in (seeds or [int(r.name)])]
+        compared = {name.replace(":", "-") for name in methods if name not in lost}
+        runs = [r for r in runs if r.parent.name in compared and int(r.name) in (seeds or [int(r.name)])]
     if not runs:
         raise LilyError(f"{folder} holds no finished run of a comparison")
-    found = {run: json_object(run / METRICS) for run in runs}
+    figures_of = {run: json_object(run / METRICS) for run in runs}
     try:
-        return _comparison(found, setting, failed if failed is not None else kept.get("failed", {}), folder)
+        return _comparison(figures_of, setting, failed if failed is not None else kept.get("failed", {}), folder)
     except LilyError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise LilyError(
-            f"{folder}: its runs are not what `lily train` writes ({type(error).__name__}: {error}); start anew with "
+            f"{folder}: its runs are not what `lily train` writes ({type(error).__name__}: {error}); start over with "
             "--overwrite"
         ) from None
 
 
 def _comparison(
-    found: dict[Path, dict[str, Any]], setting: dict[str, Any], failed: dict[str, str], folder: Path
+    figures_of: dict[Path, dict[str, Any]], setting: dict[str, Any], failed: dict[str, str], folder: Path
 ) -> Comparison:
     whose: dict[str, list[Path]] = {}
-    for run in found:
+    for run in figures_of:
         whose.setdefault(run.parent.name, []).append(run)
     order = [name.replace(":", "-") for name in setting.get("methods", [])]
     names = sorted(whose, key=lambda n: (order.index(n) if n in order else len(order), n))
-    one = found[whose[names[0]][0]]
-    about = [(f["name"], f["metric"], f["split"], f["rows"][f["split"]]) for f in found.values()]
+    one = figures_of[whose[names[0]][0]]
+    about = [(f["name"], f["metric"], f["split"], f["rows"][f["split"]]) for f in figures_of.values()]
     if len(set(about)) > 1:
         raise LilyError(f"{folder} holds runs of different recipes or rows: {', '.join(map(str, sorted(set(about))))}")
     listed = dict(zip(order, setting.get("methods", []), strict=True))
     entries: list[Entry] = []
     items: dict[str, dict[int, Items]] = {}
     for name in names:
-        figures = [found[run] for run in whose[name]]
+        figures = [figures_of[run] for run in whose[name]]
         entry = _entry(listed.get(name, name.replace("lily-", "lily:", 1)), figures)
         items[name] = {f["seed"]: _items(run) for run, f in zip(whose[name], figures, strict=True)}
         entries.append(_tested(entry, items[name], entries[0], items[names[0]], one["metric"]) if entries else entry)
@@ -197,8 +192,8 @@ def _comparison(
         split=one["split"],
         rows=one["rows"][one["split"]],
         trained_on=one["rows"]["train"],
-        untrained=_values([found[run]["before"] for run in whose[names[0]]]),
-        untrained_tests=_tests([found[run] for run in whose[names[0]]], "before"),
+        untrained=_values([figures_of[run]["before"] for run in whose[names[0]]]),
+        untrained_tests=_tests([figures_of[run] for run in whose[names[0]]], "before"),
         entries=tuple(entries),
         device=one["device"],
         precision=one["precision"],
@@ -244,14 +239,14 @@ def _history(figures: Sequence[dict[str, Any]]) -> tuple[tuple[float, float], ..
 
 
 def title_of(name: str, adapter: dict[str, Any]) -> str:
-    """A method's name for people."""
+    """A method's name in tables."""
     if name.partition(":")[0] == "lily":
         return f"Lily ({adapter.get('routing')})"
     return TITLES.get(name, str(adapter.get("peft_type", name)))
 
 
-def _values(found: Sequence[dict[str, float]]) -> dict[str, tuple[float, ...]]:
-    return {metric: tuple(float(values[metric]) for values in found) for metric in found[0]}
+def _values(by_seed: Sequence[dict[str, float]]) -> dict[str, tuple[float, ...]]:
+    return {metric: tuple(float(values[metric]) for values in by_seed) for metric in by_seed[0]}
 
 
 def _tested(entry: Entry, mine: dict[int, Items], reference: Entry, theirs: dict[int, Items], metric: str) -> Entry:

@@ -1,17 +1,19 @@
-"""Successive halving: all begin, and at each rung the better ones go on. Pure functions.
+"""The grid of `lily sweep` with successive halving: all entrants begin, and after each rung the better ones continue.
 
-A run that goes on does so from its own checkpoint and under the schedule of the whole run, so the one that wins is the
-run that a grid with the same evaluations would have made of it.
+A run continues from its own checkpoint and under the schedule of the whole run, so the winner is the run that a full
+grid with the same evaluations would have trained.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-T = TypeVar("T")
+from lily.search.engine import ranked
+
+Entrant = TypeVar("Entrant", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -19,8 +21,8 @@ class Rung:
     """A stage.
 
     Attributes:
-        until: optimiser steps at which it ends; None: the end of training.
-        keep: how many go on.
+        until: optimizer steps at which it ends; None: the end of training.
+        keep: number of runs that continue after it.
     """
 
     until: int | None
@@ -31,10 +33,10 @@ def rungs(count: int, steps: int, factor: int = 2, survivors: int = 2) -> tuple[
     """The stages of a halving; a single one, to the end, where there is nothing to halve.
 
     Args:
-        count: of those that begin.
-        steps: of a whole run.
-        factor: one in so many goes on.
-        survivors: at least so many reach the end.
+        count: runs that begin.
+        steps: optimizer steps of a whole run.
+        factor: one in `factor` runs continues.
+        survivors: least number of runs that reach the end.
     """
     kept = []
     while count > survivors:
@@ -48,19 +50,22 @@ def rungs(count: int, steps: int, factor: int = 2, survivors: int = 2) -> tuple[
     return (*stages, Rung(None, count))
 
 
-def survivors(values: Mapping[T, float | None], keep: int, better: Callable[[float, float], bool]) -> list[T]:
-    """Those that go on, in the order in which they were given.
+def next_runs(
+    values: Mapping[tuple[int, Entrant], float | None], stages: Sequence[Rung], entrants: Sequence[Entrant], metric: str
+) -> list[tuple[int, Entrant]]:
+    """The runs of the next rung, as (index of the rung, entrant) in the order of the entrants; empty after the last.
 
     Args:
-        values: what each has reached; None: it failed, and does not go on. Of equals the earlier one goes on.
-        keep: how many.
-        better: whether its first argument is the better value.
+        values: results so far; None: the run failed, and does not continue. Of equal ones the earlier continues.
+        stages: from `rungs`.
+        entrants: of the first rung.
+        metric: of the values.
     """
-    placed: list[T] = []
-    for one, value in values.items():
-        if value is None:
-            continue
-        at = next((i for i, other in enumerate(placed) if better(value, values[other])), len(placed))  # type: ignore[arg-type]
-        placed.insert(at, one)
-    going = placed[:keep]
-    return [one for one in values if one in going]
+    index = max((done for done, _ in values), default=-1) + 1
+    if index == len(stages):
+        return []
+    if index:
+        before = {one: value for (done, one), value in values.items() if done == index - 1}
+        better = ranked(before, metric)[: stages[index - 1].keep]
+        entrants = [one for one in entrants if one in better]
+    return [(index, one) for one in entrants]

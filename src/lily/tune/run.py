@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,27 +20,28 @@ from lily.recipes import loader, methods, preflight, train
 from lily.recipes.scoring import metrics as metric_tools
 from lily.recipes.scoring.metrics import shown
 from lily.recipes.spec.schema import Recipe
-from lily.tune import folder, ranking
+from lily.search import folder
+from lily.search.engine import ranked, search
 from lily.tune.space import Space, Values, cadence, changed, changes, space_of, steps_of
-from lily.tune.study import JOURNAL, Going, Study, Tried
+from lily.tune.study import JOURNAL, RunningTrial, Study, TrialResult
 
 RESULT, BEST, TRIALS = "tune.json", "best.yaml", "trials"
-IN_A_ROW = 3  # failures after which the fault is hardly the trials'
-OWN = (RESULT, BEST, TRIALS, JOURNAL, f"{JOURNAL}.lock")
+IN_A_ROW = 3  # failures after which the cause is hardly the trials' values
+WRITTEN = (RESULT, BEST, TRIALS, JOURNAL, f"{JOURNAL}.lock")
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What a search is asked for.
+class TuneOptions:
+    """Options of a search.
 
     Attributes:
-        trials: in all, those of earlier commands counted.
+        trials: total number, including those of earlier commands.
         timeout: seconds after which no new trial begins.
         knobs: to search; None: all that the method has.
-        ranges: knob -> bounds, where they are not the usual ones.
-        budget: parameters that a shape may cost; None: what the recipe's own costs.
-        grid: every num_A with every num_B.
-        max_forgetting: the best must not increase the loss on general text by more.
+        ranges: knob -> bounds, where they are not the default ones.
+        budget: parameters that a shape may cost; None: what the recipe's own shape costs.
+        grid: combine every num_A with every num_B.
+        max_forgetting: largest increase of the loss on general text that the best trial may have.
         keep: keep the trials' adapters.
     """
 
@@ -55,20 +56,20 @@ class Wish:
 
 
 @dataclass(frozen=True)
-class Tuned:
-    """What a search found; `tune.json` is this.
+class TuneResult:
+    """The result of a search; `tune.json` is this.
 
     Attributes:
         name: of the recipe.
         method: of the recipe.
         metric: main metric, on the validation rows.
-        rows: validation rows.
+        rows: number of validation rows.
         tested: whether the recipe has test rows, which no trial has seen.
-        space: what was searched.
-        tried: all trials, by number.
+        space: that was searched.
+        trials: all trials, by number.
         best: the best one; None: no trial is complete yet.
         importance: knob -> share of the differences that it explains; empty: too few trials.
-        recipe: the best values as a recipe's file; None: there is no best.
+        recipe: file of a recipe with the best values; None: there is no best.
     """
 
     name: str
@@ -77,8 +78,8 @@ class Tuned:
     rows: int
     tested: bool
     space: Space
-    tried: tuple[Tried, ...]
-    best: Tried | None
+    trials: tuple[TrialResult, ...]
+    best: TrialResult | None
     importance: dict[str, float]
     recipe: Path | None
 
@@ -93,13 +94,13 @@ class Tuned:
             "space": self.space.to_dict(),
             "best": None if self.best is None else self.best.to_dict(),
             "importance": self.importance,
-            "trials": [trial.to_dict() for trial in self.tried],
+            "trials": [trial.to_dict() for trial in self.trials],
         }
 
 
 @dataclass(frozen=True)
-class Search:
-    """A search, ready to begin: the recipe with its space, and how often a trial is evaluated."""
+class Prepared:
+    """A recipe with its search space, after all checks; `every` is how often a trial is evaluated."""
 
     recipe: Recipe
     space: Space
@@ -114,191 +115,221 @@ class Search:
         more = {} if self.every == self.recipe.train.evaluate_every else {"train": {"evaluate_every": self.every}}
         return {**changes(self.space, values), **more}
 
-    def recipe_of(self, values: Values, output: Path) -> Recipe:
-        """A trial's recipe."""
-        return folder.placed(changed(self.recipe, self.sections(values)), output)
-
 
 def output_folder(recipe: Recipe) -> Path:
-    """Where a search is kept if nobody says where."""
+    """The default folder of a search."""
     return Path("runs") / f"{recipe.name}-{recipe.method}-tune"
 
 
-def prepare(recipe: Recipe, wish: Wish) -> Search:
-    """Everything that can be found wrong before the first trial.
+def ranked_trials(trials: Sequence[TrialResult], metric: str) -> list[TrialResult]:
+    """From best to worst: complete trials by their value, then those that were stopped, then those without a value.
+
+    Of equal values the one comes first that forgets less, if that was measured, then the earlier one.
+    """
+    ties = sorted(trials, key=lambda trial: (trial.forgetting or 0.0, trial.number))
+    order = ranked({trial.number: trial.value for trial in ties}, metric)
+    places = {number: place for place, number in enumerate(order)}
+    return sorted(ties, key=lambda trial: (trial.state != "complete", places.get(trial.number, len(places))))
+
+
+def best_trial(trials: Sequence[TrialResult], metric: str, max_forgetting: float | None = None) -> TrialResult | None:
+    """The best complete trial that forgets no more than a limit; None if there is none."""
+    for trial in ranked_trials(trials, metric):
+        forgets = max_forgetting is not None and (trial.forgetting is None or trial.forgetting > max_forgetting)
+        if trial.state == "complete" and trial.value is not None and not forgets:
+            return trial
+    return None
+
+
+def prepare(recipe: Recipe, options: TuneOptions) -> Prepared:
+    """Check everything that can be checked before the first trial.
 
     Raises:
-        LilyError: for anything wrong with the recipe, its data or the wish.
+        LilyError: if the recipe, its data or the options are wrong.
     """
     if world_size() > 1:
         raise LilyError("a search runs in one process; start it without torchrun or accelerate launch")
-    if wish.trials < 1:
-        raise LilyError(f"--trials {wish.trials}: give at least 1")
-    if wish.max_forgetting is not None and recipe.forgetting is None:
-        raise LilyError("--max-forgetting needs the recipe to measure it; give it a section forgetting")
-    known = metric_tools.metrics_of(recipe)[0]
+    if options.trials < 1:
+        raise LilyError(f"--trials {options.trials}: give at least 1")
+    if options.max_forgetting is not None and recipe.forgetting is None:
+        raise LilyError("--max-forgetting needs a recipe that measures forgetting; add a section forgetting to it")
     prepared = preflight.prepare(recipe)
-    decided = methods.decide(recipe, prepared.meta)
     space = space_of(
         recipe,
-        decided,
+        methods.decide(recipe, prepared.meta),
         prepared.config,
-        knobs=wish.knobs,
-        ranges=wish.ranges,
-        budget=wish.budget,
-        grid=wish.grid,
+        knobs=options.knobs,
+        ranges=options.ranges,
+        budget=options.budget,
+        grid=options.grid,
     )
-    rows = len(prepared.train)
-    every = cadence(recipe, rows)
-    splits = prepared.splits
-    return Search(recipe, space, every, steps_of(recipe, rows), len(splits.validation), bool(splits.test), known)
+    rows, splits = len(prepared.train), prepared.splits
+    metric = metric_tools.metrics_of(recipe)[0]
+    every, steps = cadence(recipe, rows), steps_of(recipe, rows)
+    return Prepared(recipe, space, every, steps, len(splits.validation), bool(splits.test), metric)
 
 
 def tune(
     recipe: Recipe,
     output: Path,
-    wish: Wish,
+    options: TuneOptions,
     *,
     source: str | None = None,
     overrides: Sequence[str] = (),
     overwrite: bool = False,
     quiet: bool = True,
-    announce: Callable[[str], None] = lambda said: None,
-) -> Tuned:
-    """Search a recipe's knobs; killed and called again, it goes on.
+    announce: Callable[[str], None] = lambda line: None,
+) -> TuneResult:
+    """Search a recipe's knobs; called again after an interruption, it continues.
 
     Args:
-        recipe: where to start from, and all that is not searched.
+        recipe: the values to start from, and all that is not searched.
         output: the folder of the search.
-        wish: how much, and what.
-        source: name or path that the recipe was read from, for the recipe that is written to extend; None: it is
-            written out.
-        overrides: given beside it.
-        overwrite: begin anew.
-        quiet: no progress bars of the trials.
-        announce: is told what happens, line by line.
+        options: of the search.
+        source: name or path of the recipe's file, which the best recipe extends; None: it is written in full.
+        overrides: changes to it, such as `train.epochs=1`.
+        overwrite: delete an earlier search first.
+        quiet: show no progress bars.
+        announce: called with each line of progress.
 
     Returns:
-        What was found, also written to `tune.json` and `best.yaml` after every trial.
+        The result, also written to `tune.json` and `best.yaml` after every trial.
 
     Raises:
-        LilyError: for anything wrong, before the first trial where it can be known; or when trial after trial fails.
-            A single one that does is told in the result.
-        OSError: naming a path, when the disk is full; the trial goes on the next time.
+        LilyError: if anything is wrong, before the first trial where that can be checked; or if three trials in a row
+            fail. Single failures are part of the result.
+        OSError: names a path, when the disk is full; the next call repeats the trial.
     """
-    search = prepare(recipe, wish)
-    for note in search.space.notes:
-        announce(note)
-    settings = {"recipe": recipe.model_dump(mode="json"), "space": search.space.to_dict(), "every": search.every}
+    prepared = prepare(recipe, options)
+    space, metric, recipe = prepared.space, prepared.metric, prepared.recipe
+    for note in space.notes:
+        announce(f"note: {note}")
+    settings = {"recipe": recipe.model_dump(mode="json"), "space": space.to_dict(), "every": prepared.every}
     started, failures = time.monotonic(), 0
-    with folder.opened(output, settings, OWN, overwrite):
-        study = Study(output, search.space, search.metric, recipe.seed)
-        while study.finished < wish.trials:
-            if wish.timeout is not None and time.monotonic() - started > wish.timeout:
-                announce(f"time is up after {study.finished} trials; the same command goes on")
-                break
-            going = study.ask(first_steps=search.steps // 4)
-            announce(f"trial {going.number + 1} of {wish.trials}: {said(search.sections(going.values))}")
-            announce(f"  {_try(search, going, output / TRIALS / f'{going.number:03d}', wish.keep, quiet)}")
-            told = _write(search, study, output, wish, source, overrides)
-            last = next(trial for trial in told.tried if trial.number == going.number)
-            failures = failures + 1 if last.state == "failed" else 0
+    with folder.opened(output, "lily tune", WRITTEN, overwrite, settings):
+        study = Study(output, space, metric, recipe.seed)
+
+        def propose(values: Mapping[RunningTrial, float | None]) -> list[RunningTrial]:
+            if study.finished >= options.trials:
+                return []
+            if options.timeout is not None and time.monotonic() - started > options.timeout:
+                announce(f"time is up after {study.finished} trials; the same command continues")
+                return []
+            return [study.ask(first_steps=prepared.steps // 4)]
+
+        def run(trials: Sequence[RunningTrial]) -> dict[RunningTrial, float | None]:
+            nonlocal failures
+            (trial,) = trials
+            sections = prepared.sections(trial.values)
+            announce(f"trial {trial.number + 1} of {options.trials}: {described(sections)}")
+            where = output / TRIALS / f"{trial.number:03d}"
+            ended = _train(folder.inside(changed(recipe, sections), where), trial, metric, where, options.keep, quiet)
+            announce(f"  {ended}")
+            result = _write(prepared, study, output, options, source, overrides).trials[trial.number]
+            failures = failures + 1 if result.state == "failed" else 0
             if failures == IN_A_ROW:
                 raise LilyError(
-                    f"{failures} trials in a row failed, the last one because: {last.reason}. Mend that and give the "
-                    "same command, which goes on with the next trial, or begin anew with --overwrite"
+                    f"{failures} trials in a row failed, the last one because: {result.reason}. Remove the cause and "
+                    "repeat the command, which continues with the next trial, or start over with --overwrite"
                 )
-        return _write(search, study, output, wish, source, overrides)
+            return {trial: result.value}
+
+        search(propose, run)
+        return _write(prepared, study, output, options, source, overrides)
 
 
-def said(sections: dict[str, dict[str, Any]]) -> str:
-    """A trial's values in words."""
+def described(sections: dict[str, dict[str, Any]]) -> str:
+    """A trial's values as text."""
     values = {key: value for keys in sections.values() for key, value in keys.items() if value is not None}
     return ", ".join(
         f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in values.items()
     )
 
 
-def _try(search: Search, going: Going, run: Path, keep: bool, quiet: bool) -> str:
-    """Run a trial, or the rest of one; how it ended, in words."""
-    metric = search.metric
-    if going.stopped:  # before it was killed
-        going.end(going.best, "stopped")
-        folder.lighten(run)
+def _train(recipe: Recipe, trial: RunningTrial, metric: str, where: Path, keep: bool, quiet: bool) -> str:
+    """Run a trial, or the rest of one, and record it; returns how it ended, as text."""
+    if trial.stopped:  # before the search was killed
+        trial.end(trial.best, "stopped")
+        folder.remove_weights(where)
         return "stopped already"
-    recipe = search.recipe_of(going.values, run)
-    run.parent.mkdir(exist_ok=True)
+    where.parent.mkdir(exist_ok=True)
     try:
-        begun = folder.begun(run)
+        begun = folder.is_begun(where)
         result = train.train(
-            recipe, resume=begun, overwrite=not begun, quiet=quiet, watch=going.watch, validation_only=True
+            recipe, resume=begun, overwrite=not begun, quiet=quiet, watch=trial.watch, validation_only=True
         )
     except DivergedError as error:
-        going.end(None, "diverged")
-        folder.lighten(run)
+        trial.end(None, "diverged")
+        folder.remove_weights(where)
         return f"diverged: {error}"
-    except Exception as error:  # out of memory for one shape, say: the others are not held up
+    except Exception as error:  # out of memory for one shape, for example: the search continues with the next trial
         if isinstance(error, OSError) or (isinstance(error, SafetensorError) and disk_error(error) is not None):
-            raise  # no fault of the trial's, which goes on next time
+            raise  # not caused by the trial, which is repeated by the next command
         reason = _reason(error)
-        going.fail(reason)
-        folder.lighten(run)
+        trial.fail(reason)
+        folder.remove_weights(where)
         return f"failed: {reason}"
     finally:
         gc.collect()  # a trainer and its model refer to each other
     value = None if result.best is None else result.best["value"]
-    state = "stopped" if going.stopped else "complete"
-    going.end(
+    trial.end(
         value,
-        state,
+        "stopped" if trial.stopped else "complete",
         seconds=result.seconds.get("train", 0.0),
         parameters=result.parameters["adapter"],
         forgetting=result.forgetting.get("increase"),
     )
     if not keep:
-        folder.lighten(run)
-    return f"{metric} {shown(metric, value)}" + (" when it was stopped, worse than the median" if going.stopped else "")
+        folder.remove_weights(where)
+    return f"{metric} {shown(metric, value)}" + (", stopped early: worse than the median" if trial.stopped else "")
 
 
 def _reason(error: Exception) -> str:
     """An error in one line."""
-    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return said if isinstance(error, LilyError) else f"{type(error).__name__}: {said}".removesuffix(": ")
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return first if isinstance(error, LilyError) else f"{type(error).__name__}: {first}".removesuffix(": ")
 
 
 def _write(
-    search: Search, study: Study, output: Path, wish: Wish, source: str | None, overrides: Sequence[str]
-) -> Tuned:
-    tried = tuple(study.tried)
-    best = ranking.best(tried, search.metric, wish.max_forgetting)
-    file = None if best is None else output / BEST
-    found = Tuned(
-        search.recipe.name,
-        search.recipe.method,
-        search.metric,
-        search.rows,
-        search.tested,
-        search.space,
-        tried,
-        best,
-        study.importance(),
-        file,
+    prepared: Prepared, study: Study, output: Path, options: TuneOptions, source: str | None, overrides: Sequence[str]
+) -> TuneResult:
+    recipe, trials = prepared.recipe, tuple(study.trials)
+    best = best_trial(trials, prepared.metric, options.max_forgetting)
+    result = TuneResult(
+        name=recipe.name,
+        method=recipe.method,
+        metric=prepared.metric,
+        rows=prepared.rows,
+        tested=prepared.tested,
+        space=prepared.space,
+        trials=trials,
+        best=best,
+        importance=study.importance(),
+        recipe=None if best is None else output / BEST,
     )
-    write_text(output / RESULT, json.dumps(found.to_dict(), indent=2))
-    if best is not None and file is not None:
-        write_text(file, _recipe(search, best, len(tried), source, overrides))
-    return found
+    write_text(output / RESULT, json.dumps(result.to_dict(), indent=2))
+    if best is not None:
+        write_text(output / BEST, _best_recipe(prepared, best, len(trials), source, overrides))
+    return result
 
 
-def _recipe(search: Search, best: Tried, trials: int, source: str | None, overrides: Sequence[str]) -> str:
-    recipe, name = search.recipe, f"{search.recipe.name}-tuned"
-    why = (
-        f"{recipe.name} with what lily tune found: trial {best.number + 1} of {trials}, {search.metric} "
-        f"{shown(search.metric, best.value)} on {search.rows:,} validation rows."
-    )
-    sections = search.sections(best.values)
+def _best_recipe(
+    prepared: Prepared, best: TrialResult, trials: int, source: str | None, overrides: Sequence[str]
+) -> str:
+    """The text of a recipe with the best values: one that extends `source`, or a complete one."""
+    sections = prepared.sections(best.values)
+    own = {
+        "name": f"{prepared.recipe.name}-tuned",
+        "description": f"{prepared.recipe.name} with the values of trial {best.number + 1} of {trials} of lily tune: "
+        f"{prepared.metric} {shown(prepared.metric, best.value)} on {prepared.rows:,} validation rows.",
+        "output": "runs/{name}-{method}-{seed}",
+    }
     if source is None:
-        own = changed(recipe, sections, name=name, description=why, output="runs/{name}-{method}-{seed}")
-        return loader.dump_recipe(own)
-    values = folder.extending(source, overrides, name, sections, why)
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110)
+        return loader.dump_recipe(changed(prepared.recipe, sections, **own))
+    values = loader.overriding(overrides)
+    for section, keys in sections.items():
+        values[section] = {**(values.get(section) or {}), **keys}
+    extending = {"extends": loader.from_anywhere(source), **{key: own[key] for key in ("name", "description")}}
+    rest = {key: value for key, value in values.items() if key not in own}
+    document = {**extending, **rest, "output": own["output"]}
+    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=110)

@@ -1,4 +1,4 @@
-"""What a search may change of a recipe, and what the recipe becomes: pure functions.
+"""Which values of a recipe a search may change, and the recipe with other values: pure functions.
 
 Lily's knobs are its learning rate, its scaling and its shape (r, num_A and num_B within one budget); LoRA's are its
 learning rate and its alpha. All but the shape are searched on a logarithmic scale.
@@ -22,11 +22,11 @@ KNOBS = {
     "stock-lily": ("learning_rate", "scaling"),
     **dict.fromkeys(LORAS, ("learning_rate", "alpha")),
 }
-# Times below and above the recipe's own value. Scaling is what the paper searches most widely, from 0.01 to 10.
+# Factor below and above the recipe's own value. Scaling is what the paper searches most widely, from 0.01 to 10.
 WITHIN = {"learning_rate": 8.0, "scaling": 16.0, "alpha": 8.0}
-DIGITS = 3  # of a value that is tried, so that the recipe written in the end is what was tried
+DIGITS = 3  # significant digits of a trial's value, so that the best recipe has exactly that value
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-EVALUATIONS = 4  # at least so many in a trial, so that there is something to stop it by
+EVALUATIONS = 4  # least number in a trial, so that it can be stopped by them
 
 Values = dict[str, float | str]
 
@@ -38,7 +38,7 @@ class Range:
     Attributes:
         low: smallest value.
         high: largest value.
-        start: the recipe's own, tried first.
+        start: the recipe's own value, tried first.
     """
 
     low: float
@@ -47,15 +47,15 @@ class Range:
 
 
 @dataclass(frozen=True)
-class Shape:
+class AdapterShape:
     """One way to spend the budget.
 
     Attributes:
         r: rank.
-        num_A: A per group; None: `stride_A` says it.
-        stride_A: layers per A, where the recipe says it so.
+        num_A: A per group; None: `stride_A` is given instead.
+        stride_A: layers per A.
         num_B: experts per group.
-        parameters: what an adapter of this shape trains.
+        parameters: trained parameters of an adapter of this shape.
     """
 
     r: int
@@ -73,38 +73,38 @@ class Shape:
 
 @dataclass(frozen=True)
 class Space:
-    """What is searched.
+    """The values that are searched.
 
     Attributes:
         method: one of `KNOBS`.
-        ranges: knob -> its values.
-        shapes: those to choose from, the recipe's own first; none: the shape stays.
+        ranges: knob -> range of its values.
+        shapes: to choose from, the recipe's own first; empty: the shape is not searched.
         notes: what is not searched, and why.
     """
 
     method: str
     ranges: Mapping[str, Range]
-    shapes: tuple[Shape, ...] = ()
+    shapes: tuple[AdapterShape, ...] = ()
     notes: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def knobs(self) -> tuple[str, ...]:
-        """The names of what is searched."""
+        """The names of the knobs that are searched."""
         return (*self.ranges, *(["shape"] if self.shapes else []))
 
     @property
     def start(self) -> Values:
         """The recipe's own values."""
-        own: Values = {name: found.start for name, found in self.ranges.items()}
+        own: Values = {name: knob.start for name, knob in self.ranges.items()}
         return own | ({"shape": self.shapes[0].name} if self.shapes else {})
 
-    def shape(self, name: str) -> Shape:
+    def shape(self, name: str) -> AdapterShape:
         """The shape of that name."""
         return next(shape for shape in self.shapes if shape.name == name)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values for JSON."""
-        ranges = {name: asdict(found) for name, found in self.ranges.items()}
+        ranges = {name: asdict(knob) for name, knob in self.ranges.items()}
         return {"method": self.method, "ranges": ranges, "shapes": [asdict(shape) for shape in self.shapes]}
 
 
@@ -118,55 +118,57 @@ def space_of(
     budget: int | str | None = None,
     grid: bool = False,
 ) -> Space:
-    """What a search may change of a recipe.
+    """The search space of a recipe.
 
     Args:
-        recipe: its method decides which knobs there are.
-        decided: its Lily on its model.
-        config: what its method puts on the model; LoRA's knows its alpha.
+        recipe: its method decides which knobs exist.
+        decided: Lily's configuration and plan for its model.
+        config: PEFT configuration of its method; LoRA's has alpha.
         knobs: names of those to search; default: all that the method has.
         ranges: bounds of single knobs; default: `WITHIN` around the recipe's own value.
-        budget: parameters that a shape may cost; default: what the recipe's own costs.
-        grid: every num_A with every num_B; default: equal ones, as in the paper.
+        budget: parameters that a shape may cost; default: what the recipe's own shape costs.
+        grid: combine every num_A with every num_B; default: num_A = num_B, as in the paper.
 
     Raises:
-        LilyError: for a knob that the method does not have, or bounds that are none.
+        LilyError: for a knob that the method does not have, or bounds that are not a range.
     """
     known = KNOBS.get(recipe.method)
     if known is None:
-        raise LilyError(f"method: {recipe.method} has nothing to search; choose one of {', '.join(KNOBS)}")
-    chosen, given = tuple(dict.fromkeys(knobs or known)), dict(ranges or {})
-    for name in (*chosen, *given):
+        raise LilyError(f"method: {recipe.method} has no values to search; choose one of {', '.join(KNOBS)}")
+    chosen, bounds = tuple(dict.fromkeys(knobs or known)), dict(ranges or {})
+    for name in (*chosen, *bounds):
         if name not in known:
-            raise LilyError(f"{name!r} is no knob of {recipe.method}; choose from {', '.join(known)}")
-    if unused := [name for name in given if name not in chosen or name == "shape"]:
-        raise LilyError(f"a range for {unused[0]} is of no use: it is not searched between two bounds")
+            raise LilyError(
+                f"--knobs or --range: {name!r} is not a knob of {recipe.method}; choose from {', '.join(known)}"
+            )
+    if unused := [name for name in bounds if name not in chosen or name == "shape"]:
+        raise LilyError(f"--range {unused[0]}: {unused[0]} is not searched between two bounds; remove the range")
     if budget is not None and "shape" not in chosen:
-        raise LilyError("a budget is for the shape of Lily, which is not searched here; leave it out")
-    found = {name: _range(name, recipe, config, given.get(name)) for name in chosen if name != "shape"}
-    shapes: tuple[Shape, ...] = ()
+        raise LilyError("--params is a budget for Lily's shape, which is not searched here; remove it")
+    searched = {name: _range(name, recipe, config, bounds.get(name)) for name in chosen if name != "shape"}
+    shapes: tuple[AdapterShape, ...] = ()
     notes: tuple[str, ...] = ()
     if "shape" in chosen and recipe.lily.groups:
-        notes = ("the shape stays, because lily.groups gives some groups a shape of their own",)
+        notes = ("the shape is not searched, because lily.groups sets the shape of some groups",)
     elif "shape" in chosen:
         shapes = shapes_of(recipe, decided, budget, grid=grid)
         if len(shapes) == 1:
-            shapes, notes = (), ("the shape stays, because the budget buys no other",)
-    if not found and not shapes:
+            shapes, notes = (), ("the shape is not searched, because the budget allows no other",)
+    if not searched and not shapes:
         raise LilyError(f"nothing is left to search: {'; '.join(notes)}")
-    return Space(recipe.method, found, shapes, notes)
+    return Space(recipe.method, searched, shapes, notes)
 
 
 def shapes_of(
     recipe: Recipe, decided: Decided, budget: int | str | None = None, *, grid: bool = False
-) -> tuple[Shape, ...]:
-    """The shapes that a budget buys, by falling rank, but the recipe's own first if it is within the budget.
+) -> tuple[AdapterShape, ...]:
+    """The shapes within a budget, by falling rank, but the recipe's own first if it is within the budget.
 
     Args:
-        recipe: asks for routing and shared routers, which have a size.
-        decided: its Lily on its model.
-        budget: default: what the recipe's own costs.
-        grid: every num_A with every num_B; default: equal ones.
+        recipe: its routing decides the size of the routers.
+        decided: Lily's configuration and plan for its model.
+        budget: default: what the recipe's own shape costs.
+        grid: combine every num_A with every num_B; default: num_A = num_B.
 
     Raises:
         LilyError: if no shape fits.
@@ -189,43 +191,45 @@ def shapes_of(
             )
         except LilyError:  # too many matrices for the budget, or too few to use it
             continue
-    bought = [Shape(p.r, p.num_A, None, p.num_B, p.parameters) for p in sorted(points, key=lambda p: -p.r)]
+    bought = [AdapterShape(p.r, p.num_A, None, p.num_B, p.parameters) for p in sorted(points, key=lambda p: -p.r)]
     first = [own] if own.parameters <= most else []
     if not first and not bought:
-        raise LilyError(f"{most:,} parameters buy no shape that uses them well; give another budget")
+        raise LilyError(f"no shape uses {most:,} parameters well; give another budget with --params")
     same = (own.r, own.parameters, own.num_B)
     return (*first, *(s for s in bought if not first or (s.r, s.parameters, s.num_B) != same))
 
 
-def _own(decided: Decided) -> Shape:
+def _own(decided: Decided) -> AdapterShape:
     choice = decided.choice
-    return Shape(choice.r, choice.num_A, choice.stride_A, choice.num_B, decided.plan.parameters.total)
+    return AdapterShape(choice.r, choice.num_A, choice.stride_A, choice.num_B, decided.plan.parameters.total)
 
 
-def _range(name: str, recipe: Recipe, config: Any, given: tuple[float, float] | None) -> Range:
+def _range(name: str, recipe: Recipe, config: Any, bounds: tuple[float, float] | None) -> Range:
     own = {
         "learning_rate": lambda: learning_rate(recipe),
         "scaling": lambda: recipe.lily.scaling,
         "alpha": lambda: float(config.lora_alpha),
     }[name]()
-    low, high = given or (own / WITHIN[name], own * WITHIN[name])
+    low, high = bounds or (own / WITHIN[name], own * WITHIN[name])
     least = recipe.train.min_learning_rate
     if name == "learning_rate" and least is not None and low <= least:
-        if given is not None:
-            raise LilyError(f"learning_rate from {low:g}: train.min_learning_rate, {least:g}, must be below it")
+        if bounds is not None:
+            raise LilyError(f"--range learning_rate from {low:g}: train.min_learning_rate, {least:g}, must be below it")
         low = min(own, 2 * least)
     if not (math.isfinite(low) and math.isfinite(high) and 0 < low < high):
-        raise LilyError(f"{name} from {low:g} to {high:g} is no range; give two numbers above 0, the smaller one first")
+        raise LilyError(
+            f"--range {name} from {low:g} to {high:g} is not a range; give two numbers above 0, the smaller one first"
+        )
     return Range(rounded(low), rounded(high), rounded(min(max(own, low), high)))
 
 
 def rounded(value: float) -> float:
-    """A value with few digits, as it is tried and written."""
+    """A value with the number of digits that trials and recipes have."""
     return float(f"{value:.{DIGITS}g}")
 
 
 def changes(space: Space, values: Mapping[str, float | str]) -> dict[str, dict[str, Any]]:
-    """What a trial's values change of the recipe: section -> key -> value."""
+    """A trial's changes to the recipe: section -> key -> value."""
     section: dict[str, Any] = {}
     for name, value in values.items():
         if name == "shape":
@@ -235,31 +239,31 @@ def changes(space: Space, values: Mapping[str, float | str]) -> dict[str, dict[s
     return {str(block_of(space.method)): section}
 
 
-def shape_keys(shape: Shape) -> dict[str, Any]:
-    """A shape in a recipe's words. None drops what a recipe may have inherited."""
+def shape_keys(shape: AdapterShape) -> dict[str, Any]:
+    """A shape as keys of the section `lily`. None removes a value that a recipe may have inherited."""
     return {"params": None, "r": shape.r, "num_A": shape.num_A, "stride_A": shape.stride_A, "num_B": shape.num_B}
 
 
 def changed(recipe: Recipe, sections: Mapping[str, Mapping[str, Any]], **keys: Any) -> Recipe:
-    """A recipe with some keys of its sections, and some of its own, replaced by what is known to be valid."""
+    """A recipe with other values of keys of its sections, and of its top-level keys; the values are not validated."""
     update = {name: getattr(recipe, name).model_copy(update=dict(values)) for name, values in sections.items()}
     return recipe.model_copy(update={**update, **keys})
 
 
 def steps_of(recipe: Recipe, rows: int) -> int:
-    """Optimiser steps of a recipe on so many training rows (examples; packing needs fewer)."""
+    """Optimizer steps of a recipe on a number of training examples (packing needs fewer)."""
     t = recipe.train
     per_epoch = math.ceil(math.ceil(rows / t.batch_size) / t.gradient_accumulation)
     return t.max_steps or max(1, math.ceil(t.epochs * per_epoch))
 
 
 def cadence(recipe: Recipe, rows: int, least: int = EVALUATIONS) -> int | str:
-    """How often a run is evaluated: as the recipe says, or more often where that would be too rare to stop it.
+    """How often a run is evaluated: as in the recipe, or more often if it could not be stopped early otherwise.
 
     Args:
-        recipe: says how often, and how long.
-        rows: training rows.
-        least: evaluations of a run.
+        recipe: of the run.
+        rows: number of training rows.
+        least: least number of evaluations in a run.
     """
     every, total = recipe.train.evaluate_every, steps_of(recipe, rows)
     epochs = total / steps_of(recipe.model_copy(update={"train": _one_epoch(recipe)}), rows)
@@ -272,17 +276,17 @@ def _one_epoch(recipe: Recipe) -> Any:
 
 
 def parse_ranges(texts: Iterable[str]) -> dict[str, tuple[float, float]]:
-    """Bounds as they are written on a command line: `learning_rate=1e-4:1e-2`.
+    """Bounds as written on the command line, such as `learning_rate=1e-4:1e-2`.
 
     Raises:
-        LilyError: quotes what is no such text.
+        LilyError: quotes a text that is not of this form.
     """
-    found: dict[str, tuple[float, float]] = {}
+    ranges: dict[str, tuple[float, float]] = {}
     for text in texts:
         name, _, bounds = text.partition("=")
         low, _, high = bounds.partition(":")
         try:
-            found[name.strip()] = (float(low), float(high))
+            ranges[name.strip()] = (float(low), float(high))
         except ValueError:
             raise LilyError(f"--range {text!r}: expected a knob and two numbers, such as scaling=0.1:10") from None
-    return found
+    return ranges

@@ -1,7 +1,7 @@
-"""A search that Optuna steers, kept in a journal that lives through being killed at any moment.
+"""The space of `lily tune`: values that Optuna proposes, in a journal that survives being killed at any moment.
 
-The journal is Optuna's own (lines of JSON, no pickle), so its dashboard reads it. What a trial tries depends on the
-seed, its number and the trials before it alone, so a search that was killed goes on as if it had not been.
+The journal is Optuna's format (lines of JSON, no pickle), so its dashboard reads it. The values of a trial depend only
+on the seed, its number and the trials before it, so an interrupted search continues as if it had not been interrupted.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lily.tune.space import Space, Values
 
 NAME = "lily"
 JOURNAL = "study.journal"
-FIRST = 5  # trials before the search is led by what it has seen, and before one may be stopped early
+FIRST = 5  # random trials before TPE proposes values, and complete ones before a trial may be stopped early
 STATES = {
     TrialState.COMPLETE: "complete",
     TrialState.PRUNED: "stopped",
@@ -37,19 +37,19 @@ STATES = {
 
 
 @dataclass(frozen=True)
-class Tried:
+class TrialResult:
     """One trial.
 
     Attributes:
-        number: its number, from 0.
+        number: counted from 0.
         state: complete, stopped (early, because it was worse than the median), diverged, failed or running.
-        values: knob -> what was tried.
-        value: main metric on the validation rows, of its best adapter; None: it has none.
-        steps: optimiser steps done.
+        values: knob -> value.
+        value: main metric on the validation rows, of its best adapter; None: it was not evaluated.
+        steps: optimizer steps.
         seconds: of training.
         parameters: of the adapter.
         forgetting: increase of the loss on general text; None: not measured.
-        reason: why it failed; empty: it did not.
+        reason: why it failed, or empty.
     """
 
     number: int
@@ -71,13 +71,13 @@ class Study:
     """The trials of a search.
 
     Args:
-        folder: where its journal is, or will be. Only one process may use it at a time.
-        space: what is searched.
-        metric: the main metric, which says whether more or less is better.
+        folder: of its journal. Only one process may use it at a time.
+        space: to search.
+        metric: main metric; decides whether more or less is better.
         seed: of the search.
 
     Raises:
-        LilyError: if the journal is none, or is of another search.
+        LilyError: if the journal is damaged.
     """
 
     def __init__(self, folder: Path, space: Space, metric: str, seed: int) -> None:
@@ -97,29 +97,29 @@ class Study:
                     load_if_exists=True,
                 )
             for trial in self._study.trials:
-                _tried(trial)
+                _result(trial)
         except OSError:
             raise
-        except Exception as error:  # whatever lines that are no journal make of it
+        except Exception as error:  # Optuna raises many types for lines that are not its own
             raise LilyError(
-                f"{file} is no journal of a search ({type(error).__name__}: {error}); start anew with --overwrite"
+                f"{file} is not the journal of a search ({type(error).__name__}: {error}); start over with --overwrite"
             ) from None
 
     @property
-    def tried(self) -> list[Tried]:
+    def trials(self) -> list[TrialResult]:
         """All trials, by number."""
-        return [_tried(trial) for trial in self._study.trials if trial.state in STATES]
+        return [_result(trial) for trial in self._study.trials if trial.state in STATES]
 
     @property
     def finished(self) -> int:
         """How many trials have ended."""
         return sum(trial.state.is_finished() for trial in self._study.trials)
 
-    def ask(self, first_steps: int = 0) -> Going:
-        """The next trial: one that was killed, or else a new one.
+    def ask(self, first_steps: int = 0) -> RunningTrial:
+        """The next trial: one that was interrupted, or else a new one.
 
         Args:
-            first_steps: of a trial, before which it may not be stopped.
+            first_steps: optimizer steps before which a trial may not be stopped.
         """
         running = [trial for trial in self._study.trials if trial.state == TrialState.RUNNING]
         number = running[0].number if running else len(self._study.trials)
@@ -132,27 +132,27 @@ class Study:
         if not running and number == 0:
             self._study.enqueue_trial(self.space.start)
         trial = Trial(self._study, running[0]._trial_id) if running else self._study.ask()
-        for name, found in self._distributions.items():
-            _suggest(trial, name, found)
-        return Going(self._study, trial, self.metric)
+        for name, distribution in self._distributions.items():
+            _suggest(trial, name, distribution)
+        return RunningTrial(self._study, trial, self.metric)
 
     def importance(self) -> dict[str, float]:
-        """How much of the differences between complete trials each knob explains; empty: too few trials to say."""
+        """Knob -> share of the differences between complete trials that it explains; empty: too few trials."""
         complete = [trial for trial in self._study.trials if trial.state == TrialState.COMPLETE]
         if len(complete) < FIRST or len({trial.value for trial in complete}) < 2:
             return {}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = optuna.importance.get_param_importances(self._study)
-        return {name: float(value) for name, value in found.items()}
+            shares = optuna.importance.get_param_importances(self._study)
+        return {name: float(share) for name, share in shares.items()}
 
 
-class Going:
-    """A trial that is on its way.
+class RunningTrial:
+    """A trial that is not finished.
 
     Attributes:
-        number: its number.
-        values: what it tries.
+        number: counted from 0.
+        values: knob -> value.
     """
 
     def __init__(self, study: optuna.Study, trial: Trial, metric: str) -> None:
@@ -162,38 +162,38 @@ class Going:
 
     @property
     def stopped(self) -> bool:
-        """Whether it was decided to stop it, perhaps before it was killed."""
+        """Whether the decision to stop it was made, perhaps before an interruption."""
         return bool(self._trial.user_attrs.get("stopped"))
 
     @property
     def best(self) -> float | None:
-        """The best of its evaluations so far; None: there is none yet."""
+        """The best of its evaluations so far; None before the first one."""
         values = list(self._study.trials[self.number].intermediate_values.values())
         less = self._study.direction == optuna.study.StudyDirection.MINIMIZE
         return (min if less else max)(values) if values else None
 
     def watch(self, history: Sequence[Mapping[str, float]]) -> bool:
-        """Take note of the evaluations so far; whether to stop it, as worse than the median of those before."""
-        known = self._study.trials[self.number].intermediate_values
-        for found in history:
-            if int(found["step"]) not in known:
-                self._trial.report(float(found[self._metric]), int(found["step"]))
+        """Record the evaluations so far; returns whether to stop, because it is worse than the median of the others."""
+        recorded = self._study.trials[self.number].intermediate_values
+        for evaluation in history:
+            if int(evaluation["step"]) not in recorded:
+                self._trial.report(float(evaluation[self._metric]), int(evaluation["step"]))
         if self._trial.should_prune():
             self._trial.set_user_attr("stopped", True)
         return self.stopped
 
     def fail(self, reason: str) -> None:
-        """Keep why it failed. The search neither learns from it nor tries it again."""
+        """Record why it failed. The search does not learn from it, and does not repeat it."""
         self._trial.set_user_attr("reason", reason)
         self._study.tell(self._trial, state=TrialState.FAIL)
 
     def end(self, value: float | None, state: str, **figures: float | int | None) -> None:
-        """Keep how it ended.
+        """Record how it ended.
 
         Args:
             value: main metric of its best adapter.
             state: complete, stopped or diverged.
-            figures: those of `Tried`.
+            figures: further attributes of `TrialResult`.
         """
         for name, figure in figures.items():
             self._trial.set_user_attr(name, figure)
@@ -208,41 +208,41 @@ class Going:
 
 
 def distributions(space: Space) -> dict[str, BaseDistribution]:
-    """A space in Optuna's words."""
-    found: dict[str, BaseDistribution] = {
+    """A space as Optuna's distributions."""
+    by_knob: dict[str, BaseDistribution] = {
         name: FloatDistribution(knob.low, knob.high, log=True) for name, knob in space.ranges.items()
     }
     if space.shapes:
-        found["shape"] = CategoricalDistribution([shape.name for shape in space.shapes])
-    return found
+        by_knob["shape"] = CategoricalDistribution([shape.name for shape in space.shapes])
+    return by_knob
 
 
-def _suggest(trial: Trial, name: str, found: BaseDistribution) -> None:
-    if isinstance(found, FloatDistribution):
-        trial.suggest_float(name, found.low, found.high, log=found.log)
-    elif isinstance(found, CategoricalDistribution):
-        trial.suggest_categorical(name, found.choices)
+def _suggest(trial: Trial, name: str, distribution: BaseDistribution) -> None:
+    if isinstance(distribution, FloatDistribution):
+        trial.suggest_float(name, distribution.low, distribution.high, log=distribution.log)
+    elif isinstance(distribution, CategoricalDistribution):
+        trial.suggest_categorical(name, distribution.choices)
 
 
-def _tried(trial: FrozenTrial) -> Tried:
-    told = trial.user_attrs
-    state = "diverged" if told.get("diverged") else STATES.get(trial.state, "waiting")
+def _result(trial: FrozenTrial) -> TrialResult:
+    figures = trial.user_attrs
+    state = "diverged" if figures.get("diverged") else STATES.get(trial.state, "waiting")
     steps = max(trial.intermediate_values, default=0)
-    return Tried(
+    return TrialResult(
         number=trial.number,
         state=state,
         values=dict(trial.params),
-        value=told.get("value"),
+        value=figures.get("value"),
         steps=int(steps),
-        seconds=float(told.get("seconds", 0.0)),
-        parameters=int(told.get("parameters", 0)),
-        forgetting=told.get("forgetting"),
-        reason=str(told.get("reason", "")),
+        seconds=float(figures.get("seconds", 0.0)),
+        parameters=int(figures.get("parameters", 0)),
+        forgetting=figures.get("forgetting"),
+        reason=str(figures.get("reason", "")),
     )
 
 
 def _mend(file: Path) -> None:
-    """Take away what a killed process left: half a line, which would spoil the next one, and its lock."""
+    """Remove the incomplete last line and the lock that a killed process left; the next line would be damaged."""
     Path(f"{file}.lock").unlink(missing_ok=True)
     if file.is_file():
         with file.open("r+b") as journal:

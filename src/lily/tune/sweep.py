@@ -1,48 +1,48 @@
-"""`lily sweep`: the shapes that one budget buys, each trained, so that quality is seen against granularity.
+"""`lily sweep`: trains the shapes within one budget, to measure quality against granularity.
 
-The paper varies the number of A and of B at once and lets the rank follow (its Fig. 5); so does this by default.
+By default the numbers of A and B vary together, and the rank follows from the budget, as in the paper's Fig. 5.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lily.compare.runner import METRICS, Job, Outcome, run
 from lily.distributed import world_size
 from lily.errors import LilyError
 from lily.io.atomic import write_text
 from lily.recipes import methods, preflight
 from lily.recipes.scoring import metrics as metric_tools
-from lily.recipes.scoring.metrics import shown
 from lily.recipes.spec.schema import Recipe
-from lily.tune import folder, halving
-from lily.tune.space import Shape, cadence, changed, shape_keys, shapes_of, steps_of
+from lily.search import folder
+from lily.search.engine import search
+from lily.search.runner import METRICS, Announce, Job, run
+from lily.tune import halving
+from lily.tune.space import AdapterShape, cadence, changed, shape_keys, shapes_of, steps_of
 
 RESULT, RUNS, LORA = "granularity.json", "runs", "lora"
 PICTURES = ("granularity.svg", "granularity.png")
-OWN = (RESULT, RUNS, "recipes", "logs", *PICTURES)
-Announce = Callable[[str], None]
+WRITTEN = (RESULT, RUNS, "recipes", "logs", *PICTURES)
+Run = tuple[int, AdapterShape]  # index of the rung, shape
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What a sweep is asked for.
+class SweepOptions:
+    """Options of a sweep.
 
     Attributes:
-        budget: parameters that a shape may cost; None: what the recipe's own costs.
-        grid: every num_A with every num_B; else equal ones.
-        most: shapes; of more than that, those that are evenly spread over the ranks, and the recipe's own.
-        seeds: of each shape, from the recipe's own on.
-        halving: give up the worse half at every rung, by the validation rows.
-        lora: also train LoRA of as many parameters.
+        budget: parameters that a shape may cost; None: what the recipe's own shape costs.
+        grid: combine every num_A with every num_B; otherwise num_A = num_B.
+        most: largest number of shapes; of more, the recipe's own and others spread evenly over the ranks are taken.
+        seeds: number of seeds per shape, counted up from the recipe's.
+        halving: stop the worse half at every rung, by the validation rows.
+        lora: also train LoRA of equal size.
         jobs: runs at the same time.
-        threads: of each.
+        threads: CPU threads per run.
     """
 
     budget: str | int | None = None
@@ -56,19 +56,19 @@ class Wish:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A shape, or LoRA, and what came of it.
+class ShapeResult:
+    """The figures of a shape, or of LoRA.
 
     Attributes:
         name: of the shape, or `lora`.
         r: rank.
-        num_A: A per group; None: LoRA, or said as `stride_A`.
+        num_A: A per group; None: LoRA, or a shape with `stride_A`.
         num_B: experts per group; None: LoRA.
-        parameters: what it trains.
-        validation: main metric on the validation rows, of the best adapter, for each seed.
-        held_out: likewise on the held-out rows; empty: given up before the end.
-        forgetting: likewise the increase of the loss on general text; empty: not measured.
-        steps: optimiser steps done.
+        parameters: number that train.
+        validation: main metric on the validation rows, of the best adapter, per seed.
+        held_out: main metric on the held-out rows, per seed; empty: stopped before the end.
+        forgetting: increase of the loss on general text, per seed; empty: not measured.
+        steps: optimizer steps.
         failed: seeds whose runs failed.
     """
 
@@ -86,15 +86,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class Granularity:
-    """What a sweep found; `granularity.json` is this.
+    """The result of a sweep; `granularity.json` is this.
 
     Attributes:
         name: of the recipe.
         metric: its main metric.
-        split: what `held_out` was measured on.
-        rows: of that split.
-        budget: parameters.
-        seeds: of each entry.
+        split: that `held_out` was measured on.
+        rows: number in that split.
+        budget: in parameters.
+        seeds: of every entry.
         entries: by falling rank; LoRA last.
     """
 
@@ -104,7 +104,7 @@ class Granularity:
     rows: int
     budget: int
     seeds: tuple[int, ...]
-    entries: tuple[Entry, ...]
+    entries: tuple[ShapeResult, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values for JSON."""
@@ -113,11 +113,11 @@ class Granularity:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep, ready to begin."""
+    """A sweep after all checks."""
 
     recipe: Recipe
-    shapes: tuple[Shape, ...]
-    lora: Shape | None
+    shapes: tuple[AdapterShape, ...]
+    lora: AdapterShape | None
     rungs: tuple[halving.Rung, ...]
     seeds: tuple[int, ...]
     budget: int
@@ -125,57 +125,61 @@ class Sweep:
     split: str
     rows: int
 
-    def job(self, shape: Shape, seed: int, output: Path, rung: halving.Rung) -> Job:
+    def job(self, shape: AdapterShape, seed: int, output: Path, rung: halving.Rung) -> Job:
         """One run, up to the end of a rung."""
-        name = LORA if shape is self.lora else shape.name
+        name = self.name_of(shape)
         sections = {} if shape is self.lora else {"lily": shape_keys(shape)}
         method = "lora" if shape is self.lora else "lily"
         run_folder = output / RUNS / name / str(seed)
-        recipe = folder.placed(changed(self.recipe, sections, method=method, seed=seed), run_folder)
+        recipe = folder.inside(changed(self.recipe, sections, method=method, seed=seed), run_folder)
         return Job(f"{name}/{seed}", recipe, run_folder, trial=rung.until is not None, until=rung.until)
+
+    def name_of(self, shape: AdapterShape) -> str:
+        """The name of its entry and of the folder of its runs."""
+        return LORA if shape is self.lora else shape.name
 
 
 def output_folder(recipe: Recipe) -> Path:
-    """Where a sweep is kept if nobody says where."""
+    """The default folder of a sweep."""
     return Path("runs") / f"{recipe.name}-granularity"
 
 
-def prepare(recipe: Recipe, wish: Wish) -> Sweep:
-    """Everything that can be found wrong before the first run.
+def prepare(recipe: Recipe, options: SweepOptions) -> Sweep:
+    """Check everything that can be checked before the first run.
 
     Raises:
-        LilyError: for anything wrong with the recipe, its data or the wish.
+        LilyError: if the recipe, its data or the options are wrong.
     """
     if world_size() > 1:
         raise LilyError("a sweep starts its own processes; start it without torchrun or accelerate launch")
     if recipe.method != "lily":
-        raise LilyError(f"method: {recipe.method} has no granularity; a sweep is of lily (--lora adds LoRA)")
+        raise LilyError(f"method: {recipe.method} has no granularity; set method: lily (--lora adds LoRA)")
     if recipe.lily.groups:
-        raise LilyError("lily.groups gives some groups a shape of their own, which a sweep would replace; remove it")
-    if wish.halving and recipe.train.packing:
-        raise LilyError("--halving needs to know the number of steps, which train.packing leaves open; leave one away")
-    if wish.most < 2 or wish.seeds < 1:
+        raise LilyError("lily.groups sets the shape of some groups, which a sweep would replace; remove it")
+    if options.halving and recipe.train.packing:
+        raise LilyError("--halving needs the number of steps, which train.packing makes unknown; remove one of them")
+    if options.most < 2 or options.seeds < 1:
         raise LilyError("a sweep needs at least two shapes (--points) and one seed (--seeds)")
     prepared = preflight.prepare(recipe)
     decided = methods.decide(recipe, prepared.meta)
-    shapes = spread(shapes_of(recipe, decided, wish.budget, grid=wish.grid), wish.most)
+    shapes = thinned(shapes_of(recipe, decided, options.budget, grid=options.grid), options.most)
     if len(shapes) < 2:
-        raise LilyError("the budget buys one shape only; give another with --params")
+        raise LilyError("only one shape is within the budget; give another budget with --params")
     rows = len(prepared.train)
     stages: tuple[halving.Rung, ...] = (halving.Rung(None, len(shapes)),)
-    if wish.halving:
+    if options.halving:
         stages = halving.rungs(len(shapes), steps_of(recipe, rows))
-        # a run that stops by itself would not reach the rungs
+        # a run with early stopping might not reach its rung
         train = {"evaluate_every": cadence(recipe, rows, least=2 ** (len(stages) - 1)), "early_stopping": None}
         recipe = changed(recipe, {"train": train})
-    lora = _lora(recipe, shapes, prepared.meta) if wish.lora else None
+    lora = _lora(recipe, shapes, prepared.meta) if options.lora else None
     splits, split = prepared.splits, "test" if prepared.splits.test else "validation"
     return Sweep(
         recipe,
         shapes,
         lora,
         stages,
-        tuple(recipe.seed + i for i in range(wish.seeds)),
+        tuple(recipe.seed + i for i in range(options.seeds)),
         max(shape.parameters for shape in shapes),
         metric_tools.metrics_of(recipe)[0],
         split,
@@ -183,128 +187,107 @@ def prepare(recipe: Recipe, wish: Wish) -> Sweep:
     )
 
 
-def spread(shapes: Sequence[Shape], most: int) -> tuple[Shape, ...]:
-    """At most so many shapes, by falling rank: the first one given, and others evenly spread over the ranks."""
+def thinned(shapes: Sequence[AdapterShape], most: int) -> tuple[AdapterShape, ...]:
+    """At most `most` shapes, by falling rank: the first of `shapes`, and others spread evenly over the ranks."""
     ordered = sorted(shapes, key=lambda s: (-s.r, s.num_A or 0, s.num_B))
     if len(ordered) <= most:
         return tuple(ordered)
-    places = {round(i * (len(ordered) - 1) / (most - 1)) for i in range(most)}
+    indices = {round(i * (len(ordered) - 1) / (most - 1)) for i in range(most)}
     own = ordered.index(shapes[0])
-    if own not in places:
-        places.remove(min(places, key=lambda place: abs(place - own)))
-        places.add(own)
-    return tuple(ordered[place] for place in sorted(places))
+    if own not in indices:
+        indices.remove(min(indices, key=lambda index: abs(index - own)))
+        indices.add(own)
+    return tuple(ordered[index] for index in sorted(indices))
 
 
-def _lora(recipe: Recipe, shapes: Sequence[Shape], meta: Any) -> Shape:
+def _lora(recipe: Recipe, shapes: Sequence[AdapterShape], meta: Any) -> AdapterShape:
     """LoRA of the largest rank with no more parameters than the largest shape."""
     largest = max(shapes, key=lambda shape: shape.parameters)
     like = changed(recipe, {"lily": shape_keys(largest)}, method="lora")
     config: Any = methods.peft_config(like, meta)
-    return Shape(config.r, None, None, 0, 0)
+    return AdapterShape(config.r, None, None, 0, 0)
 
 
-def sweep(recipe: Recipe, output: Path, wish: Wish, *, overwrite: bool = False, announce: Announce) -> Granularity:
-    """Train the shapes; killed and called again, it goes on.
+def sweep(
+    recipe: Recipe, output: Path, options: SweepOptions, *, overwrite: bool = False, announce: Announce
+) -> Granularity:
+    """Train the shapes; called again after an interruption, it continues.
 
     Args:
-        recipe: all but the shape.
+        recipe: everything but the shape.
         output: the folder of the sweep.
-        wish: which shapes, and how.
-        overwrite: begin anew.
-        announce: is told what happens, line by line.
+        options: of the sweep.
+        overwrite: delete an earlier sweep first.
+        announce: called with each line of progress.
 
     Returns:
-        What was found, also written to `granularity.json`.
+        The result, also written to `granularity.json`.
 
     Raises:
-        LilyError: for anything wrong, before the first run where it can be known; or if all runs failed.
+        LilyError: if anything is wrong, before the first run where that can be checked; or if all runs failed.
         KeyboardInterrupt: at Ctrl-C, and SystemExit at SIGTERM, when every run has written its checkpoint.
     """
-    found = prepare(recipe, wish)
-    listed = [*found.shapes, *([found.lora] if found.lora else [])]
+    prepared = prepare(recipe, options)
+    shapes, stages, seeds = prepared.shapes, prepared.rungs, prepared.seeds
     settings = {
-        "recipe": found.recipe.model_dump(mode="json"),
-        "shapes": [asdict(shape) for shape in found.shapes],
-        "rungs": [asdict(rung) for rung in found.rungs],
-        "seeds": list(found.seeds),
-        "lora": wish.lora,
+        "recipe": prepared.recipe.model_dump(mode="json"),
+        "shapes": [asdict(shape) for shape in shapes],
+        "rungs": [asdict(rung) for rung in stages],
+        "seeds": list(seeds),
+        "lora": options.lora,
     }
-    announce(f"{len(found.shapes)} shapes: {', '.join(shape.name for shape in found.shapes)}")
-    with folder.opened(output, settings, OWN, overwrite) as lock:
-        failed: dict[str, tuple[int, ...]] = {}
-        going = list(found.shapes)
-        for rung in found.rungs:
-            last = rung.until is None
-            entered = [*going, *([found.lora] if found.lora and last else [])]
-            jobs = [found.job(shape, seed, output, rung) for seed in found.seeds for shape in entered]
-            outcomes = run(jobs, output, wish.jobs, wish.threads, lock, _teller(jobs, found.metric, rung, announce))
-            names = {shape.name: LORA if shape is found.lora else shape.name for shape in entered}
-            failed |= {
-                name: tuple(s for s in found.seeds if outcomes[f"{name}/{s}"].figures is None)
-                for name in names.values()
-            }
-            if not last:
-                reached = {shape: _reached(shape, found.seeds, outcomes) for shape in going}
-                going = halving.survivors(reached, rung.keep, lambda a, b: metric_tools.better(found.metric, a, b))
-                announce(f"after {rung.until} steps {', '.join(shape.name for shape in going)} go on")
-            if not going:
-                break
-        told = read(found, listed, output, failed)
-        write_text(output / RESULT, json.dumps(told.to_dict(), indent=2))
-    if not any(entry.validation for entry in told.entries):
-        raise LilyError(f"no run of {recipe.name} ended well; see {output / 'logs'}")
-    return told
+    announce(f"{len(shapes)} shapes: {', '.join(shape.name for shape in shapes)}")
+    failed: dict[str, tuple[int, ...]] = {}
+
+    def propose(values: Mapping[Run, float | None]) -> list[Run]:
+        runs = halving.next_runs(values, stages, shapes, prepared.metric)
+        last = runs and stages[runs[0][0]].until is None
+        return [*runs, (runs[0][0], prepared.lora)] if last and prepared.lora else runs
+
+    def run_rung(runs: Sequence[Run]) -> dict[Run, float | None]:
+        index = runs[0][0]
+        if index:
+            names = ", ".join(shape.name for _, shape in runs if shape is not prepared.lora)
+            announce(f"after {stages[index - 1].until} steps {names} continue")
+        jobs = [prepared.job(shape, seed, output, stages[index]) for seed in seeds for _, shape in runs]
+        outcomes = run(jobs, output, options.jobs, options.threads, lock, announce)
+        values: dict[Run, float | None] = {}
+        for one in runs:
+            name = prepared.name_of(one[1])
+            by_seed = {seed: outcomes[f"{name}/{seed}"] for seed in seeds}
+            failed[name] = tuple(seed for seed, outcome in by_seed.items() if outcome.figures is None)
+            reached = [value for outcome in by_seed.values() if (value := outcome.validation) is not None]
+            values[one] = statistics.fmean(reached) if len(reached) == len(seeds) else None
+        return values
+
+    with folder.opened(output, "lily sweep", WRITTEN, overwrite, settings) as lock:
+        search(propose, run_rung)
+        listed = [*shapes, *([prepared.lora] if prepared.lora else [])]
+        entries = tuple(_read(shape, prepared, output, failed.get(prepared.name_of(shape), ())) for shape in listed)
+        result = Granularity(
+            prepared.recipe.name, prepared.metric, prepared.split, prepared.rows, prepared.budget, seeds, entries
+        )
+        write_text(output / RESULT, json.dumps(result.to_dict(), indent=2))
+    if not any(entry.validation for entry in entries):
+        raise LilyError(f"all runs of {recipe.name} failed; see {output / 'logs'}")
+    return result
 
 
-def read(found: Sweep, listed: Sequence[Shape], output: Path, failed: dict[str, tuple[int, ...]]) -> Granularity:
-    """What the runs of a sweep have left in their folders."""
-    entries = tuple(
-        _entry(shape, LORA if shape is found.lora else shape.name, found, output, failed) for shape in listed
-    )
-    return Granularity(found.recipe.name, found.metric, found.split, found.rows, found.budget, found.seeds, entries)
-
-
-def _entry(shape: Shape, name: str, found: Sweep, output: Path, failed: dict[str, tuple[int, ...]]) -> Entry:
-    files = [output / RUNS / name / str(seed) / METRICS for seed in found.seeds if seed not in failed.get(name, ())]
+def _read(shape: AdapterShape, sweep: Sweep, output: Path, failed: tuple[int, ...]) -> ShapeResult:
+    """A shape's figures, from the files of its runs."""
+    name, is_lora = sweep.name_of(shape), shape is sweep.lora
+    files = [output / RUNS / name / str(seed) / METRICS for seed in sweep.seeds if seed not in failed]
     runs = [json.loads(file.read_text("utf-8")) for file in files if file.is_file()]
-    is_lora = shape is found.lora
-    complete = [r for r in runs if r["split"] == found.split and r["before"]]
-    return Entry(
+    complete = [figures for figures in runs if figures["split"] == sweep.split and figures["before"]]
+    return ShapeResult(
         name=name,
         r=shape.r,
         num_A=shape.num_A,
         num_B=None if is_lora else shape.num_B,
         parameters=int(runs[0]["parameters"]["adapter"]) if runs else shape.parameters,
-        validation=tuple(float(r["best"]["value"]) for r in runs),
-        held_out=tuple(float(r["final"][found.metric]) for r in complete),
-        forgetting=tuple(float(r["forgetting"]["increase"]) for r in runs if r.get("forgetting")),
-        steps=max((int(r["history"][-1]["step"]) for r in runs), default=0),
-        failed=failed.get(name, ()),
+        validation=tuple(float(figures["best"]["value"]) for figures in runs),
+        held_out=tuple(float(figures["final"][sweep.metric]) for figures in complete),
+        forgetting=tuple(float(figures["forgetting"]["increase"]) for figures in runs if figures.get("forgetting")),
+        steps=max((int(figures["history"][-1]["step"]) for figures in runs), default=0),
+        failed=failed,
     )
-
-
-def _reached(shape: Shape, seeds: Sequence[int], outcomes: dict[str, Outcome]) -> float | None:
-    """A shape's main metric on the validation rows, mean over its seeds; None: one of them failed."""
-    values = [
-        None if (figures := outcomes[f"{shape.name}/{seed}"].figures) is None else figures["best"]["value"]
-        for seed in seeds
-    ]
-    numbers = [float(value) for value in values if value is not None and math.isfinite(value)]
-    return statistics.fmean(numbers) if len(numbers) == len(values) else None
-
-
-def _teller(jobs: Sequence[Job], metric: str, rung: halving.Rung, announce: Announce) -> Callable[[Job, Outcome], None]:
-    ended: list[str] = []
-
-    def told(job: Job, outcome: Outcome) -> None:
-        ended.append(job.name)
-        place = f"[{len(ended)}/{len(jobs)}] {job.name}"
-        if outcome.figures is None:
-            announce(f"{place} failed: {outcome.error}")
-            return
-        value = shown(metric, outcome.figures["best"]["value"])
-        where = "" if rung.until is None else f" after {rung.until} steps"
-        announce(f"{place}: {metric} {value} on the validation rows{where}")
-
-    return told

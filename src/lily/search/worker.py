@@ -1,6 +1,6 @@
-"""One run of a comparison, in a process of its own.
+"""One run of a search or a comparison, in a separate process.
 
-python -m lily.compare.worker RECIPE FOLDER PARENT [trial] [until=STEPS]
+python -m lily.search.worker RECIPE FOLDER PARENT [trial] [until=STEPS]
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ import signal
 import sys
 from pathlib import Path
 
-PR_SET_PDEATHSIG = 1  # Linux: the signal that this process gets when the one that started it is gone
+PR_SET_PDEATHSIG = 1  # Linux: choose the signal that this process receives when its parent ends
 
 
 def end_with(parent: int) -> None:
-    """Stop as after SIGTERM, with a checkpoint, when the comparison is killed and so can tell nobody."""
+    """Stop as after SIGTERM, with a checkpoint, when the parent process is killed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it was gone before
+        if os.getppid() != parent:  # it had ended before
             sys.exit(128 + signal.SIGTERM)
 
 
 def main(recipe: str, folder: str, parent: int, *options: str) -> None:
-    """Train a recipe into a folder; go on if it was begun. A trial leaves the test rows alone."""
+    """Train a recipe into a folder, or resume it there. A trial does not read the test rows."""
     end_with(parent)
     from lily.errors import LilyError
     from lily.recipes import loader

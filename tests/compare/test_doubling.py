@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import pytest
 
-from lily.compare.search import MOST, chosen, next_points
+from lily.compare.doubling import MOST, best_powers, next_powers
+from lily.search import engine
 
-UP = float.__gt__
+UP = "accuracy"
 
 
 def search(value, scaled=True):
     """Let the search end on a function of the two powers; how many runs it took and what it chose."""
-    found = {}
-    while points := next_points(found, UP, scaled):
-        assert not set(points) & set(found)
-        found |= {point: value(*point) for point in points}
-    return found, chosen(found, UP)
+    tried = []
+
+    def run(round_):
+        assert not set(round_) & set(tried)
+        tried.extend(round_)
+        return {powers: value(*powers) for powers in round_}
+
+    found = engine.search(lambda values: next_powers(values, UP, scaled), run)
+    return found, best_powers(found, UP)
 
 
 def test_a_peak_at_the_recipes_own_values_takes_five_runs():
@@ -57,7 +62,7 @@ def test_of_equals_the_recipes_own_is_kept():
     assert search(lambda rate, scale: 0.5)[1] == (0, 0)
 
 
-@pytest.mark.parametrize("better", [float.__gt__, float.__lt__])
-def test_what_is_better_is_the_metrics_to_say(better):
+@pytest.mark.parametrize(("metric", "best"), [("accuracy", (1, 0)), ("loss", (-1, 0))])
+def test_the_metric_decides_what_is_better(metric, best):
     found = {(0, 0): 0.5, (-1, 0): 0.4, (1, 0): 0.6}
-    assert chosen(found, better) == ((1, 0) if better is float.__gt__ else (-1, 0))
+    assert best_powers(found, metric) == best

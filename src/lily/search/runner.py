@@ -1,35 +1,33 @@
-"""Running the grid: each run in a process of its own, several side by side, all of it resumable.
+"""Training several recipes at once, each in a separate process; the same command resumes after any interruption.
 
-A run is a folder that `lily.recipes.train.train` writes. Whatever was finished stays; what was broken off goes on from
-its last checkpoint; so the same command goes on after anything that ended it.
+A run is a folder that `lily.recipes.train.train` writes: a finished one is read, an interrupted one is resumed from its
+last checkpoint.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from lily.errors import LilyError
-from lily.io.atomic import remove_folder, write_text
+from lily.io.atomic import write_text
 from lily.recipes import loader, preflight
+from lily.recipes.scoring.metrics import shown
 from lily.recipes.spec.schema import Recipe
 from lily.recipes.trainer.signals import Signals
 
 METRICS, PREDICTIONS = "metrics.json", "predictions.json"
-# What a comparison writes into its folder.
-OWN = ("runs", "tuning", "recipes", "logs", "comparison.json", "comparison.md", "comparison.html", ".lock")
-# What may differ between a run that is there and the one that is asked for.
+# Keys that may differ between the recipe of a finished run and the recipe that counts it.
 FREE = ("output", "description", "baselines")
-PATIENCE = 60.0  # seconds in which runs whose comparison was killed write their checkpoints
+Announce = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -39,9 +37,10 @@ class Job:
     Attributes:
         name: such as `lora/0`.
         recipe: what to train.
-        folder: where.
-        trial: whether it is there to choose settings: it leaves the test rows alone.
-        until: stop at the first evaluation after so many steps; a later job goes on from there. None: at the end.
+        folder: where to write it.
+        trial: whether it serves to choose settings, and so does not read the test rows.
+        until: optimizer steps; it stops at the first evaluation from there on, and a later job resumes it. None: it is
+            trained to the end.
     """
 
     name: str
@@ -52,32 +51,32 @@ class Job:
 
     @property
     def done(self) -> bool:
-        """Whether it is finished."""
+        """Whether its metrics, and the predictions of a run that is no trial, are there."""
         if self.until is not None and (self.folder / METRICS).is_file():
             history = json.loads((self.folder / METRICS).read_text("utf-8"))["history"]
             return bool(history) and history[-1]["step"] >= self.until
         return (self.folder / METRICS).is_file() and (self.trial or (self.folder / PREDICTIONS).is_file())
 
     def check(self, undecided: Sequence[str] = ()) -> None:
-        """Refuse to go on with, or to count, a run of another recipe.
+        """Refuse to resume or count a run of another recipe.
 
         Args:
             undecided: keys of the recipe whose values are still to be chosen.
 
         Raises:
-            LilyError: if there is one.
+            LilyError: names the keys that differ.
         """
         kept, free = self.folder / "recipe.yaml", (*FREE, *undecided)
         if kept.is_file() and (other := list(preflight.changes(loader.load_any(str(kept)), self.recipe, free))):
             raise LilyError(
                 f"{self.folder} was trained by another recipe: {'; '.join(other)}. Name another folder with --output, "
-                "or start anew with --overwrite"
+                "or start over with --overwrite"
             )
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a run.
+    """How a run ended.
 
     Attributes:
         figures: its `metrics.json`; None: it failed.
@@ -87,6 +86,12 @@ class Outcome:
     figures: dict[str, Any] | None
     error: str | None = None
 
+    @property
+    def validation(self) -> float | None:
+        """Main metric on the validation rows, of the best adapter; None: it failed, or was never evaluated."""
+        best = self.figures and self.figures["best"]
+        return best["value"] if best else None
+
 
 def cores() -> int:
     """Cores that this process may use."""
@@ -94,7 +99,7 @@ def cores() -> int:
 
 
 def side_by_side(jobs: int | None) -> tuple[int, int]:
-    """(runs at the same time, threads of each). By default a run for every two cores; one where there is a GPU."""
+    """(runs at the same time, threads per run). By default a run for every two cores, or one run on a GPU."""
     import torch
 
     count = jobs or (1 if torch.cuda.is_available() else max(1, cores() // 2))
@@ -102,78 +107,19 @@ def side_by_side(jobs: int | None) -> tuple[int, int]:
     return count, int(given) if given.isdigit() and int(given) else max(1, cores() // count)
 
 
-def check_folder(folder: Path) -> list[str]:
-    """What a comparison's folder holds; nothing, if it is not there.
-
-    Raises:
-        LilyError: if it holds anything that no comparison wrote.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise LilyError(f"--output {folder} is a file; name a folder")
-    found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-    if foreign := [name for name in found if name not in OWN and not _is_leftover(name)]:
-        raise LilyError(f"--output {folder} holds {foreign[0]}, which no comparison wrote; name another folder")
-    return found
-
-
-@contextlib.contextmanager
-def opened(folder: Path, overwrite: bool) -> Iterator[Any]:
-    """A comparison's folder, for this process alone; gives what its runs must hold on to.
-
-    Raises:
-        LilyError: if it holds anything that no comparison wrote, or another comparison is at work in it.
-    """
-    found = check_folder(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a", encoding="utf-8") as lock:
-        hold(lock, folder)
-        for name in found:
-            path = folder / name
-            if name != ".lock" and (overwrite or _is_leftover(name)):
-                remove_folder(path) if path.is_dir() else path.unlink()
-        yield lock
-
-
-def _is_leftover(name: str) -> bool:
-    return any(name.startswith(f".{own}.") for own in OWN)
-
-
-def hold(file: IO[str], folder: Path) -> None:
-    """Lock a folder by an open file in it. Runs that outlived their parent hold it too, and stop within a step.
-
-    Raises:
-        LilyError: if it is held for longer than that takes.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    end = time.monotonic() + PATIENCE
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except OSError:
-            if time.monotonic() > end:
-                raise LilyError(f"another process is at work in {folder}; wait for it, or end it") from None
-            time.sleep(0.2)
-
-
-def run(
-    jobs: Sequence[Job], out: Path, count: int, threads: int, lock: Any, told: Callable[[Job, Outcome], None]
-) -> dict[str, Outcome]:
-    """Do what is not done yet.
+def run(jobs: Sequence[Job], out: Path, count: int, threads: int, lock: Any, announce: Announce) -> dict[str, Outcome]:
+    """Train what is not finished yet.
 
     Args:
-        jobs: all runs, in the order in which they begin.
-        out: the comparison's folder.
+        jobs: all runs, in the order in which they start.
+        out: the folder for their recipes and logs.
         count: runs at the same time.
-        threads: of each.
-        lock: from `opened`.
-        told: called with each run as it ends, those that were there at once.
+        threads: CPU threads per run.
+        lock: from `lily.search.folder.opened`.
+        announce: called with a line for each run that ends; for finished ones at once.
 
     Returns:
-        Run -> what became of it, one that failed too: the others go on.
+        Name of each job -> how it ended. A run that fails does not stop the others.
 
     Raises:
         KeyboardInterrupt: at Ctrl-C, and SystemExit at SIGTERM, when every run has written its checkpoint and ended.
@@ -182,16 +128,14 @@ def run(
 
     def ended(job: Job, outcome: Outcome) -> None:
         outcomes[job.name] = outcome
-        told(job, outcome)
+        announce(f"[{len(outcomes)}/{len(jobs)}] {job.name}{described(job, outcome)}")
 
     for job in jobs:
         job.check()
-    waiting = []
     for job in jobs:
         if job.done:
             ended(job, _outcome(job))
-        else:
-            waiting.append(job)
+    waiting = [job for job in jobs if job.name not in outcomes]
     running: list[tuple[Job, subprocess.Popen[bytes]]] = []
     with Signals():
         try:
@@ -211,6 +155,17 @@ def run(
     return outcomes
 
 
+def described(job: Job, outcome: Outcome) -> str:
+    """How a run ended, as the rest of a line that begins with its name."""
+    figures = outcome.figures
+    if figures is None:
+        return f" failed: {outcome.error}"
+    metric, split = figures["metric"], "validation" if job.trial else figures["split"]
+    steps = "" if job.until is None else f" after {job.until} steps"
+    seconds = figures["seconds"].get("train", 0.0)
+    return f": {metric} {shown(metric, figures['final'][metric])} on the {split} rows{steps}, {seconds:.0f} s"
+
+
 def _start(job: Job, out: Path, threads: int, lock: Any) -> subprocess.Popen[bytes]:
     recipe, log = out / "recipes" / f"{_flat(job.name)}.yaml", _log(out, job)
     for parent in (recipe.parent, log.parent, job.folder.parent):
@@ -218,7 +173,7 @@ def _start(job: Job, out: Path, threads: int, lock: Any) -> subprocess.Popen[byt
     write_text(recipe, loader.dump_recipe(job.recipe))
     # stock Lily's groups depend on the hash seed where a layer matches several targets
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONHASHSEED": "0"}
-    command = [sys.executable, "-m", "lily.compare.worker", str(recipe), str(job.folder), str(os.getpid())]
+    command = [sys.executable, "-m", "lily.search.worker", str(recipe), str(job.folder), str(os.getpid())]
     command += ["trial"] * job.trial + ([] if job.until is None else [f"until={job.until}"])
     with open(log, "wb") as file:
         return subprocess.Popen(
@@ -227,7 +182,7 @@ def _start(job: Job, out: Path, threads: int, lock: Any) -> subprocess.Popen[byt
             stdout=file,
             stderr=subprocess.STDOUT,
             env=environment,
-            start_new_session=True,  # Ctrl-C is for us, who tell them once
+            start_new_session=True,  # so that Ctrl-C reaches this process alone, which terminates the runs once
             pass_fds=(lock.fileno(),) if os.name == "posix" else (),
         )
 
@@ -242,8 +197,7 @@ def _flat(name: str) -> str:
 
 def _outcome(job: Job, code: int = 0, log: Path | None = None) -> Outcome:
     if code == 0 and job.done:
-        found: dict[str, Any] = json.loads((job.folder / METRICS).read_text("utf-8"))
-        return Outcome(found)
+        return Outcome(json.loads((job.folder / METRICS).read_text("utf-8")))
     return Outcome(None, f"{_killed(code) or _last_line(log) or f'ended with exit code {code}'} (see {log})")
 
 
@@ -253,10 +207,10 @@ def _last_line(log: Path | None) -> str:
 
 
 def _killed(code: int) -> str | None:
-    """Which signal ended a process, whose log cannot tell; None: it ended by itself.
+    """Which signal ended a process, which its log does not show; None: it ended by itself.
 
     Args:
-        code: minus the signal; or 128 and the signal, where the process wrote its checkpoint first.
+        code: exit code; minus the signal, or 128 plus the signal where the process wrote its checkpoint first.
     """
     try:
         name = signal.Signals(-code if code < 0 else code - 128).name
