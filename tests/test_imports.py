@@ -20,6 +20,7 @@ __main__
 cli
 tune
 compare
+search
 insight
 recipes bench
 analysis
@@ -36,6 +37,7 @@ _after_import _version
 """
 RECIPES = """
 deploy dry_run
+by_task
 dreambooth
 train
 preflight
@@ -208,7 +210,7 @@ def test_peft_uses_this_package_whatever_is_imported_first():
 
 @pytest.mark.slow
 def test_any_module_may_be_the_first_that_is_imported():
-    names = [name for name in modules() if name not in ("lily.__main__", "lily.compare.worker")]
+    names = [name for name in modules() if name not in ("lily.__main__", "lily.search.worker")]
     assert run(FORKS.format(cases=[f"import {name}; import peft" for name in names])) == ""
 
 
