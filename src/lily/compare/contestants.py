@@ -54,7 +54,7 @@ class Contestant:
 
     @property
     def _rate(self) -> tuple[str, ...]:
-        block = methods.block_of(self.recipe.method)
+        block = methods.section_of(self.recipe.method)
         return (block, "learning_rate") if block else ("train", "learning_rate")
 
     @property
@@ -132,7 +132,7 @@ def _contestant(recipe: Recipe, name: str, rank: int | None, model: nn.Module) -
             changes[("peft",)] = {"peft_type": method.upper()}
         changes[("method",)] = "peft"
     chosen = changed(recipe, changes)
-    block = methods.block_of(chosen.method)
+    block = methods.section_of(chosen.method)
     if block == "peft":
         kind = other_peft.config_class(str(chosen.peft.peft_type))
         has_rank = "r" in other_peft.options_of(kind)
@@ -154,7 +154,7 @@ def _rank_of(config: Any) -> int | None:
 
 
 def _scale(recipe: Recipe, config: Any) -> tuple[tuple[str, ...], float] | None:
-    block = methods.block_of(recipe.method)
+    block = methods.section_of(recipe.method)
     if block == "lily":
         return ("lily", "scaling"), recipe.lily.scaling
     if block == "lora":
@@ -180,4 +180,4 @@ def changed(recipe: Recipe, values: dict[tuple[str, ...], Any]) -> Recipe:
     made = Recipe.model_validate(document)
     for path, said in checks.problems(made):
         raise LilyError(f"{recipe.name}, method {made.method}: {'.'.join(path)}: {said}")
-    return made.written_at(recipe.places)
+    return made.written_at(recipe.locations)

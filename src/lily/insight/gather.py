@@ -207,7 +207,7 @@ def _rows(told: Insight, used: Adapter, file: str | None, rows: int) -> tuple[li
     try:
         return data.drawn(data.rows_of(source, used.recipe), rows or None), told
     except LilyError as error:
-        found = data.drawn(data.rows_of(source, used.recipe, labelled=False), rows or None)
+        found = data.drawn(data.rows_of(source, used.recipe, labeled=False), rows or None)
         return found, _noting(told, f"labels are not used: {error}")
 
 

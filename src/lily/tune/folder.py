@@ -14,7 +14,7 @@ from lily.errors import LilyError
 from lily.io.atomic import remove_folder, write_text
 from lily.recipes import loader
 from lily.recipes.preflight import flat
-from lily.recipes.spec.places import Places
+from lily.recipes.spec.locations import KeyLocations
 from lily.recipes.spec.schema import Recipe
 
 SETTINGS = "settings.json"
@@ -89,8 +89,8 @@ def _alone(folder: Path) -> Iterator[IO[str]]:
 
 def placed(recipe: Recipe, output: Path) -> Recipe:
     """The recipe, writing to a folder inside one that the user named."""
-    where = recipe.places
-    named = Places(where.written, where.overridden | {("output",)})
+    where = recipe.locations
+    named = KeyLocations(where.written, where.overridden | {("output",)})
     return recipe.model_copy(update={"output": _literal(output), "baselines": []}).written_at(named)
 
 
