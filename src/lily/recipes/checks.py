@@ -120,7 +120,7 @@ def _split(recipe: Recipe) -> Iterator[Problem]:
 def _hub(recipe: Recipe) -> Iterator[Problem]:
     for key, file in recipe.data.files.items():
         if key[0] not in ("train", "mix") and file.hub is not None and file.split is None:
-            yield ("data", *key), f"needs split: the split of {file.hub} to use (the default is train)"
+            yield ("data", *key), f"needs split: which split of {file.hub} to use (the default is train)"
     if recipe.model.kind in ("hub", STANDIN) and recipe.model.format != "transformers":
         yield ("model", "format"), f"{recipe.model.format} goes with path or package; remove it"
     if recipe.model.standin is not None:

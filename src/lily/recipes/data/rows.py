@@ -260,7 +260,7 @@ def _choices(row: Row, texts: Row, section: Choices, where: str) -> list[str]:
         options = [choice.strip() for choice in line.split(section.separator) if choice.strip()]
     choices = [section.completion.replace("{choice}", choice) for choice in options]
     if len(choices) < 2:
-        raise LilyError(f"{where}: data.choices yields {len(choices)} choices, expected two or more")
+        raise LilyError(f"{where}: data.choices finds {len(choices)}, expected two or more")
     if texts["completion"] not in choices:
         raise LilyError(
             f"{where}: the completion {_short(texts['completion'])} is not one of the choices "

@@ -79,7 +79,7 @@ def _other_config(recipe: Recipe | DreamBooth, model: nn.Module, lily: Decided) 
     config, layers = lily.config, whole_layers(model, lily.modules, recipe.exclude)
     if not layers:
         with located(recipe, "exclude"):
-            raise LilyError("leaves LoRA no layer inside the modules of lily.parallel; exclude fewer of them")
+            raise LilyError("leaves LoRA no layer inside the modules of lily.parallel; relax it")
     if recipe.method == "stock-lily":
         with located(recipe, "method"):
             return other_peft.stock_config(config, lily.plan, model, saved_heads(recipe, model))
