@@ -27,9 +27,9 @@ from lily.cli.plan import (
     shorten,
 )
 from lily.errors import LilyError
-from lily.plan.report import PlanReport, Wish, compress, depth_numbers, plan_for
-from lily.recipes import loader
-from lily.recipes.dry_run import RecipeReport, wish_of
+from lily.plan.report import PlanReport, PlanRequest, compress, depth_numbers, plan_for, report_of
+from lily.recipes import loader, methods
+from lily.recipes.dry_run import RecipeReport, tokens_of
 from lily.recipes.spec.schema import Recipe
 
 transformers = pytest.importorskip("transformers")
@@ -71,8 +71,8 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def plan(model: nn.Module, **wish: Any) -> PlanReport:
-    return plan_for(model, Wish(**wish), name="model", dtype="bfloat16")
+def plan(model: nn.Module, **request: Any) -> PlanReport:
+    return plan_for(model, PlanRequest(**request), name="model", dtype="bfloat16")
 
 
 def printed(report: PlanReport | RecipeReport, **console: Any) -> str:
@@ -159,7 +159,7 @@ def test_a_task_chooses_the_head(bert: Path) -> None:
 def test_a_plain_module_can_be_planned_too() -> None:
     with torch.device("meta"):
         model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(4)))
-    report = plan_for(model, Wish(targets=r"\d", r=4), name="mlp")
+    report = plan_for(model, PlanRequest(targets=r"\d", r=4), name="mlp")
     assert report.dtype == "float32"
     assert report.layers == 4
 
@@ -299,7 +299,7 @@ def test_each_mistake_has_its_own_message(bert: Path, tmp_path: Path, monkeypatc
         "cannot read the model configuration.*nobody-knows", "did you mean query", "'many' is not a number",
         "too few", "say the same thing twice", "say the same thing twice", "r=0", "routing='mean'", "task 'DANCE'",
         "options such as --r 64", "lily.r=64", "--num-a is for models",
-        "--recipe quickstart and .* both say what to plan; give one", "--task is for models", "plan of what",
+        "--recipe quickstart and .* both name what to plan; use one", "--task is for models", "no TARGET",
         "did you mean the recipe quickstart",
         "someone/some-model .*no connection",
     ]  # fmt: skip
@@ -357,12 +357,20 @@ def recipe(**changes: Any) -> Recipe:
     return Recipe.model_validate({**values, **changes})
 
 
-def test_a_recipe_asks_for_what_its_keys_say() -> None:
-    wish = wish_of(
-        recipe(targets=["query"], exclude=["head"], lily={"params": "1.2M", "routing": "static"}), nn.Module()
+def test_a_recipe_and_options_of_the_same_meaning_give_the_same_plan(llama_on_meta: nn.Module, bert: Path) -> None:
+    bert_on_meta, _ = model_from(str(bert), "SEQ_CLS")
+    lily = {"params": "4k", "routing": "static"}
+    first = recipe(targets=["query"], exclude=["0.attention.self.query"], lily=lily)
+    request: dict[str, Any] = {"targets": ["query"], "exclude": ["0.attention.self.query"], "parameters": 4_000}
+    expected = plan(bert_on_meta, **request, routing="static", task="SEQ_CLS", tokens=48)
+    assert expected.layers == 3
+    assert recipe_plan(first, bert_on_meta, batch=8) == expected
+    second = recipe(task="sft", lily={"r": 4, "stride_A": 2, "num_B": 3})
+    assert recipe_plan(second, llama_on_meta, batch=2) == plan(
+        llama_on_meta, r=4, stride_A=2, num_B=3, task="CAUSAL_LM", batch=2, tokens=48
     )
-    assert wish == Wish(
-        ["query"], ["head"], parameters=1_200_000, routing="static", task="SEQ_CLS", batch=32, tokens=48
-    )
-    wish = wish_of(recipe(task="sft", lily={"r": 4, "stride_A": 2, "num_B": 3}), nn.Module(), batch=2, tokens=5)
-    assert wish == Wish(r=4, stride_A=2, num_B=3, task="CAUSAL_LM", batch=2, tokens=5)
+
+
+def recipe_plan(of: Recipe, model: nn.Module, batch: int) -> PlanReport:
+    decided, tokens = methods.decide(of, model), tokens_of(of, model)
+    return report_of(model, decided, name="model", dtype="bfloat16", batch=batch, tokens=tokens)

@@ -434,9 +434,11 @@ def test_an_adapted_word_embedding_is_saved_and_loaded(tmp_path):
 
 @pytest.mark.parametrize("kind", [CONV2D, EMBEDDING])
 def test_a_plan_of_other_kinds_prints_and_costs(kind):
-    from lily.plan.report import Wish, plan_for
+    from lily.plan.report import PlanRequest, plan_for
 
-    report = plan_for(pixels(), Wish(targets=["patch", "mid"] if kind == CONV2D else ["words"], r=2), name="pixels")
+    report = plan_for(
+        pixels(), PlanRequest(targets=["patch", "mid"] if kind == CONV2D else ["words"], r=2), name="pixels"
+    )
     assert {group.kind for group in report.groups} == {kind}
     assert 0 < report.costs.compute.share < 10
     assert dataclasses.asdict(report)

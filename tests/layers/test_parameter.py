@@ -312,10 +312,12 @@ def test_a_budget_and_a_rank_pattern_hold_for_parameters():
     plan = build_plan(select_targets(mixture("mixtral"), config), config)
     assert {group.name.rpartition(".")[2]: group.r for group in plan.groups} == {"gate_up_proj": 3, "down_proj": 2}
     from lily.cli.plan import folded
-    from lily.plan.report import Wish, plan_for
+    from lily.plan.report import PlanRequest, plan_for
 
     report = plan_for(
-        mixture("mixtral"), Wish(targets=[], target_parameters=BOTH, parameters=9_000, task="CAUSAL_LM"), name="m"
+        mixture("mixtral"),
+        PlanRequest(targets=[], target_parameters=BOTH, parameters=9_000, task="CAUSAL_LM"),
+        name="m",
     )
     assert report.routing == "static"
     assert 8_000 < report.parameters["total"] <= 9_000

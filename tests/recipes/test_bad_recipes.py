@@ -40,7 +40,7 @@ SCHEMA: list[tuple[dict[str, Any], str]] = [
     ({"lily.routing": "tokens"}, "lily.routing: input should be 'batch', 'sequence', 'token', 'static' or 'uniform'"),
     ({"lily.dropout": 1.5}, "lily.dropout: input should be less than 1, got 1.5"),
     ({"lily.scaling": -1}, "lily.scaling: input should be greater than 0, got -1"),
-    ({"lily.stride_A": 2}, "lily.stride_A: says the same as num_A; give one of them"),
+    ({"lily.stride_A": 2}, "lily.stride_A: says the same as num_A; remove one of them"),
     ({"lily.params": "1M"}, "lily: params chooses r, num_A and num_B; give either params or those"),
     ({"name": KeyError}, "name: is required, but missing"),
     ({"name": "My Run"}, "name: string should match pattern"),
@@ -66,7 +66,7 @@ SCHEMA: list[tuple[dict[str, Any], str]] = [
     ({"train.packing": True}, "train.packing: is for sft only"),
     ({"train.warmup": -1}, "train.warmup: input should be greater than or equal to 0"),
     ({"train.schedule": "step"}, "train.schedule: input should be 'linear', 'cosine' or 'constant'"),
-    ({"output": "runs/{date}"}, "output: unknown placeholder 'date'; known: {name}, {method} and {seed}"),
+    ({"output": "runs/{date}"}, "output: unknown placeholder 'date'; use {name}, {method} and {seed}"),
     ({"output": "runs/{name"}, "output: is not a name with placeholders"),
     ({"train.learning_rate": float("inf")}, "train.learning_rate: input should be a finite number, got inf"),
     ({"seed": -1}, "seed: input should be greater than or equal to 0, got -1"),
@@ -80,7 +80,7 @@ SCHEMA: list[tuple[dict[str, Any], str]] = [
     ),
     ({"model.standin": "mamba-lm"}, "model: give exactly one of path, package, hub and standin, got path and standin"),
     ({"data.train": {"standin": "mamba-lm"}}, "data.train.standin: unknown key"),
-    ({"train.min_learning_rate": 1e-5}, "train.min_learning_rate: is where a cosine ends, but schedule is linear"),
+    ({"train.min_learning_rate": 1e-5}, "train.min_learning_rate: is the end of a cosine, but schedule is linear"),
     (
         {"train.min_learning_rate": 1.0, "train.schedule": "cosine"},
         "train.min_learning_rate: 1 is not below train.learning_rate, 0.01",
@@ -99,7 +99,7 @@ SCHEMA: list[tuple[dict[str, Any], str]] = [
     ({"extends": 3}, "extends: expected a recipe's name or path, got 3"),
 ]
 
-# wrong only in the light of the data or the model
+# wrong only with this data or this model
 WORLD: list[tuple[dict[str, Any], str]] = [
     ({"data.train.path": "/nowhere/rows.jsonl"}, "/nowhere/rows.jsonl does not exist"),
     ({"data.train.path": "FOLDER/row.jsonl"}, "does not exist; did you mean rows.jsonl"),
@@ -119,7 +119,7 @@ WORLD: list[tuple[dict[str, Any], str]] = [
     ({"data.train.path": "FOLDER/none.jsonl"}, "has no rows"),
     ({"data.train.path": "FOLDER/broken.jsonl"}, "broken.jsonl:2: not valid JSON"),
     ({"data.train.path": "FOLDER/short.csv"}, "short.csv:3: 1 fields, expected 2 (text, label)"),
-    ({"data.train.path": "FOLDER/rows.txt"}, "format not known by its ending"),
+    ({"data.train.path": "FOLDER/rows.txt"}, "unknown ending"),
     ({"task": "text-regression", "data.columns.label": "text"}, "expected a finite number"),
     ({"model.path": "FOLDER"}, "no config.json; name a transformers folder"),
     ({"targets": ["q_proj"]}, "targets='q_proj' matches no module"),
@@ -230,7 +230,7 @@ TEXTS = [
     (b"name: [unclosed", "recipe.yaml:1: not valid YAML"),
     (b"- a\n- b\n", "expected a mapping of keys"),
     (b"", "expected a mapping of keys"),
-    (b"name: a\nname: b\n", "recipe.yaml:2: name: given twice"),
+    (b"name: a\nname: b\n", "recipe.yaml:2: name: duplicate key"),
     (b"name: \xff\xfe\n", "not UTF-8 text"),
     (
         b"name: !!python/object/apply:os.system [echo]\n",
@@ -256,10 +256,10 @@ OVERRIDES = [
     ("train.epochs", "expected key=value"),
     ("=3", "expected key=value"),
     ("train.epochs=many", "override 'train.epochs=many': train.epochs: input should be a valid number"),
-    ("name.inner=1", "name holds a value, not keys"),
+    ("name.inner=1", "name is a value, not a section with keys"),
     ("train.lr=1", "did you mean learning_rate"),
     ("description=2020-13-45", "override 'description=2020-13-45': description: not a value of its YAML type"),
-    ("lily={r: 1, r: 2}", "lily.r: given twice"),
+    ("lily={r: 1, r: 2}", "lily.r: duplicate key"),
     ("lily={r: 0}", "override 'lily={r: 0}': lily.r: input should be greater than 0"),
     ("metrics=" + "[" * 500 + "]" * 500, "nested too deeply"),
     ("lily.r=[1", "the value is not valid YAML"),

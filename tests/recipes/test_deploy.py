@@ -191,7 +191,7 @@ def test_calibration_needs_no_labels(trained, tmp_path):
 
 def test_a_held_out_label_that_the_adapter_does_not_know_is_named(trained, tmp_path):
     table = write_jsonl(tmp_path / "mine.jsonl", [{**row, "label": "maybe"} for row in rows(4)])
-    with pytest.raises(LilyError, match=r"mine.jsonl has the label 'maybe'; known: 0, 1"):
+    with pytest.raises(LilyError, match=r"mine.jsonl has the label 'maybe'; the model was trained on 0, 1"):
         invoke("collapse", trained["classifier"], "--out", tmp_path / "static", "--held-out", table)
     bare = write_jsonl(tmp_path / "bare.jsonl", [{"text": row["text"]} for row in rows(4)])
     with pytest.raises(LilyError, match="no column 'label'"):

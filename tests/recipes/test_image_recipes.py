@@ -224,7 +224,7 @@ def test_a_class_of_the_test_images_alone_is_a_class_and_is_said(vit, colours, t
     [
         ({"baselines": ["tfidf"]}, "tfidf is for texts"),
         ({"metrics": ["pearson"]}, "pearson is not a metric of image-classification"),
-        ({"classes": ["red"]}, "names fewer than two"),
+        ({"classes": ["red"]}, "names fewer than two classes"),
         ({"columns": {"text": "text"}}, "is for texts; image-classification has image and label"),
         ({"columns": {"prompt": "text"}}, "is for sft; image-classification has image and label"),
     ],

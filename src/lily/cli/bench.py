@@ -98,11 +98,11 @@ def _subject(
     """The base model, and Lily's options: those given on the command line, and those that follow from them."""
     from dataclasses import replace
 
-    import lily
     from lily.bench import subjects
     from lily.cli.meta_model import model_from
     from lily.cli.plan import names_or_regex
-    from lily.plan.budget import choose, parse_count
+    from lily.plan.budget import parse_count
+    from lily.plan.decide import decide
 
     shape = subjects.Shape(*sizes)
     built_in = {"llama": subjects.llama, "vit": subjects.vit}
@@ -111,16 +111,10 @@ def _subject(
         subject = replace(built_in[model](shape, device, dtype), targets=wanted)
     else:
         subject = subjects.own(model, model_from(model, "CAUSAL_LM")[0], shape, wanted, device, dtype)
-    config = lily.LilyConfig(target_modules=wanted, routing="token")
-    modules = lily.select_modules(subject.base, config)
     budget = asked.pop("params")
-    choice = choose(
-        modules,
-        parameters=None if budget is None else parse_count(budget),
-        targets=config.target_modules,
-        **asked,
-    )
-    return subject, choice.options
+    shape_options = {**asked, "parameters": None if budget is None else parse_count(budget)}
+    decided = decide(subject.base, {"target_modules": wanted, "routing": "token"}, shape_options)
+    return subject, decided.choice.options
 
 
 def _print(console: Console, title: str, header: list[str], lines: list[list[str]]) -> None:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from lily.cli import bench, compare, deploy, evaluate, inspect, plan, recipes, train, tune, vtab
+from lily.cli import bench, compare, deploy, evaluate, inspect, plan, recipes, train, tune
 from lily.errors import ElsewhereError, LilyError
 from lily.io.atomic import disk_error
 
@@ -38,9 +38,14 @@ app.command("export")(deploy.export_command)
 app.command("inspect")(inspect.inspect_command)
 app.command("compare")(compare.compare_command)
 app.command("bench")(bench.bench_command)
-app.command("vtab")(vtab.vtab_command)
 app.command("recipes")(recipes.recipes_command)
 app.command("schema")(recipes.schema_command)
+
+
+@app.command("vtab", hidden=True, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def moved() -> None:
+    """Name the script that was `lily vtab`."""
+    raise LilyError("lily vtab is now a script of the repository: python benchmarks/vtab.py, with the same arguments")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The model that a plan is for, from its configuration and without weights."""
+"""A model on the meta device, from its configuration and without weights."""
 
 from __future__ import annotations
 
@@ -24,17 +24,20 @@ TASKS = {
 
 
 def model_from(target: str, task: str | None = None) -> tuple[nn.Module, str]:
-    """A model without weights, and the data type of its weights, from a folder, a config.json or a hub id.
+    """Build a model without weights.
 
     Args:
-        target: only a hub id uses the network, and of that only config.json is read.
+        target: a folder, a config.json or a hub id; only for a hub id the network is used, to read its config.json.
         task: a key of `TASKS`; default: the architecture that the configuration names.
 
+    Returns:
+        The model on the meta device, and the data type of its weights.
+
     Raises:
-        LilyError: if there is no such model, or transformers is missing or does not know it.
+        LilyError: if there is no such model, or transformers is missing or does not support it.
     """
     if task is not None and task not in TASKS:
-        raise LilyError(f"task {task!r} is not known; choose one of {', '.join(TASKS)}")
+        raise LilyError(f"task {task!r} is not supported; choose one of {', '.join(TASKS)}")
     config = _read_config(target)
     return _without_weights(config, target, task), dtype_of(config)
 
@@ -44,7 +47,7 @@ def _read_config(target: str) -> Any:
     if (path / "adapter_config.json").is_file():
         raise LilyError(f"{target} is an adapter, not a model; `lily inspect {target}` shows it")
     if path.is_dir() and not (path / "config.json").is_file():
-        raise LilyError(f"{target} has no config.json; name a model folder as save_pretrained writes it")
+        raise LilyError(f"{target} has no config.json; name a model folder that save_pretrained wrote")
     if not path.exists() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", target):
         raise LilyError(f"{target} does not exist; name a recipe, a model folder, a config.json or a hub id")
     try:
@@ -57,17 +60,17 @@ def _read_config(target: str) -> Any:
         why = str(error).strip().splitlines()[0]
         if path.exists():
             raise LilyError(f"cannot read the model configuration of {target}: {why}") from None
-        raise LilyError(_nowhere(target, why)) from None
+        raise LilyError(_not_found(target, why)) from None
 
 
-def _nowhere(target: str, why: str) -> str:
+def _not_found(target: str, why: str) -> str:
     from lily.recipes import loader
 
     near = difflib.get_close_matches(target, list(loader.shipped()), n=1)
     hint = f"did you mean the recipe {near[0]}? " if near else ""
     return (
-        f"{target} is no shipped recipe, file or folder, and cannot be read from the Hugging Face Hub ({why}); {hint}"
-        "give a recipe, a model folder or a config.json, or go online for a hub id"
+        f"{target} is not a shipped recipe, file or folder, nor readable from the Hugging Face Hub ({why}); {hint}"
+        "name a recipe, a model folder or a config.json, or connect to the network for a hub id"
     )
 
 
@@ -83,7 +86,7 @@ def _without_weights(config: Any, target: str, task: str | None) -> nn.Module:
                 model: nn.Module = named(config)
             else:
                 model = getattr(transformers, TASKS[task or "FEATURE_EXTRACTION"]).from_config(config)
-    except Exception as error:  # a model's constructor may raise anything; none of it is ours to fix
+    except Exception as error:  # a model's constructor may raise anything
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise LilyError(f"cannot build {target} as {task or architecture or 'AutoModel'}: {why}") from error
     return model

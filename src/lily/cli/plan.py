@@ -1,7 +1,6 @@
 """`lily plan`: what an adapter would share, train and cost, before a weight is read.
 
-Three steps, each a function of the one before: a model on the meta device, a `PlanReport` (a value, made in
-`lily.plan.report`), and its rendering as tables or JSON.
+A model on the meta device becomes a `PlanReport` (see `lily.plan.report`), which is printed as tables or JSON.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ from rich.text import Text
 from lily.cli.meta_model import TASKS, model_from
 from lily.errors import LilyError
 from lily.plan.budget import parse_count
-from lily.plan.report import GroupReport, PlanReport, Wish, plan_for
+from lily.plan.report import GroupReport, PlanReport, PlanRequest, plan_for
 from lily.plan.specs import EXPERTS
 from lily.recipes.dry_run import RecipeReport, is_recipe, recipe_report
 
-TRAINED = (">>>", "<<<")  # no tokenizer's special tokens look like these, as [CLS] and <s> do like brackets
-MOST_RUNS = 8  # blocks shown in a table; --json has them all
+TRAINED = (">>>", "<<<")  # unlike brackets, these are not mistaken for special tokens such as [CLS] and <s>
+MOST_RUNS = 8  # blocks shown in a table; --json has all of them
 
 
 def render_plan(report: PlanReport, console: Console) -> None:
@@ -52,30 +51,30 @@ def render_plan(report: PlanReport, console: Console) -> None:
 def _sharing_table(report: PlanReport) -> Table:
     table = Table(title="Who shares what", title_justify="left")
     table.add_column("group")
-    table.add_column("shape (out, in)")  # of experts (experts, out, in), of an embedding (rows, out)
+    table.add_column("shape (out, in)")  # experts: (experts, out, in); embedding: (rows, out)
     table.add_column("layers", justify="right")
     table.add_column("layers that share an A", ratio=1)
     for name in ("experts", "r", "parameters"):
         table.add_column(name, justify="right")
-    for name, alike in folded(report.groups).items():
-        g, size = alike[0], sum(group.parameters for group in alike)
-        layers = f"{len(alike)} x {g.layers}" if len(alike) > 1 else str(g.layers)
+    for name, groups in folded(report.groups).items():
+        g, size = groups[0], sum(group.parameters for group in groups)
+        layers = f"{len(groups)} x {g.layers}" if len(groups) > 1 else str(g.layers)
         table.add_row(escape(name), str(g.shape), layers, shorten(g.sharing), str(g.num_B), str(g.r), f"{size:,}")
     return table
 
 
 def folded(groups: Sequence[GroupReport]) -> dict[str, list[GroupReport]]:
-    """Groups by name; those of stacked experts, one for each layer, by their name with `*` for the layer's number."""
+    """Groups by name; stacked experts have a group per layer, so these share a row with `*` as the layer's number."""
     rows: dict[str, list[GroupReport]] = {}
     for group in groups:
         name = group.name
         if group.kind == EXPERTS:
             name = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
-        kept = rows.setdefault(name, [])
-        same = not kept or replace(group, name=kept[0].name, blocks=kept[0].blocks) == kept[0]
-        if same and (not kept or group.kind == EXPERTS):
-            kept.append(group)
-        else:  # of another shape, in its own row
+        row = rows.setdefault(name, [])
+        same = not row or replace(group, name=row[0].name, blocks=row[0].blocks) == row[0]
+        if same and (not row or group.kind == EXPERTS):
+            row.append(group)
+        else:  # a different shape gets a separate row
             rows[f"{group.name} {group.shape}"] = [group]
     return rows
 
@@ -87,11 +86,7 @@ def _cost_table(report: PlanReport) -> Table:
     table.add_column("Lily", justify="right")
     table.add_column("LoRA, same budget", justify="right")
     table.add_row("rank", f"{report.options['r']} ({report.rank_advantage:.1f}x LoRA's)", str(lora.r))
-    for part, label in (
-        ("A", "A, shared by neighbours"),
-        ("B", "B, shared by all"),
-        ("router", "routers"),
-    ):
+    for part, label in (("A", "A, shared by neighbors"), ("B", "B, shared by all"), ("router", "routers")):
         table.add_row(label, f"{parts[part]:,}", "")
     table.add_row("trainable parameters", f"{parts['total']:,}", f"{lora.parameters:,}")
     in_model = (report.share_of_model, lora.parameters / report.model_parameters)
@@ -115,7 +110,7 @@ def _memory(report: PlanReport) -> str:
 
 
 def shorten(sharing: Sequence[str]) -> str:
-    """`0-6 | 7-13`; of many blocks the first few and the last."""
+    """Blocks as `0-6 | 7-13`; of many, the first three and the last."""
     if len(sharing) <= MOST_RUNS:
         return " | ".join(sharing)
     return " | ".join([*sharing[:3], "...", sharing[-1]]) + f"  ({len(sharing)} A)"
@@ -127,7 +122,7 @@ def render_recipe(report: RecipeReport, console: Console) -> None:
     console.print(Text(report.recipe.rstrip()))
     console.rule("plan", align="left")
     if report.method != "lily":
-        console.print(f"The recipe trains with method {report.method}; this is what its lily block would give.")
+        console.print(f"The recipe trains with method {report.method}; this is the plan of its section lily.")
     render_plan(report.plan, console)
     if not report.preview:
         return
@@ -138,7 +133,7 @@ def render_recipe(report: RecipeReport, console: Console) -> None:
 
 
 def preview_text(segments: Sequence[tuple[str, bool]], *, terminal: bool) -> Text:
-    """The example with its label mask: trained parts green and the rest dim, or trained parts marked without colour."""
+    """The example with its label mask: trained parts in green on a terminal, else between markers."""
     text = Text()
     for segment, trained in segments:
         if terminal:
@@ -167,7 +162,7 @@ def _scaled(value: int, units: Sequence[str], digits: int) -> str:
 
 
 def names_or_regex(value: str | None) -> list[str] | str | None:
-    """`q_proj,v_proj` as a list of names; `all-linear` and regular expressions as they are."""
+    """Split `q_proj,v_proj` into names; `all-linear` and regular expressions stay text."""
     if value is None or value == "all-linear" or re.search(r"[][*+?^$()|\\{}]", value):
         return value
     return [name.strip() for name in value.split(",") if name.strip()]
@@ -180,41 +175,56 @@ def plan_command(
             metavar="TARGET", help="A recipe (name or YAML file), a model folder, a config.json or a hub id."
         ),
     ] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(help="For a recipe: key=value, such as lily.r=64.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes to a recipe as key=value, such as lily.r=64.")
+    ] = None,
     targets: Annotated[
         str | None,
         typer.Option(help="Modules to adapt: names with commas, a regular expression, or all-linear (default)."),
     ] = None,
     exclude: Annotated[
-        str | None, typer.Option(help="Modules to leave out: names with commas, or an expression.")
+        str | None, typer.Option(help="Modules to leave out: names separated by commas, or a regular expression.")
     ] = None,
     target_parameters: Annotated[
         str | None,
-        typer.Option(help="Parameters to adapt, such as experts.down_proj; alone, no modules. Names with commas."),
+        typer.Option(
+            help="Parameters to adapt, such as experts.down_proj, separated by commas; without --targets, no modules."
+        ),
     ] = None,
-    r: Annotated[int | None, typer.Option(help="Rank.")] = None,
-    num_a: Annotated[int | None, typer.Option("--num-a", help="How many A per group.")] = None,
-    stride_a: Annotated[int | None, typer.Option("--stride-a", help="Layers per A; instead of --num-a.")] = None,
-    num_b: Annotated[int | None, typer.Option("--num-b", help="Experts per group.")] = None,
-    params: Annotated[str | None, typer.Option(help="Budget such as 1.2M: chooses what is not given.")] = None,
-    match_lora: Annotated[int | None, typer.Option(help="Budget: what LoRA of this rank has.")] = None,
+    r: Annotated[int | None, typer.Option(help="Rank of the update.")] = None,
+    num_a: Annotated[int | None, typer.Option("--num-a", help="Number of A per group.")] = None,
+    stride_a: Annotated[
+        int | None, typer.Option("--stride-a", help="Layers that share an A; instead of --num-a.")
+    ] = None,
+    num_b: Annotated[int | None, typer.Option("--num-b", help="Number of experts B per group.")] = None,
+    params: Annotated[
+        str | None, typer.Option(help="Parameter budget such as 1.2M, from which r, num_A and num_B follow if not set.")
+    ] = None,
+    match_lora: Annotated[
+        int | None, typer.Option(help="Use the size of LoRA of this rank as the parameter budget.")
+    ] = None,
     routing: Annotated[
-        str | None, typer.Option(help="token, sequence, batch, static or uniform; default by model.")
+        str | None,
+        typer.Option(help="Routing: token, sequence, batch, static or uniform. Default: by the model's kind."),
     ] = None,
-    task: Annotated[str | None, typer.Option(help=f"{', '.join(TASKS)}; default by the model's architecture.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help=f"Task: {', '.join(TASKS)}. Default: by the model's architecture.")
+    ] = None,
     tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a sample, for the estimates. Default: 512, or the recipe's.")
+        int | None, typer.Option(min=1, help="Tokens per sample, for the estimates. Default: 512, or the recipe's.")
     ] = None,
     batch: Annotated[
-        int | None, typer.Option(min=1, help="Samples of a step, for the estimates. Default: 8, or the recipe's.")
+        int | None, typer.Option(min=1, help="Samples per step, for the estimates. Default: 8, or the recipe's.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
-    recipe: Annotated[str | None, typer.Option("--recipe", hidden=True, help="The same as TARGET, a recipe.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", hidden=True, help="Recipe to plan; the same as TARGET.")
+    ] = None,
 ) -> None:
-    """Show what an adapter shares, trains and costs, without loading weights; of a recipe, its dry run."""
+    """Show what an adapter shares, trains and costs without loading weights; for a recipe, do a dry run."""
     report: PlanReport | RecipeReport
     parameters = [name.strip() for name in (target_parameters or "").split(",") if name.strip()]
-    asked: dict[str, Any] = {
+    values: dict[str, Any] = {
         "targets": [] if targets is None and parameters else names_or_regex(targets),
         "target_parameters": parameters or None,
         "exclude": names_or_regex(exclude),
@@ -227,35 +237,35 @@ def plan_command(
         "routing": routing,
         "task": None if task is None else task.upper().replace("-", "_"),
     }
-    given = {name: value for name, value in asked.items() if value is not None}
+    options = {name: value for name, value in values.items() if value is not None}
     target, overrides = _one_target(target, recipe, overrides or [])
     if recipe is not None or is_recipe(target):
-        _no_options_with_recipe(given)
+        _no_options_with_recipe(options)
         report = recipe_report(target, overrides, batch=batch, tokens=tokens)
     else:
         if overrides:
             raise LilyError(f"{overrides[0]!r} changes a recipe, but {target} is a model; use options such as --r 64")
-        given |= {name: value for name, value in (("batch", batch), ("tokens", tokens)) if value is not None}
-        wish = Wish(**given)
-        model, dtype = model_from(target, wish.task)
-        report = plan_for(model, wish, name=target, dtype=dtype)
+        options |= {name: value for name, value in (("batch", batch), ("tokens", tokens)) if value is not None}
+        request = PlanRequest(**options)
+        model, dtype = model_from(target, request.task)
+        report = plan_for(model, request, name=target, dtype=dtype)
     _print(report, as_json)
 
 
 def _one_target(target: str | None, recipe: str | None, overrides: list[str]) -> tuple[str, list[str]]:
-    """What to plan, named in its place or by --recipe, and the changes to it."""
+    """The target, which may also be the value of --recipe, and the overrides."""
     if recipe is None:
         if target is None:
-            raise LilyError("plan of what? Name a recipe (`lily recipes` lists them), a model folder or a hub id")
+            raise LilyError("no TARGET; name a recipe (`lily recipes` lists them), a model folder or a hub id")
         return target, overrides
     if target is not None and not re.match(r"[\w.]+=", target):
-        raise LilyError(f"--recipe {recipe} and {target} both say what to plan; give one of them")
+        raise LilyError(f"--recipe {recipe} and TARGET {target} both name what to plan; use one of them")
     return recipe, [*([] if target is None else [target]), *overrides]
 
 
-def _no_options_with_recipe(given: dict[str, Any]) -> None:
-    if given:
-        option = next(iter(given))
+def _no_options_with_recipe(options: dict[str, Any]) -> None:
+    if options:
+        option = next(iter(options))
         flag = {"parameters": "params"}.get(option, option.lower().replace("_", "-"))
         raise LilyError(
             f"--{flag} is for models; change a recipe with key=value, such as lily.r=64 or targets=[q_proj]"

@@ -54,7 +54,7 @@ class ComparedMethod:
 
     @property
     def _rate(self) -> tuple[str, ...]:
-        section = methods.block_of(self.recipe.method)
+        section = methods.section_of(self.recipe.method)
         return (section, "learning_rate") if section else ("train", "learning_rate")
 
     @property
@@ -133,7 +133,7 @@ def _compared(recipe: Recipe, name: str, rank: int | None, model: nn.Module) -> 
             changes[("peft",)] = {"peft_type": method.upper()}
         changes[("method",)] = "peft"
     chosen = changed(recipe, changes)
-    section = methods.block_of(chosen.method)
+    section = methods.section_of(chosen.method)
     if section == "peft":
         kind = other_peft.config_class(str(chosen.peft.peft_type))
         has_rank = "r" in other_peft.options_of(kind)
@@ -155,7 +155,7 @@ def _rank_of(config: Any) -> int | None:
 
 
 def _scale(recipe: Recipe, config: Any) -> tuple[tuple[str, ...], float] | None:
-    section = methods.block_of(recipe.method)
+    section = methods.section_of(recipe.method)
     if section == "lily":
         return ("lily", "scaling"), recipe.lily.scaling
     if section == "lora":
@@ -181,4 +181,4 @@ def changed(recipe: Recipe, values: dict[tuple[str, ...], Any]) -> Recipe:
     valid = Recipe.model_validate(document)
     for path, problem in checks.problems(valid):
         raise LilyError(f"{recipe.name}, method {valid.method}: {'.'.join(path)}: {problem}")
-    return valid.written_at(recipe.places)
+    return valid.written_at(recipe.locations)

@@ -208,7 +208,7 @@ def _rows(analysis: Insight, used: Adapter, file: str | None, rows: int) -> tupl
     try:
         return data.drawn(data.rows_of(source, used.recipe), rows or None), analysis
     except LilyError as error:
-        unlabeled = data.drawn(data.rows_of(source, used.recipe, labelled=False), rows or None)
+        unlabeled = data.drawn(data.rows_of(source, used.recipe, labeled=False), rows or None)
         return unlabeled, _noting(analysis, f"labels are not used: {error}")
 
 

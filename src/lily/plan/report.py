@@ -1,4 +1,4 @@
-"""What `lily plan` reports: a plan and its costs as plain values, made without reading a weight."""
+"""What `lily plan` reports: a plan and its costs as plain values, computed without reading a weight."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from lily.plan.budget import Choice, choose, equal_lora_rank, lora_compute, lora_parameters
-from lily.plan.config import LilyConfig
+from lily.plan.budget import equal_lora_rank, lora_compute, lora_parameters
 from lily.plan.cost import Estimate, estimate
-from lily.plan.select import is_causal, select_targets, whole_layers
-from lily.plan.sharing_plan import SAVED_HEADS, Group, SharingPlan, build_plan
+from lily.plan.decide import Decided, decide
+from lily.plan.select import whole_layers
+from lily.plan.sharing_plan import SAVED_HEADS, Group
 from lily.plan.specs import ModuleSpec
 
 if TYPE_CHECKING:
     from torch import nn
 
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
+SHAPE = ("r", "num_A", "stride_A", "num_B", "parameters", "match_lora")  # arguments of `choose` in a `PlanRequest`
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What the user asks of a plan; None leaves the choice to `lily.budget.choose`."""
+class PlanRequest:
+    """Settings of `plan_for`; `lily.plan.budget.choose` fills what is None of the shape."""
 
     targets: list[str] | str = "all-linear"
     exclude: list[str] | str | None = None
@@ -37,14 +38,24 @@ class Wish:
     batch: int = 8
     tokens: int = 512
     target_parameters: list[str] | None = None
-    heads: list[str] | None = None
 
 
 @dataclass(frozen=True)
 class GroupReport:
-    """One row of the sharing table. `blocks` are the names that share an A, `sharing` their layer numbers.
+    """One row of the sharing table.
 
-    `kind` and `shape`, of the base weights, are `lily.plan.Group`'s.
+    Attributes:
+        name: of the group.
+        kind: as in `lily.plan.Group`.
+        shape: of the base weights, as in `lily.plan.Group`.
+        in_features: inputs of a layer.
+        out_features: outputs of a layer.
+        layers: number of layers.
+        sharing: layer numbers of each block, such as `0-13`.
+        r: rank.
+        num_B: experts.
+        parameters: trainable parameters, routers included.
+        blocks: names of the layers that share an A.
     """
 
     name: str
@@ -62,7 +73,7 @@ class GroupReport:
 
 @dataclass(frozen=True)
 class LoraReport:
-    """What LoRA would get on the same layers: the rank to be matched, else the largest with no more parameters."""
+    """LoRA on the same layers: of the rank to match, else of the largest rank with no more parameters."""
 
     r: int
     parameters: int
@@ -72,23 +83,23 @@ class LoraReport:
 
 @dataclass(frozen=True)
 class PlanReport:
-    """What `lily plan` says: a value with numbers only, rendered by `render_plan` or as JSON by `to_dict`.
+    """The plan of a model in numbers; `render_plan` prints it, `to_dict` gives it as JSON values.
 
     Attributes:
-        model: as the user named it.
+        model: name that the user gave.
         dtype: of the frozen weights.
-        model_parameters: of the frozen model.
-        routing: the adapter's routing.
+        model_parameters: number of parameters of the base model.
+        routing: of the adapter.
         options: `LilyConfig` arguments that give this plan (r, num_A or stride_A, num_B).
-        groups: the sharing.
+        groups: rows of the sharing table.
         parameters: trainable parameters, by part (A, B, router) and in total.
         share_of_model: trainable over frozen parameters.
-        batch: samples of a step, for the estimates.
-        tokens: tokens of a sample, for the estimates.
+        batch: samples per step, for the estimates.
+        tokens: tokens per sample, for the estimates.
         costs: multiply-adds, file size, training memory.
         lora: LoRA with the same budget.
         rank_advantage: Lily's rank over LoRA's.
-        reason: why this shape.
+        reason: sentences that explain the shape.
     """
 
     model: str
@@ -108,7 +119,7 @@ class PlanReport:
 
     @property
     def layers(self) -> int:
-        """How many layers are adapted."""
+        """Number of adapted layers."""
         return sum(group.layers for group in self.groups)
 
     def to_dict(self) -> dict[str, Any]:
@@ -116,83 +127,63 @@ class PlanReport:
         return asdict(self)
 
 
-# --- from a model to a report ---------------------------------------------------------------------------------------
-
-
-def plan_for(
-    model: nn.Module, wish: Wish, *, name: str, dtype: str = "float32", base_bytes: int | None = None
-) -> PlanReport:
-    """The report for a model, which may be on the meta device.
+def plan_for(model: nn.Module, request: PlanRequest, *, name: str, dtype: str = "float32") -> PlanReport:
+    """The report for a model.
 
     Args:
-        model: the base model.
-        wish: what the user asks.
-        name: how to call the model in the report.
+        model: the base model; may be on the meta device.
+        request: targets, shape and sizes of a batch.
+        name: the model's name in the report.
         dtype: of the frozen weights, for the memory estimate.
-        base_bytes: what the frozen weights take, where that does not follow from `dtype`.
 
     Raises:
-        LilyError: if the targets match nothing, the budget is too small, or a value cannot work.
+        LilyError: if the targets match nothing, the budget is too small, or a value is not allowed.
     """
-    asked = LilyConfig(
-        target_modules=wish.targets,
-        target_parameters=wish.target_parameters,
-        exclude_modules=wish.exclude,
-        modules_to_save=SAVED_HEADS.get(wish.task or "") or wish.heads,
-        routing=wish.routing,
-        task_type=wish.task,
-    )
-    routing = asked.default_routing(True) if asked.routing_is_default and is_causal(model) else str(asked.routing)
-    modules = select_targets(model, asked)  # replaces all-linear by the names it stands for
-    choice = choose(
-        modules,
-        parameters=wish.parameters,
-        match_lora=wish.match_lora,
-        r=wish.r,
-        num_A=wish.num_A,
-        stride_A=wish.stride_A,
-        num_B=wish.num_B,
-        routing=routing,
-        targets=asked.target_modules,
-    )
-    found: dict[str, Any] = {
-        "target_modules": asked.target_modules,
-        "target_parameters": asked.target_parameters,
+    config = {
+        "target_modules": request.targets,
+        "target_parameters": request.target_parameters,
+        "exclude_modules": request.exclude,
+        "modules_to_save": SAVED_HEADS.get(request.task or ""),
+        "routing": request.routing,
+        "task_type": request.task,
     }
-    plan = build_plan(modules, LilyConfig(routing=routing, **found, **choice.options))
-    return report_of(model, modules, plan, choice, wish, name=name, dtype=dtype, base_bytes=base_bytes)
+    shape = {key: getattr(request, key) for key in SHAPE}
+    match_lora, batch, tokens = request.match_lora, request.batch, request.tokens
+    decided = decide(model, config, shape)
+    return report_of(model, decided, name=name, dtype=dtype, batch=batch, tokens=tokens, match_lora=match_lora)
 
 
 def report_of(
     model: nn.Module,
-    modules: Sequence[ModuleSpec],
-    plan: SharingPlan,
-    choice: Choice,
-    wish: Wish,
+    decided: Decided,
     *,
     name: str,
     dtype: str,
-    base_bytes: int | None,
+    batch: int,
+    tokens: int,
+    match_lora: int | None = None,
+    base_bytes: int | None = None,
 ) -> PlanReport:
-    """What a plan says of a model: sharing, counts, costs, and the LoRA of equal size.
+    """The sharing, sizes and costs of an adapter, and the LoRA of equal size.
 
     Args:
-        model: without weights.
-        modules: the adapted layers.
-        plan: made of them.
-        choice: how its shape was chosen.
-        wish: what was asked.
-        name: of the model.
-        dtype: of its weights.
-        base_bytes: of its weights where they are not all of that type.
+        model: the base model; may be on the meta device.
+        decided: the adapter on it.
+        name: the model's name in the report.
+        dtype: of the frozen weights.
+        batch: samples per step, for the estimates.
+        tokens: tokens per sample, for the estimates.
+        match_lora: rank of the LoRA whose size was the budget; default: the largest LoRA that is not larger.
+        base_bytes: size of the frozen weights if it does not follow from `dtype`.
     """
+    plan, modules = decided.plan, decided.modules
     size = sum(p.numel() for p in model.parameters())
-    whole = whole_layers(model, modules, wish.exclude)
+    whole = whole_layers(model, modules, decided.config.exclude_modules)
     costs = estimate(
         plan,
         modules,
-        batch=wish.batch,
-        tokens=wish.tokens,
+        batch=batch,
+        tokens=tokens,
         base_parameters=size,
         linear=list(_linear_layers(model)),
         weight_bytes=WEIGHT_BYTES.get(dtype, 4),
@@ -200,24 +191,24 @@ def report_of(
         whole=whole,
     )
     total = plan.parameters
-    # Lily fills a budget up to the grain of its rank; LoRA of the rank to be matched must not lose it to that grain.
-    budget = total.total if wish.match_lora is None else lora_parameters(whole, wish.match_lora)
-    lora = _lora(whole, budget, wish.batch * wish.tokens)
+    # r is whole, so Lily may stay below the budget; the LoRA that set the budget keeps its rank nevertheless.
+    budget = total.total if match_lora is None else lora_parameters(whole, match_lora)
+    lora = _lora(whole, budget, batch * tokens)
     return PlanReport(
         model=name,
         dtype=dtype,
         model_parameters=size,
         routing=plan.routing,
-        options=choice.options,
+        options=decided.choice.options,
         groups=tuple(_group(g, plan.routers_of(g)) for g in plan.groups),
         parameters={"A": total.A, "B": total.B, "router": total.router, "total": total.total},
         share_of_model=total.total / size,
-        batch=wish.batch,
-        tokens=wish.tokens,
+        batch=batch,
+        tokens=tokens,
         costs=costs,
         lora=lora,
-        rank_advantage=choice.r / lora.r,
-        reason=choice.reason,
+        rank_advantage=decided.choice.r / lora.r,
+        reason=decided.choice.reason,
     )
 
 
@@ -247,7 +238,7 @@ def _lora(modules: Sequence[ModuleSpec], budget: int, tokens: int) -> LoraReport
 
 
 def _linear_layers(model: nn.Module) -> Iterator[ModuleSpec]:
-    """Every nn.Linear and Conv1D (GPT-2's, which keeps its sizes as nx and nf) of the model, adapted or not."""
+    """Every nn.Linear and Conv1D (GPT-2's, whose sizes are nx and nf) of the model, adapted or not."""
     for name, module in model.named_modules():
         if isinstance(out := getattr(module, "out_features", getattr(module, "nf", None)), int):
             yield ModuleSpec(name, int(getattr(module, "in_features", getattr(module, "nx", 0))), out)
@@ -265,21 +256,12 @@ def compress(numbers: Sequence[int]) -> str:
 
 
 def depth_numbers(names: Sequence[str]) -> list[int]:
-    """The layer number in each name (`model.layers.7.mlp.up_proj` is 7), or positions where that names no one layer."""
-    found = [re.search(r"(?:^|\.)(\d+)(?:\.|$)", name) for name in names]
-    numbers = [int(match[1]) for match in found if match]
+    """The layer number in each name (`model.layers.7.mlp.up_proj` is 7), or positions if the numbers are not unique."""
+    matches = [re.search(r"(?:^|\.)(\d+)(?:\.|$)", name) for name in names]
+    numbers = [int(match[1]) for match in matches if match]
     return numbers if len(set(numbers)) == len(names) else list(range(len(names)))
 
 
-# --- from a name to a model on the meta device ----------------------------------------------------------------------
-
-
-# --- the dry run of a recipe ----------------------------------------------------------------------------------------
-
-
-# --- rendering ------------------------------------------------------------------------------------------------------
-
-
 def dtype_of(config: Any) -> str:
-    """The data type that a model configuration states, float32 if it states none."""
+    """The data type in a model configuration; float32 if there is none."""
     return str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Checks across a recipe's keys: what fits together. Pure functions of the recipe."""
+"""Checks across a recipe's keys, as pure functions of the recipe."""
 
 from __future__ import annotations
 
@@ -14,26 +14,25 @@ from lily.recipes.spec.schema import CLASSIFYING, MEAN, STANDIN, File, Pattern, 
 Problem = tuple[tuple[str, ...], str]
 
 CLASSIFICATION = ("accuracy", "f1", "matthews", "loss")
-CHOSEN = ("accuracy", "accuracy_norm")
+MULTIPLE_CHOICE = ("accuracy", "accuracy_norm")
 REGRESSION = ("pearson", "spearman", "mse", "loss")
-SFT = ("loss", "perplexity", "exact_match", *CHOSEN)
+SFT = ("loss", "perplexity", "exact_match", *MULTIPLE_CHOICE)
 METRICS = {
     "text-classification": CLASSIFICATION,
     "image-classification": CLASSIFICATION,
     "text-regression": REGRESSION,
     "sft": SFT,
 }
-PLACEHOLDERS = {"name", "method", "seed"}
 
 
 def problems(recipe: Recipe) -> Iterator[Problem]:
-    """Every combination that cannot work: (path of the key, what is wrong and how to fix it)."""
+    """Every invalid combination: (path of the key, what is wrong and how to fix it)."""
     yield from _columns(recipe)
     yield from _metrics(recipe)
     yield from _answers(recipe)
     yield from _split(recipe)
     yield from _hub(recipe)
-    yield from lily_checks.problems(recipe)
+    yield from lily_checks.problems(recipe.lily, recipe.targets or recipe.target_parameters)
     yield from _method(recipe)
     yield from _schedule(recipe)
     yield from _output(recipe)
@@ -86,15 +85,15 @@ def _answers(recipe: Recipe) -> Iterator[Problem]:
         if recipe.task != "sft" or recipe.data.columns.messages is not None:
             yield at, "is for sft with prompt and completion; remove it"
         elif recipe.data.chat:
-            yield at, "takes the place of the tokenizer's chat template; write chat: false beside it"
+            yield at, "replaces the tokenizer's chat template; set data.chat to false"
         if template.count("{prompt}") != 1:
-            yield at, f"must have {{prompt}} once, where the prompt goes; it has it {template.count('{prompt}')} times"
+            yield at, f"must contain {{prompt}} once, not {template.count('{prompt}')} times"
     if recipe.data.choices is not None and (recipe.task != "sft" or recipe.data.columns.messages is not None):
         yield ("data", "choices"), "are for sft with prompt and completion; remove them"
     if recipe.task == "sft" and recipe.data.choices is None:
         for metric in recipe.metrics:
-            if metric in CHOSEN:
-                yield ("metrics",), f"{metric} of sft needs data.choices: the texts that are chosen from"
+            if metric in MULTIPLE_CHOICE:
+                yield ("metrics",), f"{metric} of sft needs data.choices: the texts to choose from"
     if answer != "whole" and recipe.task != "sft":
         yield ("generation", "answer"), "is for sft only"
     if isinstance(answer, Pattern):
@@ -109,11 +108,11 @@ def _split(recipe: Recipe) -> Iterator[Problem]:
     if carved >= 1:
         yield ("data", "split"), f"validation and test take {carved:.2f} of the rows; leave some for training"
     if MEAN in (data.tests or ()):
-        yield ("data", "tests", MEAN), "is what the mean over the sets is called; choose another name"
+        yield ("data", "tests", MEAN), "is the name of the mean over the sets; choose another name"
     if data.classes is not None and recipe.task not in CLASSIFYING:
-        yield ("data", "classes"), f"is for classification; {recipe.task} has none"
+        yield ("data", "classes"), f"is for classification; {recipe.task} has none; remove it"
     if data.classes is not None and len(set(data.classes)) < 2:
-        yield ("data", "classes"), "names fewer than two; there is nothing to learn"
+        yield ("data", "classes"), "names fewer than two classes; name at least two"
     if data.validation is None and data.split.validation == 0:
         yield ("data", "split"), "no validation rows: give data.validation, or a share in data.split.validation"
 
@@ -121,7 +120,7 @@ def _split(recipe: Recipe) -> Iterator[Problem]:
 def _hub(recipe: Recipe) -> Iterator[Problem]:
     for key, file in recipe.data.files.items():
         if key[0] not in ("train", "mix") and file.hub is not None and file.split is None:
-            yield ("data", *key), f"needs split: which split of {file.hub} to use (otherwise the training rows are)"
+            yield ("data", *key), f"needs split: which split of {file.hub} to use (the default is train)"
     if recipe.model.kind in ("hub", STANDIN) and recipe.model.format != "transformers":
         yield ("model", "format"), f"{recipe.model.format} goes with path or package; remove it"
     if recipe.model.standin is not None:
@@ -138,15 +137,18 @@ def _method(recipe: Recipe) -> Iterator[Problem]:
     if settle is not None and (recipe.lily.routing in ("static", "uniform") or recipe.lily.num_B == 1):
         what = "num_B=1 has no router" if recipe.lily.num_B == 1 else f"routing {recipe.lily.routing} is static"
         yield ("lily", "settle"), f"{what}, so there is nothing to settle; remove one of them"
-    activations = [recipe.lily.activation, *(own.activation for own in (recipe.lily.groups or {}).values())]
+    activations = [recipe.lily.activation, *(group.activation for group in (recipe.lily.groups or {}).values())]
     if settle is not None and set(activations) - {"none", None}:
-        yield ("lily", "settle"), "an adapter with an activation is not linear, so it cannot be merged; remove one"
+        yield (
+            ("lily", "settle"),
+            "an adapter with an activation is not linear, so it cannot be merged; remove one of them",
+        )
     if settle is not None and recipe.lily.parallel:
-        yield ("lily", "settle"), "what runs beside a module (lily.parallel) is never merged; remove one"
+        yield ("lily", "settle"), "an adapter parallel to a module (lily.parallel) is never merged; remove one of them"
     if settle is not None and recipe.lily.shared_router:
-        yield ("lily", "settle"), "gives each layer weights of its own; remove it, or shared_router"
+        yield ("lily", "settle"), "gives each layer separate weights; remove it, or shared_router"
     if recipe.method == "peft" and recipe.peft.peft_type is None:
-        yield ("peft",), "method: peft needs peft_type: which of PEFT's methods, such as VERA, LOHA or IA3"
+        yield ("peft",), "method: peft needs peft_type: the name of a PEFT method, such as VERA, LOHA or IA3"
     if recipe.task == "sft":
         for baseline in recipe.baselines:
             if baseline != "lora":
@@ -156,7 +158,7 @@ def _method(recipe: Recipe) -> Iterator[Problem]:
     if recipe.train.packing and recipe.task != "sft":
         yield ("train", "packing"), "is for sft only"
     if recipe.train.packing and recipe.data.columns.messages is not None:
-        yield ("train", "packing"), "does not work with messages here; give prompt and completion"
+        yield ("train", "packing"), "does not support messages; use prompt and completion"
     if recipe.train.head_learning_rate is not None and recipe.task == "sft":
         yield ("train", "head_learning_rate"), "sft has no new head; use learning_rate"
 
@@ -166,11 +168,11 @@ def _schedule(recipe: Recipe) -> Iterator[Problem]:
     if least is None:
         return
     if recipe.train.schedule != "cosine":
-        yield at, f"is where a cosine ends, but schedule is {recipe.train.schedule}; remove it, or write cosine"
+        yield at, f"is the end of a cosine, but schedule is {recipe.train.schedule}; remove it, or set schedule: cosine"
     for section in ("train", "lily", "lora"):
         start = getattr(recipe, section).learning_rate
         if start is not None and least >= start:
-            yield at, f"{least:g} is not below {section}.learning_rate, {start:g}, from where the cosine falls"
+            yield at, f"{least:g} is not below {section}.learning_rate, {start:g}, where the cosine starts; lower it"
 
 
 def _forgetting(recipe: Recipe) -> Iterator[Problem]:
@@ -179,22 +181,17 @@ def _forgetting(recipe: Recipe) -> Iterator[Problem]:
     if recipe.task != "sft":
         yield (
             ("forgetting",),
-            f"is measured by a language model's loss, which a model for {recipe.task} has not; remove it",
+            f"needs the loss of a language model, which {recipe.task} does not have; remove it",
         )
     yield from _file(("forgetting", "file"), recipe.forgetting.file)
 
 
 def _output(recipe: Recipe) -> Iterator[Problem]:
-    try:
-        parts = list(string.Formatter().parse(recipe.output))
-    except ValueError as error:
-        yield ("output",), f"is not a name with placeholders ({error})"
-        return
-    unknown = sorted({name for _, name, _, _ in parts if name is not None} - PLACEHOLDERS)
-    if not recipe.output.isprintable() or any(spec or conversion for _, _, spec, conversion in parts):
+    problems = list(lily_checks.output_problems(recipe.output))
+    yield from problems
+    formatted = not problems and any(spec or how for _, _, spec, how in string.Formatter().parse(recipe.output))
+    if formatted or not recipe.output.isprintable():
         yield ("output",), "is not a plain path with {name}, {method} and {seed}"
-    if unknown:
-        yield ("output",), f"unknown placeholder {unknown[0]!r}; known: {{name}}, {{method}} and {{seed}}"
 
 
 def _file(at: tuple[str, ...], file: File) -> Iterator[Problem]:
@@ -202,4 +199,4 @@ def _file(at: tuple[str, ...], file: File) -> Iterator[Problem]:
         if getattr(file, name) is not None and file.hub is None:
             yield (*at, name), "goes with hub; remove it, or name a hub id"
     if file.header is not None and file.format in ("json", "jsonl", "parquet"):
-        yield (*at, "header"), f"is for csv and tsv; {file.format} names its own columns"
+        yield (*at, "header"), f"is for csv and tsv; {file.format} contains its column names; remove it"

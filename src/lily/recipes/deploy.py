@@ -91,7 +91,7 @@ def collapse_text(
     used = Adapter(str(location.path), recipe)
     if used.recipe.method != "lily":
         raise LilyError(f"{location.path} is a {used.recipe.method} adapter; only Lily adapters are collapsed")
-    calibrating = used.splits.train if calibration is None else _rows(calibration, used, labelled=False)
+    calibrating = used.splits.train if calibration is None else _rows(calibration, used, labeled=False)
     judged = used.splits.held_out if held_out is None else _rows(held_out, used)
     if used.labels is not None:
         data.check_labels(judged, used.labels, held_out or "the held-out split")
@@ -108,8 +108,8 @@ def collapse_text(
     return report
 
 
-def _rows(file: str, used: Adapter, labelled: bool = True) -> list[Row]:
-    rows = data.rows_of(File(path=file, header=used.recipe.data.train.header), used.recipe, labelled)
+def _rows(file: str, used: Adapter, labeled: bool = True) -> list[Row]:
+    rows = data.rows_of(File(path=file, header=used.recipe.data.train.header), used.recipe, labeled)
     if not rows:
         raise LilyError(f"{file} holds no rows; collapse needs calibration data")
     return rows

@@ -1,4 +1,4 @@
-"""The plan of a recipe."""
+"""`lily plan RECIPE`: everything that can be checked and counted before a weight is read."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lily.plan.budget import parse_count
-from lily.plan.report import PlanReport, Wish, dtype_of, report_of
+from lily.plan.report import PlanReport, dtype_of, report_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,11 +24,11 @@ class RecipeReport:
 
     Attributes:
         name: of the recipe.
-        method: the recipe's; the plan is Lily's in any case.
+        method: of the recipe; the plan is Lily's for every method.
         recipe: the resolved recipe as YAML.
-        plan: for the recipe's model.
-        preview: (text, trained) of the first training example: the loss counts where trained is True; empty where
-            there is no text.
+        plan: of Lily on the recipe's model.
+        preview: (text, trained) of the first training example; the loss counts where trained is True. Empty if no
+            example was read.
     """
 
     name: str
@@ -51,30 +50,30 @@ class RecipeReport:
 
 
 def is_recipe(target: str) -> bool:
-    """Whether `target` names a recipe: a YAML file by its ending, or one that ships; `:` and a variant may follow."""
+    """Whether `target` is a YAML file (by its ending) or a shipped recipe; `:` and a variant may follow."""
     from lily.recipes import loader
 
-    known, head = loader.shipped(), target.rpartition(":")[0]
+    shipped, head = loader.shipped(), target.rpartition(":")[0]
     if any(name.lower().endswith(RECIPE_ENDINGS) for name in (target, head)):
         return True
-    return not Path(target).expanduser().exists() and (target in known or head in known)
+    return not Path(target).expanduser().exists() and (target in shipped or head in shipped)
 
 
 def recipe_report(
     target: str, overrides: Sequence[str], *, batch: int | None = None, tokens: int | None = None
 ) -> RecipeReport:
-    """The dry run of a recipe: all that `lily train` checks before it reads weights, and nothing that it writes.
+    """Check all that `lily train` checks before it reads weights, and plan the adapter; writes nothing.
 
-    Of a recipe that describes its hub's model itself (`model.architecture`) the plan alone: nothing is downloaded.
+    A recipe that describes its model (`model.architecture`) gets the plan only: nothing is downloaded.
 
     Args:
-        target: path of a YAML file, or name of a recipe that ships.
+        target: path of a YAML file, or name of a shipped recipe.
         overrides: `key=value` each.
-        batch: for the estimates; default: the recipe's.
-        tokens: for the estimates; default: the recipe's.
+        batch: samples per step, for the estimates; default: the recipe's.
+        tokens: tokens per sample, for the estimates; default: the recipe's.
 
     Raises:
-        LilyError: for whatever is wrong with the recipe, its data or its model.
+        LilyError: if the recipe, its data or its model is not valid.
     """
     from lily.recipes import loader, preflight
     from lily.recipes.by_task import function_for
@@ -88,91 +87,74 @@ def recipe_report(
 
 def text_report(recipe: Recipe, batch: int | None, tokens: int | None) -> RecipeReport:
     """`recipe_report` for text and images."""
-    from lily.recipes import loader, methods, models, preflight
+    from lily.recipes import models, preflight
     from lily.recipes.data import tasks
     from lily.recipes.models import quantization
-    from lily.recipes.spec.places import located
+    from lily.recipes.spec.locations import located
 
-    segments: tuple[tuple[str, bool], ...] = ()
+    preview: tuple[tuple[str, bool], ...] = ()
     if recipe.model.architecture is not None:
         with located(recipe, "model", "architecture"):
             model = models.described_model(recipe.model, recipe.task)
     else:
         prepared = preflight.prepare(recipe)
         model = prepared.meta
-        segments = tuple(tasks.preview(recipe, prepared.processor, prepared.splits.train[0]).segments)
-    wish = wish_of(recipe, model, batch=batch, tokens=tokens)
-    dtype = dtype_of(model.config) if recipe.model.dtype == "auto" else recipe.model.dtype
-    quantised = recipe.model.quantization
-    size = None if quantised == "none" else quantization.frozen_bytes(model, recipe.task, quantised)
-    decided = methods.decide(recipe, model)
-    plan = report_of(
-        model,
-        decided.modules,
-        decided.plan,
-        decided.choice,
-        wish,
-        name=_said(recipe.model),
-        dtype=dtype if size is None else quantised,
-        base_bytes=size,
-    )
-    return RecipeReport(recipe.name, recipe.method, loader.dump_recipe(recipe), plan, segments)
+        preview = tuple(tasks.preview(recipe, prepared.processor, prepared.splits.train[0]).segments)
+    dtype = dtype_of(model.config) if recipe.model.dtype == "auto" else str(recipe.model.dtype)
+    size = None
+    if recipe.model.quantization != "none":
+        dtype = recipe.model.quantization
+        size = quantization.frozen_bytes(model, recipe.task, recipe.model.quantization)
+    return _report(recipe, model, _model_name(recipe.model), dtype, batch, tokens, preview, size)
 
 
 def drawing_report(recipe: DreamBooth, batch: int | None, tokens: int | None) -> RecipeReport:
-    """The dry run of subject-driven generation: its images are not looked at, and there is no text to preview."""
-    from lily.recipes import loader, methods
+    """`recipe_report` for subject-driven generation; its images are not read, and there is no preview."""
     from lily.recipes.dreambooth.run import planned
 
     family, model, _ = planned(recipe)
-    usual = (recipe.subject.resolution // 16) ** 2  # where attention begins: an eighth by the autoencoder, then half
-    wish = wish_of(recipe, model, batch=batch, tokens=tokens or usual)
     name = f"{family.component} of {recipe.model.hub or recipe.model.path or recipe.model.standin}"
-    found = methods.decide(recipe, model)
-    dtype = recipe.model.dtype
-    plan = report_of(model, found.modules, found.plan, found.choice, wish, name=name, dtype=dtype, base_bytes=None)
-    return RecipeReport(recipe.name, recipe.method, loader.dump_recipe(recipe), plan, ())
+    return _report(recipe, model, name, recipe.model.dtype, batch, tokens)
 
 
-def _said(model: Model) -> str:
-    """A model as the recipe says it, short enough for a title."""
+def _report(
+    recipe: Recipe | DreamBooth,
+    model: nn.Module,
+    name: str,
+    dtype: str,
+    batch: int | None,
+    tokens: int | None,
+    preview: tuple[tuple[str, bool], ...] = (),
+    base_bytes: int | None = None,
+) -> RecipeReport:
+    from lily.recipes import loader, methods
+
+    plan = report_of(
+        model,
+        methods.decide(recipe, model),
+        name=name,
+        dtype=dtype,
+        batch=batch or recipe.train.batch_size,
+        tokens=tokens or tokens_of(recipe, model),
+        base_bytes=base_bytes,
+    )
+    return RecipeReport(recipe.name, recipe.method, loader.dump_recipe(recipe), plan, preview)
+
+
+def _model_name(model: Model) -> str:
     if model.package is not None:
         return f"{model.package.member} of {model.package.name} {model.package.version}"
     return model.hub or model.path or f"the stand-in {model.standin}"
 
 
-def _tokens(recipe: Recipe | DreamBooth, model: nn.Module) -> int:
-    """Tokens of a sample; of an image its patches, and one that stands for the whole."""
+def tokens_of(recipe: Recipe | DreamBooth, model: nn.Module) -> int:
+    """Tokens of a sample; of an image, its patches and one for the whole image."""
     from lily.recipes.models.load import image_size
 
     if recipe.task == "dreambooth":
-        return 512
+        return (recipe.subject.resolution // 16) ** 2  # the autoencoder divides by 8, and attention starts at half
     if recipe.task != "image-classification":
         return recipe.data.max_length
     patch = getattr(model.config, "patch_size", 16)
     size = recipe.data.image.size or image_size(model.config)
     return (size // (patch if isinstance(patch, int) else patch[0])) ** 2 + 1
-
-
-def wish_of(
-    recipe: Recipe | DreamBooth, model: nn.Module, *, batch: int | None = None, tokens: int | None = None
-) -> Wish:
-    """What a recipe asks of a plan."""
-    from lily.recipes.methods.configs import saved_heads, task_type_of
-
-    lily = recipe.lily
-    return Wish(
-        targets=recipe.targets,
-        target_parameters=recipe.target_parameters,
-        exclude=recipe.exclude,
-        r=lily.r,
-        num_A=lily.num_A,
-        stride_A=lily.stride_A,
-        num_B=lily.num_B,
-        parameters=None if lily.params is None else parse_count(lily.params),
-        routing=lily.routing,
-        task=task_type_of(recipe),
-        heads=saved_heads(recipe, model),
-        batch=batch or recipe.train.batch_size,
-        tokens=tokens or _tokens(recipe, model),
-    )

@@ -1,4 +1,4 @@
-"""Reading recipes: YAML with line numbers, inheritance, overrides, and every check that needs no data and no model."""
+"""Read recipes: YAML with line numbers, inheritance, overrides, and the checks that need no data and no model."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from pydantic.fields import FieldInfo
 
 from lily.errors import LilyError
 from lily.recipes import checks
-from lily.recipes.spec import dreambooth as dreambooth
-from lily.recipes.spec import variants
+from lily.recipes.spec import dreambooth, variants
 from lily.recipes.spec.dreambooth import DreamBooth
-from lily.recipes.spec.places import Key, Places
+from lily.recipes.spec.locations import Key, KeyLocations
 from lily.recipes.spec.schema import SOURCES, STANDIN, Recipe, Section
 
 LIBRARY = Path(__file__).parent / "library"
@@ -28,43 +27,43 @@ MAX_VALUES = 100_000  # aliases of aliases make a short text expand without boun
 MAX_PROBLEMS = 10
 MAX_SHOWN = 200  # characters of a wrong value
 ALIASES = {"lr": "learning_rate", "rank": "r", "lora_alpha": "alpha"}
-OF_A_SOURCE = ("revision", "format", "header", "split", "config", "architecture")
+SOURCE_DETAILS = ("revision", "format", "header", "split", "config", "architecture")
 PLAIN_TAGS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 
 
 @dataclass
 class Document:
-    """A recipe's raw values and where each key was written ("file:line" or an override's text)."""
+    """A recipe's raw values and the location of each key ("file:line" or the text of an override)."""
 
     values: dict[str, Any]
-    places: dict[Key, str] = field(default_factory=dict)
+    locations: dict[Key, str] = field(default_factory=dict)
     overridden: set[Key] = field(default_factory=set)
 
-    def place(self, path: Key) -> str:
-        """Where the key at `path`, or the nearest one above it, was written."""
-        return Places(self.places).of(path) or "recipe"
+    def location(self, path: Key) -> str:
+        """The location of the key at `path`, or of the nearest key above it."""
+        return KeyLocations(self.locations).of(path) or "recipe"
 
 
 def shipped() -> dict[str, Path]:
-    """The recipes that come with the package: name -> file."""
+    """The recipes of the package: name -> file."""
     files = (path for path in sorted(LIBRARY.rglob("*.yaml")) if not path.stem.startswith("_"))
     return {path.relative_to(LIBRARY).with_suffix("").as_posix(): path for path in files}
 
 
 def names_of(name_or_path: str) -> list[str]:
-    """The names of the recipes that a name or path means: itself, or of a file with variants each of them.
+    """The recipes in a file: the name or path itself, or one name for each variant.
 
     Raises:
-        LilyError: if there is no such file, or it is wrong.
+        LilyError: if there is no such file, or it is not a recipe.
     """
     file, variant = _locate(name_or_path)
     document = read(str(file))
-    known = variants.names_of(document.values, document.places)
-    return [f"{name_or_path}:{name}" for name in known] if known and variant is None else [name_or_path]
+    names = variants.names_of(document.values, document.locations)
+    return [f"{name_or_path}:{name}" for name in names] if names and variant is None else [name_or_path]
 
 
 def from_anywhere(name_or_path: str) -> str:
-    """A name that means the same recipe wherever it stands in `extends`: a shipped one's, or a whole path.
+    """A name for `extends` that does not depend on the folder of the file: a shipped recipe's, or an absolute path.
 
     Raises:
         LilyError: if there is no such file.
@@ -76,69 +75,69 @@ def from_anywhere(name_or_path: str) -> str:
 
 
 def describe(path: Path) -> str:
-    """First line of a recipe's description."""
+    """The first line of a recipe's description."""
     lines = str(read(str(path)).values.get("description", "")).strip().splitlines()
     return lines[0] if lines else ""
 
 
 def find(name_or_path: str) -> Path:
-    """The file of a shipped recipe's name or of a path, with or without the name of a variant.
+    """The file of a recipe's name or path, with or without `:` and a variant.
 
     Raises:
-        LilyError: if there is neither, with near matches.
+        LilyError: if there is no such recipe, with near matches.
     """
     return _locate(name_or_path)[0]
 
 
 def _locate(text: str, child: Path | None = None) -> tuple[Path, str | None]:
-    """The file, and the variant in it, that `text` means: a file beside `child`, a shipped recipe's name, or a path."""
-    known = shipped()
+    """The file and variant of `text`: a file beside `child`, a shipped recipe's name, or a path."""
+    library = shipped()
 
     def file(name: str) -> Path | None:
         beside = [] if child is None else [child.parent / name, child.parent / f"{name}.yaml"]
-        # A file may be named as the shipped recipe that it extends.
-        found = next((p for p in beside if os.path.isfile(p) and p.resolve() != child), None) or known.get(name)
+        # A file may have the name of the shipped recipe that it extends.
+        match = next((p for p in beside if os.path.isfile(p) and p.resolve() != child), None) or library.get(name)
         path = Path(name).expanduser()
-        # unlike Path.is_file, false for a name that no system takes
-        return found or (path if os.path.isfile(path) else None)
+        # Path.is_file raises for a name that the system does not accept
+        return match or (path if os.path.isfile(path) else None)
 
     if (whole := file(text)) is not None:
         return whole, None
     head, colon, variant = text.rpartition(":")
     if colon and (of := file(head)) is not None:
         return of, variant
-    near = difflib.get_close_matches(text, known, n=3)
-    hint = f"did you mean {', '.join(near)}?" if near else f"shipped recipes: {', '.join(known)}"
+    near = difflib.get_close_matches(text, library, n=3)
+    hint = f"did you mean {', '.join(near)}?" if near else f"shipped recipes: {', '.join(library)}"
     raise LilyError(f"no recipe {text!r}: neither a file nor a shipped recipe; {hint}")
 
 
 def _one(document: Document, text: str, variant: str | None) -> Document:
-    """What `text` means of a file: the whole, or one of its variants."""
+    """The whole file, or the variant that `text` ends with."""
     file = text if variant is None else text[: -len(variant) - 1]
-    return Document(*variants.chosen(document.values, document.places, variant, file, _merge))
+    return Document(*variants.chosen(document.values, document.locations, variant, file, _merge))
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and check everything about it that needs neither data nor model.
+    """Read a recipe and check everything that needs neither data nor model.
 
     Args:
-        name_or_path: a shipped recipe's name, or a YAML file; of one with `variants`, with `:` and the name of one.
+        name_or_path: a shipped recipe's name or a YAML file; with `variants`, followed by `:` and a variant.
         overrides: `key=value` with dotted keys, values in YAML: `train.epochs=1`.
 
     Returns:
         The effective recipe.
 
     Raises:
-        LilyError: lists every problem found, one per line, each with its file and line.
+        LilyError: lists every problem, one per line, each with its file and line.
     """
     recipe = load_any(name_or_path, overrides)
     if isinstance(recipe, DreamBooth):
-        raise LilyError(f"{name_or_path} is a recipe of task dreambooth; this works on recipes for text")
+        raise LilyError(f"{name_or_path} is a recipe of task dreambooth; this command supports the other tasks only")
     return recipe
 
 
 def load_any(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe | DreamBooth:
-    """`load_recipe` for a recipe of any kind; its `task` says which."""
+    """`load_recipe` for a recipe of any task, dreambooth included."""
     file, variant = _locate(name_or_path)
     document = _one(read(str(file)), name_or_path, variant)
     for override in overrides:
@@ -148,15 +147,14 @@ def load_any(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe | Dream
         recipe = kind.model_validate(document.values)
     except ValidationError as error:
         raise LilyError(_join(_explain(error, document, kind))) from None
-    found = dreambooth.problems(recipe) if isinstance(recipe, DreamBooth) else checks.problems(recipe)
-    problems = [f"{document.place(path)}: {'.'.join(path)}: {text}" for path, text in found]
-    if problems:
-        raise LilyError(_join(problems))
-    return recipe.written_at(Places(document.places, frozenset(document.overridden)))
+    problems = dreambooth.problems(recipe) if isinstance(recipe, DreamBooth) else checks.problems(recipe)
+    if lines := [f"{document.location(path)}: {'.'.join(path)}: {text}" for path, text in problems]:
+        raise LilyError(_join(lines))
+    return recipe.written_at(KeyLocations(document.locations, frozenset(document.overridden)))
 
 
 def overriding(overrides: Sequence[str]) -> dict[str, Any]:
-    """What overrides say, as the values of a recipe that extends the one they were given for.
+    """Overrides as the values of a recipe that extends the one they change.
 
     Raises:
         LilyError: quotes one that is not `key=value`.
@@ -172,8 +170,8 @@ def dump_recipe(recipe: Recipe | DreamBooth, *, complete: bool = True) -> str:
 
     Args:
         recipe: what to write.
-        complete: write every value, so that a later version's defaults do not change what it means; else those that
-            were written down.
+        complete: write every value, so that new defaults of a later version do not change the recipe; otherwise only
+            those that are set.
     """
     return _yaml(recipe.model_dump(mode="json", exclude_unset=not complete))
 
@@ -183,10 +181,10 @@ def _yaml(values: dict[str, Any]) -> str:
 
 
 def dump_file(name_or_path: str) -> str:
-    """A file as YAML, with what it inherits and all its variants.
+    """A file as YAML, with inherited keys and all variants.
 
     Raises:
-        LilyError: if there is no such file, or one of its variants is no recipe.
+        LilyError: if there is no such file, or one of its variants is not a recipe.
     """
     for name in names_of(name_or_path):
         load_any(name)
@@ -194,10 +192,10 @@ def dump_file(name_or_path: str) -> str:
 
 
 def read(path: str, seen: tuple[Path, ...] = ()) -> Document:
-    """Parse a recipe file and, under it, the one it `extends`: one variant of that, or the whole with its variants.
+    """Parse a recipe file and merge it over the file, or variant of a file, that it `extends`.
 
     Raises:
-        LilyError: for anything that is not a YAML mapping of plain values.
+        LilyError: if it is not a YAML mapping of plain values.
     """
     file = Path(path).resolve()
     if file in seen:
@@ -207,12 +205,12 @@ def read(path: str, seen: tuple[Path, ...] = ()) -> Document:
     if parent is None:
         return document
     if not isinstance(parent, str):
-        raise LilyError(f"{document.place(('extends',))}: extends: expected a recipe's name or path, got {parent!r}")
+        raise LilyError(f"{document.location(('extends',))}: extends: expected a recipe's name or path, got {parent!r}")
     base_path, variant = _locate(parent, file)
     base = read(str(base_path), (*seen, file))
     if variant is not None:
         base = _one(base, parent, variant)
-    return Document(_merge(base.values, document.values), {**base.places, **document.places})
+    return Document(_merge(base.values, document.values), {**base.locations, **document.locations})
 
 
 def _parse(path: str, file: Path) -> Document:
@@ -230,9 +228,9 @@ def _parse(path: str, file: Path) -> Document:
         document = Document({})
         if not isinstance(node, yaml.MappingNode):
             raise LilyError(f"{path}:1: expected a mapping of keys such as `name:` and `task:`")
-        place = path.replace("{", "{{").replace("}", "}}") + ":{}"
-        _check_size(node, place)
-        values = _construct(node, (), place, document.places)
+        location = path.replace("{", "{{").replace("}", "}}") + ":{}"
+        _check_size(node, location)
+        values = _construct(node, (), location, document.locations)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
@@ -244,13 +242,13 @@ def _parse(path: str, file: Path) -> Document:
     return document
 
 
-def _check_size(node: yaml.Node, place: str) -> None:
-    """Refuse what would expand to too many values, without expanding it."""
+def _check_size(node: yaml.Node, location: str) -> None:
+    """Reject a node whose aliases expand to too many values, without expanding it."""
     sizes: dict[int, int] = {}
 
     def size(node: yaml.Node) -> int:
         if id(node) not in sizes:
-            sizes[id(node)] = 1  # stands while the children are counted, so that an alias to a parent ends
+            sizes[id(node)] = 1  # set while the children are counted, so that an alias to a parent ends the recursion
             children = (
                 [child for pair in node.value for child in pair] if isinstance(node, yaml.MappingNode) else node.value
             )
@@ -258,12 +256,12 @@ def _check_size(node: yaml.Node, place: str) -> None:
         return sizes[id(node)]
 
     if size(node) > MAX_VALUES:
-        raise LilyError(f"{place.format(1)}: its aliases expand to over {MAX_VALUES} values; write them out")
+        raise LilyError(f"{location.format(1)}: its aliases expand to over {MAX_VALUES} values; write them out")
 
 
-def _construct(node: yaml.Node, at: Key, place: str, places: dict[Key, str]) -> Any:
-    """The values of a node; `place` is where it stands, with {} for the line."""
-    where = place.format(node.start_mark.line + 1)
+def _construct(node: yaml.Node, at: Key, location: str, locations: dict[Key, str]) -> Any:
+    """The values of a node; `location` has {} for the line."""
+    where = location.format(node.start_mark.line + 1)
     if len(at) > MAX_DEPTH:
         raise LilyError(f"{where}: nested too deeply; a recipe has at most {MAX_DEPTH} levels")
     if not isinstance(node, yaml.ScalarNode) and node.tag not in PLAIN_TAGS:
@@ -272,21 +270,21 @@ def _construct(node: yaml.Node, at: Key, place: str, places: dict[Key, str]) -> 
         values: dict[str, Any] = {}
         for key_node, value_node in node.value:
             key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
-            key_place = place.format(key_node.start_mark.line + 1)
+            key_location = location.format(key_node.start_mark.line + 1)
             if key is None:
-                raise LilyError(f"{key_place}: a key must be plain text")
+                raise LilyError(f"{key_location}: a key must be plain text")
             if key in values:
-                raise LilyError(f"{key_place}: {'.'.join((*at, key))}: given twice; keep one of them")
+                raise LilyError(f"{key_location}: {'.'.join((*at, key))}: duplicate key; keep one of them")
             here = (*at, key)
-            places[here] = key_place
-            values[key] = _construct(value_node, here, place, places)
+            locations[here] = key_location
+            values[key] = _construct(value_node, here, location, locations)
         return values
     if isinstance(node, yaml.SequenceNode):
-        return [_construct(child, (*at, str(i)), place, places) for i, child in enumerate(node.value)]
+        return [_construct(child, (*at, str(i)), location, locations) for i, child in enumerate(node.value)]
     loader = yaml.SafeLoader("")
     try:
         value = loader.construct_object(node, deep=True)
-    # The YAML of 2020-13-45 is a date, and there is no such day; other text under a tag (!!timestamp x) ends as it may.
+    # 2020-13-45 is a YAML date without such a day; text with a tag (!!timestamp x) may raise any of the others.
     except (ValueError, TypeError, AttributeError, LookupError) as error:
         raise LilyError(f"{where}: {'.'.join(at)}: not a value of its YAML type ({error}); quote it") from None
     finally:
@@ -307,10 +305,10 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _replace_source(section: dict[str, Any], key: str, value: Any) -> None:
-    """A source of another kind takes the place of the inherited one and of what describes it."""
+    """A source of another kind replaces the inherited one and the keys that describe it."""
     kinds = (*SOURCES, STANDIN)
     if key in kinds and value is not None and section.get(key) is None:
-        for inherited in (*kinds, *OF_A_SOURCE):
+        for inherited in (*kinds, *SOURCE_DETAILS):
             section.pop(inherited, None)
 
 
@@ -319,41 +317,40 @@ def _override(document: Document, text: str) -> None:
     path = tuple(part.strip() for part in key.split("."))
     if not equals or not all(path):
         raise LilyError(f"override {text!r}: expected key=value, such as train.epochs=1")
-    # Braces of the text itself are no placeholder for a line.
-    place = f"override {text!r}".replace("{", "{{").replace("}", "}}")
+    location = f"override {text!r}".replace("{", "{{").replace("}", "}}")
     try:
         node = yaml.compose(value, Loader=yaml.SafeLoader)
         if node is not None:
-            _check_size(node, place)
-        parsed = None if node is None else _construct(node, path, place, document.places)
+            _check_size(node, location)
+        parsed = None if node is None else _construct(node, path, location, document.locations)
     except RecursionError:
         raise LilyError(f"override {key}=...: nested too deeply; a recipe has at most {MAX_DEPTH} levels") from None
     except yaml.YAMLError:
         raise LilyError(f"override {text!r}: the value is not valid YAML; quote it") from None
-    where = document.values
+    section = document.values
     for part in path[:-1]:
-        _replace_source(where, part, parsed)
-        inner = where.get(part)
+        _replace_source(section, part, parsed)
+        inner = section.get(part)
         if inner is None:
-            inner = where[part] = {}
+            inner = section[part] = {}
         if not isinstance(inner, dict):
-            raise LilyError(f"override {text!r}: {part} holds a value, not keys")
-        where = inner
-    _replace_source(where, path[-1], parsed)
-    where[path[-1]] = parsed
-    document.places[path] = f"override {text!r}"
+            raise LilyError(f"override {text!r}: {part} is a value, not a section with keys")
+        section = inner
+    _replace_source(section, path[-1], parsed)
+    section[path[-1]] = parsed
+    document.locations[path] = f"override {text!r}"
     document.overridden.add(path)
 
 
 def _explain(error: ValidationError, document: Document, kind: type[Section]) -> Iterator[str]:
-    written = {key[:i] for key in document.places for i in range(len(key) + 1)}
+    written = {key[:i] for key in document.locations for i in range(len(key) + 1)}
     for problem in error.errors():
         path: Key = ()
         for part in map(str, problem["loc"]):
-            # A union names its alternatives inside the location; they are no keys of the recipe.
+            # pydantic adds the alternatives of a union to the location; these are not keys of the recipe.
             if (*path, part) in written:
                 path = (*path, part)
-        name, wrong, given = ".".join(path) or "recipe", problem["type"], problem.get("input")
+        name, wrong = ".".join(path) or "recipe", problem["type"]
         if wrong == "extra_forbidden":
             text = f"unknown key; {_near(path, kind)}"
         elif wrong == "missing":
@@ -361,22 +358,22 @@ def _explain(error: ValidationError, document: Document, kind: type[Section]) ->
         elif wrong == "value_error":
             text = problem["msg"].removeprefix("Value error, ")
         else:
-            text = f"{problem['msg'][0].lower()}{problem['msg'][1:]}, got {_short(given)}"
-        yield f"{document.place(path)}: {name}: {text}"
+            text = f"{problem['msg'][0].lower()}{problem['msg'][1:]}, got {_short(problem.get('input'))}"
+        yield f"{document.location(path)}: {name}: {text}"
 
 
 def _short(value: Any) -> str:
-    said = repr(value)
-    return said if len(said) <= MAX_SHOWN else f"{said[:MAX_SHOWN]}..."
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def _near(path: Key, kind: type[Section]) -> str:
-    known, key = list(_fields(path[:-1], kind)), ALIASES.get(path[-1], path[-1])
-    elsewhere = [f"{name}.{key}" for name in kind.model_fields if key in _fields((name,), kind) and key not in known]
-    if key in known or elsewhere:
+    allowed, key = list(_fields(path[:-1], kind)), ALIASES.get(path[-1], path[-1])
+    elsewhere = [f"{name}.{key}" for name in kind.model_fields if key in _fields((name,), kind) and key not in allowed]
+    if key in allowed or elsewhere:
         return f"did you mean {' or '.join(elsewhere or [key])}?"
-    near = difflib.get_close_matches(path[-1], known, n=2, cutoff=0.5)
-    return f"did you mean {' or '.join(near)}?" if near else f"known here: {', '.join(known)}"
+    near = difflib.get_close_matches(path[-1], allowed, n=2, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else f"keys of this section: {', '.join(allowed)}"
 
 
 def _fields(path: Key, section: type[Section]) -> Mapping[str, FieldInfo]:
@@ -391,7 +388,7 @@ def _fields(path: Key, section: type[Section]) -> Mapping[str, FieldInfo]:
 
 
 def _section(annotation: Any) -> tuple[type[Section] | None, bool]:
-    """The section that a key holds, and whether it holds one for each of some names."""
+    """The section type of a key, and whether the key maps names to such sections."""
     for candidate in (annotation, *get_args(annotation)):
         named = get_origin(candidate) is dict
         kind = get_args(candidate)[1] if named else candidate

@@ -15,7 +15,7 @@ from lily.recipes.data.images import Preprocess
 from lily.recipes.data.rows import Splits
 from lily.recipes.scoring import answers
 from lily.recipes.scoring.metrics import metrics_of
-from lily.recipes.spec.places import located
+from lily.recipes.spec.locations import located
 from lily.recipes.spec.schema import Recipe
 from lily.recipes.trainer import checkpoints
 from lily.recipes.trainer.processes import is_first
@@ -197,7 +197,7 @@ def check_output(recipe: Recipe | DreamBooth, output: Path) -> None:
         LilyError: if it is not, also through a link. The command line may name any folder.
     """
     key = ("output",)
-    if key not in recipe.places.written or key in recipe.places.overridden:
+    if key not in recipe.locations.written or key in recipe.locations.overridden:
         return
     home = Path.cwd()
     if not output.resolve().is_relative_to(home.resolve()):

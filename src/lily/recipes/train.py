@@ -25,7 +25,7 @@ from lily.recipes.results.result import Result, output_folder
 from lily.recipes.scoring import metrics as metric_tools
 from lily.recipes.scoring import test_sets
 from lily.recipes.scoring.inference import place
-from lily.recipes.spec.places import located
+from lily.recipes.spec.locations import located
 from lily.recipes.spec.schema import Recipe
 from lily.recipes.trainer import checkpoints, memory, processes
 from lily.recipes.trainer.signals import Signals

@@ -12,7 +12,7 @@ from typing import IO, Any
 from lily.errors import LilyError
 from lily.io.atomic import remove_folder, write_text
 from lily.recipes.preflight import flat
-from lily.recipes.spec.places import Places
+from lily.recipes.spec.locations import KeyLocations
 from lily.recipes.spec.schema import Recipe
 
 SETTINGS, LOCK = "settings.json", ".lock"
@@ -122,7 +122,7 @@ def _hold(file: IO[str], folder: Path) -> None:
 def inside(recipe: Recipe, output: Path) -> Recipe:
     """The recipe with `output` set to a folder inside the search's, and without baselines."""
     literal = str(output).replace("{", "{{").replace("}", "}}")  # braces would be placeholders
-    overridden = Places(recipe.places.written, recipe.places.overridden | {("output",)})
+    overridden = KeyLocations(recipe.locations.written, recipe.locations.overridden | {("output",)})
     return recipe.model_copy(update={"output": literal, "baselines": []}).written_at(overridden)
 
 

@@ -14,7 +14,8 @@ from typing import Any
 from lily.analysis.granularity import Point, frontier
 from lily.errors import LilyError
 from lily.plan.budget import parse_count
-from lily.recipes.methods.configs import LORAS, Decided, block_of, learning_rate
+from lily.plan.decide import Decided
+from lily.recipes.methods.configs import LORAS, learning_rate, section_of
 from lily.recipes.spec.schema import Recipe
 
 KNOBS = {
@@ -236,7 +237,7 @@ def changes(space: Space, values: Mapping[str, float | str]) -> dict[str, dict[s
             section |= shape_keys(space.shape(str(value)))
         else:
             section[name] = rounded(float(value))
-    return {str(block_of(space.method)): section}
+    return {str(section_of(space.method)): section}
 
 
 def shape_keys(shape: AdapterShape) -> dict[str, Any]:

@@ -153,7 +153,7 @@ def test_a_head_of_another_size_is_replaced_and_that_is_said_once(encoder, tmp_p
 
 def test_weights_besides_the_head_are_never_replaced(copy):
     config(hidden_size=64)(copy)
-    with pytest.raises(LilyError, match=r"has shape \(.*\), but config\.json asks for \(.*64"):
+    with pytest.raises(LilyError, match=r"has shape \(.*\), but config\.json implies \(.*64"):
         models.load_model(at(copy), "text-classification", ("0", "1"))
 
 
@@ -167,7 +167,7 @@ def test_a_bad_config_is_told_before_weights_are_read(copy, changes):
 def test_a_folder_without_tokenizer_files_is_refused(copy):
     for path in copy.glob("tokenizer*"):
         path.unlink()
-    with pytest.raises(LilyError, match=r"none of tokenizer\.json, vocab\.txt is there"):
+    with pytest.raises(LilyError, match=r"found none of tokenizer\.json, vocab\.txt"):
         models.load_tokenizer(at(copy))
 
 

@@ -102,7 +102,7 @@ def test_only_the_beginning_of_a_text_is_searched(made):
 
 def test_a_completion_without_an_answer_is_refused_before_a_weight_is_read(made, tmp_path):
     recipe = made("generation.answer=number")
-    with pytest.raises(LilyError, match=r"reads no answer off the completion '(yes|no)'"):
+    with pytest.raises(LilyError, match=r"finds no answer in the completion '(yes|no)'"):
         train.train(recipe, quiet=True)
     assert not (tmp_path / "run").exists()
 
@@ -150,9 +150,9 @@ def test_the_dry_run_shows_the_template(made, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        (["data.template='{prompt}'"], "data.template: takes the place of the tokenizer's chat template"),
-        (["data.chat=false", "data.template=prompt"], r"data.template: must have \{prompt\} once.* 0 times"),
-        (["data.chat=false", "data.template='{prompt}{prompt}'"], "it has it 2 times"),
+        (["data.template='{prompt}'"], "data.template: replaces the tokenizer's chat template"),
+        (["data.chat=false", "data.template=prompt"], r"data.template: must contain \{prompt\} once, not 0 times"),
+        (["data.chat=false", "data.template='{prompt}{prompt}'"], "once, not 2 times"),
         (["data.template='{prompt}'", "data.columns={messages: m}"], "data.template: is for sft with prompt"),
     ],
 )

@@ -93,7 +93,7 @@ def test_accuracy_takes_the_likeliest_and_accuracy_norm_the_likeliest_per_byte(m
 def test_choices_that_differ_in_the_last_token_share_one_pass(made):
     recipe, tok = made(), tokenizer(chat=True)
     row = {"prompt": "is it good", "choices": ["so yes", "so no", "so very good"], "completion": "so no"}
-    shared = choices.by_input(choices.asked_of(0, row, recipe, tok))
+    shared = choices.by_input(choices.scored_choices(0, row, recipe, tok))
     assert [len(of_one) for of_one in shared.values()] == [2, 1]
     for of_one in shared.values():
         for one in of_one:
@@ -103,18 +103,18 @@ def test_choices_that_differ_in_the_last_token_share_one_pass(made):
 def test_the_template_stands_around_the_prompt_and_white_space_goes_with_the_choice(made):
     tok = tokenizer(chat=True)
     recipe = made("data.chat=false", "data.template='question {prompt} answer '")
-    (one, _) = choices.asked_of(0, {"prompt": "the film", "choices": ["yes", "no"]}, recipe, tok)
+    (one, _) = choices.scored_choices(0, {"prompt": "the film", "choices": ["yes", "no"]}, recipe, tok)
     assert tok.decode(one.ids) == "question the film answer yes"
     assert tok.decode(one.ids[one.start :]) == "yes"
 
 
 def test_a_prompt_that_is_too_long_loses_its_beginning_and_a_choice_that_is_too_long_is_an_error(made):
     recipe, tok = made("data.max_length=3", "data.chat=false"), tokenizer(chat=True)
-    (one, _) = choices.asked_of(0, {"prompt": "the film was good ", "choices": ["so yes", "so no"]}, recipe, tok)
+    (one, _) = choices.scored_choices(0, {"prompt": "the film was good ", "choices": ["so yes", "so no"]}, recipe, tok)
     assert tok.decode(one.ids) == "good so yes"
     assert one.start == 1
     with pytest.raises(LilyError, match=r"data\.max_length=3: the choice 'so very very' alone has 3 tokens; raise it"):
-        choices.asked_of(0, {"prompt": "the film ", "choices": ["so very very", "so no"]}, recipe, tok)
+        choices.scored_choices(0, {"prompt": "the film ", "choices": ["so very very", "so no"]}, recipe, tok)
 
 
 def test_choices_are_read_off_the_prompt_or_out_of_a_column(made):
@@ -132,7 +132,7 @@ def test_choices_are_read_off_the_prompt_or_out_of_a_column(made):
 @pytest.mark.parametrize(
     ("row", "says"),
     [
-        ({"answer": "so maybe"}, r"row 1: the completion 'so maybe' is none of the choices \('so yes', 'so no'\)"),
+        ({"answer": "so maybe"}, r"row 1: the completion 'so maybe' is not one of the choices \('so yes', 'so no'\)"),
         ({"question": "is it good"}, "row 1: the prompt has no 'answer is '"),
         ({"question": "answer is yes"}, "row 1: data.choices finds 1, expected two or more"),
         ({"question": "answer is "}, "row 1: data.choices finds 0, expected two or more"),

@@ -126,5 +126,5 @@ def test_general_text_that_cannot_be_read_is_refused_before_weights_are(
 def test_a_classifier_has_no_loss_of_a_language_model_to_forget_with(tmp_path, encoder, table):
     values = classification(encoder, table, tmp_path)
     values["forgetting"] = {"file": {"path": str(table)}, "column": "text"}
-    with pytest.raises(LilyError, match=r"recipe\.yaml:\d+: forgetting: is measured by a language model's loss, which"):
+    with pytest.raises(LilyError, match=r"recipe\.yaml:\d+: forgetting: needs the loss of a language model, which"):
         loader.load_recipe(write_recipe(tmp_path, values))

@@ -154,8 +154,11 @@ def test_two_names_of_one_router_and_other_contradictions_are_told_before_the_mo
         ({"groups": {"v": {"r": 2}, "qkv_proj.v": {"r": 3}}}, "lily.groups.v: fits the layers of 'qkv_proj.v' too"),
         ({"groups": {"mlp": {"rank": 2}}}, "lily.groups.mlp.rank: unknown key; did you mean r?"),
         ({"shared_router": True, "routing": "static"}, "lily.shared_router: with routing static there is no router"),
-        ({"parallel": ["mlp"], "settle": {}}, "lily.settle: what runs beside a module"),
-        ({"shared_router": True, "settle": {}, "slices": {"x": ["k"]}}, "lily.settle: gives each layer weights"),
+        ({"parallel": ["mlp"], "settle": {}}, "lily.settle: an adapter parallel to a module"),
+        (
+            {"shared_router": True, "settle": {}, "slices": {"x": ["k"]}},
+            "lily.settle: gives each layer separate weights",
+        ),
         ({"groups": {"mlp": {"activation": "relu"}}, "settle": {}}, "lily.settle: an adapter with an activation"),
         ({}, "targets: is empty; name modules such as"),
     ]:

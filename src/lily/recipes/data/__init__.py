@@ -1,4 +1,4 @@
-"""How do files become examples? Tables, images and chats, read, checked and split."""
+"""From files to examples: tables, images and chats are read, checked and split."""
 
 from lily.recipes.data.rows import (
     Splits,

@@ -1,4 +1,4 @@
-"""Images as rows: folders by class, archives of them, and lists of files; and what makes an image a model's input."""
+"""Images as rows, from folders by class, archives and lists of files, and their preprocessing."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ NORMS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """From an image to a model's input: RGB, resized, scaled to [0, 1], normalised.
+    """From an image to a model's input: RGB, resized, scaled to [0, 1], normalized.
 
     Attributes:
         size: height and width in pixels.
         norm: key of `NORMS`.
-        crop: resize the shorter side and cut out the centre; otherwise the image is squeezed to a square, as the VTAB
-            protocol does.
+        crop: resize the shorter side and crop the center; otherwise resize to a square regardless of the aspect
+            ratio, as in the VTAB protocol.
     """
 
     size: int = 224
@@ -43,32 +43,32 @@ class Preprocess:
     crop: bool = False
 
     def batch(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """Make a model's inputs of examples.
+        """The model inputs of examples.
 
         Args:
-            examples: each with an `image`, and perhaps its class number as `labels`.
+            examples: each with an `image`, and optionally its class index as `labels`.
 
         Returns:
             `pixel_values` (batch, 3, size, size), float32, and `labels` (batch,), int64, if all have one.
         """
         import torch
 
-        made = {"pixel_values": torch.stack([self(example["image"]) for example in examples])}
+        inputs = {"pixel_values": torch.stack([self(example["image"]) for example in examples])}
         if all("labels" in example for example in examples):
-            made["labels"] = torch.tensor([example["labels"] for example in examples])
-        return made
+            inputs["labels"] = torch.tensor([example["labels"] for example in examples])
+        return inputs
 
     def __call__(self, source: Any) -> Tensor:
         """Read and prepare one image.
 
         Args:
-            source: its path, or an image of PIL.
+            source: its path, or a PIL image.
 
         Returns:
             (3, size, size), float32.
 
         Raises:
-            LilyError: if the file is no image that can be read.
+            LilyError: if the file is not a readable image.
         """
         import numpy as np
         import torch
@@ -81,13 +81,13 @@ class Preprocess:
                 with Image.open(source) as file:
                     image = file.convert("RGB")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise LilyError(f"{source}: not an image that can be read ({error}); leave it out or replace it") from None
-        wide, high = image.size
+            raise LilyError(f"{source}: not a readable image ({error}); remove or replace it") from None
+        width, height = image.size
         if self.crop:
-            scale = self.size / min(wide, high)
-            wide, high = max(self.size, round(wide * scale)), max(self.size, round(high * scale))
-            left, top = (wide - self.size) // 2, (high - self.size) // 2
-            image = image.resize((wide, high), Image.Resampling.BICUBIC)
+            scale = self.size / min(width, height)
+            width, height = max(self.size, round(width * scale)), max(self.size, round(height * scale))
+            left, top = (width - self.size) // 2, (height - self.size) // 2
+            image = image.resize((width, height), Image.Resampling.BICUBIC)
             image = image.crop((left, top, left + self.size, top + self.size))
         else:
             image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
@@ -97,24 +97,24 @@ class Preprocess:
 
 
 def holds_images(path: Path) -> bool:
-    """Whether a path is a folder, an archive or a list, which `read_images` reads, and not a table."""
+    """Whether `read_images` reads this path: a folder, an archive or a list, not a table."""
     return path.is_dir() or path.name.lower().endswith((*ARCHIVES, ".txt"))
 
 
-def found(value: Any, column: str, where: str, folder: Path | None = None) -> Any:
-    """The image that a table's row names, or holds as the hub's data sets do.
+def image_of(value: Any, column: str, where: str, folder: Path | None = None) -> Any:
+    """The image in a table's row: the path of a file, or an image as in data sets of the hub.
 
     Args:
-        value: of the row's column.
+        value: of the column.
         column: its name, for messages.
-        where: the row stands, for messages.
-        folder: that paths are relative to; default: the working directory.
+        where: file and row, for messages.
+        folder: base of relative paths; default: the working directory.
 
     Returns:
-        The file's path as text, or the image of PIL.
+        The file's path, or the PIL image.
 
     Raises:
-        LilyError: if it is neither, or there is no such file.
+        LilyError: if it is neither, or the file does not exist.
     """
     if hasattr(value, "convert"):
         return value
@@ -127,13 +127,13 @@ def found(value: Any, column: str, where: str, folder: Path | None = None) -> An
 
 
 def digest(image: Any) -> str:
-    """What makes two images the same: their bytes."""
+    """SHA-256 of an image's bytes, by which duplicates are detected."""
     data = image.tobytes() if hasattr(image, "convert") else Path(image).read_bytes()
     return hashlib.sha256(data).hexdigest()
 
 
 def read_images(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of images and their classes, in a stated order: by path.
+    """Rows of images and their classes, sorted by path.
 
     Args:
         path: a folder with one folder per class; an archive of one (unpacked once, into the cache); or a list of
@@ -143,7 +143,7 @@ def read_images(path: Path) -> Iterator[dict[str, Any]]:
         `image` (the file's path) and `label`.
 
     Raises:
-        LilyError: if there is nothing of the kind, or a listed file is missing.
+        LilyError: if there are no images, or a listed file is missing.
     """
     if path.is_dir():
         yield from _by_class(path)
@@ -158,10 +158,10 @@ def rows_below(path: Path, column: str) -> Iterator[dict[str, Any]]:
 
     Args:
         path: the folder, archive or list.
-        column: that holds the image's path.
+        column: key for the image's path.
 
     Raises:
-        LilyError: if there is none.
+        LilyError: if there are no images.
     """
     if path.is_file() and not path.name.lower().endswith(ARCHIVES):
         files = [row["image"] for row in _listed(path)]
@@ -175,10 +175,10 @@ def rows_below(path: Path, column: str) -> Iterator[dict[str, Any]]:
 
 def _by_class(folder: Path) -> Iterator[dict[str, Any]]:
     top, seen = folder, set()
-    while not any(_classes(top)):  # an archive often holds one folder that holds the classes
+    while not any(_classes(top)):  # an archive often has one folder around the classes
         below = [p for p in top.iterdir() if p.is_dir() and not p.name.startswith(".")]
         if len(below) != 1 or below[0] in seen:
-            raise LilyError(f"{folder}: no folders of images; give one folder per class, named after it")
+            raise LilyError(f"{folder}: no folders of images; make one folder per class, with its name")
         top = below[0]
         seen.add(top)
     for name, files in _classes(top):
@@ -211,10 +211,10 @@ def _listed(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def unpacked(archive: Path) -> Path:
-    """The folder of an archive's images, unpacked once into the cache. Nothing but images is unpacked.
+    """The folder of an archive's images, unpacked once into the cache. Only images are unpacked.
 
     Raises:
-        LilyError: if it cannot be read, or holds a name that leaves its folder.
+        LilyError: if it cannot be read, or a name in it leaves its folder.
     """
     state = archive.stat()
     key = hashlib.sha256(f"{archive.resolve()}:{state.st_size}:{state.st_mtime_ns}".encode()).hexdigest()[:16]
@@ -225,7 +225,7 @@ def unpacked(archive: Path) -> Path:
             try:
                 _unpack(archive, temporary)
             except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
-                raise LilyError(f"{archive}: not an archive that can be read ({error})") from None
+                raise LilyError(f"{archive}: not a readable archive ({error}); check the file") from None
     return target
 
 
@@ -233,20 +233,20 @@ def _unpack(archive: Path, target: Path) -> None:
     if archive.name.lower().endswith(".zip"):
         with zipfile.ZipFile(archive) as bundle:
             for info in bundle.infolist():
-                if not info.is_dir() and _wanted(archive, info.filename):
+                if not info.is_dir() and _is_image(archive, info.filename):
                     with bundle.open(info) as source:
                         _copy(source, target / info.filename)
         return
     with tarfile.open(archive) as tar:
         for member in tar:
-            if member.isfile() and _wanted(archive, member.name):
+            if member.isfile() and _is_image(archive, member.name):
                 _copy(tar.extractfile(member), target / member.name)
 
 
-def _wanted(archive: Path, name: str) -> bool:
+def _is_image(archive: Path, name: str) -> bool:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\\" in name:
-        raise LilyError(f"{archive}: {name!r} leaves the archive's folder; it is not unpacked")
+        raise LilyError(f"{archive}: {name!r} points outside of the archive's folder; remove it from the archive")
     return path.suffix.lower() in ENDINGS
 
 

@@ -1,4 +1,4 @@
-"""Rows of labelled examples: checked, split, and given their canonical names."""
+"""Rows of labeled examples: checked, split, and renamed to canonical keys."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lily.errors import LilyError
 from lily.recipes.data import images
 from lily.recipes.data.sources import fetch
 from lily.recipes.data.tables import Row, name_of, read_rows
-from lily.recipes.spec.places import Key, located
+from lily.recipes.spec.locations import Key, located
 from lily.recipes.spec.schema import CLASSIFYING, Choices, Columns, File, Recipe
 
 T = TypeVar("T")
@@ -32,11 +32,11 @@ class Splits:
     Attributes:
         train: rows with text, text_pair and label; or image and label; or prompt and completion (and choices); or
             messages.
-        validation: chooses the best epoch.
-        test: gives the final figure; may be empty.
-        labels: the classes, in the order of their ids; None outside classification.
+        validation: selects the best epoch.
+        test: for the final metrics; may be empty.
+        labels: the classes, in the order of their ids; None without classification.
         tests: further test sets, by name.
-        unseen: those of the classes that no training row has; of images alone, elsewhere they are refused.
+        unseen: classes without a training row; for images only, an error for other tasks.
     """
 
     train: list[Row]
@@ -48,12 +48,12 @@ class Splits:
 
     @property
     def held_out(self) -> list[Row]:
-        """The rows that results are reported on: test, or validation where there is no test."""
+        """The rows that results are reported on: test, or validation if there is no test."""
         return self.test or self.validation
 
     @property
     def judged(self) -> dict[str, list[Row]]:
-        """All rows that metrics are computed of, by what to call them."""
+        """All rows for which metrics are computed, by name of the set."""
         return {"validation": self.validation, "test": self.test, **self.tests}
 
 
@@ -61,7 +61,7 @@ def load_splits(recipe: Recipe) -> Splits:
     """Read, check and split a recipe's data. The split depends on `data.split.seed` alone.
 
     Raises:
-        LilyError: names the file, the row and the column of the first thing that is wrong.
+        LilyError: for the first problem, with its file, row and column.
     """
     data = recipe.data
     pool = _rows_at(("train",), recipe)
@@ -71,12 +71,12 @@ def load_splits(recipe: Recipe) -> Splits:
         pool = list({_key(row): row for row in reversed(pool)}.values())[::-1]
     parts: dict[str, list[Row]] = {}
     shares = {"validation": data.split.validation, "test": data.split.test}
-    carve = {name: share for name, share in shares.items() if getattr(data, name) is None and share > 0}
-    train, carved = _carve(pool, carve, data.split.seed, recipe.task in CLASSIFYING)
+    held_out = {name: share for name, share in shares.items() if getattr(data, name) is None and share > 0}
+    train, carved = _carve(pool, held_out, data.split.seed, recipe.task in CLASSIFYING)
     for name in shares:
         parts[name] = carved.get(name, []) if getattr(data, name) is None else _rows_at((name,), recipe)
     seed = data.split.seed
-    known, train = train, _sample(train, data.max_train, seed)
+    all_train, train = train, _sample(train, data.max_train, seed)
     parts["validation"] = _sample(parts["validation"], data.max_validation, seed)
     parts["test"] = _sample(parts["test"], data.max_test, seed)
     tests = {name: _sample(_rows_at(("tests", name), recipe), data.max_test, seed) for name in data.tests or ()}
@@ -88,8 +88,8 @@ def load_splits(recipe: Recipe) -> Splits:
             )
     named: dict[Key, list[Row]] = {(name,): rows for name, rows in parts.items()}
     named |= {("tests", name): rows for name, rows in tests.items()}
-    labels = _labels(known, named, recipe) if recipe.task in CLASSIFYING else None
-    seen = {row["label"] for row in known} if labels is not None else set()
+    labels = _labels(all_train, named, recipe) if recipe.task in CLASSIFYING else None
+    seen = {row["label"] for row in all_train} if labels is not None else set()
     unseen = tuple(label for label in labels or () if label not in seen)
     return Splits(train, parts["validation"], parts["test"], labels, tests, unseen)
 
@@ -101,43 +101,43 @@ def _rows_at(key: Key, recipe: Recipe) -> list[Row]:
         rows = rows_of(file, recipe)
     if classes is None:
         return rows
-    there = {row["label"] for row in rows}
-    if missing := [name for name in classes if name not in there]:
+    present = {row["label"] for row in rows}
+    if missing := [name for name in classes if name not in present]:
         with located(recipe, "data", "classes"):
-            raise LilyError(f"{name_of(file)} has no rows of {missing[0]!r}; it has {', '.join(sorted(there))}")
+            raise LilyError(f"{name_of(file)} has no rows of {missing[0]!r}; it has {', '.join(sorted(present))}")
     return [row for row in rows if row["label"] in classes]
 
 
-def rows_of(file: File, recipe: Recipe, labelled: bool = True) -> list[Row]:
+def rows_of(file: File, recipe: Recipe, labeled: bool = True) -> list[Row]:
     """The rows of a file that has the recipe's columns, with canonical keys.
 
     Args:
         file: the table.
-        recipe: decides task and columns.
-        labelled: whether the label column of a classification or regression is needed.
+        recipe: task and columns.
+        labeled: whether the label column of a classification or regression is required.
 
     Raises:
-        LilyError: names the row and column of the first thing that is wrong.
+        LilyError: for the first problem, with its row and column.
     """
     if recipe.task == "image-classification" and file.hub is None:
         path = fetch(file)
         if images.holds_images(path):
             return list(images.read_images(path))
-    return [_canonical(row, i, file, recipe, labelled) for i, row in enumerate(read_rows(file), 1)]
+    return [_canonical(row, i, file, recipe, labeled) for i, row in enumerate(read_rows(file), 1)]
 
 
-def check_labels(rows: Iterable[Row], known: Sequence[str], where: str) -> None:
-    """Refuse rows with a label that the model was not trained on.
+def check_labels(rows: Iterable[Row], labels: Sequence[str], where: str) -> None:
+    """Check that the model was trained on all labels of these rows.
 
     Raises:
-        LilyError: names the label.
+        LilyError: for the first label that it was not trained on.
     """
-    unknown = sorted({row["label"] for row in rows} - set(known))
+    unknown = sorted({row["label"] for row in rows} - set(labels))
     if unknown:
-        raise LilyError(f"{where} has the label {unknown[0]!r}; known: {', '.join(known)}")
+        raise LilyError(f"{where} has the label {unknown[0]!r}; the model was trained on {', '.join(labels)}")
 
 
-def _canonical(row: Row, number: int, file: File, recipe: Recipe, labelled: bool = True) -> Row:
+def _canonical(row: Row, number: int, file: File, recipe: Recipe, labeled: bool = True) -> Row:
     where = f"{name_of(file)}, row {number}"
     columns = recipe.data.columns
     if columns.messages is not None:
@@ -151,7 +151,7 @@ def _canonical(row: Row, number: int, file: File, recipe: Recipe, labelled: bool
             return {**texts, "choices": _choices(row, texts, recipe.data.choices, where)}
     folder = None if file.hub is not None else fetch(file).parent
     out = inputs_of(row, recipe, where, folder)
-    if not labelled:
+    if not labeled:
         return out
     with located(recipe, "data", "columns", "label"):
         column = columns.label or "label"
@@ -165,15 +165,15 @@ def inputs_of(row: Row, recipe: Recipe, where: str, folder: Path | None = None) 
     """The texts of a classification or regression row, or its image, by their canonical names.
 
     Args:
-        row: as its table has it.
-        recipe: decides task and columns.
-        where: the row stands, for messages.
-        folder: that paths of images are relative to; default: the working directory.
+        row: of a table.
+        recipe: task and columns.
+        where: file and row, for messages.
+        folder: base of relative image paths; default: the working directory.
     """
     if recipe.task == "image-classification":
         column = recipe.data.columns.image or "image"
         with located(recipe, "data", "columns", "image"):
-            return {"image": images.found(_get(row, column, "image", where), column, where, folder)}
+            return {"image": images.image_of(_get(row, column, "image", where), column, where, folder)}
     roles = ("text",) if recipe.data.columns.text_pair is None else ("text", "text_pair")
     return {role: _text_of(row, role, recipe, where) for role in roles}
 
@@ -185,7 +185,7 @@ def _text_of(row: Row, role: str, recipe: Recipe, where: str) -> str:
 
 
 def prompt_of(row: Row, columns: Columns, where: str) -> Any:
-    """What an sft row gives the model: a text, or the messages up to the last answer (which may be absent)."""
+    """The prompt of an sft row: a text, or the messages before the last answer (which may be absent)."""
     if columns.messages is None:
         return _text(_get(row, str(columns.prompt), "prompt", where), str(columns.prompt), where)
     messages = _get(row, columns.messages, "messages", where)
@@ -196,27 +196,27 @@ def prompt_of(row: Row, columns: Columns, where: str) -> Any:
 
 
 def completion_of(row: Row) -> str:
-    """What a canonical sft row wants to hear (last), white space at the ends aside."""
+    """The (last) completion of a canonical sft row, without white space at its ends."""
     completion: str = row["messages"][-1]["content"] if "messages" in row else row["completion"]
     return completion.strip()
 
 
-def texts_of(file: File, column: str, key: str, most: int, seed: int) -> list[str]:
+def texts_of(file: File, column: str, key: str, count: int, seed: int) -> list[str]:
     """A fixed sample of the texts in one column of a table that need not have the recipe's columns.
 
     Args:
         file: the table.
         column: of the text.
-        key: what to call the recipe's key that names the column.
-        most: texts to take.
-        seed: decides which.
+        key: the recipe's key that names the column, for messages.
+        count: number of texts.
+        seed: of the sample.
 
     Raises:
-        LilyError: names the row that has no text there.
+        LilyError: for the first row without text in the column.
     """
-    rows = _sample(list(enumerate(read_rows(file), 1)), most, seed)
-    places = [(row, f"{name_of(file)}, row {number}") for number, row in rows]
-    return [_text(_get(row, column, key, where, ""), column, where) for row, where in places]
+    rows = _sample(list(enumerate(read_rows(file), 1)), count, seed)
+    numbered = [(row, f"{name_of(file)}, row {number}") for number, row in rows]
+    return [_text(_get(row, column, key, where, ""), column, where) for row, where in numbered]
 
 
 def _get(row: Row, column: str, role: str, where: str, section: str = "data.columns.") -> Any:
@@ -244,26 +244,26 @@ def _text(value: Any, column: str, where: str) -> str:
     return value
 
 
-def _choices(row: Row, texts: Row, said: Choices, where: str) -> list[str]:
-    """The completions that a row offers."""
-    if said.column is not None:
-        found = _get(row, said.column, "column", where, "data.choices.")
-        if not isinstance(found, list) or not all(isinstance(choice, str) and choice.strip() for choice in found):
-            raise LilyError(f"{where}: column {said.column!r} holds {_short(found)}, expected a list of texts")
+def _choices(row: Row, texts: Row, section: Choices, where: str) -> list[str]:
+    """The completions to choose from in a row."""
+    if section.column is not None:
+        options = _get(row, section.column, "column", where, "data.choices.")
+        if not isinstance(options, list) or not all(isinstance(choice, str) and choice.strip() for choice in options):
+            raise LilyError(f"{where}: column {section.column!r} holds {_short(options)}, expected a list of texts")
     else:
-        _, mark, rest = texts["prompt"].rpartition(str(said.after))
+        _, mark, rest = texts["prompt"].rpartition(str(section.after))
         if not mark:
             raise LilyError(
-                f"{where}: the prompt has no {said.after!r} (data.choices.after): {_short(texts['prompt'])}"
+                f"{where}: the prompt has no {section.after!r} (data.choices.after): {_short(texts['prompt'])}"
             )
         line = (rest.splitlines() or [""])[0]
-        found = [choice.strip() for choice in line.split(said.separator) if choice.strip()]
-    choices = [said.completion.replace("{choice}", choice) for choice in found]
+        options = [choice.strip() for choice in line.split(section.separator) if choice.strip()]
+    choices = [section.completion.replace("{choice}", choice) for choice in options]
     if len(choices) < 2:
         raise LilyError(f"{where}: data.choices finds {len(choices)}, expected two or more")
     if texts["completion"] not in choices:
         raise LilyError(
-            f"{where}: the completion {_short(texts['completion'])} is none of the choices "
+            f"{where}: the completion {_short(texts['completion'])} is not one of the choices "
             f"({', '.join(map(_short, choices))})"
         )
     return choices
@@ -296,7 +296,7 @@ def _messages(value: Any, column: str, where: str) -> list[dict[str, str]]:
         )
     if value[-1]["role"] != "assistant" or len(value) < 2:
         raise LilyError(
-            f"{where}: column {column!r} must end with an assistant message after a user's; that is trained"
+            f"{where}: column {column!r} must end with an assistant message after a user's, which is the completion"
         )
     return [{"role": m["role"], "content": m["content"]} for m in value]
 
@@ -307,7 +307,7 @@ def _short(value: Any) -> str:
 
 
 def _key(row: Row) -> str:
-    """What makes two rows the same input: case and spaces do not count, nor does what is to be learnt."""
+    """The input of a row without case and spaces, by which duplicates are detected."""
     if "image" in row:
         return images.digest(row["image"])
     inputs = [v for k, v in sorted(row.items()) if k not in ("label", "completion", "messages", "choices")]
@@ -318,20 +318,20 @@ def _key(row: Row) -> str:
 def _carve(
     rows: list[Row], shares: dict[str, float], seed: int, stratify: bool
 ) -> tuple[list[Row], dict[str, list[Row]]]:
-    """Take shares of the rows away, per class where asked. Returns (what is left, the shares), shuffled."""
+    """Split off shares of the rows, per class if `stratify`. Returns (remaining rows, shares), shuffled."""
     strata: dict[Any, list[Row]] = {}
     for row in _shuffled(rows, seed):
         strata.setdefault(row["label"] if stratify else None, []).append(row)
-    left: list[Row] = []
+    remaining: list[Row] = []
     carved: dict[str, list[Row]] = {name: [] for name in shares}
     for label in sorted(strata, key=str):
         members, start = strata[label], 0
         for name, share in shares.items():
-            count = min(round(share * len(members)), len(members) - start - 1)  # each class keeps one to learn from
+            count = min(round(share * len(members)), len(members) - start - 1)  # each class keeps one training row
             carved[name] += members[start : start + count]
             start += count
-        left += members[start:]
-    return _shuffled(left, seed), {name: _shuffled(part, seed) for name, part in carved.items()}
+        remaining += members[start:]
+    return _shuffled(remaining, seed), {name: _shuffled(part, seed) for name, part in carved.items()}
 
 
 def _shuffled(rows: Iterable[T], seed: int) -> list[T]:
@@ -340,46 +340,46 @@ def _shuffled(rows: Iterable[T], seed: int) -> list[T]:
     return out
 
 
-def _sample(rows: list[T], most: int | None, seed: int) -> list[T]:
-    return rows if most is None or most >= len(rows) else _shuffled(rows, seed)[:most]
+def _sample(rows: list[T], count: int | None, seed: int) -> list[T]:
+    return rows if count is None or count >= len(rows) else _shuffled(rows, seed)[:count]
 
 
-def drawn(rows: list[T], most: int | None, seed: int = 0) -> list[T]:
-    """A fixed sample of rows in their own order: files are often sorted, by class or by length.
+def drawn(rows: list[T], count: int | None, seed: int = 0) -> list[T]:
+    """A random sample of rows in their order, since files are often sorted by class or length.
 
     Args:
-        rows: to choose from.
-        most: rows to take; None: all.
-        seed: decides which.
+        rows: all rows.
+        count: number of rows; None: all.
+        seed: of the sample.
     """
-    return [rows[i] for i in sorted(_sample(list(range(len(rows))), most, seed))]
+    return [rows[i] for i in sorted(_sample(list(range(len(rows))), count, seed))]
 
 
 def _labels(train: list[Row], parts: dict[Key, list[Row]], recipe: Recipe) -> tuple[str, ...]:
     """The classes in the order of their ids.
 
-    A label that no training row has is mostly a typo in a table of texts. The classes of images are folders and
-    numbers, and a few images a class, drawn at random as VTAB-1K's, may leave some without any.
+    In a table of texts, a label without a training row is usually a typo, so it is an error. For images, a small random
+    sample such as VTAB-1K's may miss a class.
     """
-    found, column = {row["label"] for row in train}, recipe.data.columns.label or "label"
-    if len(found) < 2:
+    classes, column = {row["label"] for row in train}, recipe.data.columns.label or "label"
+    if len(classes) < 2:
         with located(recipe, "data", "columns", "label"):
             raise LilyError(
-                f"label column {column!r} holds one class only ({found.pop()!r}); there is nothing to learn"
+                f"label column {column!r} holds one class only ({classes.pop()!r}); give rows of at least two"
             )
     for key, rows in parts.items():
-        unknown = sorted({row["label"] for row in rows} - found)
+        unknown = sorted({row["label"] for row in rows} - classes)
         if unknown and recipe.task != "image-classification":
-            known = ", ".join(sorted(found))
             with located(recipe, "data", *key):
                 raise LilyError(
-                    f"data.{'.'.join(key)} has the label {unknown[0]!r}, which no training row has (known: {known})"
+                    f"data.{'.'.join(key)} has the label {unknown[0]!r}, which no training row has; training rows "
+                    f"have {', '.join(sorted(classes))}"
                 )
-    found |= {row["label"] for rows in parts.values() for row in rows}
-    if len(found) > 1000:
+    classes |= {row["label"] for rows in parts.values() for row in rows}
+    if len(classes) > 1000:
         with located(recipe, "data", "columns", "label"):
             raise LilyError(
-                f"label column {column!r} holds {len(found)} classes; for numbers write task: text-regression"
+                f"label column {column!r} holds {len(classes)} classes; for numbers set task: text-regression"
             )
-    numeric = all(re.fullmatch(r"-?[0-9]{1,18}", label) for label in found)
-    return tuple(sorted(found, key=lambda label: (int(label) if numeric else 0, label)))
+    numeric = all(re.fullmatch(r"-?[0-9]{1,18}", label) for label in classes)
+    return tuple(sorted(classes, key=lambda label: (int(label) if numeric else 0, label)))

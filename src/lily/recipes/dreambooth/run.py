@@ -21,7 +21,7 @@ from lily.recipes.results.card import adapter_costs
 from lily.recipes.results.result import Result, output_folder
 from lily.recipes.results.run_files import newest_checkpoint
 from lily.recipes.spec.dreambooth import DreamBooth
-from lily.recipes.spec.places import located
+from lily.recipes.spec.locations import located
 
 if TYPE_CHECKING:
     from peft import PeftConfig

@@ -1,29 +1,5 @@
-"""What does a recipe's method make of the model? Its PEFT configuration, Lily or another."""
+"""From a recipe's method to a PEFT configuration, Lily's or another's."""
 
-from lily.recipes.methods.configs import (
-    KEYS,
-    LORAS,
-    Decided,
-    block_of,
-    decide,
-    learning_rate,
-    lily_config,
-    lora_targets,
-    peft_config,
-    saved_heads,
-    task_type_of,
-)
+from lily.recipes.methods.configs import KEYS, LORAS, decide, learning_rate, lily_config, peft_config, section_of
 
-__all__ = [
-    "KEYS",
-    "LORAS",
-    "Decided",
-    "block_of",
-    "decide",
-    "learning_rate",
-    "lily_config",
-    "lora_targets",
-    "peft_config",
-    "saved_heads",
-    "task_type_of",
-]
+__all__ = ["KEYS", "LORAS", "decide", "learning_rate", "lily_config", "peft_config", "section_of"]

@@ -1,6 +1,6 @@
-"""Methods of PEFT besides Lily and LoRA: their configuration, checked, at the rank that a budget pays for.
+"""Methods of PEFT besides Lily and LoRA: their configuration, checked, at the largest rank within a budget.
 
-Sizes are counted on a model without weights, so that no method needs a formula of its own here.
+Sizes are counted on a model without weights, so no method needs a formula.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from lily.plan.sharing_plan import SharingPlan
 from lily.plan.specs import ModuleSpec
 from lily.tuner.registry import register, unregister
 
-# What the recipe says itself, in words of its own.
+# Option of PEFT that a recipe sets with another key -> that key.
 ELSEWHERE = {"target_modules": "targets", "exclude_modules": "exclude", "target_parameters": "target_parameters",
              "task_type": "task", "base_model_name_or_path": "model"}  # fmt: skip
-# PEFT's option for how much the update counts, by the names that its classes have for it.
+# Names of the option that scales the update, in PEFT's classes.
 SCALES = ("lora_alpha", "alpha", "scaling")
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What a recipe asks of a method of PEFT.
+class Method:
+    """The settings that a recipe has for a method of PEFT.
 
     Attributes:
-        peft_type: its name, in any case.
-        r: rank, `equal`, or None: as the method has it.
-        options: of the method's own configuration class.
-        targets: modules, in PEFT's conventions.
-        exclude: modules to leave out.
-        parameters: parameters to adapt too.
+        peft_type: name of the method; upper or lower case.
+        r: rank; `equal`: the largest within the budget; None: `equal` if size grows with rank, else PEFT's default.
+        options: further options of the method's configuration class.
+        targets: `target_modules`.
+        exclude: `exclude_modules`.
+        parameters: `target_parameters`.
         task_type: PEFT's name of the task.
         heads: modules to train and save whole.
     """
@@ -58,7 +58,7 @@ class Wish:
 
 
 def types() -> list[str]:
-    """PEFT's methods, by the names that recipes give them."""
+    """Names of PEFT's methods, as recipes have them."""
     ours = (PeftType.LILY, EXTENDED_TYPE)
     return sorted(getattr(kind, "value", kind) for kind in PEFT_TYPE_TO_CONFIG_MAPPING if kind not in ours)
 
@@ -67,19 +67,19 @@ def config_class(peft_type: str) -> type[PeftConfig]:
     """PEFT's configuration class of a method.
 
     Raises:
-        LilyError: if it has none of this name.
+        LilyError: if PEFT has no method of this name.
     """
     name = peft_type.upper()
     if name == "LILY":
-        raise LilyError("peft_type LILY: write method: lily, or method: stock-lily for PEFT's own")
+        raise LilyError("peft_type LILY: write method: lily, or method: stock-lily for the Lily of PEFT")
     if name not in types():
         near = difflib.get_close_matches(name, types(), n=2, cutoff=0.5)
         raise LilyError(
             f"peft_type {peft_type}: PEFT {peft.__version__} has no such method; "
             + (f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(types())}")
         )
-    found: type[PeftConfig] = PEFT_TYPE_TO_CONFIG_MAPPING[name]
-    return found
+    kind: type[PeftConfig] = PEFT_TYPE_TO_CONFIG_MAPPING[name]
+    return kind
 
 
 def options_of(kind: type[PeftConfig]) -> set[str]:
@@ -87,60 +87,54 @@ def options_of(kind: type[PeftConfig]) -> set[str]:
     return {f.name for f in dataclasses.fields(kind) if f.init}
 
 
-def config_of(wish: Wish, model: nn.Module, budget: int, most: int) -> PeftConfig:
-    """A method's configuration; with `r: equal` the largest rank that the budget pays for.
+def config_of(method: Method, model: nn.Module, budget: int, max_rank: int) -> PeftConfig:
+    """A method's configuration; with `r: equal`, of the largest rank within the budget.
 
     Args:
-        wish: what the recipe asks.
-        model: the base model; the meta device will do.
-        budget: parameters; a method that cannot be that small has more, one whose size has no rank what it has.
-        most: no rank above it is looked at.
+        method: settings of the recipe.
+        model: the base model; may be on the meta device.
+        budget: number of parameters; a method has more only if rank 1 is larger, or if it has no rank.
+        max_rank: upper bound on the rank.
 
     Raises:
-        LilyError: if the class does not know an option or refuses a value.
+        LilyError: if the class has no such option or rejects a value.
     """
-    kind = config_class(wish.peft_type)
-    known = options_of(kind)
-    for name in wish.options:
+    kind = config_class(method.peft_type)
+    allowed = options_of(kind)
+    for name in method.options:
         if name in ELSEWHERE:
-            raise LilyError(f"{name}: the recipe says this itself, with {ELSEWHERE[name]}; remove it here")
-        if name not in known or name.startswith("_"):
-            near = difflib.get_close_matches(name, known - set(ELSEWHERE), n=2, cutoff=0.5)
+            raise LilyError(f"{name}: the recipe's key for this is {ELSEWHERE[name]}; remove it here")
+        if name not in allowed or name.startswith("_"):
+            near = difflib.get_close_matches(name, allowed - set(ELSEWHERE), n=2, cutoff=0.5)
             raise LilyError(
                 f"{name}: {kind.__name__} has no such option; "
-                + (f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(sorted(known))}")
+                + (f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(sorted(allowed))}")
             )
-    given = {"target_modules": wish.targets, "exclude_modules": wish.exclude, "target_parameters": wish.parameters,
-             "modules_to_save": wish.heads}  # fmt: skip
-    if wish.parameters and "target_parameters" not in known:
-        raise LilyError(f"{wish.peft_type.upper()} does not adapt parameters; remove target_parameters")
-    fixed = {name: value for name, value in given.items() if name in known and value is not None}
+    values = {"target_modules": method.targets, "exclude_modules": method.exclude,
+              "target_parameters": method.parameters, "modules_to_save": method.heads}  # fmt: skip
+    if method.parameters and "target_parameters" not in allowed:
+        raise LilyError(f"{method.peft_type.upper()} does not adapt parameters; remove target_parameters")
+    fixed = {name: value for name, value in values.items() if name in allowed and value is not None}
 
     def of_rank(r: int | None) -> PeftConfig:
         rank = {} if r is None else {rank_option(kind): r}
-        with _in_our_words(kind.__name__):
-            return kind(task_type=wish.task_type, **fixed, **rank, **wish.options)
+        with _peft_errors(kind.__name__):
+            return kind(task_type=method.task_type, **fixed, **rank, **method.options)
 
-    if isinstance(wish.r, int):
-        if "r" not in known:
-            raise LilyError(f"r: {kind.__name__} has no rank; remove it")
-        return of_rank(wish.r)
-    if wish.r is None and not _grows(wish, kind, model, of_rank):
+    if method.r is None and not ("r" in allowed and _grows(model, of_rank)):
         return of_rank(None)
-    if "r" not in known:
-        raise LilyError(f"r: {kind.__name__} has no rank to choose; remove it")
-    return of_rank(largest_rank(model, of_rank, budget, most))
+    if "r" not in allowed:
+        raise LilyError(f"r: {kind.__name__} has no rank; remove it")
+    return of_rank(method.r if isinstance(method.r, int) else largest_rank(model, of_rank, budget, max_rank))
 
 
 def rank_option(kind: type[PeftConfig]) -> str:
-    """What a configuration class calls the rank that it starts from."""
+    """Name of the option that sets the initial rank."""
     return "init_r" if "init_r" in options_of(kind) else "r"
 
 
-def _grows(wish: Wish, kind: type[PeftConfig], model: nn.Module, of_rank: Callable[[int | None], PeftConfig]) -> bool:
-    """Whether a larger rank means more parameters (of OFT and RandLoRA it means fewer)."""
-    if "r" not in options_of(kind):
-        return False
+def _grows(model: nn.Module, of_rank: Callable[[int | None], PeftConfig]) -> bool:
+    """Whether a larger rank means more parameters (for OFT and RandLoRA it means fewer)."""
     try:
         return count(model, of_rank(8)) > count(model, of_rank(4))
     except LilyError:
@@ -148,23 +142,23 @@ def _grows(wish: Wish, kind: type[PeftConfig], model: nn.Module, of_rank: Callab
 
 
 def widest(layers: Sequence[ModuleSpec]) -> int:
-    """The largest side of any layer: no rank means anything beyond it."""
+    """The largest side of any layer: no larger rank changes anything."""
     return max(max(m.in_features, m.out_features) for m in layers)
 
 
-def largest_rank(model: nn.Module, of_rank: Callable[[int], PeftConfig], budget: int, most: int) -> int:
-    """The largest rank with no more than `budget` parameters, at least 1; found by bisection on the counted sizes.
+def largest_rank(model: nn.Module, of_rank: Callable[[int], PeftConfig], budget: int, max_rank: int) -> int:
+    """The largest rank with no more than `budget` parameters, at least 1; bisects over counted sizes.
 
     Args:
-        model: the base model; the meta device will do.
-        of_rank: the configuration of a rank.
-        budget: parameters.
-        most: no rank above it is looked at.
+        model: the base model; may be on the meta device.
+        of_rank: makes the configuration of a rank.
+        budget: number of parameters.
+        max_rank: upper bound on the rank.
     """
     low, high = 1, 2
-    while high <= most and count(model, of_rank(high)) <= budget:
+    while high <= max_rank and count(model, of_rank(high)) <= budget:
         low, high = high, 2 * high
-    high = min(high, most + 1)
+    high = min(high, max_rank + 1)
     while high - low > 1:
         middle = (low + high) // 2
         if count(model, of_rank(middle)) <= budget:
@@ -175,32 +169,32 @@ def largest_rank(model: nn.Module, of_rank: Callable[[int], PeftConfig], budget:
 
 
 def count(model: nn.Module, config: PeftConfig) -> int:
-    """Trainable parameters of an adapter, a new head aside, on a copy of the model.
+    """Trainable parameters of an adapter without a new head, counted on a copy of the model.
 
     Raises:
-        LilyError: if PEFT cannot put it on this model.
+        LilyError: if PEFT cannot add it to this model.
     """
     config = copy.deepcopy(config)
-    with _in_our_words(type(config).__name__):
+    with _peft_errors(type(config).__name__):
         adapted = get_peft_model(copy.deepcopy(model), config)
     return adapter_parameters(adapted)
 
 
 def adapter_parameters(model: nn.Module) -> int:
-    """Trainable parameters but those of modules that are trained whole."""
+    """Trainable parameters, except those of modules that are trained whole."""
     return sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and "modules_to_save" not in name)
 
 
 def stock_config(config: LilyConfig, plan: SharingPlan, model: nn.Module, heads: list[str] | None) -> PeftConfig:
     """PEFT's own configuration of the same sharing.
 
-    It has one `stride_A` for all groups; where `num_A` means several, it gets the largest, so no more parameters. Its
-    groups are what one entry of `target_modules` matches, so it is given the modules' own last names, as ours groups.
+    Stock Lily has one `stride_A` for all groups; if `num_A` implies several, the largest is used, so that it has
+    no more parameters. It groups by entry of `target_modules`, so these are the modules' last names.
 
     Args:
         config: the recipe's Lily.
-        plan: what it shares.
-        model: the base model; the meta device will do.
+        plan: its sharing.
+        model: the base model; may be on the meta device.
         heads: modules to train and save whole.
 
     Raises:
@@ -218,8 +212,8 @@ def stock_config(config: LilyConfig, plan: SharingPlan, model: nn.Module, heads:
         "groups": bool(config.group_options or config.rank_pattern),
         "shared_router": config.shared_router,
     }
-    if wrong := [name for name, given in beyond.items() if given]:
-        raise LilyError(f"stock Lily has no {wrong[0]}; remove it, or take method: lily")
+    if wrong := [name for name, is_set in beyond.items() if is_set]:
+        raise LilyError(f"stock Lily has no {wrong[0]}; remove it, or use method: lily")
     names = sorted({_last(m) for m in plan.slots})
     return peft.LilyConfig(
         r=config.r,
@@ -239,7 +233,7 @@ def _last(name: str) -> str:
 
 @contextmanager
 def implementation(recipe: Any) -> Iterator[None]:
-    """Within: PEFT makes of a Lily configuration what the recipe's method means, its own model for `stock-lily`."""
+    """Within: with method `stock-lily`, a Lily configuration builds PEFT's own model instead of ours."""
     if recipe.method != "stock-lily":
         yield
         return
@@ -251,11 +245,11 @@ def implementation(recipe: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _in_our_words(name: str) -> Iterator[None]:
+def _peft_errors(name: str) -> Iterator[None]:
     try:
         yield
     except LilyError:
         raise
-    except Exception as error:  # each method has its own ways to refuse
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise LilyError(f"PEFT refuses this {name}: {said}") from None
+    except Exception as error:  # the classes raise errors of many types
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise LilyError(f"PEFT rejects this {name}: {text}") from None

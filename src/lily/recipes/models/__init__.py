@@ -1,4 +1,4 @@
-"""Which base model? Loading, converting and quantizing it."""
+"""Base models: loading, conversion and quantization."""
 
 from lily.recipes.models.load import (
     AUTO_CLASSES,
@@ -8,7 +8,6 @@ from lily.recipes.models.load import (
     load_model,
     load_processor,
     load_tokenizer,
-    loading,
     local_model,
     meta_model,
 )
@@ -21,7 +20,6 @@ __all__ = [
     "load_model",
     "load_processor",
     "load_tokenizer",
-    "loading",
     "local_model",
     "meta_model",
 ]

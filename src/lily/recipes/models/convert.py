@@ -1,4 +1,4 @@
-"""Turning model files of other kinds into transformers folders, once, in the cache."""
+"""Convert model files of other formats into transformers folders in the cache."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from lily.recipes.data.sources import building, cache_folder
 
 
 def converted(path: Path, format: str) -> Path:
-    """The transformers folder of a GGUF or ONNX file, converted at the first call.
+    """The transformers folder of a GGUF or ONNX file, converted on first use.
 
     Args:
         path: the file.
         format: `gguf` (a causal language model) or `onnx-dinov2`.
 
     Raises:
-        LilyError: if the file is not one of that kind, or a package that reads it is missing.
+        LilyError: if the file is not of this format, or a required package is missing.
     """
     if not path.is_file():
         raise LilyError(f"model {path}: format: {format} needs a file, not a folder")
@@ -35,7 +35,7 @@ def converted(path: Path, format: str) -> Path:
                 raise LilyError(f"{path}: could not be converted into {target.parent}: {error}") from None
             except Exception as error:
                 reason = str(error) or type(error).__name__
-                raise LilyError(f"{path}: not a {format} model of the known kind: {reason}") from None
+                raise LilyError(f"{path}: not a supported {format} model: {reason}") from None
     return target
 
 
@@ -54,7 +54,7 @@ def _gguf(path: Path, out: Path) -> None:
         )
     except Exception as error:
         raise LilyError(f"{path}: not a GGUF model that transformers reads: {error}") from None
-    # The weights are dequantised now; with the quantisation still in the config, saving refuses.
+    # The weights are dequantized now; saving fails if the config still has the quantization.
     values = read.config.to_dict()
     values.pop("quantization_config", None)
     plain = type(read)(type(read.config).from_dict(values))
@@ -78,7 +78,7 @@ def _dinov2(path: Path, out: Path) -> None:
     arrays = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
     state = {k.removeprefix("backbone."): torch.tensor(v) for k, v in arrays.items() if k.startswith("backbone.")}
     if not state:
-        raise LilyError(f"{path}: holds no weights named backbone.*, so it is not a DINOv2 export of the known kind")
+        raise LilyError(f"{path}: has no weights named backbone.*; only DINOv2 exports with this prefix are supported")
     state.update(_matmul_weights(graph, arrays))
     size = next(iter(state[k] for k in state if k.endswith("norm1.weight"))).shape[0]
     one = _only(arrays, (1, 1, size))
@@ -102,22 +102,22 @@ def _dinov2(path: Path, out: Path) -> None:
 
 
 def _matmul_weights(graph: Any, arrays: dict[str, Any]) -> dict[str, Any]:
-    """ONNX export drops the names of matrix weights; the bias of the addition that follows still has its own."""
+    """The matrix weights, whose names ONNX export drops, named after the bias that is added to their product."""
     import torch
 
     users: dict[str, list[Any]] = {}
     for node in graph.node:
         for name in node.input:
             users.setdefault(name, []).append(node)
-    found = {}
+    weights = {}
     for node in graph.node:
         if node.op_type == "MatMul" and node.input[1] in arrays:
             for user in users.get(node.output[0], []):
                 for name in user.input:
                     if user.op_type == "Add" and name.startswith("backbone."):
                         key = name.removeprefix("backbone.").replace(".bias", ".weight")
-                        found[key] = torch.tensor(arrays[node.input[1]].T.copy())
-    return found
+                        weights[key] = torch.tensor(arrays[node.input[1]].T.copy())
+    return weights
 
 
 def _only(arrays: dict[str, Any], shape: tuple[int, ...]) -> Any:

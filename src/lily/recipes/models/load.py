@@ -1,4 +1,4 @@
-"""Pretrained models of recipes, and what prepares their inputs. Weights are read from safetensors only."""
+"""Pretrained models of recipes and their tokenizers. Weights are read from safetensors only."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ HEADS = ("classifier", "score", "classification_head", "head")
 
 
 def heads_of(model: nn.Module) -> list[str]:
-    """The names of the modules that classify what the model has read."""
+    """Names of the model's classification heads."""
     timm = getattr(model, "timm_model", None)
     if timm is not None:
         classifier = timm.get_classifier()
@@ -41,10 +41,10 @@ def heads_of(model: nn.Module) -> list[str]:
 
 
 def local_model(model: Model) -> Path | str:
-    """A folder that `from_pretrained` takes (fetched and converted if need be), or a hub id.
+    """A folder for `from_pretrained`, downloaded and converted if necessary, or a hub id.
 
     Raises:
-        LilyError: if it cannot be had.
+        LilyError: if it does not exist or cannot be downloaded or converted.
     """
     if model.standin is not None:
         return standins.standin(model.standin)
@@ -54,7 +54,7 @@ def local_model(model: Model) -> Path | str:
     if model.format != "transformers":
         path = convert.converted(path, model.format)
     if not (path / "config.json").is_file():
-        raise LilyError(f"model {path}: no config.json; name a transformers folder, or say format: gguf")
+        raise LilyError(f"model {path}: no config.json; name a transformers folder, or set format: gguf")
     return path
 
 
@@ -62,7 +62,7 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a padding token.
 
     Raises:
-        LilyError: if there is none.
+        LilyError: if there is none, or it has no token for padding.
     """
     from transformers import AutoTokenizer
 
@@ -74,23 +74,25 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
             source, revision=model.revision or "main", trust_remote_code=model.trust_remote_code
         ),
     )
-    # Without files transformers 5 makes a tokenizer with an empty vocabulary, to which every text is unknown.
+    # Without files, transformers 5 creates a tokenizer with an empty vocabulary.
     needed = {*type(tokenizer).vocab_files_names.values(), "tokenizer.json"} if tokenizer.vocab_files_names else set()
     if isinstance(source, Path) and needed and not any((source / name).is_file() for name in needed):
-        raise LilyError(f"tokenizer of {source}: none of {', '.join(sorted(needed))} is there; save the tokenizer too")
+        raise LilyError(
+            f"tokenizer of {source}: found none of {', '.join(sorted(needed))}; save the tokenizer in this folder"
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token is None:
-        raise LilyError(f"tokenizer of {source}: has no padding, end or unknown token; give it one and save it")
+        raise LilyError(f"tokenizer of {source}: has no padding, end or unknown token; add one and save it")
     return tokenizer
 
 
 def load_processor(recipe: Recipe, config: PretrainedConfig) -> PreTrainedTokenizerBase | Preprocess:
-    """What prepares the model's inputs: its tokenizer, or the recipe's `data.image`.
+    """The model's tokenizer, or the image preprocessing of the recipe's `data.image`.
 
     Args:
-        recipe: decides the task.
-        config: the model's, for the size of its images.
+        recipe: task and model.
+        config: of the model, for the size of its images.
 
     Raises:
         LilyError: if there is no tokenizer.
@@ -102,9 +104,9 @@ def load_processor(recipe: Recipe, config: PretrainedConfig) -> PreTrainedTokeni
 
 
 def image_size(config: PretrainedConfig) -> int:
-    """Height and width, in pixels, of the images that a model was made for; 224 if it does not say."""
+    """Image size of a model in pixels; 224 if its configuration has none."""
     own = getattr(config, "image_size", None)
-    if own is None:  # timm's say it there
+    if own is None:  # timm models
         own = (getattr(config, "pretrained_cfg", None) or {}).get("input_size", 224)
     return int(own if isinstance(own, int) else own[-1])
 
@@ -119,13 +121,13 @@ def load_model(
 ) -> PreTrainedModel:
     """The pretrained model with the task's head, in eval mode. A head of another size is replaced by a new one.
 
-    A quantised one is prepared for training: its function is the same then as where it is only used.
+    A quantized model is prepared for training, also for inference, so that both compute the same.
 
     Args:
-        model: where it is.
+        model: source and data type.
         task: decides the head.
         labels: the classes, for classification.
-        precision: in what the products with 4-bit weights are computed.
+        precision: data type of products with 4-bit weights.
         announce: called with one line if a head is replaced.
 
     Raises:
@@ -154,14 +156,14 @@ def load_model(
             **_head(task, labels),
         ),
     )
-    misfits = sorted((name, tuple(there), tuple(here)) for name, there, here in info["mismatched_keys"])
-    if misfits:
-        line = _new_head(misfits, loaded, task, source)
+    mismatched = sorted((name, tuple(saved), tuple(wanted)) for name, saved, wanted in info["mismatched_keys"])
+    if mismatched:
+        line = _new_head(mismatched, loaded, task, source)
         if announce is not None:
             announce(line)
     if task != "image-classification" and getattr(loaded.config, "pad_token_id", None) is None:
-        # The tokenizer's own: a classifier over a decoder reads the last token that is not this one.
-        # What needs a tokenizer loads it itself, and says what is wrong with it.
+        # A classifier on a decoder reads the last token that is not padding. A missing tokenizer is reported
+        # where it is needed.
         with contextlib.suppress(LilyError):
             loaded.config.pad_token_id = load_tokenizer(model).pad_token_id
     if options:
@@ -174,11 +176,11 @@ def meta_model(model: Model, task: Task, num_labels: int = 2) -> PreTrainedModel
     """The same architecture on the meta device: names and shapes, no weights.
 
     Raises:
-        LilyError: if its config cannot be had.
+        LilyError: if its config cannot be read.
     """
     from transformers import AutoConfig
 
-    _make_known(task)
+    _register_models(task)
     source = local_model(model)
     labels = [str(i) for i in range(num_labels)]
     config = loading(
@@ -195,14 +197,14 @@ def meta_model(model: Model, task: Task, num_labels: int = 2) -> PreTrainedModel
 
 
 def described_model(model: Model, task: Task) -> PreTrainedModel:
-    """The model on the meta device, built from the recipe's own description of it; nothing is read or downloaded.
+    """The model on the meta device, built from `model.architecture`; nothing is downloaded.
 
     Raises:
         LilyError: if transformers has no such model.
     """
     from transformers import AutoConfig
 
-    _make_known(task)
+    _register_models(task)
     values = dict(model.architecture or {})
     kind = values.pop("model_type")
     source = f"model.architecture ({kind})"
@@ -216,34 +218,34 @@ def _without_weights(config: Any, task: Task, source: Path | str, trust_remote_c
 
     with torch.device("meta"):
         build = _class(task).from_config
-        made = loading("config", source, lambda: build(config, trust_remote_code=trust_remote_code))
-    return cast("PreTrainedModel", made)
+        model = loading("config", source, lambda: build(config, trust_remote_code=trust_remote_code))
+    return cast("PreTrainedModel", model)
 
 
 def _new_head(
-    misfits: Sequence[tuple[str, tuple[int, ...], tuple[int, ...]]],
+    mismatched: Sequence[tuple[str, tuple[int, ...], tuple[int, ...]]],
     model: PreTrainedModel,
     task: Task,
     source: Path | str,
 ) -> str:
-    """What to say of a new head in place of one of another size.
+    """The message about a new head that replaces one of another size.
 
     Raises:
-        LilyError: if a weight besides the head has another shape, which would start at random too.
+        LilyError: if a weight outside of the head has another shape, since it would be initialized at random.
     """
     inside, heads = f"{model.base_model_prefix}.", tuple(f"{name}." for name in heads_of(model))
-    for name, there, here in misfits:
+    for name, saved, wanted in mismatched:
         if task == "sft" or (name.startswith(inside) and not name.startswith(heads)):
             raise LilyError(
-                f"model of {source} could not be loaded: {name} has shape {there}, but config.json asks for {here}; "
-                "give the folder the config.json of its weights"
+                f"model of {source} could not be loaded: {name} has shape {saved}, but config.json implies {wanted}; "
+                "use the config.json that belongs to the weights"
             )
-    name, there, here = misfits[-1]
-    return f"{name} of {source} has {there[0]} outputs and this task {here[0]}: training starts with a new head"
+    name, saved, wanted = mismatched[-1]
+    return f"{name} of {source} has {saved[0]} outputs and this task {wanted[0]}: training starts with a new head"
 
 
-def _make_known(task: Task) -> None:
-    """Tell transformers' Auto classes of the models that are defined here."""
+def _register_models(task: Task) -> None:
+    """Register the models of this package with transformers' Auto classes."""
     if task == "image-classification":
         import lily.recipes.offline.vision_mamba  # noqa: F401
 
@@ -251,7 +253,7 @@ def _make_known(task: Task) -> None:
 def _class(task: Task) -> Any:
     import transformers
 
-    _make_known(task)
+    _register_models(task)
 
     return getattr(transformers, AUTO_CLASSES[task])
 
@@ -271,21 +273,21 @@ def _head(task: Task, labels: Sequence[str] | None) -> dict[str, Any]:
 
 
 def loading(what: str, source: Path | str, load: Callable[[], Any]) -> Any:
-    """What `load` returns.
+    """The result of `load`.
 
     Args:
-        what: is loaded, for the message.
-        source: where from.
-        load: transformers' or diffusers' own loading.
+        what: kind of object, for the message.
+        source: folder or hub id, for the message.
+        load: calls transformers or diffusers.
 
     Raises:
-        LilyError: in place of whatever it raises.
+        LilyError: for every exception of `load`.
     """
     try:
         return load()
     except LilyError:
         raise
-    except Exception as error:  # each format, config class and remote file has its own
+    except Exception as error:  # formats, config classes and remote files raise errors of many types
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         reason = " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])
         raise LilyError(f"{what} of {source} could not be loaded: {reason}") from None

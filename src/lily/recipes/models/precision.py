@@ -1,4 +1,4 @@
-"""In what precision a recipe computes."""
+"""The precision of a recipe's computation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lily.recipes.spec.schema import Recipe
 
 
 def precision_of(recipe: Recipe | DreamBooth) -> str:
-    """What the recipe's precision means on this machine: `auto` is bfloat16 where the hardware multiplies it."""
+    """The recipe's precision on this machine: `auto` is bfloat16 if the hardware supports it, else float32."""
     chosen = recipe.train.precision
     if chosen != "auto":
         return chosen

@@ -1,4 +1,4 @@
-"""Frozen weights of few bits: how a recipe's `model.quantization` loads them, and what they weigh."""
+"""Quantized frozen weights: loading options and sizes for a recipe's `model.quantization`."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-# Bytes of a quantised weight, its scales included: nf4 has one 8-bit scale for 64 weights and one 32-bit scale for 256
-# of those (double quantisation); int8 one 32-bit scale for a whole row, which does not count.
+# Bytes of a quantized weight, with its scales: nf4 has one 8-bit scale per 64 weights and one 32-bit scale per 256 of
+# these (double quantization); int8 has one 32-bit scale per row, which is negligible.
 BYTES = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
 
 
 def loading_options(quantization: Quantization, model: nn.Module, task: Task, compute: torch.dtype) -> dict[str, Any]:
-    """What `from_pretrained` needs besides the rest; nothing where nothing is quantised.
+    """Further arguments of `from_pretrained`; none without quantization.
 
     Args:
         quantization: of the recipe.
         model: the same architecture on the meta device.
-        task: decides which head is trained, and so stays as it is.
-        compute: in what the products with nf4 weights are computed.
+        task: decides which head is trained, and therefore not quantized.
+        compute: data type of products with nf4 weights.
     """
     if quantization == "none":
         return {}
@@ -45,7 +45,7 @@ def loading_options(quantization: Quantization, model: nn.Module, task: Task, co
 
 
 def kept_modules(model: nn.Module, task: Task) -> set[str]:
-    """The linear layers that are not quantised: the output layer, and heads, which are trained."""
+    """The linear layers that are not quantized: the output layer, and trained heads."""
     from transformers.quantizers.base import get_keys_to_not_convert
 
     kept = {name.removesuffix(".weight").removesuffix(".bias") for name in get_keys_to_not_convert(model)}
@@ -53,10 +53,9 @@ def kept_modules(model: nn.Module, task: Task) -> set[str]:
 
 
 def prepared(model: Any) -> Any:
-    """A quantised model ready to carry an adapter: all frozen, what is not quantised in float32. See PEFT.
+    """Prepare a quantized model for an adapter with PEFT: all frozen, other weights in float32.
 
-    Also where nothing is trained, so that the function is the one of training. Gradient checkpointing is the trainer's
-    business.
+    Also for inference, so that the model computes the same as in training. The trainer sets gradient checkpointing.
     """
     from peft import prepare_model_for_kbit_training
 
@@ -65,7 +64,7 @@ def prepared(model: Any) -> Any:
 
 
 def frozen_bytes(model: nn.Module, task: Task, quantization: Quantization) -> int:
-    """Bytes of the frozen weights once they are quantised and the rest is in float32, known without a weight.
+    """Bytes of the frozen weights after quantization, with the rest in float32, computed from shapes.
 
     Args:
         model: may be on the meta device.
@@ -76,10 +75,10 @@ def frozen_bytes(model: nn.Module, task: Task, quantization: Quantization) -> in
     from transformers.pytorch_utils import Conv1D
 
     kept = kept_modules(model, task)
-    quantised = sum(
+    quantized = sum(
         module.weight.numel()
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, Conv1D)) and not any(f"{name}.".startswith(f"{k}.") for k in kept)
     )
-    rest = sum(p.numel() for p in model.parameters()) - quantised
-    return round(quantised * BYTES[quantization] + 4 * rest)
+    rest = sum(p.numel() for p in model.parameters()) - quantized
+    return round(quantized * BYTES[quantization] + 4 * rest)

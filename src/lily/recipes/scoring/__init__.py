@@ -1,1 +1,1 @@
-"""How good is it? Inference, metrics, answers, baselines and forgetting."""
+"""Evaluation: inference, metrics, answers, baselines and forgetting."""

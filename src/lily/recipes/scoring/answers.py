@@ -1,4 +1,4 @@
-"""Reading answers off texts: what `exact_match` compares, of a generated text and of the completion alike.
+"""Extract answers from texts; `exact_match` compares those of the generated text and of the completion.
 
 Sources: the last number and what follows `####` as in OpenAI's grade-school-math and lm-evaluation-harness' gsm8k; the
 first match of a pattern as in LLM-Adapters' commonsense_evaluate.py.
@@ -13,43 +13,43 @@ from collections.abc import Sequence
 from lily.errors import LilyError
 from lily.recipes.data.rows import completion_of
 from lily.recipes.data.tables import Row
-from lily.recipes.spec.places import located
+from lily.recipes.spec.locations import located
 from lily.recipes.spec.schema import Pattern, Recipe
 
 NUMBER = r"-?\$?(?:[0-9][0-9,]*(?:\.[0-9]*)?|\.[0-9]+)"
 MARKED = re.compile(rf"####\s*({NUMBER})")
 ANY = re.compile(NUMBER)
 
-# A pattern may come from a stranger's recipe, and what it is matched with from a model: neither may take long.
+# Pattern and text may be untrusted, and a regular expression may backtrack without end (ReDoS).
 MAX_PATTERN = 500
-MAX_REPEATS = 1000  # counted repeats are written out when a pattern is compiled, those inside others many times
+MAX_REPEATS = 1000  # counted repeats are expanded when a pattern is compiled, nested ones multiply
 MAX_TEXT = 10_000
 MAX_SECONDS = 1.0
 
 
 def answer_in(text: str, recipe: Recipe) -> str:
-    """The answer that `generation.answer` reads off a text, without white space at its ends; empty: there is none.
+    """The answer in a text by `generation.answer`, without white space at its ends; empty if there is none.
 
     Raises:
-        LilyError: if the recipe's pattern takes long on the text.
+        LilyError: if the recipe's pattern exceeds the time limit.
     """
-    how = recipe.generation.answer
-    if how == "whole":
+    mode = recipe.generation.answer
+    if mode == "whole":
         return text.strip()
-    if how == "number":
+    if mode == "number":
         return number_in(text)
     try:
-        return first_match(how.pattern, text).strip()
+        return first_match(mode.pattern, text).strip()
     except TimeoutError:
         with located(recipe, "generation", "answer"):
             raise LilyError(
-                f"generation.answer: the pattern {how.pattern!r} takes over {MAX_SECONDS:g} s on a text of "
-                f"{min(len(text), MAX_TEXT)} characters; write it without repeats inside repeats"
+                f"generation.answer: the pattern {mode.pattern!r} takes over {MAX_SECONDS:g} s on a text of "
+                f"{min(len(text), MAX_TEXT)} characters; rewrite it without nested repeats"
             ) from None
 
 
 def number_in(text: str) -> str:
-    r"""What follows the first `####`, else the last number: without commas, dollar signs and a dot at the end.
+    r"""The number after the first `####`, else the last number; without commas, dollar signs and a final dot.
 
     >>> number_in("So 1,200 + 34.\n#### 1,234")
     '1234'
@@ -57,12 +57,12 @@ def number_in(text: str) -> str:
     '18'
     """
     marked = MARKED.search(text)
-    found = marked.group(1) if marked else next(iter(reversed(ANY.findall(text))), "")
-    return found.replace("$", "").replace(",", "").rstrip(".")
+    number = marked.group(1) if marked else next(iter(reversed(ANY.findall(text))), "")
+    return number.replace("$", "").replace(",", "").rstrip(".")
 
 
 def first_match(pattern: str, text: str) -> str:
-    """The first match (its first group, if the pattern has groups) in the text's first characters; empty: none.
+    """The first match (its first group, if there are groups) in the first `MAX_TEXT` characters; empty if none.
 
     Raises:
         TimeoutError: after `MAX_SECONDS`.
@@ -76,7 +76,7 @@ def first_match(pattern: str, text: str) -> str:
 
 
 def problem_of(pattern: Pattern) -> str | None:
-    """What is wrong with a pattern; None: nothing."""
+    """What is wrong with a pattern; None if it is valid."""
     text = pattern.pattern
     if len(text) > MAX_PATTERN:
         return f"has {len(text)} characters; at most {MAX_PATTERN}"
@@ -91,21 +91,21 @@ def problem_of(pattern: Pattern) -> str | None:
 
 
 def expected_answers(rows: Sequence[Row], recipe: Recipe) -> list[str]:
-    """The answers that the completions of sft rows give.
+    """The answers in the completions of sft rows.
 
     Raises:
-        LilyError: names a completion that gives none.
+        LilyError: for a completion without an answer.
     """
     out = []
     for row in rows:
         completion = completion_of(row)
-        found = answer_in(completion, recipe)
-        if not found:
+        answer = answer_in(completion, recipe)
+        if not answer:
             shown = completion if len(completion) <= 80 else f"{completion[:77]}..."
             with located(recipe, "generation", "answer"):
                 raise LilyError(
-                    f"generation.answer reads no answer off the completion {shown!r}, so exact_match has nothing to "
-                    "compare; change it, or the data"
+                    f"generation.answer finds no answer in the completion {shown!r}, so exact_match cannot compare; "
+                    "change it, or the data"
                 )
-        out.append(found)
+        out.append(answer)
     return out

@@ -1,4 +1,4 @@
-"""What a recipe's result is held against: baselines on the same training and held-out rows, without an adapter."""
+"""Baselines without an adapter, on the same training and held-out rows as a recipe."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def run(name: str, recipe: Recipe, splits: Splits) -> dict[str, float]:
     Args:
         name: `majority` (the mean, for regression), `tfidf` or `frozen`.
         recipe: task, metrics and, for `frozen`, the encoder.
-        splits: the rows.
+        splits: training and held-out rows.
     """
     started = time.perf_counter()
     expected = _targets(splits.held_out, splits.labels)
-    known = _targets(splits.train, splits.labels)
+    targets = _targets(splits.train, splits.labels)
     if name == "majority":
-        predicted = _majority(splits, known)
+        predicted = _majority(splits, targets)
     elif name == "tfidf":
-        predicted = _tfidf(splits, known)
+        predicted = _tfidf(splits, targets)
     else:
-        predicted = _frozen(recipe, splits, known)
+        predicted = _frozen(recipe, splits, targets)
     names = [metric for metric in metrics_of(recipe) if metric != "loss"]
     return {**compute(names, predicted, expected), "seconds": time.perf_counter() - started}
 
@@ -48,15 +48,15 @@ def _targets(rows: Sequence[Row], labels: Sequence[str] | None) -> Any:
     return np.array([ids[row["label"]] for row in rows])
 
 
-def _majority(splits: Splits, known: Any) -> Any:
-    guess = np.bincount(known).argmax() if splits.labels is not None else known.mean()
+def _majority(splits: Splits, targets: Any) -> Any:
+    guess = np.bincount(targets).argmax() if splits.labels is not None else targets.mean()
     return np.full(len(splits.held_out), guess)
 
 
-def _tfidf(splits: Splits, known: Any) -> Any:
-    """TF-IDF of words and word pairs with a linear model. Texts of a pair keep features of their own.
+def _tfidf(splits: Splits, targets: Any) -> Any:
+    """A linear model on TF-IDF of words and word pairs, separately for each text of a pair.
 
-    Without any word in the training texts, the model would see nothing: its guess is the majority's.
+    If the training texts have no word, it predicts the majority.
     """
     from scipy.sparse import hstack
     from sklearn.feature_extraction.text import TfidfVectorizer
@@ -64,26 +64,26 @@ def _tfidf(splits: Splits, known: Any) -> Any:
     parts: list[tuple[Any, Any]] = []
     for column in ("text", "text_pair"):
         if any(re.search(r"\w", row.get(column, "")) for row in splits.train):
-            # the default pattern drops words of one character, and with them whole texts
+            # the default pattern drops words of one character
             vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")
             fitted = vectorizer.fit_transform(row[column] for row in splits.train)
             parts.append((fitted, vectorizer.transform(row[column] for row in splits.held_out)))
     if not parts:
-        return _majority(splits, known)
+        return _majority(splits, targets)
     train, held_out = (hstack([part[i] for part in parts]).tocsr() for i in range(2))
     linear = _linear(splits.labels)
-    return linear.fit(train, known).predict(held_out)
+    return linear.fit(train, targets).predict(held_out)
 
 
-def _frozen(recipe: Recipe, splits: Splits, known: Any) -> Any:
-    """A linear model on the frozen encoder's mean last hidden state; for images on what the model's head reads."""
+def _frozen(recipe: Recipe, splits: Splits, targets: Any) -> Any:
+    """A linear model on the frozen encoder's mean last hidden state; for images on the input of the model's head."""
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     features = _features(recipe, [*splits.train, *splits.held_out])
     count = len(splits.train)
     probe = make_pipeline(StandardScaler(), _linear(splits.labels, 0.01))
-    return probe.fit(features[:count], known).predict(features[count:])
+    return probe.fit(features[:count], targets).predict(features[count:])
 
 
 def _linear(labels: Sequence[str] | None, strength: float = 1.0) -> Any:
@@ -95,7 +95,7 @@ def _linear(labels: Sequence[str] | None, strength: float = 1.0) -> Any:
 def _features(recipe: Recipe, rows: Sequence[Row]) -> Any:
     model = place(models.load_model(recipe.model, recipe.task, ("0", "1"), precision=precision_of(recipe)))
     processor = models.load_processor(recipe, model.config)
-    pooled = _read_by_head if recipe.task == "image-classification" else _mean_state
+    pooled = _head_input if recipe.task == "image-classification" else _mean_state
     encoded = [encode_inputs(row, recipe, processor) for row in rows]
     out: list[Any] = [None] * len(rows)
     with inference(model, recipe):
@@ -107,19 +107,19 @@ def _features(recipe: Recipe, rows: Sequence[Row]) -> Any:
 
 
 def _mean_state(model: Any, inputs: dict[str, Any]) -> Any:
-    """The mean of the last hidden states, padding left out."""
+    """The mean of the last hidden states (batch, hidden), without padding."""
     states = model.base_model(**inputs).last_hidden_state.float()
     mask = inputs["attention_mask"].unsqueeze(-1).float()
     return (states * mask).sum(1) / mask.sum(1)
 
 
-def _read_by_head(model: Any, inputs: dict[str, Any]) -> Any:
-    """What the model's own head reads of an image: models differ in how they pool."""
-    read: list[Any] = []
+def _head_input(model: Any, inputs: dict[str, Any]) -> Any:
+    """The input of the model's head (batch, features), since models differ in how they pool."""
+    inputs_of_head: list[Any] = []
     (name,) = heads_of(model)
-    hook = model.get_submodule(name).register_forward_pre_hook(lambda _, given: read.append(given[0]))
+    hook = model.get_submodule(name).register_forward_pre_hook(lambda _, args: inputs_of_head.append(args[0]))
     try:
         model(**inputs)
     finally:
         hook.remove()
-    return read[0].flatten(1)
+    return inputs_of_head[0].flatten(1)

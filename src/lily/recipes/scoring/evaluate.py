@@ -1,4 +1,4 @@
-"""Judging and using a model: metrics on rows, predictions, generation."""
+"""Evaluate a model: metrics on rows, predictions, generation."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from lily.recipes.data.tasks import (
     prompt_ids,
     text_processor,
 )
-from lily.recipes.scoring import answers as scoring
 from lily.recipes.scoring import choices
 from lily.recipes.scoring import metrics as metric_tools
+from lily.recipes.scoring.answers import answer_in, expected_answers
 from lily.recipes.scoring.inference import by_length, device_of, inference, to_device
 from lily.recipes.spec.schema import Recipe
 
@@ -37,13 +37,12 @@ class Judge:
 
     Args:
         recipe: task, metrics, lengths.
-        processor: the model's tokenizer, or what prepares its images.
+        processor: the model's tokenizer or image preprocessing.
         labels: the classes, for classification.
 
     Attributes:
-        items: what the last call found for each row, in the rows' order: `expected` and `predicted` (class numbers or
-            numbers), whether it is right (0 or 1) by the name of the metric that counts those, and `loss`; of causal
-            models that of each example, summed over its `tokens`.
+        items: results of the last call per row: `expected` and `predicted` (class indices or numbers), whether it is
+            right (0 or 1) by name of the metric, and `loss`; for sft per example, summed over its `tokens`.
     """
 
     def __init__(self, recipe: Recipe, processor: Processor, labels: Sequence[str] | None) -> None:
@@ -60,8 +59,8 @@ class Judge:
             loss, right = mean_loss(losses, tokens), self.right(model, rows)
             self.items = {"loss": _short(losses), "tokens": tokens}
             self.items |= {name: [int(r) for r in of_rows] for name, of_rows in right.items()}
-            found = {"loss": loss, "perplexity": float(np.exp(min(loss, 80.0))), **_shares(right)}
-            return {name: found[name] for name in self.names}
+            values = {"loss": loss, "perplexity": float(np.exp(min(loss, 80.0))), **_shares(right)}
+            return {name: values[name] for name in self.names}
         outputs = head_outputs(model, rows, recipe, self.processor)
         if self.labels is not None:
             ids = {name: i for i, name in enumerate(self.labels)}
@@ -76,28 +75,28 @@ class Judge:
             self.items = {}
         loss = float(np.mean(losses))
         self.items |= {"expected": _short(expected), "predicted": _short(predicted), "loss": _short(losses)}
-        found = metric_tools.compute(self.names, predicted, expected)
-        return {name: found.get(name, loss) for name in self.names}
+        values = metric_tools.compute(self.names, predicted, expected)
+        return {name: values.get(name, loss) for name in self.names}
 
     def beyond_loss(self, model: torch.nn.Module, rows: Sequence[Row]) -> dict[str, float]:
-        """The recipe's metrics of sft that the loss does not give: of generated answers, and of choices."""
+        """The recipe's sft metrics besides the loss: of generated answers, and of choices."""
         return _shares(self.right(model, rows))
 
     def right(self, model: torch.nn.Module, rows: Sequence[Row]) -> dict[str, list[bool]]:
-        """The same row by row: whether it is right, by each of these metrics."""
-        found: dict[str, list[bool]] = {}
+        """Whether each row is right, by each of these metrics."""
+        out: dict[str, list[bool]] = {}
         tokenizer = text_processor(self.processor)
         if "exact_match" in self.names:
-            found["exact_match"] = exact_matches(model, tokenizer, rows, self.recipe)
+            out["exact_match"] = exact_matches(model, tokenizer, rows, self.recipe)
         if self.recipe.data.choices is not None and {"accuracy", "accuracy_norm"} & set(self.names):
-            found |= choices.right(model, rows, self.recipe, tokenizer)
-        return found
+            out |= choices.right(model, rows, self.recipe, tokenizer)
+        return out
 
 
 def head_outputs(
     model: torch.nn.Module, rows: Sequence[Row], recipe: Recipe, processor: Processor
 ) -> np.ndarray[Any, Any]:
-    """The head's outputs (rows, outputs) in float32, in the rows' order; batched by length to waste little padding."""
+    """The head's outputs (rows, outputs) in float32, in the rows' order; batched by length to reduce padding."""
     encoded = [encode_inputs(row, recipe, processor) for row in rows]
     out: list[Any] = [None] * len(rows)
     with inference(model, recipe):
@@ -110,7 +109,7 @@ def head_outputs(
 
 
 def _short(values: Any) -> list[Any]:
-    """As plain numbers; six digits are enough to compare by, and halve the file."""
+    """As numbers with six digits, which suffice for comparisons and halve the file."""
     return [value if isinstance(value, int) else float(f"{value:.6g}") for value in np.asarray(values).tolist()]
 
 
@@ -121,19 +120,19 @@ def _shares(right: Mapping[str, Sequence[bool]]) -> dict[str, float]:
 def token_loss(
     model: torch.nn.Module, examples: Sequence[Example], recipe: Recipe, tokenizer: PreTrainedTokenizerBase
 ) -> float:
-    """Mean cross-entropy over all tokens that carry a label."""
+    """Mean cross-entropy over all tokens with a label."""
     return mean_loss(*token_losses(model, examples, recipe, tokenizer))
 
 
 def mean_loss(losses: Sequence[float], tokens: Sequence[int]) -> float:
-    """The mean over all tokens of what `token_losses` gave."""
+    """The mean over all tokens of the result of `token_losses`."""
     return float(np.sum(losses) / max(np.sum(tokens), 1))
 
 
 def token_losses(
     model: torch.nn.Module, examples: Sequence[Example], recipe: Recipe, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[float], list[int]]:
-    """Of each example: cross-entropy summed over the tokens that carry a label, and how many do."""
+    """Per example: cross-entropy summed over the tokens with a label, and the number of these tokens."""
     totals, counts = [0.0] * len(examples), [0] * len(examples)
     with inference(model, recipe):
         for batch in by_length(examples, recipe.train.eval_batch_size):
@@ -174,11 +173,11 @@ def answers(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[An
 
 
 def exact_matches(model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], recipe: Recipe) -> list[bool]:
-    """Of each row, whether the greedy answer is the completion's, each read as `generation.answer` says."""
-    expected = scoring.expected_answers(rows, recipe)
+    """For each row, whether the greedy answer equals the completion's, both extracted by `generation.answer`."""
+    expected = expected_answers(rows, recipe)
     prompts = [conversation(row, recipe, tokenizer)[-1][0] for row in rows]
-    given = [scoring.answer_in(text, recipe) for text in answers(model, tokenizer, prompts, recipe)]
-    return [answer == completion for answer, completion in zip(given, expected, strict=True)]
+    generated = [answer_in(text, recipe) for text in answers(model, tokenizer, prompts, recipe)]
+    return [answer == completion for answer, completion in zip(generated, expected, strict=True)]
 
 
 def samples(
@@ -189,15 +188,15 @@ def samples(
     when: str,
     earlier: Sequence[dict[str, str]] | None = None,
 ) -> list[dict[str, str]]:
-    """The first held-out prompts with the model's answers under the key `when`, added to those of `earlier`."""
+    """The first held-out prompts with the model's answers under the key `when`, merged into `earlier`."""
     if recipe.task != "sft" or recipe.generation.samples == 0:
         return []
     rows = rows[: recipe.generation.samples]
     prompts = [conversation(row, recipe, tokenizer)[-1][0] for row in rows]
-    given = answers(model, tokenizer, prompts, recipe)
+    generated = answers(model, tokenizer, prompts, recipe)
     out = []
     for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
         text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-        known = earlier[i] if earlier else {"prompt": text, "expected": data.completion_of(row)}
-        out.append({**known, when: given[i]})
+        entry = earlier[i] if earlier else {"prompt": text, "expected": data.completion_of(row)}
+        out.append({**entry, when: generated[i]})
     return out

@@ -1,4 +1,4 @@
-"""Running a model without training it: eval mode, precision, batches by length, devices."""
+"""Run a model without training: eval mode, precision, batches by length, devices."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from lily.recipes.spec.schema import Recipe
 
 
 def by_length(examples: Sequence[Example], size: int) -> Iterator[list[int]]:
-    """Batches of indices, short examples first, so that little is padded."""
+    """Batches of indices, sorted by length to reduce padding."""
     order = sorted(range(len(examples)), key=lambda i: length(examples[i]))
     for start in range(0, len(order), size):
         yield order[start : start + size]
 
 
 class inference:
-    """Within: no gradients, eval mode, the recipe's precision. After: the model's mode as it was."""
+    """Within: no gradients, eval mode, the recipe's precision. After: the model's previous mode."""
 
     def __init__(self, model: torch.nn.Module, recipe: Recipe) -> None:
         self.model, self.training = model, model.training
@@ -41,16 +41,16 @@ class inference:
 
 
 def to_device(inputs: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    """A model's inputs, where the model takes them."""
+    """The inputs on a device."""
     return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
 def device_of(model: torch.nn.Module) -> torch.device:
-    """Where the model's inputs go."""
+    """The device of the model's inputs."""
     return next(model.parameters()).device
 
 
 def place(model: Any) -> Any:
-    """The model, moved to the GPU if there is one; transformers has put a quantised one there itself."""
-    quantised = getattr(model, "is_quantized", False)
-    return model.to("cuda") if torch.cuda.is_available() and not quantised else model
+    """The model on the GPU if there is one; transformers loads a quantized model there itself."""
+    quantized = getattr(model, "is_quantized", False)
+    return model.to("cuda") if torch.cuda.is_available() and not quantized else model

@@ -16,12 +16,12 @@ DEFAULTS: dict[str, list[Metric]] = {
     "text-regression": ["pearson", "spearman"],
     "sft": ["loss", "perplexity"],
 }
-SCORED = ("exact_match", "accuracy", "accuracy_norm")  # of sft: not known from the loss
+SCORED = ("exact_match", "accuracy", "accuracy_norm")  # of sft, besides those computed from the loss
 LOWER_IS_BETTER = ("loss", "perplexity", "mse")
 
 
 def metrics_of(recipe: Recipe) -> list[Metric]:
-    """The recipe's metrics, or its task's; the first one chooses the best checkpoint."""
+    """The recipe's metrics, or its task's; the first one selects the best checkpoint."""
     return list(recipe.metrics) or DEFAULTS[recipe.task]
 
 
@@ -33,7 +33,7 @@ def better(metric: str, a: float, b: float) -> bool:
 
 
 def worst(metric: str) -> float:
-    """A value that any real one is better than."""
+    """A value worse than every real one."""
     return math.inf if metric in LOWER_IS_BETTER else -math.inf
 
 
@@ -43,10 +43,10 @@ def compute(names: Sequence[Metric], predicted: Any, expected: Any) -> dict[str,
     Args:
         names: metrics; loss and perplexity come from the model and are skipped here.
         predicted: class ids (classification), numbers (regression) or texts (exact_match), one per row.
-        expected: the truth, likewise.
+        expected: the true values, of the same form.
 
     Returns:
-        Name -> value. A correlation that is not defined (constant predictions) is 0, as GLUE's tools give it.
+        Name -> value. An undefined correlation (constant predictions) is 0, as in GLUE's tools.
     """
     return {name: _one(name, predicted, expected) for name in names if name not in ("loss", "perplexity")}
 
@@ -75,7 +75,7 @@ def _one(name: Metric, predicted: Any, expected: Any) -> float:
 
 
 def shown(name: str, value: float | None) -> str:
-    """A metric for a table: per cent where it is a share or a correlation, with its sign where it is a difference."""
+    """A metric as text: shares and correlations in percent, differences with a sign."""
     if value is None or math.isnan(value):
         return "-"
     if name == "forgetting":

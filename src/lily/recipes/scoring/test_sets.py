@@ -1,4 +1,4 @@
-"""Further test sets of a recipe, each judged by itself: the paper trains on one mix and tests on eight sets."""
+"""Further test sets of a recipe, evaluated separately: the paper trains on one mix and tests on eight sets."""
 
 from __future__ import annotations
 
@@ -22,38 +22,38 @@ def judged(
     when: str,
     earlier: Figures | None = None,
 ) -> Figures:
-    """The figures of every set, and their mean, under the key `when`, added to those of `earlier`.
+    """The metrics of every set and their mean under the key `when`, merged into `earlier`.
 
     Args:
-        judge: metrics of a model on rows.
-        model: what is judged.
+        judge: computes the metrics of a model on rows.
+        model: the model to evaluate.
         sets: name -> rows.
         when: before or final.
-        earlier: found before.
+        earlier: a previous result.
     """
     return noted({name: judge(model, rows) for name, rows in sets.items()}, when, earlier)
 
 
-def noted(found: Mapping[str, Mapping[str, float]], when: str, earlier: Figures | None = None) -> Figures:
-    """Metrics by set, with their unweighted mean, under the key `when`, added to those of `earlier`."""
-    if not found:
+def noted(results: Mapping[str, Mapping[str, float]], when: str, earlier: Figures | None = None) -> Figures:
+    """Metrics by set, with their unweighted mean, under the key `when`, merged into `earlier`."""
+    if not results:
         return {}
-    names = next(iter(found.values()))
-    mean = {metric: float(np.mean([values[metric] for values in found.values()])) for metric in names}
-    known = earlier or {}
-    return {name: {**known.get(name, {}), when: dict(values)} for name, values in {**found, MEAN: mean}.items()}
+    names = next(iter(results.values()))
+    mean = {metric: float(np.mean([values[metric] for values in results.values()])) for metric in names}
+    previous = earlier or {}
+    return {name: {**previous.get(name, {}), when: dict(values)} for name, values in {**results, MEAN: mean}.items()}
 
 
 def tabled(figures: Figures, metrics: Sequence[str], counts: Mapping[str, int]) -> list[list[str]]:
     """A header and a line for each set: its rows, and each metric before and after training; the mean comes last.
 
     Args:
-        figures: what was found.
-        metrics: which to show, in order.
-        counts: rows of each set.
+        figures: results of `judged`.
+        metrics: the columns, in order.
+        counts: number of rows of each set.
     """
     lines = [["untrained → trained", "rows", *metrics]]
-    for name, found in figures.items():
-        values = [" → ".join(shown(m, found[when].get(m)) for when in ("before", "final")) for m in metrics]
+    for name, values_of in figures.items():
+        values = [" → ".join(shown(m, values_of[when].get(m)) for when in ("before", "final")) for m in metrics]
         lines.append([name, "" if name == MEAN else f"{counts[name]:,}", *values])
     return lines

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from lily.distributed import from_first, rank, world_size
 from lily.errors import ElsewhereError, LilyError
-from lily.recipes.spec.places import located
+from lily.recipes.spec.locations import located
 from lily.recipes.spec.schema import Recipe
 
 T = TypeVar("T")

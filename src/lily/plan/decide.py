@@ -1,0 +1,75 @@
+"""What an adapter is on a model: decided once, for `lily plan`, training, searches and `lily bench` alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from lily.plan.budget import Choice, choose
+from lily.plan.config import LilyConfig
+from lily.plan.select import is_causal, select_targets
+from lily.plan.sharing_plan import SharingPlan, build_plan
+from lily.plan.specs import ModuleSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Step = Literal["targets", "shape", "options"]
+
+
+@dataclass(frozen=True)
+class Decided:
+    """A Lily adapter on a model.
+
+    Attributes:
+        config: complete configuration of the adapter.
+        modules: the adapted layers.
+        plan: which layers share what; its routing is the one that the model's kind implies.
+        choice: r, num_A and num_B, with reasons.
+    """
+
+    config: LilyConfig
+    modules: Sequence[ModuleSpec]
+    plan: SharingPlan
+    choice: Choice
+
+
+def decide(
+    model: nn.Module,
+    config: Mapping[str, Any],
+    shape: Mapping[str, int | None],
+    options: Mapping[str, Any] | None = None,
+    errors: Callable[[Step], AbstractContextManager[None]] = lambda _: nullcontext(),
+) -> Decided:
+    """Select the layers, choose what is open of r, num_A and num_B, and build the plan.
+
+    Args:
+        model: the base model; may be on the meta device.
+        config: arguments of `LilyConfig` besides the shape, as far as they select layers or change sizes.
+        shape: arguments of `lily.budget.choose`: r, num_A, stride_A, num_B, and a budget.
+        options: further arguments of `LilyConfig`, which may need to know the shape; they override `config`.
+        errors: context manager in which a step runs, to rewrite its errors.
+
+    Raises:
+        LilyError: if a target matches nothing, the budget is too small, or a value is not allowed.
+    """
+    with errors("targets"):
+        selected = LilyConfig(**config)
+        modules = select_targets(model, selected)  # replaces all-linear by the names it stands for
+    causal = selected.routing_is_default and is_causal(model)
+    routing = selected.default_routing(True) if causal else str(selected.routing)
+    with errors("shape"):
+        choice = choose(
+            modules,
+            **shape,
+            routing=routing,
+            targets=selected.target_modules,
+            shared_router=selected.shared_router,
+        )
+    with errors("options"):
+        targets = {"target_modules": selected.target_modules}
+        complete = LilyConfig(**{**config, **targets, **(options or {}), **choice.options})
+        plan = replace(build_plan(modules, complete), routing=routing)
+    return Decided(complete, modules, plan, choice)
