@@ -192,7 +192,7 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         self.words.append(data)
-        if self.tags[-1:] == ["th"]:
+        if self.tags[-1:] == ["th"] and data.strip():  # not the line break after a header
             self.heads.append(data)
 
 
