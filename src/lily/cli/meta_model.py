@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lily.errors import LilyError
-from lily.plan.report import dtype_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,6 +37,8 @@ def model_from(target: str, task: str | None = None) -> tuple[nn.Module, str]:
     """
     if task is not None and task not in TASKS:
         raise LilyError(f"task {task!r} is not supported; choose one of {', '.join(TASKS)}")
+    from lily.plan.report import dtype_of
+
     config = _read_config(target)
     return _without_weights(config, target, task), dtype_of(config)
 

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -20,10 +20,10 @@ from rich.text import Text
 
 from lily.cli.meta_model import TASKS, model_from
 from lily.errors import LilyError
-from lily.plan.budget import parse_count
-from lily.plan.report import GroupReport, PlanReport, PlanRequest, plan_for
-from lily.plan.specs import EXPERTS
-from lily.recipes.dry_run import RecipeReport, is_recipe, recipe_report
+
+if TYPE_CHECKING:
+    from lily.plan.report import GroupReport, PlanReport
+    from lily.recipes.dry_run import RecipeReport
 
 TRAINED = (">>>", "<<<")  # unlike brackets, these are not mistaken for special tokens such as [CLS] and <s>
 MOST_RUNS = 8  # blocks shown in a table; --json has all of them
@@ -65,6 +65,8 @@ def _sharing_table(report: PlanReport) -> Table:
 
 def folded(groups: Sequence[GroupReport]) -> dict[str, list[GroupReport]]:
     """Groups by name; stacked experts have a group per layer, so these share a row with `*` as the layer's number."""
+    from lily.plan.specs import EXPERTS
+
     rows: dict[str, list[GroupReport]] = {}
     for group in groups:
         name = group.name
@@ -222,6 +224,10 @@ def plan_command(
     ] = None,
 ) -> None:
     """Show what an adapter shares, trains and costs without loading weights; for a recipe, do a dry run."""
+    from lily.plan.budget import parse_count
+    from lily.plan.report import PlanRequest, plan_for
+    from lily.recipes.dry_run import is_recipe, recipe_report
+
     report: PlanReport | RecipeReport
     parameters = [name.strip() for name in (target_parameters or "").split(",") if name.strip()]
     values: dict[str, Any] = {
@@ -273,6 +279,8 @@ def _no_options_with_recipe(options: dict[str, Any]) -> None:
 
 
 def _print(report: PlanReport | RecipeReport, as_json: bool) -> None:
+    from lily.recipes.dry_run import RecipeReport
+
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=2))
     elif isinstance(report, RecipeReport):
