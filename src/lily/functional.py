@@ -2,7 +2,7 @@
 
 Source: "Low-Rank Interconnected Adaptation across Layers" (arXiv 2407.09946), section 3.
 
-    h = dropout(act(x @ A.T))                # A: (r, in)            shared by neighbouring layers
+    h = dropout(act(x @ A.T))                # A: (r, in)            shared by neighboring layers
     p = softmax(h @ R.T)                     # R: (experts, r)       the router, one per layer
     y = base(x) + scaling * mix(h, p, B)     # B: (experts, r, out)  shared by all layers of a group
 
