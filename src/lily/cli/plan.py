@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
+from typer import Argument, Option
 
 from lily.cli.meta_model import TASKS, model_from
 from lily.errors import LilyError
@@ -173,55 +174,43 @@ def names_or_regex(value: str | None) -> list[str] | str | None:
 def plan_command(
     target: Annotated[
         str | None,
-        typer.Argument(
-            metavar="TARGET", help="A recipe (name or YAML file), a model folder, a config.json or a hub id."
-        ),
+        Argument(metavar="TARGET", help="A recipe (name or YAML file), a model folder, a config.json or a hub id."),
     ] = None,
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Changes to a recipe as key=value, such as lily.r=64.")
+        list[str] | None, Argument(help="Changes to a recipe as key=value, such as lily.r=64.")
     ] = None,
     targets: Annotated[
-        str | None,
-        typer.Option(help="Modules to adapt: names with commas, a regular expression, or all-linear (default)."),
+        str | None, Option(help="Modules to adapt: names with commas, a regular expression, or all-linear (default).")
     ] = None,
     exclude: Annotated[
-        str | None, typer.Option(help="Modules to leave out: names separated by commas, or a regular expression.")
+        str | None, Option(help="Modules to leave out: names separated by commas, or a regular expression.")
     ] = None,
     target_parameters: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="Parameters to adapt, such as experts.down_proj, separated by commas; without --targets, no modules."
         ),
     ] = None,
-    r: Annotated[int | None, typer.Option(help="Rank of the update.")] = None,
-    num_a: Annotated[int | None, typer.Option("--num-a", help="Number of A per group.")] = None,
-    stride_a: Annotated[
-        int | None, typer.Option("--stride-a", help="Layers that share an A; instead of --num-a.")
-    ] = None,
-    num_b: Annotated[int | None, typer.Option("--num-b", help="Number of experts B per group.")] = None,
+    r: Annotated[int | None, Option(help="Rank of the update.")] = None,
+    num_a: Annotated[int | None, Option("--num-a", help="Number of A per group.")] = None,
+    stride_a: Annotated[int | None, Option("--stride-a", help="Layers that share an A; instead of --num-a.")] = None,
+    num_b: Annotated[int | None, Option("--num-b", help="Number of experts B per group.")] = None,
     params: Annotated[
-        str | None, typer.Option(help="Parameter budget such as 1.2M, from which r, num_A and num_B follow if not set.")
+        str | None, Option(help="Parameter budget such as 1.2M, from which r, num_A and num_B follow if not set.")
     ] = None,
-    match_lora: Annotated[
-        int | None, typer.Option(help="Use the size of LoRA of this rank as the parameter budget.")
-    ] = None,
+    match_lora: Annotated[int | None, Option(help="Use the size of LoRA of this rank as the parameter budget.")] = None,
     routing: Annotated[
-        str | None,
-        typer.Option(help="Routing: token, sequence, batch, static or uniform. Default: by the model's kind."),
+        str | None, Option(help="Routing: token, sequence, batch, static or uniform. Default: by the model's kind.")
     ] = None,
-    task: Annotated[
-        str | None, typer.Option(help=f"Task: {', '.join(TASKS)}. Default: by the model's architecture.")
-    ] = None,
+    task: Annotated[str | None, Option(help=f"Task: {', '.join(TASKS)}. Default: by the model's architecture.")] = None,
     tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens per sample, for the estimates. Default: 512, or the recipe's.")
+        int | None, Option(min=1, help="Tokens per sample, for the estimates. Default: 512, or the recipe's.")
     ] = None,
     batch: Annotated[
-        int | None, typer.Option(min=1, help="Samples per step, for the estimates. Default: 8, or the recipe's.")
+        int | None, Option(min=1, help="Samples per step, for the estimates. Default: 8, or the recipe's.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
-    recipe: Annotated[
-        str | None, typer.Option("--recipe", hidden=True, help="Recipe to plan; the same as TARGET.")
-    ] = None,
+    as_json: Annotated[bool, Option("--json", help="Print the report as one JSON object.")] = False,
+    recipe: Annotated[str | None, Option("--recipe", hidden=True, help="Recipe to plan; the same as TARGET.")] = None,
 ) -> None:
     """Show what an adapter shares, trains and costs without loading weights; for a recipe, do a dry run."""
     from lily.plan.budget import parse_count

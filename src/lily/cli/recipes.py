@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from typer import Argument, Option
 
 from lily.errors import LilyError
 
@@ -17,11 +17,9 @@ from lily.errors import LilyError
 def recipes_command(
     name: Annotated[
         str | None,
-        typer.Argument(
-            help="Name of a recipe to print as YAML, with inherited keys; of a file, prints its recipes' names."
-        ),
+        Argument(help="Name of a recipe to print as YAML, with inherited keys; of a file, prints its recipes' names."),
     ] = None,
-    copy: Annotated[str | None, typer.Option("--copy", help="Write the recipe to this file, for editing.")] = None,
+    copy: Annotated[str | None, Option("--copy", help="Write the recipe to this file, for editing.")] = None,
 ) -> None:
     """List the included recipes, or print one."""
     from lily.io.atomic import write_text
@@ -54,7 +52,7 @@ def recipes_command(
 
 
 def schema_command(
-    task: Annotated[str | None, typer.Argument(help="Task: dreambooth; default: all other tasks.")] = None,
+    task: Annotated[str | None, Argument(help="Task: dreambooth; default: all other tasks.")] = None,
 ) -> None:
     """Print the JSON Schema of recipes, for completion and checks in editors."""
     from lily.recipes.spec.dreambooth import DreamBooth
