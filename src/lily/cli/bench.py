@@ -23,12 +23,10 @@ def bench_command(
     measure: Annotated[
         str, Option(help="Comma-separated measurements: step, memory, prefill, decode, files.")
     ] = "step,memory,prefill,decode,files",
-    contestants: Annotated[
-        str | None, Option(help="Contestants to measure, separated by semicolons. Default: all.")
-    ] = None,
-    targets: Annotated[
-        str, Option(help="Modules to adapt: comma-separated names, a regular expression, or all-linear.")
-    ] = ("all-linear"),
+    contestants: Annotated[str | None, Option(help="Contestants, separated by semicolons. Default: all.")] = None,
+    targets: Annotated[str, Option(help="Modules to adapt: names with commas, a regex, or all-linear.")] = (
+        "all-linear"
+    ),
     r: Annotated[int | None, Option(min=1, help="Rank of Lily. Default: 32, or the largest within --params.")] = None,
     num_a: Annotated[int | None, Option("--num-a", min=1, help="Number of A per group.")] = None,
     num_b: Annotated[int | None, Option("--num-b", min=1, help="Number of experts (B) per group.")] = None,
@@ -40,7 +38,7 @@ def bench_command(
     rounds: Annotated[int, Option(min=1, help="Number of measured rounds.")] = 7,
     device: Annotated[str | None, Option(help="Device: cpu, cuda or cuda:1. Default: a GPU if there is one.")] = None,
     dtype: Annotated[
-        str | None, Option(help="Dtype of the base model. Default: bfloat16 on a GPU, otherwise float32.")
+        str | None, Option(help="Dtype of the model. Default: bfloat16 on a GPU, otherwise float32.")
     ] = None,
     out: Annotated[Path | None, Option(help="Folder to write results.json (and ratios.svg) to.")] = None,
 ) -> None:

@@ -36,9 +36,7 @@ def collapse_command(
     adapter: Folder,
     out: Out,
     recipe: RecipeOption = None,
-    data: Annotated[
-        str | None, Option(help="File with calibration rows; labels are not needed. Default: the training rows.")
-    ] = None,
+    data: Annotated[str | None, Option(help="Calibration rows, labels not needed. Default: the training rows.")] = None,
     held_out: Annotated[
         str | None,
         Option("--held-out", help="File with labeled rows for drift and metrics. Default: the held-out rows."),
@@ -112,12 +110,10 @@ def export_command(
     adapter: Folder,
     to: Annotated[str, Option("--to", help="Format to write: lora, merged, stock or gguf.")],
     out: Out,
-    target: Annotated[
-        str, Option("--for", help="With lora: the program that reads it, peft, vllm or diffusers.")
-    ] = "peft",
+    target: Annotated[str, Option("--for", help="With lora: its reader, peft, vllm or diffusers.")] = "peft",
     rank: Annotated[int | None, Option(min=1, help="With lora: a smaller rank, by truncated SVD.")] = None,
     tolerance: Annotated[
-        float | None, Option(help="Share of its energy that each layer may lose by --rank. Default: 0.01.")
+        float | None, Option(help="Share of a layer's energy that --rank may drop. Default: 0.01.")
     ] = None,
     force: Annotated[bool, Option("--force", help="Reduce the rank even if --tolerance is exceeded.")] = False,
     dtype: Annotated[str, Option(help="Data type: auto, float32, bfloat16 or float16.")] = "auto",

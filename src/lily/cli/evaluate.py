@@ -59,9 +59,7 @@ def predict_command(
     ],
     output: Annotated[str, Option("--output", help="File to write as jsonl; - for stdout.")] = "-",
     recipe: RecipeOption = None,
-    prefix: Annotated[
-        str, Option(help="Prefix of the added columns prediction and score, if the rows have such columns.")
-    ] = "",
+    prefix: Annotated[str, Option(help="Prefix of the new columns prediction and score, if the rows have these.")] = "",
     overwrite: Annotated[bool, Option("--overwrite", help="Replace the output file if it exists.")] = False,
 ) -> None:
     """Add a prediction to every row, streaming: rows in, rows out."""

@@ -24,10 +24,7 @@ if TYPE_CHECKING:
     from lily.insight.gather import Insight
     from lily.recipes.results.run_files import RunFigures
 
-Folder = Annotated[
-    str,
-    Argument(metavar="ADAPTER", help="Folder of a run, adapter, exported LoRA or merged model, or a GGUF file."),
-]
+Folder = Annotated[str, Argument(metavar="ADAPTER", help="A run, adapter, exported LoRA, merged model or GGUF file.")]
 
 
 def inspect_command(
@@ -42,11 +39,11 @@ def inspect_command(
     rows: Annotated[int, Option(min=0, help="Maximum number of rows, a fixed random sample; 0 reads no data.")] = 256,
     report: Annotated[str | None, Option("--report", help="Write the analysis as an HTML page to this file.")] = None,
     threshold: Annotated[
-        float, Option(help="The numerical rank counts singular values above this share of the largest.")
+        float, Option(help="The numerical rank counts values above this share of the largest.")
     ] = 0.01,
     recipe: RecipeOption = None,
     base: Annotated[
-        str | None, Option(help="Folder of the base model. Default: the one that the recipe or the adapter names.")
+        str | None, Option(help="Folder of the base model. Default: as the recipe or adapter says.")
     ] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace an existing page.")] = False,
     as_json: Json = False,

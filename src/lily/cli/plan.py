@@ -20,6 +20,7 @@ from rich.text import Text
 from typer import Argument, Option
 
 from lily.cli.meta_model import TASKS, model_from
+from lily.cli.train import Overrides
 from lily.errors import LilyError
 
 if TYPE_CHECKING:
@@ -176,15 +177,11 @@ def plan_command(
         str | None,
         Argument(metavar="TARGET", help="A recipe (name or YAML file), a model folder, a config.json or a hub id."),
     ] = None,
-    overrides: Annotated[
-        list[str] | None, Argument(help="Changes to a recipe as key=value, such as lily.r=64.")
-    ] = None,
+    overrides: Overrides = None,
     targets: Annotated[
         str | None, Option(help="Modules to adapt: names with commas, a regular expression, or all-linear (default).")
     ] = None,
-    exclude: Annotated[
-        str | None, Option(help="Modules to leave out: names separated by commas, or a regular expression.")
-    ] = None,
+    exclude: Annotated[str | None, Option(help="Modules to leave out: names with commas, or a regex.")] = None,
     target_parameters: Annotated[
         str | None,
         Option(
@@ -200,7 +197,7 @@ def plan_command(
     ] = None,
     match_lora: Annotated[int | None, Option(help="Use the size of LoRA of this rank as the parameter budget.")] = None,
     routing: Annotated[
-        str | None, Option(help="Routing: token, sequence, batch, static or uniform. Default: by the model's kind.")
+        str | None, Option(help="token, sequence, batch, static or uniform. Default: by the model.")
     ] = None,
     task: Annotated[str | None, Option(help=f"Task: {', '.join(TASKS)}. Default: by the model's architecture.")] = None,
     tokens: Annotated[

@@ -17,18 +17,13 @@ from lily.errors import LilyError
 
 UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
 
-Budget = Annotated[
-    str | None, Option("--params", help="Parameter budget of a shape, such as 1.2M. Default: the recipe's.")
-]
+Budget = Annotated[str | None, Option("--params", help="Parameters of a shape, such as 1.2M. Default: the recipe's.")]
 Grid = Annotated[bool, Option("--grid", help="Combine every num_A with every num_B. Default: num_A = num_B.")]
 Output = Annotated[str | None, Option(help="Folder to write. Default: a folder in runs/.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Delete earlier runs and start over.")]
 Verbose = Annotated[bool, Option("--verbose", help="Show the progress bars of the runs.")]
 Jobs = Annotated[int | None, Option(min=1, help="Runs at the same time. Default: one per two cores, or one on a GPU.")]
-Threads = Annotated[
-    int | None,
-    Option(min=1, help="CPU threads per run. Default: OMP_NUM_THREADS, or an equal share of the cores."),
-]
+Threads = Annotated[int | None, Option(min=1, help="CPU threads per run. Default: OMP_NUM_THREADS, or an equal share.")]
 
 
 def tune_command(
@@ -36,15 +31,9 @@ def tune_command(
     overrides: Overrides = None,
     trials: Annotated[int, Option(help="Total number of trials. A larger number continues a finished search.")] = 20,
     timeout: Annotated[str | None, Option(help="Start no trial after this time, such as 90m or 8h.")] = None,
-    method: Annotated[
-        str | None, Option(help="Method to tune: lily, lora, rslora, dora or stock-lily. Default: the recipe's.")
-    ] = None,
-    knobs: Annotated[
-        str | None, Option(help="Comma-separated knobs to search, such as learning_rate,scaling. Default: all.")
-    ] = None,
-    ranges: Annotated[
-        list[str] | None, Option("--range", help="Smallest and largest value of a knob, such as scaling=0.1:10.")
-    ] = None,
+    method: Annotated[str | None, Option(help="lily, lora, rslora, dora or stock-lily. Default: the recipe's.")] = None,
+    knobs: Annotated[str | None, Option(help="Knobs to search, such as learning_rate,scaling. Default: all.")] = None,
+    ranges: Annotated[list[str] | None, Option("--range", help="Bounds of a knob, such as scaling=0.1:10.")] = None,
     params: Budget = None,
     grid: Grid = False,
     max_forgetting: Annotated[
