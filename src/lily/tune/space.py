@@ -174,7 +174,8 @@ def shapes_of(
     Raises:
         LilyError: if no shape fits.
     """
-    own = _own(decided)
+    choice = decided.choice
+    own = AdapterShape(choice.r, choice.num_A, choice.stride_A, choice.num_B, decided.plan.parameters.total)
     most = own.parameters if budget is None else parse_count(budget)
     depth = max(len(group.members) for group in decided.plan.groups)
     counts = [n for n in COUNTS if n <= depth]
@@ -198,11 +199,6 @@ def shapes_of(
         raise LilyError(f"no shape uses {most:,} parameters well; give another budget with --params")
     same = (own.r, own.parameters, own.num_B)
     return (*first, *(s for s in bought if not first or (s.r, s.parameters, s.num_B) != same))
-
-
-def _own(decided: Decided) -> AdapterShape:
-    choice = decided.choice
-    return AdapterShape(choice.r, choice.num_A, choice.stride_A, choice.num_B, decided.plan.parameters.total)
 
 
 def _range(name: str, recipe: Recipe, config: Any, bounds: tuple[float, float] | None) -> Range:
@@ -267,13 +263,9 @@ def cadence(recipe: Recipe, rows: int, least: int = EVALUATIONS) -> int | str:
         least: least number of evaluations in a run.
     """
     every, total = recipe.train.evaluate_every, steps_of(recipe, rows)
-    epochs = total / steps_of(recipe.model_copy(update={"train": _one_epoch(recipe)}), rows)
+    epochs = total / steps_of(changed(recipe, {"train": {"epochs": 1.0, "max_steps": None}}), rows)
     evaluations = epochs if every == "epoch" else total / every
     return every if evaluations >= least or recipe.train.packing else max(1, total // least)
-
-
-def _one_epoch(recipe: Recipe) -> Any:
-    return recipe.train.model_copy(update={"epochs": 1.0, "max_steps": None})
 
 
 def parse_ranges(texts: Iterable[str]) -> dict[str, tuple[float, float]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,7 @@ class Granularity:
     rows: int
     budget: int
     seeds: tuple[int, ...]
-    entries: tuple[ShapeResult, ...]
+    entries: tuple[ShapeResult, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values for JSON."""
@@ -113,17 +113,13 @@ class Granularity:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep after all checks."""
+    """A sweep after all checks, and what the result says before the first run."""
 
     recipe: Recipe
     shapes: tuple[AdapterShape, ...]
     lora: AdapterShape | None
     rungs: tuple[halving.Rung, ...]
-    seeds: tuple[int, ...]
-    budget: int
-    metric: str
-    split: str
-    rows: int
+    result: Granularity
 
     def job(self, shape: AdapterShape, seed: int, output: Path, rung: halving.Rung) -> Job:
         """One run, up to the end of a rung."""
@@ -172,19 +168,15 @@ def prepare(recipe: Recipe, options: SweepOptions) -> Sweep:
         # a run with early stopping might not reach its rung
         train = {"evaluate_every": cadence(recipe, rows, least=2 ** (len(stages) - 1)), "early_stopping": None}
         recipe = changed(recipe, {"train": train})
-    lora = _lora(recipe, shapes, prepared.meta) if options.lora else None
-    splits, split = prepared.splits, "test" if prepared.splits.test else "validation"
-    return Sweep(
-        recipe,
-        shapes,
-        lora,
-        stages,
-        tuple(recipe.seed + i for i in range(options.seeds)),
-        max(shape.parameters for shape in shapes),
-        metric_tools.metrics_of(recipe)[0],
-        split,
-        len(splits.held_out),
-    )
+    largest, lora = max(shapes, key=lambda shape: shape.parameters), None
+    if options.lora:  # of the largest rank with no more parameters
+        like = changed(recipe, {"lily": shape_keys(largest)}, method="lora")
+        config: Any = methods.peft_config(like, prepared.meta)
+        lora = AdapterShape(config.r, None, None, 0, 0)
+    split, held_out = "test" if prepared.splits.test else "validation", len(prepared.splits.held_out)
+    metric, seeds = metric_tools.metrics_of(recipe)[0], tuple(recipe.seed + i for i in range(options.seeds))
+    result = Granularity(recipe.name, metric, split, held_out, largest.parameters, seeds)
+    return Sweep(recipe, shapes, lora, stages, result)
 
 
 def thinned(shapes: Sequence[AdapterShape], most: int) -> tuple[AdapterShape, ...]:
@@ -198,14 +190,6 @@ def thinned(shapes: Sequence[AdapterShape], most: int) -> tuple[AdapterShape, ..
         indices.remove(min(indices, key=lambda index: abs(index - own)))
         indices.add(own)
     return tuple(ordered[index] for index in sorted(indices))
-
-
-def _lora(recipe: Recipe, shapes: Sequence[AdapterShape], meta: Any) -> AdapterShape:
-    """LoRA of the largest rank with no more parameters than the largest shape."""
-    largest = max(shapes, key=lambda shape: shape.parameters)
-    like = changed(recipe, {"lily": shape_keys(largest)}, method="lora")
-    config: Any = methods.peft_config(like, meta)
-    return AdapterShape(config.r, None, None, 0, 0)
 
 
 def sweep(
@@ -228,7 +212,7 @@ def sweep(
         KeyboardInterrupt: at Ctrl-C, and SystemExit at SIGTERM, when every run has written its checkpoint.
     """
     prepared = prepare(recipe, options)
-    shapes, stages, seeds = prepared.shapes, prepared.rungs, prepared.seeds
+    shapes, stages, seeds = prepared.shapes, prepared.rungs, prepared.result.seeds
     settings = {
         "recipe": prepared.recipe.model_dump(mode="json"),
         "shapes": [asdict(shape) for shape in shapes],
@@ -240,7 +224,7 @@ def sweep(
     failed: dict[str, tuple[int, ...]] = {}
 
     def propose(values: Mapping[Run, float | None]) -> list[Run]:
-        runs = halving.next_runs(values, stages, shapes, prepared.metric)
+        runs = halving.next_runs(values, stages, shapes, prepared.result.metric)
         last = runs and stages[runs[0][0]].until is None
         return [*runs, (runs[0][0], prepared.lora)] if last and prepared.lora else runs
 
@@ -264,9 +248,7 @@ def sweep(
         search(propose, run_rung)
         listed = [*shapes, *([prepared.lora] if prepared.lora else [])]
         entries = tuple(_read(shape, prepared, output, failed.get(prepared.name_of(shape), ())) for shape in listed)
-        result = Granularity(
-            prepared.recipe.name, prepared.metric, prepared.split, prepared.rows, prepared.budget, seeds, entries
-        )
+        result = replace(prepared.result, entries=entries)
         write_text(output / RESULT, json.dumps(result.to_dict(), indent=2))
     if not any(entry.validation for entry in entries):
         raise LilyError(f"all runs of {recipe.name} failed; see {output / 'logs'}")
@@ -275,18 +257,18 @@ def sweep(
 
 def _read(shape: AdapterShape, sweep: Sweep, output: Path, failed: tuple[int, ...]) -> ShapeResult:
     """A shape's figures, from the files of its runs."""
-    name, is_lora = sweep.name_of(shape), shape is sweep.lora
-    files = [output / RUNS / name / str(seed) / METRICS for seed in sweep.seeds if seed not in failed]
+    name, about = sweep.name_of(shape), sweep.result
+    files = [output / RUNS / name / str(seed) / METRICS for seed in about.seeds if seed not in failed]
     runs = [json.loads(file.read_text("utf-8")) for file in files if file.is_file()]
-    complete = [figures for figures in runs if figures["split"] == sweep.split and figures["before"]]
+    complete = [figures for figures in runs if figures["split"] == about.split and figures["before"]]
     return ShapeResult(
         name=name,
         r=shape.r,
         num_A=shape.num_A,
-        num_B=None if is_lora else shape.num_B,
+        num_B=shape.num_B or None,
         parameters=int(runs[0]["parameters"]["adapter"]) if runs else shape.parameters,
         validation=tuple(float(figures["best"]["value"]) for figures in runs),
-        held_out=tuple(float(figures["final"][sweep.metric]) for figures in complete),
+        held_out=tuple(float(figures["final"][about.metric]) for figures in complete),
         forgetting=tuple(float(figures["forgetting"]["increase"]) for figures in runs if figures.get("forgetting")),
         steps=max((int(figures["history"][-1]["step"]) for figures in runs), default=0),
         failed=failed,
