@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from lily.analysis.plots import Picture, new_figure
 from lily.bench import measure
 from lily.bench.contestants import FROZEN, LORA, MERGED, NAMES, STOCK, Contestant, contestants
 from lily.bench.measure import Outcome
@@ -185,24 +186,14 @@ def file_rows(report: Report) -> list[list[str]]:
     ]
 
 
-def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *lines))
-
-
 def plot(report: Report, path: Path) -> None:
     """Draw the ratios to LoRA, one panel per measurement, the spread as whiskers.
 
     Raises:
         LilyError: if matplotlib is not installed.
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise LilyError('a plot needs matplotlib; pip install "lily-peft[plots]"') from None
     kinds = list(report.results)
-    figure = Figure(figsize=(4.2 * len(kinds) + 1.6, 4), layout="constrained")
+    figure = new_figure(4.2 * len(kinds) + 1.6, 4)
     panels = figure.subplots(1, len(kinds), sharey=False, squeeze=False)[0]
     for panel, kind in zip(panels, kinds, strict=True):
         found = report.results[kind]
@@ -215,5 +206,4 @@ def plot(report: Report, path: Path) -> None:
         panel.set_title(MEASURES[kind].title.partition(",")[0])
         panel.set_xlabel("ratio to LoRA at equal parameters")
     figure.suptitle(f"{report.subject}, {report.machine['device']}")
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "lily"}):  # text as text, the same file for the same data
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    Picture(figure, "").save(path, overwrite=True)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 from typer import Argument, Option
 
 from lily.errors import LilyError
+from lily.io.tables import terminal
 
-Size = Annotated[int, Option(min=1)]
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -72,11 +72,12 @@ def bench_command(
         found = reports.run(subject, options, kinds, rounds, names, lambda what: status.update(f"measuring {what}"))
     machine = f"{found.machine['device']}, {found.machine['threads']} threads"
     console.print(escape(f"{found.subject}, {machine}, {found.setting}"))
+    table = partial(terminal, numbers=True, title_justify="left")
     for name in found.results:
         header = ["", "rank", "trained", *reports.MEASURES[name].title.split(", ")[-1:], *reports.HEADER[4:]]
-        _print(console, reports.MEASURES[name].title, header, reports.rows(found, name))
+        console.print(table(header, reports.rows(found, name), title=reports.MEASURES[name].title))
     if found.files:
-        _print(console, "adapter files", ["", "MB", "seconds to load"], reports.file_rows(found))
+        console.print(table(["", "MB", "seconds to load"], reports.file_rows(found), title="adapter files"))
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         found.write(out / "results.json")
@@ -108,12 +109,3 @@ def _subject(
     shape_options = {**asked, "parameters": None if budget is None else parse_count(budget)}
     decided = decide(subject.base, {"target_modules": wanted, "routing": "token"}, shape_options)
     return subject, decided.choice.options
-
-
-def _print(console: Console, title: str, header: list[str], lines: list[list[str]]) -> None:
-    table = Table(title=title, title_justify="left")
-    for i, name in enumerate(header):
-        table.add_column(name, justify="right" if i else "left")
-    for line in lines:
-        table.add_row(*map(escape, line))
-    console.print(table)

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 from typer import Argument, Option
 
 from lily.cli.train import quieten
 from lily.cli.tune import Jobs, Threads
 from lily.errors import LilyError
+from lily.io.tables import terminal
 
 if TYPE_CHECKING:
     from lily.compare.result import Comparison
@@ -135,12 +135,7 @@ def _print(comparison: Comparison, console: Console) -> None:
 
     first, *others = tables.words(comparison)
     console.print(escape(first), soft_wrap=True, highlight=False)
-    for lines in (tables.quality(comparison), tables.costs(comparison)):
-        table = Table()
-        for i, name in enumerate(lines[0]):
-            table.add_column(escape(name), justify="right" if i else "left", no_wrap=not i)
-        for row in lines[1:]:
-            table.add_row(*(escape(cell) for cell in row))
-        console.print(table)
+    for header, *rows in (tables.quality(comparison), tables.costs(comparison)):
+        console.print(terminal(header, rows, numbers=True, no_wrap=True))
     for line in others:
         console.print(escape(line), soft_wrap=True, highlight=False)

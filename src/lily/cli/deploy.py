@@ -16,6 +16,7 @@ from typer import Option
 from lily.cli.evaluate import Folder, RecipeOption
 from lily.cli.train import quieten
 from lily.errors import LilyError
+from lily.io.tables import terminal
 
 Out = Annotated[str, Option("--out", help="Folder or file to write; it appears when complete.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace an existing output.")]
@@ -194,7 +195,4 @@ def _print_lora(lora: Any, model: Any, rank: int | None, console: Console) -> No
 
 def print_energies(energies: Mapping[str, float], console: Console) -> None:
     """Print the share of energy that each layer kept when its rank was reduced."""
-    table = Table("layer", "energy kept")
-    for name, energy in energies.items():
-        table.add_row(escape(name), f"{energy:.2%}")
-    console.print(table)
+    console.print(terminal(["layer", "energy kept"], [[name, f"{energy:.2%}"] for name, energy in energies.items()]))

@@ -11,11 +11,11 @@ from typing import Annotated, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 from typer import Argument, Option
 
 from lily.cli.train import quieten
 from lily.errors import LilyError
+from lily.io.tables import terminal
 
 Folder = Annotated[str, Argument(metavar="ADAPTER", help="A run's folder, or an adapter folder inside it.")]
 RecipeOption = Annotated[str | None, Option("--recipe", help="Recipe; default: the one beside the adapter.")]
@@ -42,10 +42,8 @@ def eval_command(
         return
     from lily.recipes.scoring.metrics import shown
 
-    table = Table("metric", "value", title=escape(file or split or "held-out rows"))
-    for name, value in metrics.items():
-        table.add_row(name, shown(name, value))
-    Console().print(table)
+    rows = [[name, shown(name, value)] for name, value in metrics.items()]
+    Console().print(terminal(["metric", "value"], rows, title=escape(file or split or "held-out rows")))
 
 
 def predict_command(
