@@ -24,19 +24,12 @@ NAMES = (FROZEN, LORA, LORA_RANK, STOCK, *(f"Lily {routing}" for routing in ROUT
 
 @dataclass(frozen=True)
 class Contestant:
-    """A model that is measured.
+    """A model that is measured."""
 
-    Attributes:
-        name: one of `NAMES`.
-        model: shares its frozen weights with all contestants except the merged one.
-        rank: of its updates; 0 for the frozen model.
-        parameters: number that train.
-    """
-
-    name: str
-    model: nn.Module
-    rank: int
-    parameters: int
+    name: str  # one of `NAMES`
+    model: nn.Module  # shares its frozen weights with all contestants except the merged one
+    rank: int  # of its updates; 0 for the frozen model
+    parameters: int  # number that train
 
 
 def contestants(subject: Subject, options: dict[str, Any], names: Sequence[str] = NAMES) -> list[Contestant]:

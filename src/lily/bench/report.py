@@ -28,21 +28,13 @@ TRAINED = (FROZEN, *ADAPTED)
 
 @dataclass(frozen=True)
 class Measure:
-    """One kind of measurement.
+    """One kind of measurement."""
 
-    Attributes:
-        title: with its unit, for tables.
-        make: returns the function that measures a contestant.
-        names: contestants that it applies to.
-        scale: from the measured value to the title's unit.
-        rounds: fixed number where the value hardly varies; None: the report's.
-    """
-
-    title: str
-    make: Callable[[Subject, Contestant], measure.Run]
-    names: tuple[str, ...]
-    scale: float
-    rounds: int | None = None
+    title: str  # with its unit, for tables
+    make: Callable[[Subject, Contestant], measure.Run]  # returns the function that measures a contestant
+    names: tuple[str, ...]  # contestants that it applies to
+    scale: float  # from the measured value to the title's unit
+    rounds: int | None = None  # fixed number where the value hardly varies; None: the report's
 
 
 MEASURES = {
@@ -55,23 +47,15 @@ MEASURES = {
 
 @dataclass
 class Report:
-    """The figures of one subject.
+    """The figures of one subject."""
 
-    Attributes:
-        subject: name of the base model.
-        setting: sizes, ranks, rounds.
-        machine: device, threads, versions.
-        contestants: name -> rank and trained parameters.
-        results: measure -> contestant -> median and ratios to LoRA at equal parameters.
-        files: contestant -> bytes and seconds to load.
-    """
-
-    subject: str
-    setting: dict[str, Any]
-    machine: dict[str, Any]
-    contestants: dict[str, dict[str, int]] = field(default_factory=dict)
+    subject: str  # name of the base model
+    setting: dict[str, Any]  # sizes, ranks, rounds
+    machine: dict[str, Any]  # device, threads, versions
+    contestants: dict[str, dict[str, int]] = field(default_factory=dict)  # name -> rank and trained parameters
+    # measure -> contestant -> median and ratios to LoRA at equal parameters
     results: dict[str, dict[str, Outcome]] = field(default_factory=dict)
-    files: dict[str, dict[str, float]] = field(default_factory=dict)
+    files: dict[str, dict[str, float]] = field(default_factory=dict)  # contestant -> bytes and seconds to load
 
     def to_json(self) -> str:
         """The report as JSON."""

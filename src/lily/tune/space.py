@@ -34,36 +34,22 @@ Values = dict[str, float | str]
 
 @dataclass(frozen=True)
 class Range:
-    """A knob with values between two bounds, on a logarithmic scale.
+    """A knob with values between two bounds, on a logarithmic scale."""
 
-    Attributes:
-        low: smallest value.
-        high: largest value.
-        start: the recipe's own value, tried first.
-    """
-
-    low: float
-    high: float
-    start: float
+    low: float  # smallest value
+    high: float  # largest value
+    start: float  # the recipe's own value, tried first
 
 
 @dataclass(frozen=True)
 class AdapterShape:
-    """One way to spend the budget.
+    """One way to spend the budget."""
 
-    Attributes:
-        r: rank.
-        num_A: A per group; None: `stride_A` is given instead.
-        stride_A: layers per A.
-        num_B: experts per group.
-        parameters: trained parameters of an adapter of this shape.
-    """
-
-    r: int
-    num_A: int | None
-    stride_A: int | None
-    num_B: int
-    parameters: int
+    r: int  # rank
+    num_A: int | None  # A per group; None: `stride_A` is given instead
+    stride_A: int | None  # layers per A
+    num_B: int  # experts per group
+    parameters: int  # trained parameters of an adapter of this shape
 
     @property
     def name(self) -> str:
@@ -74,19 +60,12 @@ class AdapterShape:
 
 @dataclass(frozen=True)
 class Space:
-    """The values that are searched.
+    """The values that are searched."""
 
-    Attributes:
-        method: one of `KNOBS`.
-        ranges: knob -> range of its values.
-        shapes: to choose from, the recipe's own first; empty: the shape is not searched.
-        notes: what is not searched, and why.
-    """
-
-    method: str
-    ranges: Mapping[str, Range]
-    shapes: tuple[AdapterShape, ...] = ()
-    notes: tuple[str, ...] = field(default=(), compare=False)
+    method: str  # one of `KNOBS`
+    ranges: Mapping[str, Range]  # knob -> range of its values
+    shapes: tuple[AdapterShape, ...] = ()  # to choose from, the recipe's own first; empty: the shape is not searched
+    notes: tuple[str, ...] = field(default=(), compare=False)  # what is not searched, and why
 
     @property
     def knobs(self) -> tuple[str, ...]:

@@ -36,29 +36,17 @@ STATES = {
 
 @dataclass(frozen=True)
 class TrialResult:
-    """One trial.
+    """One trial."""
 
-    Attributes:
-        number: counted from 0.
-        state: complete, stopped (early, because it was worse than the median), diverged, failed or running.
-        values: knob -> value.
-        value: main metric on the validation rows, of its best adapter; None: it was not evaluated.
-        steps: optimizer steps.
-        seconds: of training.
-        parameters: of the adapter.
-        forgetting: increase of the loss on general text; None: not measured.
-        reason: why it failed, or empty.
-    """
-
-    number: int
-    state: str
-    values: Values
-    value: float | None = None
-    steps: int = 0
-    seconds: float = 0.0
-    parameters: int = 0
-    forgetting: float | None = None
-    reason: str = ""
+    number: int  # counted from 0
+    state: str  # complete, stopped (early, because it was worse than the median), diverged, failed or running
+    values: Values  # knob -> value
+    value: float | None = None  # main metric on the validation rows, of its best adapter; None: it was not evaluated
+    steps: int = 0  # optimizer steps
+    seconds: float = 0.0  # of training
+    parameters: int = 0  # of the adapter
+    forgetting: float | None = None  # increase of the loss on general text; None: not measured
+    reason: str = ""  # why it failed, or empty
 
 
 class Study:

@@ -32,79 +32,46 @@ Run = tuple[int, AdapterShape]  # index of the rung, shape
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """Options of a sweep.
+    """Options of a sweep."""
 
-    Attributes:
-        budget: parameters that a shape may cost; None: what the recipe's own shape costs.
-        grid: combine every num_A with every num_B; otherwise num_A = num_B.
-        most: largest number of shapes; of more, the recipe's own and others spread evenly over the ranks are taken.
-        seeds: number of seeds per shape, counted up from the recipe's.
-        halving: stop the worse half at every rung, by the validation rows.
-        lora: also train LoRA of equal size.
-        jobs: runs at the same time.
-        threads: CPU threads per run.
-    """
-
-    budget: str | int | None = None
-    grid: bool = False
+    budget: str | int | None = None  # parameters that a shape may cost; None: what the recipe's own shape costs
+    grid: bool = False  # combine every num_A with every num_B; otherwise num_A = num_B
+    # largest number of shapes; of more, the recipe's own and others spread evenly over the ranks are taken
     most: int = 8
-    seeds: int = 1
-    halving: bool = False
-    lora: bool = False
-    jobs: int = 1
-    threads: int = 1
+    seeds: int = 1  # number of seeds per shape, counted up from the recipe's
+    halving: bool = False  # stop the worse half at every rung, by the validation rows
+    lora: bool = False  # also train LoRA of equal size
+    jobs: int = 1  # runs at the same time
+    threads: int = 1  # CPU threads per run
 
 
 @dataclass(frozen=True)
 class ShapeResult:
-    """The figures of a shape, or of LoRA.
+    """The figures of a shape, or of LoRA."""
 
-    Attributes:
-        name: of the shape, or `lora`.
-        r: rank.
-        num_A: A per group; None: LoRA, or a shape with `stride_A`.
-        num_B: experts per group; None: LoRA.
-        parameters: number that train.
-        validation: main metric on the validation rows, of the best adapter, per seed.
-        held_out: main metric on the held-out rows, per seed; empty: stopped before the end.
-        forgetting: increase of the loss on general text, per seed; empty: not measured.
-        steps: optimizer steps.
-        failed: seeds whose runs failed.
-    """
-
-    name: str
-    r: int
-    num_A: int | None
-    num_B: int | None
-    parameters: int
-    validation: tuple[float, ...]
-    held_out: tuple[float, ...]
-    forgetting: tuple[float, ...]
-    steps: int
-    failed: tuple[int, ...] = ()
+    name: str  # of the shape, or `lora`
+    r: int  # rank
+    num_A: int | None  # A per group; None: LoRA, or a shape with `stride_A`
+    num_B: int | None  # experts per group; None: LoRA
+    parameters: int  # number that train
+    validation: tuple[float, ...]  # main metric on the validation rows, of the best adapter, per seed
+    held_out: tuple[float, ...]  # main metric on the held-out rows, per seed; empty: stopped before the end
+    forgetting: tuple[float, ...]  # increase of the loss on general text, per seed; empty: not measured
+    steps: int  # optimizer steps
+    failed: tuple[int, ...] = ()  # seeds whose runs failed
 
 
 @dataclass(frozen=True)
 class Granularity:
-    """The result of a sweep; `granularity.json` is this.
+    """The result of a sweep; `granularity.json` is this."""
 
-    Attributes:
-        name: of the recipe.
-        metric: its main metric.
-        split: that `held_out` was measured on.
-        rows: number in that split.
-        budget: in parameters.
-        seeds: of every entry.
-        entries: by falling rank; LoRA last.
-    """
-
-    name: str
-    metric: str
-    split: str
-    rows: int
-    budget: int
-    seeds: tuple[int, ...]
-    entries: tuple[ShapeResult, ...] = ()
+    name: str  # of the recipe
+    metric: str  # its main metric
+    split: str  # that `held_out` was measured on
+    rows: int  # number in that split
+    budget: int  # in parameters
+    seeds: tuple[int, ...]  # of every entry
+    entries: tuple[ShapeResult, ...] = ()  # by falling rank; LoRA last
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values for JSON."""
