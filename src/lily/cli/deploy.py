@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 from typer import Option
 
 from lily.cli.evaluate import Folder, RecipeOption
@@ -72,21 +71,18 @@ def print_collapse(report: Mapping[str, Any], console: Console, every: bool = Fa
     """Print a collapse report: of `every` layer, or of the five whose weights varied most with the data."""
     layers = report["layers"]
     common = _common([layer["name"] for layer in layers])
-    table = Table(title=escape(f"layers of {common}") if common else None)
-    table.add_column("layer", no_wrap=True)
-    for head in ("weights", "from uniform", "variance", "update moved"):
-        table.add_column(head)
-    shown = layers if every else sorted(layers, key=lambda v: -v["variance"])[:5]
-    for layer in shown:
-        error = layer["update_error"]
-        table.add_row(
-            escape(layer["name"].removeprefix(f"{common}.")),
+    rows = [
+        [
+            layer["name"].removeprefix(f"{common}."),
             " ".join(f"{w:.2f}" for w in layer["weights"]),
             f"{layer['uniformity']:.3f}",
             f"{layer['variance']:.4f}",
-            "-" if error is None else f"{error:.1%}",
-        )
-    console.print(table)
+            "-" if layer["update_error"] is None else f"{layer['update_error']:.1%}",
+        ]
+        for layer in (layers if every else sorted(layers, key=lambda v: -v["variance"])[:5])
+    ]
+    heads = ("layer", "weights", "from uniform", "variance", "update moved")
+    console.print(terminal(heads, rows, no_wrap=True, title=escape(f"layers of {common}") if common else None))
     drift, before = report["drift"], report["drift_before_refit"]
     console.print(f"{escape(report['routing'])} routing collapsed over {report['tokens']:,} tokens; {_drift(drift)}")
     if before is not None:

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -212,7 +211,7 @@ def plan_command(
     """Show what an adapter shares, trains and costs without loading weights; for a recipe, do a dry run."""
     from lily.plan.budget import parse_count
     from lily.plan.report import PlanRequest, plan_for
-    from lily.recipes.dry_run import is_recipe, recipe_report
+    from lily.recipes.dry_run import RecipeReport, is_recipe, recipe_report
 
     report: PlanReport | RecipeReport
     parameters = [name.strip() for name in (target_parameters or "").split(",") if name.strip()]
@@ -232,7 +231,11 @@ def plan_command(
     options = {name: value for name, value in values.items() if value is not None}
     target, overrides = _one_target(target, recipe, overrides or [])
     if recipe is not None or is_recipe(target):
-        _no_options_with_recipe(options)
+        if options:
+            flag = {"parameters": "params"}.get(first := next(iter(options)), first.lower().replace("_", "-"))
+            raise LilyError(
+                f"--{flag} is for models; change a recipe with key=value, such as lily.r=64 or targets=[q_proj]"
+            )
         report = recipe_report(target, overrides, batch=batch, tokens=tokens)
     else:
         if overrides:
@@ -241,7 +244,12 @@ def plan_command(
         request = PlanRequest(**options)
         model, dtype = model_from(target, request.task)
         report = plan_for(model, request, name=target, dtype=dtype)
-    _print(report, as_json)
+    if as_json:
+        print(json.dumps(report.to_dict(), indent=2))
+    elif isinstance(report, RecipeReport):
+        render_recipe(report, Console())
+    else:
+        render_plan(report, Console())
 
 
 def _one_target(target: str | None, recipe: str | None, overrides: list[str]) -> tuple[str, list[str]]:
@@ -253,23 +261,3 @@ def _one_target(target: str | None, recipe: str | None, overrides: list[str]) ->
     if target is not None and not re.match(r"[\w.]+=", target):
         raise LilyError(f"--recipe {recipe} and TARGET {target} both name what to plan; use one of them")
     return recipe, [*([] if target is None else [target]), *overrides]
-
-
-def _no_options_with_recipe(options: dict[str, Any]) -> None:
-    if options:
-        option = next(iter(options))
-        flag = {"parameters": "params"}.get(option, option.lower().replace("_", "-"))
-        raise LilyError(
-            f"--{flag} is for models; change a recipe with key=value, such as lily.r=64 or targets=[q_proj]"
-        )
-
-
-def _print(report: PlanReport | RecipeReport, as_json: bool) -> None:
-    from lily.recipes.dry_run import RecipeReport
-
-    if as_json:
-        typer.echo(json.dumps(report.to_dict(), indent=2))
-    elif isinstance(report, RecipeReport):
-        render_recipe(report, Console())
-    else:
-        render_plan(report, Console())

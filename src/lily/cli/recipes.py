@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from typer import Argument, Option
 
 from lily.errors import LilyError
+from lily.io.tables import terminal
 
 
 def recipes_command(
@@ -28,12 +27,12 @@ def recipes_command(
     if name is None:
         if copy is not None:
             raise LilyError("--copy needs the name of a recipe: lily recipes NAME --copy FILE")
-        table = Table("recipe", "what it does")
+        rows = []
         for known, path in loader.shipped().items():
             names = loader.names_of(known)
             several = "" if names == [known] else f" ({len(names)} recipes: {known}:NAME)"
-            table.add_row(escape(known), escape(loader.describe(path) + several))
-        Console().print(table)
+            rows.append([known, loader.describe(path) + several])
+        Console().print(terminal(["recipe", "what it does"], rows))
         return
     names = loader.names_of(name)
     if names != [name] and copy is None:

@@ -107,18 +107,19 @@ def read(folder: Path, setting: dict[str, Any] | None = None, failed: dict[str, 
         LilyError: if it holds no finished run, or runs on different recipes or rows.
     """
     runs = sorted((p.parent for p in (folder / "runs").glob(f"*/*/{METRICS}")), key=lambda p: (len(p.name), p.name))
-    kept = _kept(folder)
-    setting = setting if setting is not None else kept.get("setting", {})
+    file = folder / "comparison.json"
+    kept = json_object(file) if file.is_file() else {}
+    setting = kept.get("setting", {}) if setting is None else setting
+    failed = kept.get("failed", {}) if failed is None else failed
     methods, seeds = setting.get("methods"), setting.get("seeds")
     if methods is not None:  # the folder may hold other methods, of an earlier command
-        lost = kept.get("failed", {}) if failed is None else failed
-        compared = {name.replace(":", "-") for name in methods if name not in lost}
+        compared = {name.replace(":", "-") for name in methods if name not in failed}
         runs = [r for r in runs if r.parent.name in compared and int(r.name) in (seeds or [int(r.name)])]
     if not runs:
         raise LilyError(f"{folder} holds no finished run of a comparison")
     figures_of = {run: json_object(run / METRICS) for run in runs}
     try:
-        return _comparison(figures_of, setting, failed if failed is not None else kept.get("failed", {}), folder)
+        return _comparison(figures_of, setting, failed, folder)
     except LilyError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -225,8 +226,3 @@ def _tested(entry: Entry, mine: dict[int, Items], reference: Entry, theirs: dict
 def _items(run: Path) -> Items:
     file = run / PREDICTIONS
     return cast(Items, json_object(file).get("items", {})) if file.is_file() else {}
-
-
-def _kept(folder: Path) -> dict[str, Any]:
-    file = folder / "comparison.json"
-    return json_object(file) if file.is_file() else {}

@@ -18,12 +18,7 @@ def markdown(header: Sequence[str], rows: Rows) -> str:
 
 
 def terminal(
-    header: Sequence[str],
-    rows: Rows,
-    *,
-    numbers: bool = False,
-    no_wrap: bool = False,
-    **options: Any,
+    header: Sequence[str], rows: Rows, *, numbers: bool = False, no_wrap: bool = False, **options: Any
 ) -> Table:
     """A table for the terminal, in which brackets are no markup.
 

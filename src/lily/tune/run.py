@@ -261,7 +261,8 @@ def _train(recipe: Recipe, trial: RunningTrial, metric: str, where: Path, keep: 
     except Exception as error:  # out of memory for one shape, for example: the search continues with the next trial
         if isinstance(error, OSError) or (isinstance(error, SafetensorError) and disk_error(error) is not None):
             raise  # not caused by the trial, which is repeated by the next command
-        reason = _reason(error)
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        reason = first if isinstance(error, LilyError) else f"{type(error).__name__}: {first}".removesuffix(": ")
         trial.end(None, "failed", reason=reason)
         folder.remove_weights(where)
         return f"failed: {reason}"
@@ -278,12 +279,6 @@ def _train(recipe: Recipe, trial: RunningTrial, metric: str, where: Path, keep: 
     if not keep:
         folder.remove_weights(where)
     return f"{metric} {shown(metric, value)}" + (", stopped early: worse than the median" if trial.stopped else "")
-
-
-def _reason(error: Exception) -> str:
-    """An error in one line."""
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return first if isinstance(error, LilyError) else f"{type(error).__name__}: {first}".removesuffix(": ")
 
 
 def _write(
