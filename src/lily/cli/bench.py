@@ -24,9 +24,7 @@ def bench_command(
         str, Option(help="Comma-separated measurements: step, memory, prefill, decode, files.")
     ] = "step,memory,prefill,decode,files",
     contestants: Annotated[str | None, Option(help="Contestants, separated by semicolons. Default: all.")] = None,
-    targets: Annotated[str, Option(help="Modules to adapt: names with commas, a regex, or all-linear.")] = (
-        "all-linear"
-    ),
+    targets: Annotated[str, Option(help="Modules to adapt: names with commas, a regex, or all-linear.")] = "all-linear",
     r: Annotated[int | None, Option(min=1, help="Rank of Lily. Default: 32, or the largest within --params.")] = None,
     num_a: Annotated[int | None, Option("--num-a", min=1, help="Number of A per group.")] = None,
     num_b: Annotated[int | None, Option("--num-b", min=1, help="Number of experts (B) per group.")] = None,

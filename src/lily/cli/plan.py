@@ -232,7 +232,8 @@ def plan_command(
     target, overrides = _one_target(target, recipe, overrides or [])
     if recipe is not None or is_recipe(target):
         if options:
-            flag = {"parameters": "params"}.get(first := next(iter(options)), first.lower().replace("_", "-"))
+            first = next(iter(options))
+            flag = {"parameters": "params"}.get(first, first.lower().replace("_", "-"))
             raise LilyError(
                 f"--{flag} is for models; change a recipe with key=value, such as lily.r=64 or targets=[q_proj]"
             )

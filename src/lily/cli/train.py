@@ -12,7 +12,7 @@ from typer import Argument, Option
 from lily.errors import LilyError
 
 Recipe_ = Annotated[str, Argument(metavar="RECIPE", help="Name of a shipped recipe, or a YAML file.")]
-Overrides = Annotated[list[str] | None, Argument(metavar="[KEY=VALUE]...", help="Changed keys, such as method=lora.")]
+Overrides = Annotated[list[str] | None, Argument(metavar="[KEY=VALUE]...", help="Changes, such as train.epochs=1.")]
 
 
 def train_command(
