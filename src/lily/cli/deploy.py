@@ -36,7 +36,9 @@ def collapse_command(
     adapter: Folder,
     out: Out,
     recipe: RecipeOption = None,
-    data: Annotated[str | None, Option(help="Calibration rows, labels not needed. Default: the training rows.")] = None,
+    data: Annotated[
+        str | None, Option(help="File with calibration rows; labels are not needed. Default: the training rows.")
+    ] = None,
     held_out: Annotated[
         str | None,
         Option("--held-out", help="File with labeled rows for drift and metrics. Default: the held-out rows."),

@@ -39,7 +39,7 @@ def inspect_command(
     rows: Annotated[int, Option(min=0, help="Maximum number of rows, a fixed random sample; 0 reads no data.")] = 256,
     report: Annotated[str | None, Option("--report", help="Write the analysis as an HTML page to this file.")] = None,
     threshold: Annotated[
-        float, Option(help="The numerical rank counts values above this share of the largest.")
+        float, Option(help="The numerical rank counts singular values above this share of the largest.")
     ] = 0.01,
     recipe: RecipeOption = None,
     base: Annotated[
