@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lily.io import tables
 from lily.io.atomic import write_text
 from lily.recipes import loader, methods, models
 from lily.recipes.scoring import test_sets
@@ -58,10 +59,7 @@ def print_result(result: Result, recipe: Recipe, output: Path, console: Console)
     console.print(table)
     if result.tests:
         header, *lines = _tests(result, recipe)
-        sets = Table(*header)
-        for line in lines:
-            sets.add_row(*map(escape, line))
-        console.print(sets)
+        console.print(tables.terminal(header, lines))
     if result.forgetting:
         console.print(_forgetting(result))
     for sample in result.samples:
@@ -91,7 +89,7 @@ def _tests_card(result: Result, recipe: Recipe) -> list[str]:
     if not result.tests:
         return []
     header, *lines = _tests(result, recipe)
-    return [*markdown_table(header, lines), ""]
+    return [tables.markdown(header, lines), ""]
 
 
 def _columns(result: Result, recipe: Recipe) -> tuple[list[str], dict[str, float]]:
@@ -143,11 +141,6 @@ def method_title(result: Result) -> str:
     return result.method if result.method != "lily" else f"Lily ({result.adapter.get('routing')})"
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table."""
-    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
-
-
 def card_head(recipe: Recipe | DreamBooth, library: str, tags: Sequence[str], *extra: str) -> list[str]:
     """The Hub's front matter, title and description of a model card; `extra`: further lines of front matter."""
     base = [f"base_model: {recipe.model.hub}"] if recipe.model.hub else []
@@ -185,7 +178,7 @@ def card(recipe: Recipe, result: Result) -> str:
         f"{what} ({', '.join(f'{k} {v}' for k, v in result.adapter.items())}) for {base}{_bits(recipe)}, trained on "
         f"{data}.",
         "",
-        *markdown_table(["", *names], [[name, *values_of(names, v)] for name, v in [*scores, (own, final)]]),
+        tables.markdown(["", *names], [[name, *values_of(names, v)] for name, v in [*scores, (own, final)]]),
         "",
         *([_forgetting(result), ""] if result.forgetting else []),
         *_tests_card(result, recipe),
