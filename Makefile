@@ -34,12 +34,10 @@ test-all: $(VENV)/dev  ## also the slow ones and those that download a package
 CORE := tests/plan tests/layers tests/tuner tests/kernels tests/checkpoint tests/callbacks/test_settle.py \
 	tests/recipes/trainer/test_private_methods.py tests/recipes/trainer/test_interrupted.py tests/recipes/test_train.py
 
-$(VENV)-oldest/oldest: constraints.txt constraints-oldest.txt pyproject.toml
+$(VENV)-oldest/oldest: constraints-oldest.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)-oldest
-	grep -vE "^($$(grep -o '^[a-z_]*' constraints-oldest.txt | paste -sd '|'))==" constraints.txt > $(VENV)-oldest/constraints.txt
-	cat constraints-oldest.txt >> $(VENV)-oldest/constraints.txt
-	PIP_CONSTRAINT=$(CURDIR)/$(VENV)-oldest/constraints.txt $(VENV)-oldest/bin/pip install --quiet torch
-	PIP_CONSTRAINT=$(CURDIR)/$(VENV)-oldest/constraints.txt $(VENV)-oldest/bin/pip install --quiet -e ".[dev]"
+	PIP_CONSTRAINT=$(CURDIR)/constraints-oldest.txt $(VENV)-oldest/bin/pip install --quiet torch
+	PIP_CONSTRAINT=$(CURDIR)/constraints-oldest.txt $(VENV)-oldest/bin/pip install --quiet -e ".[dev]"
 	touch $@
 
 test-oldest: $(VENV)-oldest/oldest  ## the core of the tests on the oldest supported torch, peft and transformers
