@@ -99,7 +99,7 @@ def text_report(recipe: Recipe, batch: int | None, tokens: int | None) -> Recipe
     else:
         prepared = preflight.prepare(recipe)
         model = prepared.meta
-        preview = tuple(tasks.preview(recipe, prepared.processor, prepared.splits.train[0]).segments)
+        preview = tasks.preview(recipe, prepared.processor, prepared.splits.train[0])
     dtype = dtype_of(model.config) if recipe.model.dtype == "auto" else str(recipe.model.dtype)
     size = None
     if recipe.model.quantization != "none":

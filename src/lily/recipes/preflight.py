@@ -224,7 +224,7 @@ def check_folder(recipe: Recipe | DreamBooth, output: Path, resume: bool, overwr
         raise LilyError(
             f"output {output} exists; --resume continues it, --overwrite replaces it, output=... names another"
         )
-    foreign = [name for name in names if not _own(name)]
+    foreign = [name for name in names if name not in checkpoints.OWN and not checkpoints.is_leftover(name)]
     if overwrite and foreign:
         raise LilyError(
             f"output {output} holds {foreign[0]}, which no run wrote; move it away, or name another folder with output="
@@ -237,11 +237,6 @@ def check_folder(recipe: Recipe | DreamBooth, output: Path, resume: bool, overwr
             raise LilyError(
                 f"--resume: {'; '.join(changed)}. Give the same recipe again, or start again with --overwrite"
             )
-
-
-def _own(name: str) -> bool:
-    """Whether a run writes a file of this name, or leaves it behind when it is killed."""
-    return name in checkpoints.OWN or checkpoints.is_leftover(name)
 
 
 def changes(then: Recipe | DreamBooth, now: Recipe | DreamBooth, free_keys: Sequence[str] = FREE) -> Iterator[str]:

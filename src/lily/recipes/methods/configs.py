@@ -83,27 +83,27 @@ def _other_config(recipe: Recipe | DreamBooth, model: nn.Module, lily: Decided) 
     if recipe.method == "stock-lily":
         with located(recipe, "method"):
             return other_peft.stock_config(config, lily.plan, model, saved_heads(recipe, model))
-    targets = lora_targets(model, config, layers)
+    common = {
+        "target_modules": lora_targets(model, config, layers),
+        "exclude_modules": recipe.exclude,
+        "target_parameters": recipe.target_parameters,
+        "task_type": task_type_of(recipe),
+        "modules_to_save": saved_heads(recipe, model),
+    }
     if recipe.method in LORAS:
-        return _lora_config(recipe, model, lily, layers, targets)
+        return _lora_config(recipe, model, lily, layers, common)
     assert recipe.task != "dreambooth"  # its methods are lily and lora
-    section = recipe.peft
-    method = other_peft.Method(
-        str(section.peft_type),
-        section.r,
-        section.options,
-        targets,
-        recipe.exclude,
-        recipe.target_parameters,
-        task_type_of(recipe),
-        saved_heads(recipe, model),
-    )
     with located(recipe, "peft"):
-        return other_peft.config_of(method, model, lily.plan.parameters.total, other_peft.widest(layers))
+        budget, max_rank = lily.plan.parameters.total, other_peft.widest(layers)
+        return other_peft.config_of(recipe.peft, common, model, budget, max_rank)
 
 
 def _lora_config(
-    recipe: Recipe | DreamBooth, model: nn.Module, lily: Decided, layers: Sequence[ModuleSpec], targets: Any
+    recipe: Recipe | DreamBooth,
+    model: nn.Module,
+    lily: Decided,
+    layers: Sequence[ModuleSpec],
+    common: Mapping[str, Any],
 ) -> LoraConfig:
     """LoRA, rsLoRA or DoRA on these layers."""
     section, budget = recipe.lora, lily.plan.parameters.total
@@ -116,11 +116,7 @@ def _lora_config(
             r=r,
             lora_alpha=section.alpha or (RSLORA_ALPHA if recipe.method == "rslora" else 2 * r),
             lora_dropout=section.dropout,
-            target_modules=targets,
-            exclude_modules=recipe.exclude,
-            target_parameters=lily.config.target_parameters,
-            task_type=task_type_of(recipe),
-            modules_to_save=saved_heads(recipe, model),
+            **common,
             **LORAS[recipe.method],
         )
 

@@ -18,16 +18,14 @@ BYTES = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
 
 
 def loading_options(quantization: Quantization, model: nn.Module, task: Task, compute: torch.dtype) -> dict[str, Any]:
-    """Further arguments of `from_pretrained`; none without quantization.
+    """Further arguments of `from_pretrained`.
 
     Args:
-        quantization: of the recipe.
+        quantization: nf4 or int8.
         model: the same architecture on the meta device.
-        task: decides which head is trained, and therefore not quantized.
+        task: see `kept_modules`.
         compute: data type of products with nf4 weights.
     """
-    if quantization == "none":
-        return {}
     from transformers import BitsAndBytesConfig
 
     kept = {"llm_int8_skip_modules": sorted(kept_modules(model, task))}

@@ -133,7 +133,8 @@ def build(name: str, definition: Standin) -> Path:
         make = partial(_train_language_model, definition, texts)
     else:
         rows = image_rows(definition)
-        data, reader = _digest(part for row in rows for part in (row["label"].encode(), _bytes(row))), "pillow"
+        parts = (part for row in rows for part in (row["label"].encode(), Path(row["image"]).read_bytes()))
+        data, reader = _digest(parts), "pillow"
         make = partial(_train_classifier, definition, rows)
     versions = [importlib.metadata.version(package) for package in ("torch", "transformers", reader)]
     decides = json.dumps([VERSION, asdict(definition), data, versions], sort_keys=True)
@@ -145,10 +146,6 @@ def build(name: str, definition: Standin) -> Path:
     if definition.data in IMAGES:
         import lily.recipes.offline.vision_mamba  # noqa: F401  registers the model with the Auto classes
     return target
-
-
-def _bytes(row: dict[str, Any]) -> bytes:
-    return Path(row["image"]).read_bytes()
 
 
 def _digest(parts: Iterator[bytes]) -> str:

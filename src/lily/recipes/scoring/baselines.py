@@ -12,10 +12,10 @@ import numpy as np
 from lily.recipes import models
 from lily.recipes.data.rows import Splits
 from lily.recipes.data.tables import Row
-from lily.recipes.data.tasks import collate, encode_inputs
 from lily.recipes.models.load import heads_of
 from lily.recipes.models.precision import precision_of
-from lily.recipes.scoring.inference import by_length, device_of, inference, place, to_device
+from lily.recipes.scoring.evaluate import head_outputs
+from lily.recipes.scoring.inference import place
 from lily.recipes.scoring.metrics import compute, metrics_of
 from lily.recipes.spec.schema import Recipe
 
@@ -96,14 +96,7 @@ def _features(recipe: Recipe, rows: Sequence[Row]) -> Any:
     model = place(models.load_model(recipe.model, recipe.task, ("0", "1"), precision=precision_of(recipe)))
     processor = models.load_processor(recipe, model.config)
     pooled = _head_input if recipe.task == "image-classification" else _mean_state
-    encoded = [encode_inputs(row, recipe, processor) for row in rows]
-    out: list[Any] = [None] * len(rows)
-    with inference(model, recipe):
-        for batch in by_length(encoded, recipe.train.eval_batch_size):
-            inputs = to_device(collate([encoded[i] for i in batch], processor), device_of(model))
-            for i, row in zip(batch, pooled(model, inputs).float().cpu().numpy(), strict=True):
-                out[i] = row
-    return np.stack(out)
+    return head_outputs(model, rows, recipe, processor, pooled)
 
 
 def _mean_state(model: Any, inputs: dict[str, Any]) -> Any:
