@@ -58,10 +58,6 @@ class Prepared:
     """A checked run, ready to start.
 
     Attributes:
-        splits: the rows.
-        processor: the tokenizer or image preprocessor.
-        train: encoded training examples.
-        validation: encoded validation examples.
         config: of the adapter; None where there is none (method none).
         meta: the model on the meta device.
         general: encoded texts of other kinds than the task, to measure forgetting on.
@@ -110,8 +106,8 @@ def prepare(recipe: Recipe) -> Prepared:
             tasks.encode(rows, recipe, processor, None, f"the {name} rows")
         if recipe.task == "sft" and "exact_match" in metrics_of(recipe):
             answers.expected_answers(rows, recipe)
-        if recipe.data.choices is not None:
-            choices.check(rows, recipe, processor)
+        for row in rows if recipe.data.choices is not None else ():
+            choices.scored_choices(0, row, recipe, processor)  # for its check of their length
     general = forgetting.general_text(recipe, processor)
     return Prepared(splits, processor, train, validation, config, meta, general)
 

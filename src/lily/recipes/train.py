@@ -166,7 +166,7 @@ def _run(
             result.before = judge(m, splits.held_out)
             if config is None:  # the untrained model is also the final one
                 _write_predictions(judge, result.split, output)
-            result.tests = test_sets.judged(judge, m, splits.tests, "before")
+            result.tests = test_sets.noted({name: judge(m, rows) for name, rows in splits.tests.items()}, "before")
             result.samples = evaluate.samples(m, processor, splits.held_out, recipe, "before")
         result.forgetting = forgetting.of(before=general_loss(m)) if prepared.general else {}
 
@@ -192,7 +192,8 @@ def _run(
 
     def look(m: Any) -> None:
         judge_untrained(m)
-        trainer.progress.max_general_loss = forgetting.most(recipe, result.forgetting)
+        if recipe.forgetting is not None and recipe.forgetting.limit is not None:
+            trainer.progress.max_general_loss = result.forgetting["before"] + recipe.forgetting.limit
 
     if trainer.shards:  # unsharded, the model may not fit into one device
         trainer.on_sharded = look
@@ -223,7 +224,8 @@ def _run(
         load_weights(model, output / "best")
         result.final = judge(model, splits.held_out)
         _write_predictions(judge, result.split, output)
-        result.tests = test_sets.judged(judge, model, splits.tests, "final", result.tests)
+        tests = {name: judge(model, rows) for name, rows in splits.tests.items()}
+        result.tests = test_sets.noted(tests, "final", result.tests)
         result.samples = evaluate.samples(model, processor, splits.held_out, recipe, "after", result.samples)
     result.adapter_bytes = processes.on_first(lambda: (output / "best" / "adapter_model.safetensors").stat().st_size)
 

@@ -49,13 +49,7 @@ def collapse(
 
 
 def calls(world: loop.World, times: int, seed: int) -> list[dict[str, Any]]:
-    """The denoiser's keyword arguments in each call of `loop.fixed_loss`: batches for `lily.collapse`.
-
-    Args:
-        world: the model and its images.
-        times: number of noise levels for each image.
-        seed: of the noise.
-    """
+    """The denoiser's keyword arguments in each call of `loop.fixed_loss`: batches for `lily.collapse`."""
     seen: list[dict[str, Any]] = []
     handle = world.model.register_forward_pre_hook(lambda m, args, named: seen.append(named), with_kwargs=True)
     try:

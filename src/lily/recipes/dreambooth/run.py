@@ -37,9 +37,7 @@ class Prepared:
     """A checked run, ready to start.
 
     Attributes:
-        family: of the pipeline.
-        meta: its denoiser on the meta device.
-        config: of the adapter.
+        meta: the denoiser on the meta device.
         subject: the subject's images.
         prior: images of its class; None where there is no prior, or its images are generated.
     """
@@ -90,13 +88,7 @@ def prepare(recipe: DreamBooth) -> Prepared:
 
 
 def train(recipe: DreamBooth, *, resume: bool = False, overwrite: bool = False, quiet: bool = False) -> Result:
-    """Train and write a recipe's adapter, with images before, during and after.
-
-    Args:
-        recipe: model, data, method and schedule.
-        resume: continue from the run's last complete checkpoint.
-        overwrite: replace the run's folder.
-        quiet: no progress bar.
+    """Train and write a recipe's adapter, with images before, during and after; see `lily.recipes.train.train`.
 
     Returns:
         The result, also written to the run's folder: `metrics.json`, `recipe.yaml`, `last/` (the adapter for PEFT),
