@@ -42,9 +42,9 @@ def encode(
     Args:
         rows: canonical rows of the recipe's task.
         recipe: task, maximum length and chat template.
-        processor: the model's tokenizer or image preprocessing.
+        processor: of the model.
         labels: the classes in the order of their ids, for classification.
-        name: name of the rows in messages.
+        name: of the rows, in messages.
 
     Returns:
         input_ids (and other inputs of the model) or the image, with labels: a class id, a number, or token ids with
@@ -81,13 +81,7 @@ def encode_inputs(row: Row, recipe: Recipe, processor: Processor) -> Example:
 
 
 def collate(examples: Sequence[Example], processor: Processor, side: str | None = None) -> dict[str, Tensor]:
-    """Model inputs of encoded rows, padded to the longest.
-
-    Args:
-        examples: token ids, or images.
-        processor: the one that encoded them.
-        side: padding side of token ids; default: the tokenizer's.
-    """
+    """Model inputs of encoded rows, padded to the longest; `side` of the padding: by default the tokenizer's."""
     if isinstance(processor, Preprocess):
         return processor.batch(examples)
     return dict(processor.pad(list(examples), return_tensors="pt", padding_side=side))

@@ -121,14 +121,7 @@ def widest(layers: Sequence[ModuleSpec]) -> int:
 
 
 def largest_rank(model: nn.Module, of_rank: Callable[[int], PeftConfig], budget: int, max_rank: int) -> int:
-    """The largest rank with no more than `budget` parameters, at least 1; bisects over counted sizes.
-
-    Args:
-        model: the base model; may be on the meta device.
-        of_rank: makes the configuration of a rank.
-        budget: number of parameters.
-        max_rank: upper bound on the rank.
-    """
+    """The largest rank with no more than `budget` parameters, at least 1; bisects over counted sizes."""
     low, high = 1, 2
     while high <= max_rank and count(model, of_rank(high)) <= budget:
         low, high = high, 2 * high
@@ -164,12 +157,6 @@ def stock_config(config: LilyConfig, plan: SharingPlan, model: nn.Module, heads:
 
     Stock Lily has one `stride_A` for all groups; if `num_A` implies several, the largest is used, so that it has
     no more parameters. It groups by entry of `target_modules`, so these are the modules' last names.
-
-    Args:
-        config: the recipe's Lily.
-        plan: its sharing.
-        model: the base model; may be on the meta device.
-        heads: modules to train and save whole.
 
     Raises:
         LilyError: if stock Lily cannot express it.

@@ -11,11 +11,7 @@ from lily.recipes.data.sources import building, cache_folder
 
 
 def converted(path: Path, format: str) -> Path:
-    """The transformers folder of a GGUF or ONNX file, converted on first use.
-
-    Args:
-        path: the file.
-        format: `gguf` (a causal language model) or `onnx-dinov2`.
+    """The transformers folder of a `gguf` (a causal language model) or `onnx-dinov2` file, converted on first use.
 
     Raises:
         LilyError: if the file is not of this format, or a required package is missing.

@@ -18,13 +18,9 @@ BYTES = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
 
 
 def loading_options(quantization: Quantization, model: nn.Module, task: Task, compute: torch.dtype) -> dict[str, Any]:
-    """Further arguments of `from_pretrained`.
+    """Further arguments of `from_pretrained`; `compute` is the data type of products with nf4 weights.
 
-    Args:
-        quantization: nf4 or int8.
-        model: the same architecture on the meta device.
-        task: see `kept_modules`.
-        compute: data type of products with nf4 weights.
+    `model` is the same architecture on the meta device.
     """
     from transformers import BitsAndBytesConfig
 
@@ -62,13 +58,7 @@ def prepared(model: Any) -> Any:
 
 
 def frozen_bytes(model: nn.Module, task: Task, quantization: Quantization) -> int:
-    """Bytes of the frozen weights after quantization, with the rest in float32, computed from shapes.
-
-    Args:
-        model: may be on the meta device.
-        task: see `kept_modules`.
-        quantization: nf4 or int8.
-    """
+    """Bytes of the frozen weights after quantization, with the rest in float32, computed from shapes."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 

@@ -101,10 +101,7 @@ STANDINS: dict[str, Standin] = {
 
 
 def standin(name: str) -> Path:
-    """The folder of a stand-in for `from_pretrained`; built on first use, which takes minutes.
-
-    Args:
-        name: key of `STANDINS`.
+    """The folder of a stand-in (a key of `STANDINS`) for `from_pretrained`; built on first use, which takes minutes.
 
     Raises:
         LilyError: for another name, or if the data cannot be read.
@@ -190,12 +187,7 @@ def held_out(texts: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def make_tokenizer(texts: Sequence[str], size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with one special token, for end and padding.
-
-    Args:
-        texts: training texts.
-        size: of the vocabulary.
-    """
+    """A byte-level BPE tokenizer with `size` tokens, one of them special, for end and padding."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

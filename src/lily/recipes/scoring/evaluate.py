@@ -35,11 +35,6 @@ if TYPE_CHECKING:
 class Judge:
     """Computes a recipe's metrics of a model on rows.
 
-    Args:
-        recipe: task, metrics, lengths.
-        processor: the model's tokenizer or image preprocessing.
-        labels: the classes, for classification.
-
     Attributes:
         items: results of the last call per row: `expected` and `predicted` (class indices or numbers), whether it is
             right (0 or 1) by name of the metric, and `loss`; for sft per example, summed over its `tokens`.

@@ -28,14 +28,7 @@ Every = int | Literal["epoch"]
 
 
 def due(every: Every, step: int, epoch: float, last: bool) -> bool:
-    """Whether a periodic action is due.
-
-    Args:
-        every: interval in optimizer steps, or `epoch`.
-        step: optimizer steps done.
-        epoch: epochs done.
-        last: whether training ends with this step; then everything is due.
-    """
+    """Whether a periodic action is due after these optimizer steps and epochs; at the `last` step all are."""
     return last or (epoch == int(epoch) if every == "epoch" else step % every == 0)
 
 
@@ -60,9 +53,7 @@ class Resumable(Parallel):
     """Mixin, to come before a Trainer class. The attributes are set before training.
 
     Attributes:
-        signals: the signals that this process has received.
         progress: the evaluations and the best adapter.
-        health: watches the routers.
         routing: records the routing, which becomes part of each checkpoint.
     """
 

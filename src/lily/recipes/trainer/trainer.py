@@ -102,21 +102,7 @@ def build_trainer(
     beyond_loss: Evaluate | None,
     quiet: bool,
 ) -> Any:
-    """The recipe's trainer.
-
-    Args:
-        recipe: schedule and task.
-        model: with its adapter.
-        processor: the tokenizer or image preprocessor.
-        train: encoded examples.
-        validation: encoded examples.
-        output: the run's folder.
-        beyond_loss: computes validation metrics besides the loss.
-        quiet: no progress bar.
-
-    Returns:
-        A Trainer whose `progress` is the run's `Progress`.
-    """
+    """The recipe's Trainer, with the run's `Progress` as `progress`; `beyond_loss` computes further metrics."""
     names = metric_tools.metrics_of(recipe)
     arguments = _arguments(recipe, output, quiet)
     images = isinstance(processor, Preprocess)
