@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from lily.errors import LilyError
-
-if TYPE_CHECKING:
-    from lily.recipes.spec.schema import RecipeBase
 
 Key = tuple[str, ...]
 
@@ -38,8 +35,16 @@ class LocatedError(LilyError):
     """An error whose message already names the location."""
 
 
+class HasLocations(Protocol):
+    """A recipe of any kind."""
+
+    @property
+    def locations(self) -> KeyLocations:
+        """The locations of its keys."""
+
+
 @contextmanager
-def located(recipe: RecipeBase, *key: str) -> Iterator[None]:
+def located(recipe: HasLocations, *key: str) -> Iterator[None]:
     """Within: errors start with the location of a key of the recipe. If nested, the innermost counts.
 
     Args:
