@@ -18,8 +18,8 @@ import torch
 
 from lily.bench import measure, subjects
 from lily.bench.contestants import contestants
-from lily.bench.report import markdown
 from lily.bench.subjects import Shape
+from lily.io.tables import markdown
 from lily.kernels.matmul import mm, plus_mm
 
 NAMES = ("frozen", "LoRA", "stock Lily", "Lily token", "Lily static")

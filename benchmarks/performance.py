@@ -28,6 +28,7 @@ from lily.bench import report as reports
 from lily.bench import subjects
 from lily.bench.report import Report
 from lily.bench.subjects import Shape
+from lily.io.tables import markdown
 from lily.kernels import matmul
 
 ROOT = Path(__file__).parents[1]
@@ -140,9 +141,9 @@ def tables(folder: Path) -> dict[str, str]:
     for name, report in found.items():
         for kind in report.results:
             header = ["", "rank", "trained", reports.MEASURES[kind].title, *reports.HEADER[4:]]
-            out[f"{name} {kind}"] = reports.markdown(header, reports.rows(report, kind))
+            out[f"{name} {kind}"] = markdown(header, reports.rows(report, kind))
         if report.files:
-            out[f"{name} files"] = reports.markdown(["", "MB", "seconds to load"], reports.file_rows(report))
+            out[f"{name} files"] = markdown(["", "MB", "seconds to load"], reports.file_rows(report))
     if "llama" in found:
         out["summary"] = _summary(found)
         out["scaling"] = _scaling(found)
@@ -175,7 +176,7 @@ def _summary(found: dict[str, Report]) -> str:
         lines.append(["adapter file, Llama", *(f"{files[c]['bytes'] / base:.2f}" for c in names)])
     ranks = found["llama"].contestants
     lines.insert(0, ["rank", *(str(ranks[c]["rank"]) for c in names)])
-    return reports.markdown(["ratio to PEFT's LoRA of as many parameters", *names], lines)
+    return markdown(["ratio to PEFT's LoRA of as many parameters", *names], lines)
 
 
 def _scaling(found: dict[str, Report]) -> str:
@@ -189,7 +190,7 @@ def _scaling(found: dict[str, Report]) -> str:
             shape = f"{report.subject}, {s['batch']} x {s['tokens']} tokens"
             ranks = f"{report.contestants['Lily token']['rank']} / {report.contestants['LoRA']['rank']}"
             lines.append([name, shape, f"{s['num_A']}, {s['num_B']}", ranks, *(f"{got[c].ratio:.2f}" for c in names)])
-    return reports.markdown(["setting", "model", "A, B", "rank: Lily / LoRA", *names], lines)
+    return markdown(["setting", "model", "A, B", "rank: Lily / LoRA", *names], lines)
 
 
 MARKED = re.compile(r"(<!-- figures: (.*?) -->\n)(.*?)\n?(<!-- end -->)", re.DOTALL)
@@ -236,9 +237,7 @@ def main() -> None:
                 found = measure(setting, o.device)
                 found.write(folder / f"{name}.json")
                 for kind in found.results:
-                    print(
-                        f"\n{name}: {kind}\n{reports.markdown(reports.HEADER, reports.rows(found, kind))}", flush=True
-                    )
+                    print(f"\n{name}: {kind}\n{markdown(reports.HEADER, reports.rows(found, kind))}", flush=True)
         if not o.only or "start-up" in o.only:
             (folder / "start-up.json").write_text(json.dumps(start_up(), indent=1))
     if o.out == RESULTS and o.device == "cpu":

@@ -27,22 +27,20 @@ __all__ = ["chat_model", "chat_run", "chat_table", "classifier_run", "encoder", 
 ROUTINGS = ["token", "sequence", "batch", "static", "uniform"]
 
 
-@pytest.fixture(params=ROUTINGS)
-def routing(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`kind` and `routing`: every routing on one kind of model, and every kind of model with one routing.
 
     Layers decide the routing and injection decides the kind, so that the other pairs prove nothing more.
     """
-    if {"kind", "routing"} <= set(metafunc.fixturenames) and not _named(metafunc, "kind"):
+    free = {name for name in ("kind", "routing") if name in metafunc.fixturenames and not _named(metafunc, name)}
+    if free == {"kind", "routing"}:
         pairs = [("llama", routing) for routing in ROUTINGS]
         pairs += [(kind, ROUTINGS[i % 2]) for i, kind in enumerate(sorted(BUILDERS)) if kind != "llama"]
         metafunc.parametrize(("kind", "routing"), pairs)
-    elif "kind" in metafunc.fixturenames and not _named(metafunc, "kind"):
+    elif "kind" in free:
         metafunc.parametrize("kind", sorted(BUILDERS))
+    elif "routing" in free:
+        metafunc.parametrize("routing", ROUTINGS)
 
 
 def _named(metafunc: pytest.Metafunc, name: str) -> bool:

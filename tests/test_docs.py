@@ -22,7 +22,7 @@ from lily.cli.main import app
 from lily.errors import LilyError
 from lily.recipes import loader
 
-VTAB = ["python", "benchmarks/vtab.py"]
+VTAB = ("python", "benchmarks/vtab.py")
 LAUNCHERS = ("lily", "make", "pip", "python", "torchrun", "accelerate")
 FEW = ("data.max_train=64", "data.max_validation=64", "data.max_test=64", "train.max_steps=2")
 # Those that start processes of their own, each of which imports everything anew.

@@ -81,10 +81,10 @@ def test_a_method_that_is_not_known_is_refused(names, said):
     [
         ("{peft_type: VERRA}", "no such method; did you mean VERA"),
         ("{peft_type: VERA, projection_key: 1}", "VeraConfig has no such option; did you mean projection_prng_key"),
-        ("{peft_type: LOHA, target_modules: [x]}", "the recipe says this itself, with targets"),
+        ("{peft_type: LOHA, target_modules: [x]}", "the recipe's key for this is targets"),
         ("{peft_type: LILY}", "write method: lily"),
         ("{peft_type: IA3, r: 4}", "IA3Config has no rank"),
-        ("{peft_type: ADALORA}", "PEFT refuses this AdaLoraConfig"),
+        ("{peft_type: ADALORA}", "PEFT rejects this AdaLoraConfig"),
         ("{}", "method: peft needs peft_type"),
     ],
 )

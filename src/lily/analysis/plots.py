@@ -63,7 +63,12 @@ class Picture:
                 raise LilyError(f"{file}: {error}") from None
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure; the sizes are in inches.
+
+    Raises:
+        LilyError: if matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -79,7 +84,7 @@ def rank_plot(report: RankReport, lora: RankReport | None = None, name: str = "L
         lora: report of a LoRA to compare with.
         name: name of the adapter, for the legend.
     """
-    figure = _figure(11, 4)
+    figure = new_figure(11, 4)
     ranks, spectrum = figure.subplots(1, 2, width_ratios=(3, 2))
     numbers = range(len(report.layers))
     looks = {
@@ -119,7 +124,7 @@ def router_plot(report: RoutingReport) -> Picture:
     across = min(ACROSS, len(groups))
     down = -(-len(groups) // across)
     height = 0.5 + 0.5 * max(len(v[0].mean) for v in groups.values()) + 1.2
-    figure = _figure(4.2 * across, height * down)
+    figure = new_figure(4.2 * across, height * down)
     panels = list(figure.subplots(down, across, squeeze=False).flat)
     for panel in panels[len(groups) :]:
         panel.remove()
@@ -143,7 +148,7 @@ def sharing_plot(plan: SharingPlan, report: RoutingReport | None = None) -> Pict
         report: for the heights of the bands; default: equal.
     """
     routing = weights_by_group(report) if report is not None else {}
-    figure = _figure(4.2 * len(plan.groups), 3.4)
+    figure = new_figure(4.2 * len(plan.groups), 3.4)
     panels = figure.subplots(1, len(plan.groups), squeeze=False)[0]
     for panel, group in zip(panels, plan.groups, strict=True):
         at = 0
@@ -167,7 +172,7 @@ def sharing_plot(plan: SharingPlan, report: RoutingReport | None = None) -> Pict
 
 def granularity_plot(points: Sequence[Point]) -> Picture:
     """The shapes within one budget: rank against the number of A, one line per number of B."""
-    figure = _figure(6, 4)
+    figure = new_figure(6, 4)
     panel = figure.subplots()
     for i, experts in enumerate(sorted({p.num_B for p in points})):
         chosen = sorted((p for p in points if p.num_B == experts), key=lambda p: p.num_A)
@@ -198,7 +203,7 @@ def quality_plot(
     """
     if not shapes:
         raise LilyError("no shape has a value, so there is nothing to draw")
-    figure = _figure(6.4, 4)
+    figure = new_figure(6.4, 4)
     panel = figure.subplots()
     lines = sorted({p.num_B for p in shapes}) if by_experts else [None]
     for i, experts in enumerate(lines):
@@ -240,7 +245,7 @@ def forgetting_plot(outcomes: Sequence[Outcome], metric: str) -> Picture:
     """
     if not outcomes:
         raise LilyError("nothing was trained, so there is nothing to draw")
-    figure = _figure(6.8, 4.4)
+    figure = new_figure(6.8, 4.4)
     panel = figure.subplots()
     texts = []
     for i, (name, own) in enumerate(by_contestant(outcomes).items()):
@@ -267,7 +272,7 @@ def settings_plot(settings: Mapping[str, Sequence[Tried]], metric: str) -> Pictu
     if not any(settings.values()):
         raise LilyError("nothing was trained, so there is nothing to draw")
     contestants = list(dict.fromkeys(t.contestant for own in settings.values() for t in own))
-    figure = _figure(4.2 * len(contestants) + 0.8, 3.0 * len(settings))
+    figure = new_figure(4.2 * len(contestants) + 0.8, 3.0 * len(settings))
     rows = figure.subplots(len(settings), len(contestants), squeeze=False)
     texts = []
     for (task, tried), panels in zip(settings.items(), rows, strict=True):

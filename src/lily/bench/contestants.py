@@ -24,19 +24,12 @@ NAMES = (FROZEN, LORA, LORA_RANK, STOCK, *(f"Lily {routing}" for routing in ROUT
 
 @dataclass(frozen=True)
 class Contestant:
-    """A model that is measured.
+    """A model that is measured."""
 
-    Attributes:
-        name: one of `NAMES`.
-        model: shares its frozen weights with all contestants except the merged one.
-        rank: of its updates; 0 for the frozen model.
-        parameters: number that train.
-    """
-
-    name: str
-    model: nn.Module
-    rank: int
-    parameters: int
+    name: str  # one of `NAMES`
+    model: nn.Module  # shares its frozen weights with all contestants except the merged one
+    rank: int  # of its updates; 0 for the frozen model
+    parameters: int  # number that train
 
 
 def contestants(subject: Subject, options: dict[str, Any], names: Sequence[str] = NAMES) -> list[Contestant]:
@@ -60,9 +53,9 @@ def contestants(subject: Subject, options: dict[str, Any], names: Sequence[str] 
     equal = equal_lora_rank(modules, plan.parameters.total)
     makers: dict[str, tuple[int, Callable[[nn.Module], nn.Module]]] = {
         FROZEN: (0, _frozen),
-        LORA: (equal, lambda base: _lora(base, equal, targets)),
-        LORA_RANK: (rank, lambda base: _lora(base, rank, targets)),
-        STOCK: (rank, lambda base: _stock(base, options, targets)),
+        LORA: (equal, partial(_lora, equal, targets)),
+        LORA_RANK: (rank, partial(_lora, rank, targets)),
+        STOCK: (rank, partial(_stock, options, targets)),
         **{f"Lily {routing}": (rank, partial(_ours, options, targets, routing)) for routing in ROUTINGS},
     }
     built = []
@@ -96,11 +89,11 @@ def _requires_grad(module: nn.Module, args: Any, output: Tensor) -> None:
         output.requires_grad_(True)
 
 
-def _lora(base: nn.Module, rank: int, targets: list[str]) -> nn.Module:
+def _lora(rank: int, targets: list[str], base: nn.Module) -> nn.Module:
     return _adapted(base, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
 
 
-def _stock(base: nn.Module, options: dict[str, Any], targets: list[str]) -> nn.Module:
+def _stock(options: dict[str, Any], targets: list[str], base: nn.Module) -> nn.Module:
     values = {k: v for k, v in options.items() if k != "num_A"}
     if "num_A" in options:
         plan_config = lily.LilyConfig(target_modules=targets, routing="batch", **options)

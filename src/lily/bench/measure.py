@@ -25,15 +25,10 @@ INPUTS = 4  # number of different inputs; they alternate, so that no cache holds
 
 @dataclass(frozen=True)
 class Outcome:
-    """The measurements of one contestant.
+    """The measurements of one contestant."""
 
-    Attributes:
-        median: over the rounds.
-        ratios: to the reference contestant, round by round.
-    """
-
-    median: float
-    ratios: list[float]
+    median: float  # over the rounds
+    ratios: list[float]  # to the reference contestant, round by round
 
     @property
     def ratio(self) -> float:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from lily.analysis.plots import Picture, new_figure
 from lily.bench import measure
 from lily.bench.contestants import FROZEN, LORA, MERGED, NAMES, STOCK, Contestant, contestants
 from lily.bench.measure import Outcome
@@ -27,21 +28,13 @@ TRAINED = (FROZEN, *ADAPTED)
 
 @dataclass(frozen=True)
 class Measure:
-    """One kind of measurement.
+    """One kind of measurement."""
 
-    Attributes:
-        title: with its unit, for tables.
-        make: returns the function that measures a contestant.
-        names: contestants that it applies to.
-        scale: from the measured value to the title's unit.
-        rounds: fixed number where the value hardly varies; None: the report's.
-    """
-
-    title: str
-    make: Callable[[Subject, Contestant], measure.Run]
-    names: tuple[str, ...]
-    scale: float
-    rounds: int | None = None
+    title: str  # with its unit, for tables
+    make: Callable[[Subject, Contestant], measure.Run]  # returns the function that measures a contestant
+    names: tuple[str, ...]  # contestants that it applies to
+    scale: float  # from the measured value to the title's unit
+    rounds: int | None = None  # fixed number where the value hardly varies; None: the report's
 
 
 MEASURES = {
@@ -54,23 +47,15 @@ MEASURES = {
 
 @dataclass
 class Report:
-    """The figures of one subject.
+    """The figures of one subject."""
 
-    Attributes:
-        subject: name of the base model.
-        setting: sizes, ranks, rounds.
-        machine: device, threads, versions.
-        contestants: name -> rank and trained parameters.
-        results: measure -> contestant -> median and ratios to LoRA at equal parameters.
-        files: contestant -> bytes and seconds to load.
-    """
-
-    subject: str
-    setting: dict[str, Any]
-    machine: dict[str, Any]
-    contestants: dict[str, dict[str, int]] = field(default_factory=dict)
+    subject: str  # name of the base model
+    setting: dict[str, Any]  # sizes, ranks, rounds
+    machine: dict[str, Any]  # device, threads, versions
+    contestants: dict[str, dict[str, int]] = field(default_factory=dict)  # name -> rank and trained parameters
+    # measure -> contestant -> median and ratios to LoRA at equal parameters
     results: dict[str, dict[str, Outcome]] = field(default_factory=dict)
-    files: dict[str, dict[str, float]] = field(default_factory=dict)
+    files: dict[str, dict[str, float]] = field(default_factory=dict)  # contestant -> bytes and seconds to load
 
     def to_json(self) -> str:
         """The report as JSON."""
@@ -185,24 +170,14 @@ def file_rows(report: Report) -> list[list[str]]:
     ]
 
 
-def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *lines))
-
-
 def plot(report: Report, path: Path) -> None:
     """Draw the ratios to LoRA, one panel per measurement, the spread as whiskers.
 
     Raises:
         LilyError: if matplotlib is not installed.
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise LilyError('a plot needs matplotlib; pip install "lily-peft[plots]"') from None
     kinds = list(report.results)
-    figure = Figure(figsize=(4.2 * len(kinds) + 1.6, 4), layout="constrained")
+    figure = new_figure(4.2 * len(kinds) + 1.6, 4)
     panels = figure.subplots(1, len(kinds), sharey=False, squeeze=False)[0]
     for panel, kind in zip(panels, kinds, strict=True):
         found = report.results[kind]
@@ -215,5 +190,4 @@ def plot(report: Report, path: Path) -> None:
         panel.set_title(MEASURES[kind].title.partition(",")[0])
         panel.set_xlabel("ratio to LoRA at equal parameters")
     figure.suptitle(f"{report.subject}, {report.machine['device']}")
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "lily"}):  # text as text, the same file for the same data
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    Picture(figure, "").save(path, overwrite=True)

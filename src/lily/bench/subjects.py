@@ -20,40 +20,24 @@ Inputs = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a built-in model and of its inputs.
+    """Sizes of a built-in model and of its inputs."""
 
-    Attributes:
-        width: of the hidden state.
-        depth: number of layers.
-        batch: samples per step.
-        tokens: per sample; an image has one per patch and one more.
-    """
-
-    width: int = 768
-    depth: int = 12
-    batch: int = 4
-    tokens: int = 128
+    width: int = 768  # of the hidden state
+    depth: int = 12  # number of layers
+    batch: int = 4  # samples per step
+    tokens: int = 128  # per sample; an image has one per patch and one more
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A base model and its inputs.
+    """A base model and its inputs."""
 
-    Attributes:
-        name: in tables.
-        base: the model, on its device and in its dtype, in training mode, without dropout.
-        inputs: seed -> the inputs of one training step, with labels.
-        targets: modules to adapt.
-        vocabulary: size of a causal model's vocabulary; None: the model cannot decode.
-        shape: batch and tokens of the inputs.
-    """
-
-    name: str
-    base: nn.Module
-    inputs: Callable[[int], Inputs]
-    targets: list[str] | str
-    vocabulary: int | None
-    shape: Shape
+    name: str  # in tables
+    base: nn.Module  # the model, on its device and in its dtype, in training mode, without dropout
+    inputs: Callable[[int], Inputs]  # seed -> the inputs of one training step, with labels
+    targets: list[str] | str  # modules to adapt
+    vocabulary: int | None  # size of a causal model's vocabulary; None: the model cannot decode
+    shape: Shape  # batch and tokens of the inputs
 
     @property
     def device(self) -> torch.device:

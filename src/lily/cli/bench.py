@@ -2,52 +2,43 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from typer import Argument, Option
 
 from lily.errors import LilyError
+from lily.io.tables import terminal
 
-Size = Annotated[int, typer.Option(min=1)]
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def bench_command(
     model: Annotated[
-        str,
-        typer.Argument(help="Base model: llama or vit (built in), or a folder, config.json or hub id, for its sizes."),
+        str, Argument(help="Base model: llama or vit (built in), or a folder, config.json or hub id, for its sizes.")
     ] = "llama",
     measure: Annotated[
-        str, typer.Option(help="Comma-separated measurements: step, memory, prefill, decode, files.")
+        str, Option(help="Comma-separated measurements: step, memory, prefill, decode, files.")
     ] = "step,memory,prefill,decode,files",
-    contestants: Annotated[
-        str | None, typer.Option(help="Contestants to measure, separated by semicolons. Default: all.")
-    ] = None,
-    targets: Annotated[
-        str, typer.Option(help="Modules to adapt: comma-separated names, a regular expression, or all-linear.")
-    ] = ("all-linear"),
-    r: Annotated[
-        int | None, typer.Option(min=1, help="Rank of Lily. Default: 32, or the largest within --params.")
-    ] = None,
-    num_a: Annotated[int | None, typer.Option("--num-a", min=1, help="Number of A per group.")] = None,
-    num_b: Annotated[int | None, typer.Option("--num-b", min=1, help="Number of experts (B) per group.")] = None,
-    params: Annotated[str | None, typer.Option(help="Parameter budget of the adapter, such as 1.2M.")] = None,
-    width: Annotated[int, typer.Option(min=64, help="Width of a built-in model; a multiple of 64.")] = 768,
-    depth: Annotated[int, typer.Option(min=1, help="Number of layers of a built-in model.")] = 12,
-    batch: Annotated[int, typer.Option(min=1, help="Number of samples per step.")] = 4,
-    tokens: Annotated[int, typer.Option(min=1, help="Number of tokens per sample.")] = 128,
-    rounds: Annotated[int, typer.Option(min=1, help="Number of measured rounds.")] = 7,
-    device: Annotated[
-        str | None, typer.Option(help="Device: cpu, cuda or cuda:1. Default: a GPU if there is one.")
-    ] = None,
+    contestants: Annotated[str | None, Option(help="Contestants, separated by semicolons. Default: all.")] = None,
+    targets: Annotated[str, Option(help="Modules to adapt: names with commas, a regex, or all-linear.")] = "all-linear",
+    r: Annotated[int | None, Option(min=1, help="Rank of Lily. Default: 32, or the largest within --params.")] = None,
+    num_a: Annotated[int | None, Option("--num-a", min=1, help="Number of A per group.")] = None,
+    num_b: Annotated[int | None, Option("--num-b", min=1, help="Number of experts (B) per group.")] = None,
+    params: Annotated[str | None, Option(help="Parameter budget of the adapter, such as 1.2M.")] = None,
+    width: Annotated[int, Option(min=64, help="Width of a built-in model; a multiple of 64.")] = 768,
+    depth: Annotated[int, Option(min=1, help="Number of layers of a built-in model.")] = 12,
+    batch: Annotated[int, Option(min=1, help="Number of samples per step.")] = 4,
+    tokens: Annotated[int, Option(min=1, help="Number of tokens per sample.")] = 128,
+    rounds: Annotated[int, Option(min=1, help="Number of measured rounds.")] = 7,
+    device: Annotated[str | None, Option(help="Device: cpu, cuda or cuda:1. Default: a GPU if there is one.")] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Dtype of the base model. Default: bfloat16 on a GPU, otherwise float32.")
+        str | None, Option(help="Dtype of the model. Default: bfloat16 on a GPU, otherwise float32.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to write results.json (and ratios.svg) to.")] = None,
+    out: Annotated[Path | None, Option(help="Folder to write results.json (and ratios.svg) to.")] = None,
 ) -> None:
     """Measure time, memory and size of Lily and LoRA on a model with random weights; nothing is trained."""
     import importlib.util
@@ -79,11 +70,12 @@ def bench_command(
         found = reports.run(subject, options, kinds, rounds, names, lambda what: status.update(f"measuring {what}"))
     machine = f"{found.machine['device']}, {found.machine['threads']} threads"
     console.print(escape(f"{found.subject}, {machine}, {found.setting}"))
+    table = partial(terminal, numbers=True, title_justify="left")
     for name in found.results:
         header = ["", "rank", "trained", *reports.MEASURES[name].title.split(", ")[-1:], *reports.HEADER[4:]]
-        _print(console, reports.MEASURES[name].title, header, reports.rows(found, name))
+        console.print(table(header, reports.rows(found, name), title=reports.MEASURES[name].title))
     if found.files:
-        _print(console, "adapter files", ["", "MB", "seconds to load"], reports.file_rows(found))
+        console.print(table(["", "MB", "seconds to load"], reports.file_rows(found), title="adapter files"))
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         found.write(out / "results.json")
@@ -115,12 +107,3 @@ def _subject(
     shape_options = {**asked, "parameters": None if budget is None else parse_count(budget)}
     decided = decide(subject.base, {"target_modules": wanted, "routing": "token"}, shape_options)
     return subject, decided.choice.options
-
-
-def _print(console: Console, title: str, header: list[str], lines: list[list[str]]) -> None:
-    table = Table(title=title, title_justify="left")
-    for i, name in enumerate(header):
-        table.add_column(name, justify="right" if i else "left")
-    for line in lines:
-        table.add_row(*map(escape, line))
-    console.print(table)

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from typer import Argument, Option
 
 from lily.cli.train import quieten
 from lily.cli.tune import Jobs, Threads
 from lily.errors import LilyError
+from lily.io.tables import terminal
 
 if TYPE_CHECKING:
     from lily.compare.result import Comparison
@@ -25,44 +26,36 @@ BUDGETS = ("params", "rank")
 def compare_command(
     recipes: Annotated[
         list[str],
-        typer.Argument(
+        Argument(
             metavar="RECIPE... [KEY=VALUE]...",
             help="Recipes, and changes that apply to all of them. With --summary: folders that `lily compare` wrote.",
         ),
     ],
     methods: Annotated[
         str,
-        typer.Option(
+        Option(
             help="Comma-separated methods: lily, lily:batch (or another routing), stock-lily, lora, rslora, dora, none "
             "(trains the head alone), peft (the recipe's section peft), or another PEFT type such as vera, loha, ia3. "
             "The others are tested against the first."
         ),
     ] = "lily,lora",
-    seeds: Annotated[
-        int, typer.Option(min=1, help="Number of seeds per method, counted up from the recipe's seed.")
-    ] = 3,
+    seeds: Annotated[int, Option(min=1, help="Number of seeds per method, counted up from the recipe's seed.")] = 3,
     equal: Annotated[
         str,
-        typer.Option(
-            help="params: each method has the largest rank with no more parameters than Lily; rank: Lily's rank."
-        ),
+        Option(help="params: each method has the largest rank with no more parameters than Lily; rank: Lily's rank."),
     ] = "params",
     tune: Annotated[
-        bool,
-        typer.Option("--tune", help="First choose the learning rate and scale of each method on the validation rows."),
+        bool, Option("--tune", help="First choose the learning rate and scale of each method on the validation rows.")
     ] = False,
     jobs: Jobs = None,
     threads: Threads = None,
     output: Annotated[
         str,
-        typer.Option(
-            help="Folder to write; it has a subfolder per recipe. The same command continues an interrupted one."
-        ),
+        Option(help="Folder to write; it has a subfolder per recipe. The same command continues an interrupted one."),
     ] = "runs/compare",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete earlier runs and start over.")] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Delete earlier runs and start over.")] = False,
     summary: Annotated[
-        bool,
-        typer.Option("--summary", help="Print one Markdown table of finished comparisons without training anything."),
+        bool, Option("--summary", help="Print one Markdown table of finished comparisons without training anything.")
     ] = False,
 ) -> None:
     """Compare methods on the same rows, in the same order, at equal budgets, with paired tests."""
@@ -142,12 +135,7 @@ def _print(comparison: Comparison, console: Console) -> None:
 
     first, *others = tables.words(comparison)
     console.print(escape(first), soft_wrap=True, highlight=False)
-    for lines in (tables.quality(comparison), tables.costs(comparison)):
-        table = Table()
-        for i, name in enumerate(lines[0]):
-            table.add_column(escape(name), justify="right" if i else "left", no_wrap=not i)
-        for row in lines[1:]:
-            table.add_row(*(escape(cell) for cell in row))
-        console.print(table)
+    for header, *rows in (tables.quality(comparison), tables.costs(comparison)):
+        console.print(terminal(header, rows, numbers=True, no_wrap=True))
     for line in others:
         console.print(escape(line), soft_wrap=True, highlight=False)

@@ -8,18 +8,18 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from typer import Option
 
 from lily.cli.evaluate import Folder, RecipeOption
 from lily.cli.train import quieten
 from lily.errors import LilyError
+from lily.io.tables import terminal
 
-Out = Annotated[str, typer.Option("--out", help="Folder or file to write; it appears when complete.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+Out = Annotated[str, Option("--out", help="Folder or file to write; it appears when complete.")]
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace an existing output.")]
+Json = Annotated[bool, Option("--json", help="Print one JSON object instead of tables.")]
 KINDS = ("lora", "merged", "stock", "gguf")
 READERS = ("peft", "vllm", "diffusers")  # GGUF is a separate kind
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -37,15 +37,14 @@ def collapse_command(
     out: Out,
     recipe: RecipeOption = None,
     data: Annotated[
-        str | None,
-        typer.Option(help="File with calibration rows; labels are not needed. Default: the training rows."),
+        str | None, Option(help="File with calibration rows; labels are not needed. Default: the training rows.")
     ] = None,
     held_out: Annotated[
         str | None,
-        typer.Option("--held-out", help="File with labeled rows for drift and metrics. Default: the held-out rows."),
+        Option("--held-out", help="File with labeled rows for drift and metrics. Default: the held-out rows."),
     ] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Largest number of rows for calibration, and for the drift.")] = 256,
-    refit_steps: Annotated[int, typer.Option(min=0, help="Distillation steps against the dynamic adapter.")] = 0,
+    rows: Annotated[int, Option(min=1, help="Largest number of rows for calibration, and for the drift.")] = 256,
+    refit_steps: Annotated[int, Option(min=0, help="Distillation steps against the dynamic adapter.")] = 0,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -74,21 +73,18 @@ def print_collapse(report: Mapping[str, Any], console: Console, every: bool = Fa
     """Print a collapse report: of `every` layer, or of the five whose weights varied most with the data."""
     layers = report["layers"]
     common = _common([layer["name"] for layer in layers])
-    table = Table(title=escape(f"layers of {common}") if common else None)
-    table.add_column("layer", no_wrap=True)
-    for head in ("weights", "from uniform", "variance", "update moved"):
-        table.add_column(head)
-    shown = layers if every else sorted(layers, key=lambda v: -v["variance"])[:5]
-    for layer in shown:
-        error = layer["update_error"]
-        table.add_row(
-            escape(layer["name"].removeprefix(f"{common}.")),
+    rows = [
+        [
+            layer["name"].removeprefix(f"{common}."),
             " ".join(f"{w:.2f}" for w in layer["weights"]),
             f"{layer['uniformity']:.3f}",
             f"{layer['variance']:.4f}",
-            "-" if error is None else f"{error:.1%}",
-        )
-    console.print(table)
+            "-" if layer["update_error"] is None else f"{layer['update_error']:.1%}",
+        ]
+        for layer in (layers if every else sorted(layers, key=lambda v: -v["variance"])[:5])
+    ]
+    heads = ("layer", "weights", "from uniform", "variance", "update moved")
+    console.print(terminal(heads, rows, no_wrap=True, title=escape(f"layers of {common}") if common else None))
     drift, before = report["drift"], report["drift_before_refit"]
     console.print(f"{escape(report['routing'])} routing collapsed over {report['tokens']:,} tokens; {_drift(drift)}")
     if before is not None:
@@ -111,19 +107,16 @@ def _drift(drift: Mapping[str, Any]) -> str:
 
 def export_command(
     adapter: Folder,
-    to: Annotated[str, typer.Option("--to", help="Format to write: lora, merged, stock or gguf.")],
+    to: Annotated[str, Option("--to", help="Format to write: lora, merged, stock or gguf.")],
     out: Out,
-    target: Annotated[
-        str,
-        typer.Option("--for", help="With lora: the program that reads it, peft, vllm or diffusers."),
-    ] = "peft",
-    rank: Annotated[int | None, typer.Option(min=1, help="With lora: a smaller rank, by truncated SVD.")] = None,
+    target: Annotated[str, Option("--for", help="With lora: its reader, peft, vllm or diffusers.")] = "peft",
+    rank: Annotated[int | None, Option(min=1, help="With lora: a smaller rank, by truncated SVD.")] = None,
     tolerance: Annotated[
-        float | None, typer.Option(help="Share of its energy that each layer may lose by --rank. Default: 0.01.")
+        float | None, Option(help="Share of a layer's energy that --rank may drop. Default: 0.01.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Reduce the rank even if --tolerance is exceeded.")] = False,
-    dtype: Annotated[str, typer.Option(help="Data type: auto, float32, bfloat16 or float16.")] = "auto",
-    base: Annotated[str | None, typer.Option(help="Folder of the base model, if it has moved.")] = None,
+    force: Annotated[bool, Option("--force", help="Reduce the rank even if --tolerance is exceeded.")] = False,
+    dtype: Annotated[str, Option(help="Data type: auto, float32, bfloat16 or float16.")] = "auto",
+    base: Annotated[str | None, Option(help="Folder of the base model, if it has moved.")] = None,
     recipe: RecipeOption = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -200,7 +193,4 @@ def _print_lora(lora: Any, model: Any, rank: int | None, console: Console) -> No
 
 def print_energies(energies: Mapping[str, float], console: Console) -> None:
     """Print the share of energy that each layer kept when its rank was reduced."""
-    table = Table("layer", "energy kept")
-    for name, energy in energies.items():
-        table.add_row(escape(name), f"{energy:.2%}")
-    console.print(table)
+    console.print(terminal(["layer", "energy kept"], [[name, f"{energy:.2%}"] for name, energy in energies.items()]))

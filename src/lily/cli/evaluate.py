@@ -9,16 +9,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from typer import Argument, Option
 
 from lily.cli.train import quieten
 from lily.errors import LilyError
+from lily.io.tables import terminal
 
-Folder = Annotated[str, typer.Argument(metavar="ADAPTER", help="A run's folder, or an adapter folder inside it.")]
-RecipeOption = Annotated[str | None, typer.Option("--recipe", help="Recipe; default: the one beside the adapter.")]
+Folder = Annotated[str, Argument(metavar="ADAPTER", help="A run's folder, or an adapter folder inside it.")]
+RecipeOption = Annotated[str | None, Option("--recipe", help="Recipe; default: the one beside the adapter.")]
 SPLITS = ("train", "validation", "test")
 
 
@@ -26,11 +26,10 @@ def eval_command(
     adapter: Folder,
     recipe: RecipeOption = None,
     split: Annotated[
-        str | None,
-        typer.Option(help="Split to evaluate: train, validation or test. Default: the one that the run reported."),
+        str | None, Option(help="Split to evaluate: train, validation or test. Default: the one that the run reported.")
     ] = None,
-    file: Annotated[str | None, typer.Option(help="File with the recipe's columns, instead of a split.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+    file: Annotated[str | None, Option(help="File with the recipe's columns, instead of a split.")] = None,
+    as_json: Annotated[bool, Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
     """Compute the recipe's metrics on a split or a file."""
     if split is not None and file is not None:
@@ -43,27 +42,23 @@ def eval_command(
         return
     from lily.recipes.scoring.metrics import shown
 
-    table = Table("metric", "value", title=escape(file or split or "held-out rows"))
-    for name, value in metrics.items():
-        table.add_row(name, shown(name, value))
-    Console().print(table)
+    rows = [[name, shown(name, value)] for name, value in metrics.items()]
+    Console().print(terminal(["metric", "value"], rows, title=escape(file or split or "held-out rows")))
 
 
 def predict_command(
     adapter: Folder,
     input: Annotated[
         str,
-        typer.Option(
+        Option(
             "--input",
             help="Rows to predict: a csv, tsv, json, jsonl or parquet file; - for jsonl on stdin; a folder of images.",
         ),
     ],
-    output: Annotated[str, typer.Option("--output", help="File to write as jsonl; - for stdout.")] = "-",
+    output: Annotated[str, Option("--output", help="File to write as jsonl; - for stdout.")] = "-",
     recipe: RecipeOption = None,
-    prefix: Annotated[
-        str, typer.Option(help="Prefix of the added columns prediction and score, if the rows have such columns.")
-    ] = "",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file if it exists.")] = False,
+    prefix: Annotated[str, Option(help="Prefix of the new columns prediction and score, if the rows have these.")] = "",
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace the output file if it exists.")] = False,
 ) -> None:
     """Add a prediction to every row, streaming: rows in, rows out."""
     from lily.recipes.data import sources
@@ -93,7 +88,7 @@ def predict_command(
 
 def generate_command(
     adapter: Folder,
-    prompt: Annotated[str, typer.Option("--prompt", help="Prompt to answer.")],
+    prompt: Annotated[str, Option("--prompt", help="Prompt to answer.")],
     recipe: RecipeOption = None,
 ) -> None:
     """Answer one prompt, printed token by token. For many prompts, use predict."""

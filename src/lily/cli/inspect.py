@@ -8,10 +8,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from typer import Argument, Option
 
 from lily.cli.deploy import Json, print_collapse, print_energies
 from lily.cli.evaluate import RecipeOption
@@ -24,36 +24,28 @@ if TYPE_CHECKING:
     from lily.insight.gather import Insight
     from lily.recipes.results.run_files import RunFigures
 
-Folder = Annotated[
-    str,
-    typer.Argument(metavar="ADAPTER", help="Folder of a run, adapter, exported LoRA or merged model, or a GGUF file."),
-]
+Folder = Annotated[str, Argument(metavar="ADAPTER", help="A run, adapter, exported LoRA, merged model or GGUF file.")]
 
 
 def inspect_command(
     folder: Folder,
     data: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="File of rows to measure a data-dependent routing on, with the recipe's columns or, without a recipe, "
             "a column named text. Default: the held-out rows of a run."
         ),
     ] = None,
-    rows: Annotated[
-        int, typer.Option(min=0, help="Maximum number of rows, a fixed random sample; 0 reads no data.")
-    ] = 256,
-    report: Annotated[
-        str | None, typer.Option("--report", help="Write the analysis as an HTML page to this file.")
-    ] = None,
+    rows: Annotated[int, Option(min=0, help="Maximum number of rows, a fixed random sample; 0 reads no data.")] = 256,
+    report: Annotated[str | None, Option("--report", help="Write the analysis as an HTML page to this file.")] = None,
     threshold: Annotated[
-        float, typer.Option(help="The numerical rank counts singular values above this share of the largest.")
+        float, Option(help="The numerical rank counts singular values above this share of the largest.")
     ] = 0.01,
     recipe: RecipeOption = None,
     base: Annotated[
-        str | None,
-        typer.Option(help="Folder of the base model. Default: the one that the recipe or the adapter names."),
+        str | None, Option(help="Folder of the base model. Default: as the recipe or adapter says.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing page.")] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace an existing page.")] = False,
     as_json: Json = False,
 ) -> None:
     """Show what a folder contains and where it came from; for an adapter also its sharing, rank and routing."""

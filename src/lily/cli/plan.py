@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
+from typer import Argument, Option
 
 from lily.cli.meta_model import TASKS, model_from
+from lily.cli.train import Overrides
 from lily.errors import LilyError
 
 if TYPE_CHECKING:
@@ -173,60 +174,44 @@ def names_or_regex(value: str | None) -> list[str] | str | None:
 def plan_command(
     target: Annotated[
         str | None,
-        typer.Argument(
-            metavar="TARGET", help="A recipe (name or YAML file), a model folder, a config.json or a hub id."
-        ),
+        Argument(metavar="TARGET", help="A recipe (name or YAML file), a model folder, a config.json or a hub id."),
     ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Changes to a recipe as key=value, such as lily.r=64.")
-    ] = None,
+    overrides: Overrides = None,
     targets: Annotated[
-        str | None,
-        typer.Option(help="Modules to adapt: names with commas, a regular expression, or all-linear (default)."),
+        str | None, Option(help="Modules to adapt: names with commas, a regular expression, or all-linear (default).")
     ] = None,
-    exclude: Annotated[
-        str | None, typer.Option(help="Modules to leave out: names separated by commas, or a regular expression.")
-    ] = None,
+    exclude: Annotated[str | None, Option(help="Modules to leave out: names with commas, or a regex.")] = None,
     target_parameters: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="Parameters to adapt, such as experts.down_proj, separated by commas; without --targets, no modules."
         ),
     ] = None,
-    r: Annotated[int | None, typer.Option(help="Rank of the update.")] = None,
-    num_a: Annotated[int | None, typer.Option("--num-a", help="Number of A per group.")] = None,
-    stride_a: Annotated[
-        int | None, typer.Option("--stride-a", help="Layers that share an A; instead of --num-a.")
-    ] = None,
-    num_b: Annotated[int | None, typer.Option("--num-b", help="Number of experts B per group.")] = None,
+    r: Annotated[int | None, Option(help="Rank of the update.")] = None,
+    num_a: Annotated[int | None, Option("--num-a", help="Number of A per group.")] = None,
+    stride_a: Annotated[int | None, Option("--stride-a", help="Layers that share an A; instead of --num-a.")] = None,
+    num_b: Annotated[int | None, Option("--num-b", help="Number of experts B per group.")] = None,
     params: Annotated[
-        str | None, typer.Option(help="Parameter budget such as 1.2M, from which r, num_A and num_B follow if not set.")
+        str | None, Option(help="Parameter budget such as 1.2M, from which r, num_A and num_B follow if not set.")
     ] = None,
-    match_lora: Annotated[
-        int | None, typer.Option(help="Use the size of LoRA of this rank as the parameter budget.")
-    ] = None,
+    match_lora: Annotated[int | None, Option(help="Use the size of LoRA of this rank as the parameter budget.")] = None,
     routing: Annotated[
-        str | None,
-        typer.Option(help="Routing: token, sequence, batch, static or uniform. Default: by the model's kind."),
+        str | None, Option(help="token, sequence, batch, static or uniform. Default: by the model.")
     ] = None,
-    task: Annotated[
-        str | None, typer.Option(help=f"Task: {', '.join(TASKS)}. Default: by the model's architecture.")
-    ] = None,
+    task: Annotated[str | None, Option(help=f"Task: {', '.join(TASKS)}. Default: by the model's architecture.")] = None,
     tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens per sample, for the estimates. Default: 512, or the recipe's.")
+        int | None, Option(min=1, help="Tokens per sample, for the estimates. Default: 512, or the recipe's.")
     ] = None,
     batch: Annotated[
-        int | None, typer.Option(min=1, help="Samples per step, for the estimates. Default: 8, or the recipe's.")
+        int | None, Option(min=1, help="Samples per step, for the estimates. Default: 8, or the recipe's.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
-    recipe: Annotated[
-        str | None, typer.Option("--recipe", hidden=True, help="Recipe to plan; the same as TARGET.")
-    ] = None,
+    as_json: Annotated[bool, Option("--json", help="Print the report as one JSON object.")] = False,
+    recipe: Annotated[str | None, Option("--recipe", hidden=True, help="Recipe to plan; the same as TARGET.")] = None,
 ) -> None:
     """Show what an adapter shares, trains and costs without loading weights; for a recipe, do a dry run."""
     from lily.plan.budget import parse_count
     from lily.plan.report import PlanRequest, plan_for
-    from lily.recipes.dry_run import is_recipe, recipe_report
+    from lily.recipes.dry_run import RecipeReport, is_recipe, recipe_report
 
     report: PlanReport | RecipeReport
     parameters = [name.strip() for name in (target_parameters or "").split(",") if name.strip()]
@@ -246,7 +231,12 @@ def plan_command(
     options = {name: value for name, value in values.items() if value is not None}
     target, overrides = _one_target(target, recipe, overrides or [])
     if recipe is not None or is_recipe(target):
-        _no_options_with_recipe(options)
+        if options:
+            first = next(iter(options))
+            flag = {"parameters": "params"}.get(first, first.lower().replace("_", "-"))
+            raise LilyError(
+                f"--{flag} is for models; change a recipe with key=value, such as lily.r=64 or targets=[q_proj]"
+            )
         report = recipe_report(target, overrides, batch=batch, tokens=tokens)
     else:
         if overrides:
@@ -255,7 +245,12 @@ def plan_command(
         request = PlanRequest(**options)
         model, dtype = model_from(target, request.task)
         report = plan_for(model, request, name=target, dtype=dtype)
-    _print(report, as_json)
+    if as_json:
+        print(json.dumps(report.to_dict(), indent=2))
+    elif isinstance(report, RecipeReport):
+        render_recipe(report, Console())
+    else:
+        render_plan(report, Console())
 
 
 def _one_target(target: str | None, recipe: str | None, overrides: list[str]) -> tuple[str, list[str]]:
@@ -267,23 +262,3 @@ def _one_target(target: str | None, recipe: str | None, overrides: list[str]) ->
     if target is not None and not re.match(r"[\w.]+=", target):
         raise LilyError(f"--recipe {recipe} and TARGET {target} both name what to plan; use one of them")
     return recipe, [*([] if target is None else [target]), *overrides]
-
-
-def _no_options_with_recipe(options: dict[str, Any]) -> None:
-    if options:
-        option = next(iter(options))
-        flag = {"parameters": "params"}.get(option, option.lower().replace("_", "-"))
-        raise LilyError(
-            f"--{flag} is for models; change a recipe with key=value, such as lily.r=64 or targets=[q_proj]"
-        )
-
-
-def _print(report: PlanReport | RecipeReport, as_json: bool) -> None:
-    from lily.recipes.dry_run import RecipeReport
-
-    if as_json:
-        typer.echo(json.dumps(report.to_dict(), indent=2))
-    elif isinstance(report, RecipeReport):
-        render_recipe(report, Console())
-    else:
-        render_plan(report, Console())

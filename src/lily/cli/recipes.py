@@ -6,22 +6,19 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from typer import Argument, Option
 
 from lily.errors import LilyError
+from lily.io.tables import terminal
 
 
 def recipes_command(
     name: Annotated[
         str | None,
-        typer.Argument(
-            help="Name of a recipe to print as YAML, with inherited keys; of a file, prints its recipes' names."
-        ),
+        Argument(help="Name of a recipe to print as YAML, with inherited keys; of a file, prints its recipes' names."),
     ] = None,
-    copy: Annotated[str | None, typer.Option("--copy", help="Write the recipe to this file, for editing.")] = None,
+    copy: Annotated[str | None, Option("--copy", help="Write the recipe to this file, for editing.")] = None,
 ) -> None:
     """List the included recipes, or print one."""
     from lily.io.atomic import write_text
@@ -30,12 +27,12 @@ def recipes_command(
     if name is None:
         if copy is not None:
             raise LilyError("--copy needs the name of a recipe: lily recipes NAME --copy FILE")
-        table = Table("recipe", "what it does")
+        rows = []
         for known, path in loader.shipped().items():
             names = loader.names_of(known)
             several = "" if names == [known] else f" ({len(names)} recipes: {known}:NAME)"
-            table.add_row(escape(known), escape(loader.describe(path) + several))
-        Console().print(table)
+            rows.append([known, loader.describe(path) + several])
+        Console().print(terminal(["recipe", "what it does"], rows))
         return
     names = loader.names_of(name)
     if names != [name] and copy is None:
@@ -54,7 +51,7 @@ def recipes_command(
 
 
 def schema_command(
-    task: Annotated[str | None, typer.Argument(help="Task: dreambooth; default: all other tasks.")] = None,
+    task: Annotated[str | None, Argument(help="Task: dreambooth; default: all other tasks.")] = None,
 ) -> None:
     """Print the JSON Schema of recipes, for completion and checks in editors."""
     from lily.recipes.spec.dreambooth import DreamBooth

@@ -6,24 +6,22 @@ import sys
 import warnings
 from typing import Annotated
 
-import typer
 from rich.console import Console
+from typer import Argument, Option
 
 from lily.errors import LilyError
 
-Recipe_ = Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a shipped recipe, or a YAML file.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changed keys, such as train.epochs=1 method=lora.")
-]
+Recipe_ = Annotated[str, Argument(metavar="RECIPE", help="Name of a shipped recipe, or a YAML file.")]
+Overrides = Annotated[list[str] | None, Argument(metavar="[KEY=VALUE]...", help="Changes, such as train.epochs=1.")]
 
 
 def train_command(
     recipe: Recipe_,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last complete checkpoint.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")] = False,
-    output: Annotated[str | None, typer.Option(help="Folder to write; default: the recipe's output.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress bar.")] = False,
+    resume: Annotated[bool, Option("--resume", help="Continue from the last complete checkpoint.")] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace the output folder if it exists.")] = False,
+    output: Annotated[str | None, Option(help="Folder to write; default: the recipe's output.")] = None,
+    quiet: Annotated[bool, Option("--quiet", help="Show no progress bar.")] = False,
 ) -> None:
     """Train a recipe; ends with a table of results and an adapter folder that PEFT loads."""
     from lily.recipes import loader

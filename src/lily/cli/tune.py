@@ -8,53 +8,38 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from rich.console import Console
 from rich.markup import escape
+from typer import Option
 
 from lily.cli.train import Overrides, Recipe_, quieten
 from lily.errors import LilyError
 
 UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
 
-Budget = Annotated[
-    str | None, typer.Option("--params", help="Parameter budget of a shape, such as 1.2M. Default: the recipe's.")
-]
-Grid = Annotated[bool, typer.Option("--grid", help="Combine every num_A with every num_B. Default: num_A = num_B.")]
-Output = Annotated[str | None, typer.Option(help="Folder to write. Default: a folder in runs/.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete earlier runs and start over.")]
-Verbose = Annotated[bool, typer.Option("--verbose", help="Show the progress bars of the runs.")]
-Jobs = Annotated[
-    int | None, typer.Option(min=1, help="Runs at the same time. Default: one per two cores, or one on a GPU.")
-]
-Threads = Annotated[
-    int | None,
-    typer.Option(min=1, help="CPU threads per run. Default: OMP_NUM_THREADS, or an equal share of the cores."),
-]
+Budget = Annotated[str | None, Option("--params", help="Parameters of a shape, such as 1.2M. Default: the recipe's.")]
+Grid = Annotated[bool, Option("--grid", help="Combine every num_A with every num_B. Default: num_A = num_B.")]
+Output = Annotated[str | None, Option(help="Folder to write. Default: a folder in runs/.")]
+Overwrite = Annotated[bool, Option("--overwrite", help="Delete earlier runs and start over.")]
+Verbose = Annotated[bool, Option("--verbose", help="Show the progress bars of the runs.")]
+Jobs = Annotated[int | None, Option(min=1, help="Runs at the same time. Default: one per two cores, or one on a GPU.")]
+Threads = Annotated[int | None, Option(min=1, help="CPU threads per run. Default: OMP_NUM_THREADS, or an equal share.")]
 
 
 def tune_command(
     recipe: Recipe_,
     overrides: Overrides = None,
-    trials: Annotated[
-        int, typer.Option(help="Total number of trials. A larger number continues a finished search.")
-    ] = 20,
-    timeout: Annotated[str | None, typer.Option(help="Start no trial after this time, such as 90m or 8h.")] = None,
-    method: Annotated[
-        str | None, typer.Option(help="Method to tune: lily, lora, rslora, dora or stock-lily. Default: the recipe's.")
-    ] = None,
-    knobs: Annotated[
-        str | None, typer.Option(help="Comma-separated knobs to search, such as learning_rate,scaling. Default: all.")
-    ] = None,
-    ranges: Annotated[
-        list[str] | None, typer.Option("--range", help="Smallest and largest value of a knob, such as scaling=0.1:10.")
-    ] = None,
+    trials: Annotated[int, Option(help="Total number of trials. A larger number continues a finished search.")] = 20,
+    timeout: Annotated[str | None, Option(help="Start no trial after this time, such as 90m or 8h.")] = None,
+    method: Annotated[str | None, Option(help="lily, lora, rslora, dora or stock-lily. Default: the recipe's.")] = None,
+    knobs: Annotated[str | None, Option(help="Knobs to search, such as learning_rate,scaling. Default: all.")] = None,
+    ranges: Annotated[list[str] | None, Option("--range", help="Bounds of a knob, such as scaling=0.1:10.")] = None,
     params: Budget = None,
     grid: Grid = False,
     max_forgetting: Annotated[
-        float | None, typer.Option(help="Largest increase of the loss on general text that the best trial may have.")
+        float | None, Option(help="Largest increase of the loss on general text that the best trial may have.")
     ] = None,
-    keep: Annotated[bool, typer.Option("--keep", help="Keep the adapters of all trials.")] = False,
+    keep: Annotated[bool, Option("--keep", help="Keep the adapters of all trials.")] = False,
     output: Output = None,
     overwrite: Overwrite = False,
     verbose: Verbose = False,
@@ -105,12 +90,12 @@ def sweep_command(
     overrides: Overrides = None,
     params: Budget = None,
     grid: Grid = False,
-    points: Annotated[int, typer.Option(help="Largest number of shapes; they are spread evenly over the ranks.")] = 8,
-    seeds: Annotated[int, typer.Option(help="Number of seeds per shape, counted up from the recipe's seed.")] = 1,
+    points: Annotated[int, Option(help="Largest number of shapes; they are spread evenly over the ranks.")] = 8,
+    seeds: Annotated[int, Option(help="Number of seeds per shape, counted up from the recipe's seed.")] = 1,
     halving: Annotated[
-        bool, typer.Option("--halving", help="Stop the worse half of the shapes at every rung, by the validation rows.")
+        bool, Option("--halving", help="Stop the worse half of the shapes at every rung, by the validation rows.")
     ] = False,
-    lora: Annotated[bool, typer.Option("--lora", help="Also train LoRA with as many parameters.")] = False,
+    lora: Annotated[bool, Option("--lora", help="Also train LoRA with as many parameters.")] = False,
     jobs: Jobs = None,
     threads: Threads = None,
     output: Output = None,

@@ -29,25 +29,15 @@ Trial = tuple[str, doubling.Powers]  # method's name, and what multiplies its le
 
 @dataclass(frozen=True)
 class CompareOptions:
-    """Options of a comparison.
+    """Options of a comparison."""
 
-    Attributes:
-        methods: from `contestants.parse`; the others are tested against the first.
-        seeds: number of seeds, counted up from the recipe's.
-        equal: `params` or `rank`.
-        tune: first choose learning rate and scale of each method on the validation rows.
-        jobs: runs at the same time.
-        threads: CPU threads per run.
-        overwrite: delete earlier runs.
-    """
-
-    methods: tuple[str, ...]
-    seeds: int
-    equal: Equal
-    tune: bool
-    jobs: int
-    threads: int
-    overwrite: bool = False
+    methods: tuple[str, ...]  # from `contestants.parse`; the others are tested against the first
+    seeds: int  # number of seeds, counted up from the recipe's
+    equal: Equal  # `params` or `rank`
+    tune: bool  # first choose learning rate and scale of each method on the validation rows
+    jobs: int  # runs at the same time
+    threads: int  # CPU threads per run
+    overwrite: bool = False  # delete earlier runs
 
 
 def resolved(recipe: Recipe, options: CompareOptions) -> list[ComparedMethod]:

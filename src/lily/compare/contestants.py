@@ -21,20 +21,13 @@ NAMED = ("lily", "stock-lily", "lora", "rslora", "dora", "peft", "none")
 
 @dataclass(frozen=True)
 class ComparedMethod:
-    """A method, ready to train.
+    """A method, ready to train."""
 
-    Attributes:
-        name: as in `--methods`, such as `lily:batch` or `vera`.
-        recipe: that trains it, with its rank as a number.
-        rank: of its updates; None where it has none.
-        parameters: number that train, without those of a new head.
-        scale: path of the recipe's key that multiplies the update, and its value; None where there is none.
-    """
-
-    name: str
-    recipe: Recipe
-    rank: int | None
-    parameters: int
+    name: str  # as in `--methods`, such as `lily:batch` or `vera`
+    recipe: Recipe  # that trains it, with its rank as a number
+    rank: int | None  # of its updates; None where it has none
+    parameters: int  # number that train, without those of a new head
+    # path of the recipe's key that multiplies the update, and its value; None where there is none
     scale: tuple[tuple[str, ...], float] | None
 
     @property

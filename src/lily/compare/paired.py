@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,33 +25,18 @@ LOSSES = ("loss", "perplexity")
 
 @dataclass(frozen=True)
 class Paired:
-    """A paired comparison.
+    """A paired comparison."""
 
-    Attributes:
-        test: `McNemar, exact` or `paired permutation`.
-        n: number of rows.
-        difference: first minus second value of the metric, mean over seeds.
-        low: lower end of the 95% interval of the difference, by a bootstrap over rows.
-        high: upper end of it.
-        p: two-sided.
-        only_first: rows that only the first method has correct, summed over seeds; None for other metrics.
-        only_second: rows that only the second has correct.
-        by_seed: p of McNemar's exact test per seed; empty for other metrics.
-    """
-
-    test: str
-    n: int
-    difference: float
-    low: float
-    high: float
-    p: float
+    test: str  # `McNemar, exact` or `paired permutation`
+    n: int  # number of rows
+    difference: float  # first minus second value of the metric, mean over seeds
+    low: float  # lower end of the 95% interval of the difference, by a bootstrap over rows
+    high: float  # upper end of it
+    p: float  # two-sided
+    # rows that only the first method has correct, summed over seeds; None for other metrics
     only_first: int | None = None
-    only_second: int | None = None
-    by_seed: tuple[float, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values for JSON."""
-        return asdict(self)
+    only_second: int | None = None  # rows that only the second has correct
+    by_seed: tuple[float, ...] = ()  # p of McNemar's exact test per seed; empty for other metrics
 
 
 def mcnemar(first: Sequence[int], second: Sequence[int]) -> tuple[int, int, float]:

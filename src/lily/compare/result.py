@@ -25,45 +25,26 @@ SCALES = ("scaling", "lora_alpha", "alpha")
 
 @dataclass(frozen=True)
 class Entry:
-    """A method's figures, mean over its seeds.
+    """A method's figures, mean over its seeds."""
 
-    Attributes:
-        name: of the method, such as `lily:batch`.
-        title: for people.
-        seeds: of its runs.
-        values: metric -> a value per seed, of the best adapter on the held-out rows.
-        tests: further test set -> metric -> a value per seed.
-        last: main metric after the last epoch, on the validation rows, per seed.
-        best: main metric of the best epoch, on the validation rows, per seed.
-        history: (optimizer step, main metric on the validation rows, mean over seeds).
-        forgetting: increase of the loss on general text, in nats per token, for each seed that measured it.
-        rank: of its updates; None where it has none.
-        parameters: number that train, without a new head's; the head's, where it alone trains.
-        learning_rate: of the adapter.
-        scale: option that multiplies the update, and its value.
-        seconds: of training.
-        peak_bytes: of memory.
-        adapter_bytes: size of the adapter's file.
-        test: paired test against the first method, on the same rows.
-    """
-
-    name: str
-    title: str
-    seeds: tuple[int, ...]
-    values: dict[str, tuple[float, ...]]
-    tests: dict[str, dict[str, tuple[float, ...]]]
-    last: tuple[float, ...]
-    best: tuple[float, ...]
-    history: tuple[tuple[float, float], ...]
+    name: str  # of the method, such as `lily:batch`
+    title: str  # for people
+    seeds: tuple[int, ...]  # of its runs
+    values: dict[str, tuple[float, ...]]  # metric -> a value per seed, of the best adapter on the held-out rows
+    tests: dict[str, dict[str, tuple[float, ...]]]  # further test set -> metric -> a value per seed
+    last: tuple[float, ...]  # main metric after the last epoch, on the validation rows, per seed
+    best: tuple[float, ...]  # main metric of the best epoch, on the validation rows, per seed
+    history: tuple[tuple[float, float], ...]  # (optimizer step, main metric on the validation rows, mean over seeds)
+    # increase of the loss on general text, in nats per token, for each seed that measured it
     forgetting: tuple[float, ...]
-    rank: int | None
-    parameters: int
-    learning_rate: float
-    scale: tuple[str, float] | None
-    seconds: float
-    peak_bytes: float
-    adapter_bytes: float
-    test: Paired | None = None
+    rank: int | None  # of its updates; None where it has none
+    parameters: int  # number that train, without a new head's; the head's, where it alone trains
+    learning_rate: float  # of the adapter
+    scale: tuple[str, float] | None  # option that multiplies the update, and its value
+    seconds: float  # of training
+    peak_bytes: float  # of memory
+    adapter_bytes: float  # size of the adapter's file
+    test: Paired | None = None  # paired test against the first method, on the same rows
 
     def mean(self, metric: str) -> float:
         """Over the seeds."""
@@ -76,41 +57,24 @@ class Entry:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The figures of a comparison; `comparison.json` is this.
+    """The figures of a comparison; `comparison.json` is this."""
 
-    Attributes:
-        name: of the recipe.
-        task: its task.
-        metric: the main one, which chose the best epochs.
-        metrics: all of them.
-        split: that they are measured on.
-        rows: number in that split.
-        trained_on: number of training rows.
-        untrained: metric -> values of the model before training, by seed (a new head differs by seed).
-        untrained_tests: further test set -> the same.
-        entries: the methods, in the order of `--methods`.
-        device: of the first run.
-        precision: of the first run.
-        versions: of the packages of the first run.
-        setting: options of the comparison: budget, seeds, tuning.
-        failed: run, or method all of whose trials failed -> the reason.
-    """
-
-    name: str
-    task: str
-    metric: str
-    metrics: tuple[str, ...]
-    split: str
-    rows: int
-    trained_on: int
+    name: str  # of the recipe
+    task: str  # its task
+    metric: str  # the main one, which chose the best epochs
+    metrics: tuple[str, ...]  # all of them
+    split: str  # that they are measured on
+    rows: int  # number in that split
+    trained_on: int  # number of training rows
+    # metric -> values of the model before training, by seed (a new head differs by seed)
     untrained: dict[str, tuple[float, ...]]
-    untrained_tests: dict[str, dict[str, tuple[float, ...]]]
-    entries: tuple[Entry, ...]
-    device: str
-    precision: str
-    versions: dict[str, str]
-    setting: dict[str, Any]
-    failed: dict[str, str]
+    untrained_tests: dict[str, dict[str, tuple[float, ...]]]  # further test set -> the same
+    entries: tuple[Entry, ...]  # the methods, in the order of `--methods`
+    device: str  # of the first run
+    precision: str  # of the first run
+    versions: dict[str, str]  # of the packages of the first run
+    setting: dict[str, Any]  # options of the comparison: budget, seeds, tuning
+    failed: dict[str, str]  # run, or method all of whose trials failed -> the reason
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values for JSON."""
@@ -143,18 +107,19 @@ def read(folder: Path, setting: dict[str, Any] | None = None, failed: dict[str, 
         LilyError: if it holds no finished run, or runs on different recipes or rows.
     """
     runs = sorted((p.parent for p in (folder / "runs").glob(f"*/*/{METRICS}")), key=lambda p: (len(p.name), p.name))
-    kept = _kept(folder)
-    setting = setting if setting is not None else kept.get("setting", {})
+    file = folder / "comparison.json"
+    kept = json_object(file) if file.is_file() else {}
+    setting = kept.get("setting", {}) if setting is None else setting
+    failed = kept.get("failed", {}) if failed is None else failed
     methods, seeds = setting.get("methods"), setting.get("seeds")
     if methods is not None:  # the folder may hold other methods, of an earlier command
-        lost = kept.get("failed", {}) if failed is None else failed
-        compared = {name.replace(":", "-") for name in methods if name not in lost}
+        compared = {name.replace(":", "-") for name in methods if name not in failed}
         runs = [r for r in runs if r.parent.name in compared and int(r.name) in (seeds or [int(r.name)])]
     if not runs:
         raise LilyError(f"{folder} holds no finished run of a comparison")
     figures_of = {run: json_object(run / METRICS) for run in runs}
     try:
-        return _comparison(figures_of, setting, failed if failed is not None else kept.get("failed", {}), folder)
+        return _comparison(figures_of, setting, failed, folder)
     except LilyError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -261,8 +226,3 @@ def _tested(entry: Entry, mine: dict[int, Items], reference: Entry, theirs: dict
 def _items(run: Path) -> Items:
     file = run / PREDICTIONS
     return cast(Items, json_object(file).get("items", {})) if file.is_file() else {}
-
-
-def _kept(folder: Path) -> dict[str, Any]:
-    file = folder / "comparison.json"
-    return json_object(file) if file.is_file() else {}

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from lily.analysis.seeds import spread
 from lily.compare.result import Comparison, Entry
+from lily.io import tables as text_tables
 from lily.recipes.scoring.metrics import LOWER_IS_BETTER, shown
 from lily.recipes.spec.schema import MEAN
 
@@ -110,7 +111,8 @@ def markdown(comparison: Comparison) -> str:
     """The comparison as Markdown."""
     lines = [f"# {comparison.name}: {' / '.join(entry.title for entry in comparison.entries)}", ""]
     lines += [line for sentence in words(comparison)[:1] for line in (sentence, "")]
-    lines += [*as_markdown(quality(comparison)), "", *as_markdown(costs(comparison)), ""]
+    for header, *rows in (quality(comparison), costs(comparison)):
+        lines += [text_tables.markdown(header, rows), ""]
     lines += [line for sentence in words(comparison)[1:] for line in (sentence, "")]
     return "\n".join(lines)
 
@@ -123,7 +125,7 @@ def summary(comparisons: Sequence[Comparison]) -> str:
     """
     titles = list(dict.fromkeys(_column(entry) for comparison in comparisons for entry in comparison.entries))
     head = ["task", "metric", "rows", "seeds", UNTRAINED, *titles, "parameters (Lily)"]
-    lines = [head]
+    lines = []
     for comparison in comparisons:
         by_sets = MEAN in comparison.untrained_tests
         cells = {}
@@ -140,15 +142,9 @@ def summary(comparisons: Sequence[Comparison]) -> str:
             [comparison.name, comparison.metric, rows, str(seeds), before, *(cells.get(t, "") for t in titles),
              f"{lily.parameters:,}"]
         )  # fmt: skip
-    return "\n".join(as_markdown(lines))
+    return text_tables.markdown(head, lines)
 
 
 def _column(entry: Entry) -> str:
     """Lily at its default routing is one column, though the routing depends on the task."""
     return "Lily" if entry.name == "lily" else entry.title
-
-
-def as_markdown(table: Table) -> list[str]:
-    """The lines of a Markdown table."""
-    lines = [table[0], ["---"] * len(table[0]), *table[1:]]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]

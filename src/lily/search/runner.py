@@ -32,21 +32,14 @@ Announce = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Job:
-    """One run.
+    """One run."""
 
-    Attributes:
-        name: such as `lora/0`.
-        recipe: what to train.
-        folder: where to write it.
-        trial: whether it serves to choose settings, and so does not read the test rows.
-        until: optimizer steps; it stops at the first evaluation from there on, and a later job resumes it. None: it is
-            trained to the end.
-    """
-
-    name: str
-    recipe: Recipe
-    folder: Path
-    trial: bool = False
+    name: str  # such as `lora/0`
+    recipe: Recipe  # what to train
+    folder: Path  # where to write it
+    trial: bool = False  # whether it serves to choose settings, and so does not read the test rows
+    # optimizer steps; it stops at the first evaluation from there on, and a later job resumes it. None: it is trained
+    # to the end
     until: int | None = None
 
     @property
@@ -76,15 +69,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended.
+    """How a run ended."""
 
-    Attributes:
-        figures: its `metrics.json`; None: it failed.
-        error: why it failed.
-    """
-
-    figures: dict[str, Any] | None
-    error: str | None = None
+    figures: dict[str, Any] | None  # its `metrics.json`; None: it failed
+    error: str | None = None  # why it failed
 
     @property
     def validation(self) -> float | None:

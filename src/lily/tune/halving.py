@@ -18,15 +18,10 @@ Entrant = TypeVar("Entrant", bound=Hashable)
 
 @dataclass(frozen=True)
 class Rung:
-    """A stage.
+    """A stage."""
 
-    Attributes:
-        until: optimizer steps at which it ends; None: the end of training.
-        keep: number of runs that continue after it.
-    """
-
-    until: int | None
-    keep: int
+    until: int | None  # optimizer steps at which it ends; None: the end of training
+    keep: int  # number of runs that continue after it
 
 
 def rungs(count: int, steps: int, factor: int = 2, survivors: int = 2) -> tuple[Rung, ...]:

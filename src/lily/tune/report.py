@@ -6,8 +6,8 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
+from lily.io.tables import terminal
 from lily.recipes.scoring.metrics import shown
 from lily.tune.run import TuneResult, ranked_trials
 from lily.tune.study import TrialResult
@@ -21,9 +21,8 @@ def print_tuned(result: TuneResult, output: Path, console: Console) -> None:
     knobs = result.space.knobs
     title = f"{result.name}, {result.method}: {len(result.trials)} trials on {result.rows:,} validation rows"
     more = ["forgetting"] if measured else []
-    table = Table("trial", *knobs, result.metric, *more, "steps", "", title=escape(title))
-    for trial in ranked_trials(result.trials, result.metric)[:MOST]:
-        cells = [
+    rows = [
+        [
             str(trial.number + 1),
             *(_value(trial.values.get(name)) for name in knobs),
             shown(result.metric, trial.value),
@@ -31,8 +30,10 @@ def print_tuned(result: TuneResult, output: Path, console: Console) -> None:
             str(trial.steps),
             _state(trial, result),
         ]
-        table.add_row(*map(escape, cells))
-    console.print(table)
+        for trial in ranked_trials(result.trials, result.metric)[:MOST]
+    ]
+    heads = ("trial", *knobs, result.metric, *more, "steps", "")
+    console.print(terminal(heads, rows, title=escape(title)))
     if failed := sum(trial.state == "failed" for trial in result.trials):
         console.print(escape(f"{failed} trials failed; see the reasons in {output / 'tune.json'}"), soft_wrap=True)
     console.print("own: the recipe's own values", highlight=False)
@@ -45,8 +46,8 @@ def print_tuned(result: TuneResult, output: Path, console: Console) -> None:
         console.print("No trial is complete (and within --max-forgetting): increase --trials")
         return
     console.print(escape(f"best recipe: {result.recipe}    figures: {output / 'tune.json'}"), soft_wrap=True)
-    rows = "the test rows, which no trial has seen" if result.tested else "the validation rows, which chose it"
-    console.print(escape(f"lily train {result.recipe}    trains it and evaluates it on {rows}"), soft_wrap=True)
+    which = "the test rows, which no trial has seen" if result.tested else "the validation rows, which chose it"
+    console.print(escape(f"lily train {result.recipe}    trains it and evaluates it on {which}"), soft_wrap=True)
     if not result.tested:
         console.print("The recipe has no test rows: expect a worse result on rows that were not used to choose.")
 

@@ -6,7 +6,7 @@ import gc
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +78,10 @@ class TuneResult:
     rows: int
     tested: bool
     space: Space
-    trials: tuple[TrialResult, ...]
-    best: TrialResult | None
-    importance: dict[str, float]
-    recipe: Path | None
+    trials: tuple[TrialResult, ...] = ()
+    best: TrialResult | None = None
+    importance: dict[str, float] = field(default_factory=dict)
+    recipe: Path | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values for JSON."""
@@ -92,28 +92,25 @@ class TuneResult:
             "rows": self.rows,
             "tested": self.tested,
             "space": self.space.to_dict(),
-            "best": None if self.best is None else self.best.to_dict(),
+            "best": None if self.best is None else asdict(self.best),
             "importance": self.importance,
-            "trials": [trial.to_dict() for trial in self.trials],
+            "trials": [asdict(trial) for trial in self.trials],
         }
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A recipe with its search space, after all checks; `every` is how often a trial is evaluated."""
+    """A recipe after all checks, and what the result says before the first trial."""
 
     recipe: Recipe
-    space: Space
-    every: int | str
+    result: TuneResult
+    every: int | str  # how often a trial is evaluated
     steps: int
-    rows: int
-    tested: bool
-    metric: str
 
     def sections(self, values: Values) -> dict[str, dict[str, Any]]:
         """What a trial changes of the recipe."""
         more = {} if self.every == self.recipe.train.evaluate_every else {"train": {"evaluate_every": self.every}}
-        return {**changes(self.space, values), **more}
+        return {**changes(self.result.space, values), **more}
 
 
 def output_folder(recipe: Recipe) -> Path:
@@ -163,10 +160,9 @@ def prepare(recipe: Recipe, options: TuneOptions) -> Prepared:
         budget=options.budget,
         grid=options.grid,
     )
-    rows, splits = len(prepared.train), prepared.splits
-    metric = metric_tools.metrics_of(recipe)[0]
-    every, steps = cadence(recipe, rows), steps_of(recipe, rows)
-    return Prepared(recipe, space, every, steps, len(splits.validation), bool(splits.test), metric)
+    rows, splits, metric = len(prepared.train), prepared.splits, metric_tools.metrics_of(recipe)[0]
+    result = TuneResult(recipe.name, recipe.method, metric, len(splits.validation), bool(splits.test), space)
+    return Prepared(recipe, result, cadence(recipe, rows), steps_of(recipe, rows))
 
 
 def tune(
@@ -201,7 +197,7 @@ def tune(
         OSError: names a path, when the disk is full; the next call repeats the trial.
     """
     prepared = prepare(recipe, options)
-    space, metric, recipe = prepared.space, prepared.metric, prepared.recipe
+    space, metric = prepared.result.space, prepared.result.metric
     for note in space.notes:
         announce(f"note: {note}")
     settings = {"recipe": recipe.model_dump(mode="json"), "space": space.to_dict(), "every": prepared.every}
@@ -265,8 +261,9 @@ def _train(recipe: Recipe, trial: RunningTrial, metric: str, where: Path, keep: 
     except Exception as error:  # out of memory for one shape, for example: the search continues with the next trial
         if isinstance(error, OSError) or (isinstance(error, SafetensorError) and disk_error(error) is not None):
             raise  # not caused by the trial, which is repeated by the next command
-        reason = _reason(error)
-        trial.fail(reason)
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        reason = first if isinstance(error, LilyError) else f"{type(error).__name__}: {first}".removesuffix(": ")
+        trial.end(None, "failed", reason=reason)
         folder.remove_weights(where)
         return f"failed: {reason}"
     finally:
@@ -284,44 +281,28 @@ def _train(recipe: Recipe, trial: RunningTrial, metric: str, where: Path, keep: 
     return f"{metric} {shown(metric, value)}" + (", stopped early: worse than the median" if trial.stopped else "")
 
 
-def _reason(error: Exception) -> str:
-    """An error in one line."""
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return first if isinstance(error, LilyError) else f"{type(error).__name__}: {first}".removesuffix(": ")
-
-
 def _write(
     prepared: Prepared, study: Study, output: Path, options: TuneOptions, source: str | None, overrides: Sequence[str]
 ) -> TuneResult:
-    recipe, trials = prepared.recipe, tuple(study.trials)
-    best = best_trial(trials, prepared.metric, options.max_forgetting)
-    result = TuneResult(
-        name=recipe.name,
-        method=recipe.method,
-        metric=prepared.metric,
-        rows=prepared.rows,
-        tested=prepared.tested,
-        space=prepared.space,
-        trials=trials,
-        best=best,
-        importance=study.importance(),
-        recipe=None if best is None else output / BEST,
-    )
+    trials = tuple(study.trials)
+    result = replace(prepared.result, trials=trials, importance=study.importance())
+    if (best := best_trial(trials, result.metric, options.max_forgetting)) is not None:
+        result = replace(result, best=best, recipe=output / BEST)
     write_text(output / RESULT, json.dumps(result.to_dict(), indent=2))
     if best is not None:
-        write_text(output / BEST, _best_recipe(prepared, best, len(trials), source, overrides))
+        write_text(output / BEST, _best_recipe(prepared, best, result, source, overrides))
     return result
 
 
 def _best_recipe(
-    prepared: Prepared, best: TrialResult, trials: int, source: str | None, overrides: Sequence[str]
+    prepared: Prepared, best: TrialResult, result: TuneResult, source: str | None, overrides: Sequence[str]
 ) -> str:
     """The text of a recipe with the best values: one that extends `source`, or a complete one."""
     sections = prepared.sections(best.values)
     own = {
-        "name": f"{prepared.recipe.name}-tuned",
-        "description": f"{prepared.recipe.name} with the values of trial {best.number + 1} of {trials} of lily tune: "
-        f"{prepared.metric} {shown(prepared.metric, best.value)} on {prepared.rows:,} validation rows.",
+        "name": f"{result.name}-tuned",
+        "description": f"{result.name} with the values of trial {best.number + 1} of {len(result.trials)} of "
+        f"lily tune: {result.metric} {shown(result.metric, best.value)} on {result.rows:,} validation rows.",
         "output": "runs/{name}-{method}-{seed}",
     }
     if source is None:

@@ -34,36 +34,22 @@ Values = dict[str, float | str]
 
 @dataclass(frozen=True)
 class Range:
-    """A knob with values between two bounds, on a logarithmic scale.
+    """A knob with values between two bounds, on a logarithmic scale."""
 
-    Attributes:
-        low: smallest value.
-        high: largest value.
-        start: the recipe's own value, tried first.
-    """
-
-    low: float
-    high: float
-    start: float
+    low: float  # smallest value
+    high: float  # largest value
+    start: float  # the recipe's own value, tried first
 
 
 @dataclass(frozen=True)
 class AdapterShape:
-    """One way to spend the budget.
+    """One way to spend the budget."""
 
-    Attributes:
-        r: rank.
-        num_A: A per group; None: `stride_A` is given instead.
-        stride_A: layers per A.
-        num_B: experts per group.
-        parameters: trained parameters of an adapter of this shape.
-    """
-
-    r: int
-    num_A: int | None
-    stride_A: int | None
-    num_B: int
-    parameters: int
+    r: int  # rank
+    num_A: int | None  # A per group; None: `stride_A` is given instead
+    stride_A: int | None  # layers per A
+    num_B: int  # experts per group
+    parameters: int  # trained parameters of an adapter of this shape
 
     @property
     def name(self) -> str:
@@ -74,19 +60,12 @@ class AdapterShape:
 
 @dataclass(frozen=True)
 class Space:
-    """The values that are searched.
+    """The values that are searched."""
 
-    Attributes:
-        method: one of `KNOBS`.
-        ranges: knob -> range of its values.
-        shapes: to choose from, the recipe's own first; empty: the shape is not searched.
-        notes: what is not searched, and why.
-    """
-
-    method: str
-    ranges: Mapping[str, Range]
-    shapes: tuple[AdapterShape, ...] = ()
-    notes: tuple[str, ...] = field(default=(), compare=False)
+    method: str  # one of `KNOBS`
+    ranges: Mapping[str, Range]  # knob -> range of its values
+    shapes: tuple[AdapterShape, ...] = ()  # to choose from, the recipe's own first; empty: the shape is not searched
+    notes: tuple[str, ...] = field(default=(), compare=False)  # what is not searched, and why
 
     @property
     def knobs(self) -> tuple[str, ...]:
@@ -174,7 +153,8 @@ def shapes_of(
     Raises:
         LilyError: if no shape fits.
     """
-    own = _own(decided)
+    choice = decided.choice
+    own = AdapterShape(choice.r, choice.num_A, choice.stride_A, choice.num_B, decided.plan.parameters.total)
     most = own.parameters if budget is None else parse_count(budget)
     depth = max(len(group.members) for group in decided.plan.groups)
     counts = [n for n in COUNTS if n <= depth]
@@ -198,11 +178,6 @@ def shapes_of(
         raise LilyError(f"no shape uses {most:,} parameters well; give another budget with --params")
     same = (own.r, own.parameters, own.num_B)
     return (*first, *(s for s in bought if not first or (s.r, s.parameters, s.num_B) != same))
-
-
-def _own(decided: Decided) -> AdapterShape:
-    choice = decided.choice
-    return AdapterShape(choice.r, choice.num_A, choice.stride_A, choice.num_B, decided.plan.parameters.total)
 
 
 def _range(name: str, recipe: Recipe, config: Any, bounds: tuple[float, float] | None) -> Range:
@@ -267,13 +242,9 @@ def cadence(recipe: Recipe, rows: int, least: int = EVALUATIONS) -> int | str:
         least: least number of evaluations in a run.
     """
     every, total = recipe.train.evaluate_every, steps_of(recipe, rows)
-    epochs = total / steps_of(recipe.model_copy(update={"train": _one_epoch(recipe)}), rows)
+    epochs = total / steps_of(changed(recipe, {"train": {"epochs": 1.0, "max_steps": None}}), rows)
     evaluations = epochs if every == "epoch" else total / every
     return every if evaluations >= least or recipe.train.packing else max(1, total // least)
-
-
-def _one_epoch(recipe: Recipe) -> Any:
-    return recipe.train.model_copy(update={"epochs": 1.0, "max_steps": None})
 
 
 def parse_ranges(texts: Iterable[str]) -> dict[str, tuple[float, float]]:

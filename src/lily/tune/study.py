@@ -9,12 +9,10 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
@@ -38,33 +36,17 @@ STATES = {
 
 @dataclass(frozen=True)
 class TrialResult:
-    """One trial.
+    """One trial."""
 
-    Attributes:
-        number: counted from 0.
-        state: complete, stopped (early, because it was worse than the median), diverged, failed or running.
-        values: knob -> value.
-        value: main metric on the validation rows, of its best adapter; None: it was not evaluated.
-        steps: optimizer steps.
-        seconds: of training.
-        parameters: of the adapter.
-        forgetting: increase of the loss on general text; None: not measured.
-        reason: why it failed, or empty.
-    """
-
-    number: int
-    state: str
-    values: Values
-    value: float | None = None
-    steps: int = 0
-    seconds: float = 0.0
-    parameters: int = 0
-    forgetting: float | None = None
-    reason: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values for JSON."""
-        return asdict(self)
+    number: int  # counted from 0
+    state: str  # complete, stopped (early, because it was worse than the median), diverged, failed or running
+    values: Values  # knob -> value
+    value: float | None = None  # main metric on the validation rows, of its best adapter; None: it was not evaluated
+    steps: int = 0  # optimizer steps
+    seconds: float = 0.0  # of training
+    parameters: int = 0  # of the adapter
+    forgetting: float | None = None  # increase of the loss on general text; None: not measured
+    reason: str = ""  # why it failed, or empty
 
 
 class Study:
@@ -82,8 +64,6 @@ class Study:
 
     def __init__(self, folder: Path, space: Space, metric: str, seed: int) -> None:
         self.space, self.metric, self.seed = space, metric, seed
-        self._distributions = distributions(space)
-        self._first_steps = 0
         file = folder / JOURNAL
         _mend(file)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -132,8 +112,10 @@ class Study:
         if not running and number == 0:
             self._study.enqueue_trial(self.space.start)
         trial = Trial(self._study, running[0]._trial_id) if running else self._study.ask()
-        for name, distribution in self._distributions.items():
-            _suggest(trial, name, distribution)
+        for name, knob in self.space.ranges.items():
+            trial.suggest_float(name, knob.low, knob.high, log=True)
+        if self.space.shapes:
+            trial.suggest_categorical("shape", [shape.name for shape in self.space.shapes])
         return RunningTrial(self._study, trial, self.metric)
 
     def importance(self) -> dict[str, float]:
@@ -182,17 +164,12 @@ class RunningTrial:
             self._trial.set_user_attr("stopped", True)
         return self.stopped
 
-    def fail(self, reason: str) -> None:
-        """Record why it failed. The search does not learn from it, and does not repeat it."""
-        self._trial.set_user_attr("reason", reason)
-        self._study.tell(self._trial, state=TrialState.FAIL)
-
-    def end(self, value: float | None, state: str, **figures: float | int | None) -> None:
-        """Record how it ended.
+    def end(self, value: float | None, state: str, **figures: float | int | str | None) -> None:
+        """Record how it ended. The search does not learn from a trial that failed, and does not repeat it.
 
         Args:
             value: main metric of its best adapter.
-            state: complete, stopped or diverged.
+            state: complete, stopped, diverged or failed.
             figures: further attributes of `TrialResult`.
         """
         for name, figure in figures.items():
@@ -204,36 +181,17 @@ class RunningTrial:
         if state == "complete" and value is not None and math.isfinite(value):
             self._study.tell(self._trial, value)
         else:
-            self._study.tell(self._trial, state=TrialState.PRUNED)
-
-
-def distributions(space: Space) -> dict[str, BaseDistribution]:
-    """A space as Optuna's distributions."""
-    by_knob: dict[str, BaseDistribution] = {
-        name: FloatDistribution(knob.low, knob.high, log=True) for name, knob in space.ranges.items()
-    }
-    if space.shapes:
-        by_knob["shape"] = CategoricalDistribution([shape.name for shape in space.shapes])
-    return by_knob
-
-
-def _suggest(trial: Trial, name: str, distribution: BaseDistribution) -> None:
-    if isinstance(distribution, FloatDistribution):
-        trial.suggest_float(name, distribution.low, distribution.high, log=distribution.log)
-    elif isinstance(distribution, CategoricalDistribution):
-        trial.suggest_categorical(name, distribution.choices)
+            self._study.tell(self._trial, state=TrialState.FAIL if state == "failed" else TrialState.PRUNED)
 
 
 def _result(trial: FrozenTrial) -> TrialResult:
     figures = trial.user_attrs
-    state = "diverged" if figures.get("diverged") else STATES.get(trial.state, "waiting")
-    steps = max(trial.intermediate_values, default=0)
     return TrialResult(
         number=trial.number,
-        state=state,
+        state="diverged" if figures.get("diverged") else STATES.get(trial.state, "waiting"),
         values=dict(trial.params),
         value=figures.get("value"),
-        steps=int(steps),
+        steps=int(max(trial.intermediate_values, default=0)),
         seconds=float(figures.get("seconds", 0.0)),
         parameters=int(figures.get("parameters", 0)),
         forgetting=figures.get("forgetting"),

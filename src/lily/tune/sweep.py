@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,79 +32,46 @@ Run = tuple[int, AdapterShape]  # index of the rung, shape
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """Options of a sweep.
+    """Options of a sweep."""
 
-    Attributes:
-        budget: parameters that a shape may cost; None: what the recipe's own shape costs.
-        grid: combine every num_A with every num_B; otherwise num_A = num_B.
-        most: largest number of shapes; of more, the recipe's own and others spread evenly over the ranks are taken.
-        seeds: number of seeds per shape, counted up from the recipe's.
-        halving: stop the worse half at every rung, by the validation rows.
-        lora: also train LoRA of equal size.
-        jobs: runs at the same time.
-        threads: CPU threads per run.
-    """
-
-    budget: str | int | None = None
-    grid: bool = False
+    budget: str | int | None = None  # parameters that a shape may cost; None: what the recipe's own shape costs
+    grid: bool = False  # combine every num_A with every num_B; otherwise num_A = num_B
+    # largest number of shapes; of more, the recipe's own and others spread evenly over the ranks are taken
     most: int = 8
-    seeds: int = 1
-    halving: bool = False
-    lora: bool = False
-    jobs: int = 1
-    threads: int = 1
+    seeds: int = 1  # number of seeds per shape, counted up from the recipe's
+    halving: bool = False  # stop the worse half at every rung, by the validation rows
+    lora: bool = False  # also train LoRA of equal size
+    jobs: int = 1  # runs at the same time
+    threads: int = 1  # CPU threads per run
 
 
 @dataclass(frozen=True)
 class ShapeResult:
-    """The figures of a shape, or of LoRA.
+    """The figures of a shape, or of LoRA."""
 
-    Attributes:
-        name: of the shape, or `lora`.
-        r: rank.
-        num_A: A per group; None: LoRA, or a shape with `stride_A`.
-        num_B: experts per group; None: LoRA.
-        parameters: number that train.
-        validation: main metric on the validation rows, of the best adapter, per seed.
-        held_out: main metric on the held-out rows, per seed; empty: stopped before the end.
-        forgetting: increase of the loss on general text, per seed; empty: not measured.
-        steps: optimizer steps.
-        failed: seeds whose runs failed.
-    """
-
-    name: str
-    r: int
-    num_A: int | None
-    num_B: int | None
-    parameters: int
-    validation: tuple[float, ...]
-    held_out: tuple[float, ...]
-    forgetting: tuple[float, ...]
-    steps: int
-    failed: tuple[int, ...] = ()
+    name: str  # of the shape, or `lora`
+    r: int  # rank
+    num_A: int | None  # A per group; None: LoRA, or a shape with `stride_A`
+    num_B: int | None  # experts per group; None: LoRA
+    parameters: int  # number that train
+    validation: tuple[float, ...]  # main metric on the validation rows, of the best adapter, per seed
+    held_out: tuple[float, ...]  # main metric on the held-out rows, per seed; empty: stopped before the end
+    forgetting: tuple[float, ...]  # increase of the loss on general text, per seed; empty: not measured
+    steps: int  # optimizer steps
+    failed: tuple[int, ...] = ()  # seeds whose runs failed
 
 
 @dataclass(frozen=True)
 class Granularity:
-    """The result of a sweep; `granularity.json` is this.
+    """The result of a sweep; `granularity.json` is this."""
 
-    Attributes:
-        name: of the recipe.
-        metric: its main metric.
-        split: that `held_out` was measured on.
-        rows: number in that split.
-        budget: in parameters.
-        seeds: of every entry.
-        entries: by falling rank; LoRA last.
-    """
-
-    name: str
-    metric: str
-    split: str
-    rows: int
-    budget: int
-    seeds: tuple[int, ...]
-    entries: tuple[ShapeResult, ...]
+    name: str  # of the recipe
+    metric: str  # its main metric
+    split: str  # that `held_out` was measured on
+    rows: int  # number in that split
+    budget: int  # in parameters
+    seeds: tuple[int, ...]  # of every entry
+    entries: tuple[ShapeResult, ...] = ()  # by falling rank; LoRA last
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values for JSON."""
@@ -113,17 +80,13 @@ class Granularity:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep after all checks."""
+    """A sweep after all checks, and what the result says before the first run."""
 
     recipe: Recipe
     shapes: tuple[AdapterShape, ...]
     lora: AdapterShape | None
     rungs: tuple[halving.Rung, ...]
-    seeds: tuple[int, ...]
-    budget: int
-    metric: str
-    split: str
-    rows: int
+    result: Granularity
 
     def job(self, shape: AdapterShape, seed: int, output: Path, rung: halving.Rung) -> Job:
         """One run, up to the end of a rung."""
@@ -172,19 +135,15 @@ def prepare(recipe: Recipe, options: SweepOptions) -> Sweep:
         # a run with early stopping might not reach its rung
         train = {"evaluate_every": cadence(recipe, rows, least=2 ** (len(stages) - 1)), "early_stopping": None}
         recipe = changed(recipe, {"train": train})
-    lora = _lora(recipe, shapes, prepared.meta) if options.lora else None
-    splits, split = prepared.splits, "test" if prepared.splits.test else "validation"
-    return Sweep(
-        recipe,
-        shapes,
-        lora,
-        stages,
-        tuple(recipe.seed + i for i in range(options.seeds)),
-        max(shape.parameters for shape in shapes),
-        metric_tools.metrics_of(recipe)[0],
-        split,
-        len(splits.held_out),
-    )
+    largest, lora = max(shapes, key=lambda shape: shape.parameters), None
+    if options.lora:  # of the largest rank with no more parameters
+        like = changed(recipe, {"lily": shape_keys(largest)}, method="lora")
+        config: Any = methods.peft_config(like, prepared.meta)
+        lora = AdapterShape(config.r, None, None, 0, 0)
+    split, held_out = "test" if prepared.splits.test else "validation", len(prepared.splits.held_out)
+    metric, seeds = metric_tools.metrics_of(recipe)[0], tuple(recipe.seed + i for i in range(options.seeds))
+    result = Granularity(recipe.name, metric, split, held_out, largest.parameters, seeds)
+    return Sweep(recipe, shapes, lora, stages, result)
 
 
 def thinned(shapes: Sequence[AdapterShape], most: int) -> tuple[AdapterShape, ...]:
@@ -198,14 +157,6 @@ def thinned(shapes: Sequence[AdapterShape], most: int) -> tuple[AdapterShape, ..
         indices.remove(min(indices, key=lambda index: abs(index - own)))
         indices.add(own)
     return tuple(ordered[index] for index in sorted(indices))
-
-
-def _lora(recipe: Recipe, shapes: Sequence[AdapterShape], meta: Any) -> AdapterShape:
-    """LoRA of the largest rank with no more parameters than the largest shape."""
-    largest = max(shapes, key=lambda shape: shape.parameters)
-    like = changed(recipe, {"lily": shape_keys(largest)}, method="lora")
-    config: Any = methods.peft_config(like, meta)
-    return AdapterShape(config.r, None, None, 0, 0)
 
 
 def sweep(
@@ -228,7 +179,7 @@ def sweep(
         KeyboardInterrupt: at Ctrl-C, and SystemExit at SIGTERM, when every run has written its checkpoint.
     """
     prepared = prepare(recipe, options)
-    shapes, stages, seeds = prepared.shapes, prepared.rungs, prepared.seeds
+    shapes, stages, seeds = prepared.shapes, prepared.rungs, prepared.result.seeds
     settings = {
         "recipe": prepared.recipe.model_dump(mode="json"),
         "shapes": [asdict(shape) for shape in shapes],
@@ -240,7 +191,7 @@ def sweep(
     failed: dict[str, tuple[int, ...]] = {}
 
     def propose(values: Mapping[Run, float | None]) -> list[Run]:
-        runs = halving.next_runs(values, stages, shapes, prepared.metric)
+        runs = halving.next_runs(values, stages, shapes, prepared.result.metric)
         last = runs and stages[runs[0][0]].until is None
         return [*runs, (runs[0][0], prepared.lora)] if last and prepared.lora else runs
 
@@ -264,9 +215,7 @@ def sweep(
         search(propose, run_rung)
         listed = [*shapes, *([prepared.lora] if prepared.lora else [])]
         entries = tuple(_read(shape, prepared, output, failed.get(prepared.name_of(shape), ())) for shape in listed)
-        result = Granularity(
-            prepared.recipe.name, prepared.metric, prepared.split, prepared.rows, prepared.budget, seeds, entries
-        )
+        result = replace(prepared.result, entries=entries)
         write_text(output / RESULT, json.dumps(result.to_dict(), indent=2))
     if not any(entry.validation for entry in entries):
         raise LilyError(f"all runs of {recipe.name} failed; see {output / 'logs'}")
@@ -275,18 +224,18 @@ def sweep(
 
 def _read(shape: AdapterShape, sweep: Sweep, output: Path, failed: tuple[int, ...]) -> ShapeResult:
     """A shape's figures, from the files of its runs."""
-    name, is_lora = sweep.name_of(shape), shape is sweep.lora
-    files = [output / RUNS / name / str(seed) / METRICS for seed in sweep.seeds if seed not in failed]
+    name, about = sweep.name_of(shape), sweep.result
+    files = [output / RUNS / name / str(seed) / METRICS for seed in about.seeds if seed not in failed]
     runs = [json.loads(file.read_text("utf-8")) for file in files if file.is_file()]
-    complete = [figures for figures in runs if figures["split"] == sweep.split and figures["before"]]
+    complete = [figures for figures in runs if figures["split"] == about.split and figures["before"]]
     return ShapeResult(
         name=name,
         r=shape.r,
         num_A=shape.num_A,
-        num_B=None if is_lora else shape.num_B,
+        num_B=shape.num_B or None,
         parameters=int(runs[0]["parameters"]["adapter"]) if runs else shape.parameters,
         validation=tuple(float(figures["best"]["value"]) for figures in runs),
-        held_out=tuple(float(figures["final"][sweep.metric]) for figures in complete),
+        held_out=tuple(float(figures["final"][about.metric]) for figures in complete),
         forgetting=tuple(float(figures["forgetting"]["increase"]) for figures in runs if figures.get("forgetting")),
         steps=max((int(figures["history"][-1]["step"]) for figures in runs), default=0),
         failed=failed,

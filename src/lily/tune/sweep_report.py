@@ -7,11 +7,11 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from lily.analysis.granularity import Quality
 from lily.analysis.plots import Picture, quality_plot
 from lily.compare.tables import with_spread
+from lily.io.tables import terminal
 from lily.recipes.scoring.metrics import LOWER_IS_BETTER
 from lily.tune.sweep import LORA, Granularity, ShapeResult
 
@@ -22,9 +22,8 @@ def print_sweep(sweep: Granularity, output: Path, console: Console) -> None:
     more = ["forgetting"] if measured else []
     title = escape(f"{sweep.name}: {sweep.budget:,} parameters, {sweep.rows:,} {sweep.split} rows")
     heads = ("", "r", "num_A", "num_B", "parameters", f"{sweep.metric}, {sweep.split}", "validation", *more, "steps")
-    table = Table(*heads, title=title)
-    for entry in sweep.entries:
-        cells = [
+    rows = [
+        [
             "LoRA" if entry.name == LORA else entry.name,
             str(entry.r),
             str(entry.num_A or ""),
@@ -35,8 +34,9 @@ def print_sweep(sweep: Granularity, output: Path, console: Console) -> None:
             *([_spread("forgetting", entry.forgetting)] if measured else []),
             str(entry.steps),
         ]
-        table.add_row(*cells)
-    console.print(table)
+        for entry in sweep.entries
+    ]
+    console.print(terminal(heads, rows, title=title))
     failed = sum(len(entry.failed) for entry in sweep.entries)
     if failed:
         console.print(escape(f"{failed} runs failed; see {output / 'logs'}"), soft_wrap=True)

@@ -498,7 +498,7 @@ def test_a_pipeline_that_cannot_be_trusted_or_read_is_refused(change, message, t
 def test_a_file_that_is_no_image_is_named(tmp_path, pipes, subject):
     folder = draw_subject(tmp_path / "spoiled")
     (folder / "9.png").write_bytes(b"no image")
-    with pytest.raises(LilyError, match=r"subject.images: .*9\.png: not an image"):
+    with pytest.raises(LilyError, match=r"subject.images: .*9\.png: not a readable image"):
         run.train(recipe(tmp_path, values(pipes["sdxl"], folder, tmp_path / "run")), quiet=True)
     (empty := tmp_path / "empty").mkdir()
     with pytest.raises(LilyError, match="holds no images"):

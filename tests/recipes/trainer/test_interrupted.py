@@ -396,11 +396,11 @@ def test_random_numbers_go_on_where_they_were(tmp_path):
 
 
 def test_a_state_that_is_missing_or_damaged_is_named(tmp_path):
-    with pytest.raises(LilyError, match=r"optimizer\.json is no state of a training"):
+    with pytest.raises(LilyError, match=r"optimizer\.json is not a training state"):
         state_files.load_state(tmp_path, "optimizer")
     state_files.save_state([torch.ones(3)], tmp_path, "optimizer")
     os.truncate(tmp_path / "optimizer.safetensors", 40)
-    with pytest.raises(LilyError, match=r"optimizer\.json is no state of a training"):
+    with pytest.raises(LilyError, match=r"optimizer\.json is not a training state"):
         state_files.load_state(tmp_path, "optimizer")
 
 

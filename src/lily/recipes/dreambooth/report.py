@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lily.io import tables
 from lily.recipes.results import card
 from lily.recipes.spec.dreambooth import DreamBooth
 
@@ -43,7 +44,7 @@ def model_card(recipe: DreamBooth, result: Result) -> str:
         f"An adapter ({', '.join(f'{k} {v}' for k, v in result.adapter.items())}) for `{base}`, trained on "
         f"{result.rows['train']} images of one subject. Prompt: `{recipe.subject.prompt}`.",
         "",
-        *card.markdown_table(["", "loss", "parameters"], rows),
+        tables.markdown(["", "loss", "parameters"], rows),
         "",
         "The loss is that of denoising the training images, with the same noise before and after; it measures how well "
         "the model learned them, not how well it draws.",

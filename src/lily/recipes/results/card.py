@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lily.io import tables
 from lily.io.atomic import write_text
 from lily.recipes import loader, methods, models
 from lily.recipes.scoring import test_sets
@@ -57,11 +58,7 @@ def print_result(result: Result, recipe: Recipe, output: Path, console: Console)
     table.add_row(f"[bold]{method_title(result)}[/]", *values_of(names, final), *costs_of(adapter_costs(result)))
     console.print(table)
     if result.tests:
-        header, lines = _tests(result, recipe)
-        sets = Table(*header)
-        for line in lines:
-            sets.add_row(*map(escape, line))
-        console.print(sets)
+        console.print(tables.terminal(*_tests(result, recipe)))
     if result.forgetting:
         console.print(_forgetting(result))
     for sample in result.samples:
@@ -137,11 +134,6 @@ def method_title(result: Result) -> str:
     return result.method if result.method != "lily" else f"Lily ({result.adapter.get('routing')})"
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table."""
-    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
-
-
 def card_head(recipe: Recipe | DreamBooth, library: str, tags: Sequence[str], *extra: str) -> list[str]:
     """The Hub's front matter, title and description of a model card; `extra`: further lines of front matter."""
     base = [f"base_model: {recipe.model.hub}"] if recipe.model.hub else []
@@ -180,10 +172,10 @@ def card(recipe: Recipe, result: Result) -> str:
         *card_head(recipe, "peft", tags),
         f"{what} ({', '.join(f'{k} {v}' for k, v in result.adapter.items())}) for {base}{bits}, trained on {data}.",
         "",
-        *markdown_table(["", *names], [[name, *values_of(names, v)] for name, v in [*scores, (own, final)]]),
+        tables.markdown(["", *names], [[name, *values_of(names, v)] for name, v in [*scores, (own, final)]]),
         "",
         *([_forgetting(result), ""] if result.forgetting else []),
-        *([*markdown_table(*_tests(result, recipe)), ""] if result.tests else []),
+        *([tables.markdown(*_tests(result, recipe)), ""] if result.tests else []),
         f"On {result.rows[result.split]:,} {result.split} rows; seed {result.seed}; "
         f"trained: {_trained(result)}. "
         f"{f'{chosen[0].upper()}{chosen[1:]}. ' if (chosen := _epochs(result)) else ''}"
