@@ -65,7 +65,7 @@ def collapse_adapter(
     collapse = function_for("collapse", location.recipe)
     with new_folder(output, overwrite) as new:  # first, so that hours of work do not end at a folder that exists
         report: CollapseReport = collapse(
-            location, new, recipe=recipe, calibration=calibration, held_out=held_out, rows=rows, refit_steps=refit_steps
+            location, new, calibration=calibration, held_out=held_out, rows=rows, refit_steps=refit_steps
         )
         kept = kept_recipe(location.path)
         for file in (kept, location.path / LABELS, location.path / "README.md"):
@@ -76,19 +76,12 @@ def collapse_adapter(
 
 
 def collapse_text(
-    location: AdapterFolder,
-    new: Path,
-    *,
-    recipe: str | None,
-    calibration: str | None,
-    held_out: str | None,
-    rows: int,
-    refit_steps: int,
+    location: AdapterFolder, new: Path, *, calibration: str | None, held_out: str | None, rows: int, refit_steps: int
 ) -> CollapseReport:
     """`collapse_adapter` for text and images; writes the adapter into `new`."""
     from lily.deploy.collapse import collapse
 
-    used = Adapter(str(location.path), recipe)
+    used = Adapter(location)
     if used.recipe.method != "lily":
         raise LilyError(f"{location.path} is a {used.recipe.method} adapter; only Lily adapters are collapsed")
     calibrating = used.splits.train if calibration is None else _rows(calibration, used, labeled=False)

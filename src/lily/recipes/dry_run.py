@@ -23,10 +23,8 @@ class RecipeReport:
     """The dry run of a recipe: the recipe as resolved, its plan, and its first example.
 
     Attributes:
-        name: of the recipe.
-        method: of the recipe; the plan is Lily's for every method.
-        recipe: the resolved recipe as YAML.
-        plan: of Lily on the recipe's model.
+        recipe: as YAML.
+        plan: of Lily on the recipe's model, for every method.
         preview: (text, trained) of the first training example; the loss counts where trained is True. Empty if no
             example was read.
     """
@@ -99,7 +97,7 @@ def text_report(recipe: Recipe, batch: int | None, tokens: int | None) -> Recipe
     else:
         prepared = preflight.prepare(recipe)
         model = prepared.meta
-        preview = tuple(tasks.preview(recipe, prepared.processor, prepared.splits.train[0]).segments)
+        preview = tasks.preview(recipe, prepared.processor, prepared.splits.train[0])
     dtype = dtype_of(model.config) if recipe.model.dtype == "auto" else str(recipe.model.dtype)
     size = None
     if recipe.model.quantization != "none":

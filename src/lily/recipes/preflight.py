@@ -58,10 +58,6 @@ class Prepared:
     """A checked run, ready to start.
 
     Attributes:
-        splits: the rows.
-        processor: the tokenizer or image preprocessor.
-        train: encoded training examples.
-        validation: encoded validation examples.
         config: of the adapter; None where there is none (method none).
         meta: the model on the meta device.
         general: encoded texts of other kinds than the task, to measure forgetting on.
@@ -110,8 +106,8 @@ def prepare(recipe: Recipe) -> Prepared:
             tasks.encode(rows, recipe, processor, None, f"the {name} rows")
         if recipe.task == "sft" and "exact_match" in metrics_of(recipe):
             answers.expected_answers(rows, recipe)
-        if recipe.data.choices is not None:
-            choices.check(rows, recipe, processor)
+        for row in rows if recipe.data.choices is not None else ():
+            choices.scored_choices(0, row, recipe, processor)  # for its check of their length
     general = forgetting.general_text(recipe, processor)
     return Prepared(splits, processor, train, validation, config, meta, general)
 
@@ -224,7 +220,7 @@ def check_folder(recipe: Recipe | DreamBooth, output: Path, resume: bool, overwr
         raise LilyError(
             f"output {output} exists; --resume continues it, --overwrite replaces it, output=... names another"
         )
-    foreign = [name for name in names if not _own(name)]
+    foreign = [name for name in names if name not in checkpoints.OWN and not checkpoints.is_leftover(name)]
     if overwrite and foreign:
         raise LilyError(
             f"output {output} holds {foreign[0]}, which no run wrote; move it away, or name another folder with output="
@@ -237,11 +233,6 @@ def check_folder(recipe: Recipe | DreamBooth, output: Path, resume: bool, overwr
             raise LilyError(
                 f"--resume: {'; '.join(changed)}. Give the same recipe again, or start again with --overwrite"
             )
-
-
-def _own(name: str) -> bool:
-    """Whether a run writes a file of this name, or leaves it behind when it is killed."""
-    return name in checkpoints.OWN or checkpoints.is_leftover(name)
 
 
 def changes(then: Recipe | DreamBooth, now: Recipe | DreamBooth, free_keys: Sequence[str] = FREE) -> Iterator[str]:

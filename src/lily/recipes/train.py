@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +18,7 @@ from lily.recipes.methods import other_peft
 from lily.recipes.models.precision import precision_of
 from lily.recipes.preflight import Prepared
 from lily.recipes.results import card
-from lily.recipes.results.result import Result, output_folder
+from lily.recipes.results.result import Result, output_folder, started
 from lily.recipes.scoring import metrics as metric_tools
 from lily.recipes.scoring import test_sets
 from lily.recipes.scoring.inference import place
@@ -69,15 +66,15 @@ def train(
         OSError: naming a path, when the disk is full; the last checkpoint is intact.
         KeyboardInterrupt: at Ctrl-C, and SystemExit at SIGTERM; within training after a checkpoint.
     """
-    started = time.perf_counter()
+    begin = time.perf_counter()
     output = output_folder(recipe)
 
-    def checked() -> tuple[Prepared, _Loaded]:
+    def checked() -> tuple[Prepared, Any, Result]:
         processes.check(recipe)
         preflight.check_folder(recipe, output, resume, overwrite)
         prepared = preflight.prepare(recipe)
         # before the folder is touched, so that unreadable weights write nothing
-        return prepared, _load(recipe, prepared)
+        return prepared, *_load(recipe, prepared)
 
     def begun() -> Path | None:
         checkpoint = checkpoints.last(output) if resume else None
@@ -89,20 +86,20 @@ def train(
         return checkpoint
 
     with other_peft.implementation(recipe):
-        prepared, loaded = processes.in_turn(checked)
+        prepared, model, result = processes.in_turn(checked)
     checkpoint = processes.on_first(begun)
     with other_peft.implementation(recipe), Signals() as signals:
-        result = _run(recipe, prepared, loaded, output, checkpoint, signals, quiet, watch, validation_only)
+        _run(recipe, prepared, model, result, output, checkpoint, signals, quiet, watch, validation_only)
         # written before the baselines too, so that an error there does not lose it
-        _write(result, recipe, output, started)
+        _write(result, recipe, output, begin)
         if recipe.baselines:
             result.baselines = _baselines(recipe, prepared.splits, output, resume, quiet)
-            _write(result, recipe, output, started)
+            _write(result, recipe, output, begin)
     return result
 
 
-def _write(result: Result, recipe: Recipe, output: Path, started: float) -> None:
-    result.seconds["total"] = time.perf_counter() - started
+def _write(result: Result, recipe: Recipe, output: Path, begin: float) -> None:
+    result.seconds["total"] = time.perf_counter() - begin
     result.peak_bytes = max(result.peak_bytes, memory.peak_bytes())
     if not processes.is_first():
         return
@@ -112,20 +109,16 @@ def _write(result: Result, recipe: Recipe, output: Path, started: float) -> None
             card.finish_adapter(output / name, recipe, result)
 
 
-@dataclass(frozen=True)
-class _Loaded:
-    """The untrained model with its adapter, parameters and bytes of the frozen one, and a message about its head."""
-
-    model: Any
-    base_parameters: int
-    base_bytes: int
-    new_head: str | None
-
-
-def _load(recipe: Recipe, prepared: Prepared) -> _Loaded:
+def _load(recipe: Recipe, prepared: Prepared) -> tuple[Any, Result]:
+    """The untrained model with its adapter, and the result with what is known before training."""
     from peft import get_peft_model
     from transformers import set_seed
 
+    splits = prepared.splits
+    result = started(recipe, metric_tools.metrics_of(recipe)[0], "test" if splits.test else "validation")
+    result.labels = None if splits.labels is None else list(splits.labels)
+    result.rows = {"train": len(splits.train), "validation": len(splits.validation), "test": len(splits.test)}
+    result.rows |= {f"tests.{name}": len(rows) for name, rows in splits.tests.items()}
     set_seed(recipe.seed)
     messages: list[str] = []
     with located(recipe, "model", recipe.model.kind):
@@ -138,65 +131,53 @@ def _load(recipe: Recipe, prepared: Prepared) -> _Loaded:
         )
     for line in messages if processes.is_first() else ():
         print(line, file=sys.stderr)
-    total, size = base.num_parameters(), base.get_memory_footprint()
+    result.quantization, result.base_bytes = recipe.model.quantization, base.get_memory_footprint()
+    result.new_head, total = next(iter(messages), None), base.num_parameters()
     set_seed(recipe.seed)
     model = base if prepared.config is None else get_peft_model(base, prepared.config)
-    placed = model if processes.to_be_sharded() else place(model)
-    return _Loaded(placed, total, size, next(iter(messages), None))
+    result.parameters, result.adapter = _parameters(model, total), card.adapter_summary(model, recipe)
+    return model if processes.to_be_sharded() else place(model), result
 
 
 def _run(
     recipe: Recipe,
     prepared: Prepared,
-    loaded: _Loaded,
+    model: Any,
+    result: Result,
     output: Path,
     checkpoint: Path | None,
     signals: Signals,
     quiet: bool,
     watch: Watch | None,
     validation_only: bool,
-) -> Result:
-    import torch
-
+) -> None:
     from lily.recipes.scoring import evaluate, forgetting
     from lily.recipes.trainer import trainer as runner
 
-    splits, processor, config, model = prepared.splits, prepared.processor, prepared.config, loaded.model
+    splits, processor, config = prepared.splits, prepared.processor, prepared.config
     names = metric_tools.metrics_of(recipe)
-    split = "test" if splits.test and not validation_only else "validation"
+    if validation_only:
+        result.split = "validation"
     judge = evaluate.Judge(recipe, processor, splits.labels)
     scored = recipe.task == "sft" and any(name in metric_tools.SCORED for name in names)
-    labels = None if splits.labels is None else list(splits.labels)
-    result = Result(recipe.name, recipe.method, recipe.task, recipe.seed, names[0], split, labels)
-    result.quantization, result.base_bytes = recipe.model.quantization, loaded.base_bytes
 
     def judge_untrained(m: Any) -> None:
         if not validation_only:
             result.before = judge(m, splits.held_out)
             if config is None:  # the untrained model is also the final one
-                _write_predictions(judge, split, output)
-            result.tests = test_sets.judged(judge, m, splits.tests, "before")
+                _write_predictions(judge, result.split, output)
+            result.tests = test_sets.noted({name: judge(m, rows) for name, rows in splits.tests.items()}, "before")
             result.samples = evaluate.samples(m, processor, splits.held_out, recipe, "before")
         result.forgetting = forgetting.of(before=general_loss(m)) if prepared.general else {}
 
     def general_loss(m: Any) -> float:
         return evaluate.token_loss(m, prepared.general, recipe, processor)
 
-    result.precision = precision_of(recipe)
-    result.device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
-    result.versions = {
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("lily-peft", "peft", "torch", "transformers")},
-    }
-    result.rows = {"train": len(splits.train), "validation": len(splits.validation), "test": len(splits.test)}
-    result.rows |= {f"tests.{name}": len(rows) for name, rows in splits.tests.items()}
-    result.parameters = _parameters(model, loaded.base_parameters)
-    result.adapter, result.new_head = card.adapter_summary(model, recipe), loaded.new_head
     if config is None:
         judge_untrained(model)
         result.final = result.before
         result.tests = {name: {**figures, "final": figures["before"]} for name, figures in result.tests.items()}
-        return result
+        return
 
     trainer = runner.build_trainer(
         recipe,
@@ -211,7 +192,8 @@ def _run(
 
     def look(m: Any) -> None:
         judge_untrained(m)
-        trainer.progress.max_general_loss = forgetting.most(recipe, result.forgetting)
+        if recipe.forgetting is not None and recipe.forgetting.limit is not None:
+            trainer.progress.max_general_loss = result.forgetting["before"] + recipe.forgetting.limit
 
     if trainer.shards:  # unsharded, the model may not fit into one device
         trainer.on_sharded = look
@@ -241,11 +223,11 @@ def _run(
     else:
         load_weights(model, output / "best")
         result.final = judge(model, splits.held_out)
-        _write_predictions(judge, split, output)
-        result.tests = test_sets.judged(judge, model, splits.tests, "final", result.tests)
+        _write_predictions(judge, result.split, output)
+        tests = {name: judge(model, rows) for name, rows in splits.tests.items()}
+        result.tests = test_sets.noted(tests, "final", result.tests)
         result.samples = evaluate.samples(model, processor, splits.held_out, recipe, "after", result.samples)
     result.adapter_bytes = processes.on_first(lambda: (output / "best" / "adapter_model.safetensors").stat().st_size)
-    return result
 
 
 def _write_predictions(judge: Judge, split: str, output: Path) -> None:

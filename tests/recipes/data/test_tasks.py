@@ -54,7 +54,7 @@ def test_the_preview_shows_the_mask_that_trls_collator_gives_the_loss(tmp_path, 
     row = {"prompt": "question the film", "completion": "yes"}
     batch = DataCollatorForLanguageModeling(pad_token_id=0)(tasks.encode([row, {**row, "prompt": "no"}], r, tok, None))
     ids, labels = batch["input_ids"][0], batch["labels"][0]
-    segments = tasks.preview(r, tok, row).segments
+    segments = tasks.preview(r, tok, row)
     assert [trained for _, trained in segments] == [False, True]
     assert segments[0][0] == tok.decode(ids[labels == IGNORED])
     assert segments[1][0] == tok.decode(ids[labels != IGNORED])
@@ -65,4 +65,4 @@ def test_pairs_and_labels_are_encoded(tmp_path, encoder):
     (example,) = tasks.encode([{"text": "the film", "text_pair": "was good", "label": "no"}], r, tok, ("yes", "no"))
     assert tok.decode(example["input_ids"]) == "[CLS] the film [SEP] was good [SEP]"
     assert example["labels"] == 1
-    assert tasks.preview(r, tok, {"text": "the film", "label": "no"}).segments[0][0] == "[CLS] the film [SEP]"
+    assert tasks.preview(r, tok, {"text": "the film", "label": "no"})[0][0] == "[CLS] the film [SEP]"

@@ -13,7 +13,6 @@ from lily.errors import LilyError
 from lily.recipes import loader, train
 from lily.recipes.data import tasks
 from lily.recipes.data.tasks import IGNORED
-from lily.recipes.results import adapter
 from lily.recipes.results.adapter import Adapter
 from lily.recipes.scoring import answers, evaluate
 from lily.recipes.spec.schema import Pattern
@@ -132,8 +131,7 @@ def test_a_template_stands_around_the_prompt_wherever_prompts_are_built(made, tm
 
     asked = []
     real = evaluate.prompt_ids
-    for module in (evaluate, adapter):
-        monkeypatch.setattr(module, "prompt_ids", lambda prompt, tok: asked.append(prompt) or real(prompt, tok))
+    monkeypatch.setattr(evaluate, "prompt_ids", lambda prompt, tok: asked.append(prompt) or real(prompt, tok))
     used = Adapter(str(tmp_path / "run"))
     list(used.predict([{"question": "was {bad}"}]))
     used.generate("was awful")

@@ -59,13 +59,7 @@ class Preprocess:
         return inputs
 
     def __call__(self, source: Any) -> Tensor:
-        """Read and prepare one image.
-
-        Args:
-            source: its path, or a PIL image.
-
-        Returns:
-            (3, size, size), float32.
+        """Read and prepare one image, from its path or a PIL image: (3, size, size), float32.
 
         Raises:
             LilyError: if the file is not a readable image.
@@ -102,16 +96,9 @@ def holds_images(path: Path) -> bool:
 
 
 def image_of(value: Any, column: str, where: str, folder: Path | None = None) -> Any:
-    """The image in a table's row: the path of a file, or an image as in data sets of the hub.
+    """The image in a table's row: the path of a file, or a PIL image as in data sets of the hub.
 
-    Args:
-        value: of the column.
-        column: its name, for messages.
-        where: file and row, for messages.
-        folder: base of relative paths; default: the working directory.
-
-    Returns:
-        The file's path, or the PIL image.
+    `where` is for messages; `folder` is the base of relative paths, by default the working directory.
 
     Raises:
         LilyError: if it is neither, or the file does not exist.
@@ -154,11 +141,7 @@ def read_images(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def rows_below(path: Path, column: str) -> Iterator[dict[str, Any]]:
-    """Rows of the images anywhere below a folder, or in an archive or a list, without their classes.
-
-    Args:
-        path: the folder, archive or list.
-        column: key for the image's path.
+    """Rows of the images anywhere below a folder, or in an archive or a list: `column` -> path, without classes.
 
     Raises:
         LilyError: if there are no images.

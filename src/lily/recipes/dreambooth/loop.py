@@ -38,11 +38,9 @@ class World:
 
     Attributes:
         model: the denoiser with its adapter.
-        family: of its pipeline.
-        objective: computes its loss.
         dtype: of its frozen weights.
-        images: encoded images of the subject.
-        prior: encoded images of its class; None without prior preservation.
+        images: those of the subject.
+        prior: those of its class; None without prior preservation.
         text: the subject's prompt, and the class's where there is a prior: one row each.
     """
 
@@ -59,12 +57,7 @@ class World:
         cls, recipe: DreamBooth, pipe: Any, family: Family, images: Encoded, prior: Encoded | None, text: Text
     ) -> World:
         """Build it from a recipe and a pipeline whose denoiser has its adapter."""
-        t = recipe.train
-        objective = family.objective(
-            pipe.scheduler, min_snr_gamma=t.min_snr_gamma, weighting=t.weighting, logit_mean=t.logit_mean,
-            logit_std=t.logit_std,
-        )  # fmt: skip
-        dtype = getattr(torch, recipe.model.dtype)
+        objective, dtype = family.objective(pipe.scheduler, recipe.train), getattr(torch, recipe.model.dtype)
         return cls(getattr(pipe, family.component), family, objective, dtype, images, prior, text)
 
     def losses(
@@ -88,31 +81,14 @@ def generator(*numbers: int) -> torch.Generator:
 
 
 def chosen(count: int, batch: int, micro: int, seed: int) -> Tensor:
-    """The images of a batch: every image once per epoch, in a different order each time.
-
-    Args:
-        count: number of images.
-        batch: number of images to choose.
-        micro: index of the batch.
-        seed: of the run.
-
-    Returns:
-        (batch,) indices.
-    """
+    """Indices (batch,) into `count` images for batch number `micro`: each image once per epoch, in a new order."""
     positions = range(micro * batch, (micro + 1) * batch)
     orders = {p // count: torch.randperm(count, generator=generator(seed, 1, p // count)) for p in positions}
     return torch.stack([orders[p // count][p % count] for p in positions])
 
 
 def train_loss(world: World, model: nn.Module, recipe: DreamBooth, micro: int) -> Tensor:
-    """The loss of one batch, prior preservation included.
-
-    Args:
-        world: model and data.
-        model: as accelerate prepared it.
-        recipe: batch size and weights.
-        micro: index of the batch.
-    """
+    """The loss of batch number `micro`, prior preservation included; `model` as accelerate prepared it."""
     count, source = recipe.train.batch_size, generator(recipe.seed, 0, micro)
     torch.manual_seed(int(torch.randint(2**62, (), generator=source)))  # for dropout
     parts = [world.images.rows(chosen(len(world.images), count, micro, recipe.seed))]
@@ -129,14 +105,9 @@ def train_loss(world: World, model: nn.Module, recipe: DreamBooth, micro: int) -
 
 @torch.no_grad()
 def fixed_loss(world: World, images: Encoded, row: int, times: int, seed: int) -> float:
-    """The loss with the same noise at the same levels in every call, for comparisons.
+    """The loss with the same noise at the same levels (`times` for each image) in every call, for comparisons.
 
-    Args:
-        world: the model and its objective.
-        images: encoded images.
-        row: index of their prompt.
-        times: number of noise levels for each image.
-        seed: of the noise.
+    `row` is the index of the images' prompt.
     """
     training = world.model.training
     world.model.eval()
@@ -204,9 +175,8 @@ class Run:
         from lily.recipes.methods.configs import learning_rate
 
         t = recipe.train
-        self.recipe, self.world, self.accelerator, self.folder, self.validate = (
-            recipe, world, accelerator, folder, validate,
-        )  # fmt: skip
+        self.recipe, self.world, self.folder, self.validate = recipe, world, folder, validate
+        self.accelerator = accelerator
         self.parameters = [p for p in world.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(self.parameters, lr=learning_rate(recipe), weight_decay=t.weight_decay)
         name = "constant_with_warmup" if t.schedule == "constant" else t.schedule

@@ -10,8 +10,9 @@ the schedule.
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,28 +30,29 @@ from lily.errors import LilyError
 Predict = Callable[[Tensor, Tensor], Tensor]
 
 
-class Objective(Protocol):
-    """How noise is added, and what the model predicts."""
+class Objective(ABC):
+    """How noise is added, and what the model predicts; `steps` is the schedule's length."""
 
+    steps: int
+
+    @abstractmethod
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """Random times for training, (count,)."""
 
     def even(self, count: int) -> Tensor:
         """Times spread evenly over the schedule, (count,), for a loss that can be compared."""
+        return ((torch.arange(count) + 0.5) / count * self.steps).long()
 
+    @abstractmethod
     def losses(self, predict: Predict, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
         """The loss of each sample, (batch,), in float32."""
-
-
-def _even(count: int, steps: int) -> Tensor:
-    return ((torch.arange(count) + 0.5) / count * steps).long()
 
 
 def _per_sample(predicted: Tensor, target: Tensor) -> Tensor:
     return F.mse_loss(predicted.float(), target.float(), reduction="none").flatten(1).mean(1)
 
 
-class Diffusion:
+class Diffusion(Objective):
     """Noise (epsilon) or velocity prediction, as the pipeline's scheduler is configured.
 
     Args:
@@ -75,10 +77,6 @@ class Diffusion:
         """Uniform over the schedule."""
         return torch.randint(0, self.steps, (count,), generator=generator)
 
-    def even(self, count: int) -> Tensor:
-        """See `Objective.even`."""
-        return _even(count, self.steps)
-
     def losses(self, predict: Predict, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
         """See `Objective.losses`."""
         times = times.to(latents.device)
@@ -93,7 +91,7 @@ class Diffusion:
         return weighted
 
 
-class Flow:
+class Flow(Objective):
     """Rectified flow: the model predicts the velocity, noise - latents.
 
     Args:
@@ -115,10 +113,6 @@ class Flow:
         )
         times: Tensor = (share * self.steps).long().clamp(max=self.steps - 1)
         return times
-
-    def even(self, count: int) -> Tensor:
-        """See `Objective.even`."""
-        return _even(count, self.steps)
 
     def losses(self, predict: Predict, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
         """See `Objective.losses`."""

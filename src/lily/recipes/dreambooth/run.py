@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import platform
 import shutil
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +15,8 @@ from lily.plan.select import select_modules
 from lily.recipes import loader, methods, preflight
 from lily.recipes.data.sources import local_path
 from lily.recipes.models.precision import precision_of
-from lily.recipes.results.card import adapter_costs
-from lily.recipes.results.result import Result, output_folder
+from lily.recipes.results.card import adapter_costs, adapter_summary
+from lily.recipes.results.result import Result, output_folder, started
 from lily.recipes.results.run_files import newest_checkpoint
 from lily.recipes.spec.dreambooth import DreamBooth
 from lily.recipes.spec.locations import located
@@ -39,9 +37,7 @@ class Prepared:
     """A checked run, ready to start.
 
     Attributes:
-        family: of the pipeline.
-        meta: its denoiser on the meta device.
-        config: of the adapter.
+        meta: the denoiser on the meta device.
         subject: the subject's images.
         prior: images of its class; None where there is no prior, or its images are generated.
     """
@@ -92,13 +88,7 @@ def prepare(recipe: DreamBooth) -> Prepared:
 
 
 def train(recipe: DreamBooth, *, resume: bool = False, overwrite: bool = False, quiet: bool = False) -> Result:
-    """Train and write a recipe's adapter, with images before, during and after.
-
-    Args:
-        recipe: model, data, method and schedule.
-        resume: continue from the run's last complete checkpoint.
-        overwrite: replace the run's folder.
-        quiet: no progress bar.
+    """Train and write a recipe's adapter, with images before, during and after; see `lily.recipes.train.train`.
 
     Returns:
         The result, also written to the run's folder: `metrics.json`, `recipe.yaml`, `last/` (the adapter for PEFT),
@@ -107,7 +97,7 @@ def train(recipe: DreamBooth, *, resume: bool = False, overwrite: bool = False, 
     Raises:
         LilyError: for anything wrong with recipe, images, pipeline or folder, and for a loss that is not finite.
     """
-    started = time.perf_counter()
+    begin = time.perf_counter()
     output = output_folder(recipe)
     preflight.check_folder(recipe, output, resume, overwrite)
     prepared = prepare(recipe)
@@ -119,17 +109,17 @@ def train(recipe: DreamBooth, *, resume: bool = False, overwrite: bool = False, 
     write_text(output / "recipe.yaml", loader.dump_recipe(recipe))
     result = _run(recipe, prepared, pipe, output, resume, quiet)
     del pipe
-    _write(result, recipe, output, started)
+    _write(result, recipe, output, begin)
     if "lora" in recipe.baselines and recipe.method != "lora":
         result.baselines["lora"] = _lora(recipe, output, quiet)
-        _write(result, recipe, output, started)
+        _write(result, recipe, output, begin)
     return result
 
 
-def _write(result: Result, recipe: DreamBooth, output: Path, started: float) -> None:
+def _write(result: Result, recipe: DreamBooth, output: Path, begin: float) -> None:
     from lily.recipes.dreambooth.report import model_card
 
-    result.seconds["total"] = time.perf_counter() - started
+    result.seconds["total"] = time.perf_counter() - begin
     result.write(output / "metrics.json")
     write_text(output / "last" / "recipe.yaml", loader.dump_recipe(recipe))
     write_text(output / "last" / "README.md", model_card(recipe, result))
@@ -161,15 +151,12 @@ def load(recipe: DreamBooth, prepared: Prepared) -> Any:
 
 
 def _run(recipe: DreamBooth, prepared: Prepared, pipe: Any, output: Path, resume: bool, quiet: bool) -> Result:
-    import torch
     from accelerate.utils import set_seed
 
     from lily.recipes.dreambooth import adapters, loop, samples
-    from lily.recipes.results import card as report
 
     v, family = recipe.validation, prepared.family
-    precision = precision_of(recipe)
-    accelerator = loop.accelerator_for(recipe.train, precision)
+    accelerator = loop.accelerator_for(recipe.train, precision_of(recipe))
     pipe.to(accelerator.device)
     model = getattr(pipe, family.component)
     total = sum(p.numel() for p in model.parameters())
@@ -201,22 +188,18 @@ def _run(recipe: DreamBooth, prepared: Prepared, pipe: Any, output: Path, resume
         run.resume(checkpoint)
     clock = time.perf_counter()
     run.run(quiet)
-    result = Result(recipe.name, recipe.method, recipe.task, recipe.seed, "loss", "train", None, _loss(run.history[0]))
+    result = started(recipe, "loss", "train", ("diffusers", "accelerate"))
     result.seconds["train"] = time.perf_counter() - clock
     adapters.save(model, output / "last")
     adapters.write_for_pipelines(model, pipe, family, output / "diffusers")
-    result.final, result.history = _loss(run.history[-1]), run.history
+    result.before, result.final, result.history = _loss(run.history[0]), _loss(run.history[-1]), run.history
     epochs = run.step * recipe.train.batch_size * recipe.train.gradient_accumulation / len(images)
     result.last = {"epoch": epochs, "value": run.history[-1]["loss"]}
     best = min(run.history[1:], key=lambda h: h["loss"])
     result.best = {"epoch": epochs * best["step"] / run.step, "value": best["loss"]}
-    result.precision = precision
-    result.device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
-    names = ("lily-peft", "peft", "torch", "transformers", "diffusers", "accelerate")
-    result.versions = {"python": platform.python_version(), **{name: version(name) for name in names}}
     result.rows = {"train": len(images), "prior": 0 if prior is None else len(prior), "validation": 0, "test": 0}
     result.parameters = {"adapter": sum(p.numel() for p in run.parameters), "head": 0, "base": total}
-    result.adapter = {**report.adapter_summary(model, recipe), "component": family.component}
+    result.adapter = {**adapter_summary(model, recipe), "component": family.component}
     result.adapter_bytes = (output / "last" / adapters.WEIGHTS).stat().st_size
     result.samples = [
         {"prompt": prompt, "before": f"samples/{_grid(0, number)}", "after": f"samples/{_grid(run.step, number)}"}

@@ -19,33 +19,20 @@ if TYPE_CHECKING:
 def draw(
     pipe: Any, family: Family, text: Text, empty: Text, resolution: int, settings: Validation, images: int, seed: int
 ) -> list[Image]:
-    """Images for one prompt.
+    """Images for one prompt: `text` has its row, and `empty` that of the empty prompt, for guidance.
 
-    Args:
-        pipe: its scheduler is left unchanged.
-        family: of the pipeline.
-        text: one row, the prompt.
-        empty: one row, the empty prompt for guidance.
-        resolution: pixels.
-        settings: sampler steps and guidance.
-        images: number of images.
-        seed: of their noise.
+    The pipeline's scheduler is left unchanged.
     """
     scheduler = pipe.scheduler
     pipe.scheduler = type(scheduler).from_config(scheduler.config)
-    away: dict[str, Any] = {}
-    if family.guided_by_negative:
-        away = {
-            "negative_prompt_embeds": empty.tokens,
-            "negative_pooled_prompt_embeds": empty.pooled,
-        }
+    negative = {"negative_prompt_embeds": empty.tokens, "negative_pooled_prompt_embeds": empty.pooled}
     drawn: list[Image] = []
     try:
         for number in range(images):  # one at a time: each has a separate generator, and memory is that of one
             drawn += pipe(
                 prompt_embeds=text.tokens,
                 pooled_prompt_embeds=text.pooled,
-                **away,
+                **(negative if family.guided_by_negative else {}),
                 height=resolution,
                 width=resolution,
                 num_inference_steps=settings.steps,
@@ -58,12 +45,9 @@ def draw(
 
 
 def write_grid(images: list[Image], file: Path, smallest: int = 256) -> None:
-    """Write images side by side as one PNG, atomically; small ones are enlarged by an integer factor.
+    """Write images of one size side by side as one PNG, atomically; an existing file is replaced.
 
-    Args:
-        images: all of one size.
-        file: replaced if it exists.
-        smallest: width in pixels up to which images are enlarged.
+    Those narrower than `smallest` pixels are enlarged by an integer factor, to at most that width.
     """
     from PIL import Image as Images
 

@@ -22,6 +22,7 @@ from lily.recipes.data.sources import building, cache_folder, local_path
 from lily.recipes.dreambooth import tiny
 from lily.recipes.dreambooth.families import FAMILIES
 from lily.recipes.dreambooth.latents import Encoded, encode
+from lily.recipes.spec.dreambooth import Steps
 
 # Part of the cache's folder names: increase it when architecture or training change.
 VERSION = 1
@@ -32,10 +33,7 @@ T5_TOKENS = 1  # zeros in place of the absent third text encoder; the usual numb
 
 
 def standin(kind: str) -> Path:
-    """The folder of a small pretrained pipeline; built the first time.
-
-    Args:
-        kind: `sdxl`, or `flow` (Stable Diffusion 3's shape).
+    """The folder of a small pretrained pipeline, `sdxl` or `flow` (Stable Diffusion 3's shape); built the first time.
 
     Raises:
         LilyError: if it is neither, or the images to train it on are missing.
@@ -103,7 +101,7 @@ def _train_denoiser(pipe: Any, pixels: torch.Tensor, names: list[str], steps: in
         text = family.encode(pipe, [*(f"a photo of a {name}" for name in classes), ""], T5_TOKENS)
         encoded = _encode(pipe.vae, pixels)
     ids = torch.tensor([classes.index(name) for name in names])
-    objective = family.objective(pipe.scheduler)
+    objective = family.objective(pipe.scheduler, Steps())
     generator = torch.Generator().manual_seed(1)
 
     def loss() -> torch.Tensor:

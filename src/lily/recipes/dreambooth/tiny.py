@@ -77,17 +77,12 @@ def autoencoder(seed: int, width: int = 16) -> Any:
 
 
 def sdxl(seed: int = 0, width: int = 32, size: int = 16, vae: Any = None) -> Any:
-    """A pipeline of Stable Diffusion XL's shape.
+    """A pipeline of Stable Diffusion XL's shape, on latents of `size` in height and width.
 
-    Args:
-        seed: of the weights.
-        width: channels of the UNet's first level; the second has twice as many.
-        size: of the latents, in height and width.
-        vae: default: a random one.
+    The UNet's first level has `width` channels, the second twice as many. Without `vae` a random one is made.
     """
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 
-    words = tokenizer()
     torch.manual_seed(seed)
     unet = UNet2DConditionModel(
         sample_size=size,
@@ -109,30 +104,29 @@ def sdxl(seed: int = 0, width: int = 32, size: int = 16, vae: Any = None) -> Any
     scheduler = EulerDiscreteScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading"
     )
-    return StableDiffusionXLPipeline(
-        vae=vae or autoencoder(seed),
-        text_encoder=text_encoder(words, projected=False, seed=seed + 1),
-        text_encoder_2=text_encoder(words, projected=True, seed=seed + 2),
-        tokenizer=words,
-        tokenizer_2=words,
-        unet=unet.eval(),
-        scheduler=scheduler,
-        add_watermarker=False,
-    )
+    parts = _parts(seed, vae, projected=False)
+    return StableDiffusionXLPipeline(unet=unet.eval(), scheduler=scheduler, add_watermarker=False, **parts)
+
+
+def _parts(seed: int, vae: Any, *, projected: bool) -> dict[str, Any]:
+    """What both pipelines have: an autoencoder, two tokenizers and two text encoders, the first `projected` or not."""
+    words = tokenizer()
+    return {
+        "vae": vae or autoencoder(seed),
+        "text_encoder": text_encoder(words, projected=projected, seed=seed + 1),
+        "text_encoder_2": text_encoder(words, projected=True, seed=seed + 2),
+        "tokenizer": words,
+        "tokenizer_2": words,
+    }
 
 
 def sd3(seed: int = 0, width: int = 64, size: int = 16, vae: Any = None) -> Any:
-    """A pipeline of Stable Diffusion 3's shape, without its optional third text encoder.
+    """A pipeline of Stable Diffusion 3's shape, without its optional third text encoder; see `sdxl`.
 
-    Args:
-        seed: of the weights.
-        width: of the transformer, in steps of 16.
-        size: of the latents, in height and width.
-        vae: default: a random one.
+    The transformer's `width` is a multiple of 16.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
-    words = tokenizer()
     torch.manual_seed(seed)
     transformer = SD3Transformer2DModel(
         sample_size=size,
@@ -150,11 +144,7 @@ def sd3(seed: int = 0, width: int = 64, size: int = 16, vae: Any = None) -> Any:
     return StableDiffusion3Pipeline(
         transformer=transformer.eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=vae or autoencoder(seed),
-        text_encoder=text_encoder(words, projected=True, seed=seed + 1),
-        text_encoder_2=text_encoder(words, projected=True, seed=seed + 2),
-        tokenizer=words,
-        tokenizer_2=words,
         text_encoder_3=None,
         tokenizer_3=None,
+        **_parts(seed, vae, projected=True),
     )

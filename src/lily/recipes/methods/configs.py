@@ -45,11 +45,7 @@ RSLORA_ALPHA = 16  # the same for every rank: rsLoRA's scale alpha / sqrt(r) is 
 
 
 def peft_config(recipe: Recipe | DreamBooth, model: nn.Module) -> PeftConfig | None:
-    """The configuration of the recipe's method.
-
-    Args:
-        recipe: method, targets and budget.
-        model: the base model; may be on the meta device, so this runs before a weight is read.
+    """The configuration of the recipe's method; `model` may be on the meta device, so no weight has to be read.
 
     Returns:
         A `LilyConfig`, a `LoraConfig`, the configuration of another method of PEFT, one that trains only the head
@@ -83,27 +79,27 @@ def _other_config(recipe: Recipe | DreamBooth, model: nn.Module, lily: Decided) 
     if recipe.method == "stock-lily":
         with located(recipe, "method"):
             return other_peft.stock_config(config, lily.plan, model, saved_heads(recipe, model))
-    targets = lora_targets(model, config, layers)
+    common = {
+        "target_modules": lora_targets(model, config, layers),
+        "exclude_modules": recipe.exclude,
+        "target_parameters": recipe.target_parameters,
+        "task_type": task_type_of(recipe),
+        "modules_to_save": saved_heads(recipe, model),
+    }
     if recipe.method in LORAS:
-        return _lora_config(recipe, model, lily, layers, targets)
+        return _lora_config(recipe, model, lily, layers, common)
     assert recipe.task != "dreambooth"  # its methods are lily and lora
-    section = recipe.peft
-    method = other_peft.Method(
-        str(section.peft_type),
-        section.r,
-        section.options,
-        targets,
-        recipe.exclude,
-        recipe.target_parameters,
-        task_type_of(recipe),
-        saved_heads(recipe, model),
-    )
     with located(recipe, "peft"):
-        return other_peft.config_of(method, model, lily.plan.parameters.total, other_peft.widest(layers))
+        budget, max_rank = lily.plan.parameters.total, other_peft.widest(layers)
+        return other_peft.config_of(recipe.peft, common, model, budget, max_rank)
 
 
 def _lora_config(
-    recipe: Recipe | DreamBooth, model: nn.Module, lily: Decided, layers: Sequence[ModuleSpec], targets: Any
+    recipe: Recipe | DreamBooth,
+    model: nn.Module,
+    lily: Decided,
+    layers: Sequence[ModuleSpec],
+    common: Mapping[str, Any],
 ) -> LoraConfig:
     """LoRA, rsLoRA or DoRA on these layers."""
     section, budget = recipe.lora, lily.plan.parameters.total
@@ -116,11 +112,7 @@ def _lora_config(
             r=r,
             lora_alpha=section.alpha or (RSLORA_ALPHA if recipe.method == "rslora" else 2 * r),
             lora_dropout=section.dropout,
-            target_modules=targets,
-            exclude_modules=recipe.exclude,
-            target_parameters=lily.config.target_parameters,
-            task_type=task_type_of(recipe),
-            modules_to_save=saved_heads(recipe, model),
+            **common,
             **LORAS[recipe.method],
         )
 
@@ -143,12 +135,9 @@ def saved_heads(recipe: Recipe | DreamBooth, model: nn.Module) -> list[str] | No
 
 
 def lora_targets(model: nn.Module, config: LilyConfig, layers: Sequence[ModuleSpec]) -> Any:
-    """LoRA's `target_modules` for the layers that `config` adapts; inside a parallel module, its linear layers.
+    """LoRA's `target_modules` for the layers that Lily's `config` adapts; inside a parallel module, its linear layers.
 
-    Args:
-        model: the base model.
-        config: Lily's.
-        layers: from `lily.plan.select.whole_layers`.
+    `layers` are from `lily.plan.select.whole_layers`.
     """
     if not config.parallel_modules:
         return config.target_modules
@@ -163,11 +152,9 @@ def lily_config(recipe: Recipe | DreamBooth, model: nn.Module) -> LilyConfig:
 
 
 def decide(recipe: Recipe | DreamBooth, model: nn.Module) -> Decided:
-    """The recipe's Lily on a model: `lily.plan.decide.decide` with the recipe's keys.
+    """The recipe's Lily, whatever its method: `lily.plan.decide.decide` with the recipe's keys.
 
-    Args:
-        recipe: its targets and budget, for every method.
-        model: the base model; may be on the meta device.
+    The model may be on the meta device.
 
     Raises:
         LilyError: if the targets match nothing, or the budget is too small.
@@ -224,12 +211,9 @@ def _group_reasons(groups: Mapping[str, Group]) -> Iterator[str]:
 def recipe_errors(
     recipe: Recipe | DreamBooth, keys: Mapping[str, Key] = KEYS, default: Key = KEYS["target_modules"]
 ) -> Iterator[None]:
-    """Within: errors name the recipe's keys instead of `LilyConfig`'s options, and the file and line of the key.
+    """Within: errors name the recipe's `keys` instead of `LilyConfig`'s options, and the file and line of the key.
 
-    Args:
-        recipe: has the locations of its keys.
-        keys: option of `LilyConfig` -> key of the recipe.
-        default: the key to locate an error at that mentions no option which the recipe sets.
+    An error that mentions no option which the recipe sets is located at the key `default`.
     """
     try:
         yield

@@ -10,7 +10,6 @@ import dataclasses
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import peft
@@ -23,6 +22,7 @@ from lily.errors import LilyError
 from lily.plan.config import EXTENDED_TYPE, LilyConfig
 from lily.plan.sharing_plan import SharingPlan
 from lily.plan.specs import ModuleSpec
+from lily.recipes.spec.schema import Peft
 from lily.tuner.registry import register, unregister
 
 # Option of PEFT that a recipe sets with another key -> that key.
@@ -30,31 +30,6 @@ ELSEWHERE = {"target_modules": "targets", "exclude_modules": "exclude", "target_
              "task_type": "task", "base_model_name_or_path": "model"}  # fmt: skip
 # Names of the option that scales the update, in PEFT's classes.
 SCALES = ("lora_alpha", "alpha", "scaling")
-
-
-@dataclass(frozen=True)
-class Method:
-    """The settings that a recipe has for a method of PEFT.
-
-    Attributes:
-        peft_type: name of the method; upper or lower case.
-        r: rank; `equal`: the largest within the budget; None: `equal` if size grows with rank, else PEFT's default.
-        options: further options of the method's configuration class.
-        targets: `target_modules`.
-        exclude: `exclude_modules`.
-        parameters: `target_parameters`.
-        task_type: PEFT's name of the task.
-        heads: modules to train and save whole.
-    """
-
-    peft_type: str
-    r: int | str | None
-    options: Mapping[str, Any]
-    targets: Any
-    exclude: list[str] | None
-    parameters: list[str] | None
-    task_type: str | None
-    heads: list[str] | None
 
 
 def types() -> list[str]:
@@ -87,11 +62,12 @@ def options_of(kind: type[PeftConfig]) -> set[str]:
     return {f.name for f in dataclasses.fields(kind) if f.init}
 
 
-def config_of(method: Method, model: nn.Module, budget: int, max_rank: int) -> PeftConfig:
+def config_of(method: Peft, common: Mapping[str, Any], model: nn.Module, budget: int, max_rank: int) -> PeftConfig:
     """A method's configuration; with `r: equal`, of the largest rank within the budget.
 
     Args:
-        method: settings of the recipe.
+        method: the recipe's section.
+        common: options that most methods have, such as `target_modules`, from other keys of the recipe.
         model: the base model; may be on the meta device.
         budget: number of parameters; a method has more only if rank 1 is larger, or if it has no rank.
         max_rank: upper bound on the rank.
@@ -99,7 +75,7 @@ def config_of(method: Method, model: nn.Module, budget: int, max_rank: int) -> P
     Raises:
         LilyError: if the class has no such option or rejects a value.
     """
-    kind = config_class(method.peft_type)
+    kind = config_class(str(method.peft_type))
     allowed = options_of(kind)
     for name in method.options:
         if name in ELSEWHERE:
@@ -110,16 +86,14 @@ def config_of(method: Method, model: nn.Module, budget: int, max_rank: int) -> P
                 f"{name}: {kind.__name__} has no such option; "
                 + (f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(sorted(allowed))}")
             )
-    values = {"target_modules": method.targets, "exclude_modules": method.exclude,
-              "target_parameters": method.parameters, "modules_to_save": method.heads}  # fmt: skip
-    if method.parameters and "target_parameters" not in allowed:
-        raise LilyError(f"{method.peft_type.upper()} does not adapt parameters; remove target_parameters")
-    fixed = {name: value for name, value in values.items() if name in allowed and value is not None}
+    if common["target_parameters"] and "target_parameters" not in allowed:
+        raise LilyError(f"{str(method.peft_type).upper()} does not adapt parameters; remove target_parameters")
+    fixed = {name: value for name, value in common.items() if name in allowed and value is not None}
 
     def of_rank(r: int | None) -> PeftConfig:
         rank = {} if r is None else {rank_option(kind): r}
         with _peft_errors(kind.__name__):
-            return kind(task_type=method.task_type, **fixed, **rank, **method.options)
+            return kind(**fixed, **rank, **method.options)
 
     if method.r is None and not ("r" in allowed and _grows(model, of_rank)):
         return of_rank(None)
@@ -147,14 +121,7 @@ def widest(layers: Sequence[ModuleSpec]) -> int:
 
 
 def largest_rank(model: nn.Module, of_rank: Callable[[int], PeftConfig], budget: int, max_rank: int) -> int:
-    """The largest rank with no more than `budget` parameters, at least 1; bisects over counted sizes.
-
-    Args:
-        model: the base model; may be on the meta device.
-        of_rank: makes the configuration of a rank.
-        budget: number of parameters.
-        max_rank: upper bound on the rank.
-    """
+    """The largest rank with no more than `budget` parameters, at least 1; bisects over counted sizes."""
     low, high = 1, 2
     while high <= max_rank and count(model, of_rank(high)) <= budget:
         low, high = high, 2 * high
@@ -190,12 +157,6 @@ def stock_config(config: LilyConfig, plan: SharingPlan, model: nn.Module, heads:
 
     Stock Lily has one `stride_A` for all groups; if `num_A` implies several, the largest is used, so that it has
     no more parameters. It groups by entry of `target_modules`, so these are the modules' last names.
-
-    Args:
-        config: the recipe's Lily.
-        plan: its sharing.
-        model: the base model; may be on the meta device.
-        heads: modules to train and save whole.
 
     Raises:
         LilyError: if stock Lily cannot express it.

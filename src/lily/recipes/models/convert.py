@@ -11,11 +11,7 @@ from lily.recipes.data.sources import building, cache_folder
 
 
 def converted(path: Path, format: str) -> Path:
-    """The transformers folder of a GGUF or ONNX file, converted on first use.
-
-    Args:
-        path: the file.
-        format: `gguf` (a causal language model) or `onnx-dinov2`.
+    """The transformers folder of a `gguf` (a causal language model) or `onnx-dinov2` file, converted on first use.
 
     Raises:
         LilyError: if the file is not of this format, or a required package is missing.
@@ -81,7 +77,7 @@ def _dinov2(path: Path, out: Path) -> None:
         raise LilyError(f"{path}: has no weights named backbone.*; only DINOv2 exports with this prefix are supported")
     state.update(_matmul_weights(graph, arrays))
     size = next(iter(state[k] for k in state if k.endswith("norm1.weight"))).shape[0]
-    one = _only(arrays, (1, 1, size))
+    one = next(torch.tensor(v) for k, v in arrays.items() if k.startswith("onnx::") and v.shape == (1, 1, size))
     grid = next(torch.tensor(v) for k, v in arrays.items() if v.ndim == 3 and v.shape[0] == 1 and v.shape[1] > 1)
     state["embeddings.position_embeddings"] = torch.cat([one, grid], 1)
     state["embeddings.mask_token"] = torch.zeros(1, size)
@@ -118,9 +114,3 @@ def _matmul_weights(graph: Any, arrays: dict[str, Any]) -> dict[str, Any]:
                         key = name.removeprefix("backbone.").replace(".bias", ".weight")
                         weights[key] = torch.tensor(arrays[node.input[1]].T.copy())
     return weights
-
-
-def _only(arrays: dict[str, Any], shape: tuple[int, ...]) -> Any:
-    import torch
-
-    return next(torch.tensor(v) for k, v in arrays.items() if k.startswith("onnx::") and v.shape == shape)

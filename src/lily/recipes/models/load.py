@@ -27,7 +27,6 @@ AUTO_CLASSES: dict[Task, str] = {
     "sft": "AutoModelForCausalLM",
 }
 
-
 HEADS = ("classifier", "score", "classification_head", "head")
 
 
@@ -89,10 +88,6 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
 
 def load_processor(recipe: Recipe, config: PretrainedConfig) -> PreTrainedTokenizerBase | Preprocess:
     """The model's tokenizer, or the image preprocessing of the recipe's `data.image`.
-
-    Args:
-        recipe: task and model.
-        config: of the model, for the size of its images.
 
     Raises:
         LilyError: if there is no tokenizer.
@@ -254,7 +249,6 @@ def _class(task: Task) -> Any:
     import transformers
 
     _register_models(task)
-
     return getattr(transformers, AUTO_CLASSES[task])
 
 
@@ -273,15 +267,10 @@ def _head(task: Task, labels: Sequence[str] | None) -> dict[str, Any]:
 
 
 def loading(what: str, source: Path | str, load: Callable[[], Any]) -> Any:
-    """The result of `load`.
-
-    Args:
-        what: kind of object, for the message.
-        source: folder or hub id, for the message.
-        load: calls transformers or diffusers.
+    """The result of `load`, which calls transformers or diffusers.
 
     Raises:
-        LilyError: for every exception of `load`.
+        LilyError: for every exception of `load`; names `what` was loaded, and its source.
     """
     try:
         return load()

@@ -18,16 +18,10 @@ BYTES = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
 
 
 def loading_options(quantization: Quantization, model: nn.Module, task: Task, compute: torch.dtype) -> dict[str, Any]:
-    """Further arguments of `from_pretrained`; none without quantization.
+    """Further arguments of `from_pretrained`; `compute` is the data type of products with nf4 weights.
 
-    Args:
-        quantization: of the recipe.
-        model: the same architecture on the meta device.
-        task: decides which head is trained, and therefore not quantized.
-        compute: data type of products with nf4 weights.
+    `model` is the same architecture on the meta device.
     """
-    if quantization == "none":
-        return {}
     from transformers import BitsAndBytesConfig
 
     kept = {"llm_int8_skip_modules": sorted(kept_modules(model, task))}
@@ -64,13 +58,7 @@ def prepared(model: Any) -> Any:
 
 
 def frozen_bytes(model: nn.Module, task: Task, quantization: Quantization) -> int:
-    """Bytes of the frozen weights after quantization, with the rest in float32, computed from shapes.
-
-    Args:
-        model: may be on the meta device.
-        task: see `kept_modules`.
-        quantization: nf4 or int8.
-    """
+    """Bytes of the frozen weights after quantization, with the rest in float32, computed from shapes."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 

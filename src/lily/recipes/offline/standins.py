@@ -101,10 +101,7 @@ STANDINS: dict[str, Standin] = {
 
 
 def standin(name: str) -> Path:
-    """The folder of a stand-in for `from_pretrained`; built on first use, which takes minutes.
-
-    Args:
-        name: key of `STANDINS`.
+    """The folder of a stand-in (a key of `STANDINS`) for `from_pretrained`; built on first use, which takes minutes.
 
     Raises:
         LilyError: for another name, or if the data cannot be read.
@@ -133,7 +130,8 @@ def build(name: str, definition: Standin) -> Path:
         make = partial(_train_language_model, definition, texts)
     else:
         rows = image_rows(definition)
-        data, reader = _digest(part for row in rows for part in (row["label"].encode(), _bytes(row))), "pillow"
+        parts = (part for row in rows for part in (row["label"].encode(), Path(row["image"]).read_bytes()))
+        data, reader = _digest(parts), "pillow"
         make = partial(_train_classifier, definition, rows)
     versions = [importlib.metadata.version(package) for package in ("torch", "transformers", reader)]
     decides = json.dumps([VERSION, asdict(definition), data, versions], sort_keys=True)
@@ -145,10 +143,6 @@ def build(name: str, definition: Standin) -> Path:
     if definition.data in IMAGES:
         import lily.recipes.offline.vision_mamba  # noqa: F401  registers the model with the Auto classes
     return target
-
-
-def _bytes(row: dict[str, Any]) -> bytes:
-    return Path(row["image"]).read_bytes()
 
 
 def _digest(parts: Iterator[bytes]) -> str:
@@ -193,12 +187,7 @@ def held_out(texts: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def make_tokenizer(texts: Sequence[str], size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with one special token, for end and padding.
-
-    Args:
-        texts: training texts.
-        size: of the vocabulary.
-    """
+    """A byte-level BPE tokenizer with `size` tokens, one of them special, for end and padding."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -14,19 +14,11 @@ from peft import PeftModel
 from lily.errors import LilyError
 from lily.recipes import data, models
 from lily.recipes.data.tables import Row
-from lily.recipes.data.tasks import (
-    Processor,
-    collate,
-    encode,
-    encode_inputs,
-    format_prompt,
-    prompt_ids,
-    text_processor,
-)
+from lily.recipes.data.tasks import Processor, collate, encode, encode_inputs, format_prompt, text_processor
 from lily.recipes.models.precision import precision_of
 from lily.recipes.results.adapter_folder import AdapterFolder
 from lily.recipes.scoring.evaluate import Judge, answers, head_outputs
-from lily.recipes.scoring.inference import by_length, device_of, inference, place, to_device
+from lily.recipes.scoring.inference import by_length, place, to_device
 from lily.recipes.spec.schema import CLASSIFYING, File, Recipe
 
 if TYPE_CHECKING:
@@ -37,14 +29,14 @@ class Adapter:
     """A trained adapter, loaded with its base model.
 
     Args:
-        folder: see `AdapterFolder.of`, as for `recipe` and `base`.
+        folder: one that was found before, or a path; see `AdapterFolder.of`, as for `recipe` and `base`.
 
     Raises:
         LilyError: if there is no adapter or no recipe, or the base model cannot be loaded.
     """
 
-    def __init__(self, folder: str, recipe: str | None = None, base: str | None = None) -> None:
-        location = AdapterFolder.of(folder, recipe, base)
+    def __init__(self, folder: str | AdapterFolder, recipe: str | None = None, base: str | None = None) -> None:
+        location = folder if isinstance(folder, AdapterFolder) else AdapterFolder.of(folder, recipe, base)
         self.path, self.recipe = location.path, location.text_recipe()
         self._splits: data.Splits | None = None
         self._labels = location.labels()
@@ -136,17 +128,7 @@ class Adapter:
         if self.recipe.task != "sft":
             raise LilyError(f"{self.path} is an adapter for {self.recipe.task}; `lily predict` uses it")
         turn = format_prompt(prompt, self.recipe, self.tokenizer)
-        ids = torch.tensor([prompt_ids(turn, self.tokenizer)], device=device_of(self.model))
-        with inference(self.model, self.recipe):
-            out = self.model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=self.recipe.generation.max_new_tokens,
-                do_sample=False,
-                pad_token_id=self.tokenizer.pad_token_id,
-                streamer=streamer,
-            )
-        return str(self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+        return answers(self.model, self.tokenizer, [turn], self.recipe, streamer)[0]
 
 
 def batches(

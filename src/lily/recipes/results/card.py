@@ -16,7 +16,7 @@ from lily.io.atomic import write_text
 from lily.recipes import loader, methods, models
 from lily.recipes.scoring import test_sets
 from lily.recipes.scoring.metrics import metrics_of, shown
-from lily.recipes.spec.schema import CLASSIFYING, Recipe
+from lily.recipes.spec.schema import CLASSIFYING, Recipe, Source
 
 if TYPE_CHECKING:
     from lily.recipes.results.result import Result
@@ -58,8 +58,7 @@ def print_result(result: Result, recipe: Recipe, output: Path, console: Console)
     table.add_row(f"[bold]{method_title(result)}[/]", *values_of(names, final), *costs_of(adapter_costs(result)))
     console.print(table)
     if result.tests:
-        header, *lines = _tests(result, recipe)
-        console.print(tables.terminal(header, lines))
+        console.print(tables.terminal(*_tests(result, recipe)))
     if result.forgetting:
         console.print(_forgetting(result))
     for sample in result.samples:
@@ -80,16 +79,10 @@ def _epochs(result: Result) -> str:
     return f"best {result.metric} on validation {best} {when}, after the last epoch {last}"
 
 
-def _tests(result: Result, recipe: Recipe) -> list[list[str]]:
+def _tests(result: Result, recipe: Recipe) -> tuple[list[str], list[list[str]]]:
     counts = {name.removeprefix("tests."): count for name, count in result.rows.items() if name.startswith("tests.")}
-    return test_sets.tabled(result.tests, metrics_of(recipe), counts)
-
-
-def _tests_card(result: Result, recipe: Recipe) -> list[str]:
-    if not result.tests:
-        return []
-    header, *lines = _tests(result, recipe)
-    return [tables.markdown(header, lines), ""]
+    header, *lines = test_sets.tabled(result.tests, metrics_of(recipe), counts)
+    return header, lines
 
 
 def _columns(result: Result, recipe: Recipe) -> tuple[list[str], dict[str, float]]:
@@ -163,11 +156,13 @@ def finish_adapter(folder: Path, recipe: Recipe, result: Result) -> None:
 
 def card(recipe: Recipe, result: Result) -> str:
     """The model card, in Markdown with the Hub's front matter."""
-    base = _named(recipe.model.hub, recipe.model.path, recipe.model.package)
+    base, auto, quantization = _named(recipe.model), models.AUTO_CLASSES[recipe.task], recipe.model.quantization
+    bits = "" if quantization == "none" else f" in {quantization}, which was frozen"
     if recipe.model.standin is not None:
         base = f"the stand-in `{recipe.model.standin}` (`lily.recipes.offline.standins`)"
     files = [recipe.data.train, *(recipe.data.mix or {}).values()]
-    data = ", ".join(_named(file.hub, file.path, file.package) for file in files)
+    data = ", ".join(_named(file) for file in files)
+    is_vim = (recipe.model.architecture or {}).get("model_type") == "vision_mamba"
     names, final = _columns(result, recipe)
     what, own, tags = "An adapter", "this adapter", [recipe.method, recipe.task]
     if recipe.method == "none":
@@ -175,13 +170,12 @@ def card(recipe: Recipe, result: Result) -> str:
     scores = [*((_title(name, recipe), v) for name, v in result.baselines.items()), ("untrained", result.before)]
     lines = [
         *card_head(recipe, "peft", tags),
-        f"{what} ({', '.join(f'{k} {v}' for k, v in result.adapter.items())}) for {base}{_bits(recipe)}, trained on "
-        f"{data}.",
+        f"{what} ({', '.join(f'{k} {v}' for k, v in result.adapter.items())}) for {base}{bits}, trained on {data}.",
         "",
         tables.markdown(["", *names], [[name, *values_of(names, v)] for name, v in [*scores, (own, final)]]),
         "",
         *([_forgetting(result), ""] if result.forgetting else []),
-        *_tests_card(result, recipe),
+        *([tables.markdown(*_tests(result, recipe)), ""] if result.tests else []),
         f"On {result.rows[result.split]:,} {result.split} rows; seed {result.seed}; "
         f"trained: {_trained(result)}. "
         f"{f'{chosen[0].upper()}{chosen[1:]}. ' if (chosen := _epochs(result)) else ''}"
@@ -190,12 +184,11 @@ def card(recipe: Recipe, result: Result) -> str:
         "```python",
         *(["import lily  # lets PEFT read this adapter"] if recipe.method == "lily" else []),
         "from peft import PeftModel",
-        f"from transformers import {_auto(recipe)}"
-        f"{', BitsAndBytesConfig' if recipe.model.quantization != 'none' else ''}",
+        f"from transformers import {auto}{', BitsAndBytesConfig' if quantization != 'none' else ''}",
         *(["", "from lily.recipes.offline.standins import standin"] if recipe.model.standin else []),
-        *(["", "import lily.recipes.offline.vision_mamba  # a model that is defined there"] if _is_vim(recipe) else []),
+        *(["", "import lily.recipes.offline.vision_mamba  # a model that is defined there"] if is_vim else []),
         "",
-        f"base = {_auto(recipe)}.from_pretrained({_load(recipe, result)})",
+        f"base = {auto}.from_pretrained({_load(recipe, result)})",
         'model = PeftModel.from_pretrained(base, "path/of/this/folder")',
         "```",
         "",
@@ -205,28 +198,15 @@ def card(recipe: Recipe, result: Result) -> str:
     return "\n".join(lines)
 
 
-def _is_vim(recipe: Recipe) -> bool:
-    return (recipe.model.architecture or {}).get("model_type") == "vision_mamba"
-
-
-def _bits(recipe: Recipe) -> str:
-    quantization = recipe.model.quantization
-    return "" if quantization == "none" else f" in {quantization}, which was frozen"
-
-
 def _trained(result: Result) -> str:
     counts = ((result.parameters["adapter"], "the adapter"), (result.parameters["head"], "the new head"))
     return " and ".join(f"{count:,} parameters of {part}" for count, part in counts if count)
 
 
-def _named(hub: str | None, path: str | None, package: Any) -> str:
-    if package is not None:
-        return f"`{package.member}` of the package `{package.name}=={package.version}`"
-    return f"`{hub or path}`"
-
-
-def _auto(recipe: Recipe) -> str:
-    return models.AUTO_CLASSES[recipe.task]
+def _named(source: Source) -> str:
+    if source.package is not None:
+        return f"`{source.package.member}` of the package `{source.package.name}=={source.package.version}`"
+    return f"`{source.hub or source.path}`"
 
 
 def _load(recipe: Recipe, result: Result) -> str:

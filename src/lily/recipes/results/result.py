@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from lily.io.atomic import write_text
+from lily.recipes.models.precision import precision_of
 from lily.recipes.scoring import test_sets
 from lily.recipes.spec.dreambooth import DreamBooth
 from lily.recipes.spec.schema import Recipe
@@ -72,6 +76,18 @@ class Result:
     def write(self, path: Path) -> None:
         """Write `metrics.json` atomically."""
         write_text(path, json.dumps(asdict(self), indent=2))
+
+
+def started(recipe: Recipe | DreamBooth, metric: str, split: str, packages: Sequence[str] = ()) -> Result:
+    """A result without figures: of which recipe, and on what device, precision and versions of packages it runs."""
+    import torch
+
+    result = Result(recipe.name, recipe.method, recipe.task, recipe.seed, metric, split, None)
+    result.device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    result.precision = precision_of(recipe)
+    names = ("lily-peft", "peft", "torch", "transformers", *packages)
+    result.versions = {"python": platform.python_version(), **{name: version(name) for name in names}}
+    return result
 
 
 def output_folder(recipe: Recipe | DreamBooth) -> Path:

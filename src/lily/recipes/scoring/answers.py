@@ -38,14 +38,17 @@ def answer_in(text: str, recipe: Recipe) -> str:
         return text.strip()
     if mode == "number":
         return number_in(text)
+    import regex  # has a timeout; expressions that PEFT applies with re need lily.checkpoint.bounded_regex instead
+
     try:
-        return first_match(mode.pattern, text).strip()
+        match = regex.compile(mode.pattern).search(text[:MAX_TEXT], timeout=MAX_SECONDS)
     except TimeoutError:
         with located(recipe, "generation", "answer"):
             raise LilyError(
                 f"generation.answer: the pattern {mode.pattern!r} takes over {MAX_SECONDS:g} s on a text of "
                 f"{min(len(text), MAX_TEXT)} characters; rewrite it without nested repeats"
             ) from None
+    return "" if match is None else (match.group(1 if match.re.groups else 0) or "").strip()
 
 
 def number_in(text: str) -> str:
@@ -59,20 +62,6 @@ def number_in(text: str) -> str:
     marked = MARKED.search(text)
     number = marked.group(1) if marked else next(iter(reversed(ANY.findall(text))), "")
     return number.replace("$", "").replace(",", "").rstrip(".")
-
-
-def first_match(pattern: str, text: str) -> str:
-    """The first match (its first group, if there are groups) in the first `MAX_TEXT` characters; empty if none.
-
-    Raises:
-        TimeoutError: after `MAX_SECONDS`.
-    """
-    import regex  # has a timeout; expressions that PEFT applies with re need lily.checkpoint.bounded_regex instead
-
-    match = regex.compile(pattern).search(text[:MAX_TEXT], timeout=MAX_SECONDS)
-    if match is None:
-        return ""
-    return match.group(1 if match.re.groups else 0) or ""
 
 
 def problem_of(pattern: Pattern) -> str | None:

@@ -12,22 +12,16 @@ import numpy as np
 from lily.recipes import models
 from lily.recipes.data.rows import Splits
 from lily.recipes.data.tables import Row
-from lily.recipes.data.tasks import collate, encode_inputs
 from lily.recipes.models.load import heads_of
 from lily.recipes.models.precision import precision_of
-from lily.recipes.scoring.inference import by_length, device_of, inference, place, to_device
+from lily.recipes.scoring.evaluate import head_outputs
+from lily.recipes.scoring.inference import place
 from lily.recipes.scoring.metrics import compute, metrics_of
 from lily.recipes.spec.schema import Recipe
 
 
 def run(name: str, recipe: Recipe, splits: Splits) -> dict[str, float]:
-    """One baseline's metrics on the held-out rows, and the seconds it took.
-
-    Args:
-        name: `majority` (the mean, for regression), `tfidf` or `frozen`.
-        recipe: task, metrics and, for `frozen`, the encoder.
-        splits: training and held-out rows.
-    """
+    """The metrics of `majority` (the mean, for regression), `tfidf` or `frozen` on held-out rows, and its seconds."""
     started = time.perf_counter()
     expected = _targets(splits.held_out, splits.labels)
     targets = _targets(splits.train, splits.labels)
@@ -80,7 +74,10 @@ def _frozen(recipe: Recipe, splits: Splits, targets: Any) -> Any:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    features = _features(recipe, [*splits.train, *splits.held_out])
+    model = place(models.load_model(recipe.model, recipe.task, ("0", "1"), precision=precision_of(recipe)))
+    processor = models.load_processor(recipe, model.config)
+    pooled = _head_input if recipe.task == "image-classification" else _mean_state
+    features = head_outputs(model, [*splits.train, *splits.held_out], recipe, processor, pooled)
     count = len(splits.train)
     probe = make_pipeline(StandardScaler(), _linear(splits.labels, 0.01))
     return probe.fit(features[:count], targets).predict(features[count:])
@@ -90,20 +87,6 @@ def _linear(labels: Sequence[str] | None, strength: float = 1.0) -> Any:
     from sklearn.linear_model import LogisticRegression, Ridge
 
     return Ridge(1.0 / strength) if labels is None else LogisticRegression(C=strength, max_iter=2000)
-
-
-def _features(recipe: Recipe, rows: Sequence[Row]) -> Any:
-    model = place(models.load_model(recipe.model, recipe.task, ("0", "1"), precision=precision_of(recipe)))
-    processor = models.load_processor(recipe, model.config)
-    pooled = _head_input if recipe.task == "image-classification" else _mean_state
-    encoded = [encode_inputs(row, recipe, processor) for row in rows]
-    out: list[Any] = [None] * len(rows)
-    with inference(model, recipe):
-        for batch in by_length(encoded, recipe.train.eval_batch_size):
-            inputs = to_device(collate([encoded[i] for i in batch], processor), device_of(model))
-            for i, row in zip(batch, pooled(model, inputs).float().cpu().numpy(), strict=True):
-                out[i] = row
-    return np.stack(out)
 
 
 def _mean_state(model: Any, inputs: dict[str, Any]) -> Any:

@@ -49,12 +49,6 @@ def right(
 ) -> dict[str, list[bool]]:
     """For each row, whether its likeliest choice is its completion; of equally likely ones the first counts.
 
-    Args:
-        model: a causal model.
-        rows: canonical sft rows with choices.
-        recipe: prompts, batch size and precision.
-        tokenizer: of the model.
-
     Returns:
         `accuracy`, by summed log-probability, and `accuracy_norm`, by log-probability per byte of the choice.
     """
@@ -128,16 +122,6 @@ def scored_choices(number: int, row: Row, recipe: Recipe, tokenizer: PreTrainedT
                 )
         out.append(ScoredChoice(number, i, tuple(ids[cut:]), start - cut))
     return out
-
-
-def check(rows: Sequence[Row], recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that all choices can be scored, before a weight is read.
-
-    Raises:
-        LilyError: for the first that cannot.
-    """
-    for row in rows:
-        scored_choices(0, row, recipe, tokenizer)
 
 
 def _ids(text: str, tokenizer: PreTrainedTokenizerBase, chat: bool) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,11 +34,6 @@ if TYPE_CHECKING:
 
 class Judge:
     """Computes a recipe's metrics of a model on rows.
-
-    Args:
-        recipe: task, metrics, lengths.
-        processor: the model's tokenizer or image preprocessing.
-        labels: the classes, for classification.
 
     Attributes:
         items: results of the last call per row: `expected` and `predicted` (class indices or numbers), whether it is
@@ -94,16 +89,22 @@ class Judge:
 
 
 def head_outputs(
-    model: torch.nn.Module, rows: Sequence[Row], recipe: Recipe, processor: Processor
+    model: torch.nn.Module,
+    rows: Sequence[Row],
+    recipe: Recipe,
+    processor: Processor,
+    outputs: Callable[[Any, dict[str, Any]], Any] = lambda model, inputs: model(**inputs).logits,
 ) -> np.ndarray[Any, Any]:
-    """The head's outputs (rows, outputs) in float32, in the rows' order; batched by length to reduce padding."""
+    """The head's outputs (rows, outputs) in float32, in the rows' order; batched by length to reduce padding.
+
+    `outputs` may compute something else (batch, features) from the model and its inputs.
+    """
     encoded = [encode_inputs(row, recipe, processor) for row in rows]
     out: list[Any] = [None] * len(rows)
     with inference(model, recipe):
         for batch in by_length(encoded, recipe.train.eval_batch_size):
             inputs = to_device(collate([encoded[i] for i in batch], processor), device_of(model))
-            logits = model(**inputs).logits.float().cpu().numpy()
-            for i, row in zip(batch, logits, strict=True):
+            for i, row in zip(batch, outputs(model, inputs).float().cpu().numpy(), strict=True):
                 out[i] = row
     return np.stack(out)
 
@@ -151,8 +152,13 @@ def token_losses(
     return totals, counts
 
 
-def answers(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], recipe: Recipe) -> list[str]:
-    """Greedy answers to prompts (texts or message lists), batched with left padding, in the prompts' order."""
+def answers(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], recipe: Recipe, streamer: Any = None
+) -> list[str]:
+    """Greedy answers to prompts (texts or message lists), batched with left padding, in the prompts' order.
+
+    A `streamer` receives the answer to a single prompt token by token.
+    """
     encoded = [{"input_ids": prompt_ids(p, tokenizer)} for p in prompts]
     out = [""] * len(prompts)
     with inference(model, recipe):
@@ -165,6 +171,7 @@ def answers(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[An
                     max_new_tokens=recipe.generation.max_new_tokens,
                     do_sample=False,
                     pad_token_id=tokenizer.pad_token_id,
+                    streamer=streamer,
                 )
             texts = tokenizer.batch_decode(generated[:, padded["input_ids"].shape[1] :], skip_special_tokens=True)
             for i, text in zip(batch, texts, strict=True):

@@ -39,20 +39,8 @@ def general_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Exa
     return [{"input_ids": ids, "labels": ids} for ids in fitting]
 
 
-def most(recipe: Recipe, losses: dict[str, float]) -> float | None:
-    """Upper bound on the general-text loss of the best adapter; None: no bound."""
-    limit = None if recipe.forgetting is None else recipe.forgetting.limit
-    return None if limit is None else losses["before"] + limit
-
-
 def of(before: float, last: float | None = None, after: float | None = None) -> dict[str, float]:
-    """The losses of a run, as in `metrics.json`.
-
-    Args:
-        before: mean loss per token of the untrained model.
-        last: after training; None: nothing was trained.
-        after: with the best adapter.
-    """
+    """The losses of a run, as in `metrics.json`; without `last`, nothing was trained."""
     last = before if last is None else last
     after = last if after is None else after
     return {"before": before, "last": last, "after": after, "increase": after - before}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,25 +20,17 @@ def by_length(examples: Sequence[Example], size: int) -> Iterator[list[int]]:
         yield order[start : start + size]
 
 
-class inference:
+@contextmanager
+def inference(model: torch.nn.Module, recipe: Recipe) -> Iterator[None]:
     """Within: no gradients, eval mode, the recipe's precision. After: the model's previous mode."""
-
-    def __init__(self, model: torch.nn.Module, recipe: Recipe) -> None:
-        self.model, self.training = model, model.training
-        dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(precision_of(recipe))
-        self.contexts: list[Any] = [torch.no_grad()]
-        if dtype is not None:
-            self.contexts.append(torch.autocast(device_of(model).type, dtype))
-
-    def __enter__(self) -> None:
-        self.model.eval()
-        for context in self.contexts:
-            context.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        for context in reversed(self.contexts):
-            context.__exit__(*error)
-        self.model.train(self.training)
+    training, dtype = model.training, getattr(torch, precision_of(recipe))
+    model.eval()
+    try:
+        autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device_of(model).type, dtype)
+        with torch.no_grad(), autocast:
+            yield
+    finally:
+        model.train(training)
 
 
 def to_device(inputs: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:

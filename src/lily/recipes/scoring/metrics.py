@@ -43,7 +43,7 @@ def compute(names: Sequence[Metric], predicted: Any, expected: Any) -> dict[str,
     Args:
         names: metrics; loss and perplexity come from the model and are skipped here.
         predicted: class ids (classification), numbers (regression) or texts (exact_match), one per row.
-        expected: the true values, of the same form.
+        expected: of the same form.
 
     Returns:
         Name -> value. An undefined correlation (constant predictions) is 0, as in GLUE's tools.

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from lily.recipes.data.tables import Row
 from lily.recipes.scoring.metrics import shown
 from lily.recipes.spec.schema import MEAN
 
@@ -15,27 +13,8 @@ from lily.recipes.spec.schema import MEAN
 Figures = dict[str, dict[str, dict[str, float]]]
 
 
-def judged(
-    judge: Callable[[Any, Sequence[Row]], dict[str, float]],
-    model: Any,
-    sets: Mapping[str, Sequence[Row]],
-    when: str,
-    earlier: Figures | None = None,
-) -> Figures:
-    """The metrics of every set and their mean under the key `when`, merged into `earlier`.
-
-    Args:
-        judge: computes the metrics of a model on rows.
-        model: the model to evaluate.
-        sets: name -> rows.
-        when: before or final.
-        earlier: a previous result.
-    """
-    return noted({name: judge(model, rows) for name, rows in sets.items()}, when, earlier)
-
-
 def noted(results: Mapping[str, Mapping[str, float]], when: str, earlier: Figures | None = None) -> Figures:
-    """Metrics by set, with their unweighted mean, under the key `when`, merged into `earlier`."""
+    """Metrics by set, with their unweighted mean, under the key `when` (before or final), merged into `earlier`."""
     if not results:
         return {}
     names = next(iter(results.values()))
@@ -45,13 +24,7 @@ def noted(results: Mapping[str, Mapping[str, float]], when: str, earlier: Figure
 
 
 def tabled(figures: Figures, metrics: Sequence[str], counts: Mapping[str, int]) -> list[list[str]]:
-    """A header and a line for each set: its rows, and each metric before and after training; the mean comes last.
-
-    Args:
-        figures: results of `judged`.
-        metrics: the columns, in order.
-        counts: number of rows of each set.
-    """
+    """A header and a line for each set: its rows, and each metric before and after training; the mean comes last."""
     lines = [["untrained → trained", "rows", *metrics]]
     for name, values_of in figures.items():
         values = [" → ".join(shown(m, values_of[when].get(m)) for when in ("before", "final")) for m in metrics]

@@ -15,9 +15,7 @@ SHAPE = ("r", "num_A", "stride_A", "num_B")
 def problems(lily: Lily, targets: object) -> Iterator[tuple[Key, str]]:
     """Every invalid combination: (path of the key, what is wrong and how to fix it).
 
-    Args:
-        lily: the section.
-        targets: target modules and parameters of the recipe; false if there are none.
+    `targets` is false if the recipe names no target modules and no parameters.
     """
     if lily.num_A is not None and lily.stride_A is not None:
         yield ("lily", "stride_A"), "says the same as num_A; remove one of them"

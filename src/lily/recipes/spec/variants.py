@@ -23,10 +23,6 @@ Merge = Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
 def names_of(values: Mapping[str, Any], locations: Mapping[Key, str]) -> list[str]:
     """The variants of a file, in its order; none if it is a single recipe.
 
-    Args:
-        values: of the file.
-        locations: of its keys.
-
     Raises:
         LilyError: if `variants` does not map names to keys.
     """
@@ -59,7 +55,7 @@ def chosen(
     Args:
         values: of the file.
         locations: of its keys.
-        variant: its name; None for a file that is a single recipe.
+        variant: None for a file that is a single recipe.
         file: name for messages, without the variant.
         merge: merges values over others.
 

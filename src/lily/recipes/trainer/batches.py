@@ -66,9 +66,7 @@ class Part:
 
     Attributes:
         rows: the encoded examples, by number.
-        collate: makes a batch of examples.
-        process: this process's index.
-        processes: their number.
+        process: index of this one of the `processes`.
     """
 
     rows: Any

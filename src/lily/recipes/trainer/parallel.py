@@ -66,7 +66,7 @@ class Parallel(Trainer):  # type: ignore[misc]
         if self.args.world_size == 1:
             loader: DataLoader[Any] = super().get_eval_dataloader(eval_dataset)
             return loader
-        self.gather_function = _own
+        self.gather_function = lambda value: value  # every process has all rows
         rows, collate = self._encoded(eval_dataset or self.eval_dataset, "evaluation")
         return self._loader(
             rows, sampler=SequentialSampler(rows), collate_fn=collate, batch_size=self.args.eval_batch_size
@@ -157,11 +157,6 @@ class Parallel(Trainer):  # type: ignore[misc]
             distributed.load_optimizer_state(self.model, self.optimizer, state)
         else:
             self.optimizer.load_state_dict(state)
-
-
-def _own(value: Any) -> Any:
-    """Replaces gathering: every process has all rows."""
-    return value
 
 
 def parameter_groups(recipe: Recipe, model: nn.Module) -> list[dict[str, Any]]:

@@ -28,14 +28,7 @@ Every = int | Literal["epoch"]
 
 
 def due(every: Every, step: int, epoch: float, last: bool) -> bool:
-    """Whether a periodic action is due.
-
-    Args:
-        every: interval in optimizer steps, or `epoch`.
-        step: optimizer steps done.
-        epoch: epochs done.
-        last: whether training ends with this step; then everything is due.
-    """
+    """Whether a periodic action is due after these optimizer steps and epochs; at the `last` step all are."""
     return last or (epoch == int(epoch) if every == "epoch" else step % every == 0)
 
 
@@ -60,9 +53,7 @@ class Resumable(Parallel):
     """Mixin, to come before a Trainer class. The attributes are set before training.
 
     Attributes:
-        signals: the signals that this process has received.
         progress: the evaluations and the best adapter.
-        health: watches the routers.
         routing: records the routing, which becomes part of each checkpoint.
     """
 
@@ -162,11 +153,6 @@ class Resumable(Parallel):
 
     # -- writing
 
-    @property
-    def _by_engine(self) -> bool:
-        """Whether the engine (DeepSpeed) writes and reads the optimizer itself."""
-        return bool(self.is_deepspeed_enabled)
-
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         step, main = self.state.global_step, bool(self.args.should_save)
         checkpoint = Path(self.args.output_dir) / f"checkpoint-{step}"
@@ -202,7 +188,7 @@ class Resumable(Parallel):
         )
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self._by_engine:
+        if self.is_deepspeed_enabled:  # it writes and reads the optimizer itself
             super()._save_optimizer_and_scheduler(output_dir)
             return
         states = {"optimizer": self.optimizer_state(), "scheduler": self.lr_scheduler.state_dict()}
@@ -210,7 +196,7 @@ class Resumable(Parallel):
             save_state(states, Path(output_dir), "optimizer")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if self._by_engine or checkpoint is None:
+        if self.is_deepspeed_enabled or checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
         else:
             states = load_state(Path(checkpoint), "optimizer")

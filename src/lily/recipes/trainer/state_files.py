@@ -23,12 +23,9 @@ SPOILED = "{file} is not a training state that can be resumed ({error}); start a
 
 
 def save_state(state: Any, folder: Path, name: str) -> None:
-    """Write `name.json` and, if there are tensors, `name.safetensors`.
+    """Write `name.json` and, if there are tensors, `name.safetensors` into an existing folder.
 
-    Args:
-        state: dictionaries, lists, tuples, numbers, texts, None, tensors and NumPy arrays.
-        folder: an existing folder.
-        name: of the two files, without ending.
+    The state consists of dictionaries, lists, tuples, numbers, texts, None, tensors and NumPy arrays.
     """
     tensors: dict[str, Tensor] = {}
     tree = _packed(state, tensors)

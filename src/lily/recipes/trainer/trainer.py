@@ -15,12 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
-from transformers import (
-    DataCollatorWithPadding,
-    PrinterCallback,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainingArguments
 
 from lily.analysis.history import RoutingCallback
 from lily.callbacks.health import HealthCallback
@@ -107,21 +102,7 @@ def build_trainer(
     beyond_loss: Evaluate | None,
     quiet: bool,
 ) -> Any:
-    """The recipe's trainer.
-
-    Args:
-        recipe: schedule and task.
-        model: with its adapter.
-        processor: the tokenizer or image preprocessor.
-        train: encoded examples.
-        validation: encoded examples.
-        output: the run's folder.
-        beyond_loss: computes validation metrics besides the loss.
-        quiet: no progress bar.
-
-    Returns:
-        A Trainer whose `progress` is the run's `Progress`.
-    """
+    """The recipe's Trainer, with the run's `Progress` as `progress`; `beyond_loss` computes further metrics."""
     names = metric_tools.metrics_of(recipe)
     arguments = _arguments(recipe, output, quiet)
     images = isinstance(processor, Preprocess)
@@ -194,11 +175,6 @@ def _with_best(base: type[Trainer]) -> Any:
             self.health.note_loss(loss)
             return loss
 
-        def settled(self) -> float | None:
-            """Progress of settling, 0 to 1; None: the adapter does not settle, or is static already."""
-            config = getattr(self.model, "peft_config", {}).get("default")
-            return getattr(config, "settled", None)
-
         def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
             """Evaluate, and keep the best adapter."""
             with self.signals.deferred(False):
@@ -211,7 +187,8 @@ def _with_best(base: type[Trainer]) -> Any:
             metrics = from_first(metrics)  # so that all processes decide the same, even if their last bits differ
             step, epoch = self.state.global_step, float(self.state.epoch or 0.0)
             values = {name: metrics[f"eval_{name}"] for name in (*self.names, LOSS) if f"eval_{name}" in metrics}
-            settled = self.settled()
+            # progress of settling, 0 to 1; None: the adapter does not settle, or is static already
+            settled = getattr(getattr(self.model, "peft_config", {}).get("default"), "settled", None)
             final = {} if settled is None else {"final": float(settled == 1)}
             exhausted = self.progress.update(self.model, {"step": step, "epoch": epoch, **values, **final})
             if exhausted or (self.watch is not None and self.watch(self.progress.history)):
