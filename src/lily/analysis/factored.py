@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -122,9 +122,8 @@ def lily_layers(model: nn.Module, adapter: str | None = None) -> list[Factored]:
         LilyError: if there is no such adapter, or its update is not linear.
     """
     adapted = find(model, adapter)
-    bent = next(
-        (a for layer in adapted.layers.values() if (a := layer.settings[adapted.name].activation) != "none"), None
-    )
+    activations = (layer.settings[adapted.name].activation for layer in adapted.layers.values())
+    bent = next((a for a in activations if a != "none"), None)
     if bent is not None:
         raise LilyError(
             f"adapter {adapted.name!r} has activation={bent!r} between A and B, so its update is no "
@@ -222,6 +221,7 @@ def _lora_of_folder(folder: Path) -> Iterator[Pair]:
         raise LilyError(f"{folder} is a {getattr(config.peft_type, 'value', config.peft_type)} adapter, not a LoRA")
     if config.use_dora:
         raise LilyError(f"{folder} is a DoRA adapter, whose update is not a product of two thin matrices")
+    patterns = config.alpha_pattern or {}
     for key, A in state.items():
         if not key.endswith(".lora_A.weight"):
             continue
@@ -229,13 +229,8 @@ def _lora_of_folder(folder: Path) -> Iterator[Pair]:
         B = state.get(key.replace(".lora_A.", ".lora_B."))
         if B is None:
             raise LilyError(f"{file}: {name} has a lora_A but no lora_B; is the file complete?")
-        yield name, A, B, _lora_scale(config, name, A.shape[0])
-
-
-def _lora_scale(config: LoraConfig, name: str, rank: int) -> float:
-    patterns: Mapping[str, Any] = config.alpha_pattern or {}
-    alpha = float(patterns.get(get_pattern_key(list(patterns), name), config.lora_alpha))
-    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
+        alpha, rank = float(patterns.get(get_pattern_key(list(patterns), name), config.lora_alpha)), A.shape[0]
+        yield name, A, B, alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
 class _InGroup(Protocol):

@@ -48,18 +48,13 @@ def best_within(outcomes: Sequence[Outcome], limit: float) -> Outcome | None:
 
 def by_contestant(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
     """The outcomes of each contestant, in the order in which they first appear."""
-    groups: dict[str, list[Outcome]] = {}
-    for one in outcomes:
-        groups.setdefault(one.contestant, []).append(one)
-    return groups
+    names = dict.fromkeys(one.contestant for one in outcomes)
+    return {name: [one for one in outcomes if one.contestant == name] for name in names}
 
 
 def moved(
     outcomes: Sequence[Outcome], against: Sequence[Outcome], limits: Sequence[float]
 ) -> dict[float, float | None]:
     """Limit -> difference of the best quality within it from that of `against`; None: one has no outcome within it."""
-    differences: dict[float, float | None] = {}
-    for limit in limits:
-        one, other = best_within(outcomes, limit), best_within(against, limit)
-        differences[limit] = None if one is None or other is None else one.quality - other.quality
-    return differences
+    pairs = {limit: (best_within(outcomes, limit), best_within(against, limit)) for limit in limits}
+    return {limit: one.quality - other.quality if one and other else None for limit, (one, other) in pairs.items()}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any
 
 from lily.errors import LilyError
@@ -43,12 +44,9 @@ class Point:
 
 @dataclass(frozen=True)
 class Quality:
-    """A shape and its measured quality.
+    """A shape, as in `Point`, and its measured quality.
 
     Attributes:
-        r: rank.
-        num_A: A per group.
-        num_B: experts per group.
         values: values of the metric, one per seed.
     """
 
@@ -88,41 +86,28 @@ def frontier(
     Raises:
         LilyError: if no shape fits.
     """
-    budget = parse_count(parameters)
-    depth = max(len(g.members) for g in build_plan(modules, LilyConfig(target_modules=_targets(targets))).groups)
+    budget, chosen = parse_count(parameters), "all-linear" if targets is None else targets
+    depth = max(len(g.members) for g in build_plan(modules, LilyConfig(target_modules=chosen)).groups)
     widest = max(m.out_features for m in modules)
     points: dict[tuple[tuple[int, ...], int], Point] = {}
     refused: LilyError | None = None
-    # tuples, since an iterator would be empty for the second num_B
-    every_A, every_B = (tuple(values or ()) or tuple(range(1, depth + 1)) for values in (num_A, num_B))
-    for experts in every_B:
-        for count in every_A:
-            try:
-                choice = choose(
-                    modules,
-                    parameters=budget,
-                    num_A=count,
-                    num_B=experts,
-                    routing=routing,
-                    targets=targets,
-                    shared_router=shared_router,
-                )
-            except LilyError as error:
-                refused = error
-                continue
-            config = LilyConfig(r=choice.r, num_A=count, num_B=experts, target_modules=_targets(targets))
-            blocks = tuple(len(g.blocks) for g in build_plan(modules, config).groups)
-            share = choice.parameters / budget
-            if share >= least:
-                point = Point(choice.r, count, experts, choice.parameters, share, min(widest, experts * choice.r))
-                points.setdefault((blocks, experts), point)
+    for experts, count in product(*(tuple(values or ()) or range(1, depth + 1) for values in (num_B, num_A))):
+        shape: dict[str, Any] = {"num_A": count, "num_B": experts}
+        try:
+            choice = choose(
+                modules, parameters=budget, routing=routing, targets=targets, shared_router=shared_router, **shape
+            )
+        except LilyError as error:
+            refused = error
+            continue
+        plan = build_plan(modules, LilyConfig(r=choice.r, target_modules=chosen, **shape))
+        share = choice.parameters / budget
+        if share >= least:
+            point = Point(choice.r, count, experts, choice.parameters, share, min(widest, experts * choice.r))
+            points.setdefault((tuple(len(g.blocks) for g in plan.groups), experts), point)
     if not points:
         raise refused or LilyError(
             f"no shape uses {least:.0%} of {budget:,} parameters, because the layers' sizes limit the rank; "
             "give a smaller budget, or a smaller `least`"
         )
     return tuple(sorted(points.values(), key=lambda p: (-p.r, p.num_A, p.num_B)))
-
-
-def _targets(targets: object) -> Any:
-    return "all-linear" if targets is None else targets

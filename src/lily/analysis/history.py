@@ -23,12 +23,9 @@ SNAPSHOTS = 100
 
 
 def steps_recorded(total: int) -> tuple[int, ...]:
-    """The recorded steps of a training, counted from 0, without those that `RouterWatch` samples.
+    """The recorded steps of a training of `total` steps, counted from 0, without those that `RouterWatch` samples.
 
     Between half of and all `SNAPSHOTS`, evenly spaced; every second step of a shorter training.
-
-    Args:
-        total: number of training steps.
     """
     size = max(1, -(-total // SNAPSHOTS))
     if size == 1:
@@ -80,10 +77,7 @@ class RoutingHistory:
         try:
             values = json.loads(Path(file).read_text("utf-8"))
             steps = tuple(int(v) for v in values["steps"])
-            layers = {
-                str(name): tuple(tuple(float(w) for w in row) for row in rows)
-                for name, rows in values["layers"].items()
-            }
+            layers = {str(n): tuple(tuple(map(float, row)) for row in rows) for n, rows in values["layers"].items()}
             counts = values["tokens"]
             counts = dict.fromkeys(layers, counts) if isinstance(counts, list) else counts
             tokens = {name: tuple(int(n) for n in counts[name]) for name in layers}
@@ -93,10 +87,8 @@ class RoutingHistory:
             widths = {len(row) for row in rows}
             if len(rows) != len(steps) or len(widths) > 1 or not all(math.isfinite(w) for row in rows for w in row):
                 raise LilyError(f"{file}: the weights of {name} are not one row of finite numbers per step")
-            if len(tokens[name]) != len(steps):
-                raise LilyError(
-                    f"{file}: {len(tokens[name])} token counts of {name}, expected {len(steps)}, one per step"
-                )
+            if (count := len(tokens[name])) != len(steps):
+                raise LilyError(f"{file}: {count} token counts of {name}, expected {len(steps)}, one per step")
         return cls(steps, tokens, layers)
 
 

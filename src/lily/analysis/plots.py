@@ -15,13 +15,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from lily.analysis.factored import grouped
 from lily.analysis.forgetting import Outcome, by_contestant, frontier
 from lily.analysis.granularity import Point, Quality
 from lily.analysis.rank import RankReport
 from lily.analysis.routing import RoutingReport
 from lily.analysis.scaling import Tried
 from lily.analysis.seeds import spread
-from lily.analysis.sentences import rank_words, routing_words, sharing_words, short_names, title_of, weights_by_group
+from lily.analysis.sentences import rank_words, routing_words, sharing_words, short_names, title_of
 from lily.analysis.series import block_sizes, by_expert, ranks_by_layer, relative_spectra
 from lily.errors import LilyError
 from lily.io.atomic import new_file
@@ -53,10 +54,7 @@ class Picture:
         """
         from matplotlib import rc_context
 
-        with (
-            new_file(file, overwrite) as path,
-            rc_context({"svg.fonttype": "none", "svg.hashsalt": "lily"}),
-        ):
+        with new_file(file, overwrite) as path, rc_context({"svg.fonttype": "none", "svg.hashsalt": "lily"}):
             try:
                 self.figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
             except ValueError as error:
@@ -94,46 +92,37 @@ def rank_plot(report: RankReport, lora: RankReport | None = None, name: str = "L
     }
     for which, values in ranks_by_layer(report, lora).items():
         ranks.plot(numbers, [nan if v is None else v for v in values], linestyle="none", **looks[which])
-    ranks.set_xlabel("adapted layer, in the model's order of groups")
-    ranks.set_ylabel("numerical rank (directions)")
+    ranks.set(xlabel="adapted layer, in the model's order of groups", ylabel="numerical rank (directions)")
     ranks.set_ylim(bottom=0)
     ranks.legend()
     for drawn, color, label in ((report, LILY, name), (lora, LORA, "LoRA")):
-        if drawn is not None:
-            _spectra(spectrum, drawn, color, label)
+        for i, shares in enumerate(relative_spectra(drawn) if drawn is not None else ()):
+            each = None if i else f"{label}, each layer"
+            spectrum.plot(range(1, len(shares) + 1), shares, color=color, alpha=0.35, linewidth=1, label=each)
     spectrum.axhline(report.threshold, color="#565d69", linestyle="--", label=f"threshold {report.threshold:g}")
-    spectrum.set_yscale("log")
-    spectrum.set_xlabel("direction")
-    spectrum.set_ylabel("singular value / largest")
+    spectrum.set(yscale="log", xlabel="direction", ylabel="singular value / largest")
     if spectrum.get_legend_handles_labels()[0]:
         spectrum.legend()
     return Picture(figure, rank_words(report, lora))
 
 
-def _spectra(axes: Any, report: RankReport, color: str, name: str) -> None:
-    for i, values in enumerate(relative_spectra(report)):
-        label = None if i else f"{name}, each layer"
-        axes.plot(range(1, len(values) + 1), values, color=color, alpha=0.35, linewidth=1, label=label)
-
-
 def router_plot(report: RoutingReport) -> Picture:
     """Mean expert weights by layer and expert, one panel per group."""
-    groups = {g: v for g, v in weights_by_group(report).items() if len(v[0].mean) > 1}
+    groups = {g: v for g, v in grouped(report.layers).items() if len(v[0].mean) > 1}
     if not groups:
         raise LilyError("there is one B in each group, so nothing is routed and there is no router to draw")
     across = min(ACROSS, len(groups))
     down = -(-len(groups) // across)
     height = 0.5 + 0.5 * max(len(v[0].mean) for v in groups.values()) + 1.2
     figure = new_figure(4.2 * across, height * down)
-    panels = list(figure.subplots(down, across, squeeze=False).flat)
-    for panel in panels[len(groups) :]:
+    every = list(figure.subplots(down, across, squeeze=False).flat)
+    panels = every[: len(groups)]
+    for panel in every[len(groups) :]:
         panel.remove()
-    panels = panels[: len(groups)]
     for panel, (group, layers) in zip(panels, groups.items(), strict=True):
         table = by_expert(layers)
         image = panel.imshow(table, vmin=0, vmax=1, cmap="Purples", aspect="auto")
-        panel.set_title(group)
-        panel.set_xlabel("layer")
+        panel.set(title=group, xlabel="layer")
         panel.set_xticks(range(len(layers)), short_names([v.name for v in layers]))
         panel.set_yticks(range(len(table)), [f"B{e}" for e in range(len(table))])
     figure.colorbar(image, ax=panels, label="mean weight")
@@ -147,7 +136,7 @@ def sharing_plot(plan: SharingPlan, report: RoutingReport | None = None) -> Pict
         plan: the sharing plan.
         report: for the heights of the bands; default: equal.
     """
-    routing = weights_by_group(report) if report is not None else {}
+    routing = grouped(report.layers) if report is not None else {}
     figure = new_figure(4.2 * len(plan.groups), 3.4)
     panels = figure.subplots(1, len(plan.groups), squeeze=False)[0]
     for panel, group in zip(panels, plan.groups, strict=True):
@@ -161,10 +150,7 @@ def sharing_plot(plan: SharingPlan, report: RoutingReport | None = None) -> Pict
             shares = [v.mean[e] for v in layers] if layers else [1 / group.num_B] * at
             bottom = [sum(v.mean[:e]) for v in layers] if layers else [e / group.num_B] * at
             panel.bar(range(at), shares, 0.92, bottom, color=COLORS[e % len(COLORS)], label=f"B{e}")
-        panel.set_title(title_of(group))
-        panel.set_xlabel("layer")
-        panel.set_ylabel("share of each expert")
-        panel.set_yticks([0, 0.5, 1])
+        panel.set(title=title_of(group), xlabel="layer", ylabel="share of each expert", yticks=[0, 0.5, 1])
         panel.set_xticks(range(at), short_names(group.members))
         panel.legend(loc="lower right")
     return Picture(figure, " ".join(f"{title_of(g)}: {sharing_words(g)}" for g in plan.groups))
@@ -178,9 +164,7 @@ def granularity_plot(points: Sequence[Point]) -> Picture:
         chosen = sorted((p for p in points if p.num_B == experts), key=lambda p: p.num_A)
         panel.plot([p.num_A for p in chosen], [p.r for p in chosen], "o-", color=LINES[i % len(LINES)],
                    label=f"num_B = {experts}")  # fmt: skip
-    panel.set_xlabel("num_A (A per group)")
-    panel.set_ylabel("r (rank)")
-    panel.set_ylim(bottom=0)
+    panel.set(xlabel="num_A (A per group)", ylabel="r (rank)", ylim=(0, None))
     panel.legend()
     best, least = max(points, key=lambda p: p.r), min(points, key=lambda p: p.r)
     alt = (
@@ -223,17 +207,12 @@ def quality_plot(
     panel.set_xscale("log")
     panel.set_xticks(ranks, [str(r) for r in ranks])
     panel.minorticks_off()
-    panel.set_xlabel("r (rank); labels: number of A and B")
-    panel.set_ylabel(metric)
+    panel.set(xlabel="r (rank); labels: number of A and B", ylabel=metric)
     panel.legend()
-    return Picture(figure, _quality_words(shapes, metric, lora))
-
-
-def _quality_words(shapes: Sequence[Quality], metric: str, lora: Sequence[float]) -> str:
     by_rank = sorted(shapes, key=lambda p: -p.r)
-    values = ", ".join(f"{fmean(p.values):.4g} at r={p.r}, num_A={p.num_A}, num_B={p.num_B}" for p in by_rank)
+    words = ", ".join(f"{fmean(p.values):.4g} at r={p.r}, num_A={p.num_A}, num_B={p.num_B}" for p in by_rank)
     compared = f" LoRA of equal size: {fmean(lora):.4g}." if lora else ""
-    return f"{metric} of {len(shapes)} shapes of equal size: {values}.{compared}"
+    return Picture(figure, f"{metric} of {len(shapes)} shapes of equal size: {words}.{compared}")
 
 
 def forgetting_plot(outcomes: Sequence[Outcome], metric: str) -> Picture:
@@ -256,8 +235,7 @@ def forgetting_plot(outcomes: Sequence[Outcome], metric: str) -> Picture:
                    drawstyle="steps-post")  # fmt: skip
         texts.append(f"{name} from {line[0].quality:.4g} at {line[0].forgetting:+.3g} to {line[-1].quality:.4g} at "
                     f"{line[-1].forgetting:+.3g}")  # fmt: skip
-    panel.set_xlabel("forgetting: increase of the loss on general text (nats per token)")
-    panel.set_ylabel(metric)
+    panel.set(xlabel="forgetting: increase of the loss on general text (nats per token)", ylabel=metric)
     panel.legend()
     return Picture(figure, f"{metric} against forgetting; Pareto fronts: {'; '.join(texts)}.")
 
@@ -286,11 +264,9 @@ def settings_plot(settings: Mapping[str, Sequence[Tried]], metric: str) -> Pictu
                 for x, value in enumerate(values):
                     dark = value > (low + high) / 2
                     panel.text(x, y, f"{value:.1f}", ha="center", va="center", color="white" if dark else "black")
-            panel.set_title(f"{task}: {contestant}")
+            panel.set(title=f"{task}: {contestant}", xlabel="learning rate", ylabel="scale of the update")
             panel.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
             panel.set_yticks(range(len(scales)), [f"{scale:g}" for scale in scales])
-            panel.set_xlabel("learning rate")
-            panel.set_ylabel("scale of the update")
             if own:
                 (scale, rate), best = max(own.items(), key=lambda pair: pair[1])
                 texts.append(f"{task}, {contestant}: best {best:.4g} at learning rate {rate:g} and scale {scale:g}")

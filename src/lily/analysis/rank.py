@@ -177,12 +177,9 @@ class RankReport:
 
     def median(self, what: str = "numerical_rank", union: bool = False) -> float:
         """Median over layers of `numerical_rank`, `effective_rank` or `stable_rank`."""
-        values = []
-        for layer in self.layers:
-            spectrum = layer.union if union and layer.union is not None else layer.expected
-            rank = spectrum.numerical_rank(self.threshold) if what == "numerical_rank" else getattr(spectrum, what)
-            values.append(float(rank))
-        return float(torch.tensor(values).quantile(0.5))
+        spectra = [(layer.union if union else None) or layer.expected for layer in self.layers]
+        values = [s.numerical_rank(self.threshold) if what == "numerical_rank" else getattr(s, what) for s in spectra]
+        return float(torch.tensor(list(map(float, values))).quantile(0.5))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -219,11 +216,9 @@ def rank_report(
         if (experts := chosen[layer.name].mean.numel()) != layer.experts:
             raise LilyError(f"{layer.name} mixes {layer.experts} experts, but its statistics have {experts}")
         _check_finite(layer, chosen[layer.name])
-    ranks = [_layer_rank(layer, chosen[layer.name]) for layer in layers]
-    overlaps = [
-        _overlap(group, members, chosen, threshold) for group, members in grouped(layers).items() if len(members) > 1
-    ]
-    return RankReport(threshold, tuple(ranks), tuple(overlaps))
+    ranks = tuple(_layer_rank(layer, chosen[layer.name]) for layer in layers)
+    several = {group: members for group, members in grouped(layers).items() if len(members) > 1}
+    return RankReport(threshold, ranks, tuple(_overlap(*group, chosen, threshold) for group in several.items()))
 
 
 def _check_finite(layer: Factored, mixing: Mixing) -> None:
@@ -257,14 +252,12 @@ def _singular_values(core: Tensor, most: int) -> tuple[float, ...]:
 
 def _overlap(group: str, members: Sequence[Factored], mixings: Mapping[str, Mixing], threshold: float) -> Overlap:
     spaces = [_subspaces(layer, mixings[layer.name].mean, threshold) for layer in members]
-    columns, rows = ([[_common(x[i], y[i]) for y in spaces] for x in spaces] for i in range(2))
+    columns, rows = (tuple(tuple(_common(x[i], y[i]) for y in spaces) for x in spaces) for i in range(2))
     out, into = members[0].shape
-    dims = [space[0].shape[1] for space in spaces]
-    pairs = [max(a, b) for a, b in combinations(dims, 2)]
+    pairs = [max(a, b) for a, b in combinations((space[0].shape[1] for space in spaces), 2)]
     chance = sum(pairs) / len(pairs)
-    frozen_columns, frozen_rows = (tuple(tuple(row) for row in table) for table in (columns, rows))
     names, shared = tuple(m.name for m in members), tuple(m.shared for m in members)
-    return Overlap(group, names, frozen_columns, frozen_rows, chance / out, chance / into, shared)
+    return Overlap(group, names, columns, rows, chance / out, chance / into, shared)
 
 
 def _subspaces(layer: Factored, mean: Tensor, threshold: float) -> tuple[Tensor, Tensor]:

@@ -48,7 +48,6 @@ class Recorder(RoutingStatistics):
         if w.shape[0] != self._batch:
             self.aligned = False
             return
-        self.by_sample[-self._batch :] += (
-            (w * counts.unsqueeze(-1)).flatten(1, -2).sum(1) if w.ndim > 2 else (w * counts.unsqueeze(-1))
-        )
+        counted = w * counts.unsqueeze(-1)
+        self.by_sample[-self._batch :] += counted.flatten(1, -2).sum(1) if w.ndim > 2 else counted
         self.tokens[-self._batch :] += counts.flatten(1).sum(1) if counts.ndim > 1 else counts

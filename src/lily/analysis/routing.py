@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lily.analysis.factored import Mixing, static_mixing
+from lily.analysis.factored import Mixing, grouped, static_mixing
 from lily.analysis.recorder import Recorder
 from lily.errors import LilyError
 from lily.layers.routing_statistics import DEAD_EXPERT
@@ -210,11 +210,8 @@ def routing_report(
     """
     adapted = find(model, adapter)
     fixed = {name: static_mixing(layer, adapted) for name, layer in adapted.layers.items()}
-    recorders = {
-        name: Recorder(adapted.layers[name].settings[adapted.name].num_B)
-        for name, mixing in fixed.items()
-        if mixing is None
-    }
+    routed = [name for name, mixing in fixed.items() if mixing is None]
+    recorders = {name: Recorder(adapted.layers[name].settings[adapted.name].num_B) for name in routed}
     samples = 0
     if recorders:
         if adapted.config.settled is not None:
@@ -225,18 +222,21 @@ def routing_report(
         samples = _record(model, adapted, recorders, batches, forward or call)
         if labels is not None and len(labels) != samples:
             raise LilyError(f"{len(labels)} labels for {samples} samples; give one label per sample")
-    names = tuple(dict.fromkeys(str(label) for label in labels or ())) if recorders else ()
-    ids = torch.tensor([names.index(str(label)) for label in labels or ()]) if names else None
+    given = [str(label) for label in labels or ()] if recorders else []
+    names = tuple(dict.fromkeys(given))
+    ids = torch.tensor([names.index(label) for label in given]) if names else None
     layers, sampled = [], {}
     for name, mixing in fixed.items():
         group = adapted.plan.group_of(name)
         where = (name, f"{group.name} ({group.out_features}, {group.in_features})", adapted.plan.slots[name].A)
         if mixing is not None:
-            layers.append(_constant(where, mixing))
+            plain, entropy = _plain(mixing.mean, mixing.second), float(torch.special.entr(mixing.mean).sum())
+            layers.append(LayerRouting(*where, 0, *plain, entropy, Variance(0.0, 0.0, 0.0), {}))
             continue
         layers.append(_recorded(where, recorders[name], names, ids))
         if recorders[name].aligned:
-            sampled[name] = _deviations(recorders[name])
+            means = recorders[name].by_sample / recorders[name].tokens.clamp(min=1).unsqueeze(-1)
+            sampled[name] = (means - means.mean(0)).flatten()
     return RoutingReport(str(adapted.config.routing), samples, names, tuple(layers), _agreements(layers, sampled))
 
 
@@ -275,11 +275,6 @@ def _samples(batch: Batch) -> int:
 Where = tuple[str, str, int]
 
 
-def _constant(where: Where, mixing: Mixing) -> LayerRouting:
-    entropy = float(torch.special.entr(mixing.mean).sum())
-    return LayerRouting(*where, 0, *_plain(mixing.mean, mixing.second), entropy, Variance(0.0, 0.0, 0.0), {})
-
-
 def _plain(mean: Tensor, second: Tensor) -> tuple[tuple[float, ...], tuple[tuple[float, ...], ...]]:
     return tuple(mean.tolist()), tuple(tuple(row) for row in second.tolist())
 
@@ -312,11 +307,10 @@ def decompose(total: float, sums: Tensor, tokens: Tensor, ids: Tensor | None = N
     token = max(0.0, total - between)
     if ids is None or bool((ids == ids[0]).all()):
         return Variance(total, token, between)
-    label = _between_labels(sums, tokens, ids)
+    one_hot = torch.nn.functional.one_hot(ids).double()
     generator = torch.Generator().manual_seed(0)
-    permuted = [
-        _between_labels(sums, tokens, ids[torch.randperm(len(ids), generator=generator)]) for _ in range(PERMUTATIONS)
-    ]
+    orders = [torch.arange(len(ids)), *(torch.randperm(len(ids), generator=generator) for _ in range(PERMUTATIONS))]
+    label, *permuted = (_between(y.T @ sums, y.T @ tokens) for y in (one_hot[order] for order in orders))
     beyond = sum(value >= label for value in permuted)
     chance = sum(permuted) / PERMUTATIONS
     return Variance(total, token, max(0.0, between - label), label, chance, (1 + beyond) / (1 + PERMUTATIONS))
@@ -333,23 +327,9 @@ def _between(sums: Tensor, tokens: Tensor) -> float:
     return float((share * (means - share @ means).square().sum(-1)).sum())
 
 
-def _between_labels(sums: Tensor, tokens: Tensor, ids: Tensor) -> float:
-    one_hot = torch.nn.functional.one_hot(ids).double()
-    return _between(one_hot.T @ sums, one_hot.T @ tokens)
-
-
-def _deviations(recorder: Recorder) -> Tensor:
-    """The samples' mean weights minus their mean, flattened."""
-    means = recorder.by_sample / recorder.tokens.clamp(min=1).unsqueeze(-1)
-    return (means - means.mean(0)).flatten()
-
-
 def _agreements(layers: Sequence[LayerRouting], sampled: Mapping[str, Tensor]) -> tuple[Agreement, ...]:
-    by_group: dict[str, list[LayerRouting]] = {}
-    for layer in layers:
-        if len(layer.mean) > 1:
-            by_group.setdefault(layer.group, []).append(layer)
-    return tuple(_agreement(group, members, sampled) for group, members in by_group.items() if len(members) > 1)
+    groups = grouped(layer for layer in layers if len(layer.mean) > 1)
+    return tuple(_agreement(group, members, sampled) for group, members in groups.items() if len(members) > 1)
 
 
 def _agreement(group: str, members: Sequence[LayerRouting], sampled: Mapping[str, Tensor]) -> Agreement:

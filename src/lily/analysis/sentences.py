@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import takewhile
 from math import log
 from statistics import median
 
-from lily.analysis.factored import grouped
 from lily.analysis.rank import RankReport
 from lily.analysis.routing import LayerRouting, RoutingReport
 from lily.plan.sharing_plan import Group, SharingPlan
@@ -16,10 +15,9 @@ from lily.plan.sharing_plan import Group, SharingPlan
 def short_names(names: Sequence[str]) -> list[str]:
     """The numbers that distinguish layers, such as `0` or `1.2`; their positions if these are not unique."""
     parts = [name.split(".") for name in names]
-    common = len(list(takewhile(lambda column: len(set(column)) == 1, zip(*parts, strict=False))))
-    numbers = [".".join(p for p in part[common:] if p.isdigit()) for part in parts]
-    if len(names) == 1:
-        numbers = [".".join(p for p in parts[0] if p.isdigit())]
+    common = takewhile(lambda column: len(set(column)) == 1 < len(names), zip(*parts, strict=False))
+    start = len(list(common))
+    numbers = [".".join(p for p in part[start:] if p.isdigit()) for part in parts]
     return numbers if all(numbers) and len(set(numbers)) == len(numbers) else [str(i) for i in range(len(names))]
 
 
@@ -39,9 +37,9 @@ def sharing_words(group: Group) -> str:
 
 def plan_words(plan: SharingPlan) -> str:
     """Describe the sharing of an adapter in one sentence."""
-    tensors = len(plan.blocks), sum(g.num_B for g in plan.groups)
+    experts = sum(g.num_B for g in plan.groups)
     return (
-        f"{plan.num_layers} layers in {len(plan.groups)} groups share {tensors[0]} A and {tensors[1]} B; "
+        f"{plan.num_layers} layers in {len(plan.groups)} groups share {len(plan.blocks)} A and {experts} B; "
         f"LoRA, with one pair per layer, would have {plan.num_layers} of each."
     )
 
@@ -123,16 +121,10 @@ def routing_words(report: RoutingReport) -> str:
 
 def most_by_label(layers: Sequence[LayerRouting], level: float = 0.05) -> list[LayerRouting]:
     """Layers whose weights depend on the label beyond chance, by the decreasing share of variance it explains."""
-    beyond = [r for r in layers if r.variance is not None and r.variance.p_value is not None]
-    beyond = [r for r in beyond if r.variance is not None and (r.variance.p_value or 0.0) < level]
-    return sorted(beyond, key=lambda r: -(r.variance.share("label") if r.variance is not None else 0.0))
+    tested = [(r, v) for r in layers if (v := r.variance) is not None and v.p_value is not None and v.p_value < level]
+    return [r for r, v in sorted(tested, key=lambda pair: -pair[1].share("label"))]
 
 
 def _from_to(values: Sequence[float], form: str) -> str:
     """`2`, or `2 to 4` where they differ."""
     return " to ".join(form.format(value) for value in sorted({min(values), max(values)}))
-
-
-def weights_by_group(report: RoutingReport) -> Mapping[str, list[LayerRouting]]:
-    """Group -> the routing of its layers, in order."""
-    return grouped(report.layers)

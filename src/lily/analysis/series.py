@@ -12,16 +12,10 @@ from lily.plan.sharing_plan import Group, SharingPlan
 def ranks_by_layer(
     report: RankReport, lora: RankReport | None = None, what: str = "numerical_rank"
 ) -> Mapping[str, list[float | None]]:
-    """Ranks of every layer of `report`, in its order.
+    """Ranks (`numerical_rank` or `effective_rank`) of every layer of `report`, in its order.
 
-    Args:
-        report: of the adapter.
-        lora: of a LoRA to compare with.
-        what: `numerical_rank` or `effective_rank`.
-
-    Returns:
-        `expected`, `union` where the weights were measured, and `lora` where there is one, each with one value per
-        layer of `report`, None where a layer has none.
+    `expected`, `union` where the weights were measured, and `lora` where there is one, each with one value per layer of
+    `report`, None where a layer has none.
     """
 
     def rank(spectrum: Spectrum | None) -> float | None:

@@ -114,9 +114,8 @@ def collapse(
     """
     adapted = find(model, adapter)
     config = adapted.config
-    bent = next(
-        (a for layer in adapted.layers.values() if (a := layer.settings[adapted.name].activation) != "none"), None
-    )
+    activations = (layer.settings[adapted.name].activation for layer in adapted.layers.values())
+    bent = next((a for a in activations if a != "none"), None)
     if bent is not None:
         raise LilyError(
             f"adapter {adapted.name!r} has activation={bent!r}: even with static weights its update is not "
@@ -141,16 +140,15 @@ def collapse(
     with evaluating(model, adapted):
         before = metric(model) if metric else None
         statistics = _record(model, adapted, batches, run)
-        logits = {name: s.mean.clamp(min=TINY).log() for name, s in statistics.items()}
-        _add_logits(adapted, logits)
+        _add_logits(adapted, {name: s.mean.clamp(min=TINY).log() for name, s in statistics.items()})
         drift, errors = _measure(model, adapted, held_out, run)
         report = CollapseReport(adapted.name, routing, int(next(iter(statistics.values())).count.item()), [], drift)
         if refit_steps:
             _refit(model, adapted, batches, held_out, run, refit_steps, refit_learning_rate, report)
-        report.layers = [
-            _layer_report(name, s, adapted.layers[name].lily_logits[adapted.name], errors.get(name))
-            for name, s in statistics.items()
-        ]
+        for name, s in statistics.items():
+            w = torch.softmax(adapted.layers[name].lily_logits[adapted.name].detach().double(), 0).cpu()
+            uniformity = float((w - 1 / w.numel()).abs().sum() / 2)
+            report.layers.append(LayerReport(name, w.tolist(), uniformity, s.variance, errors.get(name)))
         adapted.make_static()
         if metric and before is not None:
             report.metrics = {"before": before, "after": metric(model)}
@@ -160,11 +158,8 @@ def collapse(
 
 @torch.no_grad()
 def _record(model: nn.Module, adapted: Adapted, batches: Sequence[Batch], run: Run) -> dict[str, RoutingStatistics]:
-    statistics = {
-        name: RoutingStatistics.empty(layer.settings[adapted.name].num_B)
-        for name, layer in adapted.layers.items()
-        if layer.settings[adapted.name].num_B > 1
-    }
+    experts = {name: layer.settings[adapted.name].num_B for name, layer in adapted.layers.items()}
+    statistics = {name: RoutingStatistics.empty(count) for name, count in experts.items() if count > 1}
     for name, kept in statistics.items():
         adapted.layers[name].statistics[adapted.name] = kept
     adapted.watch_masks()
@@ -185,8 +180,8 @@ def _add_logits(adapted: Adapted, logits: Mapping[str, Tensor]) -> None:
         layer = adapted.layers[name]
         like = layer.router_of(adapted.name)
         assert like is not None
-        parameter = nn.Parameter(value.to(like.device, torch.float32), requires_grad=like.requires_grad)
-        layer.lily_logits[adapted.name] = parameter
+        value = value.to(like.device, torch.float32)
+        layer.lily_logits[adapted.name] = nn.Parameter(value, requires_grad=like.requires_grad)
     adapted.bank.settled[adapted.name] = Settled(0.0)
 
 
@@ -230,9 +225,8 @@ def _measure(
         error += float((p - q).square().sum())
         norm += float(p.square().sum())
         positions += p.shape[0]
-    packed = torch.tensor(
-        [kl, error, norm, positions, *(v for pair in sums.values() for v in pair)], dtype=torch.float64
-    )
+    moved = [v for pair in sums.values() for v in pair]
+    packed = torch.tensor([kl, error, norm, positions, *moved], dtype=torch.float64)
     if dist.is_available() and dist.is_initialized():
         packed = packed.to(next(model.parameters()).device)
         dist.all_reduce(packed)
@@ -265,12 +259,6 @@ def _compared(adapted: Adapted, sums: dict[str, list[float]]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _layer_report(name: str, statistics: RoutingStatistics, logits: Tensor, error: float | None) -> LayerReport:
-    w = torch.softmax(logits.detach().double(), 0).cpu()
-    uniformity = float((w - 1 / w.numel()).abs().sum() / 2)
-    return LayerReport(name, w.tolist(), uniformity, statistics.variance, error)
 
 
 def _refit(

@@ -42,11 +42,9 @@ def outputs(result: Any) -> Tensor:
     Raises:
         LilyError: if there is none.
     """
-    for name in ("logits", "last_hidden_state", "sample"):
-        if isinstance(getattr(result, name, None), Tensor):
-            return getattr(result, name)  # type: ignore[no-any-return]
-    if isinstance(result, Tensor):
-        return result
+    for found in (*(getattr(result, name, None) for name in ("logits", "last_hidden_state", "sample")), result):
+        if isinstance(found, Tensor):
+            return found
     if isinstance(result, Mapping):
         result = tuple(result.values())
     values = result if isinstance(result, Sequence) else ()
@@ -75,8 +73,7 @@ def is_distribution(model: nn.Module) -> bool:
     config = getattr(model, "config", None)
     if getattr(config, "problem_type", None) in ("regression", "multi_label_classification"):
         return False
-    inner = getattr(model, "get_base_model", lambda: model)()
-    name = type(inner).__name__
+    name = type(getattr(model, "get_base_model", lambda: model)()).__name__
     return any(word in name for word in ("LM", "Classification", "ConditionalGeneration", "Choice"))
 
 

@@ -28,15 +28,10 @@ OTHERWISE = (
 
 @dataclass(frozen=True)
 class Family:
-    """A model family in GGUF.
+    """A model family in GGUF."""
 
-    Attributes:
-        architecture: GGUF's name of the architecture.
-        reorders: whether q and k rows are reordered.
-    """
-
-    architecture: str
-    reorders: bool = False
+    architecture: str  # GGUF's name
+    reorders: bool = False  # q and k rows are reordered
 
 
 # transformers' model_type -> family, for models whose outputs were compared with llama.cpp's (tests/test_llama_cpp.py).
@@ -71,12 +66,14 @@ def write_gguf(export: LoraExport, base_config: Any, file: str | Path, *, overwr
             the configuration belongs to another model, or the file exists.
         OSError: if it cannot be written; nothing is left behind.
     """
-    try:
-        import gguf
-    except ImportError:
-        raise LilyError('writing GGUF needs gguf; pip install "lily-peft[sft]", or pip install gguf') from None
+    gguf = _gguf("writing")
     config = _config(base_config)
-    family = _family(config)
+    kind = getattr(config, "model_type", None)
+    if kind not in FAMILIES:
+        raise LilyError(
+            f"GGUF LoRAs can be written for model_type {', '.join(FAMILIES)}; the base model's is {kind!r}: {OTHERWISE}"
+        )
+    family = FAMILIES[kind]
     alpha = _alpha(export)
     names = _names(list(export.layers), config, family)
     tensors = {names[name]: _reordered(name, layer, config, family) for name, layer in export.layers.items()}
@@ -105,10 +102,7 @@ def describe_gguf(file: Path) -> dict[str, Any]:
     Raises:
         LilyError: if gguf is not installed, or the file cannot be read.
     """
-    try:
-        import gguf
-    except ImportError:
-        raise LilyError('reading GGUF needs gguf; pip install "lily-peft[sft]", or pip install gguf') from None
+    gguf = _gguf("reading")
     try:
         reader = gguf.GGUFReader(file)
         names = ("general.architecture", gguf.Keys.Adapter.LORA_ALPHA)
@@ -124,6 +118,14 @@ def describe_gguf(file: Path) -> dict[str, Any]:
     return facts if origin is None else {**facts, "provenance": origin}
 
 
+def _gguf(what: str) -> Any:
+    try:
+        import gguf
+    except ImportError:
+        raise LilyError(f'{what} GGUF needs gguf; pip install "lily-peft[sft]", or pip install gguf') from None
+    return gguf
+
+
 def _config(base_config: Any) -> Any:
     """The configuration, read by transformers, since a file omits default values."""
     if not isinstance(base_config, (str, Path)):
@@ -137,15 +139,6 @@ def _config(base_config: Any) -> Any:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise LilyError(f"{path}: not the config.json of a known model: {error}") from None
-
-
-def _family(config: Any) -> Family:
-    kind = getattr(config, "model_type", None)
-    if kind not in FAMILIES:
-        raise LilyError(
-            f"GGUF LoRAs can be written for model_type {', '.join(FAMILIES)}; the base model's is {kind!r}: {OTHERWISE}"
-        )
-    return FAMILIES[kind]
 
 
 def _alpha(export: LoraExport) -> float:
@@ -187,9 +180,11 @@ def _names(layers: list[str], config: Any, family: Family) -> dict[str, str]:
 
 def _reordered(name: str, layer: Layer, config: Any, family: Family) -> tuple[Tensor, Tensor]:
     """A (rank, in) and B (out, rank), with rows in llama.cpp's order."""
-    heads = _heads(name, config)
-    if heads is None:
+    if not name.endswith((".q_proj", ".k_proj")):
         return layer.A, layer.B
+    heads = int(config.num_attention_heads)
+    if name.endswith(".k_proj"):
+        heads = int(getattr(config, "num_key_value_heads", None) or heads)
     out = layer.B.shape[0]
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if out != heads * size:
@@ -198,16 +193,6 @@ def _reordered(name: str, layer: Layer, config: Any, family: Family) -> tuple[Te
             "configuration of the model that the adapter was trained on"
         )
     return layer.A, halves_to_pairs(layer.B, heads) if family.reorders else layer.B
-
-
-def _heads(name: str, config: Any) -> int | None:
-    """Number of heads of a q or k projection; None for any other layer."""
-    heads = int(config.num_attention_heads)
-    if name.endswith(".q_proj"):
-        return heads
-    if name.endswith(".k_proj"):
-        return int(getattr(config, "num_key_value_heads", None) or heads)
-    return None
 
 
 def halves_to_pairs(rows: Tensor, heads: int) -> Tensor:

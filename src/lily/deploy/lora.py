@@ -156,7 +156,11 @@ def as_lora(
     check_readable(target, wanted, adapted, other)
     factors, groups = _joined(adapted)
     own = max(f.A.shape[-2] for f in factors.values())
-    _check_rank(rank, own)
+    if rank is not None and not 1 <= rank <= own:
+        raise LilyError(
+            f"rank={rank} is not valid: the adapter has {own}; give a positive integer up to that, or omit rank for "
+            "an exact export"
+        )
     layers = {name: _cut(f, rank) for name, f in factors.items()}
     poor = {n: layer.energy for n, layer in layers.items() if 1 - layer.energy > tolerance}
     if poor and not force:
@@ -181,14 +185,6 @@ def as_lora(
     if rank is not None and rank < own:
         facts["energies"] = {name: layer.energy for name, layer in layers.items()}
     return LoraExport(layers, groups, rank_to, config, other, facts, _component(adapted.root))
-
-
-def _check_rank(rank: int | None, own: int) -> None:
-    if rank is not None and not 1 <= rank <= own:
-        raise LilyError(
-            f"rank={rank} is not valid: the adapter has {own}; give a positive integer up to that, or omit rank for "
-            "an exact export"
-        )
 
 
 def _joined(adapted: Adapted) -> tuple[dict[str, Factors], dict[str, Group]]:

@@ -19,23 +19,14 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 @dataclass(frozen=True)
 class Target:
-    """A library that reads an exported LoRA, and what it requires.
+    """A library that reads an exported LoRA, and what it requires."""
 
-    Attributes:
-        ranks: accepted ranks; empty: any.
-        uniform: all layers must have one rank and one alpha.
-        modules_to_save: whether it reads modules saved whole.
-        biases: whether it reads trained biases.
-        numbered_only: whether it adapts only layers inside numbered modules, so no output layer.
-        kinds: kinds of layers and parameters that it adapts; see `lily.plan.specs`.
-    """
-
-    ranks: tuple[int, ...] = ()
-    uniform: bool = False
-    modules_to_save: bool = True
-    biases: bool = True
-    numbered_only: bool = False
-    kinds: tuple[str, ...] = (LINEAR,)
+    ranks: tuple[int, ...] = ()  # accepted ranks; empty: any
+    uniform: bool = False  # all layers must have one rank and one alpha
+    modules_to_save: bool = True  # reads modules saved whole
+    biases: bool = True  # reads trained biases
+    numbered_only: bool = False  # adapts only layers inside numbered modules, so no output layer
+    kinds: tuple[str, ...] = (LINEAR,)  # kinds of layers and parameters that it adapts; see `lily.plan.specs`
 
 
 TARGETS = {
@@ -47,20 +38,15 @@ TARGETS = {
 
 
 def check_readable(target: str, wanted: Target, adapted: Adapted, other: Mapping[str, Tensor]) -> None:
-    """Refuse an adapter with parts that the reader would silently ignore.
-
-    Args:
-        target: name of the reader.
-        wanted: what the reader requires.
-        adapted: the adapter.
-        other: entries of the adapter's file besides the matrices.
+    """Refuse an adapter with parts that the reader would silently ignore; `other`: its entries besides the matrices.
 
     Raises:
         LilyError: naming the part that would be lost, and the export to use instead.
     """
     read = uncalled(dict(adapted.root.named_modules()))
     # PEFT's LoRA acts when a layer is called, so not on dt_proj or timm's qkv; it refuses out_proj of Mamba.
-    whole = {name: name.rpartition(".")[0] if _is_slice(adapted, name) else name for name in adapted.layers}
+    kinds = {name: adapted.plan.group_of(name).kind for name in adapted.layers}
+    whole = {name: name.rpartition(".")[0] if kind == SLICE else name for name, kind in kinds.items()}
     lost = [
         name
         for name, layer in whole.items()
@@ -81,8 +67,8 @@ def check_readable(target: str, wanted: Target, adapted: Adapted, other: Mapping
     if adapted.config.bias != "none" and not wanted.biases:
         raise LilyError(f"{target} reads no trained biases (bias={adapted.config.bias!r}); export --to merged instead")
     for name, layer in adapted.layers.items():
-        kind = adapted.plan.group_of(name).kind
-        if kind not in wanted.kinds and not (kind == SLICE and LINEAR in wanted.kinds):
+        kind = kinds[name]
+        if (LINEAR if kind == SLICE else kind) not in wanted.kinds:
             raise LilyError(
                 f"{target} reads LoRAs of {' and '.join(wanted.kinds)} layers, and {name} is of the kind {kind}; "
                 "export --to merged instead, or a LoRA for PEFT"
@@ -105,21 +91,15 @@ def check_readable(target: str, wanted: Target, adapted: Adapted, other: Mapping
         )
 
 
-def _is_slice(adapted: Adapted, name: str) -> bool:
-    return adapted.plan.group_of(name).kind == SLICE
-
-
 def padded_rank(rank: int, target: str, wanted: Target) -> int:
     """The smallest rank of at least `rank` that the reader accepts.
 
     Raises:
         LilyError: if there is none.
     """
-    if not wanted.ranks:
-        return rank
-    fitting = [r for r in wanted.ranks if r >= rank]
-    if not fitting:
+    fitting = next((r for r in wanted.ranks or (rank,) if r >= rank), None)
+    if fitting is None:
         raise LilyError(
             f"{target} accepts ranks up to {wanted.ranks[-1]}, but the adapter has {rank}; reduce it with rank"
         )
-    return fitting[0]
+    return fitting

@@ -50,14 +50,13 @@ def write_lora(
         raise LilyError(f"layout={layout!r} is not known; choose peft or diffusers")
     if component is not None and layout != "diffusers":
         raise LilyError(f"component={component!r} is only for layout='diffusers'; remove it")
-    facts = header(export.provenance)
-    state = _pipeline_state(export, component) if layout == "diffusers" else export.state_dict()
+    diffusers = layout == "diffusers"
+    state = _pipeline_state(export, component) if diffusers else export.state_dict()
+    file = "pytorch_lora_weights.safetensors" if diffusers else SAFETENSORS_WEIGHTS_NAME
     with new_folder(folder, overwrite) as new:
-        if layout == "diffusers":
-            save_file(state, new / "pytorch_lora_weights.safetensors", metadata=facts)
-        else:
+        if not diffusers:
             export.config.save_pretrained(str(new))
-            save_file(state, new / SAFETENSORS_WEIGHTS_NAME, metadata=facts)
+        save_file(state, new / file, metadata=header(export.provenance))
         write_provenance(new, export.provenance)
 
 

@@ -48,19 +48,12 @@ class Chart:
 
 @dataclass(frozen=True)
 class Series:
-    """A curve.
-
-    Attributes:
-        name: for the legend.
-        style: class of the style sheet: `lily`, `union`, `lora`, `e0` to `e7`, `l0` to `l7`, `d0` to `d11`.
-        points: (x, y); a gap where y is None.
-        band: (x, low, high) to shade, or empty.
-    """
+    """A curve."""
 
     name: str
-    style: str
-    points: tuple[tuple[float, float | None], ...]
-    band: tuple[tuple[float, float, float], ...] = ()
+    style: str  # class of the style sheet: `lily`, `union`, `lora`, `e0` to `e7`, `l0` to `l7`, `d0` to `d11`
+    points: tuple[tuple[float, float | None], ...]  # (x, y); a gap where y is None
+    band: tuple[tuple[float, float, float], ...] = ()  # (x, low, high) to shade
 
 
 @dataclass(frozen=True)
@@ -199,14 +192,10 @@ def lines(
             bottom = [(frame.at_x(px), frame.at_y(low)) for px, low, _ in reversed(s.band)]
             marks.append(_path("polygon", [*top, *bottom], f"band {s.style}"))
     for s in series:
-        points = [(px, py) for px, py in s.points if py is not None]
-        marks.append(
-            _path("polyline", [(frame.at_x(px), frame.at_y(py)) for px, py in points], f"curve {s.style}", s.name)
-        )
+        points = [(frame.at_x(px), frame.at_y(py), f"{py:.4g} at {px:g}") for px, py in s.points if py is not None]
+        marks.append(_path("polyline", [(x, y) for x, y, _ in points], f"curve {s.style}", s.name))
         if len(points) <= 30:
-            marks += [
-                dot(frame.at_x(px), frame.at_y(py), f"{s.name}: {py:.4g} at {px:g}", s.style, "3") for px, py in points
-            ]
+            marks += [dot(x, at, f"{s.name}: {tip}", s.style, "3") for x, at, tip in points]
     return Chart(frame.width, frame.height, title, description, marks)
 
 

@@ -16,36 +16,23 @@ from lily.html.charts import DEPTH_COLORS, EXPERT_COLORS, Chart, Series
 
 @dataclass(frozen=True)
 class Table:
-    """A table whose first column names the row.
-
-    Attributes:
-        caption: what it shows.
-        header: column names.
-        rows: cells, as text.
-        numbers_from: columns from this index on are aligned right.
-        last_bold: whether the last row is emphasized.
-    """
+    """A table of text whose first column names the row."""
 
     kind: ClassVar[str] = "table"
     caption: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
-    numbers_from: int = 1
+    numbers_from: int = 1  # columns from this index on are aligned right
     last_bold: bool = False
 
 
 @dataclass(frozen=True)
 class Legend:
-    """What the marks of a chart stand for.
-
-    Attributes:
-        entries: (style, name); with `depth` the names of the first and the last layer.
-        shape: `line`, `dot`, `box`, or `depth`: the color ramp of `charts.depth_style`.
-    """
+    """What the marks of a chart stand for."""
 
     kind: ClassVar[str] = "legend"
-    entries: Sequence[tuple[str, str]]
-    shape: str = "line"
+    entries: Sequence[tuple[str, str]]  # (style, name)
+    shape: str = "line"  # or `dot`, `box`, `depth`: the ramp of `charts.depth_style`, named at its first and last entry
 
 
 @dataclass(frozen=True)
@@ -109,25 +96,15 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """A page.
+    """A page, with links to its sections at the top."""
 
-    Attributes:
-        title: of the browser's window.
-        heading: at the top.
-        subtitle: below it.
-        sections: its parts, with links to them at the top.
-        lead: the result in a sentence or two.
-        tiles: (value, what it is), in large type.
-        notes: warnings.
-    """
-
-    title: str
+    title: str  # of the browser's window
     heading: str
     subtitle: str
     sections: Sequence[Section]
-    lead: str = ""
-    tiles: Sequence[tuple[str, str]] = ()
-    notes: Sequence[str] = ()
+    lead: str = ""  # the result in a sentence or two
+    tiles: Sequence[tuple[str, str]] = ()  # (value, what it is), in large type
+    notes: Sequence[str] = ()  # warnings
 
     def render(self) -> str:
         """One self-contained HTML file: no script, no network."""

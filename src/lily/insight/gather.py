@@ -19,7 +19,6 @@ from lily.plan.budget import equal_lora_rank
 from lily.plan.sharing_plan import SharingPlan
 from lily.plan.specs import PARALLEL_MODULE, SLICE
 from lily.recipes import data
-from lily.recipes.data.tables import Row
 from lily.recipes.data.tasks import encode_inputs
 from lily.recipes.deploy import describe, load_for_export
 from lily.recipes.results.adapter import Adapter, batches
@@ -32,33 +31,19 @@ from lily.tuner.adapter import find
 
 @dataclass(frozen=True)
 class Insight:
-    """The analysis of an adapter.
+    """The analysis of an adapter; a part is None where it does not apply or could not be analyzed."""
 
-    Attributes:
-        facts: from `lily.recipes.deploy.describe`: kind, configuration, tensors, origin, collapse.
-        plan: who shares what; None if it is no Lily adapter, or its base model's configuration is missing.
-        rank: of its updates.
-        lora: rank of the LoRA that the run trained as its baseline.
-        equal_lora: the rank of LoRA with as many parameters on these layers; None if LoRA cannot adapt them.
-        routing: over the data that were read, or the constant weights.
-        history: of the routing during training.
-        run: figures of the run; None if the folder belongs to no run.
-        lora_run: figures of its LoRA baseline.
-        read: what the routing was measured on, in words; empty if no data were read.
-        notes: what could not be analyzed, and why.
-    """
-
-    facts: dict[str, Any]
+    facts: dict[str, Any]  # from `lily.recipes.deploy.describe`: kind, configuration, tensors, origin, collapse
     plan: SharingPlan | None = None
     rank: RankReport | None = None
-    lora: RankReport | None = None
-    equal_lora: int | None = None
-    routing: RoutingReport | None = None
+    lora: RankReport | None = None  # of the LoRA that the run trained as its baseline
+    equal_lora: int | None = None  # rank of LoRA with as many parameters on these layers; None: it cannot adapt them
+    routing: RoutingReport | None = None  # over the data that were read, or the constant weights
     history: RoutingHistory | None = None
     run: RunFigures | None = None
     lora_run: RunFigures | None = None
-    read: str = ""
-    notes: tuple[str, ...] = ()
+    read: str = ""  # what the routing was measured on, in words; empty if no data were read
+    notes: tuple[str, ...] = ()  # what could not be analyzed, and why
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values for JSON."""
@@ -67,8 +52,7 @@ class Insight:
         if self.plan is not None:
             values["plan"] = [
                 {"name": g.name, "shape": [g.out_features, g.in_features], "r": g.r, "num_B": g.num_B,
-                 "blocks": [list(block) for block in g.blocks]}
-                for g in self.plan.groups
+                 "blocks": list(map(list, g.blocks))} for g in self.plan.groups
             ]  # fmt: skip
         if self.equal_lora is not None:
             values["equal_lora"] = self.equal_lora
@@ -118,13 +102,22 @@ def insight(
     if file is not None or (run is not None and rows and not static):
         try:
             if file is not None and recipe is None and kept_recipe(adapter_path(folder)) is None:
-                return _measured_texts(analysis, folder, file, rows, base, threshold)
+                texts = load_texts(folder, file, base, rows or None)
+                routing = routing_report(texts.model, texts.batches, texts.labels)
+                analysis = replace(analysis, routing=routing, read=f"{texts.rows:,} rows of {file}")
+                return _ranked(analysis, texts.model, folder, threshold)
             return _measured(analysis, Adapter(folder, recipe, base), file, rows, folder, threshold)
         except LilyError as error:
             if file is not None:
                 raise
             analysis = _noting(analysis, f"no routing over data: {error}")
-    return _from_files(analysis, folder, recipe, base, threshold)
+    try:  # the adapter's tensors and the base model's configuration; its weights are not read
+        model, _, _ = load_for_export(folder, recipe=recipe, base=base)
+    except LilyError as error:
+        return _noting(analysis, f"who shares what and the rank per layer need the base model's configuration: {error}")
+    if not find(model).config.dynamic:
+        analysis = replace(analysis, routing=routing_report(model))
+    return _ranked(analysis, model, folder, threshold)
 
 
 def _check_collapse(facts: Mapping[str, Any]) -> None:
@@ -163,20 +156,17 @@ def _with_run(analysis: Insight, run: Path) -> Insight:
     return analysis if file is None else replace(analysis, history=RoutingHistory.load(file))
 
 
-def _from_files(analysis: Insight, folder: str, recipe: str | None, base: str | None, threshold: float) -> Insight:
-    """Analyze the adapter's tensors with the base model's configuration, without reading its weights."""
-    try:
-        model, _, _ = load_for_export(folder, recipe=recipe, base=base)
-    except LilyError as error:
-        return _noting(analysis, f"who shares what and the rank per layer need the base model's configuration: {error}")
-    if not find(model).config.dynamic:
-        analysis = replace(analysis, routing=routing_report(model))
-    return _ranked(analysis, model, folder, threshold)
-
-
 def _measured(analysis: Insight, used: Adapter, file: str | None, rows: int, folder: str, threshold: float) -> Insight:
     """Analyze the adapter on its base model, with the routing over data."""
-    chosen, analysis = _rows(analysis, used, file, rows)
+    if file is None:
+        chosen = data.drawn(used.splits.held_out, rows)
+    else:
+        source = File(path=file, header=used.recipe.data.train.header)
+        try:
+            chosen = data.drawn(data.rows_of(source, used.recipe), rows or None)
+        except LilyError as error:
+            chosen = data.drawn(data.rows_of(source, used.recipe, labeled=False), rows or None)
+            analysis = _noting(analysis, f"labels are not used: {error}")
     labels: Sequence[object] | None = None
     if used.recipe.task != "sft":
         encoded = [encode_inputs(row, used.recipe, used.processor) for row in chosen]
@@ -189,27 +179,6 @@ def _measured(analysis: Insight, used: Adapter, file: str | None, rows: int, fol
     routing = routing_report(used.model, inputs, labels)
     analysis = replace(analysis, routing=routing, read=f"{len(chosen):,} rows of {where}")
     return _ranked(analysis, used.model, folder, threshold)
-
-
-def _measured_texts(
-    analysis: Insight, folder: str, file: str, rows: int, base: str | None, threshold: float
-) -> Insight:
-    """Analyze an adapter without a recipe, with the routing over the texts of a file."""
-    used = load_texts(folder, file, base, rows or None)
-    routing = routing_report(used.model, used.batches, used.labels)
-    analysis = replace(analysis, routing=routing, read=f"{used.rows:,} rows of {file}")
-    return _ranked(analysis, used.model, folder, threshold)
-
-
-def _rows(analysis: Insight, used: Adapter, file: str | None, rows: int) -> tuple[list[Row], Insight]:
-    if file is None:
-        return data.drawn(used.splits.held_out, rows), analysis
-    source = File(path=file, header=used.recipe.data.train.header)
-    try:
-        return data.drawn(data.rows_of(source, used.recipe), rows or None), analysis
-    except LilyError as error:
-        unlabeled = data.drawn(data.rows_of(source, used.recipe, labeled=False), rows or None)
-        return unlabeled, _noting(analysis, f"labels are not used: {error}")
 
 
 def _ranked(analysis: Insight, model: Any, folder: str, threshold: float) -> Insight:

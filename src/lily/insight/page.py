@@ -20,6 +20,7 @@ def page(insight: Insight) -> str:
     lead = [] if insight.plan is None else [plan_words(insight.plan)]
     if insight.rank is not None:
         lead.append(short_rank_words(insight.rank, insight.lora, insight.equal_lora))
+    definitions = Details("Definitions and limits", Terms(TERMS.items()), open=True)
     parts = [
         Section("result", "Was it worth it?", sections.result(insight)),
         Section("sharing", "What is shared", sections.sharing(insight)),
@@ -30,9 +31,7 @@ def page(insight: Insight) -> str:
         Section("sizes", "Sizes", sections.sizes(insight)),
         Section("collapse", "What becoming static cost", sections.collapse(insight)),
         Section("about", "Configuration and origin", sections.about(insight)),
-        Section(
-            "definitions", "How to read this page", [Details("Definitions and limits", Terms(TERMS.items()), True)]
-        ),
+        Section("definitions", "How to read this page", [definitions]),
     ]
     return Page(
         title=f"{name}: inside the adapter",

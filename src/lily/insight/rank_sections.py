@@ -13,9 +13,9 @@ from lily.analysis.sentences import overlap_words, rank_words
 from lily.analysis.series import ranks_by_layer, relative_spectra
 from lily.html import charts
 from lily.html.charts import Series
-from lily.html.page import Block, Figure, Grid, Legend, Table, curve_figure
+from lily.html.page import Block, Figure, Grid, Table, curve_figure
 from lily.insight.gather import Insight
-from lily.insight.sections import by_columns, number
+from lily.insight.sections import by_columns, layer_figure, number
 
 OVERLAP = (
     "The overlap of two layers is the mean squared cosine of the principal angles between their subspaces. By chance: "
@@ -69,22 +69,14 @@ def _rank_figure(insight: Insight, report: RankReport, own: tuple[str, str], wha
         "union": ("Lily, union over tokens", "union"),
         "lora": ("LoRA trained beside it", "lora"),
     }
-    groups, layers = by_columns(report.layers)
-    report = replace(report, layers=tuple(layers))
+    columns = by_columns(report.layers)
+    report = replace(report, layers=tuple(columns[1]))
     series = [(*looks[which], values) for which, values in ranks_by_layer(report, insight.lora, what).items()]
     if insight.lora is None and equal is not None and what == "numerical_rank":
-        series.append(("LoRA of as many parameters, at most", "lora", [float(equal)] * len(layers)))
+        series.append(("LoRA of as many parameters, at most", "lora", [float(equal)] * len(report.layers)))
     title = f"{what.removesuffix('_rank').capitalize()} rank by layer"
     words = rank_words(report, insight.lora, equal)
-    rows = [[layer.name, *(number(values[i], ".4g") for _, _, values in series)] for i, layer in enumerate(layers)]
-    return Figure(
-        title,
-        charts.by_layer(groups, series, title, words, "rank (directions)"),
-        caption,
-        Table(title, ["layer", *(name for name, _, _ in series)], rows),
-        Legend([(style, name) for name, style, _ in series], "dot"),
-        wide=True,
-    )
+    return layer_figure(columns, series, title, words, caption, "rank (directions)", ".4g")
 
 
 def _over_layers(
@@ -118,16 +110,12 @@ def overlap(insight: Insight) -> list[Block]:
     heads += ["LoRA beside it", "by chance"] if lora else []
 
     def table(what: str, caption: str) -> Table:
-        def chance(o: Overlap) -> str:
-            return number(getattr(o, f"{what}_by_chance"))
+        def others(o: Overlap | None) -> list[str]:
+            return ["-", "-"] if o is None else [number(o.mean(what, False)), number(getattr(o, f"{what}_by_chance"))]
 
-        rows = []
-        for o in report.overlaps:
-            row = [o.group, number(o.mean(what, True)), number(o.mean(what, False)), chance(o)]
-            if lora:
-                other = lora.get(o.group)
-                row += ["-", "-"] if other is None else [number(other.mean(what, False)), chance(other)]
-            rows.append(row)
+        rows = [[o.group, number(o.mean(what, True)), *others(o)] for o in report.overlaps]
+        if lora:
+            rows = [[*row, *others(lora.get(row[0]))] for row in rows]
         return Table(caption, heads, rows)
 
     return [

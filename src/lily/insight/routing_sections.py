@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
+
+from lily.analysis.factored import grouped
 from lily.analysis.routing import PERMUTATIONS, RoutingReport
-from lily.analysis.sentences import most_by_label, routing_words, short_names, title_of, weights_by_group
+from lily.analysis.sentences import most_by_label, routing_words, short_names, title_of
 from lily.analysis.series import by_expert
 from lily.html import charts
 from lily.html.charts import Series
 from lily.html.page import Block, Details, Figure, Grid, Heading, Legend, Table
 from lily.insight.gather import Insight
-from lily.insight.sections import by_columns, number
+from lily.insight.sections import by_columns, layer_figure, number
 
 MOST_LAYERS = 6  # shown with their weights by class
 MOST_CLASSES = 12
@@ -52,7 +55,7 @@ def routing(insight: Insight) -> list[Block]:
 def _heat_maps(report: RoutingReport) -> list[Figure]:
     out = []
     darkest = max(w for layer in report.layers if len(layer.mean) > 1 for w in layer.mean)
-    for group, layers in weights_by_group(report).items():
+    for group, layers in grouped(report.layers).items():
         values = by_expert(layers)
         if len(values) == 1:
             continue
@@ -75,20 +78,10 @@ def _depends(report: RoutingReport) -> list[Figure]:
     parts = list(PARTS)
     if not report.compares_labels:
         parts = [(part, style, name.removesuffix(" within its class")) for part, style, name in PARTS[:2]]
-    groups, layers = by_columns(layers)
-    series = [(name, style, [getattr(v.variance, part) for v in layers]) for part, style, name in parts]
-    title = "What the weights depend on"
-    rows = [[v.name, *(f"{getattr(v.variance, part):.5f}" for part, _, _ in parts)] for v in layers]
-    return [
-        Figure(
-            title,
-            charts.by_layer(groups, series, title, DEPENDS, "variance of the weights", stacked=True),
-            DEPENDS,
-            Table(title, ["layer", *(name for _, _, name in parts)], rows),
-            Legend([(style, name) for _, style, name in parts], "box"),
-            wide=True,
-        )
-    ]
+    columns = by_columns(layers)
+    series = [(name, style, [getattr(v.variance, part) for v in columns[1]]) for part, style, name in parts]
+    title, unit = "What the weights depend on", "variance of the weights"
+    return [layer_figure(columns, series, title, DEPENDS, DEPENDS, unit, ".5f", "box")]
 
 
 def _classes(report: RoutingReport) -> list[Block]:
@@ -97,7 +90,8 @@ def _classes(report: RoutingReport) -> list[Block]:
     for layer in most_by_label([v for v in report.layers if v.labels])[:MOST_LAYERS]:
         v = layer.variance
         assert v is not None
-        weights = "; ".join(f"{name}: {_spaced(mean)}" for name, mean in sorted(layer.labels.items()))
+        by_class = {name: " ".join(f"{w:.2f}" for w in mean) for name, mean in sorted(layer.labels.items())}
+        weights = "; ".join(f"{name}: {means}" for name, means in by_class.items())
         shares = [f"{v.share(part):.1%}" for part in ("label", "label_by_chance")]
         rows.append([layer.name, weights, *shares, f"{v.p_value:.3f}"])
     if not rows or len(report.labels) > MOST_CLASSES:
@@ -107,33 +101,19 @@ def _classes(report: RoutingReport) -> list[Block]:
     return [Heading("Routing by class"), table, P_VALUE]
 
 
-def _spaced(weights: tuple[float, ...]) -> str:
-    return " ".join(f"{w:.2f}" for w in weights)
-
-
 def _layers(report: RoutingReport) -> Details:
-    rows = [
-        [
-            v.name,
-            f"{v.effective_experts:.2f}",
-            f"{v.entropy:.3f}",
-            f"{v.token_entropy:.3f}",
-            f"{v.specialisation:.4f}",
-            ", ".join(f"B{e}" for e in v.dead()) or "none",
-        ]
-        for v in report.layers
-        if len(v.mean) > 1
-    ]
+    rows = []
+    for v in (layer for layer in report.layers if len(layer.mean) > 1):
+        entropies = [f"{v.effective_experts:.2f}", f"{v.entropy:.3f}", f"{v.token_entropy:.3f}"]
+        dead = ", ".join(f"B{e}" for e in v.dead()) or "none"
+        rows.append([v.name, *entropies, f"{v.specialisation:.4f}", dead])
     heads = ["layer", "experts used", "entropy of the mean", "mean entropy of a token", "specialization", "dead"]
     caption = "Entropies in nats; experts used is exp of the entropy of the mean"
     return Details("Entropy, specialization and dead experts by layer", Table(caption, heads, rows))
 
 
 def _agreement(report: RoutingReport) -> list[Block]:
-    rows = [
-        [a.group, *map(number, (a.sharing, a.others, a.sharing_correlation, a.others_correlation))]
-        for a in report.agreements
-    ]
+    rows = [[str(group), *map(number, means)] for group, *means in map(astuple, report.agreements)]
     if not rows:
         return []
     heads = ["group", "share an A", "others", "correlation: share an A", "correlation: others"]
@@ -152,14 +132,11 @@ def _history(insight: Insight) -> list[Block]:
             continue
         short = dict(zip(group.members, short_names(group.members), strict=True))
         many = len(members) > charts.EXPERT_COLORS
-        series = [
-            Series(
-                f"layer {short[name]}",
-                charts.depth_style(i, len(members)) if many else f"l{i}",
-                tuple(zip(map(float, history.steps), history.largest(name), strict=True)),
-            )
-            for i, name in enumerate(members)
-        ]
+        series = []
+        for i, name in enumerate(members):
+            style = charts.depth_style(i, len(members)) if many else f"l{i}"
+            points = tuple(zip(map(float, history.steps), history.largest(name), strict=True))
+            series.append(Series(f"layer {short[name]}", style, points))
         caption = (
             f"Mean weight of the most used expert at each recorded step; equal weights would be {1 / group.num_B:.2f}."
         )
@@ -170,7 +147,6 @@ def _history(insight: Insight) -> list[Block]:
         rows = [[name, *(f"{w:.3f}" for w in history.accumulated(name))] for name in members]
         heads = ["layer", *(f"B{e}" for e in range(group.num_B))]
         legend = Legend([(s.style, s.name) for s in series], "depth" if many else "line")
-        figures.append(
-            Figure(title, chart, caption, Table("Mean weights over all recorded steps", heads, rows), legend)
-        )
+        table = Table("Mean weights over all recorded steps", heads, rows)
+        figures.append(Figure(title, chart, caption, table, legend))
     return [Heading("While it learned"), Grid(figures)] if figures else []

@@ -8,7 +8,7 @@ from typing import TypeVar
 from lily.analysis.factored import grouped
 from lily.analysis.rank import LayerRank
 from lily.analysis.routing import LayerRouting
-from lily.analysis.sentences import sharing_words, short_names, title_of, weights_by_group
+from lily.analysis.sentences import sharing_words, short_names, title_of
 from lily.analysis.series import block_sizes
 from lily.html import charts
 from lily.html.charts import Series
@@ -42,6 +42,25 @@ def by_columns(layers: Sequence[T]) -> tuple[list[tuple[str, list[str]]], list[T
     return list(zip(labels, names, strict=True)), [layer for members in groups.values() for layer in members]
 
 
+def layer_figure(
+    columns: tuple[list[tuple[str, list[str]]], Sequence[LayerRank | LayerRouting]],
+    series: Sequence[tuple[str, str, Sequence[float | None]]],
+    title: str,
+    words: str,
+    caption: str,
+    y_label: str,
+    form: str,
+    shape: str = "dot",
+) -> Figure:
+    """A figure with one column per layer, from `by_columns`, and its numbers; bars are stacked if `shape` is `box`."""
+    groups, layers = columns
+    cells = zip(*(values for _, _, values in series), strict=True)
+    rows = [[layer.name, *(number(v, form) for v in row)] for layer, row in zip(layers, cells, strict=True)]
+    chart = charts.by_layer(groups, series, title, words, y_label, stacked=shape == "box")
+    table = Table(title, ["layer", *(name for name, _, _ in series)], rows)
+    return Figure(title, chart, caption, table, Legend([(style, name) for name, style, _ in series], shape), wide=True)
+
+
 def result(insight: Insight) -> list[Block]:
     """The run's metrics beside its baselines."""
     run = insight.run
@@ -51,12 +70,9 @@ def result(insight: Insight) -> list[Block]:
     rows = [
         ["untrained", *values_of(names, run.before), "", "", ""],
         *([METHODS.get(n, n), *values_of(names, values), *costs_of(values)] for n, values in run.baselines.items()),
-        [
-            f"this adapter ({METHODS.get(run.method, run.method)})",
-            *values_of(names, run.final),
-            *costs_of(adapter_costs(run)),
-        ],
     ]
+    own = f"this adapter ({METHODS.get(run.method, run.method)})"
+    rows.append([own, *values_of(names, run.final), *costs_of(adapter_costs(run))])
     count = run.rows.get(run.split)
     on = f"{count:,.0f} {run.split} rows" if count else f"the {run.split} rows"
     heads = ["method", *names, "trained parameters", "seconds", "on disk"]
@@ -68,7 +84,7 @@ def sharing(insight: Insight) -> list[Block]:
     plan = insight.plan
     if plan is None:
         return []
-    routing = weights_by_group(insight.routing) if insight.routing is not None else {}
+    routing = grouped(insight.routing.layers) if insight.routing is not None else {}
     figures = []
     for group in plan.groups:
         title, words = title_of(group), sharing_words(group)
@@ -78,10 +94,8 @@ def sharing(insight: Insight) -> list[Block]:
         chart = charts.sharing(title, names, block_sizes(plan, group), weights, group.num_B, words)
         numbers = None
         if weights is not None:
-            rows = [
-                [name, f"A{plan.slots[name].A}", *map(number, mean)]
-                for name, mean in zip(group.members, weights, strict=True)
-            ]
+            means = zip(group.members, weights, strict=True)
+            rows = [[name, f"A{plan.slots[name].A}", *map(number, mean)] for name, mean in means]
             heads = ["layer", "A", *(f"B{e}" for e in range(group.num_B))]
             numbers = Table(f"Mean expert weights in {title}", heads, rows)
         figures.append(Figure(title, chart, words, numbers))
@@ -99,23 +113,22 @@ def sharing(insight: Insight) -> list[Block]:
 
 def training(insight: Insight) -> list[Block]:
     """Loss and metric over training, beside the LoRA baseline."""
-    runs = []
-    if insight.run is not None:
-        runs.append(("this adapter", "lora" if insight.run.method == "lora" else "lily", insight.run))
+    own = insight.run
+    if own is None:
+        return []
+    runs = [("this adapter", "lora" if own.method == "lora" else "lily", own)]
     if insight.lora_run is not None:
         runs.append(("LoRA trained beside it", "lora", insight.lora_run))
     figures = []
-    loss = [Series(name, style, run.losses) for name, style, run in runs if run.losses]
-    if loss:
-        caption = "Training loss, as the trainer logged it."
-        chart = charts.lines(loss, "Training loss", caption, "optimizer step", "loss")
-        figures.append(curve_figure(chart, loss, "step"))
-    metric = [Series(name, style, run.evaluations) for name, style, run in runs if run.evaluations]
-    if metric and insight.run is not None:
-        caption = "At each evaluation; the best adapter was kept."
-        title = f"{insight.run.metric} on the validation rows"
-        chart = charts.lines(metric, title, caption, "optimizer step", insight.run.metric)
-        figures.append(curve_figure(chart, metric, "step"))
+    for what, title, caption, label in (
+        ("losses", "Training loss", "Training loss, as the trainer logged it.", "loss"),
+        ("evaluations", f"{own.metric} on the validation rows", "At each evaluation; the best adapter was kept.",
+         own.metric),
+    ):  # fmt: skip
+        series = [Series(name, style, points) for name, style, run in runs if (points := getattr(run, what))]
+        if series:
+            chart = charts.lines(series, title, caption, "optimizer step", label)
+            figures.append(curve_figure(chart, series, "step"))
     return [Grid(figures)] if figures else []
 
 
@@ -150,8 +163,8 @@ def collapse(insight: Insight) -> list[Block]:
         ["relative error of the outputs", f"{drift['relative_error']:.4g}"],
         ["outputs compared", f"{drift['positions']:,}"],
     ]
-    for name, value in report["metrics"].get("before", {}).items():
-        rows.append([f"{name} before, after", f"{shown(name, value)}, {shown(name, after[name])}"])
+    before = report["metrics"].get("before", {})
+    rows += [[f"{n} before, after", f"{shown(n, value)}, {shown(n, after[n])}"] for n, value in before.items()]
     layers = [
         [v["name"], f"{v['uniformity']:.3f}", f"{v['variance']:.4f}", number(v["update_error"], ".1%")]
         for v in report["layers"]

@@ -23,31 +23,18 @@ BATCH = 32
 
 @dataclass(frozen=True)
 class Texts:
-    """An adapter on its base model, and rows as its inputs.
-
-    Attributes:
-        model: with the adapter, in eval mode.
-        batches: its inputs.
-        rows: number of rows.
-        labels: of all rows, in the batches' order; None unless every row has one.
-    """
+    """An adapter on its base model, in eval mode, and rows as its inputs."""
 
     model: Any
     batches: tuple[dict[str, Tensor], ...]
     rows: int
-    labels: Sequence[object] | None
+    labels: Sequence[object] | None  # in the batches' order; None unless every row has one
 
 
 def load_texts(folder: str, file: str, base: str | None, most: int | None) -> Texts:
     """Load an adapter and the columns `text`, and optionally `text_pair` and `label`, of a table.
 
-    Texts are truncated to the tokenizer's maximum length and to 512 tokens.
-
-    Args:
-        folder: of an adapter without a recipe.
-        file: the table.
-        base: folder of the base model; default: the one that the adapter names.
-        most: maximum number of rows, a fixed sample; None: all.
+    Texts are truncated to the tokenizer's maximum length and to 512 tokens; `most` draws a fixed sample of the rows.
 
     Raises:
         LilyError: if the adapter or its base model cannot be loaded, there is no tokenizer, or a row has no text.
