@@ -23,6 +23,11 @@ def draw(
 
     The pipeline's scheduler is left unchanged.
     """
+
+    def in_dtype(pipe: Any, step: int, time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        # a model that accelerate has prepared returns float32, which a half-precision autoencoder does not accept
+        return {"latents": tensors["latents"].to(text.tokens.dtype)}
+
     scheduler = pipe.scheduler
     pipe.scheduler = type(scheduler).from_config(scheduler.config)
     negative = {"negative_prompt_embeds": empty.tokens, "negative_pooled_prompt_embeds": empty.pooled}
@@ -38,6 +43,7 @@ def draw(
                 num_inference_steps=settings.steps,
                 guidance_scale=settings.guidance,
                 generator=torch.Generator().manual_seed(seed + number),
+                callback_on_step_end=in_dtype,
             ).images
     finally:
         pipe.scheduler = scheduler
