@@ -159,6 +159,12 @@ class LilyLayer(nn.Module, MergingMixin):
         # PEFT activates the first of these after a deletion. It must be the same one on every layer.
         return sorted(self.bank.plans)
 
+    def _move_own(self, adapter: str, device: torch.device, dtype: torch.dtype | None) -> None:
+        """Move an adapter's router and logits, unless they are on the meta device because a file follows."""
+        for own in (self.lily_router, self.lily_logits):
+            if adapter in own and not cast(Tensor, own[adapter].weight).is_meta:
+                own[adapter].to(device, dtype)
+
     def change_settings(self, adapter: str, **changes: Any) -> None:
         """Replace some fields of an adapter's settings."""
         self.settings[adapter] = replace(self.settings[adapter], **changes)

@@ -53,9 +53,8 @@ class Parameter(PartLayer):
         super().update_layer(adapter, group, slot, config, device)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        if adapter_name in self.lily_logits and not self.logits_of(adapter_name).is_meta:
-            home, dtype = placement(self, parameter=self.weight_name)
-            self.lily_logits[adapter_name].to(device or home, dtype)
+        home, dtype = placement(self, parameter=self.weight_name)
+        self._move_own(adapter_name, device or home, dtype)
 
     def tensors_of(self, adapter: str, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """A and B (experts of B, r, out). For stacked experts, A is (experts, r, in), the A of each."""

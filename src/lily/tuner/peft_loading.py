@@ -19,6 +19,7 @@ from peft import PeftConfig, PeftModel, inject_adapter_in_model
 from peft.config import PeftConfigMixin
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME, hotswap, infer_device, save_and_load
+from peft.utils.other import _set_adapter
 from torch import Tensor, nn
 from transformers.integrations.peft import PeftAdapterMixin
 
@@ -215,6 +216,7 @@ def _transformers(
     with load.in_progress(opened):
         load.check_config(config, self)
         inject_adapter_in_model(config, self, name)
+        _set_adapter(self, name, inference_mode=config.inference_mode)  # saved modules; PEFT switches the layers alone
         self._hf_peft_config_loaded = True
         result = _set_state(self, {key.removeprefix(PREFIX): t for key, t in opened.state.items()}, name)
     if config.inference_mode:
