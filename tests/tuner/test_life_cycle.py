@@ -1,7 +1,7 @@
 """Every operation on several adapters, for every kind of adapted layer: outputs, active adapters and what trains.
 
-The judge is PEFT's LoRA. Each static Lily adapter has a LoRA with the same updates; an operation runs on both, and after
-each of its steps the two models must agree.
+The judge is PEFT's LoRA. Each static Lily adapter has a LoRA with the same updates; an operation runs on both, and
+after each of its steps the two models must agree.
 """
 
 from __future__ import annotations
@@ -422,7 +422,9 @@ BEYOND_LORA: dict[tuple[str, str], Callable[[Method], nn.Module]] = {
     ("parameter", "get_peft_model twice"): lambda method: base(),
     ("experts", "get_peft_model twice"): lambda method: base(),
     ("saved module", "transformers: load"): lambda method: PeftModel.from_pretrained(base(), method.second),
-    ("saved module", "transformers: load a trainable one"): lambda method: PeftModel.from_pretrained(base(), method.second),
+    ("saved module", "transformers: load a trainable one"): lambda method: PeftModel.from_pretrained(
+        base(), method.second
+    ),
     ("saved module", "transformers: switch, disable, delete"): lambda method: base(),
 }
 
@@ -434,7 +436,9 @@ def steps_of(run: Callable[[Method], Steps], method: Method) -> list[Any]:
     try:
         steps += (seen(model) for model in run(method))
     except ValueError as error:
-        if not any(part in str(error) for part in ("Only one adapter can be set at a time", "at once for modules_to_save")):
+        if not any(
+            part in str(error) for part in ("Only one adapter can be set at a time", "at once for modules_to_save")
+        ):
             raise
         steps.append("refused")
     return steps

@@ -98,7 +98,9 @@ def test_every_parameter_has_its_adapters_name_between_dots(kind, routing):
 def test_the_state_dict_of_an_earlier_version_loads():
     """Static logits were parameters then, without a module and so without a last name."""
     model = adapted("llama", routing="static")
-    earlier = {name.replace("lily_logits.default.weight", "lily_logits.default"): t for name, t in model.state_dict().items()}
+    earlier = {
+        name.replace("lily_logits.default.weight", "lily_logits.default"): t for name, t in model.state_dict().items()
+    }
     assert sum(name.endswith("lily_logits.default") for name in earlier) == 12
     fresh = adapted("llama", trained=False, routing="static")
     fresh.load_state_dict(earlier, strict=True)
@@ -151,9 +153,11 @@ def test_adapters_of_different_layers_and_sharing_act_alone_and_together(first, 
 def test_an_adapter_inside_a_parallel_module_goes_before_the_one_beside_it():
     inside, beside = LilyConfig(r=2, target_modules=["inner"]), lily_config("parallel")
     model = get_peft_model(base(), beside)
-    with pytest.raises(LilyError, match="blocks.0.side.inner is inside blocks.0.side.*exclude_modules=\\['inner'\\]"):
+    with pytest.raises(
+        LilyError, match=r"blocks\.0\.side\.inner is inside blocks\.0\.side, .*exclude_modules=\['inner'\]"
+    ):
         model.add_adapter("inside", inside)
-    with pytest.raises(LilyError, match="blocks.0.side.inner is inside"):
+    with pytest.raises(LilyError, match=r"blocks\.0\.side\.inner is inside"):
         model.add_adapter("inside", LilyConfig(r=2, target_modules="all-linear"))
     model.add_adapter("others", LilyConfig(r=2, target_modules="all-linear", exclude_modules=["inner"]))
     assert sorted(model.peft_config) == ["default", "others"]
@@ -261,9 +265,7 @@ def test_a_second_get_peft_model_with_another_name_keeps_both(tmp_path):
     second.set_adapter("default")
     assert torch.equal(predict(second, inputs("llama")), expected)
     second.save_pretrained(tmp_path)
-    assert torch.equal(
-        predict(PeftModel.from_pretrained(build("llama"), tmp_path).eval(), inputs("llama")), expected
-    )
+    assert torch.equal(predict(PeftModel.from_pretrained(build("llama"), tmp_path).eval(), inputs("llama")), expected)
 
 
 def test_a_second_get_peft_model_that_fails_changes_nothing():

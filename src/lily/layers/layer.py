@@ -151,7 +151,7 @@ class LilyLayer(nn.Module, MergingMixin):
         self._move_adapter_to_device_of_base_layer(adapter, device)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter, from the bank too: PEFT's and transformers' functions call each layer, but not the bank."""
+        """Remove an adapter, from the bank too: transformers calls this on each layer, but not on the bank."""
         self.bank.delete_adapter(adapter_name)
         super().delete_adapter(adapter_name)
 

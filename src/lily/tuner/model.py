@@ -38,6 +38,7 @@ from lily.plan.sharing_plan import SharingPlan, build_plan
 from lily.plan.specs import CONV2D, EMBEDDING, LINEAR, PARALLEL_MODULE, PARAMETERS, ModuleSpec
 from lily.tuner import call_uncalled
 from lily.tuner.check_targets import check_targets
+from lily.tuner.replaced import drop_replaced
 
 LAYERS = {LINEAR: Linear, CONV2D: Conv2d, EMBEDDING: Embedding, PARALLEL_MODULE: ParallelModule}
 
@@ -123,10 +124,10 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         decide_file_format(peft_config, self._plan, model)
         if (opened := current()) is not None:
             opened.check(self._plan, peft_config, model)
-        _replace(model, self._adapter)
+        drop_replaced(model, self._adapter)
 
     def _plan_of_copied(self, specs: list[ModuleSpec]) -> SharingPlan | None:
-        """The plan of the adapter with the same configuration object, whose file may have shared tensors differently."""
+        """The plan of the adapter with the same configuration object, whose file may have decided the sharing."""
         plans = bank_of(self.model).plans if self._copied else {}
         plan = next((plans[name] for name in self._copied if name in plans), None)
         return plan if plan is not None and set(plan.slots) == {spec.name for spec in specs} else None
@@ -329,24 +330,6 @@ def _part_keys(model: nn.Module, adapter: str) -> dict[str, str]:
         if isinstance(m, PartLayer)
         for own in (f"lily_logits.{adapter}.weight", f"lily_router.{adapter}.weight")
     }
-
-
-def _replace(model: nn.Module, adapter: str) -> None:
-    """Drop an adapter of the name of a new one: PEFT would leave it on layers that the new one does not adapt."""
-    bank = model._modules.get(BANK)
-    if not isinstance(bank, LilyBank) or adapter not in bank.plans:
-        return
-    warnings.warn(
-        f"this model already has an adapter {adapter!r}; its tensors are dropped and the new one takes its place. To keep "
-        "both, give the new one another adapter_name; to start from the base model, call unload() first",
-        stacklevel=3,
-    )
-    for layer in (m for m in model.modules() if isinstance(m, (LilyLayer, LilyBank))):
-        if adapter in layer.merged_adapters:
-            layer.unmerge()
-        for own in (getattr(layer, name) for name in (*layer.adapter_layer_names, *layer.other_param_names)):
-            if adapter in own:
-                del own[adapter]
 
 
 def _report_rounding(model: nn.Module) -> None:
