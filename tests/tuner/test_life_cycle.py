@@ -415,6 +415,9 @@ def _(method: Method, model: nn.Module) -> Steps:
     yield model
 
 
+# Of the class of a linear layer in all that this file tests, so they run with the slow tests.
+SLOW = ("Conv1D", "conv")
+
 # What LoRA cannot do: (kind, operation) -> the model whose output the last step must have.
 BEYOND_LORA: dict[tuple[str, str], Callable[[Method], nn.Module]] = {
     ("embedding", "hot-swap"): lambda method: PeftModel.from_pretrained(base(), method.first),
@@ -465,8 +468,13 @@ def compare(run: Callable[[Method], Steps], name: str, kind: str, folder: Path, 
 @pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.parametrize(
     ("kind", "trainable"),
-    [*((kind, False) for kind in KINDS), *((kind, True) for kind in ("linear", "experts", "saved module"))],
-    ids=str,
+    [
+        pytest.param(
+            kind, trainable, marks=[pytest.mark.slow] if kind in SLOW or (trainable and kind != "linear") else []
+        )
+        for trainable in (False, True)
+        for kind in KINDS
+    ],
 )
 def test_an_operation_on_two_adapters_is_what_it_is_for_lora(kind, name, trainable, pairs, tmp_path):
     if kind == "parallel" and name in MERGING:
@@ -478,6 +486,8 @@ def test_an_operation_on_two_adapters_is_what_it_is_for_lora(kind, name, trainab
 
 
 @pytest.mark.parametrize("name", FROM_BASE)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] if kind in SLOW else []) for kind in KINDS]
+)
 def test_an_operation_on_a_base_model_is_what_it_is_for_lora(kind, name, pairs, tmp_path):
     compare(lambda method: FROM_BASE[name](method, base()), name, kind, pairs(kind), tmp_path)

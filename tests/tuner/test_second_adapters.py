@@ -50,8 +50,9 @@ def copied(model: PeftModel, source: str, name: str) -> None:
             model.get_parameter(path.replace(f".{source}.", f".{name}.")).data.copy_(p.data)
 
 
-@pytest.mark.parametrize("how", HOWS)
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize(
+    ("kind", "how"), [*(("linear", how) for how in HOWS), *((kind, "token") for kind in LAYERS if kind != "linear")]
+)
 def test_each_of_several_adapters_gives_what_it_gives_alone(kind, how, tmp_path):
     options = HOWS[how]
     expected = {}
@@ -127,7 +128,10 @@ MIXES = {
 }
 
 
-@pytest.mark.parametrize("first", ["linear", "slice", "parallel", "experts"])
+@pytest.mark.parametrize(
+    "first",
+    ["linear", "experts", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("slice", "parallel"))],
+)
 @pytest.mark.parametrize("mix", MIXES)
 def test_adapters_of_different_layers_and_sharing_act_alone_and_together(first, mix, tmp_path):
     options = {"r": 2, "num_B": 2, "routing": "static", **MIXES[mix]}
