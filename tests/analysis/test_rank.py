@@ -205,7 +205,7 @@ def test_numbers_that_are_not_finite_are_refused_with_the_layers_name(tmp_path):
     found = find(model)
     layers = list(found.layers)
     with torch.no_grad():
-        found.layers[layers[1]].lily_logits["default"][0] = float("inf")
+        found.layers[layers[1]].logits_of("default")[0] = float("inf")
     with pytest.raises(LilyError, match=f"^{layers[1]}: numbers in its weights are NaN"):
         rank_report(lily_layers(model))
     for value in (float("nan"), float("inf")):

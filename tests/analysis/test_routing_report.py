@@ -82,7 +82,7 @@ def test_constant_weights_are_told_without_data(routing):
     report = routing_report(model)
     for name, layer in find(model).layers.items():
         (found,) = (r for r in report.layers if r.name == name)
-        logits = layer.lily_logits["default"] if routing == "static" else torch.zeros(3)
+        logits = layer.logits_of("default") if routing == "static" else torch.zeros(3)
         assert torch.tensor(found.mean).allclose(torch.softmax(logits.detach(), 0), atol=1e-6)
         assert (found.tokens, found.variance.total, found.specialisation) == (0, 0, 0)
     assert report.mixings == {}
@@ -130,7 +130,7 @@ def test_layers_that_share_an_a_are_told_apart_from_those_that_do_not():
     found = find(model)
     with torch.no_grad():
         for name, layer in found.layers.items():
-            layer.lily_logits["default"][:] = torch.eye(3)[found.plan.slots[name].A % 2] * 30
+            layer.logits_of("default")[:] = torch.eye(3)[found.plan.slots[name].A % 2] * 30
     query = routing_report(model).agreements[0]
     assert (query.sharing, query.others) == pytest.approx((1.0, 0.0), abs=1e-6)
     assert query.sharing_correlation is None

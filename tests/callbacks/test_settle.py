@@ -120,7 +120,7 @@ def test_the_running_mean_is_that_of_the_routing():
     for layer in layers(model).values():
         A, _ = layer.tensors_of("default")
         p = route((seen[id(layer)][keep] @ A.T).double(), layer.router_of("default").double())
-        assert torch.allclose(layer.lily_logits["default"].double().softmax(0), p.mean(0), atol=1e-5)
+        assert torch.allclose(layer.logits_of("default").double().softmax(0), p.mean(0), atol=1e-5)
 
 
 def test_half_way_the_weights_are_half_of_each():
@@ -129,7 +129,7 @@ def test_half_way_the_weights_are_half_of_each():
     layer = next(iter(layers(model).values()))
     A, B = layer.tensors_of("default")
     h = x @ A.T
-    w = (route(h, layer.router_of("default")) + layer.lily_logits["default"].softmax(0)) / 2
+    w = (route(h, layer.router_of("default")) + layer.logits_of("default").softmax(0)) / 2
     expected = torch.einsum("bte,btr,ero->bto", w, h, B) * layer.settings["default"].scaling
     assert torch.allclose(layer.update_of("default", x), expected, atol=1e-6)
 

@@ -64,7 +64,7 @@ def test_the_static_weights_are_the_mean_over_unmasked_tokens(left):
         assert layer.variance == pytest.approx(float(variance), rel=1e-4)
         assert layer.uniformity == pytest.approx(float((mean - 1 / 3).abs().sum() / 2), abs=1e-6)
         found = layers(model)[f"base_model.model.{layer.name}"]
-        assert torch.allclose(torch.softmax(found.lily_logits["default"].double(), 0), mean, atol=1e-6)
+        assert torch.allclose(torch.softmax(found.logits_of("default").double(), 0), mean, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert", "vit", "plain", "t5"])

@@ -102,7 +102,7 @@ def test_each_expert_is_its_weight_plus_its_own_update(transposed, options, stri
     for e in range(EXPERT_COUNT):
         w = torch.full((num_B,), 1 / num_B, dtype=torch.float64)
         if "routing" not in options and num_B > 1:
-            w = torch.softmax(layer.lily_logits["default"][e], 0)
+            w = torch.softmax(layer.logits_of("default")[e], 0)
         delta = 1.5 * sum(w[b] * B[b] for b in range(num_B)).T @ A[e // stride]  # (out, in)
         weight = base.proj[e].T if transposed else base.proj[e]
         expected.append(torch.tanh(x @ (weight + delta).T) @ base.single.T)

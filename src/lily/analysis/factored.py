@@ -162,7 +162,7 @@ def static_mixing(layer: LilyLayer, adapted: Adapted, expert: int = 0) -> Mixing
         return Mixing.constant(torch.full((settings.num_B,), 1 / settings.num_B))
     settled = adapted.bank.settled.get(name)
     if settings.routing == "static" or (settled is not None and settled.done):
-        logits = layer.lily_logits[name].detach().double()
+        logits = layer.logits_of(name).detach().double()
         return Mixing.constant(functional.softmax(logits[expert] if logits.ndim == 2 else logits))
     return None
 

@@ -76,7 +76,7 @@ def _tensors(layer: LilyLayer, adapter: str) -> list[Tensor]:
     if adapter not in layer.settings:
         return []
     own = [cast(Tensor, layer.lily_router[adapter].weight)] if adapter in layer.lily_router else []
-    own += [cast(Tensor, layer.lily_logits[adapter])] if adapter in layer.lily_logits else []
+    own += [layer.logits_of(adapter)] if adapter in layer.lily_logits else []
     return own or list(layer.bank.pair(adapter, layer.settings[adapter].slot))
 
 

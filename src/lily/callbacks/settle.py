@@ -18,6 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lily.errors import LilyError
 from lily.layers.bank import Settled
+from lily.layers.router import Logits
 from lily.layers.routing_statistics import TINY, RoutingStatistics
 from lily.layers.sharding import is_sharded
 from lily.plan.options import DYNAMIC
@@ -74,17 +75,15 @@ class Settling:
             config.settled = 0.0
         for layer in self.adapted.layers.values():
             if name not in layer.lily_logits:
-                router = layer.lily_router[name].weight
-                layer.lily_logits[name] = nn.Parameter(
-                    torch.zeros(layer.settings[name].num_B, device=router.device, dtype=router.dtype),  # type: ignore[arg-type]
-                    requires_grad=router.requires_grad,  # type: ignore[arg-type]
-                )
+                router = layer.router_of(name)
+                assert router is not None  # the routing depends on data
+                layer.lily_logits[name] = Logits(router.new_zeros(len(router)), router.requires_grad)
         self.adapted.bank.settled[name] = Settled(config.settled)
 
     @property
     def logits(self) -> list[nn.Parameter]:
         """The learned vectors, one per layer; the optimizer must contain them."""
-        return [layer.lily_logits[self.adapted.name] for layer in self.adapted.layers.values()]
+        return [layer.logits_of(self.adapted.name) for layer in self.adapted.layers.values()]
 
     @property
     def recording(self) -> bool:
@@ -150,7 +149,7 @@ class Settling:
         name, layers = self.adapted.name, list(self.adapted.layers.values())
         seen = [layer.statistics[name] for layer in layers]
         # One tensor for all layers: one reduction and one device synchronization.
-        packed = torch.cat([t.to(layers[0].lily_logits[name].device) for s in seen for t in (s.total, s.count)])
+        packed = torch.cat([t.to(layers[0].logits_of(name).device) for s in seen for t in (s.total, s.count)])
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(packed)
         sums = packed.split([t.numel() for s in seen for t in (s.total, s.count)])  # type: ignore[no-untyped-call]
@@ -163,7 +162,7 @@ class Settling:
             )
         for layer, statistics, total, count in zip(layers, seen, sums[::2], counts, strict=True):
             if count:
-                logits = layer.lily_logits[name]
+                logits = layer.logits_of(name)
                 old = torch.softmax(logits.double(), 0)
                 mean = torch.lerp(old, (total / count).to(old.device), 1 / min(age, window))
                 logits.copy_(mean.clamp(min=TINY).log())

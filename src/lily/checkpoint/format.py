@@ -87,9 +87,10 @@ def dump(state: Mapping[str, Tensor], adapter: str, plan: SharingPlan, every_lay
             key = f"{root}{group.layers[0]}.lily_router.{adapter}.weight"
             out[key] = clean[f"{root}{BANK}.lily_R.{adapter}.{number}"]
     for name in plan.slots:
-        for key in (f"{root}{name}.lily_router.{adapter}.weight", f"{root}{name}.lily_logits.{adapter}"):
-            if key in clean:
-                out[key] = clean[key]
+        for part, suffix in (("lily_router", ".weight"), ("lily_logits", "")):
+            key = f"{root}{name}.{part}.{adapter}"
+            if f"{key}.weight" in clean:
+                out[f"{key}{suffix}"] = clean[f"{key}.weight"]
     return out
 
 

@@ -22,6 +22,7 @@ from lily.deploy.drift import Drift, divergence, is_distribution, kept_rows, out
 from lily.errors import LilyError
 from lily.layers.bank import Settled
 from lily.layers.quantized import keep_differentiable
+from lily.layers.router import Logits
 from lily.layers.routing_statistics import TINY, RoutingStatistics, all_reduce
 from lily.tuner.adapter import Adapted, find
 from lily.tuner.recording import Batch, call, evaluating
@@ -146,7 +147,7 @@ def collapse(
         if refit_steps:
             _refit(model, adapted, batches, held_out, run, refit_steps, refit_learning_rate, report)
         for name, s in statistics.items():
-            w = torch.softmax(adapted.layers[name].lily_logits[adapted.name].detach().double(), 0).cpu()
+            w = torch.softmax(adapted.layers[name].logits_of(adapted.name).detach().double(), 0).cpu()
             uniformity = float((w - 1 / w.numel()).abs().sum() / 2)
             report.layers.append(LayerReport(name, w.tolist(), uniformity, s.variance, errors.get(name)))
         adapted.make_static()
@@ -181,7 +182,7 @@ def _add_logits(adapted: Adapted, logits: Mapping[str, Tensor]) -> None:
         like = layer.router_of(adapted.name)
         assert like is not None
         value = value.to(like.device, torch.float32)
-        layer.lily_logits[adapted.name] = nn.Parameter(value, requires_grad=like.requires_grad)
+        layer.lily_logits[adapted.name] = Logits(value, like.requires_grad)
     adapted.bank.settled[adapted.name] = Settled(0.0)
 
 
@@ -273,7 +274,7 @@ def _refit(
 ) -> None:
     """Train the static adapter to reproduce the dynamic one's outputs; keep the result if the drift decreases."""
     shared = [t for tensors in adapted.bank.tensors(adapted.name) for t in tensors]
-    logits = [layer.lily_logits[adapted.name] for layer in adapted.layers.values() if adapted.name in layer.lily_logits]
+    logits = [layer.logits_of(adapted.name) for layer in adapted.layers.values() if adapted.name in layer.lily_logits]
     student: list[Tensor] = [*shared, *logits]
     trained = {p: p.requires_grad for p in model.parameters()}
     teacher, first = ([t.detach().clone() for t in tensors] for tensors in (shared, student))

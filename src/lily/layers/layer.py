@@ -6,7 +6,6 @@ in `merging`.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -19,6 +18,7 @@ from lily.kernels import fused
 from lily.layers.bank import LilyBank
 from lily.layers.devices import execution_device, onload, weight_of
 from lily.layers.merging import Factors, MergingMixin, NotStaticError
+from lily.layers.router import Logits, LogitsByAdapter, Router
 from lily.layers.routing_statistics import RoutingStatistics
 from lily.layers.sharding import is_here, mean_of_all
 from lily.plan.config import LilyConfig
@@ -53,19 +53,6 @@ class Settings:
     dropout: float
 
 
-class Router(nn.Linear):
-    """R (experts, r). Its layer reads the weight and never calls it.
-
-    Engines that gather a module's weights when it is called must therefore leave it to the module that contains it.
-    PEFT's wrapping policy for FSDP1 makes units of trained modules without children; hence the child.
-    """
-
-    def __init__(self, r: int, experts: int) -> None:
-        super().__init__(r, experts, bias=False)
-        self.not_a_unit = nn.Identity()
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-
-
 class LilyLayer(nn.Module, MergingMixin):
     """An adapted layer of any kind. A and B are in the bank; see `lily.layers.bank`.
 
@@ -76,7 +63,7 @@ class LilyLayer(nn.Module, MergingMixin):
     Attributes:
         settings: adapter -> its settings on this layer.
         lily_router: adapter -> R as `nn.Linear(r, experts)`, for token, sequence and batch routing.
-        lily_logits: adapter -> logits (experts,), for static routing and while a routing settles.
+        lily_logits: adapter -> `Logits` (experts,), for static routing and while a routing settles.
         statistics: adapter -> recorder of its routing; empty unless something records it.
     """
 
@@ -91,7 +78,7 @@ class LilyLayer(nn.Module, MergingMixin):
         self._bank = (bank,)
         self.settings: dict[str, Settings] = {}
         self.lily_router = nn.ModuleDict({})
-        self.lily_logits = nn.ParameterDict({})
+        self.lily_logits = LogitsByAdapter({})
         self.statistics: dict[str, RoutingStatistics] = {}
         self.merged_as, self.rounding, self.merged_adapters = {}, {}, []
         self._disable_adapters = False
@@ -157,11 +144,26 @@ class LilyLayer(nn.Module, MergingMixin):
         if group.num_B > 1 and config.routing in DYNAMIC and not config.shared_router:
             self.lily_router[adapter] = Router(group.r, group.num_B)
             if config.settled is not None:
-                self.lily_logits[adapter] = nn.Parameter(torch.zeros(group.logits_shape))
+                self.lily_logits[adapter] = Logits(torch.zeros(group.logits_shape))
         elif group.num_B > 1 and config.routing == "static":
             # Random, not zero: with equal weights all experts get equal gradients and would stay equal forever.
-            self.lily_logits[adapter] = nn.Parameter(torch.randn(group.logits_shape))
+            self.lily_logits[adapter] = Logits(torch.randn(group.logits_shape))
         self._move_adapter_to_device_of_base_layer(adapter, device)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter, from the bank too: transformers calls this on each layer, but not on the bank."""
+        self.bank.delete_adapter(adapter_name)
+        super().delete_adapter(adapter_name)
+
+    def _all_available_adapter_names(self) -> list[str]:
+        # PEFT activates the first of these after a deletion. It must be the same one on every layer.
+        return sorted(self.bank.plans)
+
+    def _move_own(self, adapter: str, device: torch.device, dtype: torch.dtype | None) -> None:
+        """Move an adapter's router and logits, unless they are on the meta device because a file follows."""
+        for own in (self.lily_router, self.lily_logits):
+            if adapter in own and not cast(Tensor, own[adapter].weight).is_meta:
+                own[adapter].to(device, dtype)
 
     def change_settings(self, adapter: str, **changes: Any) -> None:
         """Replace some fields of an adapter's settings."""
@@ -178,9 +180,13 @@ class LilyLayer(nn.Module, MergingMixin):
             router = self._router(adapter)
         return router if device is None or router.device == device else router.to(device)
 
+    def logits_of(self, adapter: str) -> nn.Parameter:
+        """The static logits (experts,) of an adapter that has them."""
+        return cast(nn.Parameter, self.lily_logits[adapter].weight)
+
     def _router(self, adapter: str) -> Tensor:
         if self.settings[adapter].routing == "static":
-            return cast(Tensor, self.lily_logits[adapter])
+            return self.logits_of(adapter)
         if adapter not in self.lily_router:
             return self.bank.router(adapter, self.settings[adapter].slot)
         return cast(Tensor, self.lily_router[adapter].weight)
@@ -282,7 +288,7 @@ class LilyLayer(nn.Module, MergingMixin):
 
         Without a gradient for the unused one, distributed training would wait for it.
         """
-        router, logits = cast(Tensor, self.router_of(adapter)), cast(Tensor, self.lily_logits[adapter])
+        router, logits = cast(Tensor, self.router_of(adapter)), self.logits_of(adapter)
         used, unused = (logits, router) if done else (router, logits)
         if self.training and unused.requires_grad:
             used = used + 0 * unused.sum().to(used.dtype)
@@ -307,7 +313,7 @@ class LilyLayer(nn.Module, MergingMixin):
         settled = self.bank.settled.get(adapter) if experts > 1 else None
         mask = self._mask(x, h) if routing == "sequence" or statistics is not None else None
         if settled is not None:
-            logits = cast(Tensor, self.lily_logits[adapter])
+            logits = self.logits_of(adapter)
             target = functional.softmax(logits).to(h.dtype)
             if settled.done:
                 return functional.softmax(self._settled_router(adapter, True)[1]).to(h.dtype)
@@ -339,7 +345,7 @@ class LilyLayer(nn.Module, MergingMixin):
             raise NotStaticError(adapter, settings.routing, settings.activation)
         tensors = self.tensors_of(adapter, self.bank.pair(adapter, settings.slot)[1].device)
         A, B = (t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in tensors)
-        logits = self.lily_logits.get(adapter) if settings.num_B > 1 else None
+        logits = self.logits_of(adapter) if settings.num_B > 1 and adapter in self.lily_logits else None
         with torch.autocast(B.device.type, enabled=False):
             mixed = self._mixed(B, None if logits is None else logits.detach())
         return Factors(A, mixed, settings.scaling)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lily.errors import LilyError
 from lily.layers.layer import LilyLayer
@@ -49,12 +49,7 @@ class ParallelModule(LilyLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         like = next(self.base.parameters())
         dtype = like.dtype if like.is_floating_point() else None
-        if adapter_name in self.lily_router:
-            self.lily_router[adapter_name].to(device or like.device, dtype)
-        if adapter_name in self.lily_logits:
-            logits = self.lily_logits[adapter_name]
-            moved = logits.to(device or like.device, dtype)
-            self.lily_logits[adapter_name] = nn.Parameter(moved, requires_grad=logits.requires_grad)
+        self._move_own(adapter_name, device or like.device, dtype)
 
     @property
     def adapted_weight(self) -> Any:

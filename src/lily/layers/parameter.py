@@ -53,10 +53,8 @@ class Parameter(PartLayer):
         super().update_layer(adapter, group, slot, config, device)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        logits = self.lily_logits.get(adapter_name)
-        if logits is not None and not logits.is_meta:
-            home, dtype = placement(self, parameter=self.weight_name)
-            self.lily_logits[adapter_name] = nn.Parameter(logits.to(device or home, dtype), logits.requires_grad)
+        home, dtype = placement(self, parameter=self.weight_name)
+        self._move_own(adapter_name, device or home, dtype)
 
     def tensors_of(self, adapter: str, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """A and B (experts of B, r, out). For stacked experts, A is (experts, r, in), the A of each."""

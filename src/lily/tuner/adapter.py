@@ -13,6 +13,7 @@ from lily.errors import LilyError
 from lily.layers.bank import LilyBank, banks_in
 from lily.layers.find import layers_of, watch_masks
 from lily.layers.layer import LilyLayer
+from lily.layers.router import Logits
 from lily.plan.config import LilyConfig
 from lily.plan.sharing_plan import SharingPlan
 
@@ -58,7 +59,7 @@ class Adapted:
                 continue
             if logits is not None:
                 like = logits[name].to(router.device, torch.float32)
-                layer.lily_logits[self.name] = nn.Parameter(like, requires_grad=router.requires_grad)
+                layer.lily_logits[self.name] = Logits(like, router.requires_grad)
             if self.name in layer.lily_router:
                 del layer.lily_router[self.name]
         self.bank.settled.pop(self.name, None)

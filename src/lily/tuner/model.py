@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists, onload_layer
 from peft.utils import TRANSFORMERS_MODELS_TO_LILY_TARGET_MODULES_MAPPING
 from peft.utils.integrations import init_empty_weights
@@ -37,6 +38,7 @@ from lily.plan.sharing_plan import SharingPlan, build_plan
 from lily.plan.specs import CONV2D, EMBEDDING, LINEAR, PARALLEL_MODULE, PARAMETERS, ModuleSpec
 from lily.tuner import call_uncalled
 from lily.tuner.check_targets import check_targets
+from lily.tuner.replaced import drop_replaced
 
 LAYERS = {LINEAR: Linear, CONV2D: Conv2d, EMBEDDING: Embedding, PARALLEL_MODULE: ParallelModule}
 
@@ -57,6 +59,19 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
     tuner_layer_cls = LilyLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LILY_TARGET_MODULES_MAPPING
 
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        base = getattr(model, "base_model", None)
+        if isinstance(model, PeftModel) and isinstance(base, LilyModel):
+            model = base.model  # a second `get_peft_model` of a wrapped model adapts what is inside
+        before = dict(getattr(model, "peft_config", None) or {})
+        try:
+            super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        except Exception:
+            if before:  # PEFT has already added the new one to these
+                model.peft_config.clear()  # type: ignore[operator, union-attr]
+                model.peft_config.update(before)  # type: ignore[operator, union-attr]
+            raise
+
     def inject_adapter(
         self,
         model: nn.Module,
@@ -73,7 +88,11 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         Raises:
             LilyError: see `lily.plan.select.select_modules` and `lily.plan.build_plan`.
         """
-        config = self.peft_config[adapter_name] = LilyConfig.from_stock(self.peft_config[adapter_name])
+        config = LilyConfig.from_stock(self.peft_config[adapter_name])
+        others = [name for name, other in self.peft_config.items() if other is config and name != adapter_name]
+        if others:  # collapsing or settling one of them changes its configuration alone
+            config = copy.deepcopy(config)
+        self.peft_config[adapter_name], self._adapter, self._copied = config, adapter_name, others[:1]
         if state_dict is not None and config.target_modules is None and not config.target_parameters:
             config.target_modules = {
                 key.rsplit(f".{self.prefix}", 1)[0].removeprefix(format.PREFIX) for key in state_dict
@@ -81,8 +100,6 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         if not config.inference_mode:
             keep_differentiable(model)
-        bank = bank_of(model)
-        bank.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         watch_masks(model)
         call_uncalled.watch(model)
 
@@ -99,7 +116,7 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         specs = select_targets(model, peft_config)
         check_targets(model, specs)
         _decide_routing(peft_config, model)
-        self._plan = build_plan(specs, peft_config)
+        self._plan = self._plan_of_copied(specs) or build_plan(specs, peft_config)
         self._placements = {spec.name: _placement(model, spec) for spec in specs}
         self._parts: dict[str, list[str]] = {}
         for spec in specs:
@@ -107,6 +124,13 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         decide_file_format(peft_config, self._plan, model)
         if (opened := current()) is not None:
             opened.check(self._plan, peft_config, model)
+        drop_replaced(model, self._adapter)
+
+    def _plan_of_copied(self, specs: list[ModuleSpec]) -> SharingPlan | None:
+        """The plan of the adapter with the same configuration object, whose file may have decided the sharing."""
+        plans = bank_of(self.model).plans if self._copied else {}
+        plan = next((plans[name] for name in self._copied if name in plans), None)
+        return plan if plan is not None and set(plan.slots) == {spec.name for spec in specs} else None
 
     def _check_target_module_exists(self, peft_config: LilyConfig, key: str) -> Any:
         """See PEFT; parallel modules are not named in `target_modules`."""
@@ -149,7 +173,8 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         nested = target.nested if isinstance(target, kind) else []
         existing = next((layer for layer in nested if layer.part == part), None)
         with context():
-            layer = existing or kind(target, self._bank(adapter_name, peft_config), part)
+            bank = self._bank(adapter_name, peft_config)
+            layer = existing or kind(target, bank, part)
             group, slot, device = self._plan.group_of(name), self._plan.slots[name], self._placements[name][0]
             layer.update_layer(adapter_name, group, slot, peft_config, device)
         if existing is None:
@@ -203,7 +228,6 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter, its shared tensors included. See PEFT."""
         super().delete_adapter(adapter_name)
-        bank_of(self.model).delete_adapter(adapter_name)
         call_uncalled.watch(self.model)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -290,7 +314,7 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         out.update({f"{root}{BANK}.lily_B.{adapter_name}.{i}": t for i, t in tensors.B.items()})
         out.update({f"{root}{BANK}.lily_R.{adapter_name}.{i}": t for i, t in tensors.shared_router.items()})
         own = {f"{root}{name}.lily_router.{adapter_name}.weight": t for name, t in tensors.router.items()}
-        own |= {f"{root}{name}.lily_logits.{adapter_name}": t for name, t in tensors.logits.items()}
+        own |= {f"{root}{name}.lily_logits.{adapter_name}.weight": t for name, t in tensors.logits.items()}
         keys = _part_keys(model, adapter_name)
         out.update({keys.get(key, key): t for key, t in own.items()})
         if is_spread(model):
@@ -304,7 +328,7 @@ def _part_keys(model: nn.Module, adapter: str) -> dict[str, str]:
         f"{m.name_in_plan(path)}.{own}": f"{path}.{own}"
         for path, m in ((unwrapped(path), m) for path, m in model.named_modules())
         if isinstance(m, PartLayer)
-        for own in (f"lily_logits.{adapter}", f"lily_router.{adapter}.weight")
+        for own in (f"lily_logits.{adapter}.weight", f"lily_router.{adapter}.weight")
     }
 
 

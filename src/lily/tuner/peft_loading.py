@@ -17,7 +17,9 @@ import peft.utils
 from huggingface_hub import hf_hub_download
 from peft import PeftConfig, PeftModel, inject_adapter_in_model
 from peft.config import PeftConfigMixin
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME, hotswap, infer_device, save_and_load
+from peft.utils.other import _set_adapter
 from torch import Tensor, nn
 from transformers.integrations.peft import PeftAdapterMixin
 
@@ -211,19 +213,16 @@ def _transformers(
             "load_adapter got a configuration without tensors; pass peft_model_id or adapter_state_dict too"
         )
     config.inference_mode = not kwargs.get("is_trainable", False)
-    others = dict(getattr(self, "peft_config", {}))
     with load.in_progress(opened):
         load.check_config(config, self)
-        try:
-            inject_adapter_in_model(config, self, name)
-        except Exception:
-            if others:  # PEFT has already added the new one
-                self.peft_config.pop(name, None)
-            raise
+        inject_adapter_in_model(config, self, name)
+        _set_adapter(self, name, inference_mode=config.inference_mode)  # saved modules; PEFT switches the layers alone
         self._hf_peft_config_loaded = True
         result = _set_state(self, {key.removeprefix(PREFIX): t for key, t in opened.state.items()}, name)
     if config.inference_mode:
         self.eval()
+        for layer in (module for module in self.modules() if isinstance(module, BaseTunerLayer)):
+            layer.requires_grad_(False)  # as transformers does, those of other adapters too
     return result
 
 
