@@ -224,7 +224,7 @@ def _changes(chat: Chat, first: int, answering: bool) -> Iterator[tuple[str, str
         # Templates drop the reasoning of earlier answers on purpose.
         if "reasoning_content" in message and i == len(chat.messages) - 1 and not answering:
             to = changed({**message, "reasoning_content": message["reasoning_content"] + MARK})
-            yield f"{at}, key 'reasoning_content'", "reasoning_content", left_out, to
+            yield f"{at}, key 'reasoning_content' (thinking, reasoning)", "reasoning_content", left_out, to
 
 
 def _shape(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, ...]:

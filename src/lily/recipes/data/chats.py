@@ -85,6 +85,11 @@ def prompt(value: Any, column: str, where: str, *, system: Any = None) -> list[M
     return messages
 
 
+def is_chat(value: Any) -> bool:
+    """Whether a value looks like a list of messages."""
+    return isinstance(value, list) and any(isinstance(m, dict) and any(key in m for key in ROLE) for m in value)
+
+
 def is_trained(message: Message) -> bool:
     """Whether the loss counts a message."""
     return bool(message["role"] == "assistant" and message.get("weight", 1) == 1)

@@ -141,7 +141,7 @@ def _canonical(row: Row, number: int, file: File, recipe: Recipe, labeled: bool 
             return chats.conversation(messages, columns.messages, where, row=row, **more)
     if recipe.task == "sft":
         before, after = (_value(row, role, recipe, where) for role in ("prompt", "completion"))
-        if isinstance(before, list) or isinstance(after, list):
+        if chats.is_chat(before) or chats.is_chat(after):
             with located(recipe, "data", "columns"):
                 _check_pair_of_messages(recipe, where)
                 names = (str(columns.prompt), str(columns.completion))
@@ -192,7 +192,7 @@ def prompt_of(row: Row, columns: Columns, where: str) -> Any:
     """The prompt of an sft row: a text, or the messages before the last answer (which may be absent)."""
     column, role = (columns.prompt, "prompt") if columns.messages is None else (columns.messages, "messages")
     value = _get(row, str(column), role, where)
-    if role == "prompt" and not isinstance(value, list):
+    if role == "prompt" and not chats.is_chat(value):
         return _prompt(row, columns, where)
     more = _beside(row, columns, where)
     messages = chats.prompt(value, str(column), where, system=more["system"])
@@ -259,7 +259,7 @@ def texts_of(file: File, column: str, key: str, count: int, seed: int) -> list[s
     for number, row in rows:
         where = f"{name_of(file)}, row {number}"
         value = _get(row, column, key, where, "")
-        if isinstance(value, list) and any(isinstance(part, dict) for part in value):
+        if chats.is_chat(value):
             more = _beside(row, Columns(), where)
             chat = chats.conversation(value, column, where, row=row, **more)
             found.append(Chat(chat["messages"], chat.get("tools"), where))
