@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
+import yaml
 from chat_templates import WEATHER
+from docs_blocks import cells
 from recipes_helpers import sft, write_jsonl, write_recipe
 
 from lily.errors import LilyError
@@ -145,6 +148,38 @@ def test_half_a_surrogate_pair_is_named_with_its_row_message_and_key(messages, k
     with pytest.raises(LilyError, match=r"row 2: tools: \[0\].description has half a surrogate pair"):
         read([ASK, SAY], tools=[tool])
     assert read([{**ASK, "content": "whole \U0001f600"}, SAY])["messages"][0]["content"] == "whole \U0001f600"
+
+
+def test_endless_nesting_is_one_error():
+    nested = {}
+    for _ in range(5000):
+        nested = {"x": nested}
+    with pytest.raises(LilyError, match="row 2, message 2: is nested too deep"):
+        read([ASK, called(nested)])
+
+
+DOCS = cells("docs/recipes.md")
+ROWS = [cell for cell in DOCS if cell[1].startswith('`{"') and cell[2].startswith("`{")]
+MESSAGES = [code for cell in DOCS for code in re.findall(r"`([^`]*)`", cell[1]) if re.match(r'{"(role|from)":', code)]
+
+
+@pytest.mark.parametrize("cell", ROWS, ids=lambda cell: cell[0])
+def test_the_rows_that_the_docs_show_are_read(chat_model, tmp_path, cell):
+    row, columns = json.loads(re.match("`(.*?)`", cell[1])[1]), yaml.safe_load(cell[2].strip("`"))
+    got = splits(chat_model, tmp_path, [row] * 20, columns).train[0]
+    assert got.get("messages") == [{**ASK, "content": "hi"}, {**SAY, "content": "yes"}] or got["completion"] in (
+        "yes",
+        "salut",
+    )
+
+
+@pytest.mark.parametrize("code", MESSAGES)
+def test_the_messages_that_the_docs_show_are_read(code):
+    assert chats.read_message(json.loads(code), "row")["role"] in ("assistant", "tool")
+
+
+def test_the_docs_show_every_shape():
+    assert (len(ROWS), len(MESSAGES)) == (5, 3)
 
 
 # --- conversations --------------------------------------------------------------------------------------------------

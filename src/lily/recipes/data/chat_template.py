@@ -137,7 +137,7 @@ def _refusals() -> tuple[type[Exception], ...]:
     """What a template raises on purpose, or when it reads what is not there."""
     from jinja2 import TemplateError
 
-    return (TemplateError, TypeError, ValueError, LookupError, AttributeError)
+    return (TemplateError, TypeError, ValueError, LookupError, AttributeError, RecursionError)
 
 
 def _refused(chat: Chat, tokenizer: PreTrainedTokenizerBase, answering: bool, reason: str) -> LilyError:

@@ -185,7 +185,11 @@ def check_text(value: Any, where: str) -> None:
     Raises:
         LilyError: names the key of the first half of a surrogate pair.
     """
-    for path, text in _texts(value, ""):
+    try:
+        texts = list(_texts(value, ""))
+    except RecursionError:
+        raise LilyError(f"{where}: is nested too deep to be a message; remove the row") from None
+    for path, text in texts:
         if found := HALF_SURROGATE.search(text):
             raise LilyError(
                 f"{where}: {path or 'the text'} has half a surrogate pair ({found[0]!r} at character "
