@@ -80,7 +80,7 @@ DEVELOPER = [{"role": "developer", "content": "D"}, *openai(0)["messages"]]
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (CUT, "t.jsonl, row 3, message 1: content has half a surrogate pair"),
+        (CUT, "t.jsonl, row 3: column 'messages' holds half of a surrogate pair in message 1, content: '\\ud83d'"),
         ({"messages": DEVELOPER}, "t.jsonl, row 3, message 1, key 'content' of role 'developer': the model's chat"),
         ({"messages": [*openai(0)["messages"][:3], {"role": "assistant", "content": ""}]},
          "t.jsonl, row 3, message 4: content of the assistant is empty"),

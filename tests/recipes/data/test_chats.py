@@ -15,6 +15,7 @@ from lily.errors import LilyError
 from lily.recipes import data, loader
 from lily.recipes.data import chats, tables
 from lily.recipes.data.chat_template import Chat
+from lily.recipes.scoring import answers
 from lily.recipes.spec.schema import Columns, File
 
 ASK, SAY = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
@@ -132,21 +133,27 @@ def test_a_message_that_cannot_be_trained_as_it_stands_is_refused(given, message
 @pytest.mark.parametrize(
     ("messages", "key"),
     [
-        ([{"role": "user", "content": "cut \ud83d"}, SAY], "message 1: content"),
-        ([ASK, {"from": "gpt", "value": "\ude00 cut"}], "message 2: value"),
-        ([ASK, {**SAY, "thinking": "\ud83d"}], "message 2: thinking"),
-        ([ASK, {**SAY, "content": [{"type": "text", "text": "\ud83d"}]}], r"message 2: content\[0\].text"),
-        ([ASK, called({"x": "\ud83d"})], r"message 2: tool_calls\[0\].function.arguments.x"),
-        ([ASK, {**SAY, "name\ud83d": "x"}], "message 2: a key of the message"),
+        ([{"role": "user", "content": "cut \ud83d"}, SAY], "message 1, content"),
+        ([ASK, {"from": "gpt", "value": "\ude00 cut"}], "message 2, value"),
+        ([ASK, {**SAY, "thinking": "\ud83d"}], "message 2, thinking"),
+        ([ASK, {**SAY, "content": [{"type": "text", "text": "\ud83d"}]}], r"message 2, content\[0\].text"),
+        ([ASK, called({"x": "\ud83d"})], r"message 2, tool_calls\[0\].function.arguments.x"),
+        ([ASK, {**SAY, "name\ud83d": "x"}], "message 2, a key of it"),
     ],
 )
 def test_half_a_surrogate_pair_is_named_with_its_row_message_and_key(messages, key):
-    with pytest.raises(LilyError, match=f"^t.jsonl, row 2, {key} has half a surrogate pair .* at character ") as error:
+    with pytest.raises(
+        LilyError, match=f"^t.jsonl, row 2: column 'm' holds half of a surrogate pair in {key}: .* at character "
+    ) as error:
         read(messages)
     str(error.value).encode()
     tool = {"name": "f", "description": "\ud83d"}
-    with pytest.raises(LilyError, match=r"row 2: tools: \[0\].description has half a surrogate pair"):
+    with pytest.raises(
+        LilyError, match=r"row 2: the column of tools holds half of a surrogate pair in \[0\].description"
+    ):
         read([ASK, SAY], tools=[tool])
+    with pytest.raises(LilyError, match="row 2: the column of the system text holds half of a surrogate pair in"):
+        read([ASK, SAY], system="\ud83d")
     assert read([{**ASK, "content": "whole \U0001f600"}, SAY])["messages"][0]["content"] == "whole \U0001f600"
 
 
@@ -154,7 +161,7 @@ def test_endless_nesting_is_one_error():
     nested = {}
     for _ in range(5000):
         nested = {"x": nested}
-    with pytest.raises(LilyError, match="row 2, message 2: is nested too deep"):
+    with pytest.raises(LilyError, match=r"row 2: column 'm' is nested too deep \(message 2\)"):
         read([ASK, called(nested)])
 
 
@@ -268,9 +275,7 @@ def test_of_a_prompt_and_a_completion_in_messages_the_completion_is_trained(chat
     table = [{"p": [ASK], "c": "b"}, {"p": "a", "c": [SAY]}] * 10
     got = splits(chat_model, tmp_path, table, {"prompt": "p", "completion": "c"})
     assert [r["messages"] for r in got.train] == [[ASK, SAY]] * len(got.train)
-    with pytest.raises(
-        LilyError, match=r"row 1: the prompt or the completion is a list of messages, .* data\.chat: false"
-    ):
+    with pytest.raises(LilyError, match=r"row 1: messages, tools and a system text need .* data\.chat: false"):
         splits(chat_model, tmp_path, table, {"prompt": "p", "completion": "c"}, chat=False)
     with pytest.raises(LilyError, match="row 1, message 2: content of the assistant is empty"):
         splits(chat_model, tmp_path, [{"p": [ASK], "c": ""}] * 20, {"prompt": "p", "completion": "c"})
@@ -291,6 +296,17 @@ def test_alpacas_input_follows_the_instruction_and_is_not_left_out_silently(chat
         splits(chat_model, tmp_path, table, {"messages": "m", "input": "input"})
     with pytest.raises(LilyError, match="row 1: column 'input' holds 5, expected text"):
         splits(chat_model, tmp_path, [{**table[0], "input": 5}] * 20, columns)
+
+
+def test_tools_and_a_system_text_that_are_named_go_with_a_prompt_of_text_too(chat_model, tmp_path):
+    table = [{"instruction": "a", "input": "x", "output": "b", "system": "S", "tools": [BARE]}] * 20
+    names = {"prompt": "instruction", "input": "input", "completion": "output", "system": "system", "tools": "tools"}
+    row = splits(chat_model, tmp_path, table, names).train[0]
+    assert row["messages"] == [{"role": "system", "content": "S"}, {**ASK, "content": "a\nx"}, SAY]
+    assert row["tools"] == [WEATHER]
+    assert data.prompt_of(table[0], Columns(**names), "row 1") == Chat(
+        row["messages"][:2], [WEATHER], "row 1 (message 1 is the system text beside the messages)"
+    )
 
 
 def test_images_beside_the_messages_are_refused(chat_model, tmp_path):
@@ -332,3 +348,16 @@ def test_a_prompt_is_what_comes_before_the_last_answer_in_any_shape():
 def test_the_expected_answer_is_the_last_that_is_trained():
     row = read([ASK, {**SAY, "content": " yes "}, ASK, {**SAY, "weight": 0}])
     assert data.completion_of(row) == "yes"
+    assert data.completion_of(read([ASK, called()])) == '[{"name": "f", "arguments": {"x": 1}}]'
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"), [(called(), "has tool calls"), ({**SAY, "thinking": "h"}, "has reasoning")]
+)
+def test_an_answer_that_exact_match_cannot_compare_is_refused(chat_model, tmp_path, answer, message):
+    path = write_jsonl(tmp_path / "t.jsonl", [{"m": [ASK, answer]}])
+    values = sft(chat_model, path, tmp_path)
+    values["data"]["columns"] = {"messages": "m"}
+    recipe = loader.load_recipe(write_recipe(tmp_path, values))
+    with pytest.raises(LilyError, match=f"metrics: .*t.jsonl, row 1: the last answer {message}"):
+        answers.expected_answers(data.rows_of(recipe.data.train, recipe), recipe)

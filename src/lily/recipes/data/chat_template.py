@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -36,6 +36,11 @@ class Chat:
     messages: Sequence[Message]
     tools: list[dict[str, Any]] | None = None
     where: str = "the prompt"
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Chat:
+        """The chat of a row that `chats` read."""
+        return cls(row["messages"], row.get("tools"), row.get("where", cls.where))
 
 
 def text_of(chat: Chat, tokenizer: PreTrainedTokenizerBase, answering: bool = False) -> str:

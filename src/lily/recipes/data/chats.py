@@ -67,7 +67,7 @@ def pair(
     tools: Any = None,
     system: Any = None,
 ) -> dict[str, Any]:
-    """`conversation` from a prompt and a completion, at least one of which is a list of messages.
+    """`conversation` from a prompt and a completion, either of which may be a text or a list of messages.
 
     Only the completion's messages are trained.
     """
@@ -76,13 +76,13 @@ def pair(
     return _checked([*before, *answers], columns[1], where, row, tools, system)
 
 
-def prompt(value: Any, column: str, where: str, *, system: Any = None) -> list[Message]:
-    """The messages before the last answer, which may be absent."""
+def prompt(value: Any, column: str, where: str, *, tools: Any = None, system: Any = None) -> dict[str, Any]:
+    """`conversation` up to the last answer, which may be absent."""
     messages, where = _with_system(read_messages(_untrained(value), column, where), system, where)
     messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
     if not messages:
         raise LilyError(f"{where}: column {column!r} has nothing before the assistant's message; give a user's")
-    return messages
+    return {"messages": messages, "tools": read_tools(tools, where), "where": where}
 
 
 def is_chat(value: Any) -> bool:
@@ -122,6 +122,8 @@ def read_messages(value: Any, column: str, where: str, first: int = 1) -> list[M
             f"{where}: column {column!r} holds {_kind(value)}, expected a list of messages such as "
             "{role: user, content: text} or {from: human, value: text}"
         )
+    for i, message in enumerate(listed, first):
+        check_text(message, f"{where}: column {column!r}", f"message {i}, ")
     return [read_message(message, f"{where}, message {i}") for i, message in enumerate(listed, first)]
 
 
@@ -131,7 +133,6 @@ def read_message(given: Mapping[str, Any], where: str) -> Message:
     Raises:
         LilyError: names its key.
     """
-    check_text(given, where)
     given = {key: value for key, value in given.items() if value is not None}
     _check_keys(given, where)
     said = _either(given, ROLE, where)
@@ -179,21 +180,21 @@ def content_of(message: Message) -> str:
     return f"{message['content']}{message.get('reasoning_content', '')}{calls}".strip()
 
 
-def check_text(value: Any, where: str) -> None:
+def check_text(value: Any, holder: str, place: str = "") -> None:
     """Check that texts, at any depth, are complete Unicode, which tokenizers need.
 
     Raises:
-        LilyError: names the key of the first half of a surrogate pair.
+        LilyError: names the holder, and the place and key of the first half of a surrogate pair.
     """
     try:
         texts = list(_texts(value, ""))
     except RecursionError:
-        raise LilyError(f"{where}: is nested too deep to be a message; remove the row") from None
+        raise LilyError(f"{holder} is nested too deep ({place.rstrip(', ')}); remove the row") from None
     for path, text in texts:
         if found := HALF_SURROGATE.search(text):
             raise LilyError(
-                f"{where}: {path or 'the text'} has half a surrogate pair ({found[0]!r} at character "
-                f"{found.start() + 1}), which is no character; the text was cut within one: repair or remove it"
+                f"{holder} holds half of a surrogate pair in {place}{path or 'the text'}: {found[0]!r} at "
+                f"character {found.start() + 1}; a character was cut in two there: repair it, or remove the row"
             )
 
 
@@ -202,7 +203,7 @@ def _texts(value: Any, path: str) -> Iterator[tuple[str, str]]:
         yield path, value
     elif isinstance(value, Mapping):
         for key, inner in value.items():
-            yield f"a key of {path or 'the message'}", key
+            yield f"a key of {path or 'it'}", key
             yield from _texts(inner, f"{path}.{key}" if path else str(key))
     elif isinstance(value, list):
         for i, inner in enumerate(value):
@@ -247,6 +248,7 @@ def _with_system(messages: list[Message], system: Any, where: str) -> tuple[list
         return messages, where
     if messages[0]["role"] in ("system", "developer"):
         raise LilyError(f"{where}: has a system text beside the messages and a system message; remove one of them")
+    check_text(system, f"{where}: the column of the system text")
     first = read_message({"role": "system", "content": system}, f"{where}, the system text beside the messages")
     return [first, *messages], f"{where} (message 1 is the system text beside the messages)"
 
@@ -349,7 +351,7 @@ def read_tools(value: Any, where: str) -> list[dict[str, Any]] | None:
     Raises:
         LilyError: for the first that is no tool.
     """
-    check_text(value, f"{where}: tools")
+    check_text(value, f"{where}: the column of tools")
     listed = _from_json(value) if isinstance(value, str) and value.strip() else value
     if not listed:
         if isinstance(value, str) and value.strip() not in ("", "[]", "null", "{}"):

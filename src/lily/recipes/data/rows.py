@@ -141,13 +141,13 @@ def _canonical(row: Row, number: int, file: File, recipe: Recipe, labeled: bool 
             return chats.conversation(messages, columns.messages, where, row=row, **more)
     if recipe.task == "sft":
         before, after = (_value(row, role, recipe, where) for role in ("prompt", "completion"))
-        if chats.is_chat(before) or chats.is_chat(after):
-            with located(recipe, "data", "columns"):
-                _check_pair_of_messages(recipe, where)
-                names = (str(columns.prompt), str(columns.completion))
-                return chats.pair(before, after, names, where, row=row, **_beside(row, columns, where))
         with located(recipe, "data", "columns", "prompt"):
-            prompt = _prompt(row, columns, where)
+            prompt = before if chats.is_chat(before) else _prompt(row, columns, where)
+        if _needs_chat(before, columns) or chats.is_chat(after):
+            with located(recipe, "data", "columns"):
+                _check_chat(recipe, where)
+                names = (str(columns.prompt), str(columns.completion))
+                return chats.pair(prompt, after, names, where, row=row, **_beside(row, columns, where))
         texts = {"prompt": prompt, "completion": _text_of(row, "completion", recipe, where)}
         if recipe.data.choices is None:
             return texts
@@ -193,10 +193,11 @@ def prompt_of(row: Row, columns: Columns, where: str) -> Any:
     column, role = (columns.prompt, "prompt") if columns.messages is None else (columns.messages, "messages")
     value = _get(row, str(column), role, where)
     if role == "prompt" and not chats.is_chat(value):
-        return _prompt(row, columns, where)
-    more = _beside(row, columns, where)
-    messages = chats.prompt(value, str(column), where, system=more["system"])
-    return Chat(messages, chats.read_tools(more["tools"], where), where)
+        text = _prompt(row, columns, where)
+        if not _needs_chat(value, columns):
+            return text
+        value = [{"role": "user", "content": text}]
+    return Chat.of(chats.prompt(value, str(column), where, **_beside(row, columns, where)))
 
 
 def _prompt(row: Row, columns: Columns, where: str) -> str:
@@ -226,24 +227,30 @@ def _beside(row: Row, columns: Columns, where: str) -> dict[str, Any]:
     } | ({"tools": row["functions"]} if columns.tools is None and "tools" not in row and "functions" in row else {})
 
 
-def _check_pair_of_messages(recipe: Recipe, where: str) -> None:
+def _needs_chat(prompt: Any, columns: Columns) -> bool:
+    """Whether a prompt can only be written by a chat template."""
+    return chats.is_chat(prompt) or columns.tools is not None or columns.system is not None
+
+
+def _check_chat(recipe: Recipe, where: str) -> None:
     for key, wrong in (
         ("data.chat: false", not recipe.data.chat),
         ("data.template", recipe.data.template is not None),
         ("data.choices", recipe.data.choices is not None),
-        ("data.columns.input", recipe.data.columns.input is not None),
         ("train.packing", recipe.train.packing),
     ):
         if wrong:
             raise LilyError(
-                f"{where}: the prompt or the completion is a list of messages, for which {key} is not; remove it"
+                f"{where}: messages, tools and a system text need the chat template, which {key} excludes; remove it"
             )
 
 
 def completion_of(row: Row) -> str:
-    """The (last) completion of a canonical sft row, without white space at its ends."""
-    completion: str = chats.answer(row["messages"])["content"] if "messages" in row else row["completion"]
-    return completion.strip()
+    """The (last) completion of a canonical sft row, without white space at its ends; tool calls as JSON."""
+    if "messages" not in row:
+        return str(row["completion"]).strip()
+    answer = chats.answer(row["messages"])
+    return answer["content"].strip() or json.dumps([call["function"] for call in answer.get("tool_calls", ())])
 
 
 def texts_of(file: File, column: str, key: str, count: int, seed: int) -> list[str | Chat]:
@@ -261,8 +268,7 @@ def texts_of(file: File, column: str, key: str, count: int, seed: int) -> list[s
         value = _get(row, column, key, where, "")
         if chats.is_chat(value):
             more = _beside(row, Columns(), where)
-            chat = chats.conversation(value, column, where, row=row, **more)
-            found.append(Chat(chat["messages"], chat.get("tools"), where))
+            found.append(Chat.of(chats.conversation(value, column, where, row=row, **more)))
         else:
             found.append(_text(value, column, where))
     return found

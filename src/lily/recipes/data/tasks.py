@@ -111,12 +111,9 @@ def conversation(row: Row, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -
         if not tokenizer.chat_template:
             with located(recipe, "data", "columns", "messages"):
                 raise LilyError("data.columns.messages needs a tokenizer with a chat template; this model's has none")
-        messages = row["messages"]
-        return [
-            (Chat(messages[:i], row.get("tools"), row.get("where", "the row")), [message])
-            for i, message in enumerate(messages)
-            if is_trained(message)
-        ]
+        chat = Chat.of(row)
+        turns = [i for i, message in enumerate(chat.messages) if is_trained(message)]
+        return [(replace(chat, messages=chat.messages[:i]), [chat.messages[i]]) for i in turns]
     prompt, completion = format_prompt(row["prompt"], recipe, tokenizer), row["completion"]
     if isinstance(prompt, str):
         return [(prompt, completion + (tokenizer.eos_token or ""))]
