@@ -20,11 +20,12 @@ import torchvision_cpu
 
 torchvision_cpu.declare()
 
+from chat_templates import tools_model  # noqa: E402
 from finished import chat_run, classifier_run  # noqa: E402
 from helpers import BUILDERS  # noqa: E402
 from recipes_helpers import chat_model, chat_table, encoder, table  # noqa: E402
 
-__all__ = ["chat_model", "chat_run", "chat_table", "classifier_run", "encoder", "table"]
+__all__ = ["chat_model", "chat_run", "chat_table", "classifier_run", "encoder", "table", "tools_model"]
 
 ROUTINGS = ["token", "sequence", "batch", "static", "uniform"]
 

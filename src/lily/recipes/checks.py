@@ -48,11 +48,13 @@ def _columns(recipe: Recipe) -> Iterator[Problem]:
             yield at, "sft needs prompt and completion, or messages"
         if c.messages is not None and (c.prompt is not None or c.completion is not None):
             yield at, "give either messages, or prompt and completion"
+        if c.input is not None and c.prompt is None:
+            yield (*at, "input"), "is appended to the prompt, so it goes with prompt and completion; remove it"
         for name in ("text", "text_pair", "image", "label"):
             if getattr(c, name) is not None:
                 yield (*at, name), "is for classification and regression; sft has prompt, completion and messages"
         return
-    for name in ("prompt", "completion", "messages"):
+    for name in ("prompt", "input", "completion", "messages", "tools", "system"):
         if getattr(c, name) is not None:
             yield (*at, name), f"is for sft; {recipe.task} has {_inputs(recipe)} and label"
     if recipe.task == "image-classification":

@@ -8,21 +8,21 @@ import json
 import math
 import random
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lily.errors import LilyError
-from lily.recipes.data import images
+from lily.recipes.data import chats, images
+from lily.recipes.data.chat_template import Chat
 from lily.recipes.data.sources import fetch
 from lily.recipes.data.tables import Row, name_of, read_rows
 from lily.recipes.spec.locations import Key, located
 from lily.recipes.spec.schema import CLASSIFYING, Choices, Columns, File, Recipe
 
 T = TypeVar("T")
-
-ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Splits:
 
     Attributes:
         train: rows with text, text_pair and label; or image and label; or prompt and completion (and choices); or
-            messages.
+            messages (and tools) and where they stand.
         validation: selects the best epoch.
         test: for the final metrics; may be empty.
         labels: the classes, in the order of their ids; None without classification.
@@ -137,9 +137,18 @@ def _canonical(row: Row, number: int, file: File, recipe: Recipe, labeled: bool 
     columns = recipe.data.columns
     if columns.messages is not None:
         with located(recipe, "data", "columns", "messages"):
-            return {"messages": _messages(_get(row, columns.messages, "messages", where), columns.messages, where)}
+            messages, more = _get(row, columns.messages, "messages", where), _beside(row, columns, where)
+            return chats.conversation(messages, columns.messages, where, row=row, **more)
     if recipe.task == "sft":
-        texts = {name: _text_of(row, name, recipe, where) for name in ("prompt", "completion")}
+        before, after = (_value(row, role, recipe, where) for role in ("prompt", "completion"))
+        with located(recipe, "data", "columns", "prompt"):
+            prompt = before if chats.is_chat(before) else _prompt(row, columns, where)
+        if _needs_chat(before, columns) or chats.is_chat(after):
+            with located(recipe, "data", "columns"):
+                _check_chat(recipe, where)
+                names = (str(columns.prompt), str(columns.completion))
+                return chats.pair(prompt, after, names, where, row=row, **_beside(row, columns, where))
+        texts = {"prompt": prompt, "completion": _text_of(row, "completion", recipe, where)}
         if recipe.data.choices is None:
             return texts
         with located(recipe, "data", "choices"):
@@ -169,31 +178,83 @@ def inputs_of(row: Row, recipe: Recipe, where: str, folder: Path | None = None) 
     return {role: _text_of(row, role, recipe, where) for role in roles}
 
 
-def _text_of(row: Row, role: str, recipe: Recipe, where: str) -> str:
-    column = str(getattr(recipe.data.columns, role))
+def _value(row: Row, role: str, recipe: Recipe, where: str) -> Any:
     with located(recipe, "data", "columns", role):
-        return _text(_get(row, column, role, where), column, where)
+        return _get(row, str(getattr(recipe.data.columns, role)), role, where)
+
+
+def _text_of(row: Row, role: str, recipe: Recipe, where: str) -> str:
+    with located(recipe, "data", "columns", role):
+        return _text(_value(row, role, recipe, where), str(getattr(recipe.data.columns, role)), where)
 
 
 def prompt_of(row: Row, columns: Columns, where: str) -> Any:
     """The prompt of an sft row: a text, or the messages before the last answer (which may be absent)."""
-    if columns.messages is None:
-        return _text(_get(row, str(columns.prompt), "prompt", where), str(columns.prompt), where)
-    messages = _get(row, columns.messages, "messages", where)
-    if isinstance(messages, list) and all(isinstance(m, dict) for m in messages):
-        answered = bool(messages) and messages[-1].get("role") == "assistant"
-        messages = messages if answered else [*messages, {"role": "assistant", "content": ""}]
-    return _messages(messages, columns.messages, where)[:-1]
+    column, role = (columns.prompt, "prompt") if columns.messages is None else (columns.messages, "messages")
+    value = _get(row, str(column), role, where)
+    if role == "prompt" and not chats.is_chat(value):
+        text = _prompt(row, columns, where)
+        if not _needs_chat(value, columns):
+            return text
+        value = [{"role": "user", "content": text}]
+    return Chat.of(chats.prompt(value, str(column), where, **_beside(row, columns, where)))
+
+
+def _prompt(row: Row, columns: Columns, where: str) -> str:
+    """The text of a prompt, with Alpaca's `input` if the recipe names it."""
+    column = str(columns.prompt)
+    prompt = _text(_get(row, column, "prompt", where), column, where)
+    if columns.input is None:
+        for name in ("input", "context") if column == "instruction" else ():
+            if isinstance(row.get(name), str) and row[name].strip():
+                warnings.warn(
+                    f"rows have a text in {name!r} beside 'instruction', which is left out; data.columns.input: {name} "
+                    "appends it to the prompt",
+                    stacklevel=2,
+                )
+        return prompt
+    more = _get(row, columns.input, "input", where)
+    if more is None or (isinstance(more, str) and not more.strip()):
+        return prompt
+    return f"{prompt}\n{_text(more, columns.input, where)}"
+
+
+def _beside(row: Row, columns: Columns, where: str) -> dict[str, Any]:
+    """The tools and the system text of a conversation; columns with these names are read also if none is given."""
+    return {
+        name: row.get(name) if getattr(columns, name) is None else _get(row, getattr(columns, name), name, where)
+        for name in ("tools", "system")
+    } | ({"tools": row["functions"]} if columns.tools is None and "tools" not in row and "functions" in row else {})
+
+
+def _needs_chat(prompt: Any, columns: Columns) -> bool:
+    """Whether a prompt can only be written by a chat template."""
+    return chats.is_chat(prompt) or columns.tools is not None or columns.system is not None
+
+
+def _check_chat(recipe: Recipe, where: str) -> None:
+    for key, wrong in (
+        ("data.chat: false", not recipe.data.chat),
+        ("data.template", recipe.data.template is not None),
+        ("data.choices", recipe.data.choices is not None),
+        ("train.packing", recipe.train.packing),
+    ):
+        if wrong:
+            raise LilyError(
+                f"{where}: messages, tools and a system text need the chat template, which {key} excludes; remove it"
+            )
 
 
 def completion_of(row: Row) -> str:
-    """The (last) completion of a canonical sft row, without white space at its ends."""
-    completion: str = row["messages"][-1]["content"] if "messages" in row else row["completion"]
-    return completion.strip()
+    """The (last) completion of a canonical sft row, without white space at its ends; tool calls as JSON."""
+    if "messages" not in row:
+        return str(row["completion"]).strip()
+    answer = chats.answer(row["messages"])
+    return answer["content"].strip() or json.dumps([call["function"] for call in answer.get("tool_calls", ())])
 
 
-def texts_of(file: File, column: str, key: str, count: int, seed: int) -> list[str]:
-    """A fixed sample of `count` texts in one column of a table that need not have the recipe's columns.
+def texts_of(file: File, column: str, key: str, count: int, seed: int) -> list[str | Chat]:
+    """A fixed sample of `count` texts or chats in one column of a table that need not have the recipe's columns.
 
     `key` is the recipe's key that names the column, for messages.
 
@@ -201,8 +262,16 @@ def texts_of(file: File, column: str, key: str, count: int, seed: int) -> list[s
         LilyError: for the first row without text in the column.
     """
     rows = _sample(list(enumerate(read_rows(file), 1)), count, seed)
-    numbered = [(row, f"{name_of(file)}, row {number}") for number, row in rows]
-    return [_text(_get(row, column, key, where, ""), column, where) for row, where in numbered]
+    found: list[str | Chat] = []
+    for number, row in rows:
+        where = f"{name_of(file)}, row {number}"
+        value = _get(row, column, key, where, "")
+        if chats.is_chat(value):
+            more = _beside(row, Columns(), where)
+            found.append(Chat.of(chats.conversation(value, column, where, row=row, **more)))
+        else:
+            found.append(_text(value, column, where))
+    return found
 
 
 def _get(row: Row, column: str, role: str, where: str, section: str = "data.columns.") -> Any:
@@ -271,22 +340,6 @@ def _number(value: Any, column: str, where: str) -> float:
     raise LilyError(f"{where}: label column {column!r} holds {_short(value)}, expected a finite number")
 
 
-def _messages(value: Any, column: str, where: str) -> list[dict[str, str]]:
-    well_formed = isinstance(value, list) and all(
-        isinstance(m, dict) and m.get("role") in ROLES and isinstance(m.get("content"), str) for m in value
-    )
-    if not well_formed or not value:
-        raise LilyError(
-            f"{where}: column {column!r} holds {_short(value)}, expected a list of "
-            "{role: system | user | assistant, content: text}"
-        )
-    if value[-1]["role"] != "assistant" or len(value) < 2:
-        raise LilyError(
-            f"{where}: column {column!r} must end with an assistant message after a user's, which is the completion"
-        )
-    return [{"role": m["role"], "content": m["content"]} for m in value]
-
-
 def _short(value: Any) -> str:
     text = repr(value)
     return "nothing" if value is None else text if len(text) <= 60 else text[:57] + "..."
@@ -296,8 +349,10 @@ def _key(row: Row) -> str:
     """The input of a row without case and spaces, by which duplicates are detected."""
     if "image" in row:
         return images.digest(row["image"])
-    inputs = [v for k, v in sorted(row.items()) if k not in ("label", "completion", "messages", "choices")]
-    inputs += [m["content"] for m in row.get("messages", [])[:-1]]
+    if "messages" in row:
+        inputs = chats.inputs(row)
+    else:
+        inputs = [v for k, v in sorted(row.items()) if k not in ("label", "completion", "choices")]
     return json.dumps([" ".join(text.casefold().split()) for text in inputs])
 
 

@@ -154,7 +154,7 @@ def _parquet(name: str) -> Iterator[Row]:
     try:
         with parquet.ParquetFile(name) as file:
             for batch in file.iter_batches():
-                yield from batch.to_pylist()
+                yield from map(_without_fillers, batch.to_pylist())
     except (ArrowException, OSError) as error:
         raise LilyError(f"{name}: not a readable parquet file: {error}") from None
 
@@ -168,4 +168,15 @@ def _hub_rows(file: File) -> list[Row]:
         table = load_dataset(file.hub, file.config, split=file.split or "train", revision=file.revision)
     except Exception as error:
         raise LilyError(f"data set {file.hub!r} could not be loaded: {str(error).splitlines()[0]}") from None
-    return [dict(row) for row in table]
+    return [_without_fillers(dict(row)) for row in table]
+
+
+def _without_fillers(row: Row) -> Row:
+    """A row of an Arrow table, in which nested objects have every key that any of them has, without these nulls."""
+
+    def kept(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: kept(inner) for key, inner in value.items() if inner is not None}
+        return [kept(inner) for inner in value] if isinstance(value, list) else value
+
+    return {key: kept(value) for key, value in row.items()}

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
 from lily.errors import LilyError
+from lily.recipes.data.chat_template import Chat, answer_ids, ids_of, text_of
+from lily.recipes.data.chats import is_trained
 from lily.recipes.data.images import Preprocess
 from lily.recipes.data.rows import Splits
 from lily.recipes.data.tables import Row
@@ -98,8 +101,8 @@ def length(example: Example) -> int:
     return len(example.get("input_ids", ()))
 
 
-def conversation(row: Row, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[tuple[Any, Any]]:
-    """The (prompt, completion) pairs of an sft row: texts, or message lists for the tokenizer's chat template.
+def conversation(row: Row, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str | Chat, Any]]:
+    """The (prompt, completion) pairs of an sft row: texts, or chats and messages for the tokenizer's chat template.
 
     A conversation of several turns gives one pair per assistant turn, so every answer has a loss, also if
     the template cannot mark answers.
@@ -108,36 +111,38 @@ def conversation(row: Row, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -
         if not tokenizer.chat_template:
             with located(recipe, "data", "columns", "messages"):
                 raise LilyError("data.columns.messages needs a tokenizer with a chat template; this model's has none")
-        messages = row["messages"]
-        return [(messages[:i], [m]) for i, m in enumerate(messages) if m["role"] == "assistant" and i > 0]
+        chat = Chat.of(row)
+        turns = [i for i, message in enumerate(chat.messages) if is_trained(message)]
+        return [(replace(chat, messages=chat.messages[:i]), [chat.messages[i]]) for i in turns]
     prompt, completion = format_prompt(row["prompt"], recipe, tokenizer), row["completion"]
     if isinstance(prompt, str):
         return [(prompt, completion + (tokenizer.eos_token or ""))]
     return [(prompt, [{"role": "assistant", "content": completion}])]
 
 
-def format_prompt(prompt: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """A prompt in the recipe's template, or as messages for the tokenizer's chat template."""
+def format_prompt(prompt: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> str | Chat:
+    """A prompt in the recipe's template, or as a message for the tokenizer's chat template."""
     if recipe.data.template is not None:
         return recipe.data.template.replace("{prompt}", prompt)
-    return [{"role": "user", "content": prompt}] if recipe.data.chat and tokenizer.chat_template else prompt
+    chat = recipe.data.chat and tokenizer.chat_template
+    return Chat([{"role": "user", "content": prompt}]) if chat else prompt
 
 
-def prompt_ids(prompt: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def prompt_ids(prompt: str | Chat, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of a prompt, ready for the model to answer."""
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
-    return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
+    return ids_of(text_of(prompt, tokenizer, answering=True), tokenizer)
 
 
-def encode_turn(prompt: Any, completion: Any, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Example:
+def encode_turn(prompt: str | Chat, completion: Any, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Example:
     """Token ids of prompt and completion with the loss on the completion, truncated to `data.max_length`."""
-    before = prompt_ids(prompt, tokenizer)
     if isinstance(prompt, str):
-        whole = list(tokenizer(prompt + completion)["input_ids"])
+        before, whole = prompt_ids(prompt, tokenizer), list(tokenizer(prompt + completion)["input_ids"])
+        start = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(before))
     else:
-        whole = list(tokenizer.apply_chat_template(prompt + completion, return_dict=True)["input_ids"])
-    start = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(before))
+        with located(recipe, "data", "columns"):
+            whole, start = answer_ids(replace(prompt, messages=[*prompt.messages, *completion]), tokenizer)
     labels = [IGNORED] * start + whole[start:]
     return {"input_ids": whole[: recipe.data.max_length], "labels": labels[: recipe.data.max_length]}
 

@@ -165,7 +165,12 @@ class Columns(Section):
     label: str | None = Field(None, description="Class (text or integer) or number. Default for images: label.")
     prompt: str | None = Field(None, description="Prompt (sft).")
     completion: str | None = Field(None, description="Expected answer (sft); only its tokens have a loss.")
-    messages: str | None = Field(None, description="List of {role, content} (sft); only the assistant has a loss.")
+    input: str | None = Field(None, description="Text after the prompt, such as Alpaca's input; may be empty (sft).")
+    messages: str | None = Field(
+        None, description="List of {role, content} or {from, value} (sft); only the assistant has a loss."
+    )
+    tools: str | None = Field(None, description="Schemas of the tools beside messages. Default: tools, if it is there.")
+    system: str | None = Field(None, description="System text beside messages. Default: system, if it is there.")
 
 
 class Image(Section):
