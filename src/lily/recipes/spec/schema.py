@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
+from lily.recipes.spec import values
 from lily.recipes.spec.locations import KeyLocations
 
 if TYPE_CHECKING:
@@ -46,6 +47,14 @@ class Section(BaseModel):
     """Base of every section of a recipe: immutable; an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_written(cls, value: Any, info: ValidationInfo) -> Any:
+        """Pydantic alone would take true for 1 and 010 for 10."""
+        if wrong := values.misread(value, cls.model_fields[str(info.field_name)].annotation):
+            raise ValueError(wrong)
+        return value
 
 
 class RecipeBase(Section):
@@ -142,6 +151,9 @@ class Model(Source):
         located = self.hub is not None or self.path is not None
         if self.architecture is not None and not (located and isinstance(self.architecture.get("model_type"), str)):
             raise ValueError("architecture goes with hub or path, and needs a model_type such as roberta")
+        for name, value in (self.architecture or {}).items():
+            if wrong := values.untyped(value):
+                raise ValueError(f"architecture.{name}: {wrong}")
         return self
 
 
@@ -330,6 +342,13 @@ class Peft(Section):
     def options(self) -> dict[str, Any]:
         """All other keys, which PEFT's class validates."""
         return dict(self.model_extra or {})
+
+    @model_validator(mode="after")
+    def _plain_options(self) -> Peft:
+        for name, value in self.options.items():
+            if wrong := values.untyped(value):
+                raise ValueError(f"{name}: {wrong}")
+        return self
 
 
 class Train(Section):
