@@ -106,7 +106,8 @@ def _rows(used: Any, source: Path | str) -> tuple[Iterable[dict[str, Any]], Path
         return tables.stream_rows(source), None
     if used.recipe.task == "image-classification" and images.holds_images(source):
         return images.rows_below(source, used.recipe.data.columns.image or "image"), None
-    return tables.stream_rows(source, header=used.recipe.data.train.header), source.parent
+    like = used.recipe.data.file_at(str(source))
+    return tables.stream_rows(source, "auto", like.header, like.delimiter, like.encoding), source.parent
 
 
 def _adapter(folder: str, recipe: str | None) -> Any:

@@ -28,7 +28,7 @@ MAX_VALUES = 100_000  # aliases of aliases make a short text expand without boun
 MAX_PROBLEMS = 10
 MAX_SHOWN = 200  # characters of a wrong value
 ALIASES = {"lr": "learning_rate", "rank": "r", "lora_alpha": "alpha"}
-SOURCE_DETAILS = ("revision", "format", "header", "split", "config", "architecture")
+SOURCE_DETAILS = ("revision", "format", "header", "delimiter", "encoding", "split", "config", "architecture")
 PLAIN_TAGS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 
 
@@ -294,7 +294,7 @@ def _construct(node: yaml.Node, at: Key, location: str, locations: dict[Key, str
         loader.dispose()
     if isinstance(value, bytes):
         raise LilyError(f"{where}: {'.'.join(at)}: holds bytes (!!binary); write text")
-    return node.value if not node.style and scalars.is_text(node.tag, node.value) else value
+    return node.value if not getattr(node, "style", None) and scalars.is_text(node.tag, node.value) else value
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

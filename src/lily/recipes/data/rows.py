@@ -8,17 +8,20 @@ import json
 import math
 import random
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lily.errors import LilyError
-from lily.recipes.data import images
+from lily.recipes.data import images, labels
+from lily.recipes.data.delimited import Note, looks_like_data
 from lily.recipes.data.sources import fetch
 from lily.recipes.data.tables import Row, name_of, read_rows
 from lily.recipes.spec.locations import Key, located
 from lily.recipes.spec.schema import CLASSIFYING, Choices, Columns, File, Recipe
+from lily.recipes.spec.values import SURROGATE
 
 T = TypeVar("T")
 
@@ -37,6 +40,8 @@ class Splits:
         labels: the classes, in the order of their ids; None without classification.
         tests: further test sets, by name.
         unseen: classes without a training row; for images only, an error for other tasks.
+        left_out: rows that were read and are in no part: part -> reason -> number.
+        notes: what was read otherwise than the file or the recipe says, or may not be as it was meant.
     """
 
     train: list[Row]
@@ -45,6 +50,8 @@ class Splits:
     labels: tuple[str, ...] | None
     tests: dict[str, list[Row]] = field(default_factory=dict)
     unseen: tuple[str, ...] = ()
+    left_out: dict[str, dict[str, int]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def held_out(self) -> list[Row]:
@@ -63,21 +70,39 @@ def load_splits(recipe: Recipe) -> Splits:
     Raises:
         LilyError: for the first problem, with its file, row and column.
     """
-    data = recipe.data
-    pool = _rows_at(("train",), recipe)
-    for name in data.mix or ():
-        pool += _rows_at(("mix", name), recipe)
+    data, notes = recipe.data, list[str]()
+    files = {key: _rows_at(key, recipe, notes.append) for key in data.files}
+    if recipe.task in CLASSIFYING:
+        _settle_labels(files, recipe, notes.append)
+    left_out: dict[str, dict[str, int]] = {}
+
+    def kept(name: str, rows: list[Row], reason: str, of: list[Row]) -> list[Row]:
+        if len(rows) < len(of):
+            reasons = left_out.setdefault(name, {})
+            reasons[reason] = reasons.get(reason, 0) + len(of) - len(rows)
+        return rows
+
+    if data.classes is not None:
+        for key, rows in files.items():
+            part = "train" if key[0] == "mix" else ".".join(key)
+            files[key] = kept(part, _of_classes(rows, key, recipe), "not in data.classes", rows)
+    pool = [row for key, rows in files.items() if key[0] in ("train", "mix") for row in rows]
     if data.deduplicate:
-        pool = list({_key(row): row for row in reversed(pool)}.values())[::-1]
+        unique = list({input_key(row): row for row in reversed(pool)}.values())[::-1]
+        pool = kept("train", unique, "repeated (data.deduplicate)", pool)
     parts: dict[str, list[Row]] = {}
     shares, seed = {"validation": data.split.validation, "test": data.split.test}, data.split.seed
     held_out = {name: share for name, share in shares.items() if getattr(data, name) is None and share > 0}
     all_train, carved = _carve(pool, held_out, seed, recipe.task in CLASSIFYING)
-    for name, most in (("validation", data.max_validation), ("test", data.max_test)):
-        rows = carved.get(name, []) if getattr(data, name) is None else _rows_at((name,), recipe)
-        parts[name] = _sample(rows, most, seed)
-    train = _sample(all_train, data.max_train, seed)
-    tests = {name: _sample(_rows_at(("tests", name), recipe), data.max_test, seed) for name in data.tests or ()}
+
+    def sampled(name: str, rows: list[Row], key: str) -> list[Row]:
+        return kept(name, _sample(rows, getattr(data, key), seed), f"over data.{key}", rows)
+
+    for name in ("validation", "test"):
+        rows = carved.get(name, []) if getattr(data, name) is None else files[name,]
+        parts[name] = sampled(name, rows, f"max_{name}")
+    train = sampled("train", all_train, "max_train")
+    tests = {name: sampled(f"tests.{name}", files["tests", name], "max_test") for name in data.tests or ()}
     if not train or not parts["validation"]:
         with located(recipe, "data", "train"):
             raise LilyError(
@@ -86,30 +111,57 @@ def load_splits(recipe: Recipe) -> Splits:
             )
     named: dict[Key, list[Row]] = {(name,): rows for name, rows in parts.items()}
     named |= {("tests", name): rows for name, rows in tests.items()}
-    labels = _labels(all_train, named, recipe) if recipe.task in CLASSIFYING else None
-    seen = {row["label"] for row in all_train} if labels is not None else set()
-    unseen = tuple(label for label in labels or () if label not in seen)
-    return Splits(train, parts["validation"], parts["test"], labels, tests, unseen)
+    classes = _labels(all_train, named, recipe) if recipe.task in CLASSIFYING else None
+    seen = {row["label"] for row in all_train} if classes is not None else set()
+    unseen = tuple(label for label in classes or () if label not in seen)
+    return Splits(train, parts["validation"], parts["test"], classes, tests, unseen, left_out, tuple(notes))
 
 
-def _rows_at(key: Key, recipe: Recipe) -> list[Row]:
+def _rows_at(key: Key, recipe: Recipe, note: Note) -> list[Row]:
     """The rows of the recipe's file at a path below `data`."""
-    file, classes = recipe.data.files[key], recipe.data.classes
+    file = recipe.data.files[key]
     with located(recipe, "data", *key, file.kind):
-        rows = rows_of(file, recipe)
-    if classes is None:
-        return rows
-    present = {row["label"] for row in rows}
+        return rows_of(file, recipe, note=note)
+
+
+def _of_classes(rows: list[Row], key: Key, recipe: Recipe) -> list[Row]:
+    """The rows of the classes that the recipe names."""
+    present, classes = {row["label"] for row in rows}, recipe.data.classes or []
     if missing := [name for name in classes if name not in present]:
+        file = recipe.data.files[key]
         with located(recipe, "data", "classes"):
             raise LilyError(f"{name_of(file)} has no rows of {missing[0]!r}; it has {', '.join(sorted(present))}")
     return [row for row in rows if row["label"] in classes]
 
 
-def rows_of(file: File, recipe: Recipe, labeled: bool = True) -> list[Row]:
+def _settle_labels(files: dict[Key, list[Row]], recipe: Recipe, note: Note) -> None:
+    """Labels that differ only in how they are written: refused, merged into one, or kept, by `data.similar_labels`."""
+    train = Counter(row["label"] for key, rows in files.items() if key[0] in ("train", "mix") for row in rows)
+    counts = train + Counter(row["label"] for rows in files.values() for row in rows)  # training rows count twice
+    similar = labels.families(counts.elements())
+    if not similar or recipe.data.similar_labels == "keep":
+        return
+    total = Counter(row["label"] for rows in files.values() for row in rows)
+    shown = "; ".join(labels.named(family, total) for family in similar[:3])
+    if recipe.data.similar_labels == "refuse":
+        with located(recipe, "data", "columns", "label"):
+            raise LilyError(
+                f"label column {recipe.data.columns.label or 'label'!r} holds {shown}, which differ only in spaces, "
+                "case or notation and would be separate classes; write them alike in the file, or set "
+                "data.similar_labels: merge (one class), or keep (separate classes)"
+            )
+    note(f"labels were merged into the most frequent one (data.similar_labels): {shown}")
+    one = {label: family[0] for family in similar for label in family[1:]}
+    for rows in files.values():
+        for row in rows:
+            row["label"] = one.get(row["label"], row["label"])
+
+
+def rows_of(file: File, recipe: Recipe, labeled: bool = True, note: Note = lambda _: None) -> list[Row]:
     """The rows of a file that has the recipe's columns, with canonical keys.
 
-    The label column of a classification or regression is required if `labeled`.
+    The label column of a classification or regression is required if `labeled`; `note` is told what may not be as it
+    was meant.
 
     Raises:
         LilyError: for the first problem, with its row and column.
@@ -118,18 +170,26 @@ def rows_of(file: File, recipe: Recipe, labeled: bool = True) -> list[Row]:
         path = fetch(file)
         if images.holds_images(path):
             return list(images.read_images(path))
-    return [_canonical(row, i, file, recipe, labeled) for i, row in enumerate(read_rows(file), 1)]
+    return [_canonical(row, i, file, recipe, labeled) for i, row in enumerate(read_rows(file, note), 1)]
 
 
-def check_labels(rows: Iterable[Row], labels: Sequence[str], where: str) -> None:
+def check_labels(rows: Iterable[Row], classes: Sequence[str], where: str, merge: bool = False) -> None:
     """Check that the model was trained on all labels of these rows.
+
+    With `merge`, a label that differs from a class only in how it is written becomes that class, in place.
 
     Raises:
         LilyError: for the first label that it was not trained on.
     """
-    unknown = sorted({row["label"] for row in rows} - set(labels))
+    rows = list(rows)
+    if merge:
+        own = {labels.alike(name): name for name in classes}
+        for row in rows:
+            if row["label"] not in classes:
+                row["label"] = own.get(labels.alike(row["label"]), row["label"])
+    unknown = sorted({row["label"] for row in rows} - set(classes))
     if unknown:
-        raise LilyError(f"{where} has the label {unknown[0]!r}; the model was trained on {', '.join(labels)}")
+        raise LilyError(f"{where} has the label {unknown[0]!r}; the model was trained on {', '.join(classes)}")
 
 
 def _canonical(row: Row, number: int, file: File, recipe: Recipe, labeled: bool = True) -> Row:
@@ -206,8 +266,24 @@ def texts_of(file: File, column: str, key: str, count: int, seed: int) -> list[s
 
 
 def _get(row: Row, column: str, role: str, where: str, section: str = "data.columns.") -> Any:
-    if column in row:
-        return row[column]
+    value = row[column] if column in row else _nested(row, column, role, where, section)
+    if _has_surrogate(value):
+        raise LilyError(
+            f"{where}: column {column!r} holds half of a surrogate pair (a character that was cut in two, as \\ud83d): "
+            f"{_short(value)}; cut texts between characters, or remove the row"
+        )
+    return value
+
+
+def _has_surrogate(value: Any) -> bool:
+    if isinstance(value, str):
+        return not value.isascii() and SURROGATE.search(value) is not None
+    if isinstance(value, dict):
+        return any(_has_surrogate(inner) for pair in value.items() for inner in pair)
+    return isinstance(value, (list, tuple)) and any(map(_has_surrogate, value))
+
+
+def _nested(row: Row, column: str, role: str, where: str, section: str) -> Any:
     value: Any = row
     for part in column.split("."):
         if isinstance(value, dict) and part in value:
@@ -220,6 +296,7 @@ def _get(row: Row, column: str, role: str, where: str, section: str = "data.colu
                 f"{where}: no column {column!r} ({section}{role}); "
                 + (f"did you mean {near[0]!r}? " if near else "")
                 + f"columns: {', '.join(map(str, row))}"
+                + ("; if the file has no header line, set header: [names]" if any(map(looks_like_data, row)) else "")
             )
     return value
 
@@ -292,7 +369,7 @@ def _short(value: Any) -> str:
     return "nothing" if value is None else text if len(text) <= 60 else text[:57] + "..."
 
 
-def _key(row: Row) -> str:
+def input_key(row: Row) -> str:
     """The input of a row without case and spaces, by which duplicates are detected."""
     if "image" in row:
         return images.digest(row["image"])

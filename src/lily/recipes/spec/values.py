@@ -61,6 +61,23 @@ def untyped(value: Any) -> str | None:
     return None
 
 
+def delimiter(text: str) -> str:
+    r"""The character that separates columns; a tab may be written as `\t` or tab."""
+    character = "\t" if text in ("\\t", "tab") else text
+    if len(character) != 1 or character in '"\r\n':
+        raise ValueError(f"expected one character, such as ';', or tab, got {text!r}")
+    return character
+
+
+def encoding(name: str) -> str:
+    """The name of an encoding of text that Python knows."""
+    try:
+        "a".encode(name).decode(name)
+    except (LookupError, UnicodeError, ValueError):
+        raise ValueError(f"{name!r} is no encoding of text; cp1252, utf-16 and shift_jis are some") from None
+    return name
+
+
 def _number(text: str, budgets: bool) -> str | None:
     """`budgets`: the key also takes text such as 1_000_000."""
     plain = text.strip()
