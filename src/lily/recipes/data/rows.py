@@ -59,6 +59,12 @@ class Splits:
         return self.test or self.validation
 
     @property
+    def parts(self) -> dict[str, list[Row]]:
+        """The rows of every part, by its key below `data`."""
+        own = {"train": self.train, "validation": self.validation, "test": self.test}
+        return own | {f"tests.{name}": rows for name, rows in self.tests.items()}
+
+    @property
     def judged(self) -> dict[str, list[Row]]:
         """All rows for which metrics are computed, by name of the set."""
         return {"validation": self.validation, "test": self.test, **self.tests}

@@ -36,6 +36,8 @@ class Result:
         peak_bytes: peak memory of the whole run; see `lily.recipes.trainer.memory`.
         baselines: name -> metrics (and parameters and seconds, where it was trained).
         history: all evaluations on the validation rows.
+        rows: part -> number of rows that train or are judged; `data` has those that are left out.
+        data: rows, classes, lengths and repeats of each part; see `lily.recipes.data.summary.Summary`.
         router: the last sample of `lily.callbacks.router_watch`.
         new_head: the message printed where the model's head was replaced by one of another size.
         forgetting: mean loss per token of general text `before` training, after it (`last`), with the best adapter
@@ -63,6 +65,7 @@ class Result:
     seconds: dict[str, float] = field(default_factory=dict)
     peak_bytes: int = 0
     rows: dict[str, int] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     device: str = ""
     precision: str = ""
