@@ -123,7 +123,7 @@ def _load(recipe: Recipe, prepared: Prepared) -> tuple[Any, Result]:
     result = started(recipe, metric_tools.metrics_of(recipe)[0], "test" if splits.test else "validation")
     result.labels = None if splits.labels is None else list(splits.labels)
     result.rows = {"train": 0, "validation": 0, "test": 0, **{part.name: part.used for part in prepared.data.parts}}
-    result.data = prepared.data.to_dict()
+    result.data = prepared.data
     set_seed(recipe.seed)
     messages: list[str] = []
     with located(recipe, "model", recipe.model.kind):
