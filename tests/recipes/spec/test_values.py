@@ -90,6 +90,13 @@ def test_a_value_is_what_it_says(tmp_path, override, key, value):
     assert isinstance(value, bool) == isinstance(got, bool)
 
 
+def test_a_described_model_may_have_versions_and_names(tmp_path):
+    model = (
+        "model: {hub: a/b, architecture: {model_type: bert, transformers_version: 5.23.0, tag: 2024-01-01, c: 0abc}}"
+    )
+    assert load(tmp_path, model).model.architecture["transformers_version"] == "5.23.0"
+
+
 @pytest.mark.parametrize("text", ["1.10", "true", "1234567"])
 def test_text_that_yaml_takes_for_something_else_is_to_be_quoted(tmp_path, text):
     with pytest.raises(LilyError, match=r"model\.revision: .*in quotes"):

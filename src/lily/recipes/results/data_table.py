@@ -16,9 +16,9 @@ def print_data(summary: Summary, console: Console, *, warnings_only: bool = Fals
     for header, lines in () if warnings_only else _tables(summary):
         console.print(tables.terminal(header, lines, numbers=True, no_wrap=True, box=None, pad_edge=False))
     for fact in () if warnings_only else summary.facts():
-        console.print(Text(fact))
+        console.print(Text(fact), soft_wrap=True)
     for warning in summary.warnings:
-        console.print(Text(f"warning: {warning}", style="yellow"))
+        console.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
 
 
 def markdown(summary: Summary) -> str:

@@ -20,7 +20,7 @@ PLAIN = {
 }
 DECIMAL = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
 # What Python or a YAML reader would take for a number, and perhaps not the one that was meant
-LIKE_NUMBER = re.compile(r"[-+]?(0[xob])?[0-9a-fA-F_]*[0-9][0-9a-fA-F_.:]*([eE][-+]?[0-9]+)?")
+LIKE_NUMBER = re.compile(r"[-+]?(0[xob][0-9a-fA-F_]+|[0-9][0-9_]*(:[0-9_]+)*(\.[0-9_]*)?([eE][-+]?[0-9]+)?)")
 WORDS = ("yes", "no", "on", "off", "y", "n", "true", "false")
 SURROGATE = re.compile("[\ud800-\udfff]")
 
