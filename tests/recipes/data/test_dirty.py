@@ -19,8 +19,8 @@ DIRTY = Path(__file__).parent / "dirty"
 SFT: dict[str, Any] = {"task": "sft"}
 CHAT: dict[str, Any] = {"task": "sft", "columns": {"messages": "messages"}}
 
-# file, keys of `data` besides the usual ones, what is said, whether it is refused
-CASES: list[tuple[str, dict[str, Any], list[str], bool]] = [
+# file, keys of `data` besides the usual ones, what is said, whether it is refused (None: either, as long as it is said)
+CASES: list[tuple[str, dict[str, Any], list[str], bool | None]] = [
     ("open_quote.csv", {}, [r"open_quote\.csv:22: not valid csv.*close it"], True),
     ("quote_closed_below.csv", {}, [r":22: column 'text' holds 31 lines, 30 of which look like rows"], False),
     ("hundred_lines.csv", {}, [r":32: column 'text' holds 120 lines; if that is not one text, close its quote"], False),
@@ -77,7 +77,8 @@ CASES: list[tuple[str, dict[str, Any], list[str], bool]] = [
         [r"prompt fills data\.max_length=24: 5 of train, .*raise it to 5\d or more", r"train +10 +5 "],
         False,
     ),
-    ("empty_turns.jsonl", CHAT, [r"2 answers are empty, so only their end token has a loss|message 2.*empty"], False),
+    ("empty_turns.jsonl", CHAT, [r"empty"], None),
+    ("empty_answers.jsonl", SFT, [r"train: 2 answers are empty but for special tokens such as the end token"], False),
 ]
 
 
@@ -108,11 +109,11 @@ def test_a_dirty_file_is_not_trained_in_silence(
     for command in ("plan", "train"):
         said, ended = said_by(command, path)
         print(said)
-        assert ended == refused
+        assert refused is None or ended == refused
         for pattern in wanted:
             assert re.search(pattern, said), (command, pattern)
-    assert (tmp_path / "run" / "metrics.json").exists() != refused
-    if not refused:
+    assert (tmp_path / "run" / "metrics.json").exists() != ended
+    if not ended:
         look = said_by("plan", path)[0].partition("\ndata ─")[2].partition("\nfirst example ─")[0]
         assert 3 < len(look.strip().splitlines()) <= 16
         assert json.loads((tmp_path / "run" / "metrics.json").read_text())["data"]["parts"][0]["name"] == "train"

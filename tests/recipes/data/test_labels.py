@@ -95,11 +95,6 @@ HALF = "cut \ud83d"
         ({"a": {"b": HALF}, "label": "a"}, {"text": "a.b", "label": "label"}, "a.b"),
         ({"q": HALF, "a": "x"}, {"prompt": "q", "completion": "a"}, "q"),
         ({"q": "x", "a": HALF}, {"prompt": "q", "completion": "a"}, "a"),
-        (
-            {"m": [{"role": "user", "content": HALF}, {"role": "assistant", "content": "x"}]},
-            {"messages": "m"},
-            "m",
-        ),
     ],
 )
 @pytest.mark.parametrize("ending", ["jsonl", "json"])

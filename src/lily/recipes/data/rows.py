@@ -282,11 +282,10 @@ def _get(row: Row, column: str, role: str, where: str, section: str = "data.colu
 
 
 def _has_surrogate(value: Any) -> bool:
-    if isinstance(value, str):
-        return not value.isascii() and SURROGATE.search(value) is not None
-    if isinstance(value, dict):
-        return any(_has_surrogate(inner) for pair in value.items() for inner in pair)
-    return isinstance(value, (list, tuple)) and any(map(_has_surrogate, value))
+    """Of a text or a list of texts; messages are checked one by one, to name the message."""
+    if isinstance(value, list):
+        return any(isinstance(inner, str) and _has_surrogate(inner) for inner in value)
+    return isinstance(value, str) and not value.isascii() and SURROGATE.search(value) is not None
 
 
 def _nested(row: Row, column: str, role: str, where: str, section: str) -> Any:

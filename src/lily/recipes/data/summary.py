@@ -213,8 +213,8 @@ def _about(part: Part, rows: Sequence[Row], found: Encoded | None, recipe: Recip
     name, said = part.name, list[str]()
     if found is not None and found.empty:
         said.append(
-            f"{name}: {len(found.empty):,} answers are empty, so only their end token has a loss (the first in row "
-            f"{found.empty[0] + 1} of the part: {_short(rows[found.empty[0]])}); fill or remove them"
+            f"{name}: {len(found.empty):,} answers are empty but for special tokens such as the end token, which have "
+            f"all of the loss (the first answers {_short(rows[found.empty[0]])}); fill or remove them"
         )
     if name == "train" and part.lengths is not None and part.lengths.truncated >= CUT:
         said.append(
