@@ -202,3 +202,6 @@ def _file(at: tuple[str, ...], file: File) -> Iterator[Problem]:
             yield (*at, name), "goes with hub; remove it, or name a hub id"
     if file.header is not None and file.format in ("json", "jsonl", "parquet"):
         yield (*at, "header"), f"is for csv and tsv; {file.format} contains its column names; remove it"
+    for name in ("delimiter", "encoding"):
+        if getattr(file, name) is not None and (file.hub is not None or file.format == "parquet"):
+            yield (*at, name), "is for files of text; remove it"

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lily.errors import LilyError
+from lily.recipes.spec.values import SURROGATE
 
 Message = dict[str, Any]
 
@@ -34,8 +34,6 @@ READ = (*ROLE, *CONTENT, *ASSISTANT_ONLY, *WEIGHTS, "name", "tool_call_id")
 # Content that a model of texts cannot read, and weights of parts of a message: without them, something else is trained.
 UNSUPPORTED = ("image", "images", "audio", "audios", "video", "videos", "refusal", "train_detail", "training_detail")
 TEXTS = ("text", "input_text", "output_text")
-
-HALF_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def conversation(
@@ -191,7 +189,7 @@ def check_text(value: Any, holder: str, place: str = "") -> None:
     except RecursionError:
         raise LilyError(f"{holder} is nested too deep ({place.rstrip(', ')}); remove the row") from None
     for path, text in texts:
-        if found := HALF_SURROGATE.search(text):
+        if found := SURROGATE.search(text):
             raise LilyError(
                 f"{holder} holds half of a surrogate pair in {place}{path or 'the text'}: {found[0]!r} at "
                 f"character {found.start() + 1}; a character was cut in two there: repair it, or remove the row"

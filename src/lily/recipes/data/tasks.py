@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # PyTorch's label of tokens that the loss skips
+MARKS = 8  # an answer of more tokens is never special tokens and white space alone
 
 Example = dict[str, Any]
 
@@ -33,6 +34,26 @@ def num_labels(recipe: Recipe, splits: Splits) -> int:
     return len(splits.labels) if splits.labels is not None else 1
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """Rows as a model's inputs.
+
+    Attributes:
+        examples: with input_ids (and other inputs of the model) or the image, and labels: a class id, a number, or
+            token ids with `IGNORED` for tokens without a loss.
+        rows: for each example the index of its row; a row of several turns has several examples.
+        left_out: for each example of sft that has no loss within `data.max_length`, the index of its row.
+        fits: the `data.max_length` that would leave none out; 0 where none is.
+        empty: indices of rows with an answer of nothing but special tokens.
+    """
+
+    examples: list[Example]
+    rows: list[int]
+    left_out: list[int] = field(default_factory=list)
+    fits: int = 0
+    empty: list[int] = field(default_factory=list)
+
+
 def encode(
     rows: Iterable[Row],
     recipe: Recipe,
@@ -40,6 +61,17 @@ def encode(
     labels: Sequence[str] | None,
     name: str = "the rows",
 ) -> list[Example]:
+    """`Encoded.examples` of rows."""
+    return encode_rows(rows, recipe, processor, labels, name).examples
+
+
+def encode_rows(
+    rows: Iterable[Row],
+    recipe: Recipe,
+    processor: Processor,
+    labels: Sequence[str] | None,
+    name: str = "the rows",
+) -> Encoded:
     """Encode rows for training or evaluation.
 
     Args:
@@ -49,31 +81,46 @@ def encode(
         labels: the classes in the order of their ids, for classification.
         name: of the rows, in messages.
 
-    Returns:
-        input_ids (and other inputs of the model) or the image, with labels: a class id, a number, or token ids with
-        `IGNORED` for tokens without a loss. Examples of sft without a completion within `data.max_length` are dropped.
-
     Raises:
         LilyError: if no example of sft fits.
     """
     if recipe.task == "sft":
-        tokenizer = text_processor(processor)
-        turns = [turn for row in rows for turn in conversation(row, recipe, tokenizer)]
-        encoded = [encode_turn(prompt, completion, recipe, tokenizer) for prompt, completion in turns]
-        fitting = [e for e in encoded if any(label != IGNORED for label in e["labels"])]
-        if encoded and not fitting:
-            longest = max(len(prompt_ids(prompt, tokenizer)) for prompt, _ in turns)
-            with located(recipe, "data", "max_length"):
-                raise LilyError(
-                    f"no example fits data.max_length={recipe.data.max_length}: every prompt of {name} fills it; "
-                    f"raise it to {longest + 1} or more"
-                )
-        return fitting
+        return _encode_turns(rows, recipe, text_processor(processor), name)
     ids = {name: i for i, name in enumerate(labels or ())}
-    return [
+    examples = [
         {**encode_inputs(row, recipe, processor), "labels": ids[row["label"]] if labels is not None else row["label"]}
         for row in rows
     ]
+    return Encoded(examples, list(range(len(examples))))
+
+
+def _encode_turns(rows: Iterable[Row], recipe: Recipe, tokenizer: PreTrainedTokenizerBase, name: str) -> Encoded:
+    found = Encoded([], [])
+    longest = 0
+    for i, row in enumerate(rows):
+        for prompt, completion in conversation(row, recipe, tokenizer):
+            example = encode_turn(prompt, completion, recipe, tokenizer)
+            trained = trained_ids(example)
+            if not trained:
+                found.left_out.append(i)
+                longest = max(longest, len(prompt_ids(prompt, tokenizer)) + 1)
+                continue
+            if len(trained) <= MARKS and not tokenizer.decode(trained, skip_special_tokens=True).strip():
+                found.empty.append(i)
+            found.examples.append(example)
+            found.rows.append(i)
+    if found.left_out and not found.examples:
+        with located(recipe, "data", "max_length"):
+            raise LilyError(
+                f"no example fits data.max_length={recipe.data.max_length}: every prompt of {name} fills it; "
+                f"raise it to {longest} or more"
+            )
+    return replace(found, fits=longest)
+
+
+def trained_ids(example: Example) -> list[int]:
+    """The tokens of an example of sft that have a loss."""
+    return [label for label in example["labels"] if label != IGNORED]
 
 
 def encode_inputs(row: Row, recipe: Recipe, processor: Processor) -> Example:
@@ -157,8 +204,8 @@ def preview(recipe: Recipe, processor: Processor, row: Row) -> tuple[tuple[str, 
         ids = encode_inputs(row, recipe, tokenizer)["input_ids"]
         return (tokenizer.decode(ids), False), (f" -> {row['label']}", True)
     segments: list[tuple[list[int], bool]] = []
-    for prompt, completion in conversation(row, recipe, tokenizer)[-1:]:
-        example = encode_turn(prompt, completion, recipe, tokenizer)
+    turns = [encode_turn(*turn, recipe, tokenizer) for turn in conversation(row, recipe, tokenizer)]
+    for example in [turn for turn in turns if trained_ids(turn)][-1:] or turns[-1:]:
         for token, label in zip(example["input_ids"], example["labels"], strict=True):
             trained = label != IGNORED
             if not segments or segments[-1][1] != trained:

@@ -19,7 +19,7 @@ from lily.recipes.models.precision import precision_of
 from lily.recipes.results.adapter_folder import AdapterFolder
 from lily.recipes.scoring.evaluate import Judge, answers, head_outputs
 from lily.recipes.scoring.inference import by_length, place, to_device
-from lily.recipes.spec.schema import CLASSIFYING, File, Recipe
+from lily.recipes.spec.schema import CLASSIFYING, Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,14 +71,13 @@ class Adapter:
             LilyError: if the split is empty or the file does not fit.
         """
         if file is not None:
-            header = self.recipe.data.train.header
-            rows = data.rows_of(File(path=file, header=header), self.recipe)
+            rows = data.rows_of(self.recipe.data.file_at(file), self.recipe)
         else:
             rows = self.splits.held_out if split is None else getattr(self.splits, split)
         if not rows:
             raise LilyError(f"the recipe has no {split} rows; choose train or validation, or give --file")
         if self.labels is not None:
-            data.check_labels(rows, self.labels, str(file or split))
+            data.check_labels(rows, self.labels, str(file or split), self.recipe.data.similar_labels == "merge")
         return Judge(self.recipe, self.processor, self.labels)(self.model, rows)
 
     def predict(self, rows: Iterable[Row], prefix: str = "", folder: Path | None = None) -> Iterator[Row]:

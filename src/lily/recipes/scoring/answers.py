@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from lily.errors import LilyError
 from lily.recipes.data import chats
-from lily.recipes.data.rows import completion_of
+from lily.recipes.data.sft import completion_of
 from lily.recipes.data.tables import Row
 from lily.recipes.spec.locations import located
 from lily.recipes.spec.schema import Pattern, Recipe
