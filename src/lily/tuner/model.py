@@ -15,6 +15,7 @@ from peft.utils.other import _get_submodules
 from torch import Tensor, nn
 
 from lily.checkpoint import format
+from lily.checkpoint.beside import tied_modules
 from lily.checkpoint.load import current
 from lily.checkpoint.stock import decide_file_format
 from lily.errors import LilyError
@@ -36,7 +37,7 @@ from lily.plan.select import is_causal, select_targets
 from lily.plan.sharing_plan import SharingPlan, build_plan
 from lily.plan.specs import CONV2D, EMBEDDING, LINEAR, PARALLEL_MODULE, PARAMETERS, ModuleSpec
 from lily.tuner import call_uncalled
-from lily.tuner.check_targets import check_targets
+from lily.tuner.check_targets import check_beside, check_targets
 
 LAYERS = {LINEAR: Linear, CONV2D: Conv2d, EMBEDDING: Embedding, PARALLEL_MODULE: ParallelModule}
 
@@ -98,6 +99,7 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         """PEFT's last step before it replaces a layer: every check is here, so that nothing fails half-way."""
         specs = select_targets(model, peft_config)
         check_targets(model, specs)
+        check_beside(model, peft_config, specs)
         _decide_routing(peft_config, model)
         self._plan = build_plan(specs, peft_config)
         self._placements = {spec.name: _placement(model, spec) for spec in specs}
@@ -107,6 +109,18 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         decide_file_format(peft_config, self._plan, model)
         if (opened := current()) is not None:
             opened.check(self._plan, peft_config, model)
+
+    def _get_module_names_tied_with_embedding(self) -> list[str]:
+        """PEFT's finds none where an earlier adapter saves the embedding whole."""
+        return tied_modules(self.model)[1]
+
+    def _add_modules_to_save_to_tie(self, peft_config: LilyConfig, tied_weight_keys: list[str]) -> None:
+        """Save the input embedding, and tie the modules to it that have its weight; see PEFT."""
+        embedding, tied = tied_modules(self.model)
+        assert embedding is not None  # something is tied to it
+        kept = [name for name in peft_config.modules_to_save or () if not any(t.endswith(name) for t in tied)]
+        peft_config.modules_to_save = kept if embedding.endswith(tuple(kept)) else [*kept, embedding]
+        peft_config.modules_to_tie = set(tied_weight_keys)
 
     def _check_target_module_exists(self, peft_config: LilyConfig, key: str) -> Any:
         """See PEFT; parallel modules are not named in `target_modules`."""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from transformers.integrations.peft import PeftAdapterMixin
 
 from lily.checkpoint import load
+from lily.checkpoint.beside import Beside, keep_tied, once
 from lily.checkpoint.format import PREFIX
 from lily.checkpoint.load import Opened
 from lily.errors import LilyError
@@ -40,6 +42,7 @@ _stock_from_pretrained = PeftModel.__dict__["from_pretrained"]
 _stock_load_adapter = PeftModel.load_adapter
 _stock_load_weights = save_and_load.load_peft_weights
 _stock_set_state = save_and_load.set_peft_model_state_dict
+_stock_get_state = save_and_load.get_peft_model_state_dict
 _stock_hotswap = hotswap.hotswap_adapter
 _stock_hotswap_state = hotswap.hotswap_adapter_from_state_dict
 _stock_transformers = PeftAdapterMixin.load_adapter
@@ -130,11 +133,29 @@ def _set_state(
     """`set_peft_model_state_dict`: check that all tensors of a Lily adapter fit before the first is copied."""
     config = _configs(model).get(adapter_name)
     plan = load.plan_of(model, adapter_name)
+    ours = isinstance(config, LilyConfig) and plan is not None
     if isinstance(config, LilyConfig) and plan is not None:
         opened = load.current()
         with load.naming(opened.header.path if opened and opened.header else None):
             load.check_fit(peft_model_state_dict, plan, config, model, adapter_name, ignore_mismatched_sizes)
-    return _stock_set_state(model, peft_model_state_dict, adapter_name, ignore_mismatched_sizes, low_cpu_mem_usage)
+        peft_model_state_dict = Beside(model, config, plan, adapter_name).for_model(peft_model_state_dict)
+    # low_cpu_mem_usage replaces parameters, each by one of its own
+    with keep_tied(model) if ours and low_cpu_mem_usage else contextlib.nullcontext():
+        return _stock_set_state(model, peft_model_state_dict, adapter_name, ignore_mismatched_sizes, low_cpu_mem_usage)
+
+
+def _get_state(
+    model: nn.Module,
+    state_dict: dict[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    *args: Any,
+    **kwargs: Any,
+) -> dict[str, Tensor]:
+    """`get_peft_model_state_dict`: each tensor beside a Lily adapter's is there once."""
+    state: dict[str, Tensor] = _stock_get_state(model, state_dict, adapter_name, *args, **kwargs)
+    if isinstance(_configs(model).get(adapter_name), LilyConfig) and load.plan_of(model, adapter_name) is not None:
+        return once(getattr(model, "_orig_mod", model), adapter_name, state)
+    return state
 
 
 def _hotswap(
@@ -238,5 +259,7 @@ PATCHES: list[tuple[Any, str, Any, Any]] = [
     *((m, "load_peft_weights", _load_weights, _stock_load_weights)
       for m in (peft, peft.utils, peft.peft_model, save_and_load, hotswap)),
     *((m, "set_peft_model_state_dict", _set_state, _stock_set_state)
+      for m in (peft, peft.utils, peft.peft_model, save_and_load)),
+    *((m, "get_peft_model_state_dict", _get_state, _stock_get_state)
       for m in (peft, peft.utils, peft.peft_model, save_and_load)),
 ]  # fmt: skip
