@@ -131,6 +131,8 @@ class Beside:
         saved: name in the base model -> tensor, for every module saved whole: the adapter's copy if it has one.
         rows: name in the file -> shape, of trained rows of an embedding.
         biases: names of the trained biases.
+        embedding: name of the input embedding; None: the model has none.
+        row_followers: names of rows that PEFT repeats, since they are tied to the input embedding's.
         embeddings: names of the layers whose frozen tensors are stored too when the vocabulary was changed.
         needed: names that a file must have; a tensor tied to another one need not be there.
     """
@@ -160,6 +162,7 @@ class Beside:
             self._places[f"{name}.{ROWS}"] = f"{path}.{ROWS}"
         embedding, tied = tied_modules(model)
         follows = tuple(f"{name}." for name in config.modules_to_tie or ())
+        self.embedding, self.row_followers = embedding, {f"{name}.{ROWS}" for name in trained.followers}
         targets = {spec.path for spec in format.specs_of(plan)}
         self.biases = [
             name for name in self.base
@@ -180,6 +183,8 @@ class Beside:
             return "saved", plain
         if plain in self.rows:
             return "rows", plain
+        if plain in self.row_followers:
+            return "copy", f"{self.embedding}.{ROWS}"
         if (match := COPY.match(plain)) is not None and plain not in self.base:
             keys = (match["key"], match["key"].partition(".")[2])  # PEFT removes the adapter's name only from the end
             copied = next((n for key in keys if (n := f"{match['module']}.{key}") in self.saved), None)
@@ -191,7 +196,7 @@ class Beside:
 
     def tensor_of(self, kind: str, name: str) -> Tensor | None:
         """The model's tensor of a resolved name; None for rows, which a model without the adapter does not have."""
-        return None if kind == "rows" else self.base[name] if kind == "base" else self.saved[name]
+        return None if name in self.rows else self.base[name] if kind == "base" else self.saved[name]
 
     def check(self, other: Mapping[str, Tensor], loose_sizes: bool = False) -> None:
         """Check names, shapes and dtypes of a file's entries besides Lily's.
@@ -241,10 +246,23 @@ class Beside:
                 out[name] = tensor
             elif resolved[0] != "copy":
                 out[self._place(*resolved)] = tensor
+        for name in self.config.modules_to_tie or ():
+            source, place = self._places[f"{self.embedding}.weight"], self._places[f"{name}.weight"]
+            if place not in out and source in out:
+                out[place] = out[source]
         mine = [("base", n) for n in self.base] + [("saved", n) for n in self.saved]
         ids = {self._place(*m): id(self.tensor_of(*m)) for m in mine}
         given = {ids[name]: tensor for name, tensor in out.items() if name in ids}
         return out | {name: given[key] for name, key in ids.items() if key in given and name not in out}
+
+    def tie(self, model: nn.Module, adapter: str) -> None:
+        """Let the modules saved whole that are tied to the input embedding have its parameter, after loading.
+
+        PEFT ties them as it wraps them, which is undone where parameters are replaced (`low_cpu_mem_usage`).
+        """
+        wrappers = {name: module for name, _, module in base_modules(model) if isinstance(module, ModulesToSaveWrapper)}
+        for name in self.config.modules_to_tie or ():
+            wrappers[name].modules_to_save[adapter].weight = wrappers[self.embedding].modules_to_save[adapter].weight
 
     def _place(self, kind: str, name: str) -> str:
         return self.paths[name] if kind == "base" else self._places[name]

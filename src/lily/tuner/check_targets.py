@@ -63,6 +63,12 @@ def check_beside(model: nn.Module, config: LilyConfig, specs: Sequence[ModuleSpe
         raise LilyError(
             f"modules_to_save names {outer} and, inside it, {inner}, which is saved with it; name one of them"
         )
+    for name in config.modules_to_save or ():
+        if f"{specs[0].path}.base_layer".endswith(name):
+            raise LilyError(
+                f"modules_to_save has {name!r}, which would also match the layer inside every adapted layer, "
+                f"{specs[0].path}.base_layer; rename the module, or name it with its parent"
+            )
     tasks = SAVED_HEADS.get(str(config.task_type or ""), [])  # added by PEFT, whichever of them the model has
     for name in config.modules_to_save or ():
         if name not in tasks and not any(module.endswith(name) for module in trained.saved):

@@ -11,7 +11,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists, onload_layer
 from peft.utils import TRANSFORMERS_MODELS_TO_LILY_TARGET_MODULES_MAPPING
 from peft.utils.integrations import init_empty_weights
-from peft.utils.other import _get_submodules
+from peft.utils.other import TrainableTokensWrapper, _get_submodules
 from torch import Tensor, nn
 
 from lily.checkpoint import format
@@ -234,6 +234,14 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         names: dict[int, list[str]] = {}
         for name, p in self.model.named_parameters(remove_duplicate=False):
             names.setdefault(id(p), []).append(name)
+        wrappers = [m for m in self.model.modules() if isinstance(m, TrainableTokensWrapper)]
+        for rows in (w.token_adapter for w in wrappers if not w.token_adapter.tied_adapter):
+            tied = names.get(id(rows.get_base_layer().weight), [])
+            if len(tied) > 1 + sum(w.token_adapter.tied_adapter is rows for w in wrappers):
+                raise LilyError(
+                    f"{' and '.join(tied)} are one tensor, so merging the trained rows of one would change the other; "
+                    "untie them first, or train the same rows of both (trainable_token_indices as a list)"
+                )
         for layer in self.model.modules():
             if not isinstance(layer, LilyLayer):
                 continue

@@ -133,15 +133,19 @@ def _set_state(
     """`set_peft_model_state_dict`: check that all tensors of a Lily adapter fit before the first is copied."""
     config = _configs(model).get(adapter_name)
     plan = load.plan_of(model, adapter_name)
-    ours = isinstance(config, LilyConfig) and plan is not None
-    if isinstance(config, LilyConfig) and plan is not None:
-        opened = load.current()
-        with load.naming(opened.header.path if opened and opened.header else None):
-            load.check_fit(peft_model_state_dict, plan, config, model, adapter_name, ignore_mismatched_sizes)
-        peft_model_state_dict = Beside(model, config, plan, adapter_name).for_model(peft_model_state_dict)
-    # low_cpu_mem_usage replaces parameters, each by one of its own
-    with keep_tied(model) if ours and low_cpu_mem_usage else contextlib.nullcontext():
+    if not isinstance(config, LilyConfig) or plan is None:
         return _stock_set_state(model, peft_model_state_dict, adapter_name, ignore_mismatched_sizes, low_cpu_mem_usage)
+    opened = load.current()
+    with load.naming(opened.header.path if opened and opened.header else None):
+        load.check_fit(peft_model_state_dict, plan, config, model, adapter_name, ignore_mismatched_sizes)
+    beside = Beside(model, config, plan, adapter_name)
+    # low_cpu_mem_usage replaces parameters, each by one of its own
+    with keep_tied(model) if low_cpu_mem_usage else contextlib.nullcontext():
+        result = _stock_set_state(
+            model, beside.for_model(peft_model_state_dict), adapter_name, ignore_mismatched_sizes, low_cpu_mem_usage
+        )
+    beside.tie(model, adapter_name)
+    return result
 
 
 def _get_state(
