@@ -20,8 +20,11 @@ from transformers import (
     BertConfig,
     GPT2Config,
     LlamaConfig,
+    Trainer,
+    TrainingArguments,
 )
 
+import lily
 from lily import LilyConfig, export
 from lily.errors import LilyError
 from lily.tuner import peft_loading
@@ -265,6 +268,13 @@ def _resaved(back, kind, bases, folder, expected):
     return difference(PeftModel.from_pretrained(base(kind, bases, 2), folder / "other"), kind, expected)
 
 
+def gathered(method, kind, bases, folder):
+    """As several processes save."""
+    model = trained(method, kind, bases)
+    model.save_pretrained(folder, state_dict=lily.gathered_state(model))
+    return difference(PeftModel.from_pretrained(base(kind, bases, 1), folder), kind, outputs(model, kind))
+
+
 def auto_model(method, kind, bases, folder):
     if not kind.causal or kind.resized:
         pytest.skip("AutoPeftModel loads the base model from its folder, as it was")
@@ -300,7 +310,9 @@ def as_lora(method, kind, bases, folder):
     return difference(PeftModel.from_pretrained(base(kind, bases, 1), folder / "lora"), kind, outputs(model, kind))
 
 
-OPERATIONS = [from_pretrained, with_less_memory, load_adapter, second_adapter, auto_model, merge, merged_folder, as_lora]
+OPERATIONS = [
+    from_pretrained, with_less_memory, load_adapter, second_adapter, gathered, auto_model, merge, merged_folder, as_lora,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.__name__)
@@ -385,7 +397,7 @@ def test_a_lora_of_tied_embeddings_holds_frozen_weights_only_of_a_changed_vocabu
     back = PeftModel.from_pretrained(base(kind, bases, 1), tmp_path / "lora")
     assert difference(back, kind, outputs(model, kind)) < 1e-5
     if resized:
-        with pytest.raises(LilyError, match="llama.cpp reads only A and B"):
+        with pytest.raises(LilyError, match="reads LoRAs of linear layers"):
             export.as_lora(model, target="llama.cpp")
 
 
@@ -400,6 +412,10 @@ TWICE = {
     "whole in whole": ({"modules_to_save": ["mlp", "up_proj"]}, "names model.layers.0.mlp and, inside it, "),
     "a list of modules": ({"modules_to_save": ["layers"], "target_modules": ["lm_head"]}, "a ModuleList, which is"),
     "adapted and whole": ({"modules_to_save": ["proj"]}, "would be adapted, and .* trained whole"),
+    "adapters kept tied": (
+        {"target_modules": ["embed_tokens"], **TIE},
+        "cannot tie adapters on the input embedding and",
+    ),
     "base layers": ({"modules_to_save": ["base_layer"]}, "would also match the layer inside every adapted layer"),
 }
 
@@ -415,7 +431,7 @@ def test_what_cannot_be_trained_so_is_refused_before_a_layer_is_replaced(case, b
     assert [type(m) for m in model.modules()] == before
 
 
-@pytest.mark.parametrize("first, second", [(EMBED, ROWS), (ROWS, EMBED), ({"target_modules": ["lm_head"]}, HEAD)])
+@pytest.mark.parametrize(("first", "second"), [(EMBED, ROWS), (ROWS, EMBED), ({"target_modules": ["lm_head"]}, HEAD)])
 def test_a_module_that_another_adapter_trains_in_another_way_is_refused(first, second, bases):
     model = get_peft_model(base(Kind({}), bases), config("lily", Kind(first)))
     with pytest.raises(LilyError, match="which another adapter of this model trains in another way"):
@@ -454,3 +470,24 @@ def test_a_second_adapter_is_kept_tied_too(bases):
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
     assert model.get_input_embeddings().weight is not model.get_input_embeddings().modules_to_save["default"].weight
 
+
+RESUMED = ["embed_tokens tied resized", "rows tied resized", "both, kept tied", "some layers, biases"]
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_trainer_resumes_to_the_same_end(name, bases, tmp_path):
+    kind = KINDS[name]
+    rows = [{"input_ids": list(range(i, i + 8)), "labels": list(range(i, i + 8))} for i in range(1, 9)]
+    ends = []
+    for resume in (None, tmp_path / "checkpoint-2"):
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path), max_steps=4, save_steps=2, per_device_train_batch_size=2, learning_rate=0.01,
+            report_to=[], use_cpu=True, disable_tqdm=True, seed=0,
+        )  # fmt: skip
+        torch.manual_seed(3)
+        model = get_peft_model(base(kind, bases), config("lily", kind))
+        trainer = Trainer(model, arguments, train_dataset=rows)
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        ends.append(outputs(model, kind))
+        assert difference(base(kind, bases), kind, ends[-1]) > 1e-3
+    assert torch.equal(*ends)

@@ -49,8 +49,9 @@ def base_modules(model: nn.Module, name: str = "", path: str = "") -> Iterator[t
         for key, child in model.named_children():
             yield from base_modules(child, f"{name}.{key}" if name else key, f"{path}.{key}" if path else key)
         return
-    if (child := getattr(model, inner, None)) is not None:  # the bank has none
-        yield from base_modules(child, name, f"{path}.{inner}" if path else inner)
+    wrapped = getattr(model, inner, None)
+    if wrapped is not None:  # the bank has none
+        yield from base_modules(wrapped, name, f"{path}.{inner}" if path else inner)
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -152,9 +153,10 @@ class Beside:
                     self.paths[_join(name, key)] = _join(path, key)
         trained = trained_beside(model, config)
         for name, (path, module) in trained.saved.items():
-            copies = getattr(module, "modules_to_save", {}) if isinstance(module, ModulesToSaveWrapper) else {}
-            frozen = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
-            for key, tensor in (copies[adapter] if adapter in copies else frozen).state_dict(keep_vars=True).items():
+            if isinstance(module, ModulesToSaveWrapper):
+                mine = adapter in module.modules_to_save
+                module = module.modules_to_save[adapter] if mine else module.original_module
+            for key, tensor in module.state_dict(keep_vars=True).items():
                 self.saved[unwrapped(f"{name}.{key}")] = tensor
                 self._places[unwrapped(f"{name}.{key}")] = unwrapped(f"{path}.{key}")
         for name, (path, _, indices) in trained.rows.items():
@@ -262,7 +264,8 @@ class Beside:
         """
         wrappers = {name: module for name, _, module in base_modules(model) if isinstance(module, ModulesToSaveWrapper)}
         for name in self.config.modules_to_tie or ():
-            wrappers[name].modules_to_save[adapter].weight = wrappers[self.embedding].modules_to_save[adapter].weight
+            source = wrappers[self.embedding or ""].modules_to_save[adapter]
+            wrappers[name].modules_to_save[adapter].weight = source.weight
 
     def _place(self, kind: str, name: str) -> str:
         return self.paths[name] if kind == "base" else self._places[name]

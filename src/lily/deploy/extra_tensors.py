@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import peft
 from peft import get_peft_model_state_dict
 from torch import Tensor, nn
@@ -11,6 +9,7 @@ from torch import Tensor, nn
 from lily.checkpoint.beside import tied_modules
 from lily.checkpoint.format import KEY, PREFIX
 from lily.plan.config import LilyConfig
+from lily.plan.vocabulary import vocabulary_changed
 from lily.tuner.adapter import Adapted
 
 
@@ -38,15 +37,3 @@ def other_entries(model: nn.Module, adapted: Adapted) -> dict[str, Tensor]:
         tied = {f"{PREFIX}{name}.{k.removeprefix(embedding)}": v for k, v in out.items() if k.startswith(embedding)}
         out |= {k: v.clone() for k, v in tied.items()}
     return out
-
-
-def vocabulary_changed(model: nn.Module, config: LilyConfig) -> bool:
-    """Whether the base model's vocabulary differs from that of the pretrained model; False if that is not known."""
-    ours: Any = getattr(model, "config", None)
-    size, base = getattr(ours, "vocab_size", None), config.base_model_name_or_path
-    if size is None or not base:
-        return False
-    try:
-        return bool(type(ours).from_pretrained(base, revision=config.revision).vocab_size != size)
-    except (OSError, ValueError):
-        return False

@@ -190,9 +190,10 @@ def write_stock(
         state[f"{PREFIX}{name}.lily_A.weight"] = A.cpu().contiguous()
         state[f"{PREFIX}{name}.lily_B.weight"] = torch.cat([B, B]).cpu().contiguous()
         state[f"{PREFIX}{name}.lily_router.weight"] = torch.zeros(2, r)
+    saved = [*(saved_modules(config) or ()), *sorted(config.modules_to_tie or ())]
     values = {
         "peft_type": "LILY", "r": r, "num_B": 2, "stride_A": 1, "scaling": config.scaling, "init_weights": True,
-        "target_modules": sorted(adapted.layers), "modules_to_save": [*(saved_modules(config) or ()), *sorted(config.modules_to_tie or ())] or None,
+        "target_modules": sorted(adapted.layers), "modules_to_save": saved or None,
         "task_type": config.task_type, "base_model_name_or_path": config.base_model_name_or_path,
         "revision": config.revision, "inference_mode": True,
     }  # fmt: skip

@@ -104,8 +104,8 @@ def _check_rows(c: Any) -> None:
         well_formed = isinstance(indices, (list, tuple)) and all(type(i) is int and i >= 0 for i in indices)
         if not isinstance(name, str) or not well_formed or not indices or len(set(indices)) < len(indices):
             raise LilyError(
-                f"trainable_token_indices={rows!r} is not valid; give the ids of tokens, each once, such as [128, 129], "
-                "or {'embed_tokens': [128, 129]}"
+                f"trainable_token_indices={rows!r} is not valid; give the ids of tokens, each once, such as "
+                "[128, 129], or {'embed_tokens': [128, 129]}"
             )
     # plain types, so that a configuration equals its copy read back from a file
     plain = {name: list(indices) for name, indices in by_layer.items()}

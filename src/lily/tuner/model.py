@@ -122,6 +122,18 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         peft_config.modules_to_save = kept if embedding.endswith(tuple(kept)) else [*kept, embedding]
         peft_config.modules_to_tie = set(tied_weight_keys)
 
+    def _add_targets_to_tie(self, peft_config: LilyConfig, tied_weight_keys: list[str]) -> None:
+        """LoRA ties the transposed update; data-dependent experts have no transpose.
+
+        Raises:
+            LilyError: always.
+        """
+        raise LilyError(
+            "ensure_weight_tying ties what modules_to_save and trainable_token_indices train, and cannot tie adapters "
+            f"on the input embedding and {' and '.join(tied_weight_keys)} (target_modules): train them whole "
+            "(modules_to_save), train rows (trainable_token_indices), or remove ensure_weight_tying"
+        )
+
     def _check_target_module_exists(self, peft_config: LilyConfig, key: str) -> Any:
         """See PEFT; parallel modules are not named in `target_modules`."""
         if key in self._plan.slots and self._plan.group_of(key).kind == PARALLEL_MODULE:
