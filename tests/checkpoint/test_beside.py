@@ -238,7 +238,7 @@ def with_less_memory(method, kind, bases, folder):
     return difference(back, kind, outputs(model, kind))
 
 
-def _tied(model):
+def _tied(model: nn.Module) -> list[list[str]]:
     names: dict[int, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(p), []).append(name)
