@@ -311,7 +311,8 @@ def as_lora(method, kind, bases, folder):
 
 
 OPERATIONS = [
-    from_pretrained, with_less_memory, load_adapter, second_adapter, gathered, auto_model, merge, merged_folder, as_lora,
+    from_pretrained, with_less_memory, load_adapter, second_adapter, gathered, auto_model, merge, merged_folder,
+    as_lora,
 ]  # fmt: skip
 
 
@@ -469,6 +470,52 @@ def test_a_second_adapter_is_kept_tied_too(bases):
     model.set_adapter("other")
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
     assert model.get_input_embeddings().weight is not model.get_input_embeddings().modules_to_save["default"].weight
+
+
+ADAPTED = {"target_modules": ["q_proj", "embed_tokens"]}
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [(ROWS, {}), (EMBED, {}), (ADAPTED, {}), ({}, ADAPTED), ({}, ROWS), ({}, BOTH)]
+)
+def test_an_adapter_is_loaded_beside_one_of_another_kind(first, second, bases, tmp_path):
+    """The frozen embedding of the second one's file belongs to another place than in a model of its own."""
+    for name, options in (("first", first), ("second", second)):
+        kind = Kind(options, tied=True, resized=True)
+        model = trained("lily", kind, bases)
+        saved(model, kind, tmp_path / name)
+    both = PeftModel.from_pretrained(base(kind, bases, 1), tmp_path / "first")
+    both.load_adapter(tmp_path / "second", "other")
+    both.set_adapter("other")
+    expected = outputs(model, kind)
+    assert difference(both, kind, expected) == 0
+    assert _resaved(both, kind, bases, tmp_path / "again", expected) == 0
+
+
+@pytest.mark.parametrize("name", ["embed_tokens tied resized", "both, kept tied", "rows tied resized"])
+def test_transformers_loads_and_saves_it(name, bases, tmp_path):
+    kind = KINDS[name]
+    model = trained("lily", kind, bases)
+    saved(model, kind, tmp_path)
+    injected = base(kind, bases, 1)
+    injected.load_adapter(str(tmp_path))
+    assert difference(injected, kind, outputs(model, kind)) == 0
+    injected.save_pretrained(tmp_path / "again")
+    back = PeftModel.from_pretrained(base(kind, bases, 2), tmp_path / "again")
+    assert difference(back, kind, outputs(model, kind)) == 0
+
+
+@pytest.mark.parametrize("name", ["both, kept tied", "embed_tokens tied resized"])
+def test_stock_peft_reads_what_it_can_express(name, bases, tmp_path):
+    kind = KINDS[name]
+    model = trained("lily", kind, bases)
+    export.write_stock(model, tmp_path / "stock")
+    lily.unregister()
+    try:
+        back = PeftModel.from_pretrained(base(kind, bases, 1), tmp_path / "stock")
+    finally:
+        lily.register()
+    assert difference(back, kind, outputs(model, kind)) < 1e-5
 
 
 RESUMED = ["embed_tokens tied resized", "rows tied resized", "both, kept tied", "some layers, biases"]

@@ -19,6 +19,7 @@ from huggingface_hub import hf_hub_download
 from peft import PeftConfig, PeftModel, inject_adapter_in_model
 from peft.config import PeftConfigMixin
 from peft.utils import CONFIG_NAME, hotswap, infer_device, save_and_load
+from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers.integrations.peft import PeftAdapterMixin
 
@@ -45,6 +46,8 @@ _stock_set_state = save_and_load.set_peft_model_state_dict
 _stock_get_state = save_and_load.get_peft_model_state_dict
 _stock_hotswap = hotswap.hotswap_adapter
 _stock_hotswap_state = hotswap.hotswap_adapter_from_state_dict
+_stock_rows_state = TrainableTokensWrapper.adapter_state_dict
+_stock_rows_names = TrainableTokensWrapper.adapter_state_dict_load_map
 _stock_transformers = PeftAdapterMixin.load_adapter
 
 
@@ -162,6 +165,17 @@ def _get_state(
     return state
 
 
+def _rows_state(self: TrainableTokensWrapper, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`TrainableTokensWrapper.adapter_state_dict`, also for an adapter that trains no rows."""
+    has = adapter_name in self.token_adapter.trainable_tokens_delta
+    return _stock_rows_state(self, adapter_name, state_dict) if has else {}
+
+
+def _rows_names(self: TrainableTokensWrapper, adapter_name: str) -> dict[str, str]:
+    """`TrainableTokensWrapper.adapter_state_dict_load_map`, also for an adapter that trains no rows."""
+    return _stock_rows_names(self, adapter_name) if adapter_name in self.token_adapter.trainable_tokens_delta else {}
+
+
 def _hotswap(
     model: nn.Module, model_name_or_path: str, adapter_name: str, torch_device: str | None = None, **kwargs: Any
 ) -> None:
@@ -258,6 +272,8 @@ PATCHES: list[tuple[Any, str, Any, Any]] = [
     (PeftModel, "from_pretrained", classmethod(_from_pretrained), _stock_from_pretrained),
     (PeftModel, "load_adapter", _load_adapter, _stock_load_adapter),
     (PeftAdapterMixin, "load_adapter", _transformers, _stock_transformers),
+    (TrainableTokensWrapper, "adapter_state_dict", _rows_state, _stock_rows_state),
+    (TrainableTokensWrapper, "adapter_state_dict_load_map", _rows_names, _stock_rows_names),
     (hotswap, "hotswap_adapter", _hotswap, _stock_hotswap),
     (hotswap, "hotswap_adapter_from_state_dict", _hotswap_state, _stock_hotswap_state),
     *((m, "load_peft_weights", _load_weights, _stock_load_weights)
