@@ -27,6 +27,7 @@ from transformers import (
 import lily
 from lily import LilyConfig, export
 from lily.errors import LilyError
+from lily.recipes.deploy import load_for_export
 from lily.tuner import peft_loading
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -516,6 +517,20 @@ def test_stock_peft_reads_what_it_can_express(name, bases, tmp_path):
     finally:
         lily.register()
     assert difference(back, kind, outputs(model, kind)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["both, kept tied", "rows tied resized", "embed_tokens tied resized", "several"])
+def test_the_command_line_exports_it(name, bases, tmp_path):
+    """The base model is loaded from its folder, as it was before its vocabulary was changed."""
+    kind = KINDS[name]
+    model = trained("lily", kind, bases)
+    saved(model, kind, tmp_path / "adapter")
+    loaded, _, _ = load_for_export(str(tmp_path / "adapter"))
+    export.write_lora(export.as_lora(loaded), tmp_path / "lora")
+    back = PeftModel.from_pretrained(base(kind, bases, 1), tmp_path / "lora")
+    assert difference(back, kind, outputs(model, kind)) < 1e-5
+    whole, _, _ = load_for_export(str(tmp_path / "adapter"), weights=True)
+    assert difference(whole, kind, outputs(model, kind)) == 0
 
 
 RESUMED = ["embed_tokens tied resized", "rows tied resized", "both, kept tied", "some layers, biases"]

@@ -18,15 +18,18 @@ import contextlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
 from lily.checkpoint import format
 from lily.errors import LilyError
 from lily.io import untrusted
+from lily.io.untrusted import read_header
 from lily.layers.sharding import unwrapped
 from lily.plan.config import LilyConfig
 from lily.plan.sharing_plan import SharingPlan
@@ -309,6 +312,25 @@ def once(model: nn.Module, adapter: str, state: Mapping[str, Tensor]) -> dict[st
             out[kept] = state[name]
             written.add(own_id)
     return out
+
+
+def resize_to_file(model: Any, folder: Path) -> None:
+    """Give a base model the vocabulary that an adapter's file holds, if the file holds every embedding whole.
+
+    Args:
+        model: the base model, without adapters.
+        folder: the adapter's folder.
+    """
+    embedding, tied = tied_modules(model)
+    wanted = {embedding, *_output_embedding(model, base_modules(model))} - set(tied) - {None}
+    file = folder / SAFETENSORS_WEIGHTS_NAME
+    if not file.is_file() or not wanted:
+        return
+    entries = {INSERTED.sub("", name.removeprefix(format.PREFIX)): e for name, e in read_header(file).entries.items()}
+    rows = {entries[key].meta.shape[0] if (key := f"{name}.weight") in entries else None for name in wanted}
+    size = rows.pop()
+    if not rows and size not in (None, model.get_input_embeddings().weight.shape[0]):
+        model.resize_token_embeddings(size, mean_resizing=False)
 
 
 @contextlib.contextmanager

@@ -120,5 +120,5 @@ def _check_free(name: str, module: nn.Module, wrapper: type[nn.Module], option: 
     if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not isinstance(module, wrapper):
         raise LilyError(
             f"{option} matches {name}, which another adapter of this model trains in another way; load that adapter "
-            "on a model of its own"
+            "on a separate model"
         )

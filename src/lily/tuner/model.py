@@ -75,6 +75,7 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
             LilyError: see `lily.plan.select.select_modules` and `lily.plan.build_plan`.
         """
         config = self.peft_config[adapter_name] = LilyConfig.from_stock(self.peft_config[adapter_name])
+        config.modules_to_tie = None  # of the model that the configuration was used for before
         if state_dict is not None and config.target_modules is None and not config.target_parameters:
             config.target_modules = {
                 key.rsplit(f".{self.prefix}", 1)[0].removeprefix(format.PREFIX) for key in state_dict
