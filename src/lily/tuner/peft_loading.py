@@ -142,7 +142,7 @@ def _set_state(
     with load.naming(opened.header.path if opened and opened.header else None):
         load.check_fit(peft_model_state_dict, plan, config, model, adapter_name, ignore_mismatched_sizes)
     beside = Beside(model, config, plan, adapter_name)
-    # low_cpu_mem_usage replaces parameters, each by one of its own
+    # low_cpu_mem_usage replaces parameters, each by a separate one
     with keep_tied(model) if low_cpu_mem_usage else contextlib.nullcontext():
         result = _stock_set_state(
             model, beside.for_model(peft_model_state_dict), adapter_name, ignore_mismatched_sizes, low_cpu_mem_usage
