@@ -15,7 +15,8 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import _find_minimal_target_modules
 from torch import Tensor, nn
 
-from lily.deploy.extra_tensors import PREFIX, other_entries, saved_modules
+from lily.checkpoint.format import PREFIX
+from lily.deploy.extra_tensors import other_entries, saved_modules
 from lily.deploy.provenance import origin
 from lily.deploy.readers import TARGETS, check_readable, padded_rank
 from lily.errors import LilyError
@@ -152,7 +153,7 @@ def as_lora(
     wanted = TARGETS.get(target)
     if wanted is None:
         raise LilyError(f"no export target {target!r}; choose one of {', '.join(TARGETS)}")
-    other = other_entries(model, adapted, frozen=wanted.modules_to_save)
+    other = other_entries(model, adapted)
     check_readable(target, wanted, adapted, other)
     factors, groups = _joined(adapted)
     own = max(f.A.shape[-2] for f in factors.values())
@@ -258,6 +259,8 @@ def _lora_config(adapted: Adapted, layers: Mapping[str, Layer], rank: int) -> Lo
         fan_in_fan_out=any(type(m.get_base_layer()).__name__ == "Conv1D" for m in adapted.layers.values()),
         bias={"lily_only": "lora_only"}.get(config.bias, config.bias),
         modules_to_save=saved_modules(config),
+        trainable_token_indices=config.trainable_token_indices,
+        ensure_weight_tying=config.ensure_weight_tying,
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
         revision=config.revision,

@@ -14,7 +14,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lily.deploy.extra_tensors import PREFIX, other_entries, saved_modules
+from lily.checkpoint.format import PREFIX
+from lily.deploy.extra_tensors import other_entries, saved_modules
 from lily.deploy.lora import LoraExport
 from lily.deploy.provenance import header, origin, write_provenance
 from lily.errors import LilyError
@@ -171,6 +172,8 @@ def write_stock(
         return
     if config.bias != "none":
         raise LilyError(f"stock Lily trains no biases (bias={config.bias!r}); export --to lora or --to merged")
+    if config.trainable_token_indices:
+        raise LilyError("stock Lily trains no rows of an embedding (trainable_token_indices); export --to lora")
     other = {
         type(layer.get_base_layer()).__name__
         for name, layer in adapted.layers.items()
@@ -187,9 +190,10 @@ def write_stock(
         state[f"{PREFIX}{name}.lily_A.weight"] = A.cpu().contiguous()
         state[f"{PREFIX}{name}.lily_B.weight"] = torch.cat([B, B]).cpu().contiguous()
         state[f"{PREFIX}{name}.lily_router.weight"] = torch.zeros(2, r)
+    saved = [*(saved_modules(config) or ()), *sorted(config.modules_to_tie or ())]
     values = {
         "peft_type": "LILY", "r": r, "num_B": 2, "stride_A": 1, "scaling": config.scaling, "init_weights": True,
-        "target_modules": sorted(adapted.layers), "modules_to_save": saved_modules(config),
+        "target_modules": sorted(adapted.layers), "modules_to_save": saved or None,
         "task_type": config.task_type, "base_model_name_or_path": config.base_model_name_or_path,
         "revision": config.revision, "inference_mode": True,
     }  # fmt: skip

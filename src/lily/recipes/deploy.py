@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from peft import PeftConfig, PeftModel
 
+from lily.checkpoint.beside import resize_to_file
 from lily.deploy.gguf import describe_gguf
 from lily.deploy.provenance import provenance
 from lily.errors import LilyError
@@ -149,6 +150,9 @@ def load_text(location: AdapterFolder, *, weights: bool, dtype: str) -> tuple[An
         # Names and shapes are enough to read the adapter; memory that nothing is written to costs nothing.
         model = models.meta_model(source, task, len(labels))
         model.to_empty(device="cpu")
+        if hasattr(model, "tie_weights"):
+            model.tie_weights()  # which new memory undid
+    resize_to_file(model, path)
     loaded = PeftModel.from_pretrained(model, str(path))
     facts: dict[str, Any] = {}
     if quantized != "none":

@@ -12,10 +12,11 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists, onload_layer
 from peft.utils import TRANSFORMERS_MODELS_TO_LILY_TARGET_MODULES_MAPPING
 from peft.utils.integrations import init_empty_weights
-from peft.utils.other import _get_submodules
+from peft.utils.other import TrainableTokensWrapper, _get_submodules
 from torch import Tensor, nn
 
 from lily.checkpoint import format
+from lily.checkpoint.beside import tied_modules
 from lily.checkpoint.load import current
 from lily.checkpoint.stock import decide_file_format
 from lily.errors import LilyError
@@ -37,7 +38,7 @@ from lily.plan.select import is_causal, select_targets
 from lily.plan.sharing_plan import SharingPlan, build_plan
 from lily.plan.specs import CONV2D, EMBEDDING, LINEAR, PARALLEL_MODULE, PARAMETERS, ModuleSpec
 from lily.tuner import call_uncalled
-from lily.tuner.check_targets import check_targets
+from lily.tuner.check_targets import check_beside, check_targets
 from lily.tuner.replaced import drop_replaced
 
 LAYERS = {LINEAR: Linear, CONV2D: Conv2d, EMBEDDING: Embedding, PARALLEL_MODULE: ParallelModule}
@@ -93,6 +94,7 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         if others:  # collapsing or settling one of them changes its configuration alone
             config = copy.deepcopy(config)
         self.peft_config[adapter_name], self._adapter, self._copied = config, adapter_name, others[:1]
+        config.modules_to_tie = None  # of the model that the configuration was used for before
         if state_dict is not None and config.target_modules is None and not config.target_parameters:
             config.target_modules = {
                 key.rsplit(f".{self.prefix}", 1)[0].removeprefix(format.PREFIX) for key in state_dict
@@ -115,6 +117,7 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         """PEFT's last step before it replaces a layer: every check is here, so that nothing fails half-way."""
         specs = select_targets(model, peft_config)
         check_targets(model, specs)
+        check_beside(model, peft_config, specs)
         _decide_routing(peft_config, model)
         self._plan = self._plan_of_copied(specs) or build_plan(specs, peft_config)
         self._placements = {spec.name: _placement(model, spec) for spec in specs}
@@ -131,6 +134,30 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         plans = bank_of(self.model).plans if self._copied else {}
         plan = next((plans[name] for name in self._copied if name in plans), None)
         return plan if plan is not None and set(plan.slots) == {spec.name for spec in specs} else None
+
+    def _get_module_names_tied_with_embedding(self) -> list[str]:
+        """PEFT's finds none where an earlier adapter saves the embedding whole."""
+        return tied_modules(self.model)[1]
+
+    def _add_modules_to_save_to_tie(self, peft_config: LilyConfig, tied_weight_keys: list[str]) -> None:
+        """Save the input embedding, and tie the modules to it that have its weight; see PEFT."""
+        embedding, tied = tied_modules(self.model)
+        assert embedding is not None  # something is tied to it
+        kept = [name for name in peft_config.modules_to_save or () if not any(t.endswith(name) for t in tied)]
+        peft_config.modules_to_save = kept if embedding.endswith(tuple(kept)) else [*kept, embedding]
+        peft_config.modules_to_tie = set(tied_weight_keys)
+
+    def _add_targets_to_tie(self, peft_config: LilyConfig, tied_weight_keys: list[str]) -> None:
+        """LoRA ties the transposed update; data-dependent experts have no transpose.
+
+        Raises:
+            LilyError: always.
+        """
+        raise LilyError(
+            "ensure_weight_tying ties what modules_to_save and trainable_token_indices train, and cannot tie adapters "
+            f"on the input embedding and {' and '.join(tied_weight_keys)} (target_modules): train them whole "
+            "(modules_to_save), train rows (trainable_token_indices), or remove ensure_weight_tying"
+        )
 
     def _check_target_module_exists(self, peft_config: LilyConfig, key: str) -> Any:
         """See PEFT; parallel modules are not named in `target_modules`."""
@@ -244,6 +271,14 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         names: dict[int, list[str]] = {}
         for name, p in self.model.named_parameters(remove_duplicate=False):
             names.setdefault(id(p), []).append(name)
+        wrappers = [m for m in self.model.modules() if isinstance(m, TrainableTokensWrapper)]
+        for rows in (w.token_adapter for w in wrappers if not w.token_adapter.tied_adapter):
+            tied = names.get(id(rows.get_base_layer().weight), [])
+            if len(tied) > 1 + sum(w.token_adapter.tied_adapter is rows for w in wrappers):
+                raise LilyError(
+                    f"{' and '.join(tied)} are one tensor, so merging the trained rows of one would change the other; "
+                    "untie them first, or train the same rows of both (trainable_token_indices as a list)"
+                )
         for layer in self.model.modules():
             if not isinstance(layer, LilyLayer):
                 continue

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 from collections.abc import Mapping
@@ -19,11 +20,12 @@ from peft import PeftConfig, PeftModel, inject_adapter_in_model
 from peft.config import PeftConfigMixin
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME, hotswap, infer_device, save_and_load
-from peft.utils.other import _set_adapter
+from peft.utils.other import TrainableTokensWrapper, _set_adapter
 from torch import Tensor, nn
 from transformers.integrations.peft import PeftAdapterMixin
 
 from lily.checkpoint import load
+from lily.checkpoint.beside import Beside, keep_tied, once
 from lily.checkpoint.format import PREFIX
 from lily.checkpoint.load import Opened
 from lily.errors import LilyError
@@ -42,8 +44,11 @@ _stock_from_pretrained = PeftModel.__dict__["from_pretrained"]
 _stock_load_adapter = PeftModel.load_adapter
 _stock_load_weights = save_and_load.load_peft_weights
 _stock_set_state = save_and_load.set_peft_model_state_dict
+_stock_get_state = save_and_load.get_peft_model_state_dict
 _stock_hotswap = hotswap.hotswap_adapter
 _stock_hotswap_state = hotswap.hotswap_adapter_from_state_dict
+_stock_rows_state = TrainableTokensWrapper.adapter_state_dict
+_stock_rows_names = TrainableTokensWrapper.adapter_state_dict_load_map
 _stock_transformers = PeftAdapterMixin.load_adapter
 
 
@@ -132,11 +137,44 @@ def _set_state(
     """`set_peft_model_state_dict`: check that all tensors of a Lily adapter fit before the first is copied."""
     config = _configs(model).get(adapter_name)
     plan = load.plan_of(model, adapter_name)
-    if isinstance(config, LilyConfig) and plan is not None:
-        opened = load.current()
-        with load.naming(opened.header.path if opened and opened.header else None):
-            load.check_fit(peft_model_state_dict, plan, config, model, adapter_name, ignore_mismatched_sizes)
-    return _stock_set_state(model, peft_model_state_dict, adapter_name, ignore_mismatched_sizes, low_cpu_mem_usage)
+    if not isinstance(config, LilyConfig) or plan is None:
+        return _stock_set_state(model, peft_model_state_dict, adapter_name, ignore_mismatched_sizes, low_cpu_mem_usage)
+    opened = load.current()
+    with load.naming(opened.header.path if opened and opened.header else None):
+        load.check_fit(peft_model_state_dict, plan, config, model, adapter_name, ignore_mismatched_sizes)
+    beside = Beside(model, config, plan, adapter_name)
+    # low_cpu_mem_usage replaces parameters, each by a separate one
+    with keep_tied(model) if low_cpu_mem_usage else contextlib.nullcontext():
+        result = _stock_set_state(
+            model, beside.for_model(peft_model_state_dict), adapter_name, ignore_mismatched_sizes, low_cpu_mem_usage
+        )
+    beside.tie(model, adapter_name)
+    return result
+
+
+def _get_state(
+    model: nn.Module,
+    state_dict: dict[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    *args: Any,
+    **kwargs: Any,
+) -> dict[str, Tensor]:
+    """`get_peft_model_state_dict`: each tensor beside a Lily adapter's is there once."""
+    state: dict[str, Tensor] = _stock_get_state(model, state_dict, adapter_name, *args, **kwargs)
+    if isinstance(_configs(model).get(adapter_name), LilyConfig) and load.plan_of(model, adapter_name) is not None:
+        return once(getattr(model, "_orig_mod", model), adapter_name, state)
+    return state
+
+
+def _rows_state(self: TrainableTokensWrapper, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`TrainableTokensWrapper.adapter_state_dict`, also for an adapter that trains no rows."""
+    has = adapter_name in self.token_adapter.trainable_tokens_delta
+    return _stock_rows_state(self, adapter_name, state_dict) if has else {}
+
+
+def _rows_names(self: TrainableTokensWrapper, adapter_name: str) -> dict[str, str]:
+    """`TrainableTokensWrapper.adapter_state_dict_load_map`, also for an adapter that trains no rows."""
+    return _stock_rows_names(self, adapter_name) if adapter_name in self.token_adapter.trainable_tokens_delta else {}
 
 
 def _hotswap(
@@ -232,10 +270,14 @@ PATCHES: list[tuple[Any, str, Any, Any]] = [
     (PeftModel, "from_pretrained", classmethod(_from_pretrained), _stock_from_pretrained),
     (PeftModel, "load_adapter", _load_adapter, _stock_load_adapter),
     (PeftAdapterMixin, "load_adapter", _transformers, _stock_transformers),
+    (TrainableTokensWrapper, "adapter_state_dict", _rows_state, _stock_rows_state),
+    (TrainableTokensWrapper, "adapter_state_dict_load_map", _rows_names, _stock_rows_names),
     (hotswap, "hotswap_adapter", _hotswap, _stock_hotswap),
     (hotswap, "hotswap_adapter_from_state_dict", _hotswap_state, _stock_hotswap_state),
     *((m, "load_peft_weights", _load_weights, _stock_load_weights)
       for m in (peft, peft.utils, peft.peft_model, save_and_load, hotswap)),
     *((m, "set_peft_model_state_dict", _set_state, _stock_set_state)
+      for m in (peft, peft.utils, peft.peft_model, save_and_load)),
+    *((m, "get_peft_model_state_dict", _get_state, _stock_get_state)
       for m in (peft, peft.utils, peft.peft_model, save_and_load)),
 ]  # fmt: skip

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 
+from lily.checkpoint.beside import resize_to_file
 from lily.errors import LilyError
 from lily.recipes import data, models
 from lily.recipes.data.tables import Row
@@ -43,6 +44,7 @@ class Adapter:
         precision = precision_of(self.recipe)
         plain = models.load_model(self.recipe.model, self.recipe.task, self.labels, precision=precision)
         self.processor = models.load_processor(self.recipe, plain.config)
+        resize_to_file(plain, self.path)
         self.model = place(PeftModel.from_pretrained(plain, str(self.path))).eval()
 
     @property
