@@ -32,7 +32,7 @@ from lily.errors import LilyError
 from lily.io.atomic import new_folder
 from lily.layers import sharding
 from lily.layers.bank import LilyBank
-from lily.layers.sharding import unwrapped
+from lily.plan.wrappers import plain_names, unwrapped
 
 
 def world_size() -> int:
@@ -97,7 +97,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], overwrite: bo
     if rank() == 0:
         try:
             inner = peft_model_of(model)
-            with new_folder(folder, overwrite) as new, sharding.plain_names(inner):
+            with new_folder(folder, overwrite) as new, plain_names(inner):
                 inner.save_pretrained(str(new), state_dict=state)
         except (LilyError, OSError) as error:
             failed = error
@@ -221,7 +221,7 @@ def _by_name(model: nn.Module, file: dict[str, Tensor]) -> dict[str, Tensor]:
     names = {id(tensor): name for name, tensor in here.items()}
     out = {}
     inner = peft_model_of(model)
-    with sharding.plain_names(inner):
+    with plain_names(inner):
         written = get_peft_model_state_dict(inner, state_dict=here)
     for key, tensor in written.items():
         expected = sharding.shape_of(tensor)

@@ -29,9 +29,9 @@ from lily.errors import LilyError
 from lily.io import untrusted
 from lily.io.untrusted import blame
 from lily.layers.bank import LilyBank
-from lily.layers.sharding import unwrapped
 from lily.plan.config import EXTENDED_TYPE, LilyConfig
 from lily.plan.sharing_plan import SharingPlan
+from lily.plan.wrappers import plain_names, unwrapped
 
 LILY_TYPES = (PeftType.LILY.value, EXTENDED_TYPE)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import peft.functional
 import peft.peft_model
 import peft.utils
 from huggingface_hub import hf_hub_download
@@ -26,6 +27,7 @@ from lily.checkpoint.format import PREFIX
 from lily.checkpoint.load import Opened
 from lily.errors import LilyError
 from lily.plan.config import LilyConfig
+from lily.plan.wrappers import innermost, plain_names
 
 # Settings that change an adapter's function besides its tensors: adapters that differ here cannot be hot-swapped.
 HOTSWAP_KEYS = [
@@ -51,7 +53,7 @@ def _download(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _configs(model: Any) -> dict[str, PeftConfig]:
     """Adapter -> configuration; a model without adapters has none."""
-    return dict(getattr(getattr(model, "_orig_mod", model), "peft_config", None) or {})
+    return dict(getattr(innermost(model), "peft_config", None) or {})
 
 
 def _from_json_file(cls: Any, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
@@ -134,6 +136,10 @@ def _set_state(
         opened = load.current()
         with load.naming(opened.header.path if opened and opened.header else None):
             load.check_fit(peft_model_state_dict, plan, config, model, adapter_name, ignore_mismatched_sizes)
+        with plain_names(model, fsdp=False) as inner:
+            return _stock_set_state(
+                inner, peft_model_state_dict, adapter_name, ignore_mismatched_sizes, low_cpu_mem_usage
+            )
     return _stock_set_state(model, peft_model_state_dict, adapter_name, ignore_mismatched_sizes, low_cpu_mem_usage)
 
 
@@ -166,7 +172,7 @@ def _hotswap_state(
         return
     inserted = re.compile(rf"(lily_[A-Za-z]+)\.{re.escape(adapter_name)}(?=\.|$)")
     plain = {inserted.sub(r"\1", key): tensor for key, tensor in state_dict.items()}
-    _set_state(getattr(model, "_orig_mod", model), plain, adapter_name=adapter_name)
+    _set_state(model, plain, adapter_name=adapter_name)
 
 
 def _transformers(
@@ -238,5 +244,5 @@ PATCHES: list[tuple[Any, str, Any, Any]] = [
     *((m, "load_peft_weights", _load_weights, _stock_load_weights)
       for m in (peft, peft.utils, peft.peft_model, save_and_load, hotswap)),
     *((m, "set_peft_model_state_dict", _set_state, _stock_set_state)
-      for m in (peft, peft.utils, peft.peft_model, save_and_load)),
+      for m in (peft, peft.utils, peft.peft_model, peft.functional, save_and_load)),
 ]  # fmt: skip
