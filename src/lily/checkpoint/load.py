@@ -31,7 +31,7 @@ from lily.io.untrusted import blame
 from lily.layers.bank import LilyBank
 from lily.plan.config import EXTENDED_TYPE, LilyConfig
 from lily.plan.sharing_plan import SharingPlan
-from lily.plan.wrappers import plain_names, unwrapped
+from lily.plan.wrappers import unwrapped
 
 LILY_TYPES = (PeftType.LILY.value, EXTENDED_TYPE)
 

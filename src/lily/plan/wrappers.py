@@ -60,7 +60,7 @@ def innermost(module: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def plain_names(model: nn.Module, fsdp: bool = True) -> Iterator[nn.Module]:
-    """Context: the modules have their names without wrappers, and what replaces a wrapped module ends up in its wrapper.
+    """Context: modules have their names without wrappers, and what replaces a wrapped module ends up in its wrapper.
 
     The model must not be called within.
 

@@ -257,7 +257,7 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         bank_of(root).watch(root, [])
         call_uncalled.watch(root)
         delattr(root, BANK)
-        return self.model
+        return self.model  # type: ignore[no-any-return]
 
     @classmethod
     def _get_adapter_state_dict(
