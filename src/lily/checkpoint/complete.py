@@ -53,8 +53,8 @@ def check_complete(model: nn.Module, configs: Mapping[str, Any], adapter: str, s
     biases = any(getattr(config, "bias", "none") != "none" for config in configs.values())
     if base := [name for name in base if not (biases and name.endswith(".bias"))]:
         warnings.warn(
-            f"{len(base)} weights of the base model are trainable, but no part of adapter {adapter!r}, so its file "
-            f"does not hold them: {_shown(base)}. Name their modules in modules_to_save, or freeze them; or save the "
+            f"tensors of the base model are trainable, but no part of adapter {adapter!r}, so its file does not hold "
+            f"them ({len(base)}: {_shown(base)}). Name their modules in modules_to_save, or freeze them; or save the "
             "base model too",
             stacklevel=4,
         )

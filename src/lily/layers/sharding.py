@@ -61,6 +61,16 @@ def put(p: Tensor, value: Tensor) -> None:
         p.copy_(value)
 
 
+def engine_in(model: nn.Module) -> str | None:
+    """The class of an engine in the model that averages the gradients of several processes; None: there is none."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return None
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    kinds = (nn.parallel.DistributedDataParallel, FullyShardedDataParallel, FSDPModule)
+    return next((type(m).__name__ for m in model.modules() if isinstance(m, kinds)), None)
+
+
 def reshard(model: nn.Module) -> None:
     """Reshard FSDP2's parameters; a forward without backward leaves those of the root whole."""
     if dist.is_available():

@@ -29,6 +29,7 @@ from lily.layers.parallel_module import ParallelModule
 from lily.layers.parameter import Parameter
 from lily.layers.part import PartLayer
 from lily.layers.quantized import keep_differentiable
+from lily.layers.sharding import engine_in
 from lily.layers.slice import Slice
 from lily.plan.config import CAUSAL_TASKS, LilyConfig
 from lily.plan.select import is_causal, select_targets
@@ -78,6 +79,13 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
             config.target_modules = {
                 unwrapped(key.rsplit(f".{self.prefix}", 1)[0]).removeprefix(format.PREFIX) for key in state_dict
             }
+        engine = None if config.inference_mode else engine_in(model)
+        if engine is not None:
+            warnings.warn(
+                f"adapter {adapter_name!r} is added inside {engine}, which averages only the gradients of tensors "
+                "that it was made with, so each process would train its own adapter; adapt the model first, then wrap it",
+                stacklevel=2,
+            )
         with plain_names(self):
             model = innermost(model)
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -43,7 +44,13 @@ def _save_pretrained(self: PeftModel, save_directory: str, *args: Any, **kwargs:
                     f"cannot save to {save_directory}: {name} is sharded, and this process holds only a shard; call "
                     "lily.save_adapter(model, folder) in all processes instead"
                 )
-    kwargs["state_dict"] = _plain_state(self, kwargs.get("state_dict"))
+    state = kwargs["state_dict"] = _plain_state(self, kwargs.get("state_dict"))
+    given = inspect.signature(_stock_save_pretrained).bind(self, save_directory, *args, **kwargs).arguments
+    if not state and given.get("is_main_process", True):
+        raise LilyError(
+            f"cannot save to {save_directory}: the state_dict that was given is empty; only the first process of a "
+            "sharded model has one, so save there, or call lily.save_adapter(model, folder) in all processes"
+        )
     with plain_names(self):  # PEFT also reads the base model's class and name
         _stock_save_pretrained(self, save_directory, *args, **kwargs)
 
