@@ -281,5 +281,5 @@ def test_an_adapter_inside_ddp_of_several_processes_is_warned_of(monkeypatch):
     model.model.layers[0].__class__ = nn.parallel.DistributedDataParallel
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
-    with pytest.warns(UserWarning, match="inside DistributedDataParallel.*adapt the model first, then wrap it"):
+    with pytest.warns(UserWarning, match="inside DistributedDataParallel.*adapt first, then wrap"):
         get_peft_model(model, config_for("llama", routing="static"))
