@@ -101,7 +101,6 @@ def test_an_empty_state_dict_is_for_the_processes_that_do_not_write(tmp_path):
         {"routing": "uniform"},
         {"routing": "token", "shared_router": True},
         {"modules_to_save": ["lm_head", "norm"]},
-        {"trainable_token_indices": [3, 5]},
         {"target_modules": ["q_proj", "embed_tokens"]},
         {"target_modules": ["q_proj"], "parallel_modules": ["mlp"]},
         {"target_modules": None, "target_parameters": ["mlp.down_proj.weight"]},

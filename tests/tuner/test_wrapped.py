@@ -185,7 +185,6 @@ def test_targets_match_as_without_wrappers(name, selected):
         {"modules_to_save": ["lm_head"]},
         {"modules_to_save": ["norm"]},
         {"modules_to_save": ["input_layernorm"]},
-        {"trainable_token_indices": [3, 5]},
     ],
     ids=str,
 )
