@@ -32,7 +32,7 @@ from lily.errors import LilyError
 from lily.io.atomic import new_folder
 from lily.layers import sharding
 from lily.layers.bank import LilyBank
-from lily.plan.wrappers import plain_names, unwrapped
+from lily.plan.wrappers import plain_name, plain_names, unwrapped
 
 
 def world_size() -> int:
@@ -201,13 +201,13 @@ def _parts(model: nn.Module) -> tuple[dict[str, str], dict[str, Tensor]]:
     peft_model = peft_model_of(model)
     root = next(name for name, module in model.named_modules() if module is peft_model)
     inside = f"{root}." if root else ""
-    prefix = getattr(peft_model.base_model, "prefix", "lora_")
+    prefix, plain = getattr(peft_model.base_model, "prefix", "lora_"), plain_name(peft_model)
     parameters = {
-        name: unwrapped(name.removeprefix(inside))
+        name: plain(name.removeprefix(inside))
         for name, p in model.named_parameters()
         if p.requires_grad or prefix in name or SAVED in name
     }
-    buffers = {unwrapped(name): b for name, b in peft_model.named_buffers() if SAVED in name}
+    buffers = {plain(name): b for name, b in peft_model.named_buffers() if SAVED in name}
     return parameters, buffers
 
 

@@ -151,3 +151,8 @@ def test_base_weights_that_train_are_warned_of(tmp_path):
     with pytest.warns(UserWarning, match=r"of the base model are trainable.*model\.norm\.weight.*modules_to_save"):
         model.save_pretrained(tmp_path)
     assert torch.is_tensor(next(iter(load_file(tmp_path / FILE).values())))
+
+
+def test_the_gathered_tensors_of_a_data_parallel_base_have_plain_names():
+    model = get_peft_model(nn.DataParallel(build("llama")), config_for("llama", routing="static", task_type=None))
+    assert lily.gathered_state(model).keys() == lily.gathered_state(adapted()).keys()
