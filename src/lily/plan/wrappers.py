@@ -1,6 +1,6 @@
 """Wrappers inside a model: torch.compile, activation checkpointing, FSDP1, DDP and DeepSpeed.
 
-A wrapper puts a part of its own into the names of everything inside it. An adapter must not depend on it, so plans,
+A wrapper puts its name into the names of everything inside it. An adapter must not depend on it, so plans,
 files and configurations have the names without it.
 """
 

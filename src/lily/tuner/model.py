@@ -83,7 +83,7 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         if engine is not None:
             warnings.warn(
                 f"adapter {adapter_name!r} is added inside {engine}, which averages only the gradients of tensors "
-                "that it was made with, so each process would train an adapter of its own; adapt first, then wrap",
+                "that it was made with, so each process would train a different adapter; adapt first, then wrap",
                 stacklevel=2,
             )
         with plain_names(self):
