@@ -32,8 +32,8 @@ from lily.errors import LilyError
 from lily.io.atomic import new_folder
 from lily.layers import sharding
 from lily.layers.bank import LilyBank
-from lily.layers.sharding import unwrapped
 from lily.plan.vocabulary import vocabulary_changed
+from lily.plan.wrappers import plain_name, plain_names, unwrapped
 
 
 def world_size() -> int:
@@ -98,7 +98,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], overwrite: bo
     if rank() == 0:
         try:
             inner = peft_model_of(model)
-            with new_folder(folder, overwrite) as new, sharding.plain_names(inner):
+            with new_folder(folder, overwrite) as new, plain_names(inner):
                 inner.save_pretrained(str(new), state_dict=state)
         except (LilyError, OSError) as error:
             failed = error
@@ -202,14 +202,14 @@ def _parts(model: nn.Module) -> tuple[dict[str, str], dict[str, Tensor]]:
     peft_model = peft_model_of(model)
     root = next(name for name, module in model.named_modules() if module is peft_model)
     inside = f"{root}." if root else ""
-    prefix = getattr(peft_model.base_model, "prefix", "lora_")
+    prefix, plain = getattr(peft_model.base_model, "prefix", "lora_"), plain_name(peft_model)
     resized = {id(p) for module in _resized_embeddings(peft_model) for p in module.parameters()}
     parameters = {
-        name: unwrapped(name.removeprefix(inside))
+        name: plain(name.removeprefix(inside))
         for name, p in model.named_parameters()
         if p.requires_grad or any(part in name for part in (prefix, SAVED, ROWS)) or id(p) in resized
     }
-    buffers = {unwrapped(name): b for name, b in peft_model.named_buffers() if SAVED in name}
+    buffers = {plain(name): b for name, b in peft_model.named_buffers() if SAVED in name}
     return parameters, buffers
 
 
@@ -241,7 +241,7 @@ def _by_name(model: nn.Module, file: dict[str, Tensor]) -> dict[str, Tensor]:
     names = {id(tensor): name for name, tensor in here.items()}
     out = {}
     inner = peft_model_of(model)
-    with sharding.plain_names(inner):
+    with plain_names(inner):
         written = get_peft_model_state_dict(inner, state_dict=here)
     for key, tensor in written.items():
         expected = sharding.shape_of(tensor)

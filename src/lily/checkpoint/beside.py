@@ -30,9 +30,9 @@ from lily.checkpoint import format
 from lily.errors import LilyError
 from lily.io import untrusted
 from lily.io.untrusted import read_header
-from lily.layers.sharding import unwrapped
 from lily.plan.config import LilyConfig
 from lily.plan.sharing_plan import SharingPlan
+from lily.plan.wrappers import unwrapped
 
 INSERTED = re.compile(r"\.(original_module|(token_adapter\.)?base_layer(\.base_layer)*)(?=\.)")
 COPY = re.compile(r"^(?P<module>.+)\.modules_to_save\.(?P<key>.+)$")

@@ -27,9 +27,9 @@ from torch import Tensor
 
 from lily.errors import LilyError
 from lily.layers.bank import BANK
-from lily.layers.sharding import unwrapped
 from lily.plan.sharing_plan import Group, SharingPlan, router_size
 from lily.plan.specs import ModuleSpec
+from lily.plan.wrappers import unwrapped
 
 PREFIX = "base_model.model."
 

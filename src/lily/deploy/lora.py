@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from lily.checkpoint.format import PREFIX
 from lily.deploy.extra_tensors import other_entries, saved_modules
 from lily.deploy.provenance import origin
-from lily.deploy.readers import TARGETS, check_readable, padded_rank
+from lily.deploy.readers import TARGETS, Target, check_readable, padded_rank
 from lily.errors import LilyError
 from lily.layers.merging import Factors
 from lily.layers.part import NESTED
 from lily.plan.select import select_parameters
 from lily.plan.sharing_plan import Group
 from lily.plan.specs import CONV2D, EMBEDDING, EXPERTS, PARAMETERS, SLICE, layer_spec
+from lily.plan.wrappers import plain_names
 from lily.tuner.adapter import Adapted, find
 
 # Largest share of energy that a smaller rank may discard without `force`.
@@ -149,10 +150,24 @@ def as_lora(
         LilyError: if the adapter depends on the data, the target cannot read a part of it, or truncation discards too
             much.
     """
-    adapted = find(model, adapter)
     wanted = TARGETS.get(target)
     if wanted is None:
         raise LilyError(f"no export target {target!r}; choose one of {', '.join(TARGETS)}")
+    with plain_names(model) as inner:
+        return _as_lora(inner, find(inner, adapter), wanted, target, rank, tolerance, force, dtype, provenance)
+
+
+def _as_lora(
+    model: nn.Module,
+    adapted: Adapted,
+    wanted: Target,
+    target: str,
+    rank: int | None,
+    tolerance: float,
+    force: bool,
+    dtype: torch.dtype | None,
+    provenance: Mapping[str, Any] | None,
+) -> LoraExport:
     other = other_entries(model, adapted)
     check_readable(target, wanted, adapted, other)
     factors, groups = _joined(adapted)

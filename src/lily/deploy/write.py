@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import peft
 import torch
@@ -22,6 +22,7 @@ from lily.errors import LilyError
 from lily.io.atomic import new_folder, write_text
 from lily.layers.layer import LilyLayer
 from lily.plan.specs import LINEAR
+from lily.plan.wrappers import innermost, plain_names
 from lily.tuner.adapter import find
 
 
@@ -107,6 +108,7 @@ def write_merged(
     Raises:
         LilyError: if the adapter cannot be merged or the folder exists; nothing is merged then.
     """
+    model = innermost(model)
     adapted = find(model, adapter)
     layers = [module for module in adapted.root.modules() if isinstance(module, LilyLayer)]
     others = {name for layer in layers for name in layer.merged_adapters} - {adapted.name}
@@ -129,7 +131,8 @@ def write_merged(
     facts = origin(adapted, "merged", provenance)
     with new_folder(folder, overwrite) as new:
         merged: Any = model.merge_and_unload(adapter_names=[adapted.name])
-        merged.save_pretrained(str(new), max_shard_size=max_shard_size)
+        with plain_names(merged) as plain:
+            cast(Any, plain).save_pretrained(str(new), max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(new))
         write_provenance(new, facts)
@@ -160,6 +163,7 @@ def write_stock(
     Raises:
         LilyError: if stock PEFT cannot express the adapter, or the folder exists.
     """
+    model = innermost(model)
     adapted = find(model, adapter)
     config = adapted.config
     facts = origin(adapted, "stock", provenance)

@@ -31,12 +31,13 @@ from lily.layers.parallel_module import ParallelModule
 from lily.layers.parameter import Parameter
 from lily.layers.part import PartLayer
 from lily.layers.quantized import keep_differentiable
-from lily.layers.sharding import unwrapped
+from lily.layers.sharding import engine_in
 from lily.layers.slice import Slice
 from lily.plan.config import CAUSAL_TASKS, LilyConfig
 from lily.plan.select import is_causal, select_targets
 from lily.plan.sharing_plan import SharingPlan, build_plan
 from lily.plan.specs import CONV2D, EMBEDDING, LINEAR, PARALLEL_MODULE, PARAMETERS, ModuleSpec
+from lily.plan.wrappers import innermost, plain_names, unwrapped
 from lily.tuner import call_uncalled
 from lily.tuner.check_targets import check_beside, check_targets
 from lily.tuner.replaced import drop_replaced
@@ -97,9 +98,18 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         config.modules_to_tie = None  # of the model that the configuration was used for before
         if state_dict is not None and config.target_modules is None and not config.target_parameters:
             config.target_modules = {
-                key.rsplit(f".{self.prefix}", 1)[0].removeprefix(format.PREFIX) for key in state_dict
+                unwrapped(key.rsplit(f".{self.prefix}", 1)[0]).removeprefix(format.PREFIX) for key in state_dict
             }
-        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        engine = None if config.inference_mode else engine_in(model)
+        if engine is not None:
+            warnings.warn(
+                f"adapter {adapter_name!r} is added inside {engine}, which averages only the gradients of tensors "
+                "that it was made with, so each process would train a different adapter; adapt first, then wrap",
+                stacklevel=2,
+            )
+        with plain_names(self):
+            model = innermost(model)
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         if not config.inference_mode:
             keep_differentiable(model)
         watch_masks(model)
@@ -220,9 +230,10 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
 
     def _bank(self, adapter_name: str, peft_config: LilyConfig) -> LilyBank:
         """The bank, with this adapter's tensors in it."""
-        if not hasattr(self.model, BANK):
-            self.model.add_module(BANK, LilyBank())
-        bank = bank_of(self.model)
+        root = innermost(self.model)
+        if not hasattr(root, BANK):
+            root.add_module(BANK, LilyBank())
+        bank = bank_of(root)
         if bank.plans.get(adapter_name) is not self._plan:  # first layer of this adapter
             activations = {g.name: peft_config.options_of(g.name).activation for g in self._plan.groups}
             bank.add(adapter_name, self._plan, self._placements, peft_config.init_weights, activations)
@@ -242,14 +253,15 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # PEFT's last step after it has loaded an adapter and accelerate has spread the model over devices.
-        onload(self.model, bank_of(self.model).arrived)
+        with plain_names(self):
+            onload(self.model, bank_of(self.model).arrived)
         bank_of(self.model).arrived = {}
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Activate the named adapters; all of them take part in a forward. See PEFT."""
         super().set_adapter(adapter_name, inference_mode=inference_mode)
-        if hasattr(self.model, BANK):
+        if hasattr(innermost(self.model), BANK):
             bank_of(self.model).set_adapter(adapter_name, inference_mode=inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -304,13 +316,15 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         layers = [m for m in self.model.modules() if isinstance(m, LilyLayer)]
         if merge:
             self._check_merge(adapter_names, safe_merge)
-        model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        with plain_names(self):
+            super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if merge:
             _report_rounding(nn.ModuleList(layers))
-        bank_of(model).watch(model, [])
-        call_uncalled.watch(model)
-        delattr(model, BANK)
-        return model
+        root = innermost(self.model)
+        bank_of(root).watch(root, [])
+        call_uncalled.watch(root)
+        delattr(root, BANK)
+        return self.model  # type: ignore[no-any-return]
 
     @classmethod
     def _get_adapter_state_dict(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import peft.functional
 import peft.peft_model
 import peft.utils
 from huggingface_hub import hf_hub_download
@@ -25,11 +26,12 @@ from torch import Tensor, nn
 from transformers.integrations.peft import PeftAdapterMixin
 
 from lily.checkpoint import load
-from lily.checkpoint.beside import Beside, keep_tied, once
+from lily.checkpoint.beside import Beside, keep_tied
 from lily.checkpoint.format import PREFIX
 from lily.checkpoint.load import Opened
 from lily.errors import LilyError
 from lily.plan.config import LilyConfig
+from lily.plan.wrappers import innermost, plain_names
 
 # Settings that change an adapter's function besides its tensors: adapters that differ here cannot be hot-swapped.
 HOTSWAP_KEYS = [
@@ -44,7 +46,6 @@ _stock_from_pretrained = PeftModel.__dict__["from_pretrained"]
 _stock_load_adapter = PeftModel.load_adapter
 _stock_load_weights = save_and_load.load_peft_weights
 _stock_set_state = save_and_load.set_peft_model_state_dict
-_stock_get_state = save_and_load.get_peft_model_state_dict
 _stock_hotswap = hotswap.hotswap_adapter
 _stock_hotswap_state = hotswap.hotswap_adapter_from_state_dict
 _stock_rows_state = TrainableTokensWrapper.adapter_state_dict
@@ -58,7 +59,7 @@ def _download(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _configs(model: Any) -> dict[str, PeftConfig]:
     """Adapter -> configuration; a model without adapters has none."""
-    return dict(getattr(getattr(model, "_orig_mod", model), "peft_config", None) or {})
+    return dict(getattr(innermost(model), "peft_config", None) or {})
 
 
 def _from_json_file(cls: Any, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
@@ -142,28 +143,15 @@ def _set_state(
     opened = load.current()
     with load.naming(opened.header.path if opened and opened.header else None):
         load.check_fit(peft_model_state_dict, plan, config, model, adapter_name, ignore_mismatched_sizes)
-    beside = Beside(model, config, plan, adapter_name)
     # low_cpu_mem_usage replaces parameters, each by a separate one
-    with keep_tied(model) if low_cpu_mem_usage else contextlib.nullcontext():
+    kept = keep_tied(model) if low_cpu_mem_usage else contextlib.nullcontext()
+    with plain_names(model, fsdp=False) as inner, kept:
+        beside = Beside(inner, config, plan, adapter_name)
         result = _stock_set_state(
-            model, beside.for_model(peft_model_state_dict), adapter_name, ignore_mismatched_sizes, low_cpu_mem_usage
+            inner, beside.for_model(peft_model_state_dict), adapter_name, ignore_mismatched_sizes, low_cpu_mem_usage
         )
-    beside.tie(model, adapter_name)
+        beside.tie(inner, adapter_name)
     return result
-
-
-def _get_state(
-    model: nn.Module,
-    state_dict: dict[str, Tensor] | None = None,
-    adapter_name: str = "default",
-    *args: Any,
-    **kwargs: Any,
-) -> dict[str, Tensor]:
-    """`get_peft_model_state_dict`: each tensor beside a Lily adapter's is there once."""
-    state: dict[str, Tensor] = _stock_get_state(model, state_dict, adapter_name, *args, **kwargs)
-    if isinstance(_configs(model).get(adapter_name), LilyConfig) and load.plan_of(model, adapter_name) is not None:
-        return once(getattr(model, "_orig_mod", model), adapter_name, state)
-    return state
 
 
 def _rows_state(self: TrainableTokensWrapper, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -206,7 +194,7 @@ def _hotswap_state(
         return
     inserted = re.compile(rf"(lily_[A-Za-z]+)\.{re.escape(adapter_name)}(?=\.|$)")
     plain = {inserted.sub(r"\1", key): tensor for key, tensor in state_dict.items()}
-    _set_state(getattr(model, "_orig_mod", model), plain, adapter_name=adapter_name)
+    _set_state(model, plain, adapter_name=adapter_name)
 
 
 def _transformers(
@@ -277,7 +265,5 @@ PATCHES: list[tuple[Any, str, Any, Any]] = [
     *((m, "load_peft_weights", _load_weights, _stock_load_weights)
       for m in (peft, peft.utils, peft.peft_model, save_and_load, hotswap)),
     *((m, "set_peft_model_state_dict", _set_state, _stock_set_state)
-      for m in (peft, peft.utils, peft.peft_model, save_and_load)),
-    *((m, "get_peft_model_state_dict", _get_state, _stock_get_state)
-      for m in (peft, peft.utils, peft.peft_model, save_and_load)),
+      for m in (peft, peft.utils, peft.peft_model, peft.functional, save_and_load)),
 ]  # fmt: skip
