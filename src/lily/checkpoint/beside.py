@@ -225,11 +225,12 @@ class Beside:
             present.add(resolved[1])
             mine = self.tensor_of(*resolved)
             expected = self.rows[resolved[1]] if mine is None else _shape(mine)
+            owner, resize = resolved[1].rpartition(".")[0], f"resize_token_embeddings({tensor.shape[0]})"
             if not loose_sizes and tuple(tensor.shape) != expected:
                 raise LilyError(
                     f"{name!r} has shape {tuple(tensor.shape)}, but the model's has {expected}; is it the base model "
                     "that the adapter was trained on"
-                    + (", with its vocabulary resized (resize_token_embeddings)?" if resolved[0] == "base" else "?")
+                    + (f", with its vocabulary resized ({resize})?" if owner in self.embeddings else "?")
                 )
             floats = tensor.dtype in untrusted.FLOATS and (mine is None or mine.is_floating_point())
             if not floats and (mine is None or tensor.dtype != mine.dtype):
