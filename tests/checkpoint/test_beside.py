@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -438,6 +438,14 @@ def test_a_module_that_another_adapter_trains_in_another_way_is_refused(first, s
     model = get_peft_model(base(Kind({}), bases), config("lily", Kind(first)))
     with pytest.raises(LilyError, match="which another adapter of this model trains in another way"):
         model.add_adapter("other", config("lily", Kind(second)))
+
+
+@pytest.mark.parametrize("name", ["embed_tokens and lm_head resized", "rows resized"])
+def test_a_vocabulary_that_was_not_resized_again_is_told(name, bases, tmp_path):
+    kind = KINDS[name]
+    saved(trained("lily", kind, bases), kind, tmp_path)
+    with pytest.raises(LilyError, match=rf"vocabulary resized \(resize_token_embeddings\({RESIZED}\)\)"):
+        PeftModel.from_pretrained(base(replace(kind, resized=False), bases), tmp_path)
 
 
 def test_a_module_to_save_that_does_not_exist_is_told(bases):

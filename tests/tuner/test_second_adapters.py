@@ -9,10 +9,10 @@ import pytest
 import torch
 from adapters import adapted
 from every_kind import KINDS, base, lily_config, output
-from helpers import build, inputs, predict, randomise
+from helpers import VOCAB, build, inputs, predict, randomise
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from peft.utils.hotswap import hotswap_adapter
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from lily import LilyConfig, LilyError, collapse
 from lily.layers.bank import bank_of
@@ -106,6 +106,49 @@ def test_the_state_dict_of_an_earlier_version_loads():
     fresh = adapted("llama", trained=False, routing="static")
     fresh.load_state_dict(earlier, strict=True)
     assert torch.equal(predict(fresh, inputs("llama")), predict(model, inputs("llama")))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_trained_rows_are_named_as_the_adapters_own_tensors_are(tied, tmp_path):
+    def fresh() -> PeftModel:
+        model = build("llama")
+        model.resize_token_embeddings(VOCAB + 3, mean_resizing=False)  # PEFT then writes the whole embedding too
+        if tied:
+            model.config.tie_word_embeddings = True
+            model.tie_weights()
+        rows = LilyConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[3, VOCAB], task_type="CAUSAL_LM")
+        return get_peft_model(model, rows)
+
+    model = randomise(fresh())
+    model.add_adapter("other", LilyConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[3, VOCAB]))
+    rows = {name: p for name, p in model.named_parameters() if "trainable_tokens" in name}
+    assert [name.count(f".{own}.") for own in ("default", "other") for name in rows] == [1, 0, 0, 1]
+    for p in rows.values():
+        torch.nn.init.normal_(p)
+    expected = predict(model, inputs("llama"))
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    names = [name for name in load_file(tmp_path / "adapter_model.safetensors") if "trainable_tokens" in name]
+    assert [name.partition("trainable_tokens_delta")[2] for name in names] == [""]  # as LoRA's
+    back = fresh()
+    back.load_adapter(tmp_path, "again")
+    back.set_adapter("again")
+    assert torch.equal(predict(back, inputs("llama")), expected)
+
+    earlier = {name.replace("_delta.default.weight", "_delta.default"): p for name, p in model.state_dict().items()}
+    back = fresh()
+    back.load_state_dict({name: p for name, p in earlier.items() if ".other" not in name}, strict=True)
+    assert torch.equal(predict(back, inputs("llama")), expected)
+
+
+def test_one_configuration_object_serves_several_models(tmp_path):
+    config = LilyConfig(r=4, num_B=2, target_modules=["q_proj"], task_type="CAUSAL_LM", routing="static")
+    first = randomise(get_peft_model(build("llama"), config))
+    expected = predict(first, inputs("llama"))
+    smaller = build("llama")
+    del smaller.model.layers[2:]
+    get_peft_model(smaller, config)
+    first.save_pretrained(tmp_path)
+    assert torch.equal(predict(PeftModel.from_pretrained(build("llama"), tmp_path), inputs("llama")), expected)
 
 
 def test_logits_are_no_unit_that_fsdp_would_gather_alone():

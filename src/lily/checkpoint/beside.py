@@ -298,8 +298,9 @@ def once(model: nn.Module, adapter: str, state: Mapping[str, Tensor]) -> dict[st
             if own:
                 copy = module.modules_to_save[adapter].state_dict(keep_vars=True)
                 ids.update((f"{path}.{key}", id(tensor)) for key, tensor in copy.items())
-        elif isinstance(module, TrainableTokensWrapper) and module.token_adapter.tied_adapter:
-            renamed[f"{path}.{ROWS}"] = None
+        elif isinstance(module, TrainableTokensWrapper):
+            # PEFT writes the embedding's tensors by their names in the model too, which are those of all adapters
+            renamed[f"{path}.{ROWS}" if module.token_adapter.tied_adapter else f"{path}.{ROWS}."] = None
     lily = {name: tensor for name, tensor in state.items() if format.KEY.match(unwrapped(name))}
     out, written = dict(lily), set()
     for name in sorted(state.keys() - lily.keys(), key=lambda name: not unwrapped(name).startswith(tuple(first))):
