@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -305,6 +306,46 @@ def test_a_second_get_peft_model_replaces_the_adapter_and_says_so(wrapped, merge
     assert torch.equal(predict(back, inputs("llama")), predict(second, inputs("llama")))
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("beside", [{"modules_to_save": ["norm", "lm_head"]}, {"trainable_token_indices": [1, 3]}])
+def test_a_second_get_peft_model_replaces_what_is_trained_beside_the_adapter(beside, merged, tied, tmp_path):
+    model = build("llama")
+    if tied:
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+    plain, expected = copy.deepcopy(model), predict(model, inputs("llama"))
+    names = set(model.state_dict())
+    first = get_peft_model(model, LilyConfig(**FEWER, **beside, routing="static", task_type="CAUSAL_LM"))
+    for p in first.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p)
+    if merged:
+        first.merge_adapter()
+    second = get_peft_model(model, LilyConfig(**FEWER, task_type="CAUSAL_LM")).eval()
+    assert torch.equal(predict(second, inputs("llama")), expected)
+    assert {name.replace(".base_layer", "") for name in model.state_dict() if "lily" not in name} == names
+    randomise(second).save_pretrained(tmp_path)
+    back = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path).eval()
+    assert torch.equal(predict(back, inputs("llama")), predict(second, inputs("llama")))
+    # a loaded one replaces it too
+    other = get_peft_model(plain, LilyConfig(**FEWER, **beside, task_type="CAUSAL_LM"))
+    back = PeftModel.from_pretrained(other, tmp_path).eval()
+    assert torch.equal(predict(back, inputs("llama")), predict(second, inputs("llama")))
+
+
+def test_an_adapter_beside_a_replaced_one_keeps_what_it_trains():
+    model = build("llama")
+    first = get_peft_model(model, LilyConfig(**FEWER, modules_to_save=["lm_head"]), adapter_name="first")
+    get_peft_model(model, LilyConfig(**FEWER, modules_to_save=["lm_head"]), adapter_name="second")
+    torch.nn.init.normal_(model.lm_head.modules_to_save["second"].weight)
+    kept = model.lm_head.modules_to_save["second"].weight
+    get_peft_model(model, LilyConfig(**FEWER), adapter_name="first")
+    assert list(model.lm_head.modules_to_save) == ["second"]
+    assert model.lm_head.modules_to_save["second"].weight is kept
+    assert first.base_model.model is model
+
+
 def test_a_second_get_peft_model_with_another_name_keeps_both(tmp_path):
     first = adapted("llama", routing="static")
     expected = predict(first, inputs("llama"))
@@ -342,3 +383,11 @@ def test_a_frozen_adapter_stays_frozen_when_another_one_trains(tmp_path):
     model(**inputs("llama")).logits.square().sum().backward()
     optimizer.step()
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
+
+
+def test_merging_an_adapter_that_does_not_exist_is_an_error():
+    model = adapted("llama", routing="static")
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(LilyError, match="cannot merge adapter 'other'; the model has default"):
+            merge(adapter_names=["other"])
+    assert not model.base_model.model.model.layers[0].self_attn.q_proj.merged

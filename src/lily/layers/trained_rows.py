@@ -28,7 +28,7 @@ class RowsByAdapter(LogitsByAdapter):
             self[adapter] = row
 
     def __getitem__(self, adapter: str) -> Any:
-        return self._modules[adapter].weight  # type: ignore[union-attr]
+        return self._modules[adapter].weight
 
     def __setitem__(self, adapter: str, value: Any) -> None:
         super().__setitem__(adapter, _rows(value) if isinstance(value, Tensor) else value)

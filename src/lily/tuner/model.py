@@ -282,6 +282,9 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         _report_rounding(self.model)
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        for name in adapter_names or ():
+            if name not in self.peft_config:  # PEFT merges nothing, in silence
+                raise LilyError(f"cannot merge adapter {name!r}; the model has {', '.join(self.peft_config) or 'none'}")
         names: dict[int, list[str]] = {}
         for name, p in self.model.named_parameters(remove_duplicate=False):
             names.setdefault(id(p), []).append(name)
