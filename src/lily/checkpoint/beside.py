@@ -225,12 +225,13 @@ class Beside:
             present.add(resolved[1])
             mine = self.tensor_of(*resolved)
             expected = self.rows[resolved[1]] if mine is None else _shape(mine)
-            owner, resize = resolved[1].rpartition(".")[0], f"resize_token_embeddings({tensor.shape[0]})"
             if not loose_sizes and tuple(tensor.shape) != expected:
+                resized = ""
+                if resolved[1].rpartition(".")[0] in self.embeddings and tensor.ndim:
+                    resized = f", with its vocabulary resized (resize_token_embeddings({tensor.shape[0]}))"
                 raise LilyError(
                     f"{name!r} has shape {tuple(tensor.shape)}, but the model's has {expected}; is it the base model "
-                    "that the adapter was trained on"
-                    + (f", with its vocabulary resized ({resize})?" if owner in self.embeddings else "?")
+                    f"that the adapter was trained on{resized}?"
                 )
             floats = tensor.dtype in untrusted.FLOATS and (mine is None or mine.is_floating_point())
             if not floats and (mine is None or tensor.dtype != mine.dtype):
