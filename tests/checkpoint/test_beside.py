@@ -342,7 +342,7 @@ def test_the_same_trains_as_with_lora(name, bases):
     for method in ("lora", "lily"):
         model = get_peft_model(base(KINDS[name], bases), config(method, KINDS[name]))
         names[method] = {n for n, p in model.named_parameters() if p.requires_grad and not _is_own(n)}
-    assert names["lily"] == names["lora"]
+    assert {n.replace("tokens_delta.default.weight", "tokens_delta.default") for n in names["lily"]} == names["lora"]
 
 
 @EVERY
@@ -365,7 +365,9 @@ def test_a_file_has_what_loras_has_each_once(name, bases, tmp_path):
 def test_a_file_with_pefts_own_names_loads(name, bases, tmp_path, monkeypatch):
     """As earlier versions wrote it: an embedding up to three times, each tied tensor under both names."""
     kind = KINDS[name]
-    model = trained("lily", kind, bases)
+    with monkeypatch.context() as earlier:
+        earlier.setattr("lily.tuner.model.name_rows", lambda model: None)
+        model = trained("lily", kind, bases)
     monkeypatch.setattr("peft.peft_model.get_peft_model_state_dict", peft_saving._stock_get_state)
     before = len(saved(model, kind, tmp_path))
     monkeypatch.undo()
