@@ -226,10 +226,12 @@ class Beside:
             mine = self.tensor_of(*resolved)
             expected = self.rows[resolved[1]] if mine is None else _shape(mine)
             if not loose_sizes and tuple(tensor.shape) != expected:
+                resized = ""
+                if resolved[1].rpartition(".")[0] in self.embeddings and tensor.ndim:
+                    resized = f", with its vocabulary resized (resize_token_embeddings({tensor.shape[0]}))"
                 raise LilyError(
                     f"{name!r} has shape {tuple(tensor.shape)}, but the model's has {expected}; is it the base model "
-                    "that the adapter was trained on"
-                    + (", with its vocabulary resized (resize_token_embeddings)?" if resolved[0] == "base" else "?")
+                    f"that the adapter was trained on{resized}?"
                 )
             floats = tensor.dtype in untrusted.FLOATS and (mine is None or mine.is_floating_point())
             if not floats and (mine is None or tensor.dtype != mine.dtype):
@@ -297,8 +299,9 @@ def once(model: nn.Module, adapter: str, state: Mapping[str, Tensor]) -> dict[st
             if own:
                 copy = module.modules_to_save[adapter].state_dict(keep_vars=True)
                 ids.update((f"{path}.{key}", id(tensor)) for key, tensor in copy.items())
-        elif isinstance(module, TrainableTokensWrapper) and module.token_adapter.tied_adapter:
-            renamed[f"{path}.{ROWS}"] = None
+        elif isinstance(module, TrainableTokensWrapper):
+            # PEFT writes the embedding's tensors by their names in the model too, which are those of all adapters
+            renamed[f"{path}.{ROWS}" if module.token_adapter.tied_adapter else f"{path}.{ROWS}."] = None
     lily = {name: tensor for name, tensor in state.items() if format.KEY.match(unwrapped(name))}
     out, written = dict(lily), set()
     for name in sorted(state.keys() - lily.keys(), key=lambda name: not unwrapped(name).startswith(tuple(first))):

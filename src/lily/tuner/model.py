@@ -33,6 +33,7 @@ from lily.layers.part import PartLayer
 from lily.layers.quantized import keep_differentiable
 from lily.layers.sharding import engine_in
 from lily.layers.slice import Slice
+from lily.layers.trained_rows import name_rows
 from lily.plan.config import CAUSAL_TASKS, LilyConfig
 from lily.plan.select import is_causal, select_targets
 from lily.plan.sharing_plan import SharingPlan, build_plan
@@ -92,7 +93,7 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         """
         config = LilyConfig.from_stock(self.peft_config[adapter_name])
         others = [name for name, other in self.peft_config.items() if other is config and name != adapter_name]
-        if others:  # collapsing or settling one of them changes its configuration alone
+        if others or config.layers_by_name:  # of another adapter or model: what is decided here is of this one alone
             config = copy.deepcopy(config)
         self.peft_config[adapter_name], self._adapter, self._copied = config, adapter_name, others[:1]
         config.modules_to_tie = None  # of the model that the configuration was used for before
@@ -110,6 +111,7 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         with plain_names(self):
             model = innermost(model)
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+            name_rows(model)
         if not config.inference_mode:
             keep_differentiable(model)
         watch_masks(model)
@@ -280,6 +282,9 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         _report_rounding(self.model)
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        for name in adapter_names or ():
+            if name not in self.peft_config:  # PEFT merges nothing, in silence
+                raise LilyError(f"cannot merge adapter {name!r}; the model has {', '.join(self.peft_config) or 'none'}")
         names: dict[int, list[str]] = {}
         for name, p in self.model.named_parameters(remove_duplicate=False):
             names.setdefault(id(p), []).append(name)
