@@ -61,12 +61,7 @@ def rows(
             here, start = start, skipped + reader.line_num + 1
             if not fields or (len(fields) == 1 < len(names) and not fields[0].strip()):
                 continue
-            if (
-                fields[-1] == names[-1]
-                and len(names) > 1
-                and fields[0].lstrip("\ufeff") == names[0]
-                and fields[1:] == names[1:]
-            ):
+            if len(names) > 1 and fields[1:] == names[1:] and fields[0].lstrip("\ufeff") == names[0]:
                 said = "data.header names the columns too" if header else "files were joined with their header lines"
                 raise LilyError(f"{name}:{here}: repeats the names of the columns ({said}); remove one of them")
             if len(fields) != len(names):
