@@ -167,7 +167,7 @@ def test_a_row_of_another_width_is_advised_what_mends_it(tmp_path, content, advi
         ("text,label\ngood,1,\nbad,0,\n", {}, r"t\.csv:2: 3 fields.*ends with a comma that separates nothing"),
         ("text,label\ngood, very,1\n", {}, r"t\.csv:2: 3 fields.*a comma inside a text needs quotes"),
         ("text,label\ngo\0od,1\n", {}, "holds NUL bytes, which no text has"),
-        (gzip.compress(b"text,label\ngood,1\n"), {}, "is no text but compressed by gzip; add .gz"),
+        (gzip.compress(b"text,label\ngood,1\n", mtime=0), {}, "is no text but compressed by gzip; add .gz"),
         (b"PK\x03\x04\x14\x00\x06\x00", {}, "is no text but a zip archive, as Excel's .xlsx files are"),
         (b"PAR1\x15\x00", {}, "is no text but a parquet file; set format: parquet"),
     ],
