@@ -24,7 +24,7 @@ from lily.layers.bank import BANK, LilyBank, Settled, bank_of
 from lily.layers.conv import Conv2d
 from lily.layers.devices import Placement, is_spread, onload, placement
 from lily.layers.embedding import Embedding
-from lily.layers.find import layers_of, watch_masks
+from lily.layers.find import layers_of, names_of_parameters, watch_masks
 from lily.layers.layer import LilyLayer
 from lily.layers.linear import Linear
 from lily.layers.parallel_module import ParallelModule
@@ -285,9 +285,7 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         for name in adapter_names or ():
             if name not in self.peft_config:  # PEFT merges nothing, in silence
                 raise LilyError(f"cannot merge adapter {name!r}; the model has {', '.join(self.peft_config) or 'none'}")
-        names: dict[int, list[str]] = {}
-        for name, p in self.model.named_parameters(remove_duplicate=False):
-            names.setdefault(id(p), []).append(name)
+        names = names_of_parameters(self.model)
         wrappers = [m for m in self.model.modules() if isinstance(m, TrainableTokensWrapper)]
         for rows in (w.token_adapter for w in wrappers if not w.token_adapter.tied_adapter):
             tied = names.get(id(rows.get_base_layer().weight), [])

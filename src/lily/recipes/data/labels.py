@@ -19,10 +19,7 @@ def alike(label: str) -> str:
     >>> alike(" ＰＯＳ") == alike("pos\u200b"), alike("1.0") == alike("True"), alike("m²") == alike("m2")
     (True, True, False)
     """
-    shown = (
-        c for c in unicodedata.normalize("NFC", label) if unicodedata.category(c) not in ("Cf", "Cc") or c.isspace()
-    )
-    folded = "".join(_folded(c) for c in shown)
+    folded = "".join(map(_folded, unicodedata.normalize("NFC", label)))
     text = " ".join(unicodedata.normalize("NFC", folded.casefold()).split())
     whole = re.fullmatch(r"([+-]?[0-9]+)\.0*", text)
     return BOOLEANS.get(text, whole[1] if whole else text)
