@@ -382,7 +382,7 @@ def open_log(out, job):
 
 
 def command(paths, out):
-    given = ["--methods", "lily,lora", "--seeds", "3", "--jobs", "1", "--threads", "1", "--output", str(out)]
+    given = ["--methods", "lily,lora", "--seeds", "1", "--jobs", "1", "--threads", "1", "--output", str(out)]
     return [sys.executable, "-m", "lily", "compare", *paths, *given]
 
 
@@ -404,7 +404,7 @@ def wait_for(condition, process):
 def test_a_comparison_of_two_recipes_killed_in_the_middle_goes_on_and_finds_what_one_that_was_not_finds(
     tmp_path, encoder
 ):
-    paths = [made(tmp_path, encoder, name, epochs=12) for name in ("first", "second")]
+    paths = [made(tmp_path, encoder, name, epochs=6) for name in ("first", "second")]
     quiet = {"cwd": tmp_path, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     subprocess.run(command(paths, whole), check=True, **quiet)
@@ -431,7 +431,7 @@ def test_a_comparison_of_two_recipes_killed_in_the_middle_goes_on_and_finds_what
     assert not (killed / "second/runs/lora/0/metrics.json").exists()
 
     process = subprocess.Popen(command(paths, killed), **quiet)
-    wait_for(begun("second/lily/1"), process)
+    wait_for(begun("second/lily/0"), process)
     process.terminate()  # and politely
     assert process.wait() == 143
     assert b"repeat the same command to continue" in process.stdout.read()
@@ -440,11 +440,11 @@ def test_a_comparison_of_two_recipes_killed_in_the_middle_goes_on_and_finds_what
     for recipe in ("first", "second"):
         a, b = (json.loads((folder / recipe / "comparison.json").read_text()) for folder in (whole, killed))
         for found in (a, b):
-            assert [entry["seeds"] for entry in found["entries"]] == [[0, 1, 2]] * 2
+            assert [entry["seeds"] for entry in found["entries"]] == [[0]] * 2
             for entry in found["entries"]:
                 del entry["seconds"], entry["peak_bytes"]
         assert a == b
-        for run in (f"{method}/{seed}" for method in ("lily", "lora") for seed in range(3)):
+        for run in ("lily/0", "lora/0"):
             for name in ("best/adapter_model.safetensors", "predictions.json"):
                 ours, theirs = (folder / recipe / "runs" / run / name for folder in (whole, killed))
                 assert ours.read_bytes() == theirs.read_bytes(), f"{recipe} {run} {name}"

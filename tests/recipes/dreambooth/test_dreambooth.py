@@ -582,7 +582,8 @@ def test_a_trained_adapter_becomes_static_and_exports_to_a_pipeline(tmp_path, pi
 def test_a_small_pretrained_pipeline_learns_a_real_subject(kind, tmp_path):
     if not Path(os.environ["LILY_DATA"], "dreambooth").is_dir():
         pytest.skip("LILY_DATA names no folder with the DreamBooth images")
-    chosen = loader.load_any(f"offline/dreambooth-{kind}-tiny", [f"output={tmp_path / 'run'}"])
+    short = ["train.max_steps=120", "validation.every=60", "validation.steps=10"]
+    chosen = loader.load_any(f"offline/dreambooth-{kind}-tiny", [f"output={tmp_path / 'run'}", *short])
     result = run.train(chosen, quiet=True)
     assert result.final["loss"] < 0.9 * result.before["loss"]
     assert result.baselines["lora"]["loss"] < result.before["loss"]
