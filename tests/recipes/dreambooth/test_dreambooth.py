@@ -585,7 +585,7 @@ def test_a_small_pretrained_pipeline_learns_a_real_subject(kind, tmp_path):
     short = ["train.max_steps=120", "validation.every=60", "validation.steps=10"]
     chosen = loader.load_any(f"offline/dreambooth-{kind}-tiny", [f"output={tmp_path / 'run'}", *short])
     result = run.train(chosen, quiet=True)
-    assert result.final["loss"] < 0.9 * result.before["loss"]
+    assert result.final["loss"] < 0.95 * result.before["loss"]
     assert result.baselines["lora"]["loss"] < result.before["loss"]
     assert result.baselines["lora"]["parameters"] <= result.parameters["adapter"]
     again = pipelines.load_pipeline(chosen.model)
