@@ -10,20 +10,23 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lily import functional
 from lily.errors import LilyError
 from lily.kernels import fused
-from lily.layers.bank import LilyBank
+from lily.layers.bank import LilyBank, first_values
 from lily.layers.devices import execution_device, onload, weight_of
 from lily.layers.merging import Factors, MergingMixin, NotStaticError
-from lily.layers.router import Logits, LogitsByAdapter, Router
+from lily.layers.own import Distinction, distinction_of, first_gain, own_shapes
+from lily.layers.router import LayerTensor, Logits, LogitsByAdapter, Router
 from lily.layers.routing_statistics import RoutingStatistics
 from lily.layers.sharding import is_here, mean_of_all
 from lily.plan.config import LilyConfig
 from lily.plan.options import DYNAMIC
 from lily.plan.sharing_plan import Group, Slot
+from lily.plan.specs import EXPERTS
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class Settings:
         batch_scope: whether `batch` routing averages over one process or all.
         activation: between A and B.
         dropout: probability, on h.
+        distinction: what distinguishes the layer from the others of its group; None if nothing does.
+        own_r: rank of its own A and B.
     """
 
     slot: Slot
@@ -51,6 +56,8 @@ class Settings:
     batch_scope: str
     activation: str
     dropout: float
+    distinction: Distinction | None
+    own_r: int
 
 
 class LilyLayer(nn.Module, MergingMixin):
@@ -64,10 +71,11 @@ class LilyLayer(nn.Module, MergingMixin):
         settings: adapter -> its settings on this layer.
         lily_router: adapter -> R as `nn.Linear(r, experts)`, for token, sequence and batch routing.
         lily_logits: adapter -> `Logits` (experts,), for static routing and while a routing settles.
+        lily_gain: adapter -> gain (r,), with `gain`; lily_own_A, lily_own_B: its own pair, with `own_r`.
         statistics: adapter -> recorder of its routing; empty unless something records it.
     """
 
-    adapter_layer_names: tuple[str, ...] = ("lily_router", "lily_logits")
+    adapter_layer_names: tuple[str, ...] = ("lily_router", "lily_logits", "lily_gain", "lily_own_A", "lily_own_B")
     other_param_names: tuple[str, ...] = ("settings", "statistics", "rounding")
 
     def __init__(self, base_layer: nn.Module, bank: LilyBank) -> None:
@@ -79,6 +87,7 @@ class LilyLayer(nn.Module, MergingMixin):
         self.settings: dict[str, Settings] = {}
         self.lily_router = nn.ModuleDict({})
         self.lily_logits = LogitsByAdapter({})
+        self.lily_gain, self.lily_own_A, self.lily_own_B = (nn.ModuleDict({}) for _ in range(3))
         self.statistics: dict[str, RoutingStatistics] = {}
         self.merged_as, self.rounding, self.merged_adapters = {}, {}, []
         self._disable_adapters = False
@@ -139,7 +148,7 @@ class LilyLayer(nn.Module, MergingMixin):
         own = config.options_of(group.name)
         self.settings[adapter] = Settings(
             slot, group.r, group.num_B, group.stride, own.scaling, str(config.routing), config.batch_scope,
-            own.activation, own.dropout,
+            own.activation, own.dropout, self._add_own(adapter, group, slot, config), group.own_r,
         )  # fmt: skip
         if group.num_B > 1 and config.routing in DYNAMIC and not config.shared_router:
             self.lily_router[adapter] = Router(group.r, group.num_B)
@@ -149,6 +158,17 @@ class LilyLayer(nn.Module, MergingMixin):
             # Random, not zero: with equal weights all experts get equal gradients and would stay equal forever.
             self.lily_logits[adapter] = Logits(torch.randn(group.logits_shape))
         self._move_adapter_to_device_of_base_layer(adapter, device)
+
+    def _add_own(self, adapter: str, group: Group, slot: Slot, config: LilyConfig) -> Distinction | None:
+        """Create what the layer has for itself beside a router."""
+        values = {"gain": lambda _: first_gain(group, slot, config)}
+        on_A, on_B = first_values(group, bool(config.init_weights), config.options_of(group.name).activation)
+        values.update(own_A=lambda shape: on_A(torch.empty(shape)), own_B=lambda shape: on_B(torch.empty(shape)))
+        for part, shape in own_shapes(group).items():
+            getattr(self, f"lily_{part}")[adapter] = LayerTensor(values[part](shape))
+        found = distinction_of(group, slot, config)
+        changes = group.gain or found.rows is not None or found.signs is not None
+        return found if changes or (group.own_r and group.kind == EXPERTS) else None
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter, from the bank too: PEFT's and transformers' functions call each layer, but not the bank."""
@@ -172,7 +192,11 @@ class LilyLayer(nn.Module, MergingMixin):
         if router.is_meta:
             onload(self)
             router = self._router(adapter)
-        return router if device is None or router.device == device else router.to(device)
+        if device is not None and router.device != device:
+            router = router.to(device)
+        if settings.own_r and settings.routing != "static":
+            return F.pad(router, (0, settings.own_r))  # the own ranks do not take part in routing
+        return router
 
     def logits_of(self, adapter: str) -> nn.Parameter:
         """The static logits (experts,) of an adapter that has them."""
@@ -203,14 +227,33 @@ class LilyLayer(nn.Module, MergingMixin):
 
     def _pair(self, adapter: str, device: torch.device | None) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (experts * r, out), on a device: layers on several devices share one bank."""
-        bank, slot = self._bank[0], self.settings[adapter].slot
-        A, B = bank.pair(adapter, slot)
-        if device is None or (A.device == device and B.device == device):
-            return A, B
-        if A.is_meta or B.is_meta:
-            onload(bank)
-            A, B = bank.pair(adapter, slot)
-        return A.to(device), B.to(device)
+        bank, settings = self._bank[0], self.settings[adapter]
+        A, B = bank.pair(adapter, settings.slot)
+        if device is not None and not (A.device == device and B.device == device):
+            if A.is_meta or B.is_meta:
+                onload(bank)
+                A, B = bank.pair(adapter, settings.slot)
+            A, B = A.to(device), B.to(device)
+        if settings.distinction is not None and is_here(A):
+            A = settings.distinction.apply(A, self._own(adapter, "lily_gain", A.device))
+        if settings.own_r and is_here(A) and is_here(B):
+            A, B = self._with_own(adapter, A, B)
+        return A, B
+
+    def _with_own(self, adapter: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """A (r + own_r, in) and B (experts * (r + own_r), out), with the layer's own pair."""
+        own_A, own_B = (self._own(adapter, name, B.device) for name in ("lily_own_A", "lily_own_B"))
+        A, B = functional.with_own(A, B.unflatten(0, (self.settings[adapter].num_B, -1)), own_A, own_B)
+        return A, B.flatten(0, 1)
+
+    def _own(self, adapter: str, part: str, device: torch.device) -> Any:
+        """One of the layer's own tensors, on a device; None if it has none of that kind."""
+        holder = getattr(self, part)
+        if adapter not in holder:
+            return None
+        if holder[adapter].weight.is_meta:
+            onload(self)
+        return holder[adapter].weight.to(device)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output for `x` plus the updates, in its dtype. Kinds with a faster way override this."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lily import functional
 from lily.layers.bank import LilyBank
 from lily.layers.devices import call_with, placement
 from lily.layers.part import PartLayer
@@ -53,17 +54,30 @@ class Parameter(PartLayer):
         super().update_layer(adapter, group, slot, config, device)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        if adapter_name in self.lily_logits and not self.logits_of(adapter_name).is_meta:
-            home, dtype = placement(self, parameter=self.weight_name)
-            self.lily_logits[adapter_name].to(device or home, dtype)
+        home, dtype = placement(self, parameter=self.weight_name)
+        for own in (getattr(self, name) for name in self.adapter_layer_names):
+            if adapter_name in own and not own[adapter_name].weight.is_meta:
+                own[adapter_name].to(device or home, dtype)
 
     def tensors_of(self, adapter: str, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-        """A and B (experts of B, r, out). For stacked experts, A is (experts, r, in), the A of each."""
+        """A (r, in) and B (experts of B, r, out). For stacked experts, A is (experts, r, in), the A of each.
+
+        With own ranks their B is (experts, experts of B, r + own_r, out).
+        """
         A, B = super().tensors_of(adapter, device)
         if not self.experts:
             return A, B
-        A, stride = A.view(-1, self.settings[adapter].r, A.shape[1]), self.settings[adapter].stride
-        return (A if stride == 1 else A[torch.arange(self.experts, device=A.device) // stride]), B
+        settings = self.settings[adapter]
+        A, stride = A.unflatten(0, (-1, settings.r)), settings.stride
+        if settings.distinction is None and stride > 1:
+            A = A[torch.arange(self.experts, device=A.device) // stride]
+        if settings.own_r:
+            own = (self._own(adapter, f"lily_own_{part}", B.device) for part in "AB")
+            A, B = functional.with_own(A, B, *(t.unflatten(0, (self.experts, -1)) for t in own))
+        return A, B
+
+    def _with_own(self, adapter: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        return (A, B) if self.experts else super()._with_own(adapter, A, B)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output with its updated weights, including those of the adapters nested inside this one."""

@@ -79,6 +79,15 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
         rank_pattern: rank for modules that match a name or regular expression. Ranks inside one group must agree.
         modules_to_save: modules trained and saved whole, such as a classification head.
         bias: which biases of the base model train: `none`, `all` or `lily_only` (those of adapted layers).
+        distinct: a fixed difference between layers that share an A, without parameters: `permute` the rank coordinates of
+            each layer, flip their `signs`, or `permute+signs`. Derived from `distinct_seed` and the layer's place in
+            its group (see `lily.functional.distinction`), so that files hold nothing for it; the first layer of a
+            group is not changed. Default: `none`, as in the paper.
+        distinct_seed: which permutations and signs `distinct` takes, and the signs at which `gain` starts.
+        gain: a learned gain (r,) per layer on the rows of A: starting at `ones`, at `signs`, or at `half-signs` (the
+            second half of the ranks). Default: `none`, as in the paper.
+        own_r: rank of a pair of A and B that each layer has for itself, beside the shared ones (RaSA, arXiv
+            2503.12576). Default: 0, as in the paper.
         settled: how far a data-dependent routing has moved to static weights (0 to 1), if it becomes static during
             training; set and moved by `lily.SettleCallback`. Default: the routing does not settle.
         adapted_layers: last name -> how many adapted layers have it. Written to files that stock PEFT refuses, because
@@ -103,6 +112,10 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
     parallel_modules: list[str] | None = None
     group_options: dict[str, dict[str, Any]] | None = None
     shared_router: bool = False
+    distinct: str = "none"
+    distinct_seed: int = 0
+    gain: str = "none"
+    own_r: int = 0
     rank_pattern: dict[str, int] | None = field(default_factory=dict)
     bias: str = "none"
     settled: float | None = None
@@ -229,9 +242,12 @@ def stock_refusal(config: LilyConfig) -> str | None:
         return f"bias={config.bias}"
     if config.target_parameters:
         return "target_parameters"
-    for name in ("target_slices", "parallel_modules", "group_options", "shared_router"):
+    for name in ("target_slices", "parallel_modules", "group_options", "shared_router", "own_r"):
         if getattr(config, name):
             return name
+    for name in ("distinct", "gain"):
+        if getattr(config, name) != "none":
+            return f"{name}={getattr(config, name)}"
     if config.stride_A is None and config.resolved_stride is None:
         return "num_A with groups of different sizes"
     return None

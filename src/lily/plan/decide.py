@@ -67,6 +67,8 @@ def decide(
             routing=routing,
             targets=selected.target_modules,
             shared_router=selected.shared_router,
+            gain=selected.gain != "none",
+            own_r=selected.own_r,
         )
     with errors("options"):
         targets = {"target_modules": selected.target_modules}

@@ -10,8 +10,10 @@ ROUTINGS = ("batch", "sequence", "token", "static", "uniform")
 DYNAMIC = ("batch", "sequence", "token")
 ACTIVATIONS = ("none", "relu", "gelu", "silu")
 BIASES = ("none", "all", "lily_only")
+DISTINCT = ("none", "permute", "signs", "permute+signs")
+GAINS = ("none", "ones", "signs", "half-signs")
 
-OPTIONS = ("num_B", "stride_A", "num_A", "scaling", "dropout", "activation")
+OPTIONS = ("num_B", "stride_A", "num_A", "scaling", "dropout", "activation", "distinct", "gain", "own_r")
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,9 @@ class Options:
     scaling: float
     dropout: float
     activation: str
+    distinct: str
+    gain: str
+    own_r: int
 
 
 def sharing(own: Mapping[str, Any]) -> dict[str, Any]:

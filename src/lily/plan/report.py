@@ -201,7 +201,7 @@ def report_of(
         routing=plan.routing,
         options=decided.choice.options,
         groups=tuple(_group(g, plan.routers_of(g)) for g in plan.groups),
-        parameters={"A": total.A, "B": total.B, "router": total.router, "total": total.total},
+        parameters={"A": total.A, "B": total.B, "router": total.router, "own": total.own, "total": total.total},
         share_of_model=total.total / size,
         batch=batch,
         tokens=tokens,

@@ -314,6 +314,11 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         out.update({f"{root}{BANK}.lily_R.{adapter_name}.{i}": t for i, t in tensors.shared_router.items()})
         own = {f"{root}{name}.lily_router.{adapter_name}.weight": t for name, t in tensors.router.items()}
         own |= {f"{root}{name}.lily_logits.{adapter_name}.weight": t for name, t in tensors.logits.items()}
+        own |= {
+            f"{root}{name}.lily_{part}.{adapter_name}.weight": t
+            for part, layers in tensors.own.items()
+            for name, t in layers.items()
+        }
         keys = _part_keys(model, adapter_name)
         out.update({keys.get(key, key): t for key, t in own.items()})
         if is_spread(model):
@@ -327,7 +332,7 @@ def _part_keys(model: nn.Module, adapter: str) -> dict[str, str]:
         f"{m.name_in_plan(path)}.{own}": f"{path}.{own}"
         for path, m in ((unwrapped(path), m) for path, m in model.named_modules())
         if isinstance(m, PartLayer)
-        for own in (f"lily_logits.{adapter}.weight", f"lily_router.{adapter}.weight")
+        for own in (f"{name}.{adapter}.weight" for name in m.adapter_layer_names)
     }
 
 
