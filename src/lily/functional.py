@@ -36,7 +36,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor] | None] = {
 
 
 def distinction(kind: str, r: int, place: int, seed: int) -> tuple[list[int] | None, list[int] | None]:
-    """What distinguishes a layer from the others that share its A: which rows of A its rank coordinates take, and signs.
+    """What distinguishes a layer from those that share its A: the rows of A that its ranks take, and signs.
 
     The rows are sorted by, and the signs are the lowest bit of the first byte of, the SHA-256 of a text: every program
     on every machine derives the same.

@@ -40,10 +40,8 @@ PREFIX = "base_model.model."
 
 PAPER_NAMES = {"lily_lp": "A", "lily_hp": "B"}
 Parts = dict[str, dict[str, Tensor]]  # A, B, router, logits, gain, own_A, own_B -> layer -> tensor
-OWN = ("gain", "own_A", "own_B")
-KEY = re.compile(
-    r"^(?P<layer>.+)\.(?P<part>lily_(?:A|B|router|logits|gain|own_A|own_B)|lily_lp|lily_hp)(?:\.weight)?$"
-)
+OWN = {"gain": "gain", "own_A": "own_r", "own_B": "own_r"}  # what layers have for themselves -> its option
+KEY = re.compile(r"^(?P<layer>.+)\.(?P<part>lily_(?:A|B|router|logits|gain|own_A|own_B)|lily_lp|lily_hp)(?:\.weight)?$")
 
 
 @dataclass(frozen=True)
@@ -171,15 +169,15 @@ def _assign(parts: Parts, plan: SharingPlan, settled: float | None, other: dict[
     A = {i: _shared(parts["A"], block, f"A of {block[0]}") for i, (_, block) in enumerate(plan.blocks)}
     B = {i: _shared(parts["B"], g.layers, f"B of {g.name}") for i, g in enumerate(plan.groups)}
     kept: Parts = {"router": {}, "logits": {}}
-    own = {part: {} for part in OWN}
+    private: Parts = {part: {} for part in OWN}
     for name in plan.slots:
         for part in own_shapes(plan.group_of(name)):
             if name not in parts[part]:
                 raise LilyError(
-                    f"the adapter file has no lily_{part} for {name}, which the configuration's "
-                    f"{'gain' if part == 'gain' else 'own_r'} needs; is it the file of this configuration, and complete?"
+                    f"the adapter file has no lily_{part} for {name}, which {OWN[part]} needs; is it the file of this "
+                    "configuration, and complete?"
                 )
-            own[part][name] = parts[part][name]
+            private[part][name] = parts[part][name]
     if settled is None and plan.routing != "uniform":  # the paper's files have routers with uniform routing, too
         spare = "router" if plan.routing == "static" else "logits"
         if parts[spare]:
@@ -200,7 +198,7 @@ def _assign(parts: Parts, plan: SharingPlan, settled: float | None, other: dict[
             for i, group in enumerate(plan.groups)
             if group.num_B > 1
         }
-        return AdapterTensors(A, B, {}, {}, other, shared, own)
+        return AdapterTensors(A, B, {}, {}, other, shared, private)
     for name in plan.slots:
         group = plan.group_of(name)
         if not router_size(plan.routing, group.r, group.num_B):
@@ -215,7 +213,7 @@ def _assign(parts: Parts, plan: SharingPlan, settled: float | None, other: dict[
                     "is it the file of this configuration and base model, and complete?"
                 )
             kept[part][name] = parts[part][name]
-    return AdapterTensors(A, B, kept["router"], kept["logits"], other, own=own)
+    return AdapterTensors(A, B, kept["router"], kept["logits"], other, own=private)
 
 
 def check_base(plan: SharingPlan, expected: Mapping[str, int] | None, base: str | None = None) -> None:
@@ -276,8 +274,8 @@ def _checked(key: str, tensor: Tensor, part: str, group: Group) -> Tensor:
     }.get(part)
     if expected is None:
         raise LilyError(
-            f"the adapter file has {key!r}, but the configuration has no {'gain' if part == 'gain' else 'own_r'}; is it "
-            "the file of this configuration?"
+            f"the adapter file has {key!r}, but the configuration has no {OWN[part]}; is it the file of this "
+            "configuration?"
         )
     if part == "B" and tuple(tensor.shape) == (group.num_B, group.r, group.out_features):
         tensor = tensor.reshape(expected)  # the paper's nn.Parameter form

@@ -243,7 +243,7 @@ class LilyLayer(nn.Module, MergingMixin):
     def _with_own(self, adapter: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """A (r + own_r, in) and B (experts * (r + own_r), out), with the layer's own pair."""
         own_A, own_B = (self._own(adapter, name, B.device) for name in ("lily_own_A", "lily_own_B"))
-        A, B = functional.with_own(A, B.unflatten(0, (self.settings[adapter].num_B, -1)), own_A, own_B)
+        A, B = functional.with_own(A, B.view(self.settings[adapter].num_B, -1, B.shape[1]), own_A, own_B)
         return A, B.flatten(0, 1)
 
     def _own(self, adapter: str, part: str, device: torch.device) -> Any:

@@ -75,7 +75,8 @@ def members_of(group: Group) -> int:
 
 def own_shapes(group: Group) -> Mapping[str, tuple[int, ...]]:
     """Shapes of what one layer of a group has for itself beside a router, by the name of the part in files."""
-    members, shapes = members_of(group), {}
+    members = members_of(group)
+    shapes: dict[str, tuple[int, ...]] = {}
     if group.gain:
         shapes["gain"] = (members * group.r,)
     if group.own_r:

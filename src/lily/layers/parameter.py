@@ -68,12 +68,12 @@ class Parameter(PartLayer):
         if not self.experts:
             return A, B
         settings = self.settings[adapter]
-        A, stride = A.unflatten(0, (-1, settings.r)), settings.stride
+        A, stride = A.view(-1, settings.r, A.shape[1]), settings.stride
         if settings.distinction is None and stride > 1:
             A = A[torch.arange(self.experts, device=A.device) // stride]
         if settings.own_r:
             own = (self._own(adapter, f"lily_own_{part}", B.device) for part in "AB")
-            A, B = functional.with_own(A, B, *(t.unflatten(0, (self.experts, -1)) for t in own))
+            A, B = functional.with_own(A, B, *(t.view(self.experts, -1, t.shape[1]) for t in own))
         return A, B
 
     def _with_own(self, adapter: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:

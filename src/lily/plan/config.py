@@ -79,8 +79,8 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
         rank_pattern: rank for modules that match a name or regular expression. Ranks inside one group must agree.
         modules_to_save: modules trained and saved whole, such as a classification head.
         bias: which biases of the base model train: `none`, `all` or `lily_only` (those of adapted layers).
-        distinct: a fixed difference between layers that share an A, without parameters: `permute` the rank coordinates of
-            each layer, flip their `signs`, or `permute+signs`. Derived from `distinct_seed` and the layer's place in
+        distinct: a fixed difference between the layers of a group, without parameters: `permute` the rank coordinates
+            of each layer, flip their `signs`, or `permute+signs`. Derived from `distinct_seed` and the layer's place in
             its group (see `lily.functional.distinction`), so that files hold nothing for it; the first layer of a
             group is not changed. Default: `none`, as in the paper.
         distinct_seed: which permutations and signs `distinct` takes, and the signs at which `gain` starts.

@@ -195,15 +195,17 @@ class SharingPlan:
             A=sum(len(g.blocks) * g.r * g.in_features for g in self.groups),
             B=sum(g.num_B * g.r * g.out_features for g in self.groups),
             router=sum(map(self.routers_of, self.groups)),
-            own=sum(
-                len(g.members) * own_size(g.r, g.gain, g.own_r, g.in_features, g.out_features) for g in self.groups
-            ),
+            own=sum(map(self.own_of, self.groups)),
         )
 
     def routers_of(self, group: Group) -> int:
         """Parameters of a group's routers."""
         routers = 1 if self.shared_router else len(group.members)
         return routers * router_size(self.routing, group.r, group.num_B)
+
+    def own_of(self, group: Group) -> int:
+        """Parameters of the gains and the own A and B of a group's layers."""
+        return len(group.members) * own_size(group.r, group.gain, group.own_r, group.in_features, group.out_features)
 
     def __str__(self) -> str:
         total = self.parameters
@@ -265,9 +267,7 @@ def build_plan(modules: Sequence[ModuleSpec], config: LilyConfig) -> SharingPlan
         stride = own.stride_A or math.ceil(len(names) / (own.num_A or 1))
         blocks = tuple(tuple(names[i : i + stride]) for i in range(0, len(names), stride))
         sizes = (key.in_features, key.out_features, r, own.num_B)
-        groups.append(
-            Group(key.name, *sizes, blocks, key.kind, key.kernel, key.rows, own.gain != "none", own.own_r)
-        )
+        groups.append(Group(key.name, *sizes, blocks, key.kind, key.kernel, key.rows, own.gain != "none", own.own_r))
     plan = SharingPlan(tuple(groups), str(config.routing), config.shared_router)
     return replace(plan, stock_differs=stock_grouping_differs(plan, config.target_modules or ()))
 

@@ -169,6 +169,8 @@ def shapes_of(
                 routing=decided.plan.routing,
                 targets=decided.config.target_modules,
                 shared_router=recipe.lily.shared_router,
+                gain=recipe.lily.gain != "none",
+                own_r=recipe.lily.own_r,
             )
         except LilyError:  # too many matrices for the budget, or too few to use it
             continue

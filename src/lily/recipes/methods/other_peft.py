@@ -172,6 +172,9 @@ def stock_config(config: LilyConfig, plan: SharingPlan, model: nn.Module, heads:
         "parallel": bool(config.parallel_modules),
         "groups": bool(config.group_options or config.rank_pattern),
         "shared_router": config.shared_router,
+        "distinct": config.distinct != "none",
+        "gain": config.gain != "none",
+        "own_r": bool(config.own_r),
     }
     if wrong := [name for name, is_set in beyond.items() if is_set]:
         raise LilyError(f"stock Lily has no {wrong[0]}; remove it, or use method: lily")

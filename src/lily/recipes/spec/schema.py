@@ -26,9 +26,12 @@ Metric = Literal[
 ]
 
 Activation = Literal["none", "relu", "gelu", "silu"]
+Distinct = Literal["none", "permute", "signs", "permute+signs"]
+Gain = Literal["none", "ones", "signs", "half-signs"]
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 PositiveInt = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Precision = Annotated[
@@ -254,6 +257,9 @@ class Group(Section):
     scaling: Positive | None = None
     dropout: Fraction | None = None
     activation: Activation | None = None
+    distinct: Distinct | None = None
+    gain: Gain | None = None
+    own_r: Count | None = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -289,6 +295,12 @@ class Lily(Section):
         None, description="Options by layer name: `{mlp: {r: 64, activation: relu}}`."
     )
     shared_router: bool = Field(False, description="One router for all layers of a group, instead of one per layer.")
+    distinct: Distinct = Field(
+        "none", description="A fixed permutation and signs of the rank coordinates of each layer, without parameters."
+    )
+    distinct_seed: Count = Field(0, description="Which permutations and signs.")
+    gain: Gain = Field("none", description="A learned gain on each rank of each layer, and where it starts.")
+    own_r: Count = Field(0, description="Rank of an A and B of each layer's own, beside the shared ones.")
     settle: Settle | None = Field(None, description="Make the routing static during training, to merge exactly.")
     learning_rate: Positive | None = Field(None, description="Replaces train.learning_rate.")
 
