@@ -27,6 +27,6 @@ def other_entries(model: nn.Module, adapted: Adapted, frozen: bool = True) -> di
     if not wrapped:  # PeftModel's names have the prefix already
         state = {f"{PREFIX}{k}": v for k, v in state.items()}
     # With bias="all" PEFT repeats a saved module's bias under its wrapper's names, which are not valid in a file.
-    own = ("lily_A", "lily_B", "lily_router", "lily_logits", "modules_to_save.", "original_module.")
+    own = ("lily_", "modules_to_save.", "original_module.")
     left_out = own if frozen else (*own, "base_layer.")
     return {k: v.detach().cpu().contiguous() for k, v in state.items() if not any(f".{o}" in k for o in left_out)}
