@@ -12,21 +12,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Absolute, since many tests change the working directory; tests that need what is absent skip.
-DATA = Path(os.environ.get("LILY_DATA", Path(__file__).parents[2] / "shared" / "data")).absolute()
-if DATA.is_dir():
-    os.environ["LILY_DATA"] = str(DATA)
+# Absolute, since many tests change the working directory. Tests that need what is absent skip.
+os.environ.setdefault("LILY_DATA", str(Path(__file__).parents[2] / "shared" / "data"))
 
 import pytest
 import torchvision_cpu
 
 torchvision_cpu.declare()
 
+from chat_templates import tools_model  # noqa: E402
 from finished import chat_run, classifier_run  # noqa: E402
 from helpers import BUILDERS  # noqa: E402
 from recipes_helpers import chat_model, chat_table, encoder, table  # noqa: E402
 
-__all__ = ["chat_model", "chat_run", "chat_table", "classifier_run", "encoder", "table"]
+__all__ = ["chat_model", "chat_run", "chat_table", "classifier_run", "encoder", "table", "tools_model"]
 
 ROUTINGS = ["token", "sequence", "batch", "static", "uniform"]
 

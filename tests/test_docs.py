@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from collections import Counter
@@ -12,8 +13,8 @@ from typing import Any
 import pytest
 import typer
 import yaml
-from docs_blocks import ALL, PAGES, ROOT, SHELLS, SHOWN, Block, Command, blocks, commands
-from docs_pages import PREPARED, SMALLER
+from docs_blocks import ALL, PAGES, ROOT, SHELLS, SHOWN, Block, Command, blocks, cells, commands
+from docs_pages import PREPARED, SMALLER, symptoms
 from docs_world import World
 from typer.testing import CliRunner
 
@@ -198,6 +199,32 @@ def run(block: Block, command: Command) -> None:
     if done.exception is not None and not isinstance(done.exception, SystemExit):
         raise AssertionError(f"{block}: lily {' '.join(words)}: {done.exception}") from done.exception
     assert done.exit_code == 0, f"{block}: lily {' '.join(words)}:\n{done.output[-3000:]}"
+
+
+SYMPTOMS = "docs/when-something-looks-wrong.md"
+SHOWN_BY = list(
+    dict.fromkeys(c for row in cells(SYMPTOMS) for c in re.findall(r"`([^`]+)`", row[2]) if "(" in c or "lily " in c)
+)
+
+
+@pytest.fixture(scope="module")
+def wrong(world, tmp_path_factory):
+    """A folder with the recipe and the run of the page of symptoms, and the names of its Python."""
+    folder = tmp_path_factory.mktemp("wrong")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        world.enter(patch)
+        yield symptoms(world)
+
+
+@pytest.mark.parametrize("shown", SHOWN_BY)
+def test_a_command_that_shows_a_cause_runs(wrong, shown):
+    if not shown.startswith("lily "):
+        eval(shown, dict(wrong))
+        return
+    words = shlex.split(shown)[1:]
+    done = CliRunner().invoke(app, [*words, *SMALLER.get(words[0], ())])
+    assert done.exit_code == 0, f"{shown}: {done.output[-2000:]}{done.exception}"
 
 
 # --- links ----------------------------------------------------------------------------------------------------------

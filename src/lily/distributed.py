@@ -32,7 +32,8 @@ from lily.errors import LilyError
 from lily.io.atomic import new_folder
 from lily.layers import sharding
 from lily.layers.bank import LilyBank
-from lily.layers.sharding import unwrapped
+from lily.plan.vocabulary import vocabulary_changed
+from lily.plan.wrappers import plain_name, plain_names, unwrapped
 
 
 def world_size() -> int:
@@ -76,7 +77,7 @@ def gathered_state(model: nn.Module) -> dict[str, Tensor]:
                 state[parameters[name]] = tensor.detach().cpu().clone()
     if rank() == 0:
         state.update({name: b.detach().cpu().clone() for name, b in buffers.items()})
-    return state
+    return _with_tied(model, state)
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
@@ -97,7 +98,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], overwrite: bo
     if rank() == 0:
         try:
             inner = peft_model_of(model)
-            with new_folder(folder, overwrite) as new, sharding.plain_names(inner):
+            with new_folder(folder, overwrite) as new, plain_names(inner):
                 inner.save_pretrained(str(new), state_dict=state)
         except (LilyError, OSError) as error:
             failed = error
@@ -201,27 +202,46 @@ def _parts(model: nn.Module) -> tuple[dict[str, str], dict[str, Tensor]]:
     peft_model = peft_model_of(model)
     root = next(name for name, module in model.named_modules() if module is peft_model)
     inside = f"{root}." if root else ""
-    prefix = getattr(peft_model.base_model, "prefix", "lora_")
+    prefix, plain = getattr(peft_model.base_model, "prefix", "lora_"), plain_name(peft_model)
+    resized = {id(p) for module in _resized_embeddings(peft_model) for p in module.parameters()}
     parameters = {
-        name: unwrapped(name.removeprefix(inside))
+        name: plain(name.removeprefix(inside))
         for name, p in model.named_parameters()
-        if p.requires_grad or prefix in name or SAVED in name
+        if p.requires_grad or any(part in name for part in (prefix, SAVED, ROWS)) or id(p) in resized
     }
-    buffers = {unwrapped(name): b for name, b in peft_model.named_buffers() if SAVED in name}
+    buffers = {plain(name): b for name, b in peft_model.named_buffers() if SAVED in name}
     return parameters, buffers
 
 
-SAVED = "modules_to_save."
+SAVED, ROWS = "modules_to_save.", "token_adapter.trainable_tokens_delta."
+
+
+def _resized_embeddings(model: PeftModel) -> list[nn.Module]:
+    """The embeddings that PEFT writes beside an adapter: those of a changed vocabulary."""
+    base: Any = model.get_base_model()
+    if not any(vocabulary_changed(base, config) for config in model.peft_config.values()):
+        return []
+    return [m for m in (base.get_input_embeddings(), base.get_output_embeddings()) if m is not None]
+
+
+def _with_tied(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`state` with each tensor under all names that it has in the PeftModel; PEFT looks up each."""
+    names: dict[int, list[str]] = {}
+    for name, p in peft_model_of(model).named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(unwrapped(name))
+    known = {name: state[n] for group in names.values() for n in group if n in state for name in group}
+    return {**known, **state}
 
 
 def _by_name(model: nn.Module, file: dict[str, Tensor]) -> dict[str, Tensor]:
     """A file's tensors by their names in the PeftModel, which PEFT maps to names in the file when it saves."""
     parameters, buffers = _parts(model)
     here = {parameters[name]: p for name, p in model.named_parameters() if name in parameters} | buffers
+    here = _with_tied(model, here)
     names = {id(tensor): name for name, tensor in here.items()}
     out = {}
     inner = peft_model_of(model)
-    with sharding.plain_names(inner):
+    with plain_names(inner):
         written = get_peft_model_state_dict(inner, state_dict=here)
     for key, tensor in written.items():
         expected = sharding.shape_of(tensor)

@@ -47,6 +47,13 @@ BAD = [
     ({"rank_pattern": {"q_proj": 0}}, "rank_pattern['q_proj']=0 is not valid"),
     ({"rank_pattern": {"q(": 4}}, "rank_pattern key='q(' is not a regular expression"),
     ({"rank_pattern": {3: 4}}, "rank_pattern has the key 3"),
+    ({"trainable_token_indices": []}, "trainable_token_indices=[] is not valid; give the ids of tokens, each once"),
+    ({"trainable_token_indices": [3, 3]}, "trainable_token_indices=[3, 3] is not valid"),
+    ({"trainable_token_indices": [-1]}, "trainable_token_indices=[-1] is not valid"),
+    ({"trainable_token_indices": [True]}, "trainable_token_indices=[True] is not valid"),
+    ({"trainable_token_indices": {"wte": 3}}, "trainable_token_indices={'wte': 3} is not valid"),
+    ({"trainable_token_indices": "new"}, "trainable_token_indices='new' is not valid"),
+    ({"ensure_weight_tying": "yes"}, "ensure_weight_tying='yes' is not a bool"),
     ({"task_type": "CHAT"}, "Invalid task type: 'CHAT'"),
 ]
 
@@ -104,6 +111,8 @@ def test_only_what_stock_can_compute_is_written_under_its_name(tmp_path):
         {"num_B": 1},
         {"activation": "relu"},
         {"bias": "all"},
+        {"trainable_token_indices": [3]},
+        {"ensure_weight_tying": True},
         {"rank_pattern": {"q": 2}},
     ):
         assert written(**{"routing": "batch", **options}) == EXTENDED_TYPE
@@ -133,7 +142,7 @@ def test_saving_over_a_file_is_refused(tmp_path):
 def test_every_option_has_the_help_text_of_the_docstring():
     described = {f.name: f.metadata.get("help") for f in fields(LilyConfig) if f.name in LilyConfig.__annotations__}
     documentation = " ".join((LilyConfig.__doc__ or "").split())
-    assert len(described) == 16
+    assert len(described) == 18
     for name, text in described.items():
         assert text, name
         assert f" {name}: {text} " in documentation

@@ -61,6 +61,14 @@ class Command:
         return None
 
 
+def cells(page: str) -> list[tuple[str, ...]]:
+    """The rows of a page's tables, without their headers."""
+    rows = re.findall(r"^\|(.*)\|$", PAGES[page].read_text("utf-8"), re.MULTILINE)
+    headers = [i - 1 for i, row in enumerate(rows) if set(row) <= set("-| ")]
+    kept = [row for i, row in enumerate(rows) if i not in headers and i - 1 not in headers]
+    return [tuple(cell.strip() for cell in row.split("|")) for row in kept]
+
+
 def blocks(page: str) -> list[Block]:
     """The fenced blocks of a page, in order."""
     text, found = PAGES[page].read_text("utf-8"), []

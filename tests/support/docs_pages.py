@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import yaml
 from adapters import adapted
 from docs_world import World
 from dreambooth_helpers import draw_subject, save
@@ -145,6 +146,22 @@ def performance(world: World) -> dict[str, Any]:
         hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, vocab_size=100
     ).save_pretrained("path/to/model")
     return {}
+
+
+def symptoms(world: World) -> dict[str, Any]:
+    """The recipe and the run that the page of symptoms names, and a `PeftModel`."""
+    from peft import get_peft_model_state_dict
+
+    shutil.copytree(world.run("quickstart", "baselines=[lora]", PRECISION), "runs/mine")
+    recipe = yaml.safe_load(Path("runs/mine/recipe.yaml").read_text())
+    Path("mine.yaml").write_text(yaml.safe_dump({**recipe, "output": "runs/mine", "baselines": []}))
+    world.invoke("collapse", "runs/mine", "--out", "made-static")
+    world.invoke("export", "made-static", "--to", "lora", "--out", "plain-lora")
+    return {
+        "lily": lily,
+        "model": adapted("llama", routing="token"),
+        "get_peft_model_state_dict": get_peft_model_state_dict,
+    }
 
 
 @before("docs/recipes.md")

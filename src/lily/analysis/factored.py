@@ -27,6 +27,7 @@ from lily.errors import LilyError
 from lily.layers.layer import LilyLayer
 from lily.plan.sharing_plan import router_size
 from lily.plan.specs import EXPERTS
+from lily.plan.wrappers import innermost, plain_name
 from lily.tuner.adapter import Adapted, find
 
 
@@ -199,8 +200,10 @@ Pair = tuple[str, Tensor, Tensor, float]
 
 
 def _lora_of_model(model: nn.Module, adapter: str | None) -> Iterator[Pair]:
-    root: Any = getattr(model, "get_base_model", lambda: model)()
-    for name, module in root.named_modules():
+    model = innermost(model)
+    root: Any = innermost(getattr(model, "get_base_model", lambda: model)())
+    plain = plain_name(root)
+    for name, module in ((plain(name), module) for name, module in root.named_modules()):
         if not isinstance(module, LoraLayer):
             continue
         chosen = adapter or next(iter(module.active_adapters), "")

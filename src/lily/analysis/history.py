@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lily.callbacks.router_watch import RouterWatch
@@ -120,7 +119,7 @@ class RoutingCallback(TrainerCallback):  # type: ignore[misc]
         Raises:
             LilyError: if there is no adapter, or it is settling: SettleCallback records the same statistics.
         """
-        self.adapted = find(_unwrapped(model), self.adapter)
+        self.adapted = find(model, self.adapter)
         if self.adapted.config.settled is not None:
             raise LilyError("a routing that settles is recorded by SettleCallback already; remove RoutingCallback")
         steps = range(0, state.max_steps, self.every) if self.every else steps_recorded(state.max_steps)
@@ -172,9 +171,3 @@ class RoutingCallback(TrainerCallback):  # type: ignore[misc]
         text, file = json.dumps(self.history.to_dict()), folder / FILE
         if self.history.steps and folder.is_dir() and not (file.is_file() and file.read_text("utf-8") == text):
             write_text(file, text)
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model without the wrappers of DDP and torch.compile."""
-    inner = getattr(model, "_orig_mod", model)
-    return inner.module if isinstance(inner, nn.parallel.DistributedDataParallel) else inner

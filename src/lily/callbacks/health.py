@@ -23,6 +23,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lily.callbacks.gradient_watch import IdleWatch
 from lily.callbacks.router_watch import RouterWatch
 from lily.errors import DivergedError
+from lily.plan.wrappers import plain_name
 
 # float16: consecutive steps that may overflow. Some do while the gradient scaler searches for its scale.
 OVERFLOWS = 50
@@ -146,7 +147,8 @@ def _finite(tensors: Sequence[Tensor], args: TrainingArguments) -> bool:
 
 
 def _which(what: str, model: Any, tensors: Mapping[nn.Parameter, Tensor]) -> str:
-    names = {p: name for name, p in model.named_parameters()}
+    plain = plain_name(model)
+    names = {p: plain(name) for name, p in model.named_parameters()}
     bad = [names.get(p, "a parameter") for p, t in tensors.items() if not torch.isfinite(t).all()]
     if not bad:
         return f"{what} in another process is not finite"

@@ -14,7 +14,7 @@ from typing import Any, cast
 from torch import nn
 
 from lily.layers.bank import banks_in
-from lily.layers.find import watch_masks
+from lily.layers.find import layers_of, watch_masks
 from lily.layers.layer import LilyLayer
 from lily.layers.routing_statistics import DEAD_EXPERT, RoutingStatistics
 
@@ -133,8 +133,7 @@ class RouterWatch:
     def attach(self, model: nn.Module) -> None:
         """Start recording every data-dependent router that is not being recorded already."""
         for root, bank in banks_in(model):
-            layers = [(name, layer) for name, layer in root.named_modules() if isinstance(layer, LilyLayer)]
-            for (name, layer), adapter in product(layers, cast("list[str]", bank.active_adapters)):
+            for (name, layer), adapter in product(layers_of(root).items(), cast("list[str]", bank.active_adapters)):
                 if adapter in layer.lily_router and adapter not in layer.statistics:
                     experts = layer.settings[adapter].num_B
                     layer.statistics[adapter] = RoutingStatistics.empty(experts, training_only=True, per_token=True)

@@ -75,9 +75,9 @@ class Settling:
             config.settled = 0.0
         for layer in self.adapted.layers.values():
             if name not in layer.lily_logits:
-                router = layer.lily_router[name].weight
-                start = torch.zeros(layer.settings[name].num_B, device=router.device, dtype=router.dtype)  # type: ignore[arg-type]
-                layer.lily_logits[name] = Logits(start, router.requires_grad)  # type: ignore[arg-type]
+                router = layer.router_of(name)
+                assert router is not None  # the routing depends on data
+                layer.lily_logits[name] = Logits(router.new_zeros(len(router)), router.requires_grad)
         self.adapted.bank.settled[name] = Settled(config.settled)
 
     @property

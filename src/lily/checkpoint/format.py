@@ -32,9 +32,9 @@ from torch import Tensor
 from lily.errors import LilyError
 from lily.layers.bank import BANK
 from lily.layers.own import own_shapes
-from lily.layers.sharding import unwrapped
 from lily.plan.sharing_plan import Group, SharingPlan, router_size
 from lily.plan.specs import ModuleSpec
+from lily.plan.wrappers import unwrapped
 
 PREFIX = "base_model.model."
 

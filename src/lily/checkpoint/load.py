@@ -20,24 +20,21 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from huggingface_hub import hf_hub_download
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from lily.checkpoint import format
+from lily.checkpoint.beside import Beside
 from lily.checkpoint.bounded_regex import MAX_LENGTH, check_patterns
 from lily.errors import LilyError
 from lily.io import untrusted
 from lily.io.untrusted import blame
 from lily.layers.bank import LilyBank
-from lily.layers.sharding import unwrapped
 from lily.plan.config import EXTENDED_TYPE, LilyConfig
 from lily.plan.sharing_plan import SharingPlan
 
 LILY_TYPES = (PeftType.LILY.value, EXTENDED_TYPE)
 
 MAX_RANKS = 1_000  # entries of rank_pattern, each of which is compiled
-
-WRAPPED = re.compile(r"\.(original_module|modules_to_save\.[^.]+)(?=\.|$)")
 
 
 def config_values(path: Path, ours: bool = False) -> dict[str, Any] | None:
@@ -298,97 +295,14 @@ def check_fit(
     other = format.check_names(state, plan, config.settled)
     for name, tensor in state.items():
         if name not in other and tensor.dtype not in untrusted.FLOATS:
-            raise LilyError(f"{name!r} has dtype {_type(tensor)}, expected float64, float32, float16 or bfloat16")
-    own = _own_tensors(model)
-    saved = _saved_tensors(model, config, adapter)
-    mine = {**own, **{_plain(name): tensor for name, tensor in saved.items()}}
-    biases = _biases(own, plan, config)
-    trained = {*biases, *map(_plain, saved)}
-    embeddings, sized = _embeddings(model), not (loose_sizes or _sharded(model))
-    for name, tensor in other.items():
-        plain = _plain(name)
-        if plain not in mine or not (plain in trained or plain.rpartition(".")[0] in embeddings):
-            raise LilyError(
-                f"{name!r} does not belong to a Lily adapter of this configuration (modules_to_save="
-                f"{sorted(config.modules_to_save or ())}, bias={config.bias!r}) on this model; is it the base model "
-                "that the adapter was trained on?"
-            )
-        if sized and tuple(tensor.shape) != _shape(mine[plain]):
-            raise LilyError(
-                f"{name!r} has shape {tuple(tensor.shape)}, but the model's has {_shape(mine[plain])}; is it the "
-                "base model that the adapter was trained on?"
-            )
-        floats = mine[plain].is_floating_point() and tensor.dtype in untrusted.FLOATS
-        if tensor.dtype != mine[plain].dtype and not floats:
-            raise LilyError(f"{name!r} has dtype {_type(tensor)}, but the model's has {_type(mine[plain])}")
-    present = {_plain(name) for name in other}
-    missing = [*(name for name in saved if name not in state), *(name for name in biases if name not in present)]
-    if missing:
-        raise LilyError(f"the adapter file has no {missing[0]!r}, which its configuration trains; is it complete?")
-
-
-def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Plain name -> parameter or buffer of the base model."""
-    own: dict[str, Tensor] = {}
-    for tensors in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
-        own.update((_plain(name), tensor) for name, tensor in tensors if ".lily_" not in f".{name}")
-    return own
-
-
-def _saved_tensors(model: nn.Module, config: LilyConfig, adapter: str | None) -> dict[str, Tensor]:
-    """The name that PEFT will look up -> tensor, for every module saved whole, wrapped or not."""
-    out: dict[str, Tensor] = {}
-    inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
-        # as PEFT: a textual suffix, not at a dot boundary
-        chosen = any(name.endswith(target) for target in config.modules_to_save or ())
-        if not name or not chosen or name.startswith(inside):
-            continue
-        inside = (*inside, f"{name}.")
-        root = f"{format.PREFIX}{_plain(name)}"
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            copies = getattr(module, "modules_to_save", {})
-            if adapter in copies:
-                root = unwrapped(name)
-            module = copies[adapter] if adapter in copies else module.original_module  # noqa: SIM401
-        out.update((f"{root}.{key}", value) for key, value in module.state_dict().items())
-    return out
-
-
-def _biases(own: Mapping[str, Tensor], plan: SharingPlan, config: LilyConfig) -> list[str]:
-    """The biases that an adapter of this configuration trains."""
-    if config.bias == "none":
-        return []
-    names = [name for name in own if name.rpartition(".")[2] == "bias"]
-    return names if config.bias == "all" else [n for n in names if n.rpartition(".")[0] in plan.slots]
-
-
-def _embeddings(model: nn.Module) -> set[str]:
-    """Names of the layers that PEFT also saves when the vocabulary was resized."""
-    layers = []
-    for name in ("get_input_embeddings", "get_output_embeddings"):
-        with contextlib.suppress(AttributeError, NotImplementedError):
-            layers.append(getattr(model, name)())
-    return {_plain(name) for name, module in model.named_modules() if any(module is layer for layer in layers)}
-
-
-def _plain(name: str) -> str:
-    """The name of a tensor or module in the base model, without parts of wrappers."""
-    name = WRAPPED.sub("", unwrapped(name).removeprefix(format.PREFIX))
-    return name.replace(".base_layer", "")
-
-
-def _shape(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(getattr(tensor, "ds_shape", tensor.shape))  # ZeRO-3 keeps the shape there, and an empty tensor
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise LilyError(f"{name!r} has dtype {kind}, expected float64, float32, float16 or bfloat16")
+    Beside(model, config, plan, adapter).check(other, loose_sizes or _sharded(model))
 
 
 def _sharded(model: nn.Module) -> bool:
     """Whether FSDP1 has flattened the parameters, so that their shapes cannot be compared."""
     return any("_fsdp_wrapped_module" in name for name, _ in model.named_modules())
-
-
-def _type(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _mapped(state: Mapping[str, Tensor], key_mapping: Mapping[str, str] | None) -> dict[str, Tensor]:

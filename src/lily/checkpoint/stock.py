@@ -11,6 +11,7 @@ from lily.plan.select import select_modules
 from lily.plan.sharing_plan import SharingPlan, resolved_stride, stock_grouping_differs
 from lily.plan.specs import LINEAR
 from lily.plan.uncalled_layers import uncalled
+from lily.plan.wrappers import plain_names
 
 
 def decide_file_format(config: LilyConfig, plan: SharingPlan, model: nn.Module) -> None:
@@ -21,6 +22,11 @@ def decide_file_format(config: LilyConfig, plan: SharingPlan, model: nn.Module) 
     if other is not None:
         config.stock_refusal = f"adapted {other} layers"
         return
+    with plain_names(model) as model:
+        _decide(config, plan, model)
+
+
+def _decide(config: LilyConfig, plan: SharingPlan, model: nn.Module) -> None:
     read = uncalled(dict(model.named_modules()))
     if any(read[name].remedy in ("applied", "separated") for name in plan.slots if name in read):
         config.stock_refusal = "an adapter on a layer that is read without being called"

@@ -16,6 +16,7 @@ from typer import Argument, Option
 from lily.cli.train import quieten
 from lily.errors import LilyError
 from lily.io.tables import terminal
+from lily.recipes.spec.values import SURROGATE
 
 Folder = Annotated[str, Argument(metavar="ADAPTER", help="A run's folder, or an adapter folder inside it.")]
 RecipeOption = Annotated[str | None, Option("--recipe", help="Recipe; default: the one beside the adapter.")]
@@ -92,6 +93,8 @@ def generate_command(
     recipe: RecipeOption = None,
 ) -> None:
     """Answer one prompt, printed token by token. For many prompts, use predict."""
+    if SURROGATE.search(prompt):
+        raise LilyError("--prompt holds bytes that are not UTF-8 text, or half a surrogate pair; write it as UTF-8")
     used = _adapter(adapter, recipe)
     from transformers import TextStreamer
 
@@ -106,7 +109,8 @@ def _rows(used: Any, source: Path | str) -> tuple[Iterable[dict[str, Any]], Path
         return tables.stream_rows(source), None
     if used.recipe.task == "image-classification" and images.holds_images(source):
         return images.rows_below(source, used.recipe.data.columns.image or "image"), None
-    return tables.stream_rows(source, header=used.recipe.data.train.header), source.parent
+    like = used.recipe.data.file_at(str(source))
+    return tables.stream_rows(source, "auto", like.header, like.delimiter, like.encoding), source.parent
 
 
 def _adapter(folder: str, recipe: str | None) -> Any:
@@ -118,5 +122,7 @@ def _adapter(folder: str, recipe: str | None) -> Any:
 
 def _write(rows: Iterable[dict[str, Any]], file: Any) -> None:
     for row in rows:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        text = json.dumps(row, ensure_ascii=False)
+        # half a surrogate pair in a column that is not read cannot be written as UTF-8, only escaped
+        file.write((json.dumps(row) if SURROGATE.search(text) else text) + "\n")
         file.flush()

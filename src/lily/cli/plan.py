@@ -123,12 +123,20 @@ def shorten(sharing: Sequence[str]) -> str:
 
 def render_recipe(report: RecipeReport, console: Console) -> None:
     """Print the dry run of a recipe."""
+    from lily.recipes.results.data_table import print_data
+
     console.rule(escape(f"recipe {report.name}"), align="left")
     console.print(Text(report.recipe.rstrip()))
     console.rule("plan", align="left")
     if report.method != "lily":
         console.print(f"The recipe trains with method {report.method}; this is the plan of its section lily.")
     render_plan(report.plan, console)
+    if report.data is not None or report.no_data:
+        console.rule("data", align="left")
+    if report.data is not None:
+        print_data(report.data, console)
+    elif report.no_data:
+        console.print(Text(f"The data were not looked at: {report.no_data}"))
     if not report.preview:
         return
     console.rule("first example", align="left")

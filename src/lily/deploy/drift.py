@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lily.errors import LilyError
+from lily.plan.wrappers import innermost
 from lily.tuner.recording import Batch
 
 
@@ -61,7 +62,7 @@ def kept_rows(out: Tensor, batch: Batch, model: nn.Module) -> Tensor:
 
     An encoder-decoder model has one output per token of the decoder, which has a separate mask.
     """
-    paired = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    paired = bool(getattr(getattr(innermost(model), "config", None), "is_encoder_decoder", False))
     mask = batch.get("decoder_attention_mask" if paired else "attention_mask") if isinstance(batch, Mapping) else None
     if isinstance(mask, Tensor) and out.shape[:-1] == mask.shape:
         return (mask != 0).reshape(-1).to(out.device)
@@ -70,10 +71,12 @@ def kept_rows(out: Tensor, batch: Batch, model: nn.Module) -> Tensor:
 
 def is_distribution(model: nn.Module) -> bool:
     """Whether the model's outputs are logits of a distribution, judged by its name and configuration."""
+    model = innermost(model)
+    model = innermost(getattr(model, "get_base_model", lambda: model)())
     config = getattr(model, "config", None)
     if getattr(config, "problem_type", None) in ("regression", "multi_label_classification"):
         return False
-    name = type(getattr(model, "get_base_model", lambda: model)()).__name__
+    name = type(model).__name__
     return any(word in name for word in ("LM", "Classification", "ConditionalGeneration", "Choice"))
 
 

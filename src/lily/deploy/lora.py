@@ -15,15 +15,17 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import _find_minimal_target_modules
 from torch import Tensor, nn
 
-from lily.deploy.extra_tensors import PREFIX, other_entries, saved_modules
+from lily.checkpoint.format import PREFIX
+from lily.deploy.extra_tensors import other_entries, saved_modules
 from lily.deploy.provenance import origin
-from lily.deploy.readers import TARGETS, check_readable, padded_rank
+from lily.deploy.readers import TARGETS, Target, check_readable, padded_rank
 from lily.errors import LilyError
 from lily.layers.merging import Factors
 from lily.layers.part import NESTED
 from lily.plan.select import select_parameters
 from lily.plan.sharing_plan import Group
 from lily.plan.specs import CONV2D, EMBEDDING, EXPERTS, PARAMETERS, SLICE, layer_spec
+from lily.plan.wrappers import plain_names
 from lily.tuner.adapter import Adapted, find
 
 # Largest share of energy that a smaller rank may discard without `force`.
@@ -148,11 +150,25 @@ def as_lora(
         LilyError: if the adapter depends on the data, the target cannot read a part of it, or truncation discards too
             much.
     """
-    adapted = find(model, adapter)
     wanted = TARGETS.get(target)
     if wanted is None:
         raise LilyError(f"no export target {target!r}; choose one of {', '.join(TARGETS)}")
-    other = other_entries(model, adapted, frozen=wanted.modules_to_save)
+    with plain_names(model) as inner:
+        return _as_lora(inner, find(inner, adapter), wanted, target, rank, tolerance, force, dtype, provenance)
+
+
+def _as_lora(
+    model: nn.Module,
+    adapted: Adapted,
+    wanted: Target,
+    target: str,
+    rank: int | None,
+    tolerance: float,
+    force: bool,
+    dtype: torch.dtype | None,
+    provenance: Mapping[str, Any] | None,
+) -> LoraExport:
+    other = other_entries(model, adapted)
     check_readable(target, wanted, adapted, other)
     factors, groups = _joined(adapted)
     own = max(f.A.shape[-2] for f in factors.values())
@@ -258,6 +274,8 @@ def _lora_config(adapted: Adapted, layers: Mapping[str, Layer], rank: int) -> Lo
         fan_in_fan_out=any(type(m.get_base_layer()).__name__ == "Conv1D" for m in adapted.layers.values()),
         bias={"lily_only": "lora_only"}.get(config.bias, config.bias),
         modules_to_save=saved_modules(config),
+        trainable_token_indices=config.trainable_token_indices,
+        ensure_weight_tying=config.ensure_weight_tying,
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
         revision=config.revision,

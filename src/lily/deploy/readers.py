@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lily.deploy.extra_tensors import PREFIX, saved_modules
+from lily.checkpoint.format import PREFIX
+from lily.deploy.extra_tensors import saved_modules
 from lily.errors import LilyError
 from lily.layers.conv import Conv2d
 from lily.plan.specs import CONV2D, EMBEDDING, EXPERTS, LINEAR, MATRIX, SLICE
@@ -23,7 +24,7 @@ class Target:
 
     ranks: tuple[int, ...] = ()  # accepted ranks; empty: any
     uniform: bool = False  # all layers must have one rank and one alpha
-    modules_to_save: bool = True  # reads modules saved whole
+    modules_to_save: bool = True  # reads modules saved whole, and rows of embeddings
     biases: bool = True  # reads trained biases
     numbered_only: bool = False  # adapts only layers inside numbered modules, so no output layer
     kinds: tuple[str, ...] = (LINEAR,)  # kinds of layers and parameters that it adapts; see `lily.plan.specs`
@@ -63,6 +64,11 @@ def check_readable(target: str, wanted: Target, adapted: Adapted, other: Mapping
         raise LilyError(
             f"{target} reads no modules saved whole, but the adapter has {', '.join(sorted(saved))} "
             "(modules_to_save); export --to merged instead, or train without modules_to_save"
+        )
+    if adapted.config.trainable_token_indices and not wanted.modules_to_save:
+        raise LilyError(
+            f"{target} reads no trained rows of an embedding, which the adapter has (trainable_token_indices); export "
+            "--to merged instead"
         )
     if adapted.config.bias != "none" and not wanted.biases:
         raise LilyError(f"{target} reads no trained biases (bias={adapted.config.bias!r}); export --to merged instead")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import peft
 import torch
@@ -14,13 +14,15 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lily.deploy.extra_tensors import PREFIX, other_entries, saved_modules
+from lily.checkpoint.format import PREFIX
+from lily.deploy.extra_tensors import other_entries, saved_modules
 from lily.deploy.lora import LoraExport
 from lily.deploy.provenance import header, origin, write_provenance
 from lily.errors import LilyError
 from lily.io.atomic import new_folder, write_text
 from lily.layers.layer import LilyLayer
 from lily.plan.specs import LINEAR
+from lily.plan.wrappers import innermost, plain_names
 from lily.tuner.adapter import find
 
 
@@ -106,6 +108,7 @@ def write_merged(
     Raises:
         LilyError: if the adapter cannot be merged or the folder exists; nothing is merged then.
     """
+    model = innermost(model)
     adapted = find(model, adapter)
     layers = [module for module in adapted.root.modules() if isinstance(module, LilyLayer)]
     others = {name for layer in layers for name in layer.merged_adapters} - {adapted.name}
@@ -128,7 +131,8 @@ def write_merged(
     facts = origin(adapted, "merged", provenance)
     with new_folder(folder, overwrite) as new:
         merged: Any = model.merge_and_unload(adapter_names=[adapted.name])
-        merged.save_pretrained(str(new), max_shard_size=max_shard_size)
+        with plain_names(merged) as plain:
+            cast(Any, plain).save_pretrained(str(new), max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(new))
         write_provenance(new, facts)
@@ -159,6 +163,7 @@ def write_stock(
     Raises:
         LilyError: if stock PEFT cannot express the adapter, or the folder exists.
     """
+    model = innermost(model)
     adapted = find(model, adapter)
     config = adapted.config
     facts = origin(adapted, "stock", provenance)
@@ -171,6 +176,8 @@ def write_stock(
         return
     if config.bias != "none":
         raise LilyError(f"stock Lily trains no biases (bias={config.bias!r}); export --to lora or --to merged")
+    if config.trainable_token_indices:
+        raise LilyError("stock Lily trains no rows of an embedding (trainable_token_indices); export --to lora")
     other = {
         type(layer.get_base_layer()).__name__
         for name, layer in adapted.layers.items()
@@ -187,9 +194,10 @@ def write_stock(
         state[f"{PREFIX}{name}.lily_A.weight"] = A.cpu().contiguous()
         state[f"{PREFIX}{name}.lily_B.weight"] = torch.cat([B, B]).cpu().contiguous()
         state[f"{PREFIX}{name}.lily_router.weight"] = torch.zeros(2, r)
+    saved = [*(saved_modules(config) or ()), *sorted(config.modules_to_tie or ())]
     values = {
         "peft_type": "LILY", "r": r, "num_B": 2, "stride_A": 1, "scaling": config.scaling, "init_weights": True,
-        "target_modules": sorted(adapted.layers), "modules_to_save": saved_modules(config),
+        "target_modules": sorted(adapted.layers), "modules_to_save": saved or None,
         "task_type": config.task_type, "base_model_name_or_path": config.base_model_name_or_path,
         "revision": config.revision, "inference_mode": True,
     }  # fmt: skip

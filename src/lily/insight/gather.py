@@ -25,7 +25,7 @@ from lily.recipes.results.adapter import Adapter, batches
 from lily.recipes.results.adapter_folder import adapter_path, kept_recipe
 from lily.recipes.results.run_files import RunFigures, newest_checkpoint, run_figures, run_of
 from lily.recipes.scoring.inference import by_length, device_of
-from lily.recipes.spec.schema import CLASSIFYING, File
+from lily.recipes.spec.schema import CLASSIFYING
 from lily.tuner.adapter import find
 
 
@@ -161,7 +161,7 @@ def _measured(analysis: Insight, used: Adapter, file: str | None, rows: int, fol
     if file is None:
         chosen = data.drawn(used.splits.held_out, rows)
     else:
-        source = File(path=file, header=used.recipe.data.train.header)
+        source = used.recipe.data.file_at(file)
         try:
             chosen = data.drawn(data.rows_of(source, used.recipe), rows or None)
         except LilyError as error:

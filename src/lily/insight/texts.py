@@ -15,6 +15,7 @@ from lily.recipes.data.tasks import collate
 from lily.recipes.deploy import load_for_export
 from lily.recipes.scoring.inference import by_length, device_of, place, to_device
 from lily.recipes.spec.schema import File
+from lily.recipes.spec.values import SURROGATE
 
 TEXT, PAIR, LABEL = "text", "text_pair", "label"
 MAX_LENGTH = 512
@@ -41,6 +42,8 @@ def load_texts(folder: str, file: str, base: str | None, most: int | None) -> Te
     """
     rows = data.drawn(list(enumerate(read_rows(File(path=file)), 1)), most)
     for number, row in rows:
+        if wrong := next((name for name in (TEXT, PAIR) if SURROGATE.search(str(row.get(name)))), None):
+            raise LilyError(f"{file}, row {number}: column {wrong!r} holds half of a surrogate pair; remove the row")
         if not isinstance(row.get(TEXT), str) or not row[TEXT].strip():
             raise LilyError(
                 f"{file}, row {number}: no text in a column {TEXT!r}, which is required without a recipe; rename "

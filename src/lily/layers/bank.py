@@ -15,6 +15,7 @@ from lily.layers.attention_masks import MaskTracker, watch
 from lily.layers.devices import Placement
 from lily.plan.sharing_plan import Group, SharingPlan, Slot
 from lily.plan.specs import EMBEDDING
+from lily.plan.wrappers import innermost
 
 BANK = "lily_bank"
 
@@ -204,7 +205,7 @@ def bank_of(model: nn.Module) -> LilyBank:
     Raises:
         AttributeError: if the model carries no Lily adapter.
     """
-    bank = getattr(model, BANK)
+    bank = getattr(innermost(model), BANK)
     assert isinstance(bank, LilyBank)
     return bank
 

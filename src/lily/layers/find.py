@@ -6,12 +6,13 @@ from torch import nn
 
 from lily.layers.bank import bank_of
 from lily.layers.layer import LilyLayer
-from lily.layers.sharding import unwrapped
+from lily.plan.wrappers import plain_name
 
 
 def layers_of(root: nn.Module) -> dict[str, LilyLayer]:
     """All adapted layers of a model, by their names in plans."""
-    modules = ((unwrapped(path), module) for path, module in root.named_modules() if isinstance(module, LilyLayer))
+    plain = plain_name(root)
+    modules = ((plain(path), module) for path, module in root.named_modules() if isinstance(module, LilyLayer))
     return {layer.name_in_plan(path): layer for path, layer in modules}
 
 

@@ -171,13 +171,19 @@ class LilyLayer(nn.Module, MergingMixin):
         return found if changes or (group.own_r and group.kind == EXPERTS) else None
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter, from the bank too: PEFT's and transformers' functions call each layer, but not the bank."""
+        """Remove an adapter, from the bank too: transformers calls this on each layer, but not on the bank."""
         self.bank.delete_adapter(adapter_name)
         super().delete_adapter(adapter_name)
 
     def _all_available_adapter_names(self) -> list[str]:
         # PEFT activates the first of these after a deletion. It must be the same one on every layer.
         return sorted(self.bank.plans)
+
+    def _move_own(self, adapter: str, device: torch.device, dtype: torch.dtype | None) -> None:
+        """Move the layer's own tensors of an adapter, unless they are on the meta device because a file follows."""
+        for own in (getattr(self, name) for name in self.adapter_layer_names):
+            if adapter in own and not cast(Tensor, own[adapter].weight).is_meta:
+                own[adapter].to(device, dtype)
 
     def change_settings(self, adapter: str, **changes: Any) -> None:
         """Replace some fields of an adapter's settings."""

@@ -49,9 +49,7 @@ class ParallelModule(LilyLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         like = next(self.base.parameters())
         dtype = like.dtype if like.is_floating_point() else None
-        for own in (getattr(self, name) for name in self.adapter_layer_names):
-            if adapter_name in own:
-                own[adapter_name].to(device or like.device, dtype)
+        self._move_own(adapter_name, device or like.device, dtype)
 
     @property
     def adapted_weight(self) -> Any:

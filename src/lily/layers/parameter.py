@@ -55,9 +55,7 @@ class Parameter(PartLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         home, dtype = placement(self, parameter=self.weight_name)
-        for own in (getattr(self, name) for name in self.adapter_layer_names):
-            if adapter_name in own and not own[adapter_name].weight.is_meta:
-                own[adapter_name].to(device or home, dtype)
+        self._move_own(adapter_name, device or home, dtype)
 
     def tensors_of(self, adapter: str, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (experts of B, r, out). For stacked experts, A is (experts, r, in), the A of each.

@@ -1,7 +1,8 @@
-"""What decides a layer's mixing weights: a router, or static logits. Their layer reads the weights and never calls them.
+"""What decides a layer's mixing weights: a router, or static logits.
 
-Engines that gather a module's weights when it is called must therefore leave them to the module that contains them.
-PEFT's wrapping policy for FSDP1 makes units of trained modules without children; hence the children `not_a_unit`.
+Their layer reads the weights and never calls these modules. Engines that gather a module's weights when it is called
+must therefore leave them to the module that contains them. PEFT's wrapping policy for FSDP1 makes units of trained
+modules without children; hence the children `not_a_unit`.
 """
 
 from __future__ import annotations

@@ -16,8 +16,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
-
 
 def is_partitioned(p: Tensor) -> bool:
     """Whether DeepSpeed's ZeRO-3 shards the tensor."""
@@ -61,6 +59,16 @@ def put(p: Tensor, value: Tensor) -> None:
         p.copy_(distribute_tensor(on_device, p.device_mesh, p.placements))
     else:
         p.copy_(value)
+
+
+def engine_in(model: nn.Module) -> str | None:
+    """The class of an engine in the model that averages the gradients of several processes; None: there is none."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return None
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    kinds = (nn.parallel.DistributedDataParallel, FullyShardedDataParallel, FSDPModule)
+    return next((type(m).__name__ for m in model.modules() if isinstance(m, kinds)), None)
 
 
 def reshard(model: nn.Module) -> None:
@@ -149,32 +157,6 @@ def mean_of_all(p: Tensor) -> Tensor:
     sums = torch.cat([rows.sum(dim=0, dtype=wide), rows.new_tensor([rows.shape[0]], dtype=wide)])
     total = _sum_of_all(sums)
     return (total[:-1] / total[-1].detach()).to(p.dtype)
-
-
-def unwrapped(name: str) -> str:
-    """A name without the parts that wrappers (FSDP1, checkpointing, compile) insert."""
-    for wrapper in WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
-
-
-@contextlib.contextmanager
-def plain_names(model: nn.Module) -> Iterator[None]:
-    """Within, modules have their names without FSDP1's wrappers, which PEFT expects."""
-    flat = _fsdp1_units(model)
-    wrapped = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if any(child is unit for unit in flat)
-    ]
-    try:
-        for parent, name, child in wrapped:
-            parent._modules[name] = next(child.children())
-        yield
-    finally:
-        for parent, name, child in wrapped:
-            parent._modules[name] = child
 
 
 def _fsdp1_units(model: nn.Module) -> list[nn.Module]:

@@ -78,6 +78,10 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
         layers_pattern: name of the layer list, with `layers_to_transform`.
         rank_pattern: rank for modules that match a name or regular expression. Ranks inside one group must agree.
         modules_to_save: modules trained and saved whole, such as a classification head.
+        trainable_token_indices: rows of the input embedding that train, such as those of new tokens, and nothing else
+            of it; or layer -> rows. On a model with tied weights the output layer follows.
+        ensure_weight_tying: on a model whose output layer has the weight of the input embedding, keep what is trained
+            of the two tied, as in LoRA: a module in `modules_to_save`, and `trainable_token_indices`.
         bias: which biases of the base model train: `none`, `all` or `lily_only` (those of adapted layers).
         distinct: a fixed difference between the layers of a group, without parameters: `permute` the rank coordinates
             of each layer, flip their `signs`, or `permute+signs`. Derived from `distinct_seed` and the layer's place in
@@ -118,6 +122,8 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
     own_r: int = 0
     rank_pattern: dict[str, int] | None = field(default_factory=dict)
     bias: str = "none"
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    ensure_weight_tying: bool = False
     settled: float | None = None
     adapted_layers: dict[str, int] | None = None
     provenance: dict[str, Any] | None = None
@@ -136,6 +142,7 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
         self.portable_targets: set[str] | None = None
         self.layers_by_name: dict[str, int] | None = None
         self.stock_grouping = False
+        self.modules_to_tie: set[str] | None = None
         if self.routing is None:
             self.routing = "batch" if from_file else self.default_routing(self.task_type in CAUSAL_TASKS)
         if self.stride_A is None and self.num_A is None:
@@ -194,6 +201,9 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
                 values[key] = sorted(value)
         values["peft_type"] = PeftType.LILY.value
         del values["batch_scope"]
+        for key in ("trainable_token_indices", "ensure_weight_tying"):  # which stock PEFT would warn about
+            if not values[key]:
+                del values[key]
         refusal = self.stock_refusal or stock_refusal(self)
         if refusal is not None:
             values["peft_type"] = EXTENDED_TYPE
@@ -242,7 +252,8 @@ def stock_refusal(config: LilyConfig) -> str | None:
         return f"bias={config.bias}"
     if config.target_parameters:
         return "target_parameters"
-    for name in ("target_slices", "parallel_modules", "group_options", "shared_router", "own_r"):
+    for name in ("target_slices", "parallel_modules", "group_options", "shared_router", "trainable_token_indices",
+                  "ensure_weight_tying", "own_r"):  # fmt: skip
         if getattr(config, name):
             return name
     for name in ("distinct", "gain"):

@@ -48,6 +48,7 @@ def check(c: Any) -> None:
     if not isinstance(c.init_weights, bool):
         raise LilyError(f"init_weights={c.init_weights!r} is not a bool; give True (B starts at zero) or False")
     _check_names(c)
+    _check_rows(c)
     _check_parameters(c)
     _check_slices(c)
     _check_parallel(c)
@@ -96,6 +97,25 @@ def _check_names(c: Any) -> None:
             raise LilyError(f"target_modules is empty; {TARGETS_HINT}")
     if c.modules_to_save is not None and not _is_names(c.modules_to_save):
         raise LilyError(f"modules_to_save={c.modules_to_save!r} is not a list of names; write ['classifier']")
+
+
+def _check_rows(c: Any) -> None:
+    if not isinstance(c.ensure_weight_tying, bool):
+        raise LilyError(f"ensure_weight_tying={c.ensure_weight_tying!r} is not a bool; give True or False")
+    rows = c.trainable_token_indices
+    if rows is None:
+        return
+    by_layer = rows if isinstance(rows, Mapping) else {"": rows}
+    for name, indices in by_layer.items():
+        well_formed = isinstance(indices, (list, tuple)) and all(type(i) is int and i >= 0 for i in indices)
+        if not isinstance(name, str) or not well_formed or not indices or len(set(indices)) < len(indices):
+            raise LilyError(
+                f"trainable_token_indices={rows!r} is not valid; give the ids of tokens, each once, such as "
+                "[128, 129], or {'embed_tokens': [128, 129]}"
+            )
+    # plain types, so that a configuration equals its copy read back from a file
+    plain = {name: list(indices) for name, indices in by_layer.items()}
+    c.trainable_token_indices = (plain if isinstance(rows, Mapping) else plain[""]) or None
 
 
 def _check_parameters(c: Any) -> None:

@@ -247,6 +247,7 @@ def select_modules(model: nn.Module, config: LilyConfig) -> list[ModuleSpec]:
     all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
     _maybe_include_all_linear_layers(config, model)
     modules = dict(own_modules(model))
+    _check_inside(model, config, all_linear)
     inert = {name: reason for name, reason in uncalled(modules).items() if reason.remedy is None}
     if all_linear and isinstance(config.target_modules, set):
         config.target_modules -= inert.keys()
@@ -281,6 +282,20 @@ def _check_layer_indices(specs: Sequence[ModuleSpec], config: LilyConfig) -> Non
                 f"layers_to_transform has the index {index}, but no layer of that number matches target_modules="
                 f"{sorted(config.target_modules or ())}; remove it"
             )
+
+
+def _check_inside(model: nn.Module, config: LilyConfig, all_linear: bool) -> None:
+    """Refuse targets inside a module that another adapter runs beside: PEFT skips what is inside an adapted module."""
+    for path, module in own_modules(model):
+        for inner, child in base_of(module).named_modules() if isinstance(module, BaseTunerLayer) else ():
+            name = f"{path}.{inner}"
+            target = check_target_module_exists(config, name)
+            wanted = target or (all_linear and not isinstance(target, _ExcludedModule))
+            if inner and _is_linear(child) and wanted:
+                raise LilyError(
+                    f"{name} is inside {path}, which an adapter of this model runs beside; add the adapter on {name} "
+                    f"before that one, or exclude it with exclude_modules=['{inner.rpartition('.')[2]}']"
+                )
 
 
 def own_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:

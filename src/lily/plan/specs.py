@@ -123,10 +123,12 @@ def linear_layers(name: str, module: nn.Module) -> Iterator[ModuleSpec]:
 
     Args:
         name: the module's name.
-        module: a module without adapters.
+        module: the module; the layers of adapters inside it do not count.
     """
+    adapters = (layer for layer in module.modules() if isinstance(layer, BaseTunerLayer))
+    theirs = {m for a in adapters for n, m in a.named_modules() if n and not n.startswith("base_layer")}
     for path, inner in module.named_modules(prefix=name):
-        if isinstance(inner, nn.Linear) or type(inner).__name__ == "Conv1D":
+        if inner not in theirs and (isinstance(inner, nn.Linear) or type(inner).__name__ == "Conv1D"):
             yield layer_spec(path, inner)
 
 

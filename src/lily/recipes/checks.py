@@ -48,11 +48,13 @@ def _columns(recipe: Recipe) -> Iterator[Problem]:
             yield at, "sft needs prompt and completion, or messages"
         if c.messages is not None and (c.prompt is not None or c.completion is not None):
             yield at, "give either messages, or prompt and completion"
+        if c.input is not None and c.prompt is None:
+            yield (*at, "input"), "is appended to the prompt, so it goes with prompt and completion; remove it"
         for name in ("text", "text_pair", "image", "label"):
             if getattr(c, name) is not None:
                 yield (*at, name), "is for classification and regression; sft has prompt, completion and messages"
         return
-    for name in ("prompt", "completion", "messages"):
+    for name in ("prompt", "input", "completion", "messages", "tools", "system"):
         if getattr(c, name) is not None:
             yield (*at, name), f"is for sft; {recipe.task} has {_inputs(recipe)} and label"
     if recipe.task == "image-classification":
@@ -200,3 +202,6 @@ def _file(at: tuple[str, ...], file: File) -> Iterator[Problem]:
             yield (*at, name), "goes with hub; remove it, or name a hub id"
     if file.header is not None and file.format in ("json", "jsonl", "parquet"):
         yield (*at, "header"), f"is for csv and tsv; {file.format} contains its column names; remove it"
+    for name in ("delimiter", "encoding"):
+        if getattr(file, name) is not None and (file.hub is not None or file.format == "parquet"):
+            yield (*at, name), "is for files of text; remove it"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from peft import PeftConfig, PeftModel
 
+from lily.checkpoint.beside import resize_to_file
 from lily.deploy.gguf import describe_gguf
 from lily.deploy.provenance import provenance
 from lily.errors import LilyError
@@ -24,7 +25,6 @@ from lily.recipes.results.adapter_folder import AdapterFolder, adapter_path, kep
 from lily.recipes.results.card import LABELS
 from lily.recipes.scoring.evaluate import Judge
 from lily.recipes.scoring.inference import device_of
-from lily.recipes.spec.schema import File
 
 if TYPE_CHECKING:
     from lily.deploy.collapse import CollapseReport
@@ -87,7 +87,8 @@ def collapse_text(
     calibrating = used.splits.train if calibration is None else _rows(calibration, used, labeled=False)
     judged = used.splits.held_out if held_out is None else _rows(held_out, used)
     if used.labels is not None:
-        data.check_labels(judged, used.labels, held_out or "the held-out split")
+        merge = used.recipe.data.similar_labels == "merge"
+        data.check_labels(judged, used.labels, held_out or "the held-out split", merge)
     device = device_of(used.model)
     judge = Judge(used.recipe, used.processor, used.labels)
     report = collapse(
@@ -102,7 +103,7 @@ def collapse_text(
 
 
 def _rows(file: str, used: Adapter, labeled: bool = True) -> list[Row]:
-    rows = data.rows_of(File(path=file, header=used.recipe.data.train.header), used.recipe, labeled)
+    rows = data.rows_of(used.recipe.data.file_at(file), used.recipe, labeled)
     if not rows:
         raise LilyError(f"{file} holds no rows; collapse needs calibration data")
     return rows
@@ -149,6 +150,9 @@ def load_text(location: AdapterFolder, *, weights: bool, dtype: str) -> tuple[An
         # Names and shapes are enough to read the adapter; memory that nothing is written to costs nothing.
         model = models.meta_model(source, task, len(labels))
         model.to_empty(device="cpu")
+        if hasattr(model, "tie_weights"):
+            model.tie_weights()  # which new memory undid
+    resize_to_file(model, path)
     loaded = PeftModel.from_pretrained(model, str(path))
     facts: dict[str, Any] = {}
     if quantized != "none":

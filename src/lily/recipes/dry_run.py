@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lily.errors import LilyError
 from lily.plan.report import PlanReport, dtype_of, report_of
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from lily.recipes.data.summary import Summary
     from lily.recipes.spec.dreambooth import DreamBooth
     from lily.recipes.spec.schema import Model, Recipe
 
@@ -20,13 +22,15 @@ RECIPE_ENDINGS = (".yaml", ".yml")
 
 @dataclass(frozen=True)
 class RecipeReport:
-    """The dry run of a recipe: the recipe as resolved, its plan, and its first example.
+    """The dry run of a recipe: the recipe as resolved, its plan, its data, and its first example.
 
     Attributes:
         recipe: as YAML.
         plan: of Lily on the recipe's model, for every method.
         preview: (text, trained) of the first training example; the loss counts where trained is True. Empty if no
             example was read.
+        data: what the data are; None where they were not read.
+        no_data: why they were not read.
     """
 
     name: str
@@ -34,6 +38,8 @@ class RecipeReport:
     recipe: str
     plan: PlanReport
     preview: tuple[tuple[str, bool], ...]
+    data: Summary | None = None
+    no_data: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""
@@ -44,6 +50,7 @@ class RecipeReport:
             "recipe": yaml.safe_load(self.recipe),
             "plan": self.plan.to_dict(),
             "preview": [{"text": text, "trained": trained} for text, trained in self.preview],
+            "data": None if self.data is None else self.data.to_dict(),
         }
 
 
@@ -94,16 +101,36 @@ def text_report(recipe: Recipe, batch: int | None, tokens: int | None) -> Recipe
     if recipe.model.architecture is not None:
         with located(recipe, "model", "architecture"):
             model = models.described_model(recipe.model, recipe.task)
+        seen, no_data = _described_data(recipe)
     else:
         prepared = preflight.prepare(recipe)
         model = prepared.meta
-        preview = tasks.preview(recipe, prepared.processor, prepared.splits.train[0])
+        seen, no_data = prepared.data, ""
+        preview = tasks.preview(recipe, prepared.processor, prepared.first)
     dtype = dtype_of(model.config) if recipe.model.dtype == "auto" else str(recipe.model.dtype)
     size = None
     if recipe.model.quantization != "none":
         dtype = recipe.model.quantization
         size = quantization.frozen_bytes(model, recipe.task, recipe.model.quantization)
-    return _report(recipe, model, _model_name(recipe.model), dtype, batch, tokens, preview, size)
+    report = _report(recipe, model, _model_name(recipe.model), dtype, batch, tokens, preview, size)
+    return replace(report, data=seen, no_data=no_data)
+
+
+def _described_data(recipe: Recipe) -> tuple[Summary | None, str]:
+    """The data beside a described model, without lengths, or why they are not read."""
+    from lily.recipes import data
+    from lily.recipes.data import sources
+    from lily.recipes.data.summary import summarize
+
+    for key, file in recipe.data.files.items():
+        name = f"data.{'.'.join(key)}"
+        if file.path is None:
+            return None, f"{name} is downloaded, which a plan of a described model (model.architecture) does not do"
+        try:
+            sources.local_path(file.path)
+        except LilyError as error:
+            return None, f"{name} is not here: {error}"
+    return summarize(recipe, data.load_splits(recipe), {}), ""
 
 
 def drawing_report(recipe: DreamBooth, batch: int | None, tokens: int | None) -> RecipeReport:

@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 from lily.errors import LilyError
 from lily.recipes import checks
 from lily.recipes.spec import dreambooth, variants
+from lily.recipes.spec import values as scalars
 from lily.recipes.spec.dreambooth import DreamBooth
 from lily.recipes.spec.locations import Key, KeyLocations
 from lily.recipes.spec.schema import SOURCES, STANDIN, Recipe, Section
@@ -27,7 +28,7 @@ MAX_VALUES = 100_000  # aliases of aliases make a short text expand without boun
 MAX_PROBLEMS = 10
 MAX_SHOWN = 200  # characters of a wrong value
 ALIASES = {"lr": "learning_rate", "rank": "r", "lora_alpha": "alpha"}
-SOURCE_DETAILS = ("revision", "format", "header", "split", "config", "architecture")
+SOURCE_DETAILS = ("revision", "format", "header", "delimiter", "encoding", "split", "config", "architecture")
 PLAIN_TAGS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 
 
@@ -281,6 +282,8 @@ def _construct(node: yaml.Node, at: Key, location: str, locations: dict[Key, str
         return values
     if isinstance(node, yaml.SequenceNode):
         return [_construct(child, (*at, str(i)), location, locations) for i, child in enumerate(node.value)]
+    if scalars.SURROGATE.search(node.value):
+        raise LilyError(f"{where}: {'.'.join(at)}: holds half of a surrogate pair, a character cut in two; remove it")
     loader = yaml.SafeLoader("")
     try:
         value = loader.construct_object(node, deep=True)
@@ -291,7 +294,7 @@ def _construct(node: yaml.Node, at: Key, location: str, locations: dict[Key, str
         loader.dispose()
     if isinstance(value, bytes):
         raise LilyError(f"{where}: {'.'.join(at)}: holds bytes (!!binary); write text")
-    return value
+    return node.value if not getattr(node, "style", None) and scalars.is_text(node.tag, node.value) else value
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -359,6 +362,8 @@ def _explain(error: ValidationError, document: Document, kind: type[Section]) ->
             text = problem["msg"].removeprefix("Value error, ")
         else:
             text = f"{problem['msg'][0].lower()}{problem['msg'][1:]}, got {_short(problem.get('input'))}"
+            if wrong == "string_type" and isinstance(problem.get("input"), (bool, int, float)):
+                text += "; put text that looks like a number or a boolean in quotes"
         yield f"{document.location(path)}: {name}: {text}"
 
 

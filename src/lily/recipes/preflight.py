@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+    from lily.recipes.data.summary import Summary
+    from lily.recipes.data.tables import Row
     from lily.recipes.data.tasks import Example, Processor
     from lily.recipes.spec.dreambooth import DreamBooth
 
@@ -61,6 +63,8 @@ class Prepared:
         config: of the adapter; None where there is none (method none).
         meta: the model on the meta device.
         general: encoded texts of other kinds than the task, to measure forgetting on.
+        data: what the data are.
+        first: the first row with an example that trains.
     """
 
     splits: Splits
@@ -70,6 +74,8 @@ class Prepared:
     config: PeftConfig | None
     meta: PreTrainedModel
     general: list[Example]
+    data: Summary
+    first: Row
 
 
 def prepare(recipe: Recipe) -> Prepared:
@@ -84,6 +90,7 @@ def prepare(recipe: Recipe) -> Prepared:
         print(f"warning: {unseen_message(splits)}", file=sys.stderr)
 
     from lily.recipes.data import tasks
+    from lily.recipes.data.summary import summarize
     from lily.recipes.scoring import choices, forgetting
 
     with located(recipe, "model", recipe.model.kind):
@@ -96,20 +103,21 @@ def prepare(recipe: Recipe) -> Prepared:
     else:
         with located(recipe, "data", "max_length"):
             check_length(recipe, meta)
-    train, validation = (
-        tasks.encode(rows, recipe, processor, splits.labels, f"the {name} rows")
-        for name, rows in (("training", splits.train), ("validation", splits.validation))
-    )
-    for name, rows in splits.judged.items():
-        if recipe.task == "sft" and name != "validation":
-            # only for its check that answers are not truncated away
-            tasks.encode(rows, recipe, processor, None, f"the {name} rows")
+    encoded = {}
+    for name, rows in splits.parts.items():
+        if recipe.task == "sft" or name in ("train", "validation"):  # for sft, to check that no answer is cut away
+            title = "training" if name == "train" else name.removeprefix("tests.")
+            encoded[name] = tasks.encode_rows(rows, recipe, processor, splits.labels, f"the {title} rows")
+        if name == "train":
+            continue
         if recipe.task == "sft" and "exact_match" in metrics_of(recipe):
             answers.expected_answers(rows, recipe)
         for row in rows if recipe.data.choices is not None else ():
             choices.scored_choices(0, row, recipe, processor)  # for its check of their length
     general = forgetting.general_text(recipe, processor)
-    return Prepared(splits, processor, train, validation, config, meta, general)
+    seen = summarize(recipe, splits, encoded, processor)
+    train, first = encoded["train"].examples, splits.train[encoded["train"].rows[0]]
+    return Prepared(splits, processor, train, encoded["validation"].examples, config, meta, general, seen, first)
 
 
 def unseen_message(splits: Splits) -> str:

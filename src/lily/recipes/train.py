@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
+
 from lily.distributed import load_weights, save_adapter
 from lily.io.atomic import write_text
 from lily.recipes import loader, models, preflight
@@ -18,6 +20,7 @@ from lily.recipes.methods import other_peft
 from lily.recipes.models.precision import precision_of
 from lily.recipes.preflight import Prepared
 from lily.recipes.results import card
+from lily.recipes.results.data_table import print_data
 from lily.recipes.results.result import Result, output_folder, started
 from lily.recipes.scoring import metrics as metric_tools
 from lily.recipes.scoring import test_sets
@@ -73,6 +76,8 @@ def train(
         processes.check(recipe)
         preflight.check_folder(recipe, output, resume, overwrite)
         prepared = preflight.prepare(recipe)
+        if processes.is_first():
+            print_data(prepared.data, Console(stderr=True), warnings_only=quiet)
         # before the folder is touched, so that unreadable weights write nothing
         return prepared, *_load(recipe, prepared)
 
@@ -117,8 +122,8 @@ def _load(recipe: Recipe, prepared: Prepared) -> tuple[Any, Result]:
     splits = prepared.splits
     result = started(recipe, metric_tools.metrics_of(recipe)[0], "test" if splits.test else "validation")
     result.labels = None if splits.labels is None else list(splits.labels)
-    result.rows = {"train": len(splits.train), "validation": len(splits.validation), "test": len(splits.test)}
-    result.rows |= {f"tests.{name}": len(rows) for name, rows in splits.tests.items()}
+    result.rows = {"train": 0, "validation": 0, "test": 0, **{part.name: part.used for part in prepared.data.parts}}
+    result.data = prepared.data
     set_seed(recipe.seed)
     messages: list[str] = []
     with located(recipe, "model", recipe.model.kind):

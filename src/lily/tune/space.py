@@ -17,6 +17,7 @@ from lily.plan.budget import parse_count
 from lily.plan.decide import Decided
 from lily.recipes.methods.configs import LORAS, learning_rate, section_of
 from lily.recipes.spec.schema import Recipe
+from lily.recipes.spec.values import is_decimal
 
 KNOBS = {
     "lily": ("learning_rate", "scaling", "shape"),
@@ -259,8 +260,7 @@ def parse_ranges(texts: Iterable[str]) -> dict[str, tuple[float, float]]:
     for text in texts:
         name, _, bounds = text.partition("=")
         low, _, high = bounds.partition(":")
-        try:
-            ranges[name.strip()] = (float(low), float(high))
-        except ValueError:
-            raise LilyError(f"--range {text!r}: expected a knob and two numbers, such as scaling=0.1:10") from None
+        if not (is_decimal(low) and is_decimal(high)):
+            raise LilyError(f"--range {text!r}: expected a knob and two numbers, such as scaling=0.1:10")
+        ranges[name.strip()] = (float(low), float(high))
     return ranges

@@ -16,6 +16,7 @@ from lily.layers.layer import LilyLayer
 from lily.layers.router import Logits
 from lily.plan.config import LilyConfig
 from lily.plan.sharing_plan import SharingPlan
+from lily.plan.wrappers import innermost
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def find(model: nn.Module, adapter: str | None = None) -> Adapted:
         adapter = active[0]
     if adapter not in bank.plans:
         raise LilyError(f"no adapter {adapter!r} on this model; there are {', '.join(bank.plans)}")
-    configs = getattr(model, "peft_config", None) or getattr(root, "peft_config", {})
+    configs = getattr(innermost(model), "peft_config", None) or getattr(root, "peft_config", {})
     named = layers_of(root)
     layers = {name: named[name] for name in bank.plans[adapter].slots}
     return Adapted(adapter, root, bank, cast(LilyConfig, configs[adapter]), layers)

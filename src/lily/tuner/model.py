@@ -12,10 +12,11 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists, onload_layer
 from peft.utils import TRANSFORMERS_MODELS_TO_LILY_TARGET_MODULES_MAPPING
 from peft.utils.integrations import init_empty_weights
-from peft.utils.other import _get_submodules
+from peft.utils.other import TrainableTokensWrapper, _get_submodules
 from torch import Tensor, nn
 
 from lily.checkpoint import format
+from lily.checkpoint.beside import tied_modules
 from lily.checkpoint.load import current
 from lily.checkpoint.stock import decide_file_format
 from lily.errors import LilyError
@@ -30,14 +31,16 @@ from lily.layers.parallel_module import ParallelModule
 from lily.layers.parameter import Parameter
 from lily.layers.part import PartLayer
 from lily.layers.quantized import keep_differentiable
-from lily.layers.sharding import unwrapped
+from lily.layers.sharding import engine_in
 from lily.layers.slice import Slice
 from lily.plan.config import CAUSAL_TASKS, LilyConfig
 from lily.plan.select import is_causal, select_targets
 from lily.plan.sharing_plan import SharingPlan, build_plan
 from lily.plan.specs import CONV2D, EMBEDDING, LINEAR, PARALLEL_MODULE, PARAMETERS, ModuleSpec
+from lily.plan.wrappers import innermost, plain_names, unwrapped
 from lily.tuner import call_uncalled
-from lily.tuner.check_targets import check_targets
+from lily.tuner.check_targets import check_beside, check_targets
+from lily.tuner.replaced import drop_replaced
 
 LAYERS = {LINEAR: Linear, CONV2D: Conv2d, EMBEDDING: Embedding, PARALLEL_MODULE: ParallelModule}
 
@@ -92,11 +95,21 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         if others:  # collapsing or settling one of them changes its configuration alone
             config = copy.deepcopy(config)
         self.peft_config[adapter_name], self._adapter, self._copied = config, adapter_name, others[:1]
+        config.modules_to_tie = None  # of the model that the configuration was used for before
         if state_dict is not None and config.target_modules is None and not config.target_parameters:
             config.target_modules = {
-                key.rsplit(f".{self.prefix}", 1)[0].removeprefix(format.PREFIX) for key in state_dict
+                unwrapped(key.rsplit(f".{self.prefix}", 1)[0]).removeprefix(format.PREFIX) for key in state_dict
             }
-        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        engine = None if config.inference_mode else engine_in(model)
+        if engine is not None:
+            warnings.warn(
+                f"adapter {adapter_name!r} is added inside {engine}, which averages only the gradients of tensors "
+                "that it was made with, so each process would train a different adapter; adapt first, then wrap",
+                stacklevel=2,
+            )
+        with plain_names(self):
+            model = innermost(model)
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         if not config.inference_mode:
             keep_differentiable(model)
         watch_masks(model)
@@ -114,6 +127,7 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         """PEFT's last step before it replaces a layer: every check is here, so that nothing fails half-way."""
         specs = select_targets(model, peft_config)
         check_targets(model, specs)
+        check_beside(model, peft_config, specs)
         _decide_routing(peft_config, model)
         self._plan = self._plan_of_copied(specs) or build_plan(specs, peft_config)
         self._placements = {spec.name: _placement(model, spec) for spec in specs}
@@ -123,13 +137,37 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         decide_file_format(peft_config, self._plan, model)
         if (opened := current()) is not None:
             opened.check(self._plan, peft_config, model)
-        _replace(model, self._adapter)
+        drop_replaced(model, self._adapter)
 
     def _plan_of_copied(self, specs: list[ModuleSpec]) -> SharingPlan | None:
-        """The plan of the adapter with the same configuration object, whose file may have shared tensors differently."""
+        """The plan of the adapter with the same configuration object, whose file may have decided the sharing."""
         plans = bank_of(self.model).plans if self._copied else {}
         plan = next((plans[name] for name in self._copied if name in plans), None)
         return plan if plan is not None and set(plan.slots) == {spec.name for spec in specs} else None
+
+    def _get_module_names_tied_with_embedding(self) -> list[str]:
+        """PEFT's finds none where an earlier adapter saves the embedding whole."""
+        return tied_modules(self.model)[1]
+
+    def _add_modules_to_save_to_tie(self, peft_config: LilyConfig, tied_weight_keys: list[str]) -> None:
+        """Save the input embedding, and tie the modules to it that have its weight; see PEFT."""
+        embedding, tied = tied_modules(self.model)
+        assert embedding is not None  # something is tied to it
+        kept = [name for name in peft_config.modules_to_save or () if not any(t.endswith(name) for t in tied)]
+        peft_config.modules_to_save = kept if embedding.endswith(tuple(kept)) else [*kept, embedding]
+        peft_config.modules_to_tie = set(tied_weight_keys)
+
+    def _add_targets_to_tie(self, peft_config: LilyConfig, tied_weight_keys: list[str]) -> None:
+        """LoRA ties the transposed update; data-dependent experts have no transpose.
+
+        Raises:
+            LilyError: always.
+        """
+        raise LilyError(
+            "ensure_weight_tying ties what modules_to_save and trainable_token_indices train, and cannot tie adapters "
+            f"on the input embedding and {' and '.join(tied_weight_keys)} (target_modules): train them whole "
+            "(modules_to_save), train rows (trainable_token_indices), or remove ensure_weight_tying"
+        )
 
     def _check_target_module_exists(self, peft_config: LilyConfig, key: str) -> Any:
         """See PEFT; parallel modules are not named in `target_modules`."""
@@ -192,9 +230,10 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
 
     def _bank(self, adapter_name: str, peft_config: LilyConfig) -> LilyBank:
         """The bank, with this adapter's tensors in it."""
-        if not hasattr(self.model, BANK):
-            self.model.add_module(BANK, LilyBank())
-        bank = bank_of(self.model)
+        root = innermost(self.model)
+        if not hasattr(root, BANK):
+            root.add_module(BANK, LilyBank())
+        bank = bank_of(root)
         if bank.plans.get(adapter_name) is not self._plan:  # first layer of this adapter
             activations = {g.name: peft_config.options_of(g.name).activation for g in self._plan.groups}
             bank.add(adapter_name, self._plan, self._placements, peft_config.init_weights, activations)
@@ -214,14 +253,15 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # PEFT's last step after it has loaded an adapter and accelerate has spread the model over devices.
-        onload(self.model, bank_of(self.model).arrived)
+        with plain_names(self):
+            onload(self.model, bank_of(self.model).arrived)
         bank_of(self.model).arrived = {}
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Activate the named adapters; all of them take part in a forward. See PEFT."""
         super().set_adapter(adapter_name, inference_mode=inference_mode)
-        if hasattr(self.model, BANK):
+        if hasattr(innermost(self.model), BANK):
             bank_of(self.model).set_adapter(adapter_name, inference_mode=inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -243,6 +283,14 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         names: dict[int, list[str]] = {}
         for name, p in self.model.named_parameters(remove_duplicate=False):
             names.setdefault(id(p), []).append(name)
+        wrappers = [m for m in self.model.modules() if isinstance(m, TrainableTokensWrapper)]
+        for rows in (w.token_adapter for w in wrappers if not w.token_adapter.tied_adapter):
+            tied = names.get(id(rows.get_base_layer().weight), [])
+            if len(tied) > 1 + sum(w.token_adapter.tied_adapter is rows for w in wrappers):
+                raise LilyError(
+                    f"{' and '.join(tied)} are one tensor, so merging the trained rows of one would change the other; "
+                    "untie them first, or train the same rows of both (trainable_token_indices as a list)"
+                )
         for layer in self.model.modules():
             if not isinstance(layer, LilyLayer):
                 continue
@@ -268,13 +316,15 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         layers = [m for m in self.model.modules() if isinstance(m, LilyLayer)]
         if merge:
             self._check_merge(adapter_names, safe_merge)
-        model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        with plain_names(self):
+            super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if merge:
             _report_rounding(nn.ModuleList(layers))
-        bank_of(model).watch(model, [])
-        call_uncalled.watch(model)
-        delattr(model, BANK)
-        return model
+        root = innermost(self.model)
+        bank_of(root).watch(root, [])
+        call_uncalled.watch(root)
+        delattr(root, BANK)
+        return self.model  # type: ignore[no-any-return]
 
     @classmethod
     def _get_adapter_state_dict(
@@ -334,24 +384,6 @@ def _part_keys(model: nn.Module, adapter: str) -> dict[str, str]:
         if isinstance(m, PartLayer)
         for own in (f"{name}.{adapter}.weight" for name in m.adapter_layer_names)
     }
-
-
-def _replace(model: nn.Module, adapter: str) -> None:
-    """Drop an adapter of the name of a new one: PEFT would leave it on layers that the new one does not adapt."""
-    bank = model._modules.get(BANK)
-    if not isinstance(bank, LilyBank) or adapter not in bank.plans:
-        return
-    warnings.warn(
-        f"this model already has an adapter {adapter!r}; its tensors are dropped and the new one takes its place. To keep "
-        "both, give the new one another adapter_name; to start from the base model, call unload() first",
-        stacklevel=3,
-    )
-    for layer in (m for m in model.modules() if isinstance(m, (LilyLayer, LilyBank))):
-        if adapter in layer.merged_adapters:
-            layer.unmerge()
-        for own in (getattr(layer, name) for name in (*layer.adapter_layer_names, *layer.other_param_names)):
-            if adapter in own:
-                del own[adapter]
 
 
 def _report_rounding(model: nn.Module) -> None:

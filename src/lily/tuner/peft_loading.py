@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import peft.functional
 import peft.peft_model
 import peft.utils
 from huggingface_hub import hf_hub_download
@@ -19,14 +21,17 @@ from peft import PeftConfig, PeftModel, inject_adapter_in_model
 from peft.config import PeftConfigMixin
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME, hotswap, infer_device, save_and_load
+from peft.utils.other import TrainableTokensWrapper, _set_adapter
 from torch import Tensor, nn
 from transformers.integrations.peft import PeftAdapterMixin
 
 from lily.checkpoint import load
+from lily.checkpoint.beside import Beside, keep_tied
 from lily.checkpoint.format import PREFIX
 from lily.checkpoint.load import Opened
 from lily.errors import LilyError
 from lily.plan.config import LilyConfig
+from lily.plan.wrappers import innermost, plain_names
 
 # Settings that change an adapter's function besides its tensors: adapters that differ here cannot be hot-swapped.
 HOTSWAP_KEYS = [
@@ -43,6 +48,8 @@ _stock_load_weights = save_and_load.load_peft_weights
 _stock_set_state = save_and_load.set_peft_model_state_dict
 _stock_hotswap = hotswap.hotswap_adapter
 _stock_hotswap_state = hotswap.hotswap_adapter_from_state_dict
+_stock_rows_state = TrainableTokensWrapper.adapter_state_dict
+_stock_rows_names = TrainableTokensWrapper.adapter_state_dict_load_map
 _stock_transformers = PeftAdapterMixin.load_adapter
 
 
@@ -52,7 +59,7 @@ def _download(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _configs(model: Any) -> dict[str, PeftConfig]:
     """Adapter -> configuration; a model without adapters has none."""
-    return dict(getattr(getattr(model, "_orig_mod", model), "peft_config", None) or {})
+    return dict(getattr(innermost(model), "peft_config", None) or {})
 
 
 def _from_json_file(cls: Any, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
@@ -131,11 +138,31 @@ def _set_state(
     """`set_peft_model_state_dict`: check that all tensors of a Lily adapter fit before the first is copied."""
     config = _configs(model).get(adapter_name)
     plan = load.plan_of(model, adapter_name)
-    if isinstance(config, LilyConfig) and plan is not None:
-        opened = load.current()
-        with load.naming(opened.header.path if opened and opened.header else None):
-            load.check_fit(peft_model_state_dict, plan, config, model, adapter_name, ignore_mismatched_sizes)
-    return _stock_set_state(model, peft_model_state_dict, adapter_name, ignore_mismatched_sizes, low_cpu_mem_usage)
+    if not isinstance(config, LilyConfig) or plan is None:
+        return _stock_set_state(model, peft_model_state_dict, adapter_name, ignore_mismatched_sizes, low_cpu_mem_usage)
+    opened = load.current()
+    with load.naming(opened.header.path if opened and opened.header else None):
+        load.check_fit(peft_model_state_dict, plan, config, model, adapter_name, ignore_mismatched_sizes)
+    # low_cpu_mem_usage replaces parameters, each by a separate one
+    kept = keep_tied(model) if low_cpu_mem_usage else contextlib.nullcontext()
+    with plain_names(model, fsdp=False) as inner, kept:
+        beside = Beside(inner, config, plan, adapter_name)
+        result = _stock_set_state(
+            inner, beside.for_model(peft_model_state_dict), adapter_name, ignore_mismatched_sizes, low_cpu_mem_usage
+        )
+        beside.tie(inner, adapter_name)
+    return result
+
+
+def _rows_state(self: TrainableTokensWrapper, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`TrainableTokensWrapper.adapter_state_dict`, also for an adapter that trains no rows."""
+    has = adapter_name in self.token_adapter.trainable_tokens_delta
+    return _stock_rows_state(self, adapter_name, state_dict) if has else {}
+
+
+def _rows_names(self: TrainableTokensWrapper, adapter_name: str) -> dict[str, str]:
+    """`TrainableTokensWrapper.adapter_state_dict_load_map`, also for an adapter that trains no rows."""
+    return _stock_rows_names(self, adapter_name) if adapter_name in self.token_adapter.trainable_tokens_delta else {}
 
 
 def _hotswap(
@@ -167,7 +194,7 @@ def _hotswap_state(
         return
     inserted = re.compile(rf"(lily_[A-Za-z]+)\.{re.escape(adapter_name)}(?=\.|$)")
     plain = {inserted.sub(r"\1", key): tensor for key, tensor in state_dict.items()}
-    _set_state(getattr(model, "_orig_mod", model), plain, adapter_name=adapter_name)
+    _set_state(model, plain, adapter_name=adapter_name)
 
 
 def _transformers(
@@ -215,6 +242,7 @@ def _transformers(
     with load.in_progress(opened):
         load.check_config(config, self)
         inject_adapter_in_model(config, self, name)
+        _set_adapter(self, name, inference_mode=config.inference_mode)  # saved modules; PEFT switches the layers alone
         self._hf_peft_config_loaded = True
         result = _set_state(self, {key.removeprefix(PREFIX): t for key, t in opened.state.items()}, name)
     if config.inference_mode:
@@ -230,10 +258,12 @@ PATCHES: list[tuple[Any, str, Any, Any]] = [
     (PeftModel, "from_pretrained", classmethod(_from_pretrained), _stock_from_pretrained),
     (PeftModel, "load_adapter", _load_adapter, _stock_load_adapter),
     (PeftAdapterMixin, "load_adapter", _transformers, _stock_transformers),
+    (TrainableTokensWrapper, "adapter_state_dict", _rows_state, _stock_rows_state),
+    (TrainableTokensWrapper, "adapter_state_dict_load_map", _rows_names, _stock_rows_names),
     (hotswap, "hotswap_adapter", _hotswap, _stock_hotswap),
     (hotswap, "hotswap_adapter_from_state_dict", _hotswap_state, _stock_hotswap_state),
     *((m, "load_peft_weights", _load_weights, _stock_load_weights)
       for m in (peft, peft.utils, peft.peft_model, save_and_load, hotswap)),
     *((m, "set_peft_model_state_dict", _set_state, _stock_set_state)
-      for m in (peft, peft.utils, peft.peft_model, save_and_load)),
+      for m in (peft, peft.utils, peft.peft_model, peft.functional, save_and_load)),
 ]  # fmt: skip

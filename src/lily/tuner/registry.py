@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-import re
-from typing import Any
-
 import peft
 import torch
-from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lily import LilyModel as StockModel
 from peft.tuners.lora import conversion
 from peft.utils import PeftType, hotswap
 from torch import Tensor, nn
 
-from lily.errors import LilyError
-from lily.layers import sharding
 from lily.layers.bank import LilyBank
 from lily.plan.config import EXTENDED_TYPE, LilyConfig
+from lily.tuner import peft_loading, peft_saving
 from lily.tuner.model import LilyModel
-from lily.tuner.peft_loading import HOTSWAP_KEYS, PATCHES
 
 _stock_conversion = conversion._convert_module_to_lora
 
@@ -34,22 +27,7 @@ def _convert_module_to_lora(
     return _stock_conversion(module, rank, adapter_name)  # type: ignore[no-any-return]
 
 
-_stock_save_pretrained = PeftModel.save_pretrained
-
-MATRICES = re.compile(r"\.lily_(A|B|router)\.")
-
-
-@functools.wraps(_stock_save_pretrained)
-def _save_pretrained(self: PeftModel, save_directory: str, *args: Any, **kwargs: Any) -> None:
-    """Stock PEFT's, except for a sharded adapter: stock would wait for the other processes, or write a shard."""
-    if kwargs.get("state_dict") is None:
-        for name, p in self.named_parameters():
-            if MATRICES.search(name) and not sharding.is_here(p):
-                raise LilyError(
-                    f"cannot save to {save_directory}: {name} is sharded, and this process holds only a shard; call "
-                    "lily.save_adapter(model, folder) in all processes instead"
-                )
-    _stock_save_pretrained(self, save_directory, *args, **kwargs)
+PATCHES = [*peft_loading.PATCHES, *peft_saving.PATCHES]
 
 
 def register() -> None:
@@ -63,8 +41,7 @@ def register() -> None:
     PEFT_TYPE_TO_CONFIG_MAPPING[EXTENDED_TYPE] = LilyConfig
     PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LILY] = LilyModel
     conversion._convert_module_to_lora = _convert_module_to_lora
-    hotswap.CONFIG_KEYS_TO_CHECK[PeftType.LILY] = HOTSWAP_KEYS
-    PeftModel.save_pretrained = _save_pretrained
+    hotswap.CONFIG_KEYS_TO_CHECK[PeftType.LILY] = peft_loading.HOTSWAP_KEYS
     for owner, name, ours, _ in PATCHES:
         setattr(owner, name, ours)
 
@@ -76,6 +53,5 @@ def unregister() -> None:
     PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LILY] = StockModel
     conversion._convert_module_to_lora = _stock_conversion
     hotswap.CONFIG_KEYS_TO_CHECK.pop(PeftType.LILY, None)
-    PeftModel.save_pretrained = _stock_save_pretrained
     for owner, name, _, stock in PATCHES:
         setattr(owner, name, stock)

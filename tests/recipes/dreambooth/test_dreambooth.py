@@ -580,7 +580,7 @@ def test_a_trained_adapter_becomes_static_and_exports_to_a_pipeline(tmp_path, pi
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sdxl", "flow"])
 def test_a_small_pretrained_pipeline_learns_a_real_subject(kind, tmp_path):
-    if not Path(os.environ.get("LILY_DATA", "."), "dreambooth").is_dir():
+    if not Path(os.environ["LILY_DATA"], "dreambooth").is_dir():
         pytest.skip("LILY_DATA names no folder with the DreamBooth images")
     chosen = loader.load_any(f"offline/dreambooth-{kind}-tiny", [f"output={tmp_path / 'run'}"])
     result = run.train(chosen, quiet=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import csv
+import codecs
 import gzip
 import io
 import json
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO, cast
 
 from lily.errors import LilyError
+from lily.recipes.data import delimited
+from lily.recipes.data.delimited import Note
 from lily.recipes.data.sources import fetch
 from lily.recipes.spec.schema import File
 
@@ -21,24 +23,35 @@ Row = dict[str, Any]
 
 FORMATS = {".csv": "csv", ".tsv": "tsv", ".json": "json", ".jsonl": "jsonl", ".parquet": "parquet"}
 
-csv.field_size_limit(1 << 24)
-
 # Limits of a .gz file, against decompression bombs. Text compresses 5 times, logs 50 times.
 MAX_UNPACKED = 1 << 30
 MAX_RATIO = 100
+MAX_EXAMINED = 1 << 26  # bytes read again to explain why they are no text
+
+# UTF-32's mark starts with that of UTF-16
+MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 
 
 class Bomb(LilyError):
     """A decompression bomb; a separate type, so that it is not reported as invalid JSON."""
 
 
-def read_rows(file: File) -> list[Row]:
-    """The rows of a table, unchanged.
+def read_rows(file: File, note: Note = lambda _: None) -> list[Row]:
+    """The rows of a table, unchanged; `note` is told what may not be as it was meant.
 
     Raises:
         LilyError: if it cannot be downloaded, read or parsed, or is empty.
     """
-    rows = _hub_rows(file) if file.hub is not None else list(stream_rows(fetch(file), file.format, file.header))
+    if file.hub is not None:
+        rows = _hub_rows(file)
+    else:
+        rows = list(stream_rows(fetch(file), file.format, file.header, file.delimiter, file.encoding, note))
     if not rows:
         raise LilyError(f"{name_of(file)} has no rows; check the file")
     return rows
@@ -49,8 +62,17 @@ def name_of(file: File) -> str:
     return file.path or file.hub or (file.package.member if file.package else "?")
 
 
-def stream_rows(path: Path | str, format: str = "auto", header: Sequence[str] | None = None) -> Iterator[Row]:
+def stream_rows(
+    path: Path | str,
+    format: str = "auto",
+    header: Sequence[str] | None = None,
+    delimiter: str | None = None,
+    encoding: str | None = None,
+    note: Note = lambda _: None,
+) -> Iterator[Row]:
     """Rows one at a time, in constant memory for csv, tsv and jsonl. `-` reads jsonl from standard input.
+
+    `header`, `delimiter` and `encoding` as in `File`; `note` is told what may not be as it was meant.
 
     Raises:
         LilyError: with the line of the first row that cannot be parsed.
@@ -68,19 +90,59 @@ def stream_rows(path: Path | str, format: str = "auto", header: Sequence[str] | 
     if kind == "parquet":
         yield from _parquet(name)
         return
+    open_ = _Unpacked if name.endswith(".gz") else open
     try:
-        open_ = _Unpacked if name.endswith(".gz") else open
-        with open_(name, "rb") as raw, io.TextIOWrapper(cast(BinaryIO, raw), "utf-8-sig", newline="") as text:
-            if kind in ("csv", "tsv"):
-                yield from _delimited(text, name, kind, header)
-            elif kind == "jsonl":
-                yield from _jsonl(text, name)
-            else:
-                yield from _json(text, name)
-    except UnicodeDecodeError as error:
-        raise LilyError(f"{name}: not UTF-8 text ({error.reason}); save it as UTF-8") from None
+        with open_(name, "rb") as raw:
+            encoding = _encoding(cast(BinaryIO, raw), name, encoding)
+            with io.TextIOWrapper(cast(BinaryIO, raw), encoding, newline="") as text:
+                if kind in delimited.USUAL:
+                    yield from delimited.rows(text, name, kind, header, delimiter, note)
+                elif kind == "jsonl":
+                    yield from _jsonl(text, name)
+                else:
+                    yield from _json(text, name)
+    except UnicodeError as error:
+        with open_(name, "rb") as raw:
+            raise LilyError(f"{name}: {_not_text(raw.read(MAX_EXAMINED), str(encoding), error)}") from None
     except (OSError, EOFError, zlib.error) as error:
         raise LilyError(f"{name}: cannot be read ({error}); check the path and the file") from None
+
+
+def _encoding(raw: BinaryIO, name: str, stated: str | None) -> str:
+    """The encoding by the byte order mark, else the stated one, else UTF-8.
+
+    Raises:
+        LilyError: if the text can be neither UTF-8 nor anything else that is stated.
+    """
+    start = raw.read(1 << 10)
+    raw.seek(0)
+    marked = next((encoding for mark, encoding in MARKS.items() if start.startswith(mark)), None)
+    if marked is None and stated is None and b"\0" in start:
+        guess = "utf-16-le" if start[1:2] == b"\0" else "utf-16-be"
+        raise LilyError(f"{name}: holds NUL bytes, as UTF-16 does; set data.encoding: {guess}, or save it as UTF-8")
+    return marked or stated or "utf-8"
+
+
+def _not_text(content: bytes, encoding: str, error: UnicodeError) -> str:
+    """The message about bytes that are no text in an encoding: where, and what they may be."""
+    codec = codecs.lookup(encoding).name
+    said = f"not {codec.upper().removesuffix('-SIG')} text"
+    if not codec.startswith("utf-8"):
+        return f"{said} ({getattr(error, 'reason', error)}); remove data.encoding, or set the right one"
+    try:
+        content.decode("utf-8")
+        return f"{said} ({getattr(error, 'reason', error)}); save it as UTF-8"
+    except UnicodeDecodeError as first:
+        line = content.count(b"\n", 0, first.start) + 1
+        around = content[max(0, first.start - 15) : first.start + 15].decode("cp1252", "replace").split("\n")
+        said += f" ({first.reason}: byte 0x{content[first.start]:02x} in line {line})"
+        if not content[: first.start].isascii():
+            return f"{said}, although what comes before is; mend that line, and save the file as UTF-8"
+        shown = max(around, key=len).strip()
+        return (
+            f"{said}; save it as UTF-8, or set data.encoding: cp1252 if it comes from Windows or Excel "
+            f"(that byte is then read so: {shown!r})"
+        )
 
 
 class _Unpacked(gzip.GzipFile):
@@ -95,27 +157,6 @@ class _Unpacked(gzip.GzipFile):
                 "yourself if you trust it"
             )
         return data
-
-
-def _delimited(text: TextIO, name: str, kind: str, header: Sequence[str] | None) -> Iterator[Row]:
-    # tsv as in GLUE: quotes are ordinary characters
-    reader = csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE) if kind == "tsv" else csv.reader(text)
-    try:
-        names = list(header) if header else next(reader, [])
-        duplicate = next((column for i, column in enumerate(names) if column in names[:i]), None)
-        if duplicate is not None:
-            raise LilyError(f"{name}: two columns are named {duplicate!r}; rename one of them")
-        for fields in reader:
-            if not fields:
-                continue
-            if len(fields) != len(names):
-                raise LilyError(
-                    f"{name}:{reader.line_num}: {len(fields)} fields, expected {len(names)} ({', '.join(names)})"
-                    + ("" if header else "; if the file has no header line, set header: [names]")
-                )
-            yield dict(zip(names, fields, strict=True))
-    except csv.Error as error:
-        raise LilyError(f"{name}:{reader.line_num}: not valid {kind}: {error}") from None
 
 
 def _jsonl(text: TextIO, name: str) -> Iterator[Row]:
@@ -134,7 +175,7 @@ def _jsonl(text: TextIO, name: str) -> Iterator[Row]:
 def _json(text: TextIO, name: str) -> Iterator[Row]:
     try:
         value = json.load(text)
-    except (UnicodeDecodeError, Bomb):
+    except (UnicodeError, Bomb):
         raise
     except (ValueError, RecursionError) as error:
         raise LilyError(f"{name}: not valid JSON: {error}; for one object per line set format: jsonl") from None
@@ -154,7 +195,7 @@ def _parquet(name: str) -> Iterator[Row]:
     try:
         with parquet.ParquetFile(name) as file:
             for batch in file.iter_batches():
-                yield from batch.to_pylist()
+                yield from map(_without_fillers, batch.to_pylist())
     except (ArrowException, OSError) as error:
         raise LilyError(f"{name}: not a readable parquet file: {error}") from None
 
@@ -168,4 +209,15 @@ def _hub_rows(file: File) -> list[Row]:
         table = load_dataset(file.hub, file.config, split=file.split or "train", revision=file.revision)
     except Exception as error:
         raise LilyError(f"data set {file.hub!r} could not be loaded: {str(error).splitlines()[0]}") from None
-    return [dict(row) for row in table]
+    return [_without_fillers(dict(row)) for row in table]
+
+
+def _without_fillers(row: Row) -> Row:
+    """A row of an Arrow table, in which nested objects have every key that any of them has, without these nulls."""
+
+    def kept(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: kept(inner) for key, inner in value.items() if inner is not None}
+        return [kept(inner) for inner in value] if isinstance(value, list) else value
+
+    return {key: kept(value) for key, value in row.items()}

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
 from lily.errors import LilyError
+from lily.recipes.data.chat_template import Chat, answer_ids, ids_of, text_of
+from lily.recipes.data.chats import is_trained
 from lily.recipes.data.images import Preprocess
 from lily.recipes.data.rows import Splits
 from lily.recipes.data.tables import Row
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # PyTorch's label of tokens that the loss skips
+MARKS = 8  # an answer of more tokens is never special tokens and white space alone
 
 Example = dict[str, Any]
 
@@ -30,6 +34,26 @@ def num_labels(recipe: Recipe, splits: Splits) -> int:
     return len(splits.labels) if splits.labels is not None else 1
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """Rows as a model's inputs.
+
+    Attributes:
+        examples: with input_ids (and other inputs of the model) or the image, and labels: a class id, a number, or
+            token ids with `IGNORED` for tokens without a loss.
+        rows: for each example the index of its row; a row of several turns has several examples.
+        left_out: for each example of sft that has no loss within `data.max_length`, the index of its row.
+        fits: the `data.max_length` that would leave none out; 0 where none is.
+        empty: indices of rows with an answer of nothing but special tokens.
+    """
+
+    examples: list[Example]
+    rows: list[int]
+    left_out: list[int] = field(default_factory=list)
+    fits: int = 0
+    empty: list[int] = field(default_factory=list)
+
+
 def encode(
     rows: Iterable[Row],
     recipe: Recipe,
@@ -37,6 +61,17 @@ def encode(
     labels: Sequence[str] | None,
     name: str = "the rows",
 ) -> list[Example]:
+    """`Encoded.examples` of rows."""
+    return encode_rows(rows, recipe, processor, labels, name).examples
+
+
+def encode_rows(
+    rows: Iterable[Row],
+    recipe: Recipe,
+    processor: Processor,
+    labels: Sequence[str] | None,
+    name: str = "the rows",
+) -> Encoded:
     """Encode rows for training or evaluation.
 
     Args:
@@ -46,31 +81,46 @@ def encode(
         labels: the classes in the order of their ids, for classification.
         name: of the rows, in messages.
 
-    Returns:
-        input_ids (and other inputs of the model) or the image, with labels: a class id, a number, or token ids with
-        `IGNORED` for tokens without a loss. Examples of sft without a completion within `data.max_length` are dropped.
-
     Raises:
         LilyError: if no example of sft fits.
     """
     if recipe.task == "sft":
-        tokenizer = text_processor(processor)
-        turns = [turn for row in rows for turn in conversation(row, recipe, tokenizer)]
-        encoded = [encode_turn(prompt, completion, recipe, tokenizer) for prompt, completion in turns]
-        fitting = [e for e in encoded if any(label != IGNORED for label in e["labels"])]
-        if encoded and not fitting:
-            longest = max(len(prompt_ids(prompt, tokenizer)) for prompt, _ in turns)
-            with located(recipe, "data", "max_length"):
-                raise LilyError(
-                    f"no example fits data.max_length={recipe.data.max_length}: every prompt of {name} fills it; "
-                    f"raise it to {longest + 1} or more"
-                )
-        return fitting
+        return _encode_turns(rows, recipe, text_processor(processor), name)
     ids = {name: i for i, name in enumerate(labels or ())}
-    return [
+    examples = [
         {**encode_inputs(row, recipe, processor), "labels": ids[row["label"]] if labels is not None else row["label"]}
         for row in rows
     ]
+    return Encoded(examples, list(range(len(examples))))
+
+
+def _encode_turns(rows: Iterable[Row], recipe: Recipe, tokenizer: PreTrainedTokenizerBase, name: str) -> Encoded:
+    found = Encoded([], [])
+    longest = 0
+    for i, row in enumerate(rows):
+        for prompt, completion in conversation(row, recipe, tokenizer):
+            example = encode_turn(prompt, completion, recipe, tokenizer)
+            trained = trained_ids(example)
+            if not trained:
+                found.left_out.append(i)
+                longest = max(longest, len(prompt_ids(prompt, tokenizer)) + 1)
+                continue
+            if len(trained) <= MARKS and not tokenizer.decode(trained, skip_special_tokens=True).strip():
+                found.empty.append(i)
+            found.examples.append(example)
+            found.rows.append(i)
+    if found.left_out and not found.examples:
+        with located(recipe, "data", "max_length"):
+            raise LilyError(
+                f"no example fits data.max_length={recipe.data.max_length}: every prompt of {name} fills it; "
+                f"raise it to {longest} or more"
+            )
+    return replace(found, fits=longest)
+
+
+def trained_ids(example: Example) -> list[int]:
+    """The tokens of an example of sft that have a loss."""
+    return [label for label in example["labels"] if label != IGNORED]
 
 
 def encode_inputs(row: Row, recipe: Recipe, processor: Processor) -> Example:
@@ -98,8 +148,8 @@ def length(example: Example) -> int:
     return len(example.get("input_ids", ()))
 
 
-def conversation(row: Row, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[tuple[Any, Any]]:
-    """The (prompt, completion) pairs of an sft row: texts, or message lists for the tokenizer's chat template.
+def conversation(row: Row, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str | Chat, Any]]:
+    """The (prompt, completion) pairs of an sft row: texts, or chats and messages for the tokenizer's chat template.
 
     A conversation of several turns gives one pair per assistant turn, so every answer has a loss, also if
     the template cannot mark answers.
@@ -108,36 +158,38 @@ def conversation(row: Row, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -
         if not tokenizer.chat_template:
             with located(recipe, "data", "columns", "messages"):
                 raise LilyError("data.columns.messages needs a tokenizer with a chat template; this model's has none")
-        messages = row["messages"]
-        return [(messages[:i], [m]) for i, m in enumerate(messages) if m["role"] == "assistant" and i > 0]
+        chat = Chat.of(row)
+        turns = [i for i, message in enumerate(chat.messages) if is_trained(message)]
+        return [(replace(chat, messages=chat.messages[:i]), [chat.messages[i]]) for i in turns]
     prompt, completion = format_prompt(row["prompt"], recipe, tokenizer), row["completion"]
     if isinstance(prompt, str):
         return [(prompt, completion + (tokenizer.eos_token or ""))]
     return [(prompt, [{"role": "assistant", "content": completion}])]
 
 
-def format_prompt(prompt: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """A prompt in the recipe's template, or as messages for the tokenizer's chat template."""
+def format_prompt(prompt: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> str | Chat:
+    """A prompt in the recipe's template, or as a message for the tokenizer's chat template."""
     if recipe.data.template is not None:
         return recipe.data.template.replace("{prompt}", prompt)
-    return [{"role": "user", "content": prompt}] if recipe.data.chat and tokenizer.chat_template else prompt
+    chat = recipe.data.chat and tokenizer.chat_template
+    return Chat([{"role": "user", "content": prompt}]) if chat else prompt
 
 
-def prompt_ids(prompt: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def prompt_ids(prompt: str | Chat, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of a prompt, ready for the model to answer."""
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
-    return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
+    return ids_of(text_of(prompt, tokenizer, answering=True), tokenizer)
 
 
-def encode_turn(prompt: Any, completion: Any, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Example:
+def encode_turn(prompt: str | Chat, completion: Any, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Example:
     """Token ids of prompt and completion with the loss on the completion, truncated to `data.max_length`."""
-    before = prompt_ids(prompt, tokenizer)
     if isinstance(prompt, str):
-        whole = list(tokenizer(prompt + completion)["input_ids"])
+        before, whole = prompt_ids(prompt, tokenizer), list(tokenizer(prompt + completion)["input_ids"])
+        start = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(before))
     else:
-        whole = list(tokenizer.apply_chat_template(prompt + completion, return_dict=True)["input_ids"])
-    start = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(before))
+        with located(recipe, "data", "columns"):
+            whole, start = answer_ids(replace(prompt, messages=[*prompt.messages, *completion]), tokenizer)
     labels = [IGNORED] * start + whole[start:]
     return {"input_ids": whole[: recipe.data.max_length], "labels": labels[: recipe.data.max_length]}
 
@@ -152,8 +204,8 @@ def preview(recipe: Recipe, processor: Processor, row: Row) -> tuple[tuple[str, 
         ids = encode_inputs(row, recipe, tokenizer)["input_ids"]
         return (tokenizer.decode(ids), False), (f" -> {row['label']}", True)
     segments: list[tuple[list[int], bool]] = []
-    for prompt, completion in conversation(row, recipe, tokenizer)[-1:]:
-        example = encode_turn(prompt, completion, recipe, tokenizer)
+    turns = [encode_turn(*turn, recipe, tokenizer) for turn in conversation(row, recipe, tokenizer)]
+    for example in [turn for turn in turns if trained_ids(turn)][-1:] or turns[-1:]:
         for token, label in zip(example["input_ids"], example["labels"], strict=True):
             trained = label != IGNORED
             if not segments or segments[-1][1] != trained:

@@ -77,7 +77,10 @@ def config_of(method: Peft, common: Mapping[str, Any], model: nn.Module, budget:
     """
     kind = config_class(str(method.peft_type))
     allowed = options_of(kind)
-    for name in method.options:
+    defaults = {f.name: f.default for f in dataclasses.fields(kind)}
+    for name, value in method.options.items():
+        if isinstance(value, bool) and type(defaults.get(name)) in (int, float):
+            raise LilyError(f"{name}: expected a number, got {str(value).lower()}")
         if name in ELSEWHERE:
             raise LilyError(f"{name}: the recipe's key for this is {ELSEWHERE[name]}; remove it here")
         if name not in allowed or name.startswith("_"):

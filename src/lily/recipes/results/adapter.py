@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 
+from lily.checkpoint.beside import resize_to_file
 from lily.errors import LilyError
 from lily.recipes import data, models
 from lily.recipes.data.tables import Row
@@ -19,7 +20,7 @@ from lily.recipes.models.precision import precision_of
 from lily.recipes.results.adapter_folder import AdapterFolder
 from lily.recipes.scoring.evaluate import Judge, answers, head_outputs
 from lily.recipes.scoring.inference import by_length, place, to_device
-from lily.recipes.spec.schema import CLASSIFYING, File, Recipe
+from lily.recipes.spec.schema import CLASSIFYING, Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,6 +44,7 @@ class Adapter:
         precision = precision_of(self.recipe)
         plain = models.load_model(self.recipe.model, self.recipe.task, self.labels, precision=precision)
         self.processor = models.load_processor(self.recipe, plain.config)
+        resize_to_file(plain, self.path)
         self.model = place(PeftModel.from_pretrained(plain, str(self.path))).eval()
 
     @property
@@ -71,14 +73,13 @@ class Adapter:
             LilyError: if the split is empty or the file does not fit.
         """
         if file is not None:
-            header = self.recipe.data.train.header
-            rows = data.rows_of(File(path=file, header=header), self.recipe)
+            rows = data.rows_of(self.recipe.data.file_at(file), self.recipe)
         else:
             rows = self.splits.held_out if split is None else getattr(self.splits, split)
         if not rows:
             raise LilyError(f"the recipe has no {split} rows; choose train or validation, or give --file")
         if self.labels is not None:
-            data.check_labels(rows, self.labels, str(file or split))
+            data.check_labels(rows, self.labels, str(file or split), self.recipe.data.similar_labels == "merge")
         return Judge(self.recipe, self.processor, self.labels)(self.model, rows)
 
     def predict(self, rows: Iterable[Row], prefix: str = "", folder: Path | None = None) -> Iterator[Row]:

@@ -14,6 +14,7 @@ from rich.table import Table
 from lily.io import tables
 from lily.io.atomic import write_text
 from lily.recipes import loader, methods, models
+from lily.recipes.results import data_table
 from lily.recipes.scoring import test_sets
 from lily.recipes.scoring.metrics import metrics_of, shown
 from lily.recipes.spec.schema import CLASSIFYING, Recipe, Source
@@ -181,6 +182,7 @@ def card(recipe: Recipe, result: Result) -> str:
         f"{f'{chosen[0].upper()}{chosen[1:]}. ' if (chosen := _epochs(result)) else ''}"
         f"Versions: {', '.join(f'{k} {v}' for k, v in result.versions.items())}.",
         "",
+        *(["## Data", "", data_table.markdown(result.data), "", "## Use", ""] if result.data is not None else []),
         "```python",
         *(["import lily  # lets PEFT read this adapter"] if recipe.method == "lily" else []),
         "from peft import PeftModel",

@@ -11,7 +11,8 @@ import re
 from collections.abc import Sequence
 
 from lily.errors import LilyError
-from lily.recipes.data.rows import completion_of
+from lily.recipes.data import chats
+from lily.recipes.data.sft import completion_of
 from lily.recipes.data.tables import Row
 from lily.recipes.spec.locations import located
 from lily.recipes.spec.schema import Pattern, Recipe
@@ -88,6 +89,14 @@ def expected_answers(rows: Sequence[Row], recipe: Recipe) -> list[str]:
     out = []
     for row in rows:
         completion = completion_of(row)
+        last = chats.answer(row["messages"]) if "messages" in row else {}
+        if "tool_calls" in last or ("reasoning_content" in last and recipe.generation.answer == "whole"):
+            what = "tool calls" if "tool_calls" in last else "reasoning"
+            with located(recipe, "metrics"):
+                raise LilyError(
+                    f"{row['where']}: the last answer has {what}, which each template writes in another way, so "
+                    "exact_match cannot compare; use the loss, or (for reasoning) a pattern in generation.answer"
+                )
         answer = answer_in(completion, recipe)
         if not answer:
             shown = completion if len(completion) <= 80 else f"{completion[:77]}..."

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from lily.errors import LilyError
+from lily.recipes.data.chat_template import text_of
 from lily.recipes.data.tables import Row
 from lily.recipes.data.tasks import format_prompt
 from lily.recipes.scoring.inference import by_length, device_of, inference
@@ -104,7 +105,7 @@ def scored_choices(number: int, row: Row, recipe: Recipe, tokenizer: PreTrainedT
     """
     turn = format_prompt(row["prompt"], recipe, tokenizer)
     chat = not isinstance(turn, str)
-    prompt = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False) if chat else turn
+    prompt = turn if isinstance(turn, str) else text_of(turn, tokenizer, answering=True)
     before = _ids(prompt.rstrip(), tokenizer, chat)
     out = []
     for i, choice in enumerate(row["choices"]):

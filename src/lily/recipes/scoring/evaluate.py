@@ -203,7 +203,7 @@ def samples(
     generated = answers(model, tokenizer, prompts, recipe)
     out = []
     for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
-        text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        text = prompt if isinstance(prompt, str) else prompt.messages[-1]["content"]
         entry = earlier[i] if earlier else {"prompt": text, "expected": data.completion_of(row)}
         out.append({**entry, when: generated[i]})
     return out

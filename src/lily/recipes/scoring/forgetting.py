@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from lily.errors import LilyError
 from lily.recipes import data
 from lily.recipes.data import tables
+from lily.recipes.data.chat_template import ids_of, text_of
 from lily.recipes.spec.locations import located
 from lily.recipes.spec.schema import Recipe
 
@@ -32,7 +33,12 @@ def general_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Exa
         texts = data.texts_of(
             section.file, section.column, "forgetting.column", section.max_rows, recipe.data.split.seed
         )
-        encoded = [tokenizer(t, truncation=True, max_length=section.max_length)["input_ids"] for t in texts]
+        encoded = [
+            tokenizer(t, truncation=True, max_length=section.max_length)["input_ids"]
+            if isinstance(t, str)
+            else ids_of(text_of(t, tokenizer), tokenizer)[: section.max_length]
+            for t in texts
+        ]
         fitting = [list(ids) for ids in encoded if len(ids) >= SHORTEST]
         if not fitting:
             raise LilyError(f"no text of {tables.name_of(section.file)} has {SHORTEST} tokens; use longer texts")

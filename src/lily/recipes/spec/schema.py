@@ -9,8 +9,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
+from lily.recipes.spec import values
 from lily.recipes.spec.locations import KeyLocations
 
 if TYPE_CHECKING:
@@ -39,6 +49,8 @@ Precision = Annotated[
     Field(description="auto: bfloat16 autocast if the hardware supports it (CUDA, AVX512-BF16, AMX), else float32."),
 ]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Delimiter = Annotated[str, AfterValidator(values.delimiter)]
+Encoding = Annotated[str, AfterValidator(values.encoding)]
 
 MEAN = "mean"  # name of the mean over data.tests
 SOURCES = ("path", "package", "hub")
@@ -49,6 +61,14 @@ class Section(BaseModel):
     """Base of every section of a recipe: immutable; an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_written(cls, value: Any, info: ValidationInfo) -> Any:
+        """Pydantic alone would take true for 1 and 010 for 10."""
+        if wrong := values.misread(value, cls.model_fields[str(info.field_name)].annotation):
+            raise ValueError(wrong)
+        return value
 
 
 class RecipeBase(Section):
@@ -145,6 +165,9 @@ class Model(Source):
         located = self.hub is not None or self.path is not None
         if self.architecture is not None and not (located and isinstance(self.architecture.get("model_type"), str)):
             raise ValueError("architecture goes with hub or path, and needs a model_type such as roberta")
+        for name, value in (self.architecture or {}).items():
+            if wrong := values.untyped(value):
+                raise ValueError(f"architecture.{name}: {wrong}")
         return self
 
 
@@ -155,6 +178,8 @@ class File(Source):
         "auto", description="auto: by the file name. All but parquet may be compressed (.gz)."
     )
     header: list[str] | None = Field(None, description="Column names of a csv or tsv without a header line.")
+    delimiter: Delimiter | None = Field(None, description="Separator of a csv or tsv. Default: data.delimiter.")
+    encoding: Encoding | None = Field(None, description="Encoding of its text. Default: data.encoding.")
     split: str | None = Field(None, description="Split name; with `hub` only.")
     config: str | None = Field(None, description="Configuration name of a hub data set; with `hub` only.")
 
@@ -168,7 +193,12 @@ class Columns(Section):
     label: str | None = Field(None, description="Class (text or integer) or number. Default for images: label.")
     prompt: str | None = Field(None, description="Prompt (sft).")
     completion: str | None = Field(None, description="Expected answer (sft); only its tokens have a loss.")
-    messages: str | None = Field(None, description="List of {role, content} (sft); only the assistant has a loss.")
+    input: str | None = Field(None, description="Text after the prompt, such as Alpaca's input; may be empty (sft).")
+    messages: str | None = Field(
+        None, description="List of {role, content} or {from, value} (sft); only the assistant has a loss."
+    )
+    tools: str | None = Field(None, description="Schemas of the tools beside messages. Default: tools, if it is there.")
+    system: str | None = Field(None, description="System text beside messages. Default: system, if it is there.")
 
 
 class Image(Section):
@@ -215,8 +245,17 @@ class Data(Section):
     test: File | None = None
     tests: dict[Name, File] | None = Field(None, description="Further test sets, also averaged.")
     columns: Columns = Columns()
+    delimiter: Delimiter | None = Field(None, description="Separator of csv and tsv files. Default: found and told.")
+    encoding: Encoding | None = Field(
+        None, description="Encoding of files without a byte order mark, such as cp1252. Default: UTF-8."
+    )
     image: Image = Image()
     classes: list[str] | None = Field(None, description="Classification: use rows of these classes only.")
+    similar_labels: Literal["refuse", "merge", "keep"] = Field(
+        "refuse",
+        description="Labels that differ only in spaces, case, Unicode or number notation (`pos` and `Pos `): an error, "
+        "one class (the most frequent), or separate classes.",
+    )
     split: Split = Split()
     deduplicate: bool = Field(False, description="Drop repeated inputs before splitting.")
     max_train: PositiveInt | None = Field(None, description="Use at most this many training rows (a fixed sample).")
@@ -237,7 +276,15 @@ class Data(Section):
         }
         for name in ("mix", "tests"):
             files |= {(name, key): file for key, file in (getattr(self, name) or {}).items()}
-        return {key: file for key, file in files.items() if file is not None}
+        return {key: self._read_as(file, file) for key, file in files.items() if file is not None}
+
+    def file_at(self, path: str) -> File:
+        """Another file with the columns of the training file, read as that one."""
+        return self._read_as(File(path=path), self.train)
+
+    def _read_as(self, file: File, like: File) -> File:
+        how = {name: getattr(like, name) or getattr(self, name) for name in ("delimiter", "encoding")}
+        return file.model_copy(update={"header": like.header, **how})
 
 
 class Settle(Section):
@@ -342,6 +389,13 @@ class Peft(Section):
     def options(self) -> dict[str, Any]:
         """All other keys, which PEFT's class validates."""
         return dict(self.model_extra or {})
+
+    @model_validator(mode="after")
+    def _plain_options(self) -> Peft:
+        for name, value in self.options.items():
+            if wrong := values.untyped(value):
+                raise ValueError(f"{name}: {wrong}")
+        return self
 
 
 class Train(Section):

@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lily import distributed
 from lily.analysis.history import RoutingCallback
 from lily.callbacks.health import HealthCallback
-from lily.layers.sharding import plain_names
+from lily.plan.wrappers import plain_names
 from lily.recipes.trainer import checkpoints, memory
 from lily.recipes.trainer.checkpoints import Moment
 from lily.recipes.trainer.parallel import Parallel

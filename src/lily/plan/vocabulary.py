@@ -1,0 +1,25 @@
+"""Whether a model's vocabulary was changed after it was pretrained, so that an adapter needs its embeddings too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.config import PeftConfig
+from torch import nn
+
+
+def vocabulary_changed(model: nn.Module, config: PeftConfig) -> bool:
+    """Whether the base model has another vocabulary than its pretrained configuration; False if that is not known.
+
+    Args:
+        model: the base model.
+        config: an adapter's configuration, which names the pretrained model.
+    """
+    ours: Any = getattr(model, "config", None)
+    size, base = getattr(ours, "vocab_size", None), config.base_model_name_or_path or getattr(model, "name_or_path", "")
+    if size is None or not base:
+        return False
+    try:
+        return bool(type(ours).from_pretrained(base, revision=config.revision or "main").vocab_size != size)
+    except (OSError, ValueError):
+        return False

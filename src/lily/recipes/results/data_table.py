@@ -1,0 +1,34 @@
+"""The data of a recipe as tables, for the terminal and the model card."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.text import Text
+
+from lily.io import tables
+from lily.recipes.data.summary import Summary
+
+
+def print_data(summary: Summary, console: Console, *, warnings_only: bool = False) -> None:
+    """Print the tables, and what surely nobody means."""
+    for header, lines in () if warnings_only else _tables(summary):
+        console.print(tables.terminal(header, lines, numbers=True, no_wrap=True, box=None, pad_edge=False))
+    for fact in () if warnings_only else summary.facts():
+        console.print(Text(fact), soft_wrap=True)
+    for warning in summary.warnings:
+        console.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
+
+
+def markdown(summary: Summary) -> str:
+    """The same as Markdown."""
+    blocks = [tables.markdown(header, lines) for header, lines in _tables(summary)]
+    listed = [f"- {line}" for line in (*summary.facts(), *(f"Warning: {text}." for text in summary.warnings))]
+    return "\n\n".join([*blocks, *(["\n".join(listed)] if listed else [])])
+
+
+def _tables(summary: Summary) -> Iterator[tuple[list[str], list[list[str]]]]:
+    yield summary.rows()
+    if (classes := summary.classes()) is not None:
+        yield classes

@@ -1,0 +1,88 @@
+"""Replacements of PEFT's saving functions for Lily adapters: names without wrappers, and no file that lacks a tensor.
+
+`lily.tuner.registry` installs them. Each calls the original for adapters of other methods.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import peft
+import peft.functional
+import peft.peft_model
+import peft.utils
+from peft import PeftModel
+from peft.utils import save_and_load
+from torch import Tensor, nn
+
+from lily.checkpoint.beside import once
+from lily.checkpoint.complete import check_complete
+from lily.errors import LilyError
+from lily.layers import sharding
+from lily.plan.config import LilyConfig
+from lily.plan.wrappers import innermost, plain_name, plain_names
+
+_stock_save_pretrained = PeftModel.save_pretrained
+_stock_get_state = save_and_load.get_peft_model_state_dict
+
+MATRICES = re.compile(r"\.lily_(A|B|router)\.")
+
+
+@functools.wraps(_stock_save_pretrained)
+def _save_pretrained(self: PeftModel, save_directory: str, *args: Any, **kwargs: Any) -> None:
+    """`PeftModel.save_pretrained`: a sharded adapter is refused, since stock would wait for the other processes."""
+    if not any(isinstance(config, LilyConfig) for config in self.peft_config.values()):
+        _stock_save_pretrained(self, save_directory, *args, **kwargs)
+        return
+    if kwargs.get("state_dict") is None:
+        for name, p in self.named_parameters():
+            if MATRICES.search(name) and not sharding.is_here(p):
+                raise LilyError(
+                    f"cannot save to {save_directory}: {name} is sharded, and this process holds only a shard; call "
+                    "lily.save_adapter(model, folder) in all processes instead"
+                )
+    state = kwargs["state_dict"] = _plain_state(self, kwargs.get("state_dict"))
+    given = inspect.signature(_stock_save_pretrained).bind(self, save_directory, *args, **kwargs).arguments
+    if not state and given.get("is_main_process", True):
+        raise LilyError(
+            f"cannot save to {save_directory}: the state_dict that was given is empty; only the first process of a "
+            "sharded model has one, so save there, or call lily.save_adapter(model, folder) in all processes"
+        )
+    with plain_names(self):  # PEFT also reads the base model's class and name
+        _stock_save_pretrained(self, save_directory, *args, **kwargs)
+
+
+def _get_state(
+    model: nn.Module, state_dict: dict[str, Tensor] | None = None, adapter_name: str = "default", **options: Any
+) -> dict[str, Tensor]:
+    """`get_peft_model_state_dict`: complete, and each tensor beside the adapter's own once."""
+    configs = getattr(innermost(model), "peft_config", {})
+    if not isinstance(configs.get(adapter_name), LilyConfig):
+        return _stock_get_state(model, state_dict, adapter_name, **options)  # type: ignore[no-any-return]
+    state = _plain_state(model, state_dict)
+    with plain_names(model) as inner:
+        if state:  # processes besides the first are given an empty one, and write nothing
+            check_complete(inner, configs, adapter_name, state)
+        written: dict[str, Tensor] = _stock_get_state(inner, state, adapter_name, **options)
+        if state:
+            # names in place of the tensors show which are selected, however they are gathered and renamed
+            sources = _stock_get_state(inner, {name: name for name in state}, adapter_name, save_embedding_layers=False)
+            check_complete(inner, configs, adapter_name, {*sources.values(), *written})
+        return once(inner, adapter_name, written)
+
+
+def _plain_state(model: nn.Module, given: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """A state dict, default: the model's, by the tensors' plain names."""
+    plain = plain_name(model)
+    return {plain(name): tensor for name, tensor in (model.state_dict() if given is None else given).items()}
+
+
+PATCHES: list[tuple[Any, str, Any, Any]] = [
+    (PeftModel, "save_pretrained", _save_pretrained, _stock_save_pretrained),
+    *((m, "get_peft_model_state_dict", _get_state, _stock_get_state)
+      for m in (peft, peft.utils, peft.peft_model, peft.functional, save_and_load)),
+]  # fmt: skip
