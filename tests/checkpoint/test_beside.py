@@ -28,7 +28,7 @@ import lily
 from lily import LilyConfig, export
 from lily.errors import LilyError
 from lily.recipes.deploy import load_for_export
-from lily.tuner import peft_loading
+from lily.tuner import peft_saving
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
 VOCAB, RESIZED = 40, 43
@@ -366,7 +366,7 @@ def test_a_file_with_pefts_own_names_loads(name, bases, tmp_path, monkeypatch):
     """As earlier versions wrote it: an embedding up to three times, each tied tensor under both names."""
     kind = KINDS[name]
     model = trained("lily", kind, bases)
-    monkeypatch.setattr("peft.peft_model.get_peft_model_state_dict", peft_loading._stock_get_state)
+    monkeypatch.setattr("peft.peft_model.get_peft_model_state_dict", peft_saving._stock_get_state)
     before = len(saved(model, kind, tmp_path))
     monkeypatch.undo()
     assert before >= len(saved(model, kind, tmp_path / "now"))

@@ -130,7 +130,7 @@ def test_files_go_from_wrapped_to_plain_and_back(tmp_path, wrap):
 
 
 @pytest.mark.parametrize("before", PLACES.values(), ids=PLACES)
-@some("a compiled model", "compiled linear layers")
+@some("compiled linear layers")
 def test_every_tensor_trains_exports_and_merges(tmp_path, wrap, before):
     model = wrapped(wrap, before)
     ids = inputs("llama")["input_ids"]
@@ -260,7 +260,9 @@ def test_a_trainer_saves_plain_names_and_resumes_under_a_wrapper(tmp_path):
     close(logits(loaded), logits(model.eval()))
 
 
-@pytest.mark.parametrize("outer", [compiled, nn.DataParallel], ids=["compiled", "data-parallel"])
+@pytest.mark.parametrize(
+    "outer", [pytest.param(compiled, marks=pytest.mark.slow), nn.DataParallel], ids=["compiled", "data-parallel"]
+)
 def test_analysis_and_export_take_the_wrapped_peft_model(tmp_path, outer):
     model = plain(config_for("llama", routing="token"))
     around = outer(model)

@@ -328,8 +328,8 @@ def resize_to_file(model: Any, folder: Path) -> None:
         return
     entries = {INSERTED.sub("", name.removeprefix(format.PREFIX)): e for name, e in read_header(file).entries.items()}
     rows = {entries[key].meta.shape[0] if (key := f"{name}.weight") in entries else None for name in wanted}
-    size = rows.pop()
-    if not rows and size not in (None, model.get_input_embeddings().weight.shape[0]):
+    size, own = rows.pop(), getattr(model.get_input_embeddings(), "weight", None)  # image models embed patches
+    if not rows and own is not None and size not in (None, own.shape[0]):
         model.resize_token_embeddings(size, mean_resizing=False)
 
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from pydantic import ValidationError
+
 from lily.errors import LilyError
 from lily.io.atomic import remove_folder, write_text
 from lily.recipes.preflight import flat
@@ -82,6 +84,8 @@ def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
         recorded = json.loads((folder / SETTINGS).read_text("utf-8"))
     except ValueError as error:
         raise LilyError(f"{folder / SETTINGS} is not JSON ({error}); start over with --overwrite") from None
+    with contextlib.suppress(ValidationError, KeyError, TypeError):  # keys that did not exist then have their defaults
+        recorded = {**recorded, "recipe": Recipe.model_validate(recorded["recipe"]).model_dump(mode="json")}
     before, now = flat(recorded), flat(json.loads(json.dumps(settings)))
     changed = [
         f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"
