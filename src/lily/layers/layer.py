@@ -1,7 +1,7 @@
 """State of one adapted layer: its settings, its router, where its shared tensors are; and one call into the math.
 
-Each kind of layer has a subclass (`linear`, `conv`, `embedding`, `slice`, `parameter`, `parallel_module`); merging is
-in `merging`.
+Each kind of layer has a subclass (`linear`, `conv`, `embedding`, `slice`, `parameter`, `parallel_module`). Mixing
+weights are in `mixing`, what a layer has for itself in `own`, merging in `merging`.
 """
 
 from __future__ import annotations
@@ -10,23 +10,22 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lily import functional
 from lily.errors import LilyError
 from lily.kernels import fused
-from lily.layers.bank import LilyBank, first_values
+from lily.layers.bank import LilyBank
 from lily.layers.devices import execution_device, onload, weight_of
 from lily.layers.merging import Factors, MergingMixin, NotStaticError
-from lily.layers.own import Distinction, distinction_of, first_gain, own_shapes
-from lily.layers.router import LayerTensor, Logits, LogitsByAdapter, Router
+from lily.layers.mixing import MixingMixin
+from lily.layers.own import Distinction, OwnMixin
+from lily.layers.router import Logits, LogitsByAdapter, Router
 from lily.layers.routing_statistics import RoutingStatistics
-from lily.layers.sharding import is_here, mean_of_all
+from lily.layers.sharding import is_here
 from lily.plan.config import LilyConfig
 from lily.plan.options import DYNAMIC
 from lily.plan.sharing_plan import Group, Slot
-from lily.plan.specs import EXPERTS
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Settings:
     own_r: int
 
 
-class LilyLayer(nn.Module, MergingMixin):
+class LilyLayer(MixingMixin, OwnMixin, MergingMixin):
     """An adapted layer of any kind. A and B are in the bank; see `lily.layers.bank`.
 
     Args:
@@ -159,17 +158,6 @@ class LilyLayer(nn.Module, MergingMixin):
             self.lily_logits[adapter] = Logits(torch.randn(group.logits_shape))
         self._move_adapter_to_device_of_base_layer(adapter, device)
 
-    def _add_own(self, adapter: str, group: Group, slot: Slot, config: LilyConfig) -> Distinction | None:
-        """Create what the layer has for itself beside a router."""
-        values = {"gain": lambda _: first_gain(group, slot, config)}
-        on_A, on_B = first_values(group, bool(config.init_weights), config.options_of(group.name).activation)
-        values.update(own_A=lambda shape: on_A(torch.empty(shape)), own_B=lambda shape: on_B(torch.empty(shape)))
-        for part, shape in own_shapes(group).items():
-            getattr(self, f"lily_{part}")[adapter] = LayerTensor(values[part](shape))
-        found = distinction_of(group, slot, config)
-        changes = group.gain or found.rows is not None or found.signs is not None
-        return found if changes or (group.own_r and group.kind == EXPERTS) else None
-
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter, from the bank too: transformers calls this on each layer, but not on the bank."""
         self.bank.delete_adapter(adapter_name)
@@ -188,32 +176,6 @@ class LilyLayer(nn.Module, MergingMixin):
     def change_settings(self, adapter: str, **changes: Any) -> None:
         """Replace some fields of an adapter's settings."""
         self.settings[adapter] = replace(self.settings[adapter], **changes)
-
-    def router_of(self, adapter: str, device: torch.device | None = None) -> Tensor | None:
-        """R (experts, r), the static logits (experts,), or None where the routing learns nothing; on a device."""
-        settings = self.settings[adapter]
-        if settings.num_B == 1 or settings.routing == "uniform":
-            return None
-        router = self._router(adapter)
-        if router.is_meta:
-            onload(self)
-            router = self._router(adapter)
-        if device is not None and router.device != device:
-            router = router.to(device)
-        if settings.own_r and settings.routing != "static":
-            return F.pad(router, (0, settings.own_r))  # the own ranks do not take part in routing
-        return router
-
-    def logits_of(self, adapter: str) -> nn.Parameter:
-        """The static logits (experts,) of an adapter that has them."""
-        return cast(nn.Parameter, self.lily_logits[adapter].weight)
-
-    def _router(self, adapter: str) -> Tensor:
-        if self.settings[adapter].routing == "static":
-            return self.logits_of(adapter)
-        if adapter not in self.lily_router:
-            return self.bank.router(adapter, self.settings[adapter].slot)
-        return cast(Tensor, self.lily_router[adapter].weight)
 
     def tensors_of(self, adapter: str, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (experts, r, out), where the bank has them now, or on a device.
@@ -245,21 +207,6 @@ class LilyLayer(nn.Module, MergingMixin):
         if settings.own_r and is_here(A) and is_here(B):
             A, B = self._with_own(adapter, A, B)
         return A, B
-
-    def _with_own(self, adapter: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """A (r + own_r, in) and B (experts * (r + own_r), out), with the layer's own pair."""
-        own_A, own_B = (self._own(adapter, name, B.device) for name in ("lily_own_A", "lily_own_B"))
-        A, B = functional.with_own(A, B.view(self.settings[adapter].num_B, -1, B.shape[1]), own_A, own_B)
-        return A, B.flatten(0, 1)
-
-    def _own(self, adapter: str, part: str, device: torch.device) -> Any:
-        """One of the layer's own tensors, on a device; None if it has none of that kind."""
-        holder = getattr(self, part)
-        if adapter not in holder:
-            return None
-        if holder[adapter].weight.is_meta:
-            onload(self)
-        return holder[adapter].weight.to(device)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output for `x` plus the updates, in its dtype. Kinds with a faster way override this."""
@@ -325,51 +272,6 @@ class LilyLayer(nn.Module, MergingMixin):
         how = fused.How(routing, settings.num_B, settings.scaling, dtype, settings.activation, dropout, self.transposed)
         mask = bank.masks.mask_for(x) if routing == "sequence" else None
         return fused.Update(A, B, router, how, mask)
-
-    def _settled_router(self, adapter: str, done: bool) -> tuple[str, Tensor]:
-        """The routing before or after settling and its router, plus zero times the unused one.
-
-        Without a gradient for the unused one, distributed training would wait for it.
-        """
-        router, logits = cast(Tensor, self.router_of(adapter)), self.logits_of(adapter)
-        used, unused = (logits, router) if done else (router, logits)
-        if self.training and unused.requires_grad:
-            used = used + 0 * unused.sum().to(used.dtype)
-        return ("static" if done else self.settings[adapter].routing), used
-
-    @torch.no_grad()
-    def _record(self, adapter: str, x: Tensor, A: Tensor) -> None:
-        """Record expert weights that the fused path does not return; recomputes h."""
-        settings, statistics = self.settings[adapter], self.statistics[adapter]
-        if statistics.wants(self.training):
-            mask = self.bank.masks.mask_for(x)
-            h = functional.down(self._cast_input_dtype(x, A.dtype), A, settings.activation)
-            routing = "token" if statistics.per_token else settings.routing
-            router = self.router_of(adapter, x.device)
-            statistics.add(functional.weights(h, settings.num_B, router, routing, mask), h, mask)
-
-    def _weights(self, adapter: str, h: Tensor, x: Tensor) -> Tensor:
-        """The mixing weights of a forward: (E,), (batch, 1, E) or (..., E)."""
-        settings, router = self.settings[adapter], self.router_of(adapter, h.device)
-        experts, routing = settings.num_B, settings.routing
-        statistics = self.statistics.get(adapter)
-        settled = self.bank.settled.get(adapter) if experts > 1 else None
-        mask = self._mask(x, h) if routing == "sequence" or statistics is not None else None
-        if settled is not None:
-            logits = self.logits_of(adapter)
-            target = functional.softmax(logits).to(h.dtype)
-            if settled.done:
-                return functional.softmax(self._settled_router(adapter, True)[1]).to(h.dtype)
-        if routing == "batch" and self.training and router is not None and settings.batch_scope == "global":
-            w = mean_of_all(functional.route(h, router))
-        else:
-            w = functional.weights(h, experts, router, routing, mask)
-        if statistics is not None and statistics.wants(self.training):
-            per_token = functional.weights(h, experts, router, "token") if statistics.per_token else w
-            statistics.add(per_token, h, mask)
-        if settled is not None:
-            w = settled.blend(w, target.detach()) + (0 * logits.sum()).to(h.dtype)
-        return w
 
     def is_static(self, adapter: str) -> bool:
         """Whether the adapter's update is one matrix for all data, so that it can be merged and exported."""

@@ -6,11 +6,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lily import functional
+from lily.layers.bank import first_values
+from lily.layers.devices import onload
+from lily.layers.router import LayerTensor
 from lily.plan.config import LilyConfig
 from lily.plan.sharing_plan import Group, Slot
 from lily.plan.specs import EXPERTS
@@ -83,3 +87,36 @@ def own_shapes(group: Group) -> Mapping[str, tuple[int, ...]]:
         shapes["own_A"] = (members * group.own_r, group.in_features)
         shapes["own_B"] = (members * group.own_r, group.out_features)
     return shapes
+
+
+class OwnMixin(nn.Module):
+    """The part of an adapted layer that holds what it has for itself; see `lily.layers.layer.LilyLayer`."""
+
+    if TYPE_CHECKING:
+        settings: Any
+
+    def _add_own(self, adapter: str, group: Group, slot: Slot, config: LilyConfig) -> Distinction | None:
+        """Create what the layer has for itself beside a router."""
+        values = {"gain": lambda _: first_gain(group, slot, config)}
+        on_A, on_B = first_values(group, bool(config.init_weights), config.options_of(group.name).activation)
+        values.update(own_A=lambda shape: on_A(torch.empty(shape)), own_B=lambda shape: on_B(torch.empty(shape)))
+        for part, shape in own_shapes(group).items():
+            getattr(self, f"lily_{part}")[adapter] = LayerTensor(values[part](shape))
+        found = distinction_of(group, slot, config)
+        changes = group.gain or found.rows is not None or found.signs is not None
+        return found if changes or (group.own_r and group.kind == EXPERTS) else None
+
+    def _with_own(self, adapter: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """A (r + own_r, in) and B (experts * (r + own_r), out), with the layer's own pair."""
+        own_A, own_B = (self._own(adapter, name, B.device) for name in ("lily_own_A", "lily_own_B"))
+        A, B = functional.with_own(A, B.view(self.settings[adapter].num_B, -1, B.shape[1]), own_A, own_B)
+        return A, B.flatten(0, 1)
+
+    def _own(self, adapter: str, part: str, device: torch.device) -> Any:
+        """One of the layer's own tensors, on a device; None if it has none of that kind."""
+        holder = getattr(self, part)
+        if adapter not in holder:
+            return None
+        if holder[adapter].weight.is_meta:
+            onload(self)
+        return holder[adapter].weight.to(device)
