@@ -24,7 +24,7 @@ $(VENV)/dev: $(VENV)/torch pyproject.toml
 demo: $(VENV)/demo  ## fine-tune a real pretrained model on real labelled data (6 minutes on 2 cores)
 	$(BIN)/lily train quickstart --overwrite
 
-test: $(VENV)/dev  ## the tests that need no download (8 minutes on 2 cores)
+test: $(VENV)/dev  ## the tests that need no download (10 minutes on 2 cores)
 	$(TESTS) -m "not slow and not network"
 
 test-all: $(VENV)/dev  ## also the slow ones and those that download a package

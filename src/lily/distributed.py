@@ -32,6 +32,7 @@ from lily.errors import LilyError
 from lily.io.atomic import new_folder
 from lily.layers import sharding
 from lily.layers.bank import LilyBank
+from lily.layers.find import names_of_parameters
 from lily.plan.vocabulary import vocabulary_changed
 from lily.plan.wrappers import plain_name, plain_names, unwrapped
 
@@ -226,10 +227,8 @@ def _resized_embeddings(model: PeftModel) -> list[nn.Module]:
 
 def _with_tied(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """`state` with each tensor under all names that it has in the PeftModel; PEFT looks up each."""
-    names: dict[int, list[str]] = {}
-    for name, p in peft_model_of(model).named_parameters(remove_duplicate=False):
-        names.setdefault(id(p), []).append(unwrapped(name))
-    known = {name: state[n] for group in names.values() for n in group if n in state for name in group}
+    groups = (list(map(unwrapped, names)) for names in names_of_parameters(peft_model_of(model)).values())
+    known = {name: state[n] for group in groups for n in group if n in state for name in group}
     return {**known, **state}
 
 

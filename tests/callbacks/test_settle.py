@@ -356,6 +356,7 @@ def settle_on_own_rows(rank):
     return torch.stack(vectors).tolist(), predict(model.eval(), inputs("llama")).tolist()
 
 
+@pytest.mark.slow
 def test_two_processes_settle_on_the_same_weights():
     first, second = processes(settle_on_own_rows)
     assert first == second

@@ -156,3 +156,9 @@ def test_base_weights_that_train_are_warned_of(tmp_path):
 def test_the_gathered_tensors_of_a_data_parallel_base_have_plain_names():
     model = get_peft_model(nn.DataParallel(build("llama")), config_for("llama", routing="static", task_type=None))
     assert lily.gathered_state(model).keys() == lily.gathered_state(adapted()).keys()
+
+
+def test_a_pickle_that_nothing_would_load_is_not_written(tmp_path):
+    with pytest.raises(LilyError, match="safe_serialization=False writes a pickle"):
+        adapted().save_pretrained(tmp_path / "out", safe_serialization=False)
+    assert not (tmp_path / "out").exists()

@@ -52,7 +52,13 @@ def test_over_several_seeds_the_rows_are_swapped_for_all_seeds_together():
     assert one_sided.pvalue < 0.01
 
 
-@pytest.mark.parametrize("metric", ["pearson", "spearman", "matthews", "f1", "loss", "perplexity", "mse"])
+@pytest.mark.parametrize(
+    "metric",
+    [
+        *("pearson", "spearman", "loss", "perplexity", "mse"),
+        *(pytest.param(slow, marks=pytest.mark.slow) for slow in ("matthews", "f1")),
+    ],
+)
 def test_other_metrics_are_taken_again_with_the_rows_swapped(metric, monkeypatch):
     monkeypatch.setattr("lily.compare.paired.RESAMPLES", 300)  # scikit-learn takes a millisecond for each
     rng = np.random.default_rng(1)

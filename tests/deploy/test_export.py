@@ -428,6 +428,7 @@ assert grown < size / 2, (grown, size)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss counts kilobytes on Linux only")
 def test_merging_and_writing_never_holds_the_model_twice(tmp_path):
     done = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path / "out")], capture_output=True, text=True)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from helpers import build, inputs, predict, randomise
+from helpers import VOCAB, build, inputs, predict, randomise
 from peft import PeftModel, get_peft_model
 from recipes_helpers import tokenizer
 from transformers import AutoModelForCausalLM, MixtralConfig
@@ -70,7 +70,11 @@ def first_step(method: str, model: PeftModel, folder: Path) -> dict[str, float]:
 
 def trained(routing: str | None = None, **options: Any) -> PeftModel:
     config = {"r": 4, "num_A": 2, "num_B": 2, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
-    return randomise(get_peft_model(build("llama"), LilyConfig(**{**config, "routing": routing, **options})))
+    model = randomise(get_peft_model(build("llama"), LilyConfig(**{**config, "routing": routing, **options})))
+    for name, p in model.named_parameters():
+        if "trainable_tokens" in name:
+            torch.nn.init.normal_(p)
+    return model
 
 
 @pytest.mark.parametrize("method", TRAINERS)
@@ -89,6 +93,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "slices": {"routing": "static", "target_slices": {"o_proj": {"low": [0, 16]}}},
     "saved head": {"routing": "static", "modules_to_save": ["lm_head"]},
     "embedding": {"routing": "static", "target_modules": ["embed_tokens", "q_proj"]},
+    "trained rows": {"routing": "token", "trainable_token_indices": list(range(VOCAB))},
 }
 
 

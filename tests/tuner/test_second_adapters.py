@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -9,10 +10,10 @@ import pytest
 import torch
 from adapters import adapted
 from every_kind import KINDS, base, lily_config, output
-from helpers import build, inputs, predict, randomise
+from helpers import VOCAB, build, inputs, predict, randomise
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from peft.utils.hotswap import hotswap_adapter
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from lily import LilyConfig, LilyError, collapse
 from lily.layers.bank import bank_of
@@ -106,6 +107,49 @@ def test_the_state_dict_of_an_earlier_version_loads():
     fresh = adapted("llama", trained=False, routing="static")
     fresh.load_state_dict(earlier, strict=True)
     assert torch.equal(predict(fresh, inputs("llama")), predict(model, inputs("llama")))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_trained_rows_are_named_as_the_adapters_own_tensors_are(tied, tmp_path):
+    def fresh() -> PeftModel:
+        model = build("llama")
+        model.resize_token_embeddings(VOCAB + 3, mean_resizing=False)  # PEFT then writes the whole embedding too
+        if tied:
+            model.config.tie_word_embeddings = True
+            model.tie_weights()
+        rows = LilyConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[3, VOCAB], task_type="CAUSAL_LM")
+        return get_peft_model(model, rows)
+
+    model = randomise(fresh())
+    model.add_adapter("other", LilyConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[3, VOCAB]))
+    rows = {name: p for name, p in model.named_parameters() if "trainable_tokens" in name}
+    assert [name.count(f".{own}.") for own in ("default", "other") for name in rows] == [1, 0, 0, 1]
+    for p in rows.values():
+        torch.nn.init.normal_(p)
+    expected = predict(model, inputs("llama"))
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    names = [name for name in load_file(tmp_path / "adapter_model.safetensors") if "trainable_tokens" in name]
+    assert [name.partition("trainable_tokens_delta")[2] for name in names] == [""]  # as LoRA's
+    back = fresh()
+    back.load_adapter(tmp_path, "again")
+    back.set_adapter("again")
+    assert torch.equal(predict(back, inputs("llama")), expected)
+
+    earlier = {name.replace("_delta.default.weight", "_delta.default"): p for name, p in model.state_dict().items()}
+    back = fresh()
+    back.load_state_dict({name: p for name, p in earlier.items() if ".other" not in name}, strict=True)
+    assert torch.equal(predict(back, inputs("llama")), expected)
+
+
+def test_one_configuration_object_serves_several_models(tmp_path):
+    config = LilyConfig(r=4, num_B=2, target_modules=["q_proj"], task_type="CAUSAL_LM", routing="static")
+    first = randomise(get_peft_model(build("llama"), config))
+    expected = predict(first, inputs("llama"))
+    smaller = build("llama")
+    del smaller.model.layers[2:]
+    get_peft_model(smaller, config)
+    first.save_pretrained(tmp_path)
+    assert torch.equal(predict(PeftModel.from_pretrained(build("llama"), tmp_path), inputs("llama")), expected)
 
 
 def test_logits_are_no_unit_that_fsdp_would_gather_alone():
@@ -262,6 +306,46 @@ def test_a_second_get_peft_model_replaces_the_adapter_and_says_so(wrapped, merge
     assert torch.equal(predict(back, inputs("llama")), predict(second, inputs("llama")))
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("beside", [{"modules_to_save": ["norm", "lm_head"]}, {"trainable_token_indices": [1, 3]}])
+def test_a_second_get_peft_model_replaces_what_is_trained_beside_the_adapter(beside, merged, tied, tmp_path):
+    model = build("llama")
+    if tied:
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+    plain, expected = copy.deepcopy(model), predict(model, inputs("llama"))
+    names = set(model.state_dict())
+    first = get_peft_model(model, LilyConfig(**FEWER, **beside, routing="static", task_type="CAUSAL_LM"))
+    for p in first.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p)
+    if merged:
+        first.merge_adapter()
+    second = get_peft_model(model, LilyConfig(**FEWER, task_type="CAUSAL_LM")).eval()
+    assert torch.equal(predict(second, inputs("llama")), expected)
+    assert {name.replace(".base_layer", "") for name in model.state_dict() if "lily" not in name} == names
+    randomise(second).save_pretrained(tmp_path)
+    back = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path).eval()
+    assert torch.equal(predict(back, inputs("llama")), predict(second, inputs("llama")))
+    # a loaded one replaces it too
+    other = get_peft_model(plain, LilyConfig(**FEWER, **beside, task_type="CAUSAL_LM"))
+    back = PeftModel.from_pretrained(other, tmp_path).eval()
+    assert torch.equal(predict(back, inputs("llama")), predict(second, inputs("llama")))
+
+
+def test_an_adapter_beside_a_replaced_one_keeps_what_it_trains():
+    model = build("llama")
+    first = get_peft_model(model, LilyConfig(**FEWER, modules_to_save=["lm_head"]), adapter_name="first")
+    get_peft_model(model, LilyConfig(**FEWER, modules_to_save=["lm_head"]), adapter_name="second")
+    torch.nn.init.normal_(model.lm_head.modules_to_save["second"].weight)
+    kept = model.lm_head.modules_to_save["second"].weight
+    get_peft_model(model, LilyConfig(**FEWER), adapter_name="first")
+    assert list(model.lm_head.modules_to_save) == ["second"]
+    assert model.lm_head.modules_to_save["second"].weight is kept
+    assert first.base_model.model is model
+
+
 def test_a_second_get_peft_model_with_another_name_keeps_both(tmp_path):
     first = adapted("llama", routing="static")
     expected = predict(first, inputs("llama"))
@@ -299,3 +383,11 @@ def test_a_frozen_adapter_stays_frozen_when_another_one_trains(tmp_path):
     model(**inputs("llama")).logits.square().sum().backward()
     optimizer.step()
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
+
+
+def test_merging_an_adapter_that_does_not_exist_is_an_error():
+    model = adapted("llama", routing="static")
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(LilyError, match="cannot merge adapter 'other'; the model has default"):
+            merge(adapter_names=["other"])
+    assert not model.base_model.model.model.layers[0].self_attn.q_proj.merged

@@ -114,7 +114,7 @@ def test_a_file_has_the_names_of_the_plain_model(tmp_path, wrap, before):
     assert model.base_model.model.lily_bank.plans == reference.base_model.model.lily_bank.plans
 
 
-@some("compiled and checkpointed blocks", "a compiled model", "data-parallel blocks", "checkpointed linear layers")
+@some("compiled and checkpointed blocks", "data-parallel blocks", "checkpointed linear layers")
 def test_files_go_from_wrapped_to_plain_and_back(tmp_path, wrap):
     model = wrapped(wrap)
     expected = logits(model)
@@ -228,6 +228,7 @@ def test_a_model_compiled_and_run_before_it_is_adapted_uses_the_adapter():
         close(logits(model), before)
 
 
+@pytest.mark.slow
 def test_a_lora_of_peft_accepts_the_same_compiled_model(tmp_path):
     config = LoraConfig(r=4, target_modules=TARGETS["llama"], task_type="CAUSAL_LM", init_lora_weights=False)
     lora = get_peft_model(compiled(build("llama")), config).eval()
@@ -240,6 +241,7 @@ def test_a_lora_of_peft_accepts_the_same_compiled_model(tmp_path):
         close(logits(merged), expected)
 
 
+@pytest.mark.slow
 def test_a_trainer_saves_plain_names_and_resumes_under_a_wrapper(tmp_path):
     rows = [{"input_ids": row, "labels": row} for row in inputs("llama")["input_ids"]]
 

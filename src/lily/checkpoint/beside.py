@@ -30,6 +30,7 @@ from lily.checkpoint import format
 from lily.errors import LilyError
 from lily.io import untrusted
 from lily.io.untrusted import read_header
+from lily.layers.find import names_of_parameters
 from lily.plan.config import LilyConfig
 from lily.plan.sharing_plan import SharingPlan
 from lily.plan.wrappers import unwrapped
@@ -88,12 +89,16 @@ class Trained:
         nested: a module saved whole that is inside another one -> that one.
         rows: layers with trained rows -> (path in this model, module, indices).
         followers: layers with the same rows, since their weight is tied to the input embedding.
+        embedding: the input embedding; None: the model has none.
+        tied: the modules that have its weight.
     """
 
     saved: dict[str, tuple[str, nn.Module]]
     nested: dict[str, str]
     rows: dict[str, tuple[str, nn.Module, list[int]]]
     followers: list[str]
+    embedding: str | None
+    tied: list[str]
 
 
 def trained_beside(model: nn.Module, config: LilyConfig) -> Trained:
@@ -117,7 +122,8 @@ def trained_beside(model: nn.Module, config: LilyConfig) -> Trained:
     rows = {n: (*found, i) for target, i in asked.items() for n, found in outermost.items() if n.endswith(target)}
     first = rows.get(embedding or "")
     followers = [n for n in tied if first is not None and (n not in rows or rows[n][2] == first[2])]
-    return Trained(saved, nested, {n: row for n, row in rows.items() if n not in followers}, followers)
+    rows = {n: row for n, row in rows.items() if n not in followers}
+    return Trained(saved, nested, rows, followers, embedding, tied)
 
 
 class Beside:
@@ -165,16 +171,15 @@ class Beside:
         for name, (path, _, indices) in trained.rows.items():
             self.rows[f"{name}.{ROWS}"] = (len(indices), *_shape(self.base[f"{name}.weight"])[1:])
             self._places[f"{name}.{ROWS}"] = f"{path}.{ROWS}"
-        embedding, tied = tied_modules(model)
         follows = tuple(f"{name}." for name in config.modules_to_tie or ())
-        self.embedding, self.row_followers = embedding, {f"{name}.{ROWS}" for name in trained.followers}
+        self.embedding, self.row_followers = trained.embedding, {f"{name}.{ROWS}" for name in trained.followers}
         targets = {spec.path for spec in format.specs_of(plan)}
         self.biases = [
             name for name in self.base
             if config.bias != "none" and name.rpartition(".")[2] == "bias" and name not in self.saved
             and (config.bias == "all" or name.rpartition(".")[0] in targets)
         ]  # fmt: skip
-        self.embeddings = {embedding, *tied} | _output_embedding(model, modules)
+        self.embeddings = {trained.embedding, *trained.tied} | _output_embedding(model, modules)
         self.needed = [*(n for n in self.saved if not n.startswith(follows)), *self.biases, *self.rows]
 
     def resolve(self, name: str) -> tuple[str, str] | None:
@@ -226,10 +231,12 @@ class Beside:
             mine = self.tensor_of(*resolved)
             expected = self.rows[resolved[1]] if mine is None else _shape(mine)
             if not loose_sizes and tuple(tensor.shape) != expected:
+                resized = ""
+                if resolved[1].rpartition(".")[0] in self.embeddings and tensor.ndim:
+                    resized = f", with its vocabulary resized (resize_token_embeddings({tensor.shape[0]}))"
                 raise LilyError(
                     f"{name!r} has shape {tuple(tensor.shape)}, but the model's has {expected}; is it the base model "
-                    "that the adapter was trained on"
-                    + (", with its vocabulary resized (resize_token_embeddings)?" if resolved[0] == "base" else "?")
+                    f"that the adapter was trained on{resized}?"
                 )
             floats = tensor.dtype in untrusted.FLOATS and (mine is None or mine.is_floating_point())
             if not floats and (mine is None or tensor.dtype != mine.dtype):
@@ -297,8 +304,9 @@ def once(model: nn.Module, adapter: str, state: Mapping[str, Tensor]) -> dict[st
             if own:
                 copy = module.modules_to_save[adapter].state_dict(keep_vars=True)
                 ids.update((f"{path}.{key}", id(tensor)) for key, tensor in copy.items())
-        elif isinstance(module, TrainableTokensWrapper) and module.token_adapter.tied_adapter:
-            renamed[f"{path}.{ROWS}"] = None
+        elif isinstance(module, TrainableTokensWrapper):
+            # PEFT writes the embedding's tensors by their names in the model too, which are those of all adapters
+            renamed[f"{path}.{ROWS}" if module.token_adapter.tied_adapter else f"{path}.{ROWS}."] = None
     lily = {name: tensor for name, tensor in state.items() if format.KEY.match(unwrapped(name))}
     out, written = dict(lily), set()
     for name in sorted(state.keys() - lily.keys(), key=lambda name: not unwrapped(name).startswith(tuple(first))):
@@ -336,9 +344,7 @@ def resize_to_file(model: Any, folder: Path) -> None:
 @contextlib.contextmanager
 def keep_tied(model: nn.Module) -> Iterator[None]:
     """Context: parameters that have several names have them afterwards too, when each name was given a parameter."""
-    names: dict[int, list[str]] = {}
-    for name, p in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(p), []).append(name)
+    names = names_of_parameters(model)
     yield
     for first, *others in names.values():
         for name in others:

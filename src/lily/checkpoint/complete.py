@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from lily.errors import LilyError
+from lily.layers.find import names_of_parameters
 
 SHOWN = 3  # names in a message
 
@@ -31,17 +32,14 @@ def check_complete(model: nn.Module, configs: Mapping[str, Any], adapter: str, s
     Raises:
         LilyError: naming the tensors that the file would lack, and the fix.
     """
-    names: dict[int, list[str]] = {}
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, p in parameters.items():
-        names.setdefault(id(p), []).append(name)
-    lost = [tied for tied in names.values() if not any(name in saved for name in tied)]
+    lost = [tied for tied in names_of_parameters(model).values() if not any(name in saved for name in tied)]
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     routers_unused = getattr(configs[adapter], "settled", None) == 1
     missing, base = [], []
     for name, *_ in lost:
         own = OWN.search(f".{name}")
         if own is None:
-            if parameters[name].requires_grad:
+            if name in trainable:
                 base.append(name)
         elif own["adapter"] == adapter and not (routers_unused and own["part"] == "lily_router"):
             missing.append(name)

@@ -1,4 +1,4 @@
-"""Find the adapted layers of a model, and record attention masks for those that need them."""
+"""Find the adapted layers and the tied parameters of a model, and record attention masks for layers that need them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,14 @@ def layers_of(root: nn.Module) -> dict[str, LilyLayer]:
     plain = plain_name(root)
     modules = ((plain(path), module) for path, module in root.named_modules() if isinstance(module, LilyLayer))
     return {layer.name_in_plan(path): layer for path, layer in modules}
+
+
+def names_of_parameters(model: nn.Module) -> dict[int, list[str]]:
+    """Identity (`id`) of each parameter -> its names in the model: several for one that modules share."""
+    names: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(name)
+    return names
 
 
 def watch_masks(model: nn.Module) -> None:

@@ -43,6 +43,10 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
 
 def _columns(recipe: Recipe) -> Iterator[Problem]:
     c, at = recipe.data.columns, ("data", "columns")
+    named: dict[str, str] = {}
+    for role, column in c.model_dump(exclude_none=True).items():
+        if (first := named.setdefault(column, role)) != role:
+            yield (*at, role), f"{column!r} is {first} too; name the column that holds the {role}"
     if recipe.task == "sft":
         if c.messages is None and (c.prompt is None or c.completion is None):
             yield at, "sft needs prompt and completion, or messages"

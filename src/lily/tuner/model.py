@@ -24,7 +24,7 @@ from lily.layers.bank import BANK, LilyBank, Settled, bank_of
 from lily.layers.conv import Conv2d
 from lily.layers.devices import Placement, is_spread, onload, placement
 from lily.layers.embedding import Embedding
-from lily.layers.find import layers_of, watch_masks
+from lily.layers.find import layers_of, names_of_parameters, watch_masks
 from lily.layers.layer import LilyLayer
 from lily.layers.linear import Linear
 from lily.layers.parallel_module import ParallelModule
@@ -33,6 +33,7 @@ from lily.layers.part import PartLayer
 from lily.layers.quantized import keep_differentiable
 from lily.layers.sharding import engine_in
 from lily.layers.slice import Slice
+from lily.layers.trained_rows import name_rows
 from lily.plan.config import CAUSAL_TASKS, LilyConfig
 from lily.plan.select import is_causal, select_targets
 from lily.plan.sharing_plan import SharingPlan, build_plan
@@ -92,7 +93,7 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         """
         config = LilyConfig.from_stock(self.peft_config[adapter_name])
         others = [name for name, other in self.peft_config.items() if other is config and name != adapter_name]
-        if others:  # collapsing or settling one of them changes its configuration alone
+        if others or config.layers_by_name:  # of another adapter or model: what is decided here is of this one alone
             config = copy.deepcopy(config)
         self.peft_config[adapter_name], self._adapter, self._copied = config, adapter_name, others[:1]
         config.modules_to_tie = None  # of the model that the configuration was used for before
@@ -110,6 +111,7 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         with plain_names(self):
             model = innermost(model)
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+            name_rows(model)
         if not config.inference_mode:
             keep_differentiable(model)
         watch_masks(model)
@@ -280,9 +282,10 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         _report_rounding(self.model)
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
-        names: dict[int, list[str]] = {}
-        for name, p in self.model.named_parameters(remove_duplicate=False):
-            names.setdefault(id(p), []).append(name)
+        for name in adapter_names or ():
+            if name not in self.peft_config:  # PEFT merges nothing, in silence
+                raise LilyError(f"cannot merge adapter {name!r}; the model has {', '.join(self.peft_config) or 'none'}")
+        names = names_of_parameters(self.model)
         wrappers = [m for m in self.model.modules() if isinstance(m, TrainableTokensWrapper)]
         for rows in (w.token_adapter for w in wrappers if not w.token_adapter.tied_adapter):
             tied = names.get(id(rows.get_base_layer().weight), [])

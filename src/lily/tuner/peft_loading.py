@@ -30,6 +30,7 @@ from lily.checkpoint.beside import Beside, keep_tied
 from lily.checkpoint.format import PREFIX
 from lily.checkpoint.load import Opened
 from lily.errors import LilyError
+from lily.layers.trained_rows import RowsByAdapter
 from lily.plan.config import LilyConfig
 from lily.plan.wrappers import innermost, plain_names
 
@@ -155,14 +156,18 @@ def _set_state(
 
 
 def _rows_state(self: TrainableTokensWrapper, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`TrainableTokensWrapper.adapter_state_dict`, also for an adapter that trains no rows."""
-    has = adapter_name in self.token_adapter.trainable_tokens_delta
-    return _stock_rows_state(self, adapter_name, state_dict) if has else {}
+    """`TrainableTokensWrapper.adapter_state_dict`, also for an adapter that trains no rows, and for ours."""
+    names = _rows_names(self, adapter_name)
+    return {name: state_dict[here] for name, here in names.items()}
 
 
 def _rows_names(self: TrainableTokensWrapper, adapter_name: str) -> dict[str, str]:
-    """`TrainableTokensWrapper.adapter_state_dict_load_map`, also for an adapter that trains no rows."""
-    return _stock_rows_names(self, adapter_name) if adapter_name in self.token_adapter.trainable_tokens_delta else {}
+    """`TrainableTokensWrapper.adapter_state_dict_load_map`, also for an adapter that trains no rows, and for ours."""
+    rows = self.token_adapter.trainable_tokens_delta
+    if adapter_name not in rows:
+        return {}
+    names: dict[str, str] = _stock_rows_names(self, adapter_name)
+    return {name: f"{here}.weight" for name, here in names.items()} if isinstance(rows, RowsByAdapter) else names
 
 
 def _hotswap(

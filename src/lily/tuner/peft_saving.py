@@ -47,6 +47,11 @@ def _save_pretrained(self: PeftModel, save_directory: str, *args: Any, **kwargs:
                 )
     state = kwargs["state_dict"] = _plain_state(self, kwargs.get("state_dict"))
     given = inspect.signature(_stock_save_pretrained).bind(self, save_directory, *args, **kwargs).arguments
+    if not given.get("safe_serialization", True):
+        raise LilyError(
+            f"cannot save to {save_directory}: safe_serialization=False writes a pickle, which can run code and is "
+            "never read for Lily; remove the option"
+        )
     if not state and given.get("is_main_process", True):
         raise LilyError(
             f"cannot save to {save_directory}: the state_dict that was given is empty; only the first process of a "

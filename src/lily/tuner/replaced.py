@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import nn
 
 from lily.layers.bank import BANK, LilyBank
@@ -11,7 +12,7 @@ from lily.layers.layer import LilyLayer
 
 
 def drop_replaced(model: nn.Module, adapter: str) -> None:
-    """Drop the adapter of that name, if there is one, from the bank and every layer, and warn.
+    """Drop the adapter of that name, if there is one, and what it trains beside its layers, and warn.
 
     Args:
         model: the root that holds the bank, or a model without adapters.
@@ -31,3 +32,13 @@ def drop_replaced(model: nn.Module, adapter: str) -> None:
         for own in (getattr(layer, name) for name in (*layer.adapter_layer_names, *layer.other_param_names)):
             if adapter in own:
                 del own[adapter]
+    wrappers = [(name, m) for name, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+    for _, wrapper in wrappers:  # all before a deletion: tied layers have one set of rows
+        if isinstance(wrapper, TrainableTokensWrapper) and adapter in wrapper.token_adapter.merged_adapters:
+            wrapper.token_adapter.unmerge()
+    for name, wrapper in wrappers:
+        if adapter in wrapper._adapters:
+            wrapper.delete_adapter(adapter, [name for name in wrapper.active_adapters if name != adapter])
+            if not wrapper._adapters:
+                path, _, key = name.rpartition(".")
+                setattr(model.get_submodule(path), key, wrapper.original_module)

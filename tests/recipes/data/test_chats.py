@@ -83,7 +83,7 @@ def test_a_message_is_read_in_one_shape_whatever_its_own(given, expected):
     ("given", "message"),
     [
         ({"content": "a"}, "role None is unknown"),
-        ({"role": "robot", "content": "a"}, "role 'robot' is unknown, expected a list of messages of system"),
+        ({"role": "robot", "content": "a"}, "role 'robot' is unknown, expected one of system"),
         ({"role": ["user"], "content": "a"}, r"role \['user'\] is unknown"),
         ({"role": "user", "from": "gpt", "content": "a"}, "keys 'role' and 'from' have one meaning and differ"),
         ({"role": "user", "content": "a", "value": "b"}, "keys 'content' and 'value' have one meaning"),
@@ -148,13 +148,19 @@ def test_half_a_surrogate_pair_is_named_with_its_row_message_and_key(messages, k
         read(messages)
     str(error.value).encode()
     tool = {"name": "f", "description": "\ud83d"}
-    with pytest.raises(
-        LilyError, match=r"row 2: the column of tools holds half of a surrogate pair in \[0\].description"
-    ):
+    with pytest.raises(LilyError, match=r"row 2: tools\[0\] holds half of a surrogate pair in description"):
         read([ASK, SAY], tools=[tool])
     with pytest.raises(LilyError, match="row 2: the column of the system text holds half of a surrogate pair in"):
         read([ASK, SAY], system="\ud83d")
     assert read([{**ASK, "content": "whole \U0001f600"}, SAY])["messages"][0]["content"] == "whole \U0001f600"
+
+
+def test_half_a_surrogate_pair_that_a_json_text_writes_as_an_escape_is_named_too():
+    wanted = r"^t.jsonl, row 2, message 2 holds half of a surrogate pair in tool_calls\[0\].function.arguments.x"
+    with pytest.raises(LilyError, match=wanted):
+        read([ASK, called('{"x": "\\ud83d"}'), SAY])
+    with pytest.raises(LilyError, match=r"row 2: tools\[0\] holds half of a surrogate pair in description"):
+        read([ASK, SAY], tools='[{"name": "f", "description": "\\ud83d"}]')
 
 
 def test_endless_nesting_is_one_error():

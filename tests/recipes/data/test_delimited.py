@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import csv
 import gzip
 
 import pytest
@@ -147,3 +148,52 @@ def test_a_row_of_another_width_is_advised_what_mends_it(tmp_path, content, advi
         read(tmp_path / "t.csv", content)
     assert advised in str(caught.value)
     assert not_advised not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "keys", "said"),
+    [
+        (
+            "text,label\ngood,1\ntext,label\nbad,0\n",
+            {},
+            r"t\.csv:3: repeats the names of the columns \(files were joined",
+        ),
+        ("text,label\ngood,1\n\ufefftext,label\nbad,0\n", {}, r"t\.csv:3: repeats the names of the columns"),
+        (
+            "text,label\ngood,1\n",
+            {"header": ["text", "label"]},
+            r"t\.csv:1: repeats .*data\.header names the columns too",
+        ),
+        ("text,label\ngood,1,\nbad,0,\n", {}, r"t\.csv:2: 3 fields.*ends with a comma that separates nothing"),
+        ("text,label\ngood, very,1\n", {}, r"t\.csv:2: 3 fields.*a comma inside a text needs quotes"),
+        ("text,label\ngo\0od,1\n", {}, "holds NUL bytes, which no text has"),
+        (gzip.compress(b"text,label\ngood,1\n", mtime=0), {}, "is no text but compressed by gzip; add .gz"),
+        (b"PK\x03\x04\x14\x00\x06\x00", {}, "is no text but a zip archive, as Excel's .xlsx files are"),
+        (b"PAR1\x15\x00", {}, "is no text but a parquet file; set format: parquet"),
+    ],
+)
+def test_what_is_no_row_is_refused_with_its_own_fix(tmp_path, content, keys, said):
+    with pytest.raises(LilyError, match=said):
+        read(tmp_path / "t.csv", content, **keys)
+
+
+def test_a_row_that_only_resembles_the_header_is_a_row(tmp_path):
+    rows, _ = read(tmp_path / "t.csv", "text,label\ntext,1\na,label\n")
+    assert [row["label"] for row in rows] == ["1", "label"]
+    rows, _ = read(tmp_path / "t.csv", "text\ngood\ntext\n")
+    assert len(rows) == 2
+
+
+def test_columns_without_names_and_lines_of_spaces_are_as_excel_leaves_them(tmp_path):
+    rows, notes = read(tmp_path / "t.csv", "text,label,,\ngood,1,,\n   \nbad,0,,\n")
+    assert [(row["text"], row["label"]) for row in rows] == [("good", "1"), ("bad", "0")]
+    assert notes == []
+
+
+def test_a_field_over_the_limit_of_the_reader_is_one_error(tmp_path):
+    limit = csv.field_size_limit(1 << 10)
+    try:
+        with pytest.raises(LilyError, match=r"t\.csv:2: not valid csv: field larger than field limit"):
+            read(tmp_path / "t.csv", f"text,label\n{'good ' * 1000},1\n")
+    finally:
+        csv.field_size_limit(limit)

@@ -11,6 +11,7 @@ from recipes_helpers import classification, rows, write_jsonl, write_recipe
 from lily.errors import LilyError
 from lily.recipes import data, loader
 from lily.recipes.data import tables
+from lily.recipes.data.cells import class_in, number_in, text_in
 from lily.recipes.spec.schema import Columns, File
 
 TABLE = [{"text": "a, b", "label": "0"}, {"text": 'say "x"', "label": "1"}]
@@ -106,7 +107,7 @@ def test_a_dotted_column_reaches_into_nested_rows(encoder, tmp_path):
     ("messages", "message"),
     [
         ("hello", "expected a list of"),
-        ([{"role": "robot", "content": "x"}], "expected a list of"),
+        ([{"role": "robot", "content": "x"}], "expected one of system"),
         ([{"role": "user", "content": "x"}], "must end with an assistant message"),
         ([], "expected a list of"),
     ],
@@ -186,3 +187,53 @@ def test_a_damaged_table_is_one_message(tmp_path, name, content, message):
 def test_a_prompt_that_is_no_conversation_is_refused(messages):
     with pytest.raises(LilyError, match="expected a list of"):
         data.prompt_of({"m": messages}, Columns(messages="m"), "row 1")
+
+
+def test_a_second_value_of_one_key_or_column_does_not_replace_the_first_in_silence(tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"text": "a", "label": "1"}\n{"text": "b", "label": "1", "label": "0"}\n')
+    with pytest.raises(LilyError, match=r"t\.jsonl:2: .*the key 'label' stands there twice"):
+        tables.read_rows(File(path=str(tmp_path / "t.jsonl")))
+    (tmp_path / "t.json").write_text('[{"text": "b", "label": "1", "label": "0"}]')
+    with pytest.raises(LilyError, match=r"t\.json: .*the key 'label' stands there twice"):
+        tables.read_rows(File(path=str(tmp_path / "t.json")))
+    pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow: pip install 'lily-peft[dev]'")
+    from pyarrow import parquet
+
+    table = pyarrow.table([pyarrow.array([part]) for part in "abc"], names=["text", "label", "label"])
+    parquet.write_table(table, tmp_path / "t.parquet")
+    with pytest.raises(LilyError, match=r"two columns are named 'label'; rename one"):
+        tables.read_rows(File(path=str(tmp_path / "t.parquet")))
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_list_in_a_jsonl_file_names_the_format(tmp_path, indent):
+    (tmp_path / "t.jsonl").write_text(json.dumps(TABLE, indent=indent))
+    with pytest.raises(LilyError, match=r"t\.jsonl:1: .*for one list of objects set format: json"):
+        tables.read_rows(File(path=str(tmp_path / "t.jsonl")))
+
+
+@pytest.mark.parametrize("blank", ["\u200b\ufeff", " \u00ad", "\u2060\n"])
+def test_text_that_shows_nothing_is_no_text(blank):
+    for read in (text_in, class_in):
+        with pytest.raises(LilyError, match=r"row 1: .*'c' holds "):
+            read(blank, "c", "row 1")
+    assert text_in("a\u200b", "c", "row 1") == "a\u200b"
+
+
+@pytest.mark.parametrize("value", [True, "3,5", "50%", "1,000", [1]])
+def test_a_label_of_a_regression_is_a_number_and_no_boolean(value):
+    with pytest.raises(LilyError, match=r"row 1: label column 'c' holds .*, expected a finite number such as 1234\.5"):
+        number_in(value, "c", "row 1")
+
+
+def test_a_column_of_texts_as_the_label_is_told_in_one_line(encoder, tmp_path):
+    table = [{"text": f"text {i} {'long ' * 20}", "label": str(i % 2)} for i in range(60)]
+    values = classification(encoder, write_jsonl(tmp_path / "t.jsonl", table), tmp_path)
+    values["data"]["columns"] = {"text": "label", "label": "text"}
+    with pytest.raises(LilyError, match=r"label column 'text' holds 60 classes \('text 0 .*is it the right one\?"):
+        data.load_splits(loader.load_recipe(write_recipe(tmp_path, values)))
+    other = write_jsonl(tmp_path / "v.jsonl", [{"text": f"other {i}", "label": "0"} for i in range(5)])
+    values["data"]["validation"] = {"path": str(other)}
+    with pytest.raises(LilyError, match=r"has the label 'other 0', which no training row has.* and 40 more$") as error:
+        data.load_splits(loader.load_recipe(write_recipe(tmp_path, values)))
+    assert len(str(error.value)) < 2000

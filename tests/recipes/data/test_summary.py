@@ -186,3 +186,50 @@ def test_images_are_counted_too(tmp_path):
     assert [sum((part.classes or {}).values()) for part in seen.parts] == [part.used for part in seen.parts]
     assert sum(part.repeated + (part.in_train or 0) for part in seen.parts) >= 12
     assert seen.rows()[0] == ["", "rows", "used", "repeated", "also in train"]
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (("not relevant", "not_relevant", "relevant"), ["'not relevant'", "'not_relevant'"]),
+        (("pos", "pos.", "neg"), ["'pos'", "'pos.'"]),
+        (("01", "1", "2"), ["'01'", "'1'"]),
+        (("+1", "-1", "1"), ["'+1'", "'1'"]),
+        (("C", "C++", "C#"), None),
+        (("A+", "A-", "A"), None),
+        (("1.1", "1.10", "11"), None),
+        (("none", "favor", "against"), None),
+    ],
+)
+def test_classes_that_differ_in_punctuation_only_are_told(encoder, tmp_path, names, told):
+    table = [{"text": f"text {i}", "label": names[i % 3]} for i in range(60)]
+    values = classification(encoder, write_jsonl(tmp_path / "t.jsonl", table), tmp_path)
+    warnings = prepared(tmp_path, values).data.warnings
+    assert len(warnings) == (told is not None)
+    for name in told or ():
+        assert "classes differ only in punctuation" in warnings[0]
+        assert name in warnings[0]
+    assert prepared(tmp_path, values, "data.similar_labels=keep").data.warnings == ()
+
+
+def test_a_class_named_as_a_missing_value_of_python_is_told(encoder, tmp_path):
+    table = [{"text": f"text {i}", "label": ("None", "pos")[i % 2]} for i in range(60)]
+    values = classification(encoder, write_jsonl(tmp_path / "t.jsonl", table), tmp_path)
+    assert "a class is named 'None'" in prepared(tmp_path, values).data.warnings[0]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_answers_that_repeat_their_prompt_are_told(chat_model, tmp_path, chat):
+    pairs = [(f"good {i}", f"good {i} " if i % 2 else "yes") for i in range(40)]
+    table = [
+        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} if chat
+        else {"question": q, "answer": a}
+        for q, a in pairs
+    ]  # fmt: skip
+    values = sft(chat_model, write_jsonl(tmp_path / "t.jsonl", table), tmp_path)
+    if chat:
+        values["data"]["columns"] = {"messages": "messages"}
+    seen = prepared(tmp_path, values).data
+    told = [int(n) for n in re.findall(r": (\d+) answers are the same text as their prompt", "\n".join(seen.warnings))]
+    assert len(told) == 3
+    assert sum(told) == 20

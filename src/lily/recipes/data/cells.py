@@ -10,7 +10,7 @@ from typing import Any
 from lily.errors import LilyError
 from lily.recipes.data.delimited import looks_like_data
 from lily.recipes.data.tables import Row
-from lily.recipes.spec.values import SURROGATE
+from lily.recipes.spec.values import SURROGATE, is_blank
 
 
 def get(row: Row, column: str, role: str, where: str, section: str = "data.columns.") -> Any:
@@ -55,14 +55,14 @@ def _nested(row: Row, column: str, role: str, where: str, section: str) -> Any:
 
 def text_in(value: Any, column: str, where: str) -> str:
     """The value as a text that is not empty."""
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or is_blank(value):
         raise LilyError(f"{where}: column {column!r} holds {short(value)}, expected text")
     return value
 
 
 def class_in(value: Any, column: str, where: str) -> str:
     """The value as the name of a class."""
-    if isinstance(value, bool) or (isinstance(value, (str, int)) and str(value).strip()):
+    if isinstance(value, bool) or (isinstance(value, (str, int)) and not is_blank(str(value))):
         return str(value)
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
@@ -73,9 +73,9 @@ def number_in(value: Any, column: str, where: str) -> float:
     """The value as a finite number."""
     with contextlib.suppress(TypeError, ValueError):
         number = float(value)
-        if math.isfinite(number):
+        if math.isfinite(number) and not isinstance(value, bool):
             return number
-    raise LilyError(f"{where}: label column {column!r} holds {short(value)}, expected a finite number")
+    raise LilyError(f"{where}: label column {column!r} holds {short(value)}, expected a finite number such as 1234.5")
 
 
 def short(value: Any) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lily.errors import LilyError
-from lily.recipes.spec.values import SURROGATE
+from lily.recipes.spec.values import SURROGATE, is_blank
 
 Message = dict[str, Any]
 
@@ -138,7 +138,7 @@ def read_message(given: Mapping[str, Any], where: str) -> Message:
     calling = role in CALLS
     role = "assistant" if calling else ALIASES.get(role) if isinstance(role, str) else None
     if role is None:
-        raise LilyError(f"{where}: role {said!r} is unknown, expected a list of messages of {', '.join(ROLES)}")
+        raise LilyError(f"{where}: role {said!r} is unknown, expected one of {', '.join(ROLES)}")
     for key in ASSISTANT_ONLY:
         if role != "assistant" and given.get(key):
             raise LilyError(f"{where}: key {key!r} belongs to an assistant's message, not to {said!r}; remove it")
@@ -152,6 +152,7 @@ def read_message(given: Mapping[str, Any], where: str) -> Message:
     message: Message = {"role": role, "content": content or ""}
     if calls:
         message["tool_calls"] = _tool_calls(calls, where)
+        check_text(message["tool_calls"], where, "tool_calls")  # JSON texts may have escapes of half a character
     reasoning = {key: given[key] for key in REASONING if key in given} | ({"content": thought} if thought else {})
     for key, text in reasoning.items():
         if not isinstance(text, str) or text != next(iter(reasoning.values())):
@@ -175,7 +176,8 @@ def read_message(given: Mapping[str, Any], where: str) -> Message:
 def content_of(message: Message) -> str:
     """What there is to learn in a message; empty if nothing."""
     calls = json.dumps(message["tool_calls"]) if "tool_calls" in message else ""
-    return f"{message['content']}{message.get('reasoning_content', '')}{calls}".strip()
+    text = f"{message['content']}{message.get('reasoning_content', '')}{calls}"
+    return "" if is_blank(text) else text.strip()
 
 
 def check_text(value: Any, holder: str, place: str = "") -> None:
@@ -349,7 +351,6 @@ def read_tools(value: Any, where: str) -> list[dict[str, Any]] | None:
     Raises:
         LilyError: for the first that is no tool.
     """
-    check_text(value, f"{where}: the column of tools")
     listed = _from_json(value) if isinstance(value, str) and value.strip() else value
     if not listed:
         if isinstance(value, str) and value.strip() not in ("", "[]", "null", "{}"):
@@ -364,6 +365,7 @@ def read_tools(value: Any, where: str) -> list[dict[str, Any]] | None:
                 f"{where}: tools[{i}] is {_kind(given)} without a name, expected {{type: function, function: "
                 "{name, description, parameters}}"
             )
+        check_text(tool, f"{where}: tools[{i}]")
         tools.append(tool if "function" in tool else {"type": "function", "function": tool})
     return tools
 

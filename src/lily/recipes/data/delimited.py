@@ -52,14 +52,18 @@ def rows(
     start = skipped + 1
     try:
         names = list(header) if header else next(reader, [])
-        duplicate = next((column for i, column in enumerate(names) if column in names[:i]), None)
+        # Excel writes commas for empty columns; nothing can ask for a column without a name.
+        duplicate = next((column for i, column in enumerate(names) if column and column in names[:i]), None)
         if duplicate is not None:
             raise LilyError(f"{name}: two columns are named {duplicate!r}; rename one of them")
         start = skipped + reader.line_num + 1
         for fields in reader:
             here, start = start, skipped + reader.line_num + 1
-            if not fields:
+            if not fields or (len(fields) == 1 < len(names) and not fields[0].strip()):
                 continue
+            if len(names) > 1 and fields[1:] == names[1:] and fields[0].lstrip("\ufeff") == names[0]:
+                said = "data.header names the columns too" if header else "files were joined with their header lines"
+                raise LilyError(f"{name}:{here}: repeats the names of the columns ({said}); remove one of them")
             if len(fields) != len(names):
                 raise LilyError(f"{name}:{here}: {_unequal(fields, names, reader.dialect.delimiter, header)}")
             if start - here > SWALLOWED:
@@ -88,7 +92,10 @@ def _guessed(head: Sequence[str], name: str, kind: str, header: Sequence[str] | 
     """
     usual, fits = USUAL[kind], {}
     for separator in sorted(SEPARATORS, key=lambda s: s != usual):
-        counts = [len(fields) for fields in _reader(head, kind, separator, strict=False) if fields]
+        try:
+            counts = [len(fields) for fields in _reader(head, kind, separator, strict=False) if fields]
+        except csv.Error:  # a field that is too large by this separator
+            continue
         columns = len(header) if header else counts[0] if counts else 0
         equal = sum(count == columns for count in counts)
         if columns > 1 and equal > (0 if header else 1):
@@ -107,7 +114,14 @@ def _unequal(fields: Sequence[str], names: Sequence[str], delimiter: str, header
     text = f"{len(fields)} fields, expected {len(names)} ({', '.join(names)})"
     mark = "tab" if delimiter == "\t" else "comma" if delimiter == "," else repr(delimiter)
     if len(fields) > len(names):
-        text += f'; a {mark} inside a text needs quotes around the text ("a{delimiter} b"), or another data.delimiter'
+        if any(fields[len(names) :]):
+            text += (
+                f'; a {mark} inside a text needs quotes around the text ("a{delimiter} b"), or another data.delimiter'
+            )
+        else:
+            text += (
+                f"; the line ends with a {mark} that separates nothing; remove it there, or add one to the header line"
+            )
     else:
         text += f"; a value or a {mark} is missing, or a line break inside a text has no quotes around the text"
     if not header and any(looks_like_data(name) for name in names):

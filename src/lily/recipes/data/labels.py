@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 # Marks above and below a line have a meaning of their own: m² is not m2.
 MEANINGFUL = ("<super>", "<sub>", "<fraction>")
@@ -19,13 +19,20 @@ def alike(label: str) -> str:
     >>> alike(" ＰＯＳ") == alike("pos\u200b"), alike("1.0") == alike("True"), alike("m²") == alike("m2")
     (True, True, False)
     """
-    shown = (
-        c for c in unicodedata.normalize("NFC", label) if unicodedata.category(c) not in ("Cf", "Cc") or c.isspace()
-    )
-    folded = "".join(_folded(c) for c in shown)
+    folded = "".join(map(_folded, unicodedata.normalize("NFC", label)))
     text = " ".join(unicodedata.normalize("NFC", folded.casefold()).split())
     whole = re.fullmatch(r"([+-]?[0-9]+)\.0*", text)
     return BOOLEANS.get(text, whole[1] if whole else text)
+
+
+def nearly_alike(label: str) -> str:
+    """The form that labels share if they differ in punctuation or leading zeros only: perhaps one class, perhaps not.
+
+    >>> nearly_alike("not_relevant.") == nearly_alike("'not-relevant'"), nearly_alike("C") == nearly_alike("C++")
+    (True, False)
+    """
+    text = re.sub(r"(?<=[^\W_])[-_/ ]+(?=[^\W_])", " ", alike(label)).strip(" _.,;:'\"`()[]")
+    return re.sub(r"^[+]?(-?)0+(?=[0-9])|^[+](?=[0-9])", r"\1", text) or label
 
 
 def _folded(character: str) -> str:
@@ -40,11 +47,11 @@ def _folded(character: str) -> str:
     return character if meaningful else unicodedata.normalize("NFKC", character)
 
 
-def families(labels: Iterable[str]) -> list[list[str]]:
-    """The labels that are alike, each family with the most frequent one first."""
+def families(labels: Iterable[str], form: Callable[[str], str] = alike) -> list[list[str]]:
+    """The labels that share a form, each family with the most frequent one first."""
     found: dict[str, list[str]] = {}
     for label, _ in sorted(Counter(labels).items(), key=lambda item: (-item[1], len(item[0]), item[0])):
-        found.setdefault(alike(label), []).append(label)
+        found.setdefault(form(label), []).append(label)
     return [family for family in found.values() if len(family) > 1]
 
 
@@ -57,4 +64,4 @@ def named(family: Iterable[str], counts: Mapping[str, int]) -> str:
 
 def looks_missing(label: str) -> bool:
     """Whether a class has a name that programs write for a missing value."""
-    return label.strip().lower() in MISSING
+    return label.strip().lower() in MISSING or label.strip() == "None"  # Python's; none is a class of many sets

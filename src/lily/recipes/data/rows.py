@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from lily.errors import LilyError
 from lily.recipes.data import chats, images, labels
-from lily.recipes.data.cells import class_in, get, number_in, text_in
+from lily.recipes.data.cells import class_in, get, number_in, short, text_in
 from lily.recipes.data.chat_template import Chat
 from lily.recipes.data.delimited import Note
 from lily.recipes.data.sft import beside, check_chat, choices_of, needs_chat, text_prompt
@@ -23,6 +23,8 @@ from lily.recipes.spec.locations import Key, located
 from lily.recipes.spec.schema import CLASSIFYING, Columns, File, Recipe
 
 T = TypeVar("T")
+
+NAMED = 20  # classes in a message
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def load_splits(recipe: Recipe) -> Splits:
         with located(recipe, "data", "train"):
             raise LilyError(
                 f"data.train has {len(pool)} rows, too few to train ({len(train)}) and validate "
-                f"({len(parts['validation'])}); give more rows or a smaller data.split"
+                f"({len(parts['validation'])}); {_too_few(pool, recipe)}"
             )
     named: dict[Key, list[Row]] = {(name,): rows for name, rows in parts.items()}
     named |= {("tests", name): rows for name, rows in tests.items()}
@@ -118,6 +120,14 @@ def load_splits(recipe: Recipe) -> Splits:
     seen = {row["label"] for row in all_train} if classes is not None else set()
     unseen = tuple(label for label in classes or () if label not in seen)
     return Splits(train, parts["validation"], parts["test"], classes, tests, unseen, left_out, tuple(notes))
+
+
+def _too_few(pool: list[Row], recipe: Recipe) -> str:
+    """What to do about too few rows: with as many classes as rows, the label column is likely another one."""
+    if recipe.task in CLASSIFYING and (classes := {row["label"] for row in pool}) and 2 < len(pool) < 2 * len(classes):
+        column = recipe.data.columns.label or "label"
+        return f"label column {column!r} holds {len(classes)} classes ({short(pool[0]['label'])}); is it the right one?"
+    return "give more rows or a smaller data.split"
 
 
 def _rows_at(key: Key, recipe: Recipe, note: Note) -> list[Row]:
@@ -133,7 +143,7 @@ def _of_classes(rows: list[Row], key: Key, recipe: Recipe) -> list[Row]:
     if missing := [name for name in classes if name not in present]:
         file = recipe.data.files[key]
         with located(recipe, "data", "classes"):
-            raise LilyError(f"{name_of(file)} has no rows of {missing[0]!r}; it has {', '.join(sorted(present))}")
+            raise LilyError(f"{name_of(file)} has no rows of {missing[0]!r}; it has {_listed(present)}")
     return [row for row in rows if row["label"] in classes]
 
 
@@ -192,7 +202,7 @@ def check_labels(rows: Iterable[Row], classes: Sequence[str], where: str, merge:
                 row["label"] = own.get(labels.alike(row["label"]), row["label"])
     unknown = sorted({row["label"] for row in rows} - set(classes))
     if unknown:
-        raise LilyError(f"{where} has the label {unknown[0]!r}; the model was trained on {', '.join(classes)}")
+        raise LilyError(f"{where} has the label {short(unknown[0])}; the model was trained on {_listed(classes)}")
 
 
 def _canonical(row: Row, number: int, file: File, recipe: Recipe, labeled: bool = True) -> Row:
@@ -296,6 +306,13 @@ def drawn(rows: list[T], count: int | None, seed: int = 0) -> list[T]:
     return [rows[i] for i in sorted(_sample(list(range(len(rows))), count, seed))]
 
 
+def _listed(names: Iterable[str]) -> str:
+    """Names of classes in a message, which a column of texts would fill."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - NAMED:,} more" if len(ordered) > NAMED else ""
+    return ", ".join(name if len(name) <= 40 else short(name) for name in ordered[:NAMED]) + more
+
+
 def _labels(train: list[Row], parts: dict[Key, list[Row]], recipe: Recipe) -> tuple[str, ...]:
     """The classes in the order of their ids.
 
@@ -313,8 +330,8 @@ def _labels(train: list[Row], parts: dict[Key, list[Row]], recipe: Recipe) -> tu
         if unknown and recipe.task != "image-classification":
             with located(recipe, "data", *key):
                 raise LilyError(
-                    f"data.{'.'.join(key)} has the label {unknown[0]!r}, which no training row has; training rows "
-                    f"have {', '.join(sorted(classes))}"
+                    f"data.{'.'.join(key)} has the label {short(unknown[0])}, which no training row has; training rows "
+                    f"have {_listed(classes)}"
                 )
     classes |= {row["label"] for rows in parts.values() for row in rows}
     if len(classes) > 1000:

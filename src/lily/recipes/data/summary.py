@@ -231,8 +231,21 @@ def _about(part: Part, rows: Sequence[Row], found: Encoded | None, recipe: Recip
                 f"train: {len(rare)} of {len(part.classes)} classes have fewer than {RARE} rows ({shown}{more}); add "
                 "rows, correct the labels, or choose the classes with data.classes"
             )
+        for family in (
+            labels.families(part.classes, labels.nearly_alike)[:3] if recipe.data.similar_labels != "keep" else ()
+        ):
+            said.append(
+                f"classes differ only in punctuation or zeros: {labels.named(family, part.classes)}; write them "
+                "alike in the file if they are one, otherwise set data.similar_labels: keep"
+            )
         for label in filter(labels.looks_missing, part.classes):
             said.append(f"a class is named {label!r}, as missing values are; remove these rows if they have no label")
+    echoes = [row for row in rows if _repeats_prompt(row)] if recipe.task == "sft" else []
+    if echoes:
+        said.append(
+            f"{name}: {len(echoes):,} answers are the same text as their prompt ({_short(echoes[0])}); correct "
+            "data.columns or these rows"
+        )
     damaged = [row for row in rows if _damaged(str(row.get("text", row.get("prompt", ""))))]
     if damaged:
         said.append(
@@ -259,6 +272,13 @@ def _across(parts: Sequence[Part], encoded: Mapping[str, Encoded], recipe: Recip
         fix = "set data.deduplicate: true" if carved else "remove them from one of the files"
         said.append(f"{shown} are in train too, so results flatter; {fix}")
     return said
+
+
+def _repeats_prompt(row: Row) -> bool:
+    if "messages" not in row:
+        return bool(row["prompt"].strip() == completion_of(row))
+    texts = [message["content"].strip() for message in row["messages"]]
+    return len(texts) > 1 and bool(texts[-1]) and texts[-1] == texts[-2] and row["messages"][-2]["role"] == "user"
 
 
 def _damaged(text: str) -> bool:

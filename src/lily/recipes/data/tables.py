@@ -37,6 +37,15 @@ MARKS = {
     codecs.BOM_UTF16_BE: "utf-16",
 }
 
+LISTED = "; jsonl has one object in each line; for one list of objects set format: json"
+
+# First bytes of files that are no text, whatever they are called
+PACKED = {
+    b"\x1f\x8b": "compressed by gzip; add .gz to its name",
+    b"PK": "a zip archive, as Excel's .xlsx files are; save the table as CSV UTF-8",
+    b"PAR1": "a parquet file; set format: parquet",
+}
+
 
 class Bomb(LilyError):
     """A decompression bomb; a separate type, so that it is not reported as invalid JSON."""
@@ -118,7 +127,12 @@ def _encoding(raw: BinaryIO, name: str, stated: str | None) -> str:
     raw.seek(0)
     marked = next((encoding for mark, encoding in MARKS.items() if start.startswith(mark)), None)
     if marked is None and stated is None and b"\0" in start:
-        guess = "utf-16-le" if start[1:2] == b"\0" else "utf-16-be"
+        if packed := next((what for mark, what in PACKED.items() if start.startswith(mark)), None):
+            raise LilyError(f"{name}: is no text but {packed}")
+        odd, even = start[1::2].count(0), start[::2].count(0)
+        if max(odd, even) < 4 or min(odd, even) > max(odd, even) / 10:
+            raise LilyError(f"{name}: holds NUL bytes, which no text has; remove them, or check that it is a table")
+        guess = "utf-16-le" if odd > even else "utf-16-be"
         raise LilyError(f"{name}: holds NUL bytes, as UTF-16 does; set data.encoding: {guess}, or save it as UTF-8")
     return marked or stated or "utf-8"
 
@@ -159,22 +173,33 @@ class _Unpacked(gzip.GzipFile):
         return data
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, whose second value of a key would silently replace the first."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for i, key in enumerate(names) if key in names[:i])!r} stands there twice")
+    return found
+
+
 def _jsonl(text: TextIO, name: str) -> Iterator[Row]:
     for number, line in enumerate(text, 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:
-            raise LilyError(f"{name}:{number}: not valid JSON: {error}") from None
+            hint = LISTED if line.strip() == "{" or line.lstrip().startswith("[") else ""
+            raise LilyError(f"{name}:{number}: not valid JSON: {error}{hint}") from None
         if not isinstance(row, dict):
-            raise LilyError(f"{name}:{number}: expected an object with named values, got {type(row).__name__}")
+            hint = LISTED if isinstance(row, list) else ""
+            raise LilyError(f"{name}:{number}: expected an object with named values, got {type(row).__name__}{hint}")
         yield row
 
 
 def _json(text: TextIO, name: str) -> Iterator[Row]:
     try:
-        value = json.load(text)
+        value = json.load(text, object_pairs_hook=_object)
     except (UnicodeError, Bomb):
         raise
     except (ValueError, RecursionError) as error:
@@ -194,6 +219,9 @@ def _parquet(name: str) -> Iterator[Row]:
         raise LilyError(f"{name}: reading parquet needs pyarrow; pip install pyarrow") from None
     try:
         with parquet.ParquetFile(name) as file:
+            names = file.schema_arrow.names
+            if len(set(names)) < len(names):
+                raise LilyError(f"{name}: two columns are named {max(names, key=names.count)!r}; rename one of them")
             for batch in file.iter_batches():
                 yield from map(_without_fillers, batch.to_pylist())
     except (ArrowException, OSError) as error:

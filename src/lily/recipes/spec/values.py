@@ -23,6 +23,13 @@ DECIMAL = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]
 LIKE_NUMBER = re.compile(r"[-+]?(0[xob][0-9a-fA-F_]+|[0-9][0-9_]*(:[0-9_]+)*(\.[0-9_]*)?([eE][-+]?[0-9]+)?)")
 WORDS = ("yes", "no", "on", "off", "y", "n", "true", "false")
 SURROGATE = re.compile("[\ud800-\udfff]")
+# White space, and characters that are not shown at all: zero-width ones, byte order marks, soft hyphens
+BLANK = re.compile("[\\s\u00ad\u180e\u200b-\u200f\u2060-\u2064\ufeff]*")
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text shows nothing."""
+    return BLANK.fullmatch(text) is not None
 
 
 def is_text(tag: str, text: str) -> bool:
