@@ -27,6 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+SCALING_POWER = 0.5
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor] | None] = {
     "none": None,
     "relu": F.relu,
@@ -64,6 +66,19 @@ def first_gain(start: str, r: int, place: int, seed: int) -> list[float]:
     _, signs = distinction("signs" if start != "ones" else "none", r, place, seed)
     kept = r // 2 if start == "half-signs" else 0
     return [1.0] * r if signs is None else [1.0] * kept + [float(sign) for sign in signs[kept:]]
+
+
+def default_scaling(r: int) -> float:
+    """The scale under which LoRA's learning rate serves every rank: `2 * (8 / r) ** SCALING_POWER`.
+
+    It is 2 at rank 8, the scale of LoRA with `lora_alpha = 2 r`. A step of Adam changes every entry of B by the
+    learning rate, so at a fixed scale the output moves further the more ranks there are; the power was measured
+    (docs/tune.md).
+
+    Args:
+        r: rank of a layer's update, own ranks included.
+    """
+    return float(2 * (8 / r) ** SCALING_POWER)
 
 
 def layer_A(A: Tensor, rows: Tensor | None, signs: Tensor | None, gain: Tensor | None) -> Tensor:

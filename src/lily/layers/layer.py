@@ -145,6 +145,7 @@ class LilyLayer(MixingMixin, OwnMixin, MergingMixin):
             device: where the layer computes; default: where its base weight is.
         """
         own = config.options_of(group.name)
+        assert own.scaling is not None  # the plan's ranks have decided it
         self.settings[adapter] = Settings(
             slot, group.r, group.num_B, group.stride, own.scaling, str(config.routing), config.batch_scope,
             own.activation, own.dropout, self._add_own(adapter, group, slot, config), group.own_r,

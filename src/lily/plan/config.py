@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
@@ -15,13 +16,16 @@ from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME, PeftType, TaskType
 
 from lily.errors import LilyError
+from lily.functional import default_scaling
 from lily.io.atomic import write_text
 from lily.plan.config_checks import check
-from lily.plan.options import DYNAMIC, OPTIONS, Options, sharing
+from lily.plan.options import DYNAMIC, OPTIONS, PAPER, Options, sharing
 
 # Written as the peft_type of adapters whose mathematics stock PEFT cannot express: PEFT without this package then
 # refuses them (it names the missing method) where it would otherwise ignore unknown keys and compute batch routing.
 EXTENDED_TYPE = "LILY_PEFT"
+
+BY_RANK = "by rank"  # the default scale, in a file that was written before a model decided it
 
 CAUSAL_TASKS = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
 
@@ -46,7 +50,9 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
         stride_A: how many consecutive layers of a group share one A. Default 1 (an A per layer).
         num_A: how many A per group; instead of `stride_A`, which is then `ceil(layers / num_A)`.
         num_B: experts per group; all layers of the group share them. 1 means one shared B and no router.
-        scaling: multiplies the update directly (there is no `alpha / r`). Finite and not zero.
+        scaling: multiplies the update directly (there is no `alpha / r`). Finite and not zero. Default: by the rank
+            of each layer, so that LoRA's learning rate at `lora_alpha = 2 r` serves every shape (see
+            `lily.functional.default_scaling`); a configuration from a file without the key means 1, as in stock PEFT.
         routing: what the expert weights depend on: `token`, `sequence`, `batch`, `static` or `uniform`. Default:
             `token` for causal models (`task_type` CAUSAL_LM or SEQ_2_SEQ_LM, or a model that is causal or a
             state-space model), else `sequence`; with `target_parameters`, `static`. A configuration written by stock
@@ -107,6 +113,7 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
     # None, where stock PEFT has 1: it must stay visible which of `stride_A` and `num_A` was set.
     stride_A: int | None = None
     num_A: int | None = None
+    scaling: float | str | None = None
     routing: str | None = None
     batch_scope: str = "local"
     dropout: float = 0.0
@@ -143,6 +150,10 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
         self.layers_by_name: dict[str, int] | None = None
         self.stock_grouping = False
         self.modules_to_tie: set[str] | None = None
+        if self.scaling is None and from_file:
+            self.scaling = 1.0
+        elif self.scaling == BY_RANK:
+            self.scaling = None
         if self.routing is None:
             self.routing = "batch" if from_file else self.default_routing(self.task_type in CAUSAL_TASKS)
         if self.stride_A is None and self.num_A is None:
@@ -170,15 +181,42 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
         Args:
             group: the group's name in the plan, such as `q_proj` or `qkv.v`.
         """
+        values = {name: getattr(self, name) for name in OPTIONS}
+        return Options(**{**values, **sharing(self._own_of(group))})
+
+    def _own_of(self, group: str) -> dict[str, Any]:
         own = self.group_options or {}
         fitting = [key for key in own if group == key or group.endswith(f".{key}")]
-        values = {name: getattr(self, name) for name in OPTIONS}
-        return Options(**{**values, **(sharing(own[max(fitting, key=len)]) if fitting else {})})
+        return own[max(fitting, key=len)] if fitting else {}
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
         """Build a configuration from a file's keys, or from those of the paper's repository."""
         return super().from_peft_type(**_from_paper(kwargs))
+
+    @classmethod
+    def paper(cls, **options: Any) -> LilyConfig:
+        """The method as published (section 3), without what this package adds to it.
+
+        Args:
+            options: as of the class; they come before those of the paper.
+        """
+        return cls(**{**PAPER, **options})
+
+    def resolve_scaling(self, ranks: Mapping[str, int]) -> None:
+        """Replace the default scale by numbers, which files keep.
+
+        Args:
+            ranks: group -> rank of its layers' updates, own ranks included.
+        """
+        if self.scaling is not None:
+            return
+        open_ = [name for name in ranks if self.options_of(name).scaling is None]
+        self.scaling = default_scaling(ranks[open_[0]] if open_ else self.r + self.own_r)
+        for name in open_:
+            if (own := default_scaling(ranks[name])) != self.scaling:
+                mine = self.group_options or {}
+                self.group_options = {**mine, name: {**(self._own_of(name)), "scaling": own}}
 
     @classmethod
     def from_stock(cls, config: peft.LilyConfig) -> LilyConfig:
@@ -205,6 +243,8 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
             if not values[key]:
                 del values[key]
         refusal = self.stock_refusal or stock_refusal(self)
+        if self.scaling is None:  # no model has decided it yet
+            values["scaling"] = BY_RANK if refusal is not None else default_scaling(self.r)
         if refusal is not None:
             values["peft_type"] = EXTENDED_TYPE
             values["adapted_layers"] = self.layers_by_name or self.adapted_layers

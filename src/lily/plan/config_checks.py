@@ -202,7 +202,8 @@ def _check_options(c: Any) -> None:
             "stride_A (layers per A) or num_A (A per group)"
         )
     _check_int("num_B", c.num_B, "a positive integer: 1 for one shared B without a router, 2 or more for experts")
-    _check_number("scaling", c.scaling)
+    if c.scaling is not None:
+        _check_number("scaling", c.scaling)
     if c.scaling == 0:
         raise LilyError("scaling=0 switches the adapter off; give a number such as 1.0")
     _check_choice("activation", c.activation, ACTIVATIONS)

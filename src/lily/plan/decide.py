@@ -74,4 +74,5 @@ def decide(
         targets = {"target_modules": selected.target_modules}
         complete = LilyConfig(**{**config, **targets, **(options or {}), **choice.options})
         plan = replace(build_plan(modules, complete), routing=routing)
+    complete.resolve_scaling(plan.ranks)
     return Decided(complete, modules, plan, choice)

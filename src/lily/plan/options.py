@@ -13,6 +13,9 @@ BIASES = ("none", "all", "lily_only")
 DISTINCT = ("none", "permute", "signs", "permute+signs")
 GAINS = ("none", "ones", "signs", "half-signs")
 
+# The published method.
+PAPER = {"routing": "batch", "scaling": 1.0, "distinct": "none", "gain": "none", "own_r": 0}
+
 OPTIONS = ("num_B", "stride_A", "num_A", "scaling", "dropout", "activation", "distinct", "gain", "own_r")
 
 
@@ -23,7 +26,7 @@ class Options:
     num_B: int
     stride_A: int | None
     num_A: int | None
-    scaling: float
+    scaling: float | None
     dropout: float
     activation: str
     distinct: str

@@ -198,6 +198,11 @@ class SharingPlan:
             own=sum(map(self.own_of, self.groups)),
         )
 
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Group -> rank of its layers' updates, own ranks included."""
+        return {g.name: g.r + g.own_r for g in self.groups}
+
     def routers_of(self, group: Group) -> int:
         """Parameters of a group's routers."""
         routers = 1 if self.shared_router else len(group.members)

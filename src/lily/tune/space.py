@@ -186,7 +186,7 @@ def shapes_of(
 def _range(name: str, recipe: Recipe, config: Any, bounds: tuple[float, float] | None) -> Range:
     own = {
         "learning_rate": lambda: learning_rate(recipe),
-        "scaling": lambda: recipe.lily.scaling,
+        "scaling": lambda: float(config.scaling),
         "alpha": lambda: float(config.lora_alpha),
     }[name]()
     low, high = bounds or (own / WITHIN[name], own * WITHIN[name])

@@ -132,6 +132,7 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         check_beside(model, peft_config, specs)
         _decide_routing(peft_config, model)
         self._plan = self._plan_of_copied(specs) or build_plan(specs, peft_config)
+        peft_config.resolve_scaling(self._plan.ranks)
         self._placements = {spec.name: _placement(model, spec) for spec in specs}
         self._parts: dict[str, list[str]] = {}
         for spec in specs:

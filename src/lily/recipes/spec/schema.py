@@ -317,12 +317,15 @@ class Group(Section):
 class Lily(Section):
     """Options of Lily, most with the names of `lily.LilyConfig`. `params` replaces r, num_A and num_B."""
 
+    preset: Literal["paper"] | None = Field(
+        None, description="`paper`: the method as published, where nothing else is given; see `LilyConfig.paper`."
+    )
     params: str | int | None = Field(None, description="Parameter budget such as 1.2M; sets r, num_A and num_B.")
     r: PositiveInt | None = None
     num_A: PositiveInt | None = None
     stride_A: PositiveInt | None = None
     num_B: PositiveInt | None = None
-    scaling: Positive = 1.0
+    scaling: Positive | None = Field(None, description="Default: by the rank; see `lily.functional.default_scaling`.")
     routing: Literal["batch", "sequence", "token", "static", "uniform"] | None = Field(
         None, description="Default: token for causal models, sequence otherwise."
     )
@@ -350,6 +353,15 @@ class Lily(Section):
     own_r: Count = Field(0, description="Rank of an A and B of each layer's own, beside the shared ones.")
     settle: Settle | None = Field(None, description="Make the routing static during training, to merge exactly.")
     learning_rate: Positive | None = Field(None, description="Replaces train.learning_rate.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("preset") != "paper":
+            return values
+        from lily.plan.options import PAPER  # imports PEFT
+
+        return {**PAPER, **values}
 
     @model_validator(mode="after")
     def _budget_or_shape(self) -> Lily:
