@@ -37,7 +37,6 @@ ROWS = ROOT / "benchmarks" / "results" / "structure.jsonl"
 FIGURES = ROOT / "docs" / "figures"
 SCALE = 2.0  # of LoRA: lora_alpha = 2 r
 CHANCE = math.log(10)
-RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 
 PAIR = {"method": "lily", "num_A": 1, "num_B": 1, "routing": "static"}  # one A and one B for all layers of a group
 ARMS: dict[str, dict[str, Any]] = {
@@ -111,8 +110,9 @@ def shapes() -> Iterator[Run]:
         made[f"r={r}"] = PAIR | {"r": r, "distinct": "permute"}
     made["r=16, 8 experts"] = PAIR | {"r": 16, "num_B": 8, "routing": "sequence"}
     made["r=16, an A per layer"] = PAIR | {"r": 16, "num_A": 6, "num_B": 2, "routing": "sequence"}
-    for name in ("random-labels", "headlines", "random-digits", "digits"):
-        for rate in RATES[1:6]:
+    for name, rates in (("random-labels", (4e-3, 8e-3, 2e-3, 1.6e-2)), ("headlines", (2e-3, 4e-3, 1e-3, 8e-3)),
+                        ("random-digits", (4e-3, 8e-3, 2e-3)), ("digits", (2e-3, 4e-3, 1e-3))):  # fmt: skip
+        for rate in rates:
             for shape, found in made.items():
                 depth = 12 if tasks.TASKS[name].model == "vision" else 6
                 if found["method"] == "lily":
@@ -168,6 +168,7 @@ def run_all(runs: Sequence[Run], jobs: int) -> None:
 
 
 Row = dict[str, Any]
+Panels = dict[str, dict[str, list[tuple[float, list[float]]]]]
 
 
 def score(row: Row) -> float:
@@ -197,9 +198,8 @@ def optimum(curve: Mapping[float, float]) -> tuple[float, bool]:
 
 
 def transfer(rows: Mapping[Run, Row]) -> str:
-    """One rate for every shape: where each shape's lowest loss is, relative to LoRA's; and the plot."""
+    """One rate for every shape: where each shape's lowest loss is, relative to LoRA's."""
     own = {run: row for run, row in rows.items() if run.size == 0}
-    panels: dict[str, dict[str, list[tuple[float, list[float]]]]] = {}
     lines = [
         "| task | shape | scale | best rate | of LoRA's | loss there | loss at LoRA's best rate |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -220,9 +220,6 @@ def transfer(rows: Mapping[Run, Row]) -> str:
                 f"| {task} | {shape} | {scale:g} | {best:.2g}{'' if inside else ' (end of the grid)'} "
                 f"| {best / usual[0]:.2f} | {min(curve.values()):.3f} | {at} |"
             )
-            values = [(rate, [score(row) for _, row in found]) for rate, found in points.items()]
-            panels.setdefault(task, {})[shape] = values
-    curves_plot(panels, "learning rate", "loss").save(FIGURES / "structure-rates.svg", overwrite=True)
     return "\n".join(lines)
 
 
@@ -244,7 +241,6 @@ def capacity(rows: Mapping[Run, Row]) -> str:
     from scipy.stats import ttest_rel
 
     own = {run: row for run, row in rows.items() if run.size}
-    panels: dict[str, dict[str, list[tuple[float, list[float]]]]] = {}
     lines = [
         "| task | size | method | r | scale | parameters | rate | loss | accuracy | seeds | p against LoRA | seconds |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -272,14 +268,35 @@ def capacity(rows: Mapping[Run, Row]) -> str:
                 f"| {runs[0][0].rate:g}{'' if inside else ' (end)'} | {_spread(losses, 3)} | {_spread(accuracies, 1)} "
                 f"| {len(runs)} | {p} | {statistics.fmean(row['seconds'] for _, row in runs):.0f} |"
             )
-            panels.setdefault(task, {}).setdefault(arm, []).append((size_of, losses))
-    curves_plot(panels, "trainable parameters", "loss").save(FIGURES / "structure-map.svg", overwrite=True)
     return "\n".join(lines)
+
+
+def draw(rows: Mapping[Run, Row]) -> None:
+    """The losses over the learning rate, and, at the best rates, over the number of parameters."""
+    rates: Panels = {}
+    sizes: Panels = {}
+    for task, arm in dict.fromkeys((run.task, run.arm) for run in rows if not run.size):
+        points = by_rate(rows, task, arm, 0)
+        curve = [(rate, [score(row) for _, row in found]) for rate, found in points.items()]
+        rates.setdefault(task, {})[arm] = curve
+    for task, arm, size in dict.fromkeys((run.task, run.arm, run.size) for run in rows if run.size):
+        found = chosen(rows, task, arm, size)
+        assert found is not None
+        part = "validation" if tasks.TASKS[task].probe else "test"
+        point = found[0][0][1]["parameters"], [row[part]["loss"] for _, row in found[0]]
+        sizes.setdefault(task, {}).setdefault(arm, []).append(point)
+    for panels, x, name in ((rates, "learning rate", "rates"), (sizes, "trainable parameters", "map")):
+        if panels:
+            curves_plot(panels, x, "loss").save(FIGURES / f"structure-{name}.svg", overwrite=True)
 
 
 def _spread(values: Sequence[float], digits: int) -> str:
     more = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.{digits}f}{more}"
+
+
+# Marker in a page -> the page, and the table of the committed rows.
+TABLES = {"rates": (ROOT / "docs" / "tune.md", transfer), "structure": (ROOT / "docs" / "results.md", capacity)}
 
 
 def main() -> None:
@@ -295,9 +312,10 @@ def main() -> None:
         return
     if given.jobs:
         run_all(runs, given.jobs)
-    for marker, page, table in (("transfer", "tune.md", transfer), ("structure", "results.md", capacity)):
+    draw(stored())
+    for marker, (page, table) in TABLES.items():
         written = table(stored())
-        put(ROOT / "docs" / page, marker, written)
+        put(page, marker, written)
         print(written)
 
 
