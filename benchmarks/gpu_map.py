@@ -1,4 +1,4 @@
-"""Where sharing pays: loss of LoRA, published Lily and its structures at equal parameters, on the packaged causal model.
+"""Where sharing pays: loss of LoRA, published Lily and its structures at equal parameters on a causal model.
 
     python benchmarks/gpu_map.py --prepare          # on any machine that has the model: it and the texts, in pieces
     python benchmarks/gpu_map.py --out map.json     # on the GPU: run after run, until the time is over
