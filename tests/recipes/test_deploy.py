@@ -268,7 +268,10 @@ def test_a_base_folder_without_a_tokenizer_is_merged_into(trained, tmp_path, cha
         (["export", "{static}", "--to", "onnx"], "--to onnx: choose one of lora, merged, stock"),
         (["export", "{static}", "--to", "merged", "--rank", "2"], "--rank goes with --to lora, not with --to merged"),
         (["export", "{static}", "--to", "stock", "--for", "vllm"], "--for goes with --to lora, not with --to stock"),
-        (["export", "{static}", "--to", "merged", "--reduce-intruders"], "--reduce-intruders goes with --to lora or gguf"),
+        (
+            ["export", "{static}", "--to", "merged", "--reduce-intruders"],
+            "--reduce-intruders goes with --to lora or gguf",
+        ),
         (["export", "{static}", "--to", "lora", "--top-k", "5"], "--top-k has no effect without --reduce-intruders"),
         (["export", "{static}", "--to", "merged", "--force"], "--force goes with --to lora"),
         (["export", "{static}", "--to", "merged", "--tolerance", "0.5"], "--tolerance goes with --to lora"),

@@ -31,7 +31,7 @@ from lily.tuner.adapter import Adapted, find
 from lily.tuner.base_inputs import base_inputs
 from lily.tuner.recording import Batch, call
 
-# Share of A in the span, above which a resumed training did not use these directions. Rounding A to bfloat16 gives 0.002.
+# Share of A in the span, above which a resumed training used other directions. Rounding A to bfloat16 gives 0.002.
 FOREIGN = 0.01
 
 
@@ -146,8 +146,8 @@ def null_space(
     """Find the main directions of the base model's inputs on a calibration set, and project A out of them.
 
     For each shared A, the uncentered second moment `sum x x^T` of the inputs of all layers that share it is summed,
-    without padding. Its leading eigenvectors are the directions. Call it before training, on batches in a fixed order: a
-    resumed run calls it again, or uses `NullSpace.load`. In several processes, each passes its part of the batches.
+    without padding. Its leading eigenvectors are the directions. Call it before training, on batches in a fixed order:
+    a resumed run calls it again, or uses `NullSpace.load`. In several processes, each passes its part of the batches.
 
     Args:
         model: carries the adapter; it runs in eval mode with all adapters off.
@@ -251,7 +251,8 @@ def _leading(moment: Tensor, energy: float, rank: int | None) -> Tensor:
     nonzero = int((values > values[0] * len(values) * torch.finfo(torch.float32).eps).sum())
     energies = values.clamp(min=0).cumsum(0)
     wanted = rank or int(torch.searchsorted(energies, energy * energies[-1])) + 1
-    return vectors[:, : min(wanted, nonzero)].mT.contiguous()
+    span: Tensor = vectors[:, : min(wanted, nonzero)].mT.contiguous()
+    return span
 
 
 def _warn_of_unprojected(adapted: Adapted, spans: Mapping[int, Tensor]) -> None:

@@ -138,8 +138,8 @@ def export_command(
         raise LilyError(f"--to {to}: choose one of {', '.join(KINDS)}")
     options = {"--for": target != "peft", "--rank": rank is not None, "--tolerance": tolerance is not None,
              "--force": force, "--dtype": dtype != "auto", "--reduce-intruders": reduce_intruders}  # fmt: skip
-    mitigation = {"top_k": top_k, "threshold_epsilon": threshold_epsilon, "mitigation_lambda": mitigation_lambda}
-    mitigation = {name: value for name, value in mitigation.items() if value is not None}
+    values = {"top_k": top_k, "threshold_epsilon": threshold_epsilon, "mitigation_lambda": mitigation_lambda}
+    mitigation: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
     if mitigation and not reduce_intruders:
         unused = "--" + next(iter(mitigation)).replace("_", "-")
         raise LilyError(f"{unused} has no effect without --reduce-intruders; add that, or drop {unused}")

@@ -38,8 +38,8 @@ def reduce_intruder_dimension(
     """Reduce the intruder dimensions of a LoRA, which forgets less and learns less (arXiv 2410.21228).
 
     An intruder dimension is a leading singular vector of a weight with its update that is like none of the weight
-    alone. The result is that of `peft.tuners.lora.intruders.reduce_intruder_dimension` for each linear layer, computed in
-    at least float32. Other layers stay unchanged, and one line names them.
+    alone. The result is that of `peft.tuners.lora.intruders.reduce_intruder_dimension` for each linear layer, computed
+    in at least float32. Other layers stay unchanged, and one line names them.
 
     Args:
         export: from `as_lora`.
@@ -88,18 +88,21 @@ def _weight(root: nn.Module, name: str, lora: Layer) -> Tensor:
         layer: Any = root.get_submodule(name)
         weight = layer.get_base_layer().weight
     except AttributeError:
-        raise LilyError(f"the model has no adapted layer {name}; give the model that the LoRA was exported from") from None
+        raise LilyError(
+            f"the model has no adapted layer {name}; give the model that the LoRA was exported from"
+        ) from None
     if type(weight) not in fused.PLAIN or not weight.is_floating_point() or weight.element_size() == 1:
         raise LilyError(f"the base weight of {name} is quantized or sharded; load the base model unquantized and whole")
     if weight.is_meta:
         raise LilyError(f"the base weight of {name} is not loaded (meta device, or offloaded); load the model whole")
-    weight = weight.detach().mT if layer.transposed else weight.detach()
-    if weight.shape != (lora.B.shape[0], lora.A.shape[1]):
+    weight = weight.detach()
+    oriented: Tensor = weight.mT if layer.transposed else weight
+    if oriented.shape != (lora.B.shape[0], lora.A.shape[1]):
         raise LilyError(
-            f"{name} is {tuple(weight.shape)} in the model and {(lora.B.shape[0], lora.A.shape[1])} in the LoRA; give "
-            "the model that it was exported from"
+            f"{name} is {tuple(oriented.shape)} in the model and {(lora.B.shape[0], lora.A.shape[1])} in the LoRA; "
+            "give the model that it was exported from"
         )
-    return weight
+    return oriented
 
 
 def _reduced(name: str, lora: Layer, weight: Tensor, options: dict[str, Any], log: Callable[[str], Any]) -> Layer:
@@ -107,7 +110,7 @@ def _reduced(name: str, lora: Layer, weight: Tensor, options: dict[str, Any], lo
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     # PEFT would round the new factors to a half precision of the weight
     linear.weight = nn.Parameter(weight.to(torch.promote_types(weight.dtype, torch.float32)), requires_grad=False)
-    config = LoraConfig(r=lora.rank, lora_alpha=lora.scale * lora.rank, target_modules=[name])  # type: ignore[arg-type]
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.scale * lora.rank, target_modules=[name])
     model = get_peft_model(_at(name, linear), config)
     layer: Any = model.get_submodule(f"base_model.model.{name}")
     with torch.no_grad():

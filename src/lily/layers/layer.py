@@ -237,7 +237,7 @@ class LilyLayer(MixingMixin, OwnMixin, MergingMixin):
         return self._cast_input_dtype(x, A.dtype) @ A.T  # type: ignore[no-any-return]
 
     def inputs_of_A(self, x: Tensor) -> Tensor | None:
-        """The vectors (..., in) that A multiplies for an input `x`; None: they are not visible here, or are no vectors."""
+        """The vectors (..., in) that A multiplies for an input `x`; None: there are none, or they are not visible."""
         return x
 
     def _out(self, update: Tensor, x: Tensor) -> Tensor:
