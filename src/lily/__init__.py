@@ -13,6 +13,7 @@ from lily.errors import LilyError
 if TYPE_CHECKING:
     from lily import export
     from lily.callbacks.health import HealthCallback
+    from lily.callbacks.null_space import NullSpace, NullSpaceCallback, null_space
     from lily.callbacks.settle import SettleCallback, Settling
     from lily.deploy.collapse import CollapseReport, collapse
     from lily.distributed import gathered_state, save_adapter, sum_bank_gradients
@@ -28,6 +29,8 @@ LAZY = {
     "HealthCallback": "lily.callbacks.health",
     "LilyConfig": "lily.plan.config",
     "LilyModel": "lily.tuner.model",
+    "NullSpace": "lily.callbacks.null_space",
+    "NullSpaceCallback": "lily.callbacks.null_space",
     "SettleCallback": "lily.callbacks.settle",
     "Settling": "lily.callbacks.settle",
     "SharingPlan": "lily.plan.sharing_plan",
@@ -35,6 +38,7 @@ LAZY = {
     "collapse": "lily.deploy.collapse",
     "export": "lily.export",
     "gathered_state": "lily.distributed",
+    "null_space": "lily.callbacks.null_space",
     "register": "lily.tuner.registry",
     "save_adapter": "lily.distributed",
     "select_modules": "lily.plan.select",
@@ -48,6 +52,8 @@ __all__ = [
     "LilyConfig",
     "LilyError",
     "LilyModel",
+    "NullSpace",
+    "NullSpaceCallback",
     "SettleCallback",
     "Settling",
     "SharingPlan",
@@ -56,6 +62,7 @@ __all__ = [
     "collapse",
     "export",
     "gathered_state",
+    "null_space",
     "register",
     "save_adapter",
     "select_modules",

@@ -237,6 +237,10 @@ class LilyLayer(MixingMixin, OwnMixin, MergingMixin):
         """The input projected by A, before the activation: (..., r), where the leading dimensions are tokens."""
         return self._cast_input_dtype(x, A.dtype) @ A.T  # type: ignore[no-any-return]
 
+    def inputs_of_A(self, x: Tensor) -> Tensor | None:
+        """The vectors (..., in) that A multiplies for an input `x`; None: there are none, or they are not visible."""
+        return x
+
     def _out(self, update: Tensor, x: Tensor) -> Tensor:
         """The update (..., out) in the shape of the base layer's output."""
         return update

@@ -74,6 +74,10 @@ class Parameter(PartLayer):
             A, B = functional.with_own(A, B, *(t.view(self.experts, -1, t.shape[1]) for t in own))
         return A, B
 
+    def inputs_of_A(self, x: Tensor) -> Tensor | None:
+        """None: what the module multiplies its parameter with is not visible here."""
+        return None
+
     def _with_own(self, adapter: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         return (A, B) if self.experts else super()._with_own(adapter, A, B)
 
