@@ -11,7 +11,7 @@ from lily._version import __version__
 from lily.errors import LilyError
 
 if TYPE_CHECKING:
-    from lily import export
+    from lily import export, optim
     from lily.callbacks.health import HealthCallback
     from lily.callbacks.settle import SettleCallback, Settling
     from lily.deploy.collapse import CollapseReport, collapse
@@ -35,6 +35,7 @@ LAZY = {
     "collapse": "lily.deploy.collapse",
     "export": "lily.export",
     "gathered_state": "lily.distributed",
+    "optim": "lily.optim",
     "register": "lily.tuner.registry",
     "save_adapter": "lily.distributed",
     "select_modules": "lily.plan.select",
@@ -56,6 +57,7 @@ __all__ = [
     "collapse",
     "export",
     "gathered_state",
+    "optim",
     "register",
     "save_adapter",
     "select_modules",
