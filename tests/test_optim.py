@@ -12,7 +12,7 @@ from adapters import config_for
 from every_kind import KINDS, base, ids, lily_config
 from helpers import TARGETS, VOCAB, build, inputs, logits
 from peft import LoraConfig, get_peft_model
-from peft.optimizers import loraplus
+from peft.optimizers import lorafa, loraplus
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
 import lily
@@ -52,7 +52,7 @@ def check_groups(model):
     names = {id(p): name for name, p in model.named_parameters()}
     found = [(names[id(p)], group) for group in optimizer.param_groups for p in group["params"]]
     parts = expected_parts(model)
-    assert Counter(name for name, _ in found) == Counter(parts)
+    assert Counter(name for name, _ in found) == Counter(list(parts))
     decayed = Trainer.get_decay_parameter_names(None, model)
     for name, group in found:
         part = parts[name]
@@ -66,10 +66,10 @@ def check_groups(model):
     return set(parts.values())
 
 
-@pytest.mark.parametrize("options", [{}, {"gain": "ones", "own_r": 2}, {"shared_router": True}])
-def test_every_trained_parameter_is_in_one_group(routing, options):
-    if "shared_router" in options and routing in ("static", "uniform"):
-        pytest.skip("there is no router to share")
+@pytest.mark.parametrize("options", [{}, {"gain": "ones", "own_r": 2}])
+@pytest.mark.parametrize("shared", [False, True])
+def test_every_trained_parameter_is_in_one_group(routing, options, shared):
+    options = {**options, "shared_router": shared and routing not in ("static", "uniform")}
     parts = check_groups(get_peft_model(build("llama"), config_for("llama", routing=routing, **options)))
     decides = {"static": {"logits"}, "uniform": set()}.get(routing, {"router"})
     assert parts == {"A", "B", *decides, *({"gain"} if "gain" in options else ())}
@@ -137,29 +137,29 @@ class Steps(TrainerCallback):
         self.before = {n: (p.detach().clone(), p.grad.detach().clone()) for n, p in self.trained.items()}
 
     def on_optimizer_step(self, *_, **__):
-        moved = {n: ((p - self.trained[n].detach()).double(), g.double()) for n, (p, g) in self.before.items()}
+        moved = {n: (p - self.trained[n].detach(), g) for n, (p, g) in self.before.items()}
         self.rates.append({n: float((d * g).sum() / g.square().sum()) for n, (d, g) in moved.items()})
 
 
 COUNT = 4
 
 
-def check_rates(model, steps, trained=True):
+def check_rates(model, steps):
     """The rates fell linearly from those of `RATES` to 0, for every parameter at every step."""
     parts = expected_parts(model)
     assert len(steps.rates) == COUNT
     assert set(parts.values()) == {"A", "B", "router", "gain", "rest"}
     for number, rates in enumerate(steps.rates):
         expected = {name: RATES[part] * (1 - number / COUNT) for name, part in parts.items()}
-        assert rates == {name: pytest.approx(rate, rel=2e-3) for name, rate in expected.items()}
+        assert rates == {name: pytest.approx(rate, rel=1e-4) for name, rate in expected.items()}
 
 
 def trained_model(model, **options):
-    """With B and gains away from where they start, so that every gradient is far from zero."""
+    """In float64, with B away from zero, so that each step can be divided by its gradient."""
     config = lily.LilyConfig(
         r=4, stride_A=2, num_B=2, routing="token", gain="ones", own_r=1, scaling=4.0, task_type="CAUSAL_LM", **options
     )
-    model = get_peft_model(model, config)
+    model = get_peft_model(model, config).double()
     with torch.no_grad():
         for name, p in model.named_parameters():
             if ".lily_" in name and p.requires_grad:
@@ -278,22 +278,24 @@ def test_a_rate_for_embeddings_is_refused():
 
 def test_lora_fa_is_refused_for_lily_alone():
     model = get_peft_model(build("llama"), config_for("llama"))
-    with pytest.raises(LilyError, match=r"call\nlily\.optim|Call lily\.optim\.create_optimizer"):
+    with pytest.raises(LilyError, match=r"Call lily\.optim\.create_optimizer"):
         peft.optimizers.create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=0.01)
     assert all(p.requires_grad for n, p in model.named_parameters() if "lily_A" in n)
     assert len(peft.optimizers.create_lorafa_optimizer(lora(), r=2, lora_alpha=4, lr=0.01).param_groups) == 1
 
 
 def test_unregistering_restores_pefts_functions():
+    def owners():
+        functions = [m.create_loraplus_optimizer for m in (peft.optimizers, loraplus)]
+        functions += [m.create_lorafa_optimizer for m in (peft.optimizers, lorafa)]
+        return [f.__code__.co_filename.rpartition("/")[2] for f in functions]
+
     lily.unregister()
     try:
-        modules = {peft.optimizers.create_loraplus_optimizer.__wrapped__} if False else set()
-        modules |= {hasattr(peft.optimizers.create_loraplus_optimizer, "__wrapped__")}
-        modules |= {hasattr(peft.optimizers.create_lorafa_optimizer, "__wrapped__")}
-        assert modules == {False}
+        assert owners() == ["loraplus.py", "loraplus.py", "lorafa.py", "lorafa.py"]
     finally:
         lily.register()
-    assert hasattr(peft.optimizers.create_loraplus_optimizer, "__wrapped__")
+    assert owners() == ["peft_optimizers.py"] * 4
 
 
 # --- mistakes -------------------------------------------------------------------------------------------------------
@@ -328,7 +330,7 @@ def test_parameters_that_fsdp_has_joined_have_no_ratio():
     joined = torch.nn.Module()
     joined._flat_param = torch.nn.Parameter(torch.zeros(3))
     assert len(parameter_groups(joined, 0.01)) == 1
-    with pytest.raises(LilyError, match="joined A, B and routers into _flat_param.*use_orig_params=True"):
+    with pytest.raises(LilyError, match=r"joined A, B and routers into _flat_param.*use_orig_params=True"):
         parameter_groups(joined, 0.01, router_lr_ratio=2.0)
 
 
