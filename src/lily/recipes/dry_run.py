@@ -168,7 +168,7 @@ def _report(
         tokens=tokens or tokens_of(recipe, model),
         base_bytes=base_bytes,
     )
-    rates = methods.planned_rates(recipe, model, decided.plan)
+    rates = methods.planned_rates(recipe, decided.plan)
     return RecipeReport(recipe.name, recipe.method, loader.dump_recipe(recipe), plan, preview, learning_rates=rates)
 
 

@@ -254,16 +254,20 @@ def learning_rates(recipe: Recipe | DreamBooth) -> dict[str, float]:
     return {**{part: rate * multiple for part, multiple in multiples.items()}, HEAD: head or rate}
 
 
-def planned_rates(recipe: Recipe | DreamBooth, model: nn.Module, plan: SharingPlan) -> dict[str, float]:
+def planned_rates(recipe: Recipe | DreamBooth, plan: SharingPlan) -> dict[str, float]:
     """Those of `learning_rates` that the recipe will train with, by Lily's plan; empty if no ratio changes one."""
     if not ratios_of(recipe):
         return {}
-    parts = {"A", "B", *([HEAD] if saved_heads(recipe, model) else [])}
-    if section_of(recipe.method) == "lily":
-        parts |= {"logits" if plan.routing == "static" else "router"} if plan.parameters.router else set()
-        parts |= {"logits"} if recipe.lily.settle is not None else set()
-        parts |= {"gain"} if any(group.gain for group in plan.groups) else set()
-    return {part: rate for part, rate in learning_rates(recipe).items() if part in parts}
+    lily, static = section_of(recipe.method) == "lily", plan.routing == "static"
+    trained = {
+        "A": True,
+        "B": True,
+        "router": lily and plan.parameters.router > 0 and not static,
+        "logits": lily and plan.parameters.router > 0 and (static or recipe.lily.settle is not None),
+        "gain": lily and any(group.gain for group in plan.groups),
+        HEAD: recipe.task not in ("sft", "dreambooth"),
+    }
+    return {part: rate for part, rate in learning_rates(recipe).items() if trained.get(part)}
 
 
 def section_of(method: str) -> str | None:
