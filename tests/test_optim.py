@@ -212,6 +212,19 @@ def test_in_transformers_trainer(tmp_path):
     check_rates(model, steps)
 
 
+def test_settling_takes_an_optimizer_that_was_made_before(tmp_path):
+    model = get_peft_model(build("llama"), config_for("llama", routing="token", settled=0.0))
+    optimizer = create_optimizer(model, torch.optim.SGD, lr=0.01, **RATIOS)
+    Trainer(
+        model,
+        TrainingArguments(str(tmp_path), **ARGUMENTS),
+        train_dataset=[{"input_ids": row, "labels": row} for row in torch.randint(3, VOCAB, (16, 8))],
+        optimizers=(optimizer, None),
+        callbacks=[lily.SettleCallback(0.25, 0.5)],
+    ).train()
+    assert model.peft_config["default"].routing == "static"
+
+
 def test_in_trls_trainer(tmp_path, chat_model, chat_table):
     pytest.importorskip("trl")
     from datasets import Dataset
