@@ -44,7 +44,7 @@ def parameter_groups(
     The group's `name` is its part: `A` and `B` (also a layer's own, with `own_r`), `router` (of a layer or a group),
     `logits` (static weights), `gain`, and `rest`: modules to save, biases, trained rows of embeddings. Parts without
     parameters have no group. As in transformers' Trainer, weight decay leaves out biases and norms, whose groups are
-    named with `_no_decay`; here also logits and gains, which no norm bounds and which start at a value that matters.
+    named with `_no_decay`; here also logits and gains, since decay would make experts equal and remove ranks.
 
     Args:
         model: a `PeftModel` or a model with an adapter injected, of Lily or LoRA; wrapped or not.
