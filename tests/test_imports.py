@@ -198,6 +198,7 @@ ORDERS = [
     "from lily.plan import LilyConfig",
     "from lily.checkpoint.load import check_fit",
     "from lily.tuner.adapter import find",
+    "from lily.optim import create_optimizer",
 ]
 
 

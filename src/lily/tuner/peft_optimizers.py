@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 
 from lily.errors import LilyError
 from lily.layers.bank import banks_in
-from lily.optim import create_optimizer
 from lily.plan.specs import EMBEDDING
 
 _stock_loraplus = loraplus.create_loraplus_optimizer
@@ -27,6 +26,8 @@ def _create_loraplus(
     model: nn.Module, optimizer_cls: type[Optimizer], *, lr: float, loraplus_lr_ratio: float, **kwargs: Any
 ) -> Optimizer:
     """`create_loraplus_optimizer`: `lily.optim.create_optimizer` with the ratio for B."""
+    from lily.optim import create_optimizer  # which may be what imports PEFT, and with it this module
+
     banks = banks_in(model)
     if not banks:
         return _stock_loraplus(  # type: ignore[no-any-return]
