@@ -11,7 +11,7 @@ from lily._version import __version__
 from lily.errors import LilyError
 
 if TYPE_CHECKING:
-    from lily import export
+    from lily import export, optim
     from lily.callbacks.health import HealthCallback
     from lily.callbacks.null_space import NullSpace, NullSpaceCallback, null_space
     from lily.callbacks.settle import SettleCallback, Settling
@@ -39,6 +39,7 @@ LAZY = {
     "export": "lily.export",
     "gathered_state": "lily.distributed",
     "null_space": "lily.callbacks.null_space",
+    "optim": "lily.optim",
     "register": "lily.tuner.registry",
     "save_adapter": "lily.distributed",
     "select_modules": "lily.plan.select",
@@ -63,6 +64,7 @@ __all__ = [
     "export",
     "gathered_state",
     "null_space",
+    "optim",
     "register",
     "save_adapter",
     "select_modules",

@@ -131,6 +131,9 @@ def render_recipe(report: RecipeReport, console: Console) -> None:
     if report.method != "lily":
         console.print(f"The recipe trains with method {report.method}; this is the plan of its section lily.")
     render_plan(report.plan, console)
+    if report.learning_rates:
+        rates = ", ".join(f"{part} {rate:g}" for part, rate in report.learning_rates.items())
+        console.print(f"\nLearning rates of the parts: {rates}", highlight=False)
     if report.data is not None or report.no_data:
         console.rule("data", align="left")
     if report.data is not None:

@@ -43,7 +43,7 @@ class Settings:
         activation: between A and B.
         dropout: probability, on h.
         distinction: what distinguishes the layer from the others of its group; None if nothing does.
-        own_r: rank of its own A and B.
+        own_r: rank of the A and B of a single layer.
     """
 
     slot: Slot

@@ -9,7 +9,19 @@ from pydantic import Field
 
 from lily.recipes.spec import lily_checks
 from lily.recipes.spec.locations import Key
-from lily.recipes.spec.schema import Lily, Lora, OneSource, Positive, PositiveInt, Precision, RecipeBase, Section, Seed
+from lily.recipes.spec.schema import (
+    BRatio,
+    Lily,
+    Lora,
+    OneSource,
+    Positive,
+    PositiveInt,
+    Precision,
+    RecipeBase,
+    RouterRatio,
+    Section,
+    Seed,
+)
 
 
 class Pipeline(OneSource):
@@ -59,6 +71,8 @@ class Steps(Section):
     batch_size: PositiveInt = 1
     gradient_accumulation: PositiveInt = 4
     learning_rate: Positive = 1e-4
+    B_lr_ratio: BRatio = 1.0
+    router_lr_ratio: RouterRatio = 1.0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup: Annotated[int, Field(ge=0)] = Field(0, description="Number of warm-up steps.")
     weight_decay: Annotated[float, Field(ge=0)] = 1e-2

@@ -48,6 +48,13 @@ Precision = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
     Field(description="auto: bfloat16 autocast if the hardware supports it (CUDA, AVX512-BF16, AMX), else float32."),
 ]
+BRatio = Annotated[
+    float,
+    Field(gt=0, description="LoRA+'s ratio: multiple of the learning rate for B, of Lily and of LoRA alike."),
+]
+RouterRatio = Annotated[
+    float, Field(gt=0, description="Multiple of the learning rate for routers and static weights of Lily.")
+]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Delimiter = Annotated[str, AfterValidator(values.delimiter)]
 Encoding = Annotated[str, AfterValidator(values.encoding)]
@@ -420,6 +427,8 @@ class Train(Section):
     gradient_accumulation: PositiveInt = 1
     learning_rate: Positive = 1e-3
     head_learning_rate: Positive | None = Field(None, description="For a new head. Default: learning_rate.")
+    B_lr_ratio: BRatio = 1.0
+    router_lr_ratio: RouterRatio = 1.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     warmup: Annotated[float, Field(ge=0)] = Field(0.06, description="Below 1: share of steps; else steps.")
     schedule: Literal["linear", "cosine", "constant"] = "linear"

@@ -19,9 +19,9 @@ from transformers import Trainer
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
 from lily import distributed
-from lily.recipes.methods.configs import learning_rate
 from lily.recipes.spec.schema import Recipe
 from lily.recipes.trainer.batches import SHARE, Batches, Part, weight_of
+from lily.recipes.trainer.optimizer_groups import parameter_groups
 
 
 class Parallel(Trainer):  # type: ignore[misc]
@@ -157,15 +157,3 @@ class Parallel(Trainer):  # type: ignore[misc]
             distributed.load_optimizer_state(self.model, self.optimizer, state)
         else:
             self.optimizer.load_state_dict(state)
-
-
-def parameter_groups(recipe: Recipe, model: nn.Module) -> list[dict[str, Any]]:
-    """The trained parameters: the adapter, and a new head with a separate learning rate."""
-    rate = learning_rate(recipe)
-    adapter: list[nn.Parameter] = []
-    head: list[nn.Parameter] = []
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            (head if "modules_to_save" in name else adapter).append(p)
-    groups = [(adapter, rate), (head, recipe.train.head_learning_rate or rate)]
-    return [{"params": params, "lr": lr} for params, lr in groups if params]
