@@ -19,12 +19,14 @@ if TYPE_CHECKING:
     from lily.plan.config import LilyConfig
     from lily.plan.select import select_modules
     from lily.plan.sharing_plan import SharingPlan, build_plan
+    from lily.tuner.data_start import DataStart, initialize_from_data
     from lily.tuner.model import LilyModel
     from lily.tuner.registry import register, unregister
 
 # PEFT, transformers and torch take seconds to import, so each name is imported when it is first used.
 LAZY = {
     "CollapseReport": "lily.deploy.collapse",
+    "DataStart": "lily.tuner.data_start",
     "HealthCallback": "lily.callbacks.health",
     "LilyConfig": "lily.plan.config",
     "LilyModel": "lily.tuner.model",
@@ -35,6 +37,7 @@ LAZY = {
     "collapse": "lily.deploy.collapse",
     "export": "lily.export",
     "gathered_state": "lily.distributed",
+    "initialize_from_data": "lily.tuner.data_start",
     "register": "lily.tuner.registry",
     "save_adapter": "lily.distributed",
     "select_modules": "lily.plan.select",
@@ -44,6 +47,7 @@ LAZY = {
 
 __all__ = [
     "CollapseReport",
+    "DataStart",
     "HealthCallback",
     "LilyConfig",
     "LilyError",
@@ -56,6 +60,7 @@ __all__ = [
     "collapse",
     "export",
     "gathered_state",
+    "initialize_from_data",
     "register",
     "save_adapter",
     "select_modules",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lily import functional
@@ -41,6 +42,14 @@ class Conv2d(LilyLayer):
 
     def _down(self, x: Tensor, A: Tensor) -> Tensor:
         return functional.down_conv(self._cast_input_dtype(x, A.dtype), A, self._conv)
+
+    def vectors_of(self, x: Tensor) -> Tensor:
+        """The patches (n, channels * height * width) of the kernel's size, one for each output pixel."""
+        conv, x = self._conv, x if x.ndim == 4 else x.unsqueeze(0)
+        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+        x = F.pad(x, conv._reversed_padding_repeated_twice, mode)
+        patches = F.unfold(x.float(), conv.kernel_size, conv.dilation, stride=conv.stride)  # type: ignore[arg-type]
+        return patches.mT.flatten(0, 1)
 
     def _out(self, update: Tensor, x: Tensor) -> Tensor:
         return update.movedim(-1, 1)

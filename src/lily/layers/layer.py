@@ -236,6 +236,13 @@ class LilyLayer(MixingMixin, OwnMixin, MergingMixin):
         """The input projected by A, before the activation: (..., r), where the leading dimensions are tokens."""
         return self._cast_input_dtype(x, A.dtype) @ A.T  # type: ignore[no-any-return]
 
+    def vectors_of(self, x: Tensor) -> Tensor:
+        """The vectors (n, in) of an input that A multiplies, without the tokens that are masked."""
+        mask = self._mask(x, x)
+        if mask is None:
+            return x.reshape(-1, x.shape[-1])
+        return x.reshape(mask.numel(), -1, x.shape[-1])[mask.reshape(-1) != 0].flatten(0, 1)
+
     def _out(self, update: Tensor, x: Tensor) -> Tensor:
         """The update (..., out) in the shape of the base layer's output."""
         return update

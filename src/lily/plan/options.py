@@ -12,6 +12,7 @@ ACTIVATIONS = ("none", "relu", "gelu", "silu")
 BIASES = ("none", "all", "lily_only")
 DISTINCT = ("none", "permute", "signs", "permute+signs")
 GAINS = ("none", "ones", "signs", "half-signs")
+STARTS = ("orthonormal", "data")  # of A, besides True and False
 
 OPTIONS = ("num_B", "stride_A", "num_A", "scaling", "dropout", "activation", "distinct", "gain", "own_r")
 
