@@ -107,8 +107,7 @@ class TopDirections:
         """
         rows = self.kept if without is None else self.kept - self.kept @ without.T @ without
         _, S, Vh = torch.linalg.svd(rows, full_matrices=False)
-        smallest = NEGLIGIBLE * self.kept[0].norm()
-        k = min(rank, int((S > smallest).sum()))
+        k = min(rank, int(S.gt(NEGLIGIBLE * self.kept[0].norm()).sum()))
         signs = Vh.gather(1, Vh.abs().argmax(1, keepdim=True)).sign()
         return (signs * Vh)[:k], S[:k]
 
