@@ -82,7 +82,6 @@ def test_a_lora_baseline_is_not_concerned(made, starts):
     without = train.train(made("classification", "baselines=[lora]", name="plain"), quiet=True).baselines["lora"]
     assert len(starts) == 1
     assert with_data["accuracy"] == without["accuracy"]
-    assert with_data["loss"] == without["loss"]
 
 
 def test_orthonormal_rows_train(made, starts, tmp_path):
@@ -95,7 +94,7 @@ def test_the_plan_accepts_it_and_an_unknown_start_is_refused(made, tmp_path):
     made("classification")
     plan = [str(part) for part in ("plan", tmp_path / "recipe.yaml")]
     assert CliRunner().invoke(app, [*plan, "lily.init_weights=data"]).exit_code == 0
-    with pytest.raises(LilyError, match="lily.init_weights"):
+    with pytest.raises(LilyError, match=r"lily\.init_weights"):
         made("classification", "lily.init_weights=eva")
 
 

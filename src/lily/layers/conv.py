@@ -48,7 +48,7 @@ class Conv2d(LilyLayer):
         conv, x = self._conv, x if x.ndim == 4 else x.unsqueeze(0)
         mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
         x = F.pad(x, conv._reversed_padding_repeated_twice, mode)
-        patches = F.unfold(x.float(), conv.kernel_size, conv.dilation, stride=conv.stride)  # type: ignore[arg-type]
+        patches = F.unfold(x.float(), conv.kernel_size, conv.dilation, stride=conv.stride)
         return patches.mT.flatten(0, 1)
 
     def _out(self, update: Tensor, x: Tensor) -> Tensor:

@@ -32,8 +32,8 @@ def orthonormal(weight: Tensor, rank: int) -> Tensor:
 
     More rows than columns are blocks of orthogonal rows, as many as there are columns in each.
     """
-    for A in weight.split(rank):
-        for block in A.split(A.shape[1]):
+    for A in torch.split(weight, rank):
+        for block in torch.split(A, A.shape[1]):
             exact = torch.empty(block.shape, dtype=torch.float32, device=block.device)  # half precision has no QR
             block.copy_(nn.init.orthogonal_(exact, gain=math.sqrt(ROW_ENERGY)))
     return weight
@@ -45,10 +45,14 @@ def completed(rows: Tensor, others: Tensor) -> Tensor:
     As far as `in` allows, they are orthogonal to `rows`; what is beyond it is in blocks as in `orthonormal`.
     """
     room = rows.shape[1] - rows.shape[0]
-    first, *blocks = others[:room], *(others[room:].split(rows.shape[1]) if len(others) > room else ())
     # The Q of a QR is orthonormal even where `others` depend on `rows`.
-    more = torch.linalg.qr(torch.cat((rows, first)).T)[0].T[len(rows) :]
-    return torch.cat((rows, more, *(torch.linalg.qr(block.T)[0].T for block in blocks)))
+    more = _basis(torch.cat((rows, others[:room])))[len(rows) :]
+    return torch.cat((rows, more, *map(_basis, torch.split(others[room:], rows.shape[1]))))
+
+
+def _basis(rows: Tensor) -> Tensor:
+    columns: Tensor = torch.linalg.qr(rows.T)[0]
+    return columns.T
 
 
 class TopDirections:

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from lily.distributed import from_first, world_size
 from lily.errors import LilyError
@@ -221,7 +221,7 @@ def _write(
         short += [f"{names[0]} ({len(found)} of {group.r})"] if len(found) < group.r else []
         basis = rows[: group.in_features]
         for name in (name for name in names if name in own):
-            own_A = seen[name].lily_own_A[adapted.name].weight
+            own_A = cast(Tensor, seen[name].lily_own_A[adapted.name].weight)
             more, _ = own[name].top(group.own_r, basis.to(own[name].kept))
             both = torch.cat((basis, more.to(basis)))
             own_rows = completed(both, own_A[len(more) :].to(both))[len(basis) :]
