@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     from lily.plan.config import LilyConfig
     from lily.plan.select import select_modules
     from lily.plan.sharing_plan import SharingPlan, build_plan
+    from lily.tuner.data_start import DataStart, initialize_from_data
     from lily.tuner.model import LilyModel
     from lily.tuner.registry import register, unregister
 
 # PEFT, transformers and torch take seconds to import, so each name is imported when it is first used.
 LAZY = {
     "CollapseReport": "lily.deploy.collapse",
+    "DataStart": "lily.tuner.data_start",
     "HealthCallback": "lily.callbacks.health",
     "LilyConfig": "lily.plan.config",
     "LilyModel": "lily.tuner.model",
@@ -38,6 +40,7 @@ LAZY = {
     "collapse": "lily.deploy.collapse",
     "export": "lily.export",
     "gathered_state": "lily.distributed",
+    "initialize_from_data": "lily.tuner.data_start",
     "null_space": "lily.callbacks.null_space",
     "optim": "lily.optim",
     "register": "lily.tuner.registry",
@@ -49,6 +52,7 @@ LAZY = {
 
 __all__ = [
     "CollapseReport",
+    "DataStart",
     "HealthCallback",
     "LilyConfig",
     "LilyError",
@@ -63,6 +67,7 @@ __all__ = [
     "collapse",
     "export",
     "gathered_state",
+    "initialize_from_data",
     "null_space",
     "optim",
     "register",

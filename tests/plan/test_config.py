@@ -30,7 +30,7 @@ BAD = [
     ({"dropout": -0.1}, "dropout=-0.1 is not a probability"),
     ({"dropout": None}, "dropout=None is not a finite number"),
     ({"bias": "lora_only"}, "bias='lora_only' is not known; choose one of none, all, lily_only"),
-    ({"init_weights": "gaussian"}, "init_weights='gaussian' is not a bool"),
+    ({"init_weights": "gaussian"}, "init_weights='gaussian' is not known; give True"),
     ({"target_modules": []}, "target_modules is empty"),
     ({"target_modules": [1]}, "target_modules=[1] is not valid"),
     ({"target_modules": "q_(proj"}, "is not a regular expression"),

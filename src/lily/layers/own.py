@@ -98,7 +98,8 @@ class OwnMixin(nn.Module):
     def _add_own(self, adapter: str, group: Group, slot: Slot, config: LilyConfig) -> Distinction | None:
         """Create what the layer has for itself beside a router."""
         values = {"gain": lambda _: first_gain(group, slot, config)}
-        on_A, on_B = first_values(group, bool(config.init_weights), config.options_of(group.name).activation)
+        activation = config.options_of(group.name).activation
+        on_A, on_B = first_values(group, config.init_weights, activation, group.own_r)
         values.update(own_A=lambda shape: on_A(torch.empty(shape)), own_B=lambda shape: on_B(torch.empty(shape)))
         for part, shape in own_shapes(group).items():
             getattr(self, f"lily_{part}")[adapter] = LayerTensor(values[part](shape))

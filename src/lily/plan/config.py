@@ -104,7 +104,10 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
             an adapter whose tensors are all shared would otherwise fit a model of any depth. Not set by users.
         provenance: what happened to the adapter after training, such as the report of its collapse; kept in every
             file and export. Not set by users.
-        init_weights: True starts B at zero, so an untrained adapter changes nothing; False starts B at random.
+        init_weights: how A and B start. True: A Kaiming-uniform and B at zero, so that an untrained adapter changes
+            nothing. `orthonormal`: A with orthogonal rows. `data`: A with the top right singular vectors of its
+            inputs, after `lily.initialize_from_data(model, dataloader)`. With both, B starts at zero. False: both at
+            random.
 
     Raises:
         LilyError: (a ValueError) for any value or combination that cannot work, with the fix.
@@ -127,6 +130,7 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
     distinct_seed: int = 0
     gain: str = "none"
     own_r: int = 0
+    init_weights: bool | str = True
     rank_pattern: dict[str, int] | None = field(default_factory=dict)
     bias: str = "none"
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None

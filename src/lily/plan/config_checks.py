@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lily.errors import LilyError
-from lily.plan.options import ACTIVATIONS, BIASES, DISTINCT, DYNAMIC, GAINS, OPTIONS, ROUTINGS, Options, sharing
+from lily.plan.options import ACTIVATIONS, BIASES, DISTINCT, DYNAMIC, GAINS, OPTIONS, ROUTINGS, STARTS, Options, sharing
 
 TARGETS_HINT = "name modules such as ['q_proj', 'v_proj'], or 'all-linear'"
 
@@ -45,8 +45,11 @@ def check(c: Any) -> None:
         )
     if c.provenance is not None and not isinstance(c.provenance, dict):
         raise LilyError(f"provenance={c.provenance!r} is not valid; it is set when files are written: remove it")
-    if not isinstance(c.init_weights, bool):
-        raise LilyError(f"init_weights={c.init_weights!r} is not a bool; give True (B starts at zero) or False")
+    if not isinstance(c.init_weights, bool) and c.init_weights not in STARTS:
+        raise LilyError(
+            f"init_weights={c.init_weights!r} is not known; give True (B starts at zero), False, "
+            f"{' or '.join(repr(start) for start in STARTS)}"
+        )
     _check_names(c)
     _check_rows(c)
     _check_parameters(c)

@@ -12,6 +12,7 @@ ACTIVATIONS = ("none", "relu", "gelu", "silu")
 BIASES = ("none", "all", "lily_only")
 DISTINCT = ("none", "permute", "signs", "permute+signs")
 GAINS = ("none", "ones", "signs", "half-signs")
+STARTS = ("orthonormal", "data")  # of A, besides True and False
 
 # The published method.
 PAPER = {"routing": "batch", "scaling": 1.0, "distinct": "none", "gain": "none", "own_r": 0}

@@ -19,21 +19,24 @@ See = Callable[[str, Tensor], None]
 
 
 @contextlib.contextmanager
-def base_inputs(model: nn.Module, adapted: Adapted, see: See) -> Iterator[None]:
-    """Within, forwards run the base model in eval mode, without adapters and gradients.
+def base_inputs(model: nn.Module, adapted: Adapted, see: See, acting: bool = False) -> Iterator[None]:
+    """Within, forwards run the base model in eval mode, without gradients; the random state is restored.
 
     Args:
         model: the model with the adapter.
         adapted: the adapter whose layers are watched.
         see: called with a layer's name and its inputs (tokens, in), without padding. It is not called for embeddings
             and parameters: see `LilyLayer.inputs_of_A`.
+        acting: whether the adapter acts, as it may while its B is zero: mixers call some layers only then (see
+            `lily.tuner.call_uncalled`). Otherwise no adapter does.
 
     Raises:
         LilyError: if an adapter is merged into the base weights.
     """
     modes = {module: module.training for module in model.modules()}
     every = list(layers_of(adapted.root).values())
-    switched = {layer: layer._disable_adapters for layer in every}
+    switched = [(layer, layer._active_adapter, layer._disable_adapters) for layer in every]
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     if merged := sorted({name for layer in every for name in layer.merged_adapters}):
         raise LilyError(f"adapter {merged[0]!r} is merged into the base weights; call unmerge_adapter() first")
     paths = {layer: path for path, layer in adapted.root.named_modules() if isinstance(layer, LilyLayer)}
@@ -44,15 +47,15 @@ def base_inputs(model: nn.Module, adapted: Adapted, see: See) -> Iterator[None]:
     try:
         model.eval()
         for layer in every:
-            layer._disable_adapters = True
+            layer._active_adapter, layer._disable_adapters = [adapted.name], not acting
         adapted.bank.watch(adapted.root, [paths[layer] for layer in adapted.layers.values()])
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(devices):  # a dataloader that shuffles draws, too
             yield
     finally:
         for handle in handles:
             handle.remove()
-        for layer, off in switched.items():
-            layer._disable_adapters = off
+        for layer, active, disabled in switched:
+            layer._active_adapter, layer._disable_adapters = active, disabled
         adapted.watch_masks()
         for module, training in modes.items():
             module.training = training

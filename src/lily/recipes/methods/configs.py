@@ -184,6 +184,7 @@ def decide(recipe: Recipe | DreamBooth, model: nn.Module) -> Decided:
         "batch_scope": lily.batch_scope,
         "dropout": lily.dropout,
         "activation": lily.activation,
+        "init_weights": lily.init_weights,
         "settled": None if lily.settle is None else 0.0,
         "modules_to_save": heads,
         "group_options": {name: group.options for name, group in groups.items() if group.options} or None,

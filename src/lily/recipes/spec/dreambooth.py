@@ -130,6 +130,8 @@ def problems(recipe: DreamBooth) -> Iterator[tuple[Key, str]]:
             ("lily", "settle"),
             "is not supported for dreambooth; train with routing: static, or collapse the adapter afterwards",
         )
+    if recipe.lily.init_weights == "data":
+        yield ("lily", "init_weights"), "data is not supported for dreambooth; use true or orthonormal"
     if isinstance(recipe.targets, list) and not recipe.targets:
         yield ("targets",), "is empty; name modules such as [to_q, to_k, to_v, to_out.0]"
     if recipe.train.warmup >= recipe.train.max_steps:

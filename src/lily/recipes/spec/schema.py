@@ -358,6 +358,11 @@ class Lily(Section):
     distinct_seed: Count = Field(0, description="Which permutations and signs.")
     gain: Gain = Field("none", description="A learned gain on each rank of each layer, and where it starts.")
     own_r: Count = Field(0, description="Rank of an A and B of each layer's own, beside the shared ones.")
+    init_weights: bool | Literal["orthonormal", "data"] = Field(
+        True,
+        description="How A starts: Kaiming-uniform (true), with orthogonal rows, or with the main directions of its "
+        "layers' inputs on the first training batches (data). false starts B at random too.",
+    )
     settle: Settle | None = Field(None, description="Make the routing static during training, to merge exactly.")
     learning_rate: Positive | None = Field(None, description="Replaces train.learning_rate.")
 

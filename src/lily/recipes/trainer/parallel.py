@@ -22,6 +22,10 @@ from lily import distributed
 from lily.recipes.spec.schema import Recipe
 from lily.recipes.trainer.batches import SHARE, Batches, Part, weight_of
 from lily.recipes.trainer.optimizer_groups import parameter_groups
+from lily.tuner.data_start import initialize_from_data
+
+# The start from data stops after this number of batches, if the directions have not converged before.
+DATA_BATCHES = 32
 
 
 class Parallel(Trainer):  # type: ignore[misc]
@@ -85,6 +89,15 @@ class Parallel(Trainer):  # type: ignore[misc]
             loader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True
         )
         return ready
+
+    def start_from_data(self) -> None:
+        """Start A (`init_weights: data`) from the first training batches, those of all processes together."""
+
+        def forward(model: nn.Module, batch: dict[str, Any]) -> None:
+            model(**{name: value for name, value in batch.items() if name != SHARE})
+
+        batches = self.get_train_dataloader()
+        initialize_from_data(self.model, batches, max_batches=DATA_BATCHES, forward=forward)
 
     # -- the same loss
 
