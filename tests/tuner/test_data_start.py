@@ -188,7 +188,7 @@ def test_it_stops_when_the_directions_have_converged_or_at_max_batches():
 def test_more_rows_than_directions_stay_random_and_orthogonal_with_a_warning():
     model = get_peft_model(base(), lily_config("linear", r=6, stride_A=3, own_r=3, init_weights="data"))
     one = [{"input_ids": torch.tensor([[0, 1]])}]  # two tokens through three layers: six directions at most
-    with pytest.warns(UserWarning, match=r"fewer directions than A has rows.*of its own 3") as caught:
+    with pytest.warns(UserWarning, match=r"fewer directions than A has rows.*of own_r=3") as caught:
         initialize_from_data(model, one)
     assert caught[0].filename == __file__
     adapted = find(model)

@@ -192,7 +192,7 @@ def _write(
             both = torch.cat((basis, more.to(basis)))
             own_rows = completed(both, own_A[len(more) :].to(both))[len(basis) :]
             own_A.copy_(from_first((scale * own_rows).cpu()))
-            short += [f"{name} ({len(more)} of its own {group.own_r})"] if len(more) < group.own_r else []
+            short += [f"{name} ({len(more)} of own_r={group.own_r})"] if len(more) < group.own_r else []
     if random:
         warnings.warn(
             f"init_weights='data': {len(random)} layers keep the default start, because their inputs are indices, not "
