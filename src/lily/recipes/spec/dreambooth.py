@@ -132,6 +132,8 @@ def problems(recipe: DreamBooth) -> Iterator[tuple[Key, str]]:
         )
     if recipe.lily.init_weights == "data":
         yield ("lily", "init_weights"), "data is not supported for dreambooth; use true or orthonormal"
+    if recipe.lily.null_space is not None:
+        yield ("lily", "null_space"), "is not supported for dreambooth; call lily.null_space in Python, or remove it"
     if isinstance(recipe.targets, list) and not recipe.targets:
         yield ("targets",), "is empty; name modules such as [to_q, to_k, to_v, to_out.0]"
     if recipe.train.warmup >= recipe.train.max_steps:

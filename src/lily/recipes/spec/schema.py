@@ -294,6 +294,29 @@ class Data(Section):
         return file.model_copy(update={"header": like.header, **how})
 
 
+class GeneralText(Section):
+    """Texts of another kind than the task's."""
+
+    file: File
+    column: str = Field(description="Column of the text; dotted names reach into nested rows.")
+    max_rows: PositiveInt = Field(64, description="Use at most this many rows (a fixed sample).")
+    max_length: PositiveInt = Field(128, description="Maximum number of tokens of a text.")
+
+
+class Forgetting(GeneralText):
+    """sft: general text; the increase of the loss on it measures forgetting."""
+
+    limit: Positive | None = Field(None, description="Largest increase of this loss for the best adapter, if possible.")
+
+
+class NullSpace(GeneralText):
+    """Texts whose main directions no A reads, so that training changes less there; see `lily.null_space`."""
+
+    energy: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.9, description="Share of the inputs' squared norm that these directions hold."
+    )
+
+
 class Settle(Section):
     """When a data-dependent routing becomes static, as fractions of training; see `lily.SettleCallback`."""
 
@@ -363,6 +386,7 @@ class Lily(Section):
         description="How A starts: Kaiming-uniform (true), with orthogonal rows, or with the main directions of its "
         "layers' inputs on the first training batches (data). false starts B at random too.",
     )
+    null_space: NullSpace | None = Field(None, description="Keep A out of what general text uses, against forgetting.")
     settle: Settle | None = Field(None, description="Make the routing static during training, to merge exactly.")
     learning_rate: Positive | None = Field(None, description="Replaces train.learning_rate.")
 
@@ -468,16 +492,6 @@ class Generation(Section):
         description="What exact_match compares in generated text and completion. whole: all text; number: the number "
         "after ####, else the last number (GSM8K); or {pattern: ...}.",
     )
-
-
-class Forgetting(Section):
-    """sft: general text; the increase of the loss on it measures forgetting."""
-
-    file: File
-    column: str = Field(description="Column of the text; dotted names reach into nested rows.")
-    max_rows: PositiveInt = Field(64, description="Use at most this many rows (a fixed sample).")
-    max_length: PositiveInt = Field(128, description="Maximum number of tokens of a text.")
-    limit: Positive | None = Field(None, description="Largest increase of this loss for the best adapter, if possible.")
 
 
 class Recipe(RecipeBase):

@@ -8,7 +8,7 @@ on more or fewer processes, or under another engine.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from transformers import Trainer
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
 from lily import distributed
+from lily.callbacks.null_space import NullSpaceCallback, null_space
 from lily.recipes.spec.schema import Recipe
 from lily.recipes.trainer.batches import SHARE, Batches, Part, weight_of
 from lily.recipes.trainer.optimizer_groups import parameter_groups
@@ -98,6 +99,13 @@ class Parallel(Trainer):  # type: ignore[misc]
 
         batches = self.get_train_dataloader()
         initialize_from_data(self.model, batches, max_batches=DATA_BATCHES, forward=forward)
+
+    def keep_out(self, texts: Sequence[dict[str, Any]]) -> None:
+        """Keep A out of what these encoded texts use (`lily.null_space`)."""
+        section, device = self.recipe.lily.null_space, next(self.model.parameters()).device
+        assert section is not None
+        batches = [{"input_ids": torch.tensor([text["input_ids"]], device=device)} for text in texts]
+        self.add_callback(NullSpaceCallback(null_space(self.model, batches, energy=section.energy)))
 
     # -- the same loss
 

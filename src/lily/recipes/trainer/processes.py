@@ -106,6 +106,12 @@ def check(recipe: Recipe) -> None:
                 "train without FSDP and ZeRO-3"
             )
 
+    if recipe.method == "lily" and recipe.lily.null_space is not None and to_be_sharded():
+        with located(recipe, "lily", "null_space"):
+            raise LilyError(
+                "needs whole tensors, but the launcher shards them; remove it, or train without FSDP and ZeRO-3"
+            )
+
 
 def to_be_sharded() -> bool:
     """Whether the launcher's engine moves the model, or parts of it, to devices."""
