@@ -26,6 +26,7 @@ import torch
 
 from lily.bench import report as reports
 from lily.bench import subjects
+from lily.bench.contestants import STRUCTURES
 from lily.bench.report import Report
 from lily.bench.subjects import Shape
 from lily.io.tables import markdown
@@ -59,6 +60,7 @@ CPU = {
     "llama": Setting(Shape(768, 12, 4, 128), ("step", "memory", "prefill", "decode", "files")),
     "vit": Setting(Shape(384, 12, 8), ("step", "memory", "prefill"), model="vit"),
     "llama-pytorch-products": Setting(Shape(768, 12, 4, 128), ("step",), names=SHORT, rounds=7, onednn=False),
+    "structures": Setting(Shape(768, 12, 4, 128), ("step", "memory"), names=("LoRA", *STRUCTURES), rounds=5),
     "rank-16": Setting(Shape(768, 12, 4, 128), ("step",), {"r": 16, "num_A": 2, "num_B": 2}, SHORT, rounds=3),
     "rank-64": Setting(Shape(768, 12, 4, 128), ("step",), {"r": 64, "num_A": 2, "num_B": 2}, SHORT, rounds=3),
     "rank-128": Setting(Shape(768, 12, 4, 128), ("step",), {"r": 128, "num_A": 2, "num_B": 2}, SHORT, rounds=3),
@@ -189,7 +191,7 @@ def _scaling(found: dict[str, Report]) -> str:
     names = SHORT[1:]
     lines = []
     for name in CPU:
-        if name in found and "step" in found[name].results:
+        if name in found and set(names) <= found[name].results.get("step", {}).keys():
             report = found[name]
             got = report.results["step"]
             s = report.setting

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from lily import LilyError
 from lily.analysis.plots import curves_plot
 from lily.bench import measure, report, subjects
-from lily.bench.contestants import LORA, MERGED, NAMES, STOCK, contestants
+from lily.bench.contestants import LORA, MERGED, NAMES, STOCK, STRUCTURES, contestants
 from lily.bench.subjects import Shape
 from lily.cli.main import app
 
@@ -40,6 +40,14 @@ def test_contestants_share_the_frozen_weights_and_lora_has_no_more_parameters(su
     assert made[LORA].rank < ours.rank == made["LoRA, equal rank"].rank
     assert type(made[STOCK].model.base_model).__module__.startswith("peft.")
     assert type(ours.model.base_model).__module__.startswith("lily.")
+
+
+def test_structures_are_measured_at_no_more_parameters_than_lily_has(subject):
+    made = {c.name: c for c in contestants(subject, {"r": 16, "num_A": 2, "num_B": 2}, ["Lily token", *STRUCTURES])}
+    budget = made.pop("Lily token").parameters
+    assert list(made) == list(STRUCTURES)
+    assert all(0.85 * budget < c.parameters <= budget for c in made.values())
+    assert made["Lily pair"].rank == made["Lily permuted"].rank > made["Lily own"].rank
 
 
 def test_the_frozen_models_step_goes_through_all_of_it(subject):
