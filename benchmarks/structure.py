@@ -2,7 +2,7 @@
 
     LILY_DATA=../shared/data python benchmarks/structure.py --study transfer --jobs 2
     LILY_DATA=../shared/data python benchmarks/structure.py --study capacity easy --jobs 2
-    python benchmarks/structure.py --jobs 0        # tables and plots of the committed rows
+    python benchmarks/structure.py --jobs 0          # tables and plots of the committed rows
 
 Every run has a row in benchmarks/results/structure.jsonl, so an interrupted study goes on where it stopped. All arms of
 a task have the same rows in the same order, the same schedule, the same rate of the head; the scale of every arm is in
@@ -37,6 +37,7 @@ ROWS = ROOT / "benchmarks" / "results" / "structure.jsonl"
 FIGURES = ROOT / "docs" / "figures"
 SCALE = 2.0  # of LoRA: lora_alpha = 2 r
 CHANCE = math.log(10)
+FAILED = 4  # times the lowest loss
 
 PAIR = {"method": "lily", "num_A": 1, "num_B": 1, "routing": "static"}  # one A and one B for all layers of a group
 ARMS: dict[str, dict[str, Any]] = {
@@ -186,11 +187,16 @@ def by_rate(rows: Mapping[Run, Row], task: str, arm: str, size: float) -> dict[f
 
 
 def optimum(curve: Mapping[float, float]) -> tuple[float, bool]:
-    """The rate of the lowest loss, by a parabola through the lowest point and its neighbors; whether it is inside."""
+    """The rate of the lowest loss, and whether it is inside the grid.
+
+    By a parabola through the lowest point and its neighbors, unless the next rate is one at which training fails.
+    """
     rates = sorted(curve)
     i = min(range(len(rates)), key=lambda j: curve[rates[j]])
     if i in (0, len(rates) - 1):
         return rates[i], False
+    if curve[rates[i + 1]] > FAILED * curve[rates[i]]:
+        return rates[i], True
     (a, b, c), (u, v, w) = (math.log(r) for r in rates[i - 1 : i + 2]), (curve[r] for r in rates[i - 1 : i + 2])
     top = (b - a) ** 2 * (v - w) - (b - c) ** 2 * (v - u)
     low = (b - a) * (v - w) - (b - c) * (v - u)

@@ -28,13 +28,10 @@ from lily.io.atomic import new_folder
 from lily.layers import sharding
 from lily.layers.bank import LilyBank
 from lily.layers.find import names_of_parameters
+from lily.layers.sharding import from_first as from_first
+from lily.layers.sharding import world_size as world_size
 from lily.plan.vocabulary import vocabulary_changed
 from lily.plan.wrappers import plain_name, plain_names, unwrapped
-
-
-def world_size() -> int:
-    """Number of processes; 1 without a process group."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
@@ -182,15 +179,6 @@ def _optimized(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
     sharding.reshard(model)
     names = {id(p): unwrapped(name) for name, p in model.named_parameters()}
     return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-
-
-def from_first(value: Any) -> Any:
-    """Broadcast `value`, which can be pickled, from the first process to all."""
-    if world_size() == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
 
 
 def _parts(model: nn.Module) -> tuple[dict[str, str], dict[str, Tensor]]:

@@ -163,6 +163,7 @@ def test_the_best_rate_is_between_the_rates_of_the_grid(monkeypatch):
     assert inside
     assert 2e-3 < lowest < 3e-3  # the parabola leans to the lower neighbor
     assert structure.optimum({1e-3: 0.5, 2e-3: 0.3}) == (2e-3, False)
+    assert structure.optimum({1e-3: 0.5, 2e-3: 0.3, 4e-3: 1.4}) == (2e-3, True)  # fails at the next rate
     even, _ = structure.optimum({1e-3: 1.0, 2e-3: 0.5, 4e-3: 1.0})
     assert even == pytest.approx(2e-3)
 

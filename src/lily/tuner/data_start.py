@@ -17,11 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lily.distributed import from_first, world_size
 from lily.errors import LilyError
 from lily.layers.bank import BANK, LilyBank
 from lily.layers.layer import LilyLayer
-from lily.layers.sharding import is_sharded
+from lily.layers.sharding import from_first, is_sharded, world_size
 from lily.layers.starts import ROW_ENERGY, TopDirections, completed
 from lily.plan.specs import EMBEDDING, PARAMETERS
 from lily.tuner.adapter import Adapted, find
