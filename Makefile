@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/pip install --quiet --disable-pip-version-check
 TESTS := $(BIN)/python -m pytest -n 2 --dist worksteal --durations 20
 
-.PHONY: demo test test-all test-oldest test-vision lint docs bench minimal clean
+.PHONY: demo test test-all test-oldest test-vision lint docs bench gpu gpu-smoke minimal clean
 
 $(VENV)/torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -70,6 +70,15 @@ docs: $(VENV)/docs  ## the site, into site/, with strict links; nothing in it is
 
 bench: $(VENV)/dev
 	$(BIN)/python benchmarks/performance.py --out runs/bench
+
+# A machine with a GPU may have no network, so this uses the Python that has PyTorch and installs nothing.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+
+gpu:  ## everything that needs a GPU, in ten minutes and without a network; GPU="map --again" for single parts
+	$(GPU_PYTHON) benchmarks/gpu.py $(GPU)
+
+gpu-smoke: $(VENV)/dev  ## the same on a CPU with tiny models: does it run? (1 minute)
+	$(BIN)/python benchmarks/gpu.py --smoke
 
 minimal: constraints.txt  ## the package imports, and plans, with its minimal dependencies only
 	rm -rf $(VENV)-minimal

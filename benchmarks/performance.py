@@ -18,7 +18,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ import torch
 
 from lily.bench import report as reports
 from lily.bench import subjects
+from lily.bench.contestants import STRUCTURES
 from lily.bench.report import Report
 from lily.bench.subjects import Shape
 from lily.io.tables import markdown
@@ -59,6 +60,7 @@ CPU = {
     "llama": Setting(Shape(768, 12, 4, 128), ("step", "memory", "prefill", "decode", "files")),
     "vit": Setting(Shape(384, 12, 8), ("step", "memory", "prefill"), model="vit"),
     "llama-pytorch-products": Setting(Shape(768, 12, 4, 128), ("step",), names=SHORT, rounds=7, onednn=False),
+    "structures": Setting(Shape(768, 12, 4, 128), ("step", "memory"), names=("LoRA", *STRUCTURES), rounds=5),
     "rank-16": Setting(Shape(768, 12, 4, 128), ("step",), {"r": 16, "num_A": 2, "num_B": 2}, SHORT, rounds=3),
     "rank-64": Setting(Shape(768, 12, 4, 128), ("step",), {"r": 64, "num_A": 2, "num_B": 2}, SHORT, rounds=3),
     "rank-128": Setting(Shape(768, 12, 4, 128), ("step",), {"r": 128, "num_A": 2, "num_B": 2}, SHORT, rounds=3),
@@ -75,6 +77,11 @@ CUDA = {
     ),
     "llama-3b": Setting(Shape(3072, 28, 4, 768), ("step", "memory", "decode"), {"r": 140, "num_A": 2, "num_B": 2}),
     "vit-b": Setting(Shape(768, 12, 64), ("step", "memory", "prefill"), model="vit"),
+}
+# The same measurements on models so small that they say nothing: does everything run?
+SMOKE = {
+    name: replace(setting, shape=Shape(64, 2, 2, 8), names=(*SHORT, reports.MERGED), rounds=1)
+    for name, setting in CUDA.items()
 }
 
 
@@ -136,7 +143,8 @@ def slug(device: str) -> str:
 
 def tables(folder: Path) -> dict[str, str]:
     """Marker -> Markdown, from the files of one device."""
-    found = {f.stem: Report.read(f) for f in sorted(folder.glob("*.json")) if f.stem != "start-up"}
+    files = {name: folder / f"{name}.json" for name in sorted({*CPU, *CUDA})}
+    found = {name: Report.read(file) for name, file in files.items() if file.is_file()}
     out = {}
     for name, report in found.items():
         for kind in report.results:
@@ -183,7 +191,7 @@ def _scaling(found: dict[str, Report]) -> str:
     names = SHORT[1:]
     lines = []
     for name in CPU:
-        if name in found and "step" in found[name].results:
+        if name in found and set(names) <= found[name].results.get("step", {}).keys():
             report = found[name]
             got = report.results["step"]
             s = report.setting
@@ -225,20 +233,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", help="settings, or start-up")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument(
+        "--smoke", action="store_true", help="the GPU's settings, tiny, on the CPU; needs another --out"
+    )
     parser.add_argument("--pages", action="store_true", help="write the pages from the files, measure nothing")
     parser.add_argument("--out", type=Path, default=RESULTS)
     o = parser.parse_args()
+    if o.smoke and o.out.resolve() == RESULTS.resolve():
+        parser.error("--smoke measures nothing of use; give another --out")
     warnings.simplefilter("ignore")
+    if o.smoke:
+        o.device = "cpu"
     folder = o.out / slug(reports.machine(torch.device(o.device))["device"])
     if not o.pages:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, setting in (CUDA if o.device == "cuda" else CPU).items():
+        for name, setting in (SMOKE if o.smoke else CUDA if o.device == "cuda" else CPU).items():
             if not o.only or name in o.only:
                 found = measure(setting, o.device)
                 found.write(folder / f"{name}.json")
                 for kind in found.results:
                     print(f"\n{name}: {kind}\n{markdown(reports.HEADER, reports.rows(found, kind))}", flush=True)
-        if not o.only or "start-up" in o.only:
+        if "start-up" in o.only if o.only else not o.smoke:
             (folder / "start-up.json").write_text(json.dumps(start_up(), indent=1))
     if o.out == RESULTS and o.device == "cpu":
         print("pages written:", ", ".join(p.name for p in write_pages(folder)) or "none changed")

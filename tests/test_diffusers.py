@@ -138,7 +138,9 @@ def output(model, inputs):
 
 
 def lily(kind, way="add_adapter", **options):
-    config = LilyConfig(r=4, num_A=2, num_B=3, **{"target_modules": TARGETS, "routing": "static", **options})
+    config = LilyConfig(
+        r=4, num_A=2, num_B=3, **{"target_modules": TARGETS, "routing": "static", "scaling": 1.0, **options}
+    )
     return randomise(WAYS[way](KINDS[kind][0](), config), scale=0.4).eval()
 
 

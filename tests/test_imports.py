@@ -27,7 +27,7 @@ analysis
 export gguf_lora
 callbacks deploy
 tuner
-checkpoint distributed
+checkpoint distributed optim
 layers
 budget
 plan
@@ -186,10 +186,11 @@ ORDERS = [
     "import lily; from peft import load_peft_weights as l; assert l.__module__ == 'lily.tuner.peft_loading'",
     "import lily; from transformers import PreTrainedModel; assert 'peft' in sys.modules",
     "import lily; import importlib.util as u; u.find_spec('peft'); import peft",
-    # Using Lily imports nothing but its own modules and two of PEFT's.
+    # Using Lily imports nothing but its own modules, two of PEFT's and those of the optimizers that it replaces.
     "import peft; before = set(sys.modules); import lily; lily.LilyConfig, lily.LilyModel\n"
     "new = {m for m in set(sys.modules) - before if m.partition('.')[0] != 'lily'}\n"
-    "assert new == {'peft.utils.hotswap', 'peft.functional'}, new",
+    "optimizers = {f'peft.optimizers{n}' for n in ('', '.lorafa', '.loraplus', '.riemannian')}\n"
+    "assert new <= {'peft.utils.hotswap', 'peft.functional', 'transformers.trainer_pt_utils', *optimizers}, new",
     # Undone before PEFT is imported.
     "import lily; lily.unregister(); import peft; from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING as tuners\n"
     "assert tuners[peft.PeftType.LILY].__module__ == 'peft.tuners.lily.model'; lily.register()",
@@ -197,6 +198,7 @@ ORDERS = [
     "from lily.plan import LilyConfig",
     "from lily.checkpoint.load import check_fit",
     "from lily.tuner.adapter import find",
+    "from lily.optim import create_optimizer",
 ]
 
 

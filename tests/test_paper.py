@@ -39,8 +39,8 @@ def tensors(layer: object) -> tuple[Tensor, Tensor, Tensor]:
 
 def test_query_key_and_value_of_a_llama():
     """Commonsense, LLaMA3-8B: q, k, v; r 16, 4 A and 4 B; scaling 1."""
-    config = LilyConfig(
-        r=16, num_A=4, num_B=4, routing="batch", target_modules=["q_proj", "k_proj", "v_proj"], task_type="CAUSAL_LM"
+    config = LilyConfig.paper(
+        r=16, num_A=4, num_B=4, target_modules=["q_proj", "k_proj", "v_proj"], task_type="CAUSAL_LM"
     )
     model = randomise(get_peft_model(build("llama"), config)).eval()
     found = find(model)

@@ -14,7 +14,11 @@ from lily.cli.main import app
 from lily.recipes.spec.dreambooth import DreamBooth
 from lily.recipes.spec.schema import Recipe
 
-BENCHMARKS = {"learning-rate", "forgetting"}  # written by benchmarks/, and compared by tests/bench/test_bench.py
+BENCHMARKS = {
+    "rates",
+    "learning-rate",
+    "forgetting",
+}  # written by benchmarks/, and compared by tests/bench/test_bench.py
 
 
 def hook(name: str) -> ModuleType:

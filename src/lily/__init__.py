@@ -11,23 +11,28 @@ from lily._version import __version__
 from lily.errors import LilyError
 
 if TYPE_CHECKING:
-    from lily import export
+    from lily import export, optim
     from lily.callbacks.health import HealthCallback
+    from lily.callbacks.null_space import NullSpace, NullSpaceCallback, null_space
     from lily.callbacks.settle import SettleCallback, Settling
     from lily.deploy.collapse import CollapseReport, collapse
     from lily.distributed import gathered_state, save_adapter, sum_bank_gradients
     from lily.plan.config import LilyConfig
     from lily.plan.select import select_modules
     from lily.plan.sharing_plan import SharingPlan, build_plan
+    from lily.tuner.data_start import DataStart, initialize_from_data
     from lily.tuner.model import LilyModel
     from lily.tuner.registry import register, unregister
 
 # PEFT, transformers and torch take seconds to import, so each name is imported when it is first used.
 LAZY = {
     "CollapseReport": "lily.deploy.collapse",
+    "DataStart": "lily.tuner.data_start",
     "HealthCallback": "lily.callbacks.health",
     "LilyConfig": "lily.plan.config",
     "LilyModel": "lily.tuner.model",
+    "NullSpace": "lily.callbacks.null_space",
+    "NullSpaceCallback": "lily.callbacks.null_space",
     "SettleCallback": "lily.callbacks.settle",
     "Settling": "lily.callbacks.settle",
     "SharingPlan": "lily.plan.sharing_plan",
@@ -35,6 +40,9 @@ LAZY = {
     "collapse": "lily.deploy.collapse",
     "export": "lily.export",
     "gathered_state": "lily.distributed",
+    "initialize_from_data": "lily.tuner.data_start",
+    "null_space": "lily.callbacks.null_space",
+    "optim": "lily.optim",
     "register": "lily.tuner.registry",
     "save_adapter": "lily.distributed",
     "select_modules": "lily.plan.select",
@@ -44,10 +52,13 @@ LAZY = {
 
 __all__ = [
     "CollapseReport",
+    "DataStart",
     "HealthCallback",
     "LilyConfig",
     "LilyError",
     "LilyModel",
+    "NullSpace",
+    "NullSpaceCallback",
     "SettleCallback",
     "Settling",
     "SharingPlan",
@@ -56,6 +67,9 @@ __all__ = [
     "collapse",
     "export",
     "gathered_state",
+    "initialize_from_data",
+    "null_space",
+    "optim",
     "register",
     "save_adapter",
     "select_modules",

@@ -22,24 +22,16 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 
 from lily.errors import LilyError
 from lily.io.atomic import new_folder
 from lily.layers import sharding
 from lily.layers.bank import LilyBank
 from lily.layers.find import names_of_parameters
+from lily.layers.sharding import from_first as from_first
+from lily.layers.sharding import world_size as world_size
 from lily.plan.vocabulary import vocabulary_changed
 from lily.plan.wrappers import plain_name, plain_names, unwrapped
-
-
-def world_size() -> int:
-    """Number of processes; 1 without a process group."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
@@ -153,9 +145,14 @@ def optimizer_state(model: nn.Module, optimizer: Any) -> dict[str, Any]:
     Returns:
         In the first process: the state, on the CPU. In the others: undefined.
     """
+    from torch.distributed.checkpoint import state_dict  # takes time to import
+
     plain = getattr(optimizer, "optimizer", optimizer)
+    # for a model on the CPU, FSDP1 would offload into memory that it frees
+    offload = next(model.parameters()).device.type != "cpu"
+    whole = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=offload)
     numbers = {name: i for i, name in enumerate(_optimized(model, plain))}
-    named: Any = get_optimizer_state_dict(model, plain, options=_whole_states(model))
+    named: Any = state_dict.get_optimizer_state_dict(model, plain, options=whole)
     groups = [{**group, "params": [numbers[n] for n in group["params"]]} for group in named["param_groups"]]
     return {"state": {numbers[name]: state for name, state in named["state"].items()}, "param_groups": groups}
 
@@ -168,11 +165,13 @@ def load_optimizer_state(model: nn.Module, optimizer: Any, state: dict[str, Any]
         optimizer: optimizer of its parameters.
         state: the state, the same in all processes.
     """
+    from torch.distributed.checkpoint import state_dict
+
     plain = getattr(optimizer, "optimizer", optimizer)
     names = _optimized(model, plain)
     groups = [{**group, "params": [names[i] for i in group["params"]]} for group in state["param_groups"]]
     named: Any = {"state": {names[i]: values for i, values in state["state"].items()}, "param_groups": groups}
-    set_optimizer_state_dict(model, plain, named, options=StateDictOptions(full_state_dict=True))
+    state_dict.set_optimizer_state_dict(model, plain, named, options=state_dict.StateDictOptions(full_state_dict=True))
 
 
 def _optimized(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
@@ -180,21 +179,6 @@ def _optimized(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
     sharding.reshard(model)
     names = {id(p): unwrapped(name) for name, p in model.named_parameters()}
     return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-
-
-def _whole_states(model: nn.Module) -> StateDictOptions:
-    # for a model on the CPU, FSDP1 would offload into memory that it frees
-    offload = next(model.parameters()).device.type != "cpu"
-    return StateDictOptions(full_state_dict=True, cpu_offload=offload)
-
-
-def from_first(value: Any) -> Any:
-    """Broadcast `value`, which can be pickled, from the first process to all."""
-    if world_size() == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
 
 
 def _parts(model: nn.Module) -> tuple[dict[str, str], dict[str, Tensor]]:

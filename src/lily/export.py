@@ -1,5 +1,6 @@
 """Export: a static adapter as a plain LoRA, a merged model, or a stock Lily adapter."""
 
+from lily.deploy.intruders import reduce_intruder_dimension
 from lily.deploy.lora import TOLERANCE, Layer, LoraExport, as_lora, lora_entries
 from lily.deploy.provenance import PROVENANCE, provenance
 from lily.deploy.readers import TARGETS, VLLM_RANKS
@@ -15,6 +16,7 @@ __all__ = [
     "as_lora",
     "lora_entries",
     "provenance",
+    "reduce_intruder_dimension",
     "write_lora",
     "write_merged",
     "write_stock",

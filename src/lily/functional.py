@@ -2,11 +2,16 @@
 
 Source: "Low-Rank Interconnected Adaptation across Layers" (arXiv 2407.09946), section 3.
 
-    h = dropout(act(x @ A.T))                # A: (r, in)            shared by neighboring layers
+    A_l = (s * g)[:, None] * A[perm]         # A: (r, in)            shared by neighboring layers
+    h = dropout(act(x @ A_l.T))
     p = softmax(h @ R.T)                     # R: (experts, r)       the router, one per layer
     y = base(x) + scaling * mix(h, p, B)     # B: (experts, r, out)  shared by all layers of a group
 
-A convolution and an embedding differ only in the first line: `down_conv`, `down_embedding`. The stacked weights of a
+In the first line, `perm` and the signs `s` are fixed for each layer (`distinct`), and g is a learned gain (`gain`); in
+the paper A_l is A. With `own_r`, a layer's own pair is stacked below the shared ones: A_l is `cat(A_l, own_A)`, B of
+each expert `cat(B_e, own_B)`, and R is 0 on the own ranks, so that they act with weight 1.
+
+A convolution and an embedding differ only in the second line: `down_conv`, `down_embedding`. The stacked weights of a
 mixture of experts, whose tokens are not accessible, are updated directly, by `A.T @ static_B`.
 
 Letters: `x` input, `h` hidden (rank r), `p` expert weights per token, `w` the mixing weights that a routing
@@ -15,11 +20,14 @@ computes from `p`, `E` experts. Leading dimensions are (batch, tokens) where a l
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+SCALING_POWER = 0.5
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor] | None] = {
     "none": None,
@@ -27,6 +35,75 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor] | None] = {
     "gelu": F.gelu,
     "silu": F.silu,
 }
+
+
+def distinction(kind: str, r: int, place: int, seed: int) -> tuple[list[int] | None, list[int] | None]:
+    """What distinguishes a layer from those that share its A: the rows of A that its ranks take, and signs.
+
+    The rows are sorted by, and the signs are the lowest bit of the first byte of, the SHA-256 of a text: every program
+    on every machine derives the same.
+
+    Args:
+        kind: `none`, `permute`, `signs` or `permute+signs`.
+        r: rank.
+        place: number of the layer in its group, from 0; layer 0 is not changed.
+        seed: of the configuration.
+
+    Returns:
+        The rows (r,), and the signs 1 or -1 (r,); None where nothing changes.
+    """
+    order = sorted(range(r), key=lambda i: _digest(seed, place, i, "permute")) if "permute" in kind and place else None
+    signs = [1 - 2 * (_digest(seed, place, i, "signs")[0] & 1) for i in range(r)] if "signs" in kind and place else None
+    return order, signs
+
+
+def _digest(seed: int, place: int, i: int, what: str) -> bytes:
+    return hashlib.sha256(f"{what}/{seed}/{place}/{i}".encode()).digest()
+
+
+def first_gain(start: str, r: int, place: int, seed: int) -> list[float]:
+    """Where a layer's gain starts: `ones`; `signs` as of `distinction`; `half-signs`, those on the second half only."""
+    _, signs = distinction("signs" if start != "ones" else "none", r, place, seed)
+    kept = r // 2 if start == "half-signs" else 0
+    return [1.0] * r if signs is None else [1.0] * kept + [float(sign) for sign in signs[kept:]]
+
+
+def default_scaling(r: int) -> float:
+    """The scale under which LoRA's learning rate serves every rank: `2 * (8 / r) ** SCALING_POWER`.
+
+    It is 2 at rank 8, the scale of LoRA with `lora_alpha = 2 r`. A step of Adam changes every entry of B by the
+    learning rate, so at a fixed scale the output moves further the more ranks there are; the power was measured
+    (docs/tune.md).
+
+    Args:
+        r: rank of a layer's update, own ranks included.
+    """
+    return float(2 * (8 / r) ** SCALING_POWER)
+
+
+def layer_A(A: Tensor, rows: Tensor | None, signs: Tensor | None, gain: Tensor | None) -> Tensor:
+    """The A (r, in) of one layer, of the shared one: `(signs * gain)[:, None] * A[rows]`."""
+    A = A if rows is None else A.index_select(0, rows)
+    factor = gain if signs is None else signs.to(A.dtype) if gain is None else signs.to(gain.dtype) * gain
+    return A if factor is None else factor.to(A.dtype).unsqueeze(-1) * A
+
+
+def with_own(A: Tensor, B: Tensor, own_A: Tensor, own_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Stack a layer's own pair below the shared tensors.
+
+    Args:
+        A: (..., r, in).
+        B: (E, r, out).
+        own_A: (..., own_r, in).
+        own_B: (..., own_r, out).
+
+    Returns:
+        A (..., r + own_r, in) and B (..., E, r + own_r, out). Each expert has the own B, so that it acts with the sum
+        of the mixing weights, which is 1.
+    """
+    lead = own_B.shape[:-2]
+    own_B = own_B.unsqueeze(-3).expand(*lead, B.shape[0], *own_B.shape[-2:])
+    return torch.cat((A, own_A), -2), torch.cat((B.expand(*lead, *B.shape), own_B), -2)
 
 
 def down(x: Tensor, A: Tensor, activation: str = "none", dropout: float = 0.0, training: bool = False) -> Tensor:
@@ -185,14 +262,14 @@ def static_B(B: Tensor, logits: Tensor | None) -> Tensor:
     """Mix the experts by constant weights.
 
     Args:
-        B: (E, r, out).
+        B: (E, r, out), or (layers, E, r, out) for several layers.
         logits: (E,), or (layers, E) for several layers; None: equal weights.
 
     Returns:
         (r, out), or (layers, r, out).
     """
-    w = B.new_full(B.shape[:1], 1 / B.shape[0]) if logits is None else softmax(logits.to(B)).to(B.dtype)
-    return torch.einsum("...e,ero->...ro", w, B)
+    w = B.new_full(B.shape[-3:-2], 1 / B.shape[-3]) if logits is None else softmax(logits.to(B)).to(B.dtype)
+    return torch.einsum("...e,...ero->...ro", w, B)
 
 
 def weights(h: Tensor, experts: int, router: Tensor | None, routing: str, mask: Tensor | None = None) -> Tensor:

@@ -111,8 +111,10 @@ def test_a_stock_adapter_gives_stocks_logits_and_gradients(stock_adapter):
         assert (grad - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
 
 
-def test_stock_loads_our_batch_routed_file_with_difference_zero(tmp_path, stock):
-    model = randomise(get_peft_model(build("llama"), LilyConfig(task_type="CAUSAL_LM", routing="batch", **BOTH))).eval()
+@pytest.mark.parametrize("start", [True, "orthonormal"])
+def test_stock_loads_our_batch_routed_file_with_difference_zero(tmp_path, stock, start):
+    config = LilyConfig(task_type="CAUSAL_LM", routing="batch", init_weights=start, **BOTH)
+    model = randomise(get_peft_model(build("llama"), config)).eval()
     model.save_pretrained(tmp_path)
     assert "loaded" in stock(LOAD_STOCK, tmp_path)
     assert torch.equal(load_file(tmp_path / "result.safetensors")["logits"], logits(model, inputs("llama")).detach())

@@ -10,6 +10,7 @@ import pytest
 import torch
 from devices import FIRST, SECOND, Elsewhere, Machine, MixedDevicesError
 from helpers import TARGETS, build, inputs, logits, predict, processes, randomise
+from on_cuda import needs_gpu
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
@@ -316,7 +317,7 @@ def test_a_device_map_is_inferred_with_the_bank_in_one_piece():
     assert accelerate.utils.find_tied_parameters(model) == []
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: half of the layers go there")
+@needs_gpu
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_a_model_on_a_gpu_and_the_cpu_computes_what_the_cpu_does(routing):
     reference, model = adapted(routing).train(), adapted(routing).train()

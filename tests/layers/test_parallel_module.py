@@ -23,7 +23,7 @@ PAPER = {
 
 def vit(**options: object) -> PeftModel:
     torch.manual_seed(1)
-    config = LilyConfig(**{"r": 4, "num_A": 2, "num_B": 3, "routing": "sequence", **PAPER, **options})
+    config = LilyConfig(**{"r": 4, "num_A": 2, "num_B": 3, "routing": "sequence", "scaling": 1.0, **PAPER, **options})
     return randomise(get_peft_model(build("vit"), config)).eval()
 
 
@@ -156,7 +156,7 @@ def shared() -> PeftModel:
     """As the paper's Vim: one router for all layers, an A per layer, one layer kind without a router."""
     torch.manual_seed(1)
     config = LilyConfig(
-        r=4, stride_A=1, num_B=3, routing="token", target_modules=["query", "value"], shared_router=True,
+        r=4, stride_A=1, num_B=3, routing="token", target_modules=["query", "value"], shared_router=True, scaling=1.0,
         group_options={"value": {"num_B": 1}},
     )  # fmt: skip
     return randomise(get_peft_model(build("bert"), config)).eval()

@@ -15,12 +15,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:routing=.* on a causal model")
 
 
 def causal(routing):
-    config = LilyConfig(r=8, num_A=2, num_B=3, routing=routing, task_type="CAUSAL_LM", target_modules="all-linear")
+    config = LilyConfig(
+        r=8, num_A=2, num_B=3, routing=routing, scaling=1.0, task_type="CAUSAL_LM", target_modules="all-linear"
+    )
     return randomise(get_peft_model(build("llama"), config)).eval()
 
 
 def encoder(routing):
-    config = LilyConfig(r=8, num_A=2, num_B=3, routing=routing, task_type="SEQ_CLS", target_modules="all-linear")
+    config = LilyConfig(
+        r=8, num_A=2, num_B=3, routing=routing, scaling=1.0, task_type="SEQ_CLS", target_modules="all-linear"
+    )
     return randomise(get_peft_model(build("bert"), config)).eval()
 
 

@@ -50,6 +50,7 @@ def adapted(kind: str, routing: str = "token", **options: object) -> PeftModel:
             "stride_A": 2,
             "num_B": 3,
             "routing": routing,
+            "scaling": 1.0,
             "target_slices": {KINDS[kind][1]: ["v", "k"]},
             **options,
         }

@@ -10,6 +10,7 @@ import peft
 import pytest
 
 from lily import LilyConfig, LilyError
+from lily.functional import default_scaling
 from lily.plan.config import EXTENDED_TYPE
 
 BAD = [
@@ -29,7 +30,7 @@ BAD = [
     ({"dropout": -0.1}, "dropout=-0.1 is not a probability"),
     ({"dropout": None}, "dropout=None is not a finite number"),
     ({"bias": "lora_only"}, "bias='lora_only' is not known; choose one of none, all, lily_only"),
-    ({"init_weights": "gaussian"}, "init_weights='gaussian' is not a bool"),
+    ({"init_weights": "gaussian"}, "init_weights='gaussian' is not known; give True"),
     ({"target_modules": []}, "target_modules is empty"),
     ({"target_modules": [1]}, "target_modules=[1] is not valid"),
     ({"target_modules": "q_(proj"}, "is not a regular expression"),
@@ -83,7 +84,7 @@ def test_a_stock_config_means_batch_routing():
 @pytest.mark.parametrize(
     "options",
     [
-        {"routing": "batch", "stride_A": 2},
+        {"routing": "batch", "stride_A": 2, "scaling": 2.0},
         {"routing": "token", "num_A": 3},
         {"routing": "static", "activation": "gelu", "dropout": 0.1, "rank_pattern": {"q": 4}},
         {"num_B": 1, "bias": "lily_only", "scaling": 0.01, "target_modules": ["b", "a"], "exclude_modules": ["c"]},
@@ -142,10 +143,47 @@ def test_saving_over_a_file_is_refused(tmp_path):
 def test_every_option_has_the_help_text_of_the_docstring():
     described = {f.name: f.metadata.get("help") for f in fields(LilyConfig) if f.name in LilyConfig.__annotations__}
     documentation = " ".join((LilyConfig.__doc__ or "").split())
-    assert len(described) == 18
+    assert len(described) == 24
     for name, text in described.items():
         assert text, name
         assert f" {name}: {text} " in documentation
     assert described["num_A"].endswith("instead of `stride_A`, which is then `ceil(layers / num_A)`.")
     stock = {f.name: f for f in fields(peft.LilyConfig)}
     assert stock["stride_A"].metadata["help"] != described["stride_A"]  # PEFT's class is unchanged
+
+
+def test_the_default_scale_is_that_of_lora_at_rank_8_and_follows_the_rank():
+    assert default_scaling(8) == 2  # lora_alpha / r of LoRA's usual alpha
+    assert default_scaling(32) < default_scaling(16) < 2 < default_scaling(4)
+    config = LilyConfig(r=32, own_r=4, rank_pattern={"v_proj": 4})
+    assert config.scaling is None
+    config.resolve_scaling({"q_proj": 36, "v_proj": 8})
+    assert (config.scaling, config.options_of("v_proj").scaling) == (default_scaling(36), 2)
+    config.resolve_scaling({"q_proj": 1})
+    assert config.scaling == default_scaling(36)  # a number stays
+
+
+def test_a_given_scale_is_kept_for_every_rank():
+    config = LilyConfig(r=32, scaling=1.0, group_options={"v_proj": {"scaling": 0.5}})
+    config.resolve_scaling({"q_proj": 32, "v_proj": 8})
+    assert (config.scaling, config.group_options) == (1.0, {"v_proj": {"scaling": 0.5}})
+    config = LilyConfig(r=32, group_options={"v_proj": {"scaling": 0.5}})
+    config.resolve_scaling({"q_proj": 32, "v_proj": 32})
+    assert (config.options_of("q_proj").scaling, config.options_of("v_proj").scaling) == (default_scaling(32), 0.5)
+
+
+def test_files_hold_numbers_and_those_without_the_key_mean_1(tmp_path):
+    LilyConfig(r=32, routing="batch").save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["scaling"] == default_scaling(32)
+    assert LilyConfig.from_pretrained(tmp_path).scaling == default_scaling(32)
+    values = {k: v for k, v in json.loads((tmp_path / "adapter_config.json").read_text()).items() if k != "scaling"}
+    assert LilyConfig(**values).scaling == 1
+    mixed = LilyConfig(r=32, rank_pattern={"v_proj": 4})
+    mixed.save_pretrained(tmp_path)
+    assert LilyConfig.from_pretrained(tmp_path).scaling is None  # the model's ranks decide
+
+
+def test_the_published_method_is_one_call():
+    config = LilyConfig.paper(num_A=2, num_B=4, scaling=0.01)
+    assert (config.routing, config.scaling, config.distinct, config.own_r) == ("batch", 0.01, "none", 0)
+    assert LilyConfig.paper().scaling == 1

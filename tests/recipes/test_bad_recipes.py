@@ -81,6 +81,8 @@ SCHEMA: list[tuple[dict[str, Any], str]] = [
     ),
     ({"model.standin": "mamba-lm"}, "model: give exactly one of path, package, hub and standin, got path and standin"),
     ({"data.train": {"standin": "mamba-lm"}}, "data.train.standin: unknown key"),
+    ({"train.B_lr_ratio": 0}, "train.B_lr_ratio: input should be greater than 0, got 0"),
+    ({"train.router_lr_ratio": float("inf")}, "train.router_lr_ratio: input should be a finite number, got inf"),
     ({"train.min_learning_rate": 1e-5}, "train.min_learning_rate: is the end of a cosine, but schedule is linear"),
     (
         {"train.min_learning_rate": 1.0, "train.schedule": "cosine"},

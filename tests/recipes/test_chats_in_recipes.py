@@ -62,7 +62,7 @@ def test_one_run_reads_both_shapes_in_training_evaluation_prediction_and_forgett
     result = train.train(recipe, quiet=True)
     assert result.forgetting["increase"] != 0
     adapter = Adapter(str(tmp_path / "run"))
-    texts = forgetting.general_text(recipe, adapter.tokenizer)
+    texts = forgetting.general_text(recipe, adapter.tokenizer, recipe.forgetting, "forgetting")
     assert '"arguments": {"city": "Paris"}' in adapter.tokenizer.decode(texts[0]["input_ids"])
     files = [write_jsonl(tmp_path / f"{shape.__name__}.jsonl", [shape(i) for i in range(8)])
              for shape in (openai, sharegpt)]  # fmt: skip

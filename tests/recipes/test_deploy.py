@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora.intruders import reduce_intruder_dimension
 from recipes_helpers import WORDS, classification, rows, write_jsonl
 from runs import files, invoke, make
 from safetensors.torch import load_file
@@ -217,6 +218,28 @@ def test_a_smaller_rank_prints_what_each_layer_keeps(trained, tmp_path):
     assert "energy kept" in invoke("inspect", tmp_path / "lora")
 
 
+def test_intruders_are_reduced_as_PEFT_reduces_those_of_the_exported_lora(trained, tmp_path, encoder):
+    options = ["--reduce-intruders", "--top-k", 6, "--threshold-epsilon", 0.9, "--mitigation-lambda", 0.25]
+    invoke("export", trained["settled"], "--to", "lora", "--out", tmp_path / "plain")
+    said = invoke("export", trained["settled"], "--to", "lora", "--out", tmp_path / "reduced", *options)
+    judge = PeftModel.from_pretrained(classifier(encoder), tmp_path / "plain")
+    lines = []
+    values = {"top_k": 6, "threshold_epsilon": 0.9, "mitigation_lambda": 0.25}
+    reduce_intruder_dimension(judge, **values, logging_sink=lines.append)
+    assert all(line.removeprefix("base_model.model.") in said for line in lines[:-1])
+    assert any("Intruders: " in line for line in lines)
+    ours = PeftModel.from_pretrained(classifier(encoder), tmp_path / "reduced")
+    # PEFT's function does not copy the classifier, which is saved whole
+    judge.base_model.model.load_state_dict(
+        {n: p for n, p in ours.base_model.model.state_dict().items() if "modules_to_save" in n}, strict=False
+    )
+    heads = [m for m in judge.modules() if "intruder_reduced" in getattr(m, "modules_to_save", {})]
+    for head in heads:
+        head.modules_to_save["intruder_reduced"].load_state_dict(head.modules_to_save["default"].state_dict())
+    assert torch.allclose(outputs(ours, encoder), outputs(judge, encoder), atol=1e-4)
+    assert describe(str(tmp_path / "reduced"))["provenance"]["intruders"] == values
+
+
 def test_a_lora_is_written_in_the_dtype_asked_for(trained, tmp_path):
     invoke("export", trained["settled"], "--to", "lora", "--dtype", "bfloat16", "--out", tmp_path / "lora")
     tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
@@ -245,6 +268,11 @@ def test_a_base_folder_without_a_tokenizer_is_merged_into(trained, tmp_path, cha
         (["export", "{static}", "--to", "onnx"], "--to onnx: choose one of lora, merged, stock"),
         (["export", "{static}", "--to", "merged", "--rank", "2"], "--rank goes with --to lora, not with --to merged"),
         (["export", "{static}", "--to", "stock", "--for", "vllm"], "--for goes with --to lora, not with --to stock"),
+        (
+            ["export", "{static}", "--to", "merged", "--reduce-intruders"],
+            "--reduce-intruders goes with --to lora or gguf",
+        ),
+        (["export", "{static}", "--to", "lora", "--top-k", "5"], "--top-k has no effect without --reduce-intruders"),
         (["export", "{static}", "--to", "merged", "--force"], "--force goes with --to lora"),
         (["export", "{static}", "--to", "merged", "--tolerance", "0.5"], "--tolerance goes with --to lora"),
         (["export", "{static}", "--to", "stock", "--dtype", "float16"], "--dtype goes with --to lora or merged"),

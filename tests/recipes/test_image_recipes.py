@@ -151,6 +151,17 @@ def test_collapse_and_export_calibrate_on_the_images(run, tmp_path):
     assert (merged / "adapter_model.safetensors").is_file()
 
 
+def test_an_adapter_starts_from_the_images(vit, colours, tmp_path):
+    lily = {"r": 4, "num_A": 1, "num_B": 2, "init_weights": "data"}
+    short = {"epochs": 1, "max_steps": 1, "batch_size": 8, "learning_rate": 1e-9, "precision": "float32"}
+    train(recipe(vit, colours, tmp_path, lily=lily, train=short), quiet=True)
+    file = load_file(tmp_path / "run" / "last" / "adapter_model.safetensors")
+    tensors = [A for name, A in file.items() if "lily_A" in name]
+    assert tensors
+    for A in tensors:
+        assert torch.allclose(A @ A.T, A[0].square().sum() * torch.eye(4), atol=1e-5)
+
+
 def test_the_head_alone_can_be_trained(vit, colours, tmp_path):
     chosen = recipe(vit, colours, tmp_path, method="none")
     result = train(chosen, quiet=True)

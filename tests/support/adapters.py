@@ -11,8 +11,8 @@ from lily.layers.layer import LilyLayer
 
 
 def config_for(kind, **options):
-    values = {"r": 4, "stride_A": 2, "num_B": 3, "target_modules": TARGETS[kind], "task_type": TASKS[kind], **options}
-    return LilyConfig(**values)
+    values = {"r": 4, "stride_A": 2, "num_B": 3, "scaling": 1.0, "target_modules": TARGETS[kind], **options}
+    return LilyConfig(**{"task_type": TASKS[kind], **values})
 
 
 def adapted(kind, trained=True, **options):

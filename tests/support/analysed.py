@@ -11,7 +11,9 @@ from lily.tuner.adapter import find
 
 
 def adapted(kind="bert", r=4, **options):
-    config = lily.LilyConfig(**{"r": r, "num_A": 2, "num_B": 3, "target_modules": TARGETS[kind], **options})
+    config = lily.LilyConfig(
+        **{"r": r, "num_A": 2, "num_B": 3, "scaling": 1.0, "target_modules": TARGETS[kind], **options}
+    )
     return randomise(get_peft_model(build(kind), config)).eval()
 
 

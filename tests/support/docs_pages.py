@@ -91,6 +91,16 @@ def deploy(world: World) -> dict[str, Any]:
     return with_batches(model=fresh(), args=arguments(Path()), rows=ROWS, peft_model=adapted("llama", routing="token"))
 
 
+@before("docs/tune.md")
+def tune(world: World) -> dict[str, Any]:
+    return with_batches(model=fresh(), args=arguments(Path()), rows=ROWS)
+
+
+@before("docs/method.md")
+def method(world: World) -> dict[str, Any]:
+    return {"model": fresh(routing="token"), "args": arguments(Path()), "rows": ROWS}
+
+
 @before("docs/deploy-targets.md")
 def deploy_targets(world: World) -> dict[str, Any]:
     from lily.recipes.dreambooth import tiny

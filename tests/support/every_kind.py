@@ -126,7 +126,9 @@ def output(model: nn.Module) -> torch.Tensor:
 
 
 def lily_config(kind: str, **options: object) -> LilyConfig:
-    return LilyConfig(**{"r": 2, "stride_A": 2, "num_B": 2, "routing": "static", **KINDS[kind][0], **options})
+    return LilyConfig(
+        **{"r": 2, "stride_A": 2, "num_B": 2, "routing": "static", "scaling": 1.0, **KINDS[kind][0], **options}
+    )
 
 
 def lora_config(kind: str, **options: object) -> LoraConfig:

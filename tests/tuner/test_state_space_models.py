@@ -406,6 +406,7 @@ def test_the_papers_setting_for_vim_is_its_formula(dropout):
         num_B=5,
         stride_A=1,
         routing="token",
+        scaling=1.0,
         shared_router=True,
         group_options={"in_proj": {"dropout": dropout}, "dt_proj": {"num_B": 1}},
     )

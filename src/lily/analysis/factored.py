@@ -135,25 +135,27 @@ def lily_layers(model: nn.Module, adapter: str | None = None) -> list[Factored]:
 
 @torch.no_grad()
 def _lily_layers(adapted: Adapted) -> Iterator[Factored]:
-    downs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-    ups: dict[int, tuple[Tensor, Tensor]] = {}
+    numbers: dict[tuple[int, int], int] = {}
+    downs: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
+    ups: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
     for name, layer in adapted.layers.items():
-        slot = layer.settings[adapted.name].slot
+        settings = layer.settings[adapted.name]
         A, B = (t.detach().double().cpu() for t in layer.tensors_of(adapted.name))  # (r, in), (E, r, out)
-        if slot.B not in ups:
-            basis, core = torch.linalg.qr(B.flatten(0, 1).T)  # (out, m), (m, E r)
-            ups[slot.B] = basis, core.unflatten(1, B.shape[:2])
-        out_basis, out_core = ups[slot.B]
-        core = layer.settings[adapted.name].scaling * out_core
         group = adapted.plan.group_of(name)
         title = f"{group.name} ({group.out_features}, {group.in_features})"
         stacked = group.kind == EXPERTS
         for i, member in enumerate(group.members if stacked else (name,)):
-            shared = (slot.A, i // group.stride if stacked else 0)
-            if shared not in downs:
-                downs[shared] = torch.linalg.qr((A[i] if A.ndim == 3 else A).T)
-            number = list(downs).index(shared)
-            yield Factored(member, title, number, out_basis, core, *downs[shared], static_mixing(layer, adapted, i))
+            shared = (settings.slot.A, i // group.stride if stacked else 0)
+            number = numbers.setdefault(shared, len(numbers))
+            up = (settings.slot.B, member if settings.own_r else None)
+            if up not in ups:
+                basis, core = torch.linalg.qr((B[i] if B.ndim == 4 else B).flatten(0, 1).T)  # (out, m), (m, E r)
+                ups[up] = basis, core.unflatten(1, B.shape[-3:-1])
+            down = (*shared, None if settings.distinction is None and not settings.own_r else member)
+            if down not in downs:
+                downs[down] = torch.linalg.qr((A[i] if A.ndim == 3 else A).T)
+            out_basis, core = ups[up][0], settings.scaling * ups[up][1]
+            yield Factored(member, title, number, out_basis, core, *downs[down], static_mixing(layer, adapted, i))
 
 
 def static_mixing(layer: LilyLayer, adapted: Adapted, expert: int = 0) -> Mixing | None:

@@ -66,6 +66,8 @@ def frontier(
     targets: object = None,
     least: float = WELL_USED,
     shared_router: bool = False,
+    gain: bool = False,
+    own_r: int = 0,
 ) -> tuple[Point, ...]:
     """All shapes of nearly equal size: the largest rank that fits for each num_A and num_B.
 
@@ -79,6 +81,8 @@ def frontier(
         least: smallest share of the budget that a point may use. A smaller share means that the layers' sizes limit
             the rank, which would make comparisons unfair.
         shared_router: whether all layers of a group have one router.
+        gain: whether each layer has a gain (r,).
+        own_r: rank of each layer's own A and B.
 
     Returns:
         Points by decreasing rank, then by num_A. Of several num_A with the same sharing, the smallest.
@@ -87,6 +91,7 @@ def frontier(
         LilyError: if no shape fits.
     """
     budget, chosen = parse_count(parameters), "all-linear" if targets is None else targets
+    rest: dict[str, Any] = {"routing": routing, "targets": targets, "shared_router": shared_router}
     depth = max(len(g.members) for g in build_plan(modules, LilyConfig(target_modules=chosen)).groups)
     widest = max(m.out_features for m in modules)
     points: dict[tuple[tuple[int, ...], int], Point] = {}
@@ -94,16 +99,14 @@ def frontier(
     for experts, count in product(*(tuple(values or ()) or range(1, depth + 1) for values in (num_B, num_A))):
         shape: dict[str, Any] = {"num_A": count, "num_B": experts}
         try:
-            choice = choose(
-                modules, parameters=budget, routing=routing, targets=targets, shared_router=shared_router, **shape
-            )
+            choice = choose(modules, parameters=budget, gain=gain, own_r=own_r, **rest, **shape)
         except LilyError as error:
             refused = error
             continue
         plan = build_plan(modules, LilyConfig(r=choice.r, target_modules=chosen, **shape))
         share = choice.parameters / budget
         if share >= least:
-            point = Point(choice.r, count, experts, choice.parameters, share, min(widest, experts * choice.r))
+            point = Point(choice.r, count, experts, choice.parameters, share, min(widest, experts * choice.r + own_r))
             points.setdefault((tuple(len(g.blocks) for g in plan.groups), experts), point)
     if not points:
         raise refused or LilyError(

@@ -240,6 +240,38 @@ def forgetting_plot(outcomes: Sequence[Outcome], metric: str) -> Picture:
     return Picture(figure, f"{metric} against forgetting; Pareto fronts: {'; '.join(texts)}.")
 
 
+def curves_plot(panels: Mapping[str, Mapping[str, Sequence[tuple[float, Sequence[float]]]]], x: str, y: str) -> Picture:
+    """Values over a quantity on a logarithmic axis: one panel per task, one line per contestant.
+
+    Args:
+        panels: title -> contestant -> points (x, the values of all seeds), in any order.
+        x: name and unit of the quantity.
+        y: name and unit of the values.
+    """
+    if not any(panels.values()):
+        raise LilyError("nothing was trained, so there is nothing to draw")
+    across = min(2, len(panels))
+    down = -(-len(panels) // across)
+    figure = new_figure(5.2 * across, 3.8 * down)
+    axes = [panel for row in figure.subplots(down, across, squeeze=False) for panel in row]
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    texts = []
+    for panel, (title, lines) in zip(axes, panels.items(), strict=False):
+        for name, points in lines.items():
+            color = "black" if name.startswith("LoRA") else LINES[names.index(name) % len(LINES)]
+            ordered = sorted(points)
+            means = [fmean(values) for _, values in ordered]
+            panel.errorbar([at for at, _ in ordered], means, [spread(values) or 0.0 for _, values in ordered],
+                           fmt="o-", markersize=4, capsize=3, color=color, label=name)  # fmt: skip
+            best = min(range(len(means)), key=means.__getitem__)
+            texts.append(f"{title}, {name}: lowest {means[best]:.4g} at {ordered[best][0]:g}")
+        panel.set(title=title, xlabel=x, ylabel=y, xscale="log")
+    for panel in axes[len(panels) :]:
+        panel.remove()
+    axes[0].legend(fontsize=8)
+    return Picture(figure, f"{y} over {x}. {'; '.join(texts)}.")
+
+
 def settings_plot(settings: Mapping[str, Sequence[Tried]], metric: str) -> Picture:
     """Quality by learning rate (x) and scale (y): one row of panels per task, one panel per contestant.
 

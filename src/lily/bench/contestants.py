@@ -15,18 +15,26 @@ from torch import Tensor, nn
 import lily
 from lily.bench.subjects import Subject
 from lily.errors import LilyError
-from lily.plan.budget import equal_lora_rank
+from lily.plan.budget import choose, equal_lora_rank
 from lily.plan.options import ROUTINGS
 
 FROZEN, LORA, LORA_RANK, STOCK, MERGED = "frozen", "LoRA", "LoRA, equal rank", "stock Lily", "Lily merged"
 NAMES = (FROZEN, LORA, LORA_RANK, STOCK, *(f"Lily {routing}" for routing in ROUTINGS), MERGED)
+# Structures with at most the parameters of the others, by the largest rank; measured when they are named.
+PAIR: dict[str, Any] = {"num_A": 1, "num_B": 1}
+STRUCTURES: dict[str, dict[str, Any]] = {
+    "Lily pair": PAIR,
+    "Lily permuted": PAIR | {"distinct": "permute"},
+    "Lily gains": PAIR | {"gain": "signs"},
+    "Lily own": PAIR | {"distinct": "permute", "own_r": 2},
+}
 
 
 @dataclass(frozen=True)
 class Contestant:
     """A model that is measured."""
 
-    name: str  # one of `NAMES`
+    name: str  # one of `NAMES` or `STRUCTURES`
     model: nn.Module  # shares its frozen weights with all contestants except the merged one
     rank: int  # of its updates; 0 for the frozen model
     parameters: int  # number that train
@@ -38,13 +46,14 @@ def contestants(subject: Subject, options: dict[str, Any], names: Sequence[str] 
     Args:
         subject: the base model.
         options: `r`, `num_A` (or `stride_A`), `num_B` and `scaling` of Lily; LoRA's rank follows from them.
-        names: contestants to build, from `NAMES`.
+        names: contestants to build, from `NAMES` and `STRUCTURES`.
 
     Raises:
         LilyError: for an unknown name.
     """
-    if unknown := [name for name in names if name not in NAMES]:
-        raise LilyError(f"--contestants: {unknown[0]!r} is unknown; choose from {', '.join(map(repr, NAMES))}")
+    if unknown := [name for name in names if name not in (*NAMES, *STRUCTURES)]:
+        known = ", ".join(map(repr, (*NAMES, *STRUCTURES)))
+        raise LilyError(f"--contestants: {unknown[0]!r} is unknown; choose from {known}")
     config = lily.LilyConfig(target_modules=subject.targets, routing="token", **options)
     modules = lily.select_modules(subject.base, config)
     plan = lily.build_plan(modules, config)
@@ -58,6 +67,11 @@ def contestants(subject: Subject, options: dict[str, Any], names: Sequence[str] 
         STOCK: (rank, partial(_stock, options, targets)),
         **{f"Lily {routing}": (rank, partial(_ours, options, targets, routing)) for routing in ROUTINGS},
     }
+    for name in (name for name in names if name in STRUCTURES):
+        made = STRUCTURES[name]
+        shape = {"gain": "gain" in made, "own_r": made.get("own_r", 0), "num_A": 1, "num_B": 1}
+        largest = choose(modules, parameters=plan.parameters.total, routing="static", targets=targets, **shape).r
+        makers[name] = (largest + shape["own_r"], partial(_ours, {**made, "r": largest}, targets, "static"))
     built = []
     for name in names:
         if name == STOCK and options.get("num_B") == 1:

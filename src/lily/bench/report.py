@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from lily._version import __version__
 from lily.analysis.plots import Picture, new_figure
 from lily.bench import measure
 from lily.bench.contestants import FROZEN, LORA, MERGED, NAMES, STOCK, Contestant, contestants
@@ -85,7 +86,8 @@ def machine(device: torch.device) -> dict[str, Any]:
         "onednn_products": matmul.ONEDNN,
         "versions": {
             "python": platform.python_version(),
-            **{p: version(p) for p in ("torch", "transformers", "peft", "lily-peft")},
+            **{p: version(p) for p in ("torch", "transformers", "peft")},
+            "lily-peft": __version__,  # of a checkout too, that is not installed
         },
     }
 

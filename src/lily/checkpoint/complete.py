@@ -15,7 +15,9 @@ from lily.layers.find import names_of_parameters
 SHOWN = 3  # names in a message
 
 # A tensor that PEFT or Lily trains for one adapter.
-OWN = re.compile(r"\.(?P<part>lily_(?!bank)[A-Za-z]+|modules_to_save|trainable_tokens_delta)\.(?P<adapter>[^.]+)(\.|$)")
+OWN = re.compile(
+    r"\.(?P<part>lily_(?!bank)[A-Za-z_]+|modules_to_save|trainable_tokens_delta)\.(?P<adapter>[^.]+)(\.|$)"
+)
 
 
 def check_complete(model: nn.Module, configs: Mapping[str, Any], adapter: str, saved: Collection[str]) -> None:

@@ -6,9 +6,13 @@ Written: stock PEFT's names, each shared tensor once, under the first layer that
     <layer>.lily_B.weight       (experts * r, out)
     <layer>.lily_router.weight  (experts, r)         token, sequence and batch routing
     <layer>.lily_logits         (experts,)           static routing
+    <layer>.lily_gain.weight    (r,)                 with `gain`
+    <layer>.lily_own_A.weight   (own_r, in)          with `own_r`
+    <layer>.lily_own_B.weight   (own_r, out)
 
 A convolution's A is (r, channels * height * width), an embedding's (r, rows). For a parameter that stacks the experts
-of a mixture, `<layer>` is its name; all its A are concatenated into one tensor, and its logits are (stacked, experts).
+of a mixture, `<layer>` is its name; all its A are concatenated into one tensor, as are gains and own A and B, and its
+logits are (stacked, experts).
 
 Read: that; stock's, which repeats shared tensors under every layer; and the paper repository's (`lily_lp` for A,
 `lily_hp` for B, as a parameter (experts, r, out) or a linear layer's weight). Which layers share a tensor is determined
@@ -27,6 +31,7 @@ from torch import Tensor
 
 from lily.errors import LilyError
 from lily.layers.bank import BANK
+from lily.layers.own import own_shapes
 from lily.plan.sharing_plan import Group, SharingPlan, router_size
 from lily.plan.specs import ModuleSpec
 from lily.plan.wrappers import unwrapped
@@ -34,7 +39,9 @@ from lily.plan.wrappers import unwrapped
 PREFIX = "base_model.model."
 
 PAPER_NAMES = {"lily_lp": "A", "lily_hp": "B"}
-KEY = re.compile(r"^(?P<layer>.+)\.(?P<part>lily_A|lily_B|lily_router|lily_logits|lily_lp|lily_hp)(?:\.weight)?$")
+Parts = dict[str, dict[str, Tensor]]  # A, B, router, logits, gain, own_A, own_B -> layer -> tensor
+OWN = {"gain": "gain", "own_A": "own_r", "own_B": "own_r"}  # what layers have for themselves -> its option
+KEY = re.compile(r"^(?P<layer>.+)\.(?P<part>lily_(?:A|B|router|logits|gain|own_A|own_B)|lily_lp|lily_hp)(?:\.weight)?$")
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,7 @@ class AdapterTensors:
         router: layer -> R (experts, r), if each layer has a router.
         shared_router: index of the group -> R (experts, r), if its layers share one.
         logits: layer -> logits (experts,) of static weights.
+        own: part (`gain`, `own_A`, `own_B`) -> layer -> tensor.
         other: everything else in the file (saved modules, biases), unchanged.
     """
 
@@ -56,6 +64,7 @@ class AdapterTensors:
     logits: dict[str, Tensor]
     other: dict[str, Tensor]
     shared_router: dict[int, Tensor] = field(default_factory=dict)
+    own: Parts = field(default_factory=dict)
 
 
 def dump(state: Mapping[str, Tensor], adapter: str, plan: SharingPlan, every_layer: bool = False) -> dict[str, Tensor]:
@@ -87,7 +96,7 @@ def dump(state: Mapping[str, Tensor], adapter: str, plan: SharingPlan, every_lay
             key = f"{root}{group.layers[0]}.lily_router.{adapter}.weight"
             out[key] = clean[f"{root}{BANK}.lily_R.{adapter}.{number}"]
     for name in plan.slots:
-        for part, suffix in (("lily_router", ".weight"), ("lily_logits", "")):
+        for part, suffix in (("lily_logits", ""), *((f"lily_{own}", ".weight") for own in ("router", *OWN))):
             key = f"{root}{name}.{part}.{adapter}"
             if f"{key}.weight" in clean:
                 out[f"{key}{suffix}"] = clean[f"{key}.weight"]
@@ -160,6 +169,15 @@ def _assign(parts: Parts, plan: SharingPlan, settled: float | None, other: dict[
     A = {i: _shared(parts["A"], block, f"A of {block[0]}") for i, (_, block) in enumerate(plan.blocks)}
     B = {i: _shared(parts["B"], g.layers, f"B of {g.name}") for i, g in enumerate(plan.groups)}
     kept: Parts = {"router": {}, "logits": {}}
+    private: Parts = {part: {} for part in OWN}
+    for name in plan.slots:
+        for part in own_shapes(plan.group_of(name)):
+            if name not in parts[part]:
+                raise LilyError(
+                    f"the adapter file has no lily_{part} for {name}, which {OWN[part]} needs; is it the file of this "
+                    "configuration, and complete?"
+                )
+            private[part][name] = parts[part][name]
     if settled is None and plan.routing != "uniform":  # the paper's files have routers with uniform routing, too
         spare = "router" if plan.routing == "static" else "logits"
         if parts[spare]:
@@ -180,7 +198,7 @@ def _assign(parts: Parts, plan: SharingPlan, settled: float | None, other: dict[
             for i, group in enumerate(plan.groups)
             if group.num_B > 1
         }
-        return AdapterTensors(A, B, {}, {}, other, shared)
+        return AdapterTensors(A, B, {}, {}, other, shared, private)
     for name in plan.slots:
         group = plan.group_of(name)
         if not router_size(plan.routing, group.r, group.num_B):
@@ -195,7 +213,7 @@ def _assign(parts: Parts, plan: SharingPlan, settled: float | None, other: dict[
                     "is it the file of this configuration and base model, and complete?"
                 )
             kept[part][name] = parts[part][name]
-    return AdapterTensors(A, B, kept["router"], kept["logits"], other)
+    return AdapterTensors(A, B, kept["router"], kept["logits"], other, own=private)
 
 
 def check_base(plan: SharingPlan, expected: Mapping[str, int] | None, base: str | None = None) -> None:
@@ -227,11 +245,8 @@ class Regrouped(Exception):
         self.plan = plan
 
 
-Parts = dict[str, dict[str, Tensor]]  # A, B, router, logits -> layer -> tensor
-
-
 def _collect(state: Mapping[str, Tensor], plan: SharingPlan) -> tuple[Parts, dict[str, Tensor]]:
-    parts: Parts = {"A": {}, "B": {}, "router": {}, "logits": {}}
+    parts: Parts = {part: {} for part in ("A", "B", "router", "logits", *OWN)}
     other: dict[str, Tensor] = {}
     for key, tensor in state.items():
         match = KEY.match(unwrapped(key))
@@ -255,7 +270,13 @@ def _checked(key: str, tensor: Tensor, part: str, group: Group) -> Tensor:
         "B": (group.num_B * group.r, group.out_features),
         "router": (group.num_B, group.r),
         "logits": group.logits_shape,
-    }[part]
+        **own_shapes(group),
+    }.get(part)
+    if expected is None:
+        raise LilyError(
+            f"the adapter file has {key!r}, but the configuration has no {OWN[part]}; is it the file of this "
+            "configuration?"
+        )
     if part == "B" and tuple(tensor.shape) == (group.num_B, group.r, group.out_features):
         tensor = tensor.reshape(expected)  # the paper's nn.Parameter form
     if tuple(tensor.shape) == expected:

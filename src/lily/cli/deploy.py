@@ -25,10 +25,10 @@ READERS = ("peft", "vllm", "diffusers")  # GGUF is a separate kind
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Options of each kind.
 OPTIONS: dict[str, tuple[str, ...]] = {
-    "lora": ("--for", "--rank", "--tolerance", "--force", "--dtype"),
+    "lora": ("--for", "--rank", "--tolerance", "--force", "--dtype", "--reduce-intruders"),
     "merged": ("--dtype",),
     "stock": (),
-    "gguf": (),
+    "gguf": ("--reduce-intruders",),
 }
 
 
@@ -115,6 +115,19 @@ def export_command(
         float | None, Option(help="Share of a layer's energy that --rank may drop. Default: 0.01.")
     ] = None,
     force: Annotated[bool, Option("--force", help="Reduce the rank even if --tolerance is exceeded.")] = False,
+    reduce_intruders: Annotated[
+        bool, Option("--reduce-intruders", help="With lora or gguf: reduce intruder dimensions, as in PEFT.")
+    ] = False,
+    top_k: Annotated[
+        int | None, Option("--top-k", min=1, help="Leading singular vectors to look for intruders in. Default: 10.")
+    ] = None,
+    threshold_epsilon: Annotated[
+        float | None, Option("--threshold-epsilon", help="Cosine similarity that an intruder is below. Default: 0.5.")
+    ] = None,
+    mitigation_lambda: Annotated[
+        float | None,
+        Option("--mitigation-lambda", help="Factor on intruders: 1 keeps, 0 removes them. Default: 0.75."),
+    ] = None,
     dtype: Annotated[str, Option(help="Data type: auto, float32, bfloat16 or float16.")] = "auto",
     base: Annotated[str | None, Option(help="Folder of the base model, if it has moved.")] = None,
     recipe: RecipeOption = None,
@@ -124,7 +137,12 @@ def export_command(
     if to not in KINDS:
         raise LilyError(f"--to {to}: choose one of {', '.join(KINDS)}")
     options = {"--for": target != "peft", "--rank": rank is not None, "--tolerance": tolerance is not None,
-             "--force": force, "--dtype": dtype != "auto"}  # fmt: skip
+             "--force": force, "--dtype": dtype != "auto", "--reduce-intruders": reduce_intruders}  # fmt: skip
+    values = {"top_k": top_k, "threshold_epsilon": threshold_epsilon, "mitigation_lambda": mitigation_lambda}
+    mitigation: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
+    if mitigation and not reduce_intruders:
+        unused = "--" + next(iter(mitigation)).replace("_", "-")
+        raise LilyError(f"{unused} has no effect without --reduce-intruders; add that, or drop {unused}")
     _check_options(to, [name for name, is_used in options.items() if is_used])
     if target not in READERS:
         raise LilyError(f"--for {target}: choose one of {', '.join(READERS)}")
@@ -138,8 +156,9 @@ def export_command(
     from lily import export
     from lily.recipes.deploy import load_for_export
 
+    weights = to == "merged" or reduce_intruders
     model, tokenizer, facts = load_for_export(
-        adapter, recipe=recipe, base=base, weights=to == "merged", dtype=dtype if to == "merged" else "auto"
+        adapter, recipe=recipe, base=base, weights=weights, dtype=dtype if to == "merged" else "auto"
     )
     if to == "gguf" and not hasattr(model, "get_base_model"):
         raise LilyError(f"{adapter} is for a pipeline, which llama.cpp does not run; export --to lora --for diffusers")
@@ -159,6 +178,8 @@ def export_command(
             provenance=facts,
         )
         _print_lora(lora, model, rank, console)
+        if reduce_intruders:
+            lora = export.reduce_intruder_dimension(lora, model, **mitigation, logging_sink=print)
         if to == "gguf":
             from lily.deploy.gguf import write_gguf
 

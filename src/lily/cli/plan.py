@@ -91,6 +91,8 @@ def _cost_table(report: PlanReport) -> Table:
     table.add_row("rank", f"{report.options['r']} ({report.rank_advantage:.1f}x LoRA's)", str(lora.r))
     for part, label in (("A", "A, shared by neighbors"), ("B", "B, shared by all"), ("router", "routers")):
         table.add_row(label, f"{parts[part]:,}", "")
+    if parts["own"]:
+        table.add_row("gains, and A and B of each layer's own", f"{parts['own']:,}", "")
     table.add_row("trainable parameters", f"{parts['total']:,}", f"{lora.parameters:,}")
     in_model = (report.share_of_model, lora.parameters / report.model_parameters)
     table.add_row("share of the model", *(f"{share:.3%}" for share in in_model))
@@ -129,6 +131,9 @@ def render_recipe(report: RecipeReport, console: Console) -> None:
     if report.method != "lily":
         console.print(f"The recipe trains with method {report.method}; this is the plan of its section lily.")
     render_plan(report.plan, console)
+    if report.learning_rates:
+        rates = ", ".join(f"{part} {rate:g}" for part, rate in report.learning_rates.items())
+        console.print(f"\nLearning rates of the parts: {rates}", highlight=False)
     if report.data is not None or report.no_data:
         console.rule("data", align="left")
     if report.data is not None:
@@ -206,6 +211,14 @@ def plan_command(
     routing: Annotated[
         str | None, Option(help="token, sequence, batch, static or uniform. Default: by the model.")
     ] = None,
+    distinct: Annotated[
+        str | None, Option(help="Fixed difference between layers: permute, signs or permute+signs. Default: none.")
+    ] = None,
+    gain: Annotated[
+        str | None,
+        Option(help="Learned gain per layer and rank: starts at ones, signs or half-signs. Default: none."),
+    ] = None,
+    own_r: Annotated[int | None, Option(help="Rank of an A and B of each layer's own. Default: 0.")] = None,
     task: Annotated[str | None, Option(help=f"Task: {', '.join(TASKS)}. Default: by the model's architecture.")] = None,
     tokens: Annotated[
         int | None, Option(min=1, help="Tokens per sample, for the estimates. Default: 512, or the recipe's.")
@@ -234,6 +247,9 @@ def plan_command(
         "parameters": None if params is None else parse_count(params),
         "match_lora": match_lora,
         "routing": routing,
+        "distinct": distinct,
+        "gain": gain,
+        "own_r": own_r,
         "task": None if task is None else task.upper().replace("-", "_"),
     }
     options = {name: value for name, value in values.items() if value is not None}

@@ -150,7 +150,7 @@ def _rank_of(config: Any) -> int | None:
 def _scale(recipe: Recipe, config: Any) -> tuple[tuple[str, ...], float] | None:
     section = methods.section_of(recipe.method)
     if section == "lily":
-        return ("lily", "scaling"), recipe.lily.scaling
+        return ("lily", "scaling"), float(config.scaling)
     if section == "lora":
         return ("lora", "alpha"), float(config.lora_alpha)
     if section == "peft":

@@ -141,6 +141,7 @@ def sizes(insight: Insight) -> list[Block]:
             "A, shared by neighbors": p.A,
             "B, shared by all": p.B,
             "routers, one per layer": p.router,
+            **({"gains, and A and B of each layer's own": p.own} if p.own else {}),
             "adapter": p.total,
             "LoRA of the same rank": sum(len(g.members) * g.r * (g.in_features + g.out_features) for g in groups),
         }

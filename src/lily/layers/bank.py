@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lily.layers.attention_masks import MaskTracker, watch
 from lily.layers.devices import Placement
+from lily.layers.starts import kaiming, orthonormal
 from lily.plan.sharing_plan import Group, SharingPlan, Slot
 from lily.plan.specs import EMBEDDING
 from lily.plan.wrappers import innermost
@@ -60,6 +61,7 @@ class LilyBank(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         plans: adapter -> its sharing plan.
         placements: adapter -> device and dtype of each A and B, those of the first layer that uses it.
         settled: adapter -> how far its routing has settled; absent if it is not settling.
+        awaiting: adapter -> the hook that warns if it trains without its start from data (`init_weights="data"`).
         masks: the attention masks for `sequence` routing.
         arrived: tensors by name that are being loaded into a model that accelerate spreads over devices; empty after.
     """
@@ -69,7 +71,7 @@ class LilyBank(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     bias = None
 
     adapter_layer_names: tuple[str, ...] = ("lily_A", "lily_B", "lily_R")
-    other_param_names: tuple[str, ...] = ("plans", "placements", "settled")
+    other_param_names: tuple[str, ...] = ("plans", "placements", "settled", "awaiting")
 
     if TYPE_CHECKING:  # BaseTunerLayer's own, which has no types
 
@@ -87,6 +89,7 @@ class LilyBank(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.plans: dict[str, SharingPlan] = {}
         self.placements: dict[str, tuple[list[Placement], list[Placement]]] = {}
         self.settled: dict[str, Settled] = {}
+        self.awaiting: dict[str, Any] = {}
         self.masks = MaskTracker()
         self.arrived: dict[str, Tensor] = {}
         self.watching: list[Any] = []
@@ -99,7 +102,7 @@ class LilyBank(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         adapter: str,
         plan: SharingPlan,
         placements: Mapping[str, Placement],
-        init_weights: bool,
+        init_weights: bool | str,
         activations: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """Create the tensors of a plan, initialized by `first_values`.
@@ -108,7 +111,7 @@ class LilyBank(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             adapter: its name; an adapter of that name is replaced.
             plan: the sharing plan.
             placements: device and dtype by layer.
-            init_weights: False initializes all of them at random.
+            init_weights: as in `LilyConfig`.
             activations: group -> activation between its A and B; default: none.
         """
         self.plans[adapter] = plan
@@ -125,7 +128,7 @@ class LilyBank(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         )
         if plan.shared_router:
             routers = {
-                str(i): _shared(g.num_B, g.r, placement, _kaiming)
+                str(i): _shared(g.num_B, g.r, placement, kaiming)
                 for i, (g, placement) in enumerate(zip(plan.groups, on_B, strict=True))
                 if g.num_B > 1
             }
@@ -213,22 +216,25 @@ def bank_of(model: nn.Module) -> LilyBank:
 Fill = Callable[[Tensor], Tensor]
 
 
-def first_values(group: Group, init_weights: bool, activation: str) -> tuple[Fill, Fill]:
-    """Initializers of the A and the B of a group: A Kaiming-uniform and B zero, so that the update is zero.
+def first_values(group: Group, init_weights: bool | str, activation: str, rank: int | None = None) -> tuple[Fill, Fill]:
+    """Initializers of the A and the B of a group: by default A Kaiming-uniform and B zero, so that the update is zero.
 
     An embedding has A zero and B standard normal, as in LoRA: A has a column for every row of the embedding, and rows
     that training never looks up must not change with B. (With ReLU, whose gradient at zero is zero, such an A would
     never learn.)
+
+    Args:
+        group: the group.
+        init_weights: as in `LilyConfig`; with `data`, A is Kaiming-uniform until the data have been seen.
+        activation: between A and B.
+        rank: rows of one A; default: the group's.
     """
     if not init_weights:
-        return _kaiming, _kaiming
+        return kaiming, kaiming
     if group.kind == EMBEDDING and activation != "relu":
         return nn.init.zeros_, nn.init.normal_
-    return _kaiming, nn.init.zeros_
-
-
-def _kaiming(weight: Tensor) -> Tensor:
-    return nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+    start_A = partial(orthonormal, rank=rank or group.r) if init_weights == "orthonormal" else kaiming
+    return start_A, nn.init.zeros_
 
 
 def _shared(rows: int, columns: int, placement: Placement, fill: Fill) -> nn.Parameter:

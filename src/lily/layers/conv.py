@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lily import functional
@@ -41,6 +42,16 @@ class Conv2d(LilyLayer):
 
     def _down(self, x: Tensor, A: Tensor) -> Tensor:
         return functional.down_conv(self._cast_input_dtype(x, A.dtype), A, self._conv)
+
+    def inputs_of_A(self, x: Tensor) -> Tensor | None:
+        """The patches (batch, pixels, in) that the kernel covers; see `LilyLayer.inputs_of_A`."""
+        conv, mode = self._conv, self._conv.padding_mode
+        x = F.pad(
+            x if x.ndim == 4 else x.unsqueeze(0),
+            conv._reversed_padding_repeated_twice,
+            mode="constant" if mode == "zeros" else mode,
+        )
+        return F.unfold(x, conv.kernel_size, conv.dilation, 0, conv.stride).mT
 
     def _out(self, update: Tensor, x: Tensor) -> Tensor:
         return update.movedim(-1, 1)

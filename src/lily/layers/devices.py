@@ -27,7 +27,7 @@ Placement = tuple[torch.device, torch.dtype | None]
 WEIGHTS = ("weight", "qweight", "W_q")
 
 # The modules that hold an adapter's tensors.
-HOLDER = re.compile(r"(^|\.)lily_(A|B|R|router|logits)(\.|$)")
+HOLDER = re.compile(r"(^|\.)lily_(A|B|R|router|logits|gain|own_A|own_B)(\.|$)")
 
 
 def placement(module: nn.Module, spread: bool = False, parameter: str | None = None) -> Placement:

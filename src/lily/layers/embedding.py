@@ -31,6 +31,10 @@ class Embedding(LilyLayer):
     def _down(self, x: Tensor, A: Tensor) -> Tensor:
         return functional.down_embedding(x, A, self._table)
 
+    def inputs_of_A(self, x: Tensor) -> Tensor | None:
+        """None: ids are no vectors."""
+        return None
+
     def _out(self, update: Tensor, x: Tensor) -> Tensor:
         scale = self._get_embed_scale()  # type: ignore[operator]  # Gemma scales the looked-up rows
         return update if scale is None else update * scale.to(update)

@@ -1,7 +1,7 @@
 """State of one adapted layer: its settings, its router, where its shared tensors are; and one call into the math.
 
-Each kind of layer has a subclass (`linear`, `conv`, `embedding`, `slice`, `parameter`, `parallel_module`); merging is
-in `merging`.
+Each kind of layer has a subclass (`linear`, `conv`, `embedding`, `slice`, `parameter`, `parallel_module`). Mixing
+weights are in `mixing`, what a layer has for itself in `own`, merging in `merging`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from lily.kernels import fused
 from lily.layers.bank import LilyBank
 from lily.layers.devices import execution_device, onload, weight_of
 from lily.layers.merging import Factors, MergingMixin, NotStaticError
+from lily.layers.mixing import MixingMixin
+from lily.layers.own import Distinction, OwnMixin
 from lily.layers.router import Logits, LogitsByAdapter, Router
 from lily.layers.routing_statistics import RoutingStatistics
-from lily.layers.sharding import is_here, mean_of_all
+from lily.layers.sharding import is_here
 from lily.plan.config import LilyConfig
 from lily.plan.options import DYNAMIC
 from lily.plan.sharing_plan import Group, Slot
@@ -40,6 +42,8 @@ class Settings:
         batch_scope: whether `batch` routing averages over one process or all.
         activation: between A and B.
         dropout: probability, on h.
+        distinction: what distinguishes the layer from the others of its group; None if nothing does.
+        own_r: rank of the A and B of a single layer.
     """
 
     slot: Slot
@@ -51,9 +55,11 @@ class Settings:
     batch_scope: str
     activation: str
     dropout: float
+    distinction: Distinction | None
+    own_r: int
 
 
-class LilyLayer(nn.Module, MergingMixin):
+class LilyLayer(MixingMixin, OwnMixin, MergingMixin):
     """An adapted layer of any kind. A and B are in the bank; see `lily.layers.bank`.
 
     Args:
@@ -64,10 +70,11 @@ class LilyLayer(nn.Module, MergingMixin):
         settings: adapter -> its settings on this layer.
         lily_router: adapter -> R as `nn.Linear(r, experts)`, for token, sequence and batch routing.
         lily_logits: adapter -> `Logits` (experts,), for static routing and while a routing settles.
+        lily_gain: adapter -> gain (r,), with `gain`; lily_own_A, lily_own_B: its own pair, with `own_r`.
         statistics: adapter -> recorder of its routing; empty unless something records it.
     """
 
-    adapter_layer_names: tuple[str, ...] = ("lily_router", "lily_logits")
+    adapter_layer_names: tuple[str, ...] = ("lily_router", "lily_logits", "lily_gain", "lily_own_A", "lily_own_B")
     other_param_names: tuple[str, ...] = ("settings", "statistics", "rounding")
 
     def __init__(self, base_layer: nn.Module, bank: LilyBank) -> None:
@@ -79,6 +86,7 @@ class LilyLayer(nn.Module, MergingMixin):
         self.settings: dict[str, Settings] = {}
         self.lily_router = nn.ModuleDict({})
         self.lily_logits = LogitsByAdapter({})
+        self.lily_gain, self.lily_own_A, self.lily_own_B = (nn.ModuleDict({}) for _ in range(3))
         self.statistics: dict[str, RoutingStatistics] = {}
         self.merged_as, self.rounding, self.merged_adapters = {}, {}, []
         self._disable_adapters = False
@@ -137,9 +145,10 @@ class LilyLayer(nn.Module, MergingMixin):
             device: where the layer computes; default: where its base weight is.
         """
         own = config.options_of(group.name)
+        assert own.scaling is not None  # the plan's ranks have decided it
         self.settings[adapter] = Settings(
             slot, group.r, group.num_B, group.stride, own.scaling, str(config.routing), config.batch_scope,
-            own.activation, own.dropout,
+            own.activation, own.dropout, self._add_own(adapter, group, slot, config), group.own_r,
         )  # fmt: skip
         if group.num_B > 1 and config.routing in DYNAMIC and not config.shared_router:
             self.lily_router[adapter] = Router(group.r, group.num_B)
@@ -160,36 +169,14 @@ class LilyLayer(nn.Module, MergingMixin):
         return sorted(self.bank.plans)
 
     def _move_own(self, adapter: str, device: torch.device, dtype: torch.dtype | None) -> None:
-        """Move an adapter's router and logits, unless they are on the meta device because a file follows."""
-        for own in (self.lily_router, self.lily_logits):
+        """Move the layer's own tensors of an adapter, unless they are on the meta device because a file follows."""
+        for own in (getattr(self, name) for name in self.adapter_layer_names):
             if adapter in own and not cast(Tensor, own[adapter].weight).is_meta:
                 own[adapter].to(device, dtype)
 
     def change_settings(self, adapter: str, **changes: Any) -> None:
         """Replace some fields of an adapter's settings."""
         self.settings[adapter] = replace(self.settings[adapter], **changes)
-
-    def router_of(self, adapter: str, device: torch.device | None = None) -> Tensor | None:
-        """R (experts, r), the static logits (experts,), or None where the routing learns nothing; on a device."""
-        settings = self.settings[adapter]
-        if settings.num_B == 1 or settings.routing == "uniform":
-            return None
-        router = self._router(adapter)
-        if router.is_meta:
-            onload(self)
-            router = self._router(adapter)
-        return router if device is None or router.device == device else router.to(device)
-
-    def logits_of(self, adapter: str) -> nn.Parameter:
-        """The static logits (experts,) of an adapter that has them."""
-        return cast(nn.Parameter, self.lily_logits[adapter].weight)
-
-    def _router(self, adapter: str) -> Tensor:
-        if self.settings[adapter].routing == "static":
-            return self.logits_of(adapter)
-        if adapter not in self.lily_router:
-            return self.bank.router(adapter, self.settings[adapter].slot)
-        return cast(Tensor, self.lily_router[adapter].weight)
 
     def tensors_of(self, adapter: str, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (experts, r, out), where the bank has them now, or on a device.
@@ -209,14 +196,18 @@ class LilyLayer(nn.Module, MergingMixin):
 
     def _pair(self, adapter: str, device: torch.device | None) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (experts * r, out), on a device: layers on several devices share one bank."""
-        bank, slot = self._bank[0], self.settings[adapter].slot
-        A, B = bank.pair(adapter, slot)
-        if device is None or (A.device == device and B.device == device):
-            return A, B
-        if A.is_meta or B.is_meta:
-            onload(bank)
-            A, B = bank.pair(adapter, slot)
-        return A.to(device), B.to(device)
+        bank, settings = self._bank[0], self.settings[adapter]
+        A, B = bank.pair(adapter, settings.slot)
+        if device is not None and not (A.device == device and B.device == device):
+            if A.is_meta or B.is_meta:
+                onload(bank)
+                A, B = bank.pair(adapter, settings.slot)
+            A, B = A.to(device), B.to(device)
+        if settings.distinction is not None and is_here(A):
+            A = settings.distinction.apply(A, self._own(adapter, "lily_gain", A.device))
+        if settings.own_r and is_here(A) and is_here(B):
+            A, B = self._with_own(adapter, A, B)
+        return A, B
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output for `x` plus the updates, in its dtype. Kinds with a faster way override this."""
@@ -245,6 +236,10 @@ class LilyLayer(nn.Module, MergingMixin):
     def _down(self, x: Tensor, A: Tensor) -> Tensor:
         """The input projected by A, before the activation: (..., r), where the leading dimensions are tokens."""
         return self._cast_input_dtype(x, A.dtype) @ A.T  # type: ignore[no-any-return]
+
+    def inputs_of_A(self, x: Tensor) -> Tensor | None:
+        """The vectors (..., in) that A multiplies for an input `x`; None: there are none, or they are not visible."""
+        return x
 
     def _out(self, update: Tensor, x: Tensor) -> Tensor:
         """The update (..., out) in the shape of the base layer's output."""
@@ -282,51 +277,6 @@ class LilyLayer(nn.Module, MergingMixin):
         how = fused.How(routing, settings.num_B, settings.scaling, dtype, settings.activation, dropout, self.transposed)
         mask = bank.masks.mask_for(x) if routing == "sequence" else None
         return fused.Update(A, B, router, how, mask)
-
-    def _settled_router(self, adapter: str, done: bool) -> tuple[str, Tensor]:
-        """The routing before or after settling and its router, plus zero times the unused one.
-
-        Without a gradient for the unused one, distributed training would wait for it.
-        """
-        router, logits = cast(Tensor, self.router_of(adapter)), self.logits_of(adapter)
-        used, unused = (logits, router) if done else (router, logits)
-        if self.training and unused.requires_grad:
-            used = used + 0 * unused.sum().to(used.dtype)
-        return ("static" if done else self.settings[adapter].routing), used
-
-    @torch.no_grad()
-    def _record(self, adapter: str, x: Tensor, A: Tensor) -> None:
-        """Record expert weights that the fused path does not return; recomputes h."""
-        settings, statistics = self.settings[adapter], self.statistics[adapter]
-        if statistics.wants(self.training):
-            mask = self.bank.masks.mask_for(x)
-            h = functional.down(self._cast_input_dtype(x, A.dtype), A, settings.activation)
-            routing = "token" if statistics.per_token else settings.routing
-            router = self.router_of(adapter, x.device)
-            statistics.add(functional.weights(h, settings.num_B, router, routing, mask), h, mask)
-
-    def _weights(self, adapter: str, h: Tensor, x: Tensor) -> Tensor:
-        """The mixing weights of a forward: (E,), (batch, 1, E) or (..., E)."""
-        settings, router = self.settings[adapter], self.router_of(adapter, h.device)
-        experts, routing = settings.num_B, settings.routing
-        statistics = self.statistics.get(adapter)
-        settled = self.bank.settled.get(adapter) if experts > 1 else None
-        mask = self._mask(x, h) if routing == "sequence" or statistics is not None else None
-        if settled is not None:
-            logits = self.logits_of(adapter)
-            target = functional.softmax(logits).to(h.dtype)
-            if settled.done:
-                return functional.softmax(self._settled_router(adapter, True)[1]).to(h.dtype)
-        if routing == "batch" and self.training and router is not None and settings.batch_scope == "global":
-            w = mean_of_all(functional.route(h, router))
-        else:
-            w = functional.weights(h, experts, router, routing, mask)
-        if statistics is not None and statistics.wants(self.training):
-            per_token = functional.weights(h, experts, router, "token") if statistics.per_token else w
-            statistics.add(per_token, h, mask)
-        if settled is not None:
-            w = settled.blend(w, target.detach()) + (0 * logits.sum()).to(h.dtype)
-        return w
 
     def is_static(self, adapter: str) -> bool:
         """Whether the adapter's update is one matrix for all data, so that it can be merged and exported."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lily import functional
 from lily.layers.bank import LilyBank
 from lily.layers.devices import call_with, placement
 from lily.layers.part import PartLayer
@@ -57,12 +58,28 @@ class Parameter(PartLayer):
         self._move_own(adapter_name, device or home, dtype)
 
     def tensors_of(self, adapter: str, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-        """A and B (experts of B, r, out). For stacked experts, A is (experts, r, in), the A of each."""
+        """A (r, in) and B (experts of B, r, out). For stacked experts, A is (experts, r, in), the A of each.
+
+        With own ranks their B is (experts, experts of B, r + own_r, out).
+        """
         A, B = super().tensors_of(adapter, device)
         if not self.experts:
             return A, B
-        A, stride = A.view(-1, self.settings[adapter].r, A.shape[1]), self.settings[adapter].stride
-        return (A if stride == 1 else A[torch.arange(self.experts, device=A.device) // stride]), B
+        settings = self.settings[adapter]
+        A, stride = A.view(-1, settings.r, A.shape[1]), settings.stride
+        if settings.distinction is None and stride > 1:
+            A = A[torch.arange(self.experts, device=A.device) // stride]
+        if settings.own_r:
+            own = (self._own(adapter, f"lily_own_{part}", B.device) for part in "AB")
+            A, B = functional.with_own(A, B, *(t.view(self.experts, -1, t.shape[1]) for t in own))
+        return A, B
+
+    def inputs_of_A(self, x: Tensor) -> Tensor | None:
+        """None: what the module multiplies its parameter with is not visible here."""
+        return None
+
+    def _with_own(self, adapter: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        return (A, B) if self.experts else super()._with_own(adapter, A, B)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output with its updated weights, including those of the adapters nested inside this one."""

@@ -23,14 +23,14 @@ class Router(nn.Linear):
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
 
 
-class Logits(nn.Module):
-    """The logits (experts,) of static weights; (stacked, experts) for stacked experts.
+class LayerTensor(nn.Module):
+    """A tensor of one layer and adapter.
 
     A module and not a parameter: the parameter's name then has the adapter's name between dots, by which TRL and others
     find an adapter's tensors to copy them.
 
     Args:
-        value: the logits.
+        value: the tensor.
         requires_grad: whether they are trained.
     """
 
@@ -38,6 +38,10 @@ class Logits(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(value, requires_grad)
         self.not_a_unit = nn.Identity()
+
+
+class Logits(LayerTensor):
+    """The logits (experts,) of static weights; (stacked, experts) for stacked experts."""
 
 
 class LogitsByAdapter(nn.ModuleDict):

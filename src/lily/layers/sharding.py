@@ -1,4 +1,4 @@
-"""Sharded parameters: gather the whole tensor and write it back.
+"""Processes, and parameters that are sharded among them: gather the whole tensor and write it back.
 
 FSDP2 replaces a parameter by a DTensor, FSDP1 by a flat shard of its values (or an empty one), DeepSpeed's ZeRO-3 by an
 empty tensor that stores the shape.
@@ -15,6 +15,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def world_size() -> int:
+    """Number of processes; 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def from_first(value: Any) -> Any:
+    """Broadcast `value`, which can be pickled, from the first process to all."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def is_partitioned(p: Tensor) -> bool:
@@ -63,7 +77,7 @@ def put(p: Tensor, value: Tensor) -> None:
 
 def engine_in(model: nn.Module) -> str | None:
     """The class of an engine in the model that averages the gradients of several processes; None: there is none."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if world_size() == 1:
         return None
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 

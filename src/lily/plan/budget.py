@@ -4,7 +4,8 @@ Arithmetic on names and shapes only: no model, no tensor. A Lily adapter's size 
 
     parameters(r) = r * sum over groups of (n_A * in + num_B * out + layers * num_B) + layers * num_B (static routing)
 
-with `n_A` the number of A of a group and the router's term only where there is a router, so the largest rank that
+with `n_A` the number of A of a group and the router's term only where there is a router (and further terms, at most
+linear, for gains and own ranks), so the largest rank that
 fits a budget is one division, and the only choice left is how many layers share an A and how many experts there are.
 """
 
@@ -20,7 +21,7 @@ from typing import Any
 
 from lily.errors import LilyError
 from lily.plan.options import ROUTINGS
-from lily.plan.sharing_plan import group_key, router_size
+from lily.plan.sharing_plan import group_key, own_size, router_size
 from lily.plan.specs import EMBEDDING, PARAMETERS, ModuleSpec, base_compute, require_modules, require_positive
 
 DEFAULT_RANK = 32  # the paper's rank for encoders and vision transformers, and stock PEFT's default
@@ -119,6 +120,8 @@ class _Sharing:
     stride_A: int | None
     num_B: int
     shared_router: bool = False
+    gain: bool = False
+    own_r: int = 0
 
     def count_A(self, layers: int) -> int:
         stride = self.stride_A or math.ceil(layers / (self.num_A or 1))
@@ -137,6 +140,8 @@ def choose(
     routing: str = "token",
     targets: object = None,
     shared_router: bool = False,
+    gain: bool = False,
+    own_r: int = 0,
 ) -> Choice:
     """Choose those of r, num_A and num_B that are not given.
 
@@ -156,6 +161,8 @@ def choose(
         routing: the adapter's routing, which decides the size of the routers.
         targets: the adapter's `target_modules`, which decide how layers group; see `lily.plan.build_plan`.
         shared_router: whether the layers of a group have one router.
+        gain: whether each layer has a gain (r,).
+        own_r: rank of each layer's own A and B.
 
     Raises:
         LilyError: if the budget is too small (with the smallest one that works), given twice, or a value is not
@@ -171,7 +178,7 @@ def choose(
     depth = max(s.experts for s in shapes)
 
     def sharing(n: int) -> _Sharing:
-        return _Sharing(num_A if num_A or stride_A else n, stride_A, num_B or n, shared_router)
+        return _Sharing(num_A if num_A or stride_A else n, stride_A, num_B or n, shared_router, gain, own_r)
 
     def cost(rank: int, n: int) -> int:
         return _parameters(shapes, rank, sharing(n), routing)
@@ -213,6 +220,7 @@ def _parameters(shapes: Sequence[ModuleSpec], r: int, sharing: _Sharing, routing
     return sum(
         r * (sharing.count_A(s.experts) * s.in_features + sharing.num_B * s.out_features)
         + (1 if sharing.shared_router else s.experts) * router_size(routing, r, sharing.num_B)
+        + s.experts * own_size(r, sharing.gain, sharing.own_r, s.in_features, s.out_features)
         for s in shapes
     )
 
@@ -256,7 +264,8 @@ def _best(
 
 
 def _too_small(budget: int, least: int, r: int | None, sharing: _Sharing) -> str:
-    shape = f"r={r or 1}, {_say_A(sharing)}, num_B={sharing.num_B}"
+    own = f", own_r={sharing.own_r}" if sharing.own_r else ""
+    shape = f"r={r or 1}, {_say_A(sharing)}, num_B={sharing.num_B}{own}"
     fix = "give at least that many" + (", or leave r free" if r is not None else "") + ", or adapt fewer layers"
     return f"{budget:,} parameters are too few: the smallest Lily on these layers ({shape}) has {least:,}; {fix}"
 

@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
@@ -15,13 +16,16 @@ from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME, PeftType, TaskType
 
 from lily.errors import LilyError
+from lily.functional import default_scaling
 from lily.io.atomic import write_text
 from lily.plan.config_checks import check
-from lily.plan.options import DYNAMIC, OPTIONS, Options, sharing
+from lily.plan.options import DYNAMIC, OPTIONS, PAPER, Options, sharing
 
 # Written as the peft_type of adapters whose mathematics stock PEFT cannot express: PEFT without this package then
 # refuses them (it names the missing method) where it would otherwise ignore unknown keys and compute batch routing.
 EXTENDED_TYPE = "LILY_PEFT"
+
+BY_RANK = "by rank"  # the default scale, in a file that was written before a model decided it
 
 CAUSAL_TASKS = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
 
@@ -46,7 +50,9 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
         stride_A: how many consecutive layers of a group share one A. Default 1 (an A per layer).
         num_A: how many A per group; instead of `stride_A`, which is then `ceil(layers / num_A)`.
         num_B: experts per group; all layers of the group share them. 1 means one shared B and no router.
-        scaling: multiplies the update directly (there is no `alpha / r`). Finite and not zero.
+        scaling: multiplies the update directly (there is no `alpha / r`). Finite and not zero. Default: by the rank
+            of each layer, so that LoRA's learning rate at `lora_alpha = 2 r` serves every shape (see
+            `lily.functional.default_scaling`); a configuration from a file without the key means 1, as in stock PEFT.
         routing: what the expert weights depend on: `token`, `sequence`, `batch`, `static` or `uniform`. Default:
             `token` for causal models (`task_type` CAUSAL_LM or SEQ_2_SEQ_LM, or a model that is causal or a
             state-space model), else `sequence`; with `target_parameters`, `static`. A configuration written by stock
@@ -83,13 +89,25 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
         ensure_weight_tying: on a model whose output layer has the weight of the input embedding, keep what is trained
             of the two tied, as in LoRA: a module in `modules_to_save`, and `trainable_token_indices`.
         bias: which biases of the base model train: `none`, `all` or `lily_only` (those of adapted layers).
+        distinct: a fixed difference between the layers of a group, without parameters: `permute` the rank coordinates
+            of each layer, flip their `signs`, or `permute+signs`. Derived from `distinct_seed` and the layer's place in
+            its group (see `lily.functional.distinction`), so that files hold nothing for it; the first layer of a
+            group is not changed. Default: `none`, as in the paper.
+        distinct_seed: which permutations and signs `distinct` takes, and the signs at which `gain` starts.
+        gain: a learned gain (r,) per layer on the rows of A: starting at `ones`, at `signs`, or at `half-signs` (the
+            second half of the ranks). Default: `none`, as in the paper.
+        own_r: rank of a pair of A and B that each layer has for itself, beside the shared ones (RaSA, arXiv
+            2503.12576). Default: 0, as in the paper.
         settled: how far a data-dependent routing has moved to static weights (0 to 1), if it becomes static during
             training; set and moved by `lily.SettleCallback`. Default: the routing does not settle.
         adapted_layers: last name -> how many adapted layers have it. Written to files that stock PEFT refuses, because
             an adapter whose tensors are all shared would otherwise fit a model of any depth. Not set by users.
         provenance: what happened to the adapter after training, such as the report of its collapse; kept in every
             file and export. Not set by users.
-        init_weights: True starts B at zero, so an untrained adapter changes nothing; False starts B at random.
+        init_weights: how A and B start. True: A Kaiming-uniform and B at zero, so that an untrained adapter changes
+            nothing. `orthonormal`: A with orthogonal rows. `data`: A with the top right singular vectors of its
+            inputs, after `lily.initialize_from_data(model, dataloader)`. With both, B starts at zero. False: both at
+            random.
 
     Raises:
         LilyError: (a ValueError) for any value or combination that cannot work, with the fix.
@@ -98,6 +116,7 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
     # None, where stock PEFT has 1: it must stay visible which of `stride_A` and `num_A` was set.
     stride_A: int | None = None
     num_A: int | None = None
+    scaling: float | str | None = None
     routing: str | None = None
     batch_scope: str = "local"
     dropout: float = 0.0
@@ -107,6 +126,11 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
     parallel_modules: list[str] | None = None
     group_options: dict[str, dict[str, Any]] | None = None
     shared_router: bool = False
+    distinct: str = "none"
+    distinct_seed: int = 0
+    gain: str = "none"
+    own_r: int = 0
+    init_weights: bool | str = True
     rank_pattern: dict[str, int] | None = field(default_factory=dict)
     bias: str = "none"
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
@@ -130,6 +154,10 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
         self.layers_by_name: dict[str, int] | None = None
         self.stock_grouping = False
         self.modules_to_tie: set[str] | None = None
+        if self.scaling is None and from_file:
+            self.scaling = 1.0
+        elif self.scaling == BY_RANK:
+            self.scaling = None
         if self.routing is None:
             self.routing = "batch" if from_file else self.default_routing(self.task_type in CAUSAL_TASKS)
         if self.stride_A is None and self.num_A is None:
@@ -157,15 +185,42 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
         Args:
             group: the group's name in the plan, such as `q_proj` or `qkv.v`.
         """
+        values = {name: getattr(self, name) for name in OPTIONS}
+        return Options(**{**values, **sharing(self._own_of(group))})
+
+    def _own_of(self, group: str) -> dict[str, Any]:
         own = self.group_options or {}
         fitting = [key for key in own if group == key or group.endswith(f".{key}")]
-        values = {name: getattr(self, name) for name in OPTIONS}
-        return Options(**{**values, **(sharing(own[max(fitting, key=len)]) if fitting else {})})
+        return own[max(fitting, key=len)] if fitting else {}
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
         """Build a configuration from a file's keys, or from those of the paper's repository."""
         return super().from_peft_type(**_from_paper(kwargs))
+
+    @classmethod
+    def paper(cls, **options: Any) -> LilyConfig:
+        """The method as published (section 3), without what this package adds to it.
+
+        Args:
+            options: as of the class; they come before those of the paper.
+        """
+        return cls(**{**PAPER, **options})
+
+    def resolve_scaling(self, ranks: Mapping[str, int]) -> None:
+        """Replace the default scale by numbers, which files keep.
+
+        Args:
+            ranks: group -> rank of its layers' updates, own ranks included.
+        """
+        if self.scaling is not None:
+            return
+        open_ = [name for name in ranks if self.options_of(name).scaling is None]
+        self.scaling = default_scaling(ranks[open_[0]] if open_ else self.r + self.own_r)
+        for name in open_:
+            if (own := default_scaling(ranks[name])) != self.scaling:
+                mine = self.group_options or {}
+                self.group_options = {**mine, name: {**(self._own_of(name)), "scaling": own}}
 
     @classmethod
     def from_stock(cls, config: peft.LilyConfig) -> LilyConfig:
@@ -192,6 +247,8 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
             if not values[key]:
                 del values[key]
         refusal = self.stock_refusal or stock_refusal(self)
+        if self.scaling is None:  # no model has decided it yet
+            values["scaling"] = BY_RANK if refusal is not None else default_scaling(self.r)
         if refusal is not None:
             values["peft_type"] = EXTENDED_TYPE
             values["adapted_layers"] = self.layers_by_name or self.adapted_layers
@@ -240,9 +297,12 @@ def stock_refusal(config: LilyConfig) -> str | None:
     if config.target_parameters:
         return "target_parameters"
     for name in ("target_slices", "parallel_modules", "group_options", "shared_router", "trainable_token_indices",
-                 "ensure_weight_tying"):  # fmt: skip
+                  "ensure_weight_tying", "own_r"):  # fmt: skip
         if getattr(config, name):
             return name
+    for name in ("distinct", "gain"):
+        if getattr(config, name) != "none":
+            return f"{name}={getattr(config, name)}"
     if config.stride_A is None and config.resolved_stride is None:
         return "num_A with groups of different sizes"
     return None

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lily.errors import LilyError
-from lily.plan.options import ACTIVATIONS, BIASES, DYNAMIC, OPTIONS, ROUTINGS, Options, sharing
+from lily.plan.options import ACTIVATIONS, BIASES, DISTINCT, DYNAMIC, GAINS, OPTIONS, ROUTINGS, STARTS, Options, sharing
 
 TARGETS_HINT = "name modules such as ['q_proj', 'v_proj'], or 'all-linear'"
 
@@ -29,6 +29,7 @@ def check(c: Any) -> None:
             "remove batch_scope"
         )
     _check_choice("bias", c.bias, BIASES)
+    _check_count("distinct_seed", c.distinct_seed, "an integer of at least 0")
     if c.settled is not None:
         _check_number("settled", c.settled)
         if not 0 <= c.settled <= 1:
@@ -44,8 +45,11 @@ def check(c: Any) -> None:
         )
     if c.provenance is not None and not isinstance(c.provenance, dict):
         raise LilyError(f"provenance={c.provenance!r} is not valid; it is set when files are written: remove it")
-    if not isinstance(c.init_weights, bool):
-        raise LilyError(f"init_weights={c.init_weights!r} is not a bool; give True (B starts at zero) or False")
+    if not isinstance(c.init_weights, bool) and c.init_weights not in STARTS:
+        raise LilyError(
+            f"init_weights={c.init_weights!r} is not known; give True (B starts at zero), False, "
+            f"{' or '.join(repr(start) for start in STARTS)}"
+        )
     _check_names(c)
     _check_rows(c)
     _check_parameters(c)
@@ -58,6 +62,11 @@ def check(c: Any) -> None:
 
 def _check_int(name: str, value: object, expected: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise LilyError(f"{name}={value!r} is not valid; give {expected}")
+
+
+def _check_count(name: str, value: object, expected: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise LilyError(f"{name}={value!r} is not valid; give {expected}")
 
 
@@ -196,10 +205,14 @@ def _check_options(c: Any) -> None:
             "stride_A (layers per A) or num_A (A per group)"
         )
     _check_int("num_B", c.num_B, "a positive integer: 1 for one shared B without a router, 2 or more for experts")
-    _check_number("scaling", c.scaling)
+    if c.scaling is not None:
+        _check_number("scaling", c.scaling)
     if c.scaling == 0:
         raise LilyError("scaling=0 switches the adapter off; give a number such as 1.0")
     _check_choice("activation", c.activation, ACTIVATIONS)
+    _check_choice("distinct", c.distinct, DISTINCT)
+    _check_choice("gain", c.gain, GAINS)
+    _check_count("own_r", c.own_r, "the rank of each layer's own A and B, or 0 for none")
     _check_number("dropout", c.dropout)
     if not 0 <= c.dropout < 1:
         raise LilyError(f"dropout={c.dropout} is not a probability below 1; give a number in [0, 1) such as 0.1")

@@ -16,7 +16,7 @@ class Compute:
 
     Attributes:
         base: the frozen layers: in * out; for an embedding, which looks up, out.
-        down: h = x A^T: r * in; for an embedding 0.
+        down: h = x A^T: r * in; for an embedding 0. Here and below own ranks count as ranks.
         router: h R^T: r * num_B with dynamic routing and more than one expert, else 0.
         expand_first: concat(w_e h) concat(B_e): num_B * r * out.
         combine_first: h (sum w_e B_e): r * out, plus `combine` for every distinct w.
@@ -84,7 +84,7 @@ def estimate(
         weights     = weight_bytes * base_parameters
         adapter     = 16 * parameters               # weight, gradient and Adam's two moments
         activations = batch * tokens * (weight_bytes * sum over all linear layers of (in + out)
-                                        + 4 * sum over adapted layers of (r + num_B))
+                                        + 4 * sum over adapted layers of (r + own_r + num_B))
                       + weight_bytes * sum over adapted parameters of in * out    # the updated weights
 
     The activations are a rough estimate: the input and output of every linear layer count once, as a proxy for what the
@@ -111,7 +111,7 @@ def estimate(
     trained = plan.parameters.total
     weights, adapter = weight_bytes * base_parameters if base_bytes is None else base_bytes, 16 * trained
     wide = sum(m.in_features + m.out_features for m in (modules if linear is None else linear))
-    hidden = sum(len(g.members) * (g.r + g.num_B) for g in plan.groups if g.kind not in PARAMETERS)
+    hidden = sum(len(g.members) * (g.r + g.own_r + g.num_B) for g in plan.groups if g.kind not in PARAMETERS)
     updated = sum(len(g.members) * g.in_features * g.out_features for g in plan.groups if g.kind in PARAMETERS)
     activations = batch * tokens * (weight_bytes * wide + 4 * hidden) + weight_bytes * updated
     memory = Memory(weights, adapter, activations, weights + adapter + activations)
@@ -123,12 +123,14 @@ def estimate(
 def _compute(plan: SharingPlan, batch: int, tokens: int, base: int) -> Compute:
     counted = [(g, len(g.members)) for g in plan.groups]
     layers = [(g, n) for g, n in counted if g.kind not in PARAMETERS]
-    down = sum(n * g.r * g.in_features for g, n in layers if g.kind != EMBEDDING)
-    updates = sum(n * g.r * g.out_features * (g.num_B + g.in_features) for g, n in counted if g.kind in PARAMETERS)
+    down = sum(n * (g.r + g.own_r) * g.in_features for g, n in layers if g.kind != EMBEDDING)
+    updates = sum(
+        n * (g.r + g.own_r) * g.out_features * (g.num_B + g.in_features) for g, n in counted if g.kind in PARAMETERS
+    )
     router = sum(n * g.r * g.num_B for g, n in layers if g.num_B > 1 and plan.routing in DYNAMIC)
-    expand = sum(n * g.num_B * g.r * g.out_features for g, n in layers)
-    shared = sum(n * g.r * g.out_features for g, n in layers)
-    combine = sum(n * g.num_B * g.r * g.out_features for g, n in layers if g.num_B > 1)
+    expand = sum(n * g.num_B * (g.r + g.own_r) * g.out_features for g, n in layers)
+    shared = sum(n * (g.r + g.own_r) * g.out_features for g, n in layers)
+    combine = sum(n * g.num_B * (g.r + g.own_r) * g.out_features for g, n in layers if g.num_B > 1)
     per_combine = {"token": 1, "sequence": tokens}.get(plan.routing, batch * tokens)
     by_form = {
         "expand-first": (down + router + expand + updates / (batch * tokens)) / base,

@@ -67,9 +67,12 @@ def decide(
             routing=routing,
             targets=selected.target_modules,
             shared_router=selected.shared_router,
+            gain=selected.gain != "none",
+            own_r=selected.own_r,
         )
     with errors("options"):
         targets = {"target_modules": selected.target_modules}
         complete = LilyConfig(**{**config, **targets, **(options or {}), **choice.options})
         plan = replace(build_plan(modules, complete), routing=routing)
+    complete.resolve_scaling(plan.ranks)
     return Decided(complete, modules, plan, choice)

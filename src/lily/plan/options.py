@@ -10,8 +10,14 @@ ROUTINGS = ("batch", "sequence", "token", "static", "uniform")
 DYNAMIC = ("batch", "sequence", "token")
 ACTIVATIONS = ("none", "relu", "gelu", "silu")
 BIASES = ("none", "all", "lily_only")
+DISTINCT = ("none", "permute", "signs", "permute+signs")
+GAINS = ("none", "ones", "signs", "half-signs")
+STARTS = ("orthonormal", "data")  # of A, besides True and False
 
-OPTIONS = ("num_B", "stride_A", "num_A", "scaling", "dropout", "activation")
+# The published method.
+PAPER = {"routing": "batch", "scaling": 1.0, "distinct": "none", "gain": "none", "own_r": 0}
+
+OPTIONS = ("num_B", "stride_A", "num_A", "scaling", "dropout", "activation", "distinct", "gain", "own_r")
 
 
 @dataclass(frozen=True)
@@ -21,9 +27,12 @@ class Options:
     num_B: int
     stride_A: int | None
     num_A: int | None
-    scaling: float
+    scaling: float | None
     dropout: float
     activation: str
+    distinct: str
+    gain: str
+    own_r: int
 
 
 def sharing(own: Mapping[str, Any]) -> dict[str, Any]:

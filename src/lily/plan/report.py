@@ -11,7 +11,7 @@ from lily.plan.budget import equal_lora_rank, lora_compute, lora_parameters
 from lily.plan.cost import Estimate, estimate
 from lily.plan.decide import Decided, decide
 from lily.plan.select import whole_layers
-from lily.plan.sharing_plan import SAVED_HEADS, Group
+from lily.plan.sharing_plan import SAVED_HEADS, Group, SharingPlan
 from lily.plan.specs import ModuleSpec
 
 if TYPE_CHECKING:
@@ -34,6 +34,9 @@ class PlanRequest:
     parameters: int | None = None
     match_lora: int | None = None
     routing: str | None = None
+    distinct: str = "none"
+    gain: str = "none"
+    own_r: int = 0
     task: str | None = None
     batch: int = 8
     tokens: int = 512
@@ -54,7 +57,7 @@ class GroupReport:
         sharing: layer numbers of each block, such as `0-13`.
         r: rank.
         num_B: experts.
-        parameters: trainable parameters, routers included.
+        parameters: trainable parameters, routers, gains and own A and B included.
         blocks: names of the layers that share an A.
     """
 
@@ -145,6 +148,9 @@ def plan_for(model: nn.Module, request: PlanRequest, *, name: str, dtype: str = 
         "exclude_modules": request.exclude,
         "modules_to_save": SAVED_HEADS.get(request.task or ""),
         "routing": request.routing,
+        "distinct": request.distinct,
+        "gain": request.gain,
+        "own_r": request.own_r,
         "task_type": request.task,
     }
     shape = {key: getattr(request, key) for key in SHAPE}
@@ -200,8 +206,8 @@ def report_of(
         model_parameters=size,
         routing=plan.routing,
         options=decided.choice.options,
-        groups=tuple(_group(g, plan.routers_of(g)) for g in plan.groups),
-        parameters={"A": total.A, "B": total.B, "router": total.router, "total": total.total},
+        groups=tuple(_group(g, plan) for g in plan.groups),
+        parameters={"A": total.A, "B": total.B, "router": total.router, "own": total.own, "total": total.total},
         share_of_model=total.total / size,
         batch=batch,
         tokens=tokens,
@@ -212,7 +218,7 @@ def report_of(
     )
 
 
-def _group(group: Group, routers: int) -> GroupReport:
+def _group(group: Group, plan: SharingPlan) -> GroupReport:
     numbers = iter(depth_numbers(group.members))
     sharing = tuple(compress([next(numbers) for _ in block]) for block in group.blocks)
     shared = len(group.blocks) * group.r * group.in_features + group.num_B * group.r * group.out_features
@@ -226,7 +232,7 @@ def _group(group: Group, routers: int) -> GroupReport:
         sharing,
         group.r,
         group.num_B,
-        shared + routers,
+        shared + plan.routers_of(group) + plan.own_of(group),
         group.blocks,
     )
 

@@ -47,6 +47,8 @@ class Group:
         kind: kind of its layers; see `lily.plan.specs.ModuleSpec`.
         kernel: kernel size of convolutions.
         rows: outputs of their layers that slices select.
+        gain: whether each of its members has a gain (r,).
+        own_r: rank of each member's own A and B; 0 for none.
     """
 
     name: str
@@ -58,6 +60,8 @@ class Group:
     kind: str = LINEAR
     kernel: tuple[int, ...] = ()
     rows: Rows | None = None
+    gain: bool = False
+    own_r: int = 0
 
     @property
     def members(self) -> tuple[str, ...]:
@@ -108,24 +112,29 @@ class Group:
 
 @dataclass(frozen=True)
 class Parameters:
-    """Trainable parameters of an adapter, by part."""
+    """Trainable parameters of an adapter, by part; `own` is what layers have for themselves beside a router."""
 
     A: int
     B: int
     router: int
+    own: int = 0
 
     @property
     def total(self) -> int:
         """All of them."""
-        return self.A + self.B + self.router
+        return self.A + self.B + self.router + self.own
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Indices of a layer's shared tensors: A among all A of the plan, B (and the group) among the groups."""
+    """Indices of a layer's shared tensors: A among all A of the plan, B (and the group) among the groups.
+
+    `place` is the layer's number in its group.
+    """
 
     A: int
     B: int
+    place: int = 0
 
 
 @dataclass(frozen=True)
@@ -150,9 +159,10 @@ class SharingPlan:
         slots: dict[str, Slot] = {}
         a = 0
         for b, group in enumerate(self.groups):
+            place = 0
             for block in group.kept:
-                slots.update((name, Slot(a, b)) for name in block)
-                a += 1
+                slots.update((name, Slot(a, b, place + i)) for i, name in enumerate(block))
+                a, place = a + 1, place + len(block)
         return slots
 
     @property
@@ -185,18 +195,29 @@ class SharingPlan:
             A=sum(len(g.blocks) * g.r * g.in_features for g in self.groups),
             B=sum(g.num_B * g.r * g.out_features for g in self.groups),
             router=sum(map(self.routers_of, self.groups)),
+            own=sum(map(self.own_of, self.groups)),
         )
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Group -> rank of its layers' updates, own ranks included."""
+        return {g.name: g.r + g.own_r for g in self.groups}
 
     def routers_of(self, group: Group) -> int:
         """Parameters of a group's routers."""
         routers = 1 if self.shared_router else len(group.members)
         return routers * router_size(self.routing, group.r, group.num_B)
 
+    def own_of(self, group: Group) -> int:
+        """Parameters of the gains and the own A and B of a group's layers."""
+        return len(group.members) * own_size(group.r, group.gain, group.own_r, group.in_features, group.out_features)
+
     def __str__(self) -> str:
         total = self.parameters
         lines = [
             f"{self.num_layers} layers in {len(self.groups)} groups, routing {self.routing}, "
-            f"{total.total:,} parameters (A {total.A:,}, B {total.B:,}, router {total.router:,})"
+            f"{total.total:,} parameters (A {total.A:,}, B {total.B:,}, router {total.router:,}"
+            + (f", own {total.own:,})" if total.own else ")")
         ]
         for g in self.groups:
             lines.append(f"{g.name} {g.shape}: r={g.r}, {g.num_B} experts")
@@ -209,6 +230,11 @@ def router_size(routing: str, r: int, num_B: int) -> int:
     if num_B == 1 or routing == "uniform":
         return 0
     return num_B * r if routing in DYNAMIC else num_B
+
+
+def own_size(r: int, gain: bool, own_r: int, in_features: int, out_features: int) -> int:
+    """Parameters of what one layer has for itself beside a router: its gain (r,), its own A and B of rank `own_r`."""
+    return r * gain + own_r * (in_features + out_features)
 
 
 def build_plan(modules: Sequence[ModuleSpec], config: LilyConfig) -> SharingPlan:
@@ -246,7 +272,7 @@ def build_plan(modules: Sequence[ModuleSpec], config: LilyConfig) -> SharingPlan
         stride = own.stride_A or math.ceil(len(names) / (own.num_A or 1))
         blocks = tuple(tuple(names[i : i + stride]) for i in range(0, len(names), stride))
         sizes = (key.in_features, key.out_features, r, own.num_B)
-        groups.append(Group(key.name, *sizes, blocks, key.kind, key.kernel, key.rows))
+        groups.append(Group(key.name, *sizes, blocks, key.kind, key.kernel, key.rows, own.gain != "none", own.own_r))
     plan = SharingPlan(tuple(groups), str(config.routing), config.shared_router)
     return replace(plan, stock_differs=stock_grouping_differs(plan, config.target_modules or ()))
 

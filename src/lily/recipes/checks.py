@@ -37,6 +37,7 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
     yield from _schedule(recipe)
     yield from _output(recipe)
     yield from _forgetting(recipe)
+    yield from _null_space(recipe)
     for key, file in recipe.data.files.items():
         yield from _file(("data", *key), file)
 
@@ -190,6 +191,14 @@ def _forgetting(recipe: Recipe) -> Iterator[Problem]:
             f"needs the loss of a language model, which {recipe.task} does not have; remove it",
         )
     yield from _file(("forgetting", "file"), recipe.forgetting.file)
+
+
+def _null_space(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.lily.null_space is None:
+        return
+    if recipe.task == "image-classification":
+        yield ("lily", "null_space"), "needs a model of texts; for images call lily.null_space in Python, or remove it"
+    yield from _file(("lily", "null_space", "file"), recipe.lily.null_space.file)
 
 
 def _output(recipe: Recipe) -> Iterator[Problem]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,8 @@ class RecipeReport:
             example was read.
         data: what the data are; None where they were not read.
         no_data: why they were not read.
+        learning_rates: part of what is trained -> learning rate; empty if train.B_lr_ratio and train.router_lr_ratio
+            change none.
     """
 
     name: str
@@ -40,6 +42,7 @@ class RecipeReport:
     preview: tuple[tuple[str, bool], ...]
     data: Summary | None = None
     no_data: str = ""
+    learning_rates: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""
@@ -51,6 +54,7 @@ class RecipeReport:
             "plan": self.plan.to_dict(),
             "preview": [{"text": text, "trained": trained} for text, trained in self.preview],
             "data": None if self.data is None else self.data.to_dict(),
+            "learning_rates": dict(self.learning_rates),
         }
 
 
@@ -154,16 +158,18 @@ def _report(
 ) -> RecipeReport:
     from lily.recipes import loader, methods
 
+    decided = methods.decide(recipe, model)
     plan = report_of(
         model,
-        methods.decide(recipe, model),
+        decided,
         name=name,
         dtype=dtype,
         batch=batch or recipe.train.batch_size,
         tokens=tokens or tokens_of(recipe, model),
         base_bytes=base_bytes,
     )
-    return RecipeReport(recipe.name, recipe.method, loader.dump_recipe(recipe), plan, preview)
+    rates = methods.planned_rates(recipe, decided.plan)
+    return RecipeReport(recipe.name, recipe.method, loader.dump_recipe(recipe), plan, preview, learning_rates=rates)
 
 
 def _model_name(model: Model) -> str:

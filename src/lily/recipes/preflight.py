@@ -63,6 +63,7 @@ class Prepared:
         config: of the adapter; None where there is none (method none).
         meta: the model on the meta device.
         general: encoded texts of other kinds than the task, to measure forgetting on.
+        calibration: encoded texts that A is kept out of.
         data: what the data are.
         first: the first row with an example that trains.
     """
@@ -74,6 +75,7 @@ class Prepared:
     config: PeftConfig | None
     meta: PreTrainedModel
     general: list[Example]
+    calibration: list[Example]
     data: Summary
     first: Row
 
@@ -114,10 +116,14 @@ def prepare(recipe: Recipe) -> Prepared:
             answers.expected_answers(rows, recipe)
         for row in rows if recipe.data.choices is not None else ():
             choices.scored_choices(0, row, recipe, processor)  # for its check of their length
-    general = forgetting.general_text(recipe, processor)
+    general = forgetting.general_text(recipe, processor, recipe.forgetting, "forgetting")
+    kept = recipe.lily.null_space if recipe.method == "lily" else None
+    calibration = forgetting.general_text(recipe, processor, kept, "lily", "null_space")
     seen = summarize(recipe, splits, encoded, processor)
     train, first = encoded["train"].examples, splits.train[encoded["train"].rows[0]]
-    return Prepared(splits, processor, train, encoded["validation"].examples, config, meta, general, seen, first)
+    return Prepared(
+        splits, processor, train, encoded["validation"].examples, config, meta, general, calibration, seen, first
+    )
 
 
 def unseen_message(splits: Splits) -> str:

@@ -195,6 +195,14 @@ def _run(
         quiet,
     )
 
+    if config is not None and getattr(config, "init_weights", None) == "data" and checkpoint is None:
+        with located(recipe, "lily", "init_weights"):
+            trainer.start_from_data()
+
+    if config is not None and prepared.calibration:
+        with located(recipe, "lily", "null_space"):
+            trainer.keep_out(prepared.calibration)
+
     def look(m: Any) -> None:
         judge_untrained(m)
         if recipe.forgetting is not None and recipe.forgetting.limit is not None:

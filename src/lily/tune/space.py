@@ -170,6 +170,8 @@ def shapes_of(
                 routing=decided.plan.routing,
                 targets=decided.config.target_modules,
                 shared_router=recipe.lily.shared_router,
+                gain=recipe.lily.gain != "none",
+                own_r=recipe.lily.own_r,
             )
         except LilyError:  # too many matrices for the budget, or too few to use it
             continue
@@ -184,7 +186,7 @@ def shapes_of(
 def _range(name: str, recipe: Recipe, config: Any, bounds: tuple[float, float] | None) -> Range:
     own = {
         "learning_rate": lambda: learning_rate(recipe),
-        "scaling": lambda: recipe.lily.scaling,
+        "scaling": lambda: float(config.scaling),
         "alpha": lambda: float(config.lora_alpha),
     }[name]()
     low, high = bounds or (own / WITHIN[name], own * WITHIN[name])

@@ -39,7 +39,7 @@ from lily.plan.select import is_causal, select_targets
 from lily.plan.sharing_plan import SharingPlan, build_plan
 from lily.plan.specs import CONV2D, EMBEDDING, LINEAR, PARALLEL_MODULE, PARAMETERS, ModuleSpec
 from lily.plan.wrappers import innermost, plain_names, unwrapped
-from lily.tuner import call_uncalled
+from lily.tuner import call_uncalled, data_start
 from lily.tuner.check_targets import check_beside, check_targets
 from lily.tuner.replaced import drop_replaced
 
@@ -132,6 +132,7 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         check_beside(model, peft_config, specs)
         _decide_routing(peft_config, model)
         self._plan = self._plan_of_copied(specs) or build_plan(specs, peft_config)
+        peft_config.resolve_scaling(self._plan.ranks)
         self._placements = {spec.name: _placement(model, spec) for spec in specs}
         self._parts: dict[str, list[str]] = {}
         for spec in specs:
@@ -239,6 +240,8 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         if bank.plans.get(adapter_name) is not self._plan:  # first layer of this adapter
             activations = {g.name: peft_config.options_of(g.name).activation for g in self._plan.groups}
             bank.add(adapter_name, self._plan, self._placements, peft_config.init_weights, activations)
+            if peft_config.init_weights == "data" and not peft_config.inference_mode:
+                bank.awaiting[adapter_name] = data_start.Awaiting(root, adapter_name)
             if peft_config.settled is not None:
                 bank.settled[adapter_name] = Settled(peft_config.settled)
         return bank
@@ -339,6 +342,7 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         bank, _ = _find_bank(model)
+        data_start.warn_if_awaiting(bank, adapter_name)
         plan = bank.plans[adapter_name]
         # A grouping that does not follow from the written configuration must be visible in the file.
         written = copy.copy(config)
@@ -357,6 +361,7 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         cls, model: nn.Module, config: LilyConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         bank, root = _find_bank(model)
+        data_start.ended(bank, adapter_name)
         format.check_base(bank.plans[adapter_name], config.adapted_layers, config.base_model_name_or_path)
         tensors, plan = format.resolve(state_dict, bank.plans[adapter_name], config.settled)
         if plan is not bank.plans[adapter_name]:
@@ -367,6 +372,11 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         out.update({f"{root}{BANK}.lily_R.{adapter_name}.{i}": t for i, t in tensors.shared_router.items()})
         own = {f"{root}{name}.lily_router.{adapter_name}.weight": t for name, t in tensors.router.items()}
         own |= {f"{root}{name}.lily_logits.{adapter_name}.weight": t for name, t in tensors.logits.items()}
+        own |= {
+            f"{root}{name}.lily_{part}.{adapter_name}.weight": t
+            for part, layers in tensors.own.items()
+            for name, t in layers.items()
+        }
         keys = _part_keys(model, adapter_name)
         out.update({keys.get(key, key): t for key, t in own.items()})
         if is_spread(model):
@@ -380,7 +390,7 @@ def _part_keys(model: nn.Module, adapter: str) -> dict[str, str]:
         f"{m.name_in_plan(path)}.{own}": f"{path}.{own}"
         for path, m in ((unwrapped(path), m) for path, m in model.named_modules())
         if isinstance(m, PartLayer)
-        for own in (f"lily_logits.{adapter}.weight", f"lily_router.{adapter}.weight")
+        for own in (f"{name}.{adapter}.weight" for name in m.adapter_layer_names)
     }
 
 

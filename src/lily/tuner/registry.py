@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lily.layers.bank import LilyBank
 from lily.plan.config import EXTENDED_TYPE, LilyConfig
-from lily.tuner import peft_loading, peft_saving
+from lily.tuner import peft_loading, peft_optimizers, peft_saving
 from lily.tuner.model import LilyModel
 
 _stock_conversion = conversion._convert_module_to_lora
@@ -27,7 +27,7 @@ def _convert_module_to_lora(
     return _stock_conversion(module, rank, adapter_name)  # type: ignore[no-any-return]
 
 
-PATCHES = [*peft_loading.PATCHES, *peft_saving.PATCHES]
+PATCHES = [*peft_loading.PATCHES, *peft_saving.PATCHES, *peft_optimizers.PATCHES]
 
 
 def register() -> None:
@@ -35,7 +35,7 @@ def register() -> None:
 
     `get_peft_model`, `PeftModel.from_pretrained`, `inject_adapter_in_model` and their callers then work with
     `lily.LilyConfig`, and a plain `peft.LilyConfig` keeps its meaning (batch routing). `peft.convert_to_lora` works
-    for static adapters.
+    for static adapters, and `create_loraplus_optimizer` for all.
     """
     PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LILY] = LilyConfig
     PEFT_TYPE_TO_CONFIG_MAPPING[EXTENDED_TYPE] = LilyConfig

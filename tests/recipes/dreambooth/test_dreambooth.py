@@ -419,6 +419,7 @@ def test_sizes_say_how_an_image_was_cut(subject, pipes):
         ("train.lr=1", "did you mean learning_rate"),
         ("train.warmup=4", "leave none to train"),
         ("lily.settle={}", "lily.settle: is not supported for dreambooth"),
+        ("lily.init_weights=data", "lily.init_weights: data is not supported for dreambooth"),
         ("lily={r: 4, num_A: 2, stride_A: 2}", "says the same as num_A"),
         ("targets=[]", "targets: is empty"),
         ("targets=[to_z]", "targets=.*matches no module|to_z"),

@@ -11,6 +11,7 @@ from recipes_helpers import classification, rows, sft, tokenizer, write_jsonl, w
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
+import lily
 from lily.errors import LilyError
 from lily.recipes import loader, preflight, train
 from lily.recipes.results import card
@@ -128,3 +129,30 @@ def test_a_classifier_has_no_loss_of_a_language_model_to_forget_with(tmp_path, e
     values["forgetting"] = {"file": {"path": str(table)}, "column": "text"}
     with pytest.raises(LilyError, match=r"recipe\.yaml:\d+: forgetting: needs the loss of a language model, which"):
         loader.load_recipe(write_recipe(tmp_path, values))
+
+
+def with_null_space(tmp_path, chat_model, *overrides, **section):
+    recipe = make(tmp_path, chat_model)
+    own = {"file": recipe.forgetting.file.model_dump(exclude_none=True), "column": "a.0.text", **section}
+    document = recipe.model_dump(mode="json", exclude_none=True, exclude_unset=True) | {
+        "lily": {"r": 4, "null_space": own}
+    }
+    return loader.load_recipe(write_recipe(tmp_path, document), list(overrides))
+
+
+def test_a_recipe_keeps_A_out_of_what_its_general_text_uses(tmp_path, chat_model):
+    recipe = with_null_space(tmp_path, chat_model, energy=0.5)
+    train.train(recipe, quiet=True)
+    base = AutoModelForCausalLM.from_pretrained(chat_model)
+    model = PeftModel.from_pretrained(base, tmp_path / "run" / "best", is_trainable=True)
+    encode = tokenizer(chat=True)
+    batches = [{"input_ids": torch.tensor([ids])} for t in TEXTS if len(ids := encode(t)["input_ids"]) > 1]
+    before = {n: p.clone() for n, p in model.named_parameters() if "lily_A" in n}
+    assert before
+    lily.null_space(model, batches, energy=0.5)  # the same directions, so nothing is left to project
+    assert all(torch.allclose(p, before[n], atol=1e-5) for n, p in model.named_parameters() if n in before)
+
+
+def test_a_null_space_needs_texts(tmp_path, chat_model):
+    with pytest.raises(LilyError, match=r"lily.null_space.*gone.jsonl"):
+        preflight.prepare(with_null_space(tmp_path, chat_model, "lily.null_space.file.path=gone.jsonl"))

@@ -70,7 +70,10 @@ def test_slices_modules_and_groups_are_planned_trained_and_read_again(tmp_path, 
     assert result.parameters["adapter"] == sum(expected.values()) == plan["parameters"]["total"]
     again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(phi), tmp_path / "run" / "best")
     config = again.peft_config["default"]
-    assert config.group_options == {"mlp": {"activation": "relu"}, "qkv_proj.v": {"num_B": 1, "scaling": 2.0}}
+    assert config.group_options == {
+        "mlp": {"activation": "relu", "scaling": 2.0},  # by its rank, 8
+        "qkv_proj.v": {"num_B": 1, "scaling": 2.0},
+    }
     assert config.options_of("qkv_proj.v").scaling == 2.0
     text = CliRunner().invoke(app, ["plan", str(tmp_path / "recipe.yaml")]).stdout
     assert "qkv_proj.k" in text

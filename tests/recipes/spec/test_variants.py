@@ -39,7 +39,7 @@ def many(tmp_path: Path) -> str:
 def test_a_variants_keys_are_put_over_the_files_and_its_name_into_the_files_strings(many):
     cats, dogs, birds = (loader.load_recipe(f"{many}:{name}") for name in ("cats", "dogs", "birds"))
     assert [r.name for r in (cats, dogs, birds)] == ["many-cats", "many-dogs", "eagles"]
-    assert (cats.description, cats.data.train.path, cats.lily.scaling) == ("On cats.", "sets/cats/train.csv", 1.0)
+    assert (cats.description, cats.data.train.path, cats.lily.scaling) == ("On cats.", "sets/cats/train.csv", None)
     assert (dogs.data.train.hub, dogs.data.train.path, dogs.metrics, dogs.lily.scaling) == ("a/dogs", None, ["f1"], 2.0)
     assert (birds.train.epochs, cats.train.epochs) == (7, 3)
     assert loader.load_recipe(f"{many}:birds", ["train.epochs=1"]).train.epochs == 1

@@ -67,7 +67,8 @@ def load(location: AdapterFolder, *, weights: bool, dtype: str) -> tuple[Any, No
     """
     if weights:
         raise LilyError(
-            f"{location.path} is for a pipeline, of which no merged model is written; export --to lora --for diffusers"
+            f"{location.path} is for a pipeline, whose weights are not read, so no merged model is written and no "
+            "intruder dimension reduced; export --to lora --for diffusers"
         )
     _, meta, _ = run.planned(_recipe(location))
     model = meta.to_empty(device="cpu")  # memory that nothing is written to costs nothing

@@ -172,13 +172,13 @@ class Run:
     ) -> None:
         from diffusers.optimization import get_scheduler
 
-        from lily.recipes.methods.configs import learning_rate
+        from lily.recipes.trainer.optimizer_groups import parameter_groups
 
         t = recipe.train
         self.recipe, self.world, self.folder, self.validate = recipe, world, folder, validate
         self.accelerator = accelerator
         self.parameters = [p for p in world.model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(self.parameters, lr=learning_rate(recipe), weight_decay=t.weight_decay)
+        optimizer = torch.optim.AdamW(parameter_groups(recipe, world.model), weight_decay=t.weight_decay)
         name = "constant_with_warmup" if t.schedule == "constant" else t.schedule
         schedule = get_scheduler(name, optimizer, num_warmup_steps=t.warmup, num_training_steps=t.max_steps)
         self.model, self.optimizer, self.schedule = accelerator.prepare(world.model, optimizer, schedule)

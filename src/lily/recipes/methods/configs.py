@@ -14,12 +14,13 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
 from lily.errors import LilyError
+from lily.optim import multiples_of
 from lily.plan import decide as plan
 from lily.plan.budget import equal_lora_rank, parse_count
 from lily.plan.config import LilyConfig
 from lily.plan.decide import Decided, Step
 from lily.plan.select import whole_layers
-from lily.plan.sharing_plan import SAVED_HEADS
+from lily.plan.sharing_plan import SAVED_HEADS, SharingPlan
 from lily.plan.specs import PARAMETERS, ModuleSpec
 from lily.recipes.methods import other_peft
 from lily.recipes.models.load import HEADS, heads_of
@@ -41,6 +42,7 @@ KEYS: dict[str, Key] = {
 
 # Method with the section `lora` -> arguments of PEFT's LoraConfig.
 LORAS: dict[str, dict[str, bool]] = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
+HEAD = "head"  # the part of what is trained that is no part of the adapter
 RSLORA_ALPHA = 16  # the same for every rank: rsLoRA's scale alpha / sqrt(r) is meant to suit all of them
 
 
@@ -169,6 +171,10 @@ def decide(recipe: Recipe | DreamBooth, model: nn.Module) -> Decided:
         "target_slices": lily.slices,
         "parallel_modules": lily.parallel,
         "shared_router": lily.shared_router,
+        "distinct": lily.distinct,
+        "distinct_seed": lily.distinct_seed,
+        "gain": lily.gain,
+        "own_r": lily.own_r,
         "routing": lily.routing,
         "task_type": task_type,
         "modules_to_save": SAVED_HEADS.get(task_type or "") or heads,
@@ -178,6 +184,7 @@ def decide(recipe: Recipe | DreamBooth, model: nn.Module) -> Decided:
         "batch_scope": lily.batch_scope,
         "dropout": lily.dropout,
         "activation": lily.activation,
+        "init_weights": lily.init_weights,
         "settled": None if lily.settle is None else 0.0,
         "modules_to_save": heads,
         "group_options": {name: group.options for name, group in groups.items() if group.options} or None,
@@ -233,6 +240,35 @@ def learning_rate(recipe: Recipe | DreamBooth) -> float:
     section = section_of(recipe.method)
     own = None if section is None else getattr(recipe, section).learning_rate
     return own or recipe.train.learning_rate
+
+
+def ratios_of(recipe: Recipe | DreamBooth) -> dict[str, float]:
+    """The ratios of learning rates that are not 1 and concern the recipe's method; only Lily has routers."""
+    names = {"lily": ("B_lr_ratio", "router_lr_ratio"), None: ()}.get(section_of(recipe.method), ("B_lr_ratio",))
+    return {name: ratio for name in names if (ratio := getattr(recipe.train, name)) != 1}
+
+
+def learning_rates(recipe: Recipe | DreamBooth) -> dict[str, float]:
+    """The learning rate of each part of an adapter (`lily.optim.PARTS`) and of a new head."""
+    rate, head = learning_rate(recipe), getattr(recipe.train, "head_learning_rate", None)
+    multiples = multiples_of(**ratios_of(recipe))
+    return {**{part: rate * multiple for part, multiple in multiples.items()}, HEAD: head or rate}
+
+
+def planned_rates(recipe: Recipe | DreamBooth, plan: SharingPlan) -> dict[str, float]:
+    """Those of `learning_rates` that the recipe will train with, by Lily's plan; empty if no ratio changes one."""
+    if not ratios_of(recipe):
+        return {}
+    lily, static = section_of(recipe.method) == "lily", plan.routing == "static"
+    trained = {
+        "A": True,
+        "B": True,
+        "router": lily and plan.parameters.router > 0 and not static,
+        "logits": lily and plan.parameters.router > 0 and (static or recipe.lily.settle is not None),
+        "gain": lily and any(group.gain for group in plan.groups),
+        HEAD: recipe.task not in ("sft", "dreambooth"),
+    }
+    return {part: rate for part, rate in learning_rates(recipe).items() if trained.get(part)}
 
 
 def section_of(method: str) -> str | None:

@@ -175,6 +175,10 @@ def stock_config(config: LilyConfig, plan: SharingPlan, model: nn.Module, heads:
         "parallel": bool(config.parallel_modules),
         "groups": bool(config.group_options or config.rank_pattern),
         "shared_router": config.shared_router,
+        "distinct": config.distinct != "none",
+        "gain": config.gain != "none",
+        "own_r": bool(config.own_r),
+        "init_weights": isinstance(config.init_weights, str),
     }
     if wrong := [name for name, is_set in beyond.items() if is_set]:
         raise LilyError(f"stock Lily has no {wrong[0]}; remove it, or use method: lily")
@@ -184,6 +188,7 @@ def stock_config(config: LilyConfig, plan: SharingPlan, model: nn.Module, heads:
         stride_A=max(g.stride for g in plan.groups),
         num_B=config.num_B,
         scaling=config.scaling,
+        init_weights=config.init_weights,
         target_modules=names,
         exclude_modules=[m for m, _ in model.named_modules() if _last(m) in names and m not in plan.slots] or None,
         task_type=config.task_type,

@@ -14,6 +14,7 @@ from rich.table import Table
 from lily.io import tables
 from lily.io.atomic import write_text
 from lily.recipes import loader, methods, models
+from lily.recipes.methods.configs import ratios_of
 from lily.recipes.results import data_table
 from lily.recipes.scoring import test_sets
 from lily.recipes.scoring.metrics import metrics_of, shown
@@ -38,7 +39,7 @@ def adapter_summary(model: Any, recipe: Recipe | DreamBooth) -> dict[str, Any]:
         values = {"peft_type": str(recipe.peft.peft_type).upper(), **values}
     if recipe.method == "lily" and recipe.lily.settle is not None and getattr(config, "routing", None) == "static":
         values["routing"] = "static, settled"
-    return {"method": recipe.method, **values, "learning_rate": methods.learning_rate(recipe)}
+    return {"method": recipe.method, **values, "learning_rate": methods.learning_rate(recipe), **ratios_of(recipe)}
 
 
 def print_result(result: Result, recipe: Recipe, output: Path, console: Console) -> None:

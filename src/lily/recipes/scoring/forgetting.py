@@ -9,7 +9,7 @@ from lily.recipes import data
 from lily.recipes.data import tables
 from lily.recipes.data.chat_template import ids_of, text_of
 from lily.recipes.spec.locations import located
-from lily.recipes.spec.schema import Recipe
+from lily.recipes.spec.schema import GeneralText, Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,19 +20,25 @@ LOSS = "general_loss"  # name in the evaluations of a run
 SHORTEST = 2  # tokens; the first one is not predicted
 
 
-def general_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """The encoded texts of the recipe's `forgetting`, with a label on every token; none without `forgetting`.
+def general_text(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, section: GeneralText | None, *key: str
+) -> list[Example]:
+    """The encoded texts of `forgetting` or `lily.null_space`, with a label on every token; none without the section.
+
+    Args:
+        recipe: for messages.
+        tokenizer: of the model.
+        section: of the recipe.
+        key: its key.
 
     Raises:
         LilyError: if the file cannot be read, has no text in that column, or no text of two or more tokens.
     """
-    section = recipe.forgetting
     if section is None:
         return []
-    with located(recipe, "forgetting", "file"):
-        texts = data.texts_of(
-            section.file, section.column, "forgetting.column", section.max_rows, recipe.data.split.seed
-        )
+    with located(recipe, *key, "file"):
+        column = ".".join((*key, "column"))
+        texts = data.texts_of(section.file, section.column, column, section.max_rows, recipe.data.split.seed)
         encoded = [
             tokenizer(t, truncation=True, max_length=section.max_length)["input_ids"]
             if isinstance(t, str)

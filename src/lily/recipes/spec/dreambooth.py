@@ -9,7 +9,19 @@ from pydantic import Field
 
 from lily.recipes.spec import lily_checks
 from lily.recipes.spec.locations import Key
-from lily.recipes.spec.schema import Lily, Lora, OneSource, Positive, PositiveInt, Precision, RecipeBase, Section, Seed
+from lily.recipes.spec.schema import (
+    BRatio,
+    Lily,
+    Lora,
+    OneSource,
+    Positive,
+    PositiveInt,
+    Precision,
+    RecipeBase,
+    RouterRatio,
+    Section,
+    Seed,
+)
 
 
 class Pipeline(OneSource):
@@ -59,6 +71,8 @@ class Steps(Section):
     batch_size: PositiveInt = 1
     gradient_accumulation: PositiveInt = 4
     learning_rate: Positive = 1e-4
+    B_lr_ratio: BRatio = 1.0
+    router_lr_ratio: RouterRatio = 1.0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup: Annotated[int, Field(ge=0)] = Field(0, description="Number of warm-up steps.")
     weight_decay: Annotated[float, Field(ge=0)] = 1e-2
@@ -116,6 +130,10 @@ def problems(recipe: DreamBooth) -> Iterator[tuple[Key, str]]:
             ("lily", "settle"),
             "is not supported for dreambooth; train with routing: static, or collapse the adapter afterwards",
         )
+    if recipe.lily.init_weights == "data":
+        yield ("lily", "init_weights"), "data is not supported for dreambooth; use true or orthonormal"
+    if recipe.lily.null_space is not None:
+        yield ("lily", "null_space"), "is not supported for dreambooth; call lily.null_space in Python, or remove it"
     if isinstance(recipe.targets, list) and not recipe.targets:
         yield ("targets",), "is empty; name modules such as [to_q, to_k, to_v, to_out.0]"
     if recipe.train.warmup >= recipe.train.max_steps:

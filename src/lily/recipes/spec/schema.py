@@ -36,14 +36,24 @@ Metric = Literal[
 ]
 
 Activation = Literal["none", "relu", "gelu", "silu"]
+Distinct = Literal["none", "permute", "signs", "permute+signs"]
+Gain = Literal["none", "ones", "signs", "half-signs"]
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 PositiveInt = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Precision = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
     Field(description="auto: bfloat16 autocast if the hardware supports it (CUDA, AVX512-BF16, AMX), else float32."),
+]
+BRatio = Annotated[
+    float,
+    Field(gt=0, description="LoRA+'s ratio: multiple of the learning rate for B, of Lily and of LoRA alike."),
+]
+RouterRatio = Annotated[
+    float, Field(gt=0, description="Multiple of the learning rate for routers and static weights of Lily.")
 ]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Delimiter = Annotated[str, AfterValidator(values.delimiter)]
@@ -284,6 +294,29 @@ class Data(Section):
         return file.model_copy(update={"header": like.header, **how})
 
 
+class GeneralText(Section):
+    """Texts of another kind than the task's."""
+
+    file: File
+    column: str = Field(description="Column of the text; dotted names reach into nested rows.")
+    max_rows: PositiveInt = Field(64, description="Use at most this many rows (a fixed sample).")
+    max_length: PositiveInt = Field(128, description="Maximum number of tokens of a text.")
+
+
+class Forgetting(GeneralText):
+    """sft: general text; the increase of the loss on it measures forgetting."""
+
+    limit: Positive | None = Field(None, description="Largest increase of this loss for the best adapter, if possible.")
+
+
+class NullSpace(GeneralText):
+    """Texts whose main directions no A reads, so that training changes less there; see `lily.null_space`."""
+
+    energy: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.9, description="Share of the inputs' squared norm that these directions hold."
+    )
+
+
 class Settle(Section):
     """When a data-dependent routing becomes static, as fractions of training; see `lily.SettleCallback`."""
 
@@ -301,6 +334,9 @@ class Group(Section):
     scaling: Positive | None = None
     dropout: Fraction | None = None
     activation: Activation | None = None
+    distinct: Distinct | None = None
+    gain: Gain | None = None
+    own_r: Count | None = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -311,12 +347,15 @@ class Group(Section):
 class Lily(Section):
     """Options of Lily, most with the names of `lily.LilyConfig`. `params` replaces r, num_A and num_B."""
 
+    preset: Literal["paper"] | None = Field(
+        None, description="`paper`: the method as published, where nothing else is given; see `LilyConfig.paper`."
+    )
     params: str | int | None = Field(None, description="Parameter budget such as 1.2M; sets r, num_A and num_B.")
     r: PositiveInt | None = None
     num_A: PositiveInt | None = None
     stride_A: PositiveInt | None = None
     num_B: PositiveInt | None = None
-    scaling: Positive = 1.0
+    scaling: Positive | None = Field(None, description="Default: by the rank; see `lily.functional.default_scaling`.")
     routing: Literal["batch", "sequence", "token", "static", "uniform"] | None = Field(
         None, description="Default: token for causal models, sequence otherwise."
     )
@@ -336,8 +375,29 @@ class Lily(Section):
         None, description="Options by layer name: `{mlp: {r: 64, activation: relu}}`."
     )
     shared_router: bool = Field(False, description="One router for all layers of a group, instead of one per layer.")
+    distinct: Distinct = Field(
+        "none", description="A fixed permutation and signs of the rank coordinates of each layer, without parameters."
+    )
+    distinct_seed: Count = Field(0, description="Which permutations and signs.")
+    gain: Gain = Field("none", description="A learned gain on each rank of each layer, and where it starts.")
+    own_r: Count = Field(0, description="Rank of an A and B of each layer's own, beside the shared ones.")
+    init_weights: bool | Literal["orthonormal", "data"] = Field(
+        True,
+        description="How A starts: Kaiming-uniform (true), with orthogonal rows, or with the main directions of its "
+        "layers' inputs on the first training batches (data). false starts B at random too.",
+    )
+    null_space: NullSpace | None = Field(None, description="Keep A out of what general text uses, against forgetting.")
     settle: Settle | None = Field(None, description="Make the routing static during training, to merge exactly.")
     learning_rate: Positive | None = Field(None, description="Replaces train.learning_rate.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("preset") != "paper":
+            return values
+        from lily.plan.options import PAPER  # imports PEFT
+
+        return {**PAPER, **values}
 
     @model_validator(mode="after")
     def _budget_or_shape(self) -> Lily:
@@ -396,6 +456,8 @@ class Train(Section):
     gradient_accumulation: PositiveInt = 1
     learning_rate: Positive = 1e-3
     head_learning_rate: Positive | None = Field(None, description="For a new head. Default: learning_rate.")
+    B_lr_ratio: BRatio = 1.0
+    router_lr_ratio: RouterRatio = 1.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     warmup: Annotated[float, Field(ge=0)] = Field(0.06, description="Below 1: share of steps; else steps.")
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -430,16 +492,6 @@ class Generation(Section):
         description="What exact_match compares in generated text and completion. whole: all text; number: the number "
         "after ####, else the last number (GSM8K); or {pattern: ...}.",
     )
-
-
-class Forgetting(Section):
-    """sft: general text; the increase of the loss on it measures forgetting."""
-
-    file: File
-    column: str = Field(description="Column of the text; dotted names reach into nested rows.")
-    max_rows: PositiveInt = Field(64, description="Use at most this many rows (a fixed sample).")
-    max_length: PositiveInt = Field(128, description="Maximum number of tokens of a text.")
-    limit: Positive | None = Field(None, description="Largest increase of this loss for the best adapter, if possible.")
 
 
 class Recipe(RecipeBase):

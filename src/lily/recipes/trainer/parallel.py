@@ -8,7 +8,7 @@ on more or fewer processes, or under another engine.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,9 +19,14 @@ from transformers import Trainer
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
 from lily import distributed
-from lily.recipes.methods.configs import learning_rate
+from lily.callbacks.null_space import NullSpaceCallback, null_space
 from lily.recipes.spec.schema import Recipe
 from lily.recipes.trainer.batches import SHARE, Batches, Part, weight_of
+from lily.recipes.trainer.optimizer_groups import parameter_groups
+from lily.tuner.data_start import initialize_from_data
+
+# The start from data stops after this number of batches, if the directions have not converged before.
+DATA_BATCHES = 32
 
 
 class Parallel(Trainer):  # type: ignore[misc]
@@ -85,6 +90,22 @@ class Parallel(Trainer):  # type: ignore[misc]
             loader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True
         )
         return ready
+
+    def start_from_data(self) -> None:
+        """Start A (`init_weights: data`) from the first training batches, those of all processes together."""
+
+        def forward(model: nn.Module, batch: dict[str, Any]) -> None:
+            model(**{name: value for name, value in batch.items() if name != SHARE})
+
+        batches = self.get_train_dataloader()
+        initialize_from_data(self.model, batches, max_batches=DATA_BATCHES, forward=forward)
+
+    def keep_out(self, texts: Sequence[dict[str, Any]]) -> None:
+        """Keep A out of what these encoded texts use (`lily.null_space`)."""
+        section, device = self.recipe.lily.null_space, next(self.model.parameters()).device
+        assert section is not None
+        batches = [{"input_ids": torch.tensor([text["input_ids"]], device=device)} for text in texts]
+        self.add_callback(NullSpaceCallback(null_space(self.model, batches, energy=section.energy)))
 
     # -- the same loss
 
@@ -157,15 +178,3 @@ class Parallel(Trainer):  # type: ignore[misc]
             distributed.load_optimizer_state(self.model, self.optimizer, state)
         else:
             self.optimizer.load_state_dict(state)
-
-
-def parameter_groups(recipe: Recipe, model: nn.Module) -> list[dict[str, Any]]:
-    """The trained parameters: the adapter, and a new head with a separate learning rate."""
-    rate = learning_rate(recipe)
-    adapter: list[nn.Parameter] = []
-    head: list[nn.Parameter] = []
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            (head if "modules_to_save" in name else adapter).append(p)
-    groups = [(adapter, rate), (head, recipe.train.head_learning_rate or rate)]
-    return [{"params": params, "lr": lr} for params, lr in groups if params]

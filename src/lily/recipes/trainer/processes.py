@@ -82,7 +82,8 @@ def check(recipe: Recipe) -> None:
     """Check that these processes can run the recipe.
 
     Raises:
-        LilyError: if they cannot split a batch equally, or FSDP1 would flatten frozen and trained tensors into one.
+        LilyError: if they cannot split a batch equally, FSDP1 would flatten frozen and trained tensors into one, or
+            the adapter starts from data on a sharded model.
     """
     size, processes = recipe.train.batch_size, world_size()
     if size % processes:
@@ -98,6 +99,18 @@ def check(recipe: Recipe) -> None:
             "fsdp_use_orig_params is false, with which FSDP1 cannot hold trained tensors beside frozen ones; set it to "
             "true in the accelerate configuration, or use fsdp_version: 2 (see docs/distributed.md)"
         )
+    if recipe.method == "lily" and recipe.lily.init_weights == "data" and to_be_sharded():
+        with located(recipe, "lily", "init_weights"):
+            raise LilyError(
+                "data needs the whole model in each process, but the launcher shards it; use true or orthonormal, or "
+                "train without FSDP and ZeRO-3"
+            )
+
+    if recipe.method == "lily" and recipe.lily.null_space is not None and to_be_sharded():
+        with located(recipe, "lily", "null_space"):
+            raise LilyError(
+                "needs whole tensors, but the launcher shards them; remove it, or train without FSDP and ZeRO-3"
+            )
 
 
 def to_be_sharded() -> bool:

@@ -1,0 +1,329 @@
+"""The map: which structure learns what at which size, and one learning rate for every shape. Prints Markdown.
+
+    LILY_DATA=../shared/data python benchmarks/structure.py --study transfer --jobs 2
+    LILY_DATA=../shared/data python benchmarks/structure.py --study capacity easy --jobs 2
+    python benchmarks/structure.py --jobs 0          # tables and plots of the committed rows
+
+Every run has a row in benchmarks/results/structure.jsonl, so an interrupted study goes on where it stopped. All arms of
+a task have the same rows in the same order, the same schedule, the same rate of the head; the scale of every arm is in
+its row, LoRA's as `lora_alpha / r`. The rate of an arm is chosen on validation rows (of a probe: on its training rows);
+an optimum at the end of the grid is marked, since a better one may lie outside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import structure_tasks as tasks
+from performance import put
+from structure_run import Run, train
+
+from lily.analysis.plots import curves_plot
+from lily.functional import default_scaling
+
+ROOT = Path(__file__).parents[1]
+ROWS = ROOT / "benchmarks" / "results" / "structure.jsonl"
+FIGURES = ROOT / "docs" / "figures"
+SCALE = 2.0  # of LoRA: lora_alpha = 2 r
+CHANCE = math.log(10)
+FAILED = 4  # times the lowest loss
+
+PAIR = {"method": "lily", "num_A": 1, "num_B": 1, "routing": "static"}  # one A and one B for all layers of a group
+ARMS: dict[str, dict[str, Any]] = {
+    "LoRA": {"method": "lora"},
+    "rsLoRA": {"method": "lora", "use_rslora": True},
+    "published": {"method": "lily", "num_A": 2, "num_B": 2, "routing": "sequence", "scaling": 1.0},
+    "published, scaled": {"method": "lily", "num_A": 2, "num_B": 2, "routing": "sequence"},
+    "static": {"method": "lily", "num_A": 2, "num_B": 2, "routing": "static"},
+    "pair": PAIR,
+    "permuted": PAIR | {"distinct": "permute"},
+    "signs": PAIR | {"distinct": "signs"},
+    "gains": PAIR | {"gain": "signs"},
+    "permuted, routed": {"method": "lily", "num_A": 2, "num_B": 2, "routing": "sequence", "distinct": "permute"},
+    "permuted, own": PAIR | {"distinct": "permute", "own": 0.5},  # half of the parameters are each layer's own
+    "own": PAIR | {"own": 0.5},
+}
+
+
+@cache
+def _specs(model: str) -> Any:
+    from lily import LilyConfig
+    from lily.plan import select_targets
+
+    made, targets = tasks.load(model, 2)
+    return select_targets(made, LilyConfig(target_modules=targets))
+
+
+def options(model: str, arm: str, size: float) -> dict[str, Any] | None:
+    """The options of an arm with no more parameters than LoRA of rank `size`; None if it does not go that low."""
+    from lily.budget import choose, lora_parameters
+    from lily.errors import LilyError
+
+    made = dict(ARMS[arm])
+    if made["method"] == "lora":
+        if size != int(size):
+            return None
+        r = int(size)
+        scale = SCALE * math.sqrt(8) if made.get("use_rslora") else SCALE * r  # rsLoRA has scale 2 at rank 8 too
+        return made | {"r": r, "lora_alpha": scale}
+    own_r = round(made.pop("own", 0) * size)
+    shape = {name: made[name] for name in ("num_A", "num_B")}
+    budget = int(size * lora_parameters(_specs(model), 1))
+    try:
+        found = choose(
+            _specs(model), parameters=budget, routing=made["routing"], gain="gain" in made, own_r=own_r, **shape
+        )
+    except LilyError:
+        return None
+    made |= {"r": found.r} | ({"own_r": own_r} if own_r else {})
+    return made | {"scaling": made.get("scaling", round(default_scaling(found.r + own_r), 4))}
+
+
+def grid(
+    names: Sequence[str], arms: Sequence[str], sizes: Sequence[float], rates: Sequence[float], seeds: int
+) -> Iterator[Run]:
+    """Runs of every arm and size that exists, seeds outermost, so that an interrupted study is balanced."""
+    for seed in range(seeds):
+        for name in names:
+            for size in sizes:
+                for arm in arms:
+                    found = options(tasks.TASKS[name].model, arm, size)
+                    if found is not None:
+                        yield from (Run(name, arm, size, tuple(found.items()), rate, seed) for rate in rates)
+
+
+def shapes() -> Iterator[Run]:
+    """One learning rate for every shape: LoRA of rank 8, and Lily of many shapes at the default scale."""
+    lora = {"method": "lora", "r": 8, "lora_alpha": SCALE * 8}
+    made = {"LoRA, r=8": lora}
+    for r in (4, 16, 64, 256):
+        made[f"r={r}"] = PAIR | {"r": r, "distinct": "permute"}
+    made["r=16, 8 experts"] = PAIR | {"r": 16, "num_B": 8, "routing": "sequence"}
+    made["r=16, an A per layer"] = PAIR | {"r": 16, "num_A": 6, "num_B": 2, "routing": "sequence"}
+    for name, rates in (("random-labels", (4e-3, 8e-3, 2e-3, 1.6e-2)), ("headlines", (2e-3, 4e-3, 1e-3, 8e-3)),
+                        ("random-digits", (4e-3, 8e-3, 2e-3)), ("digits", (2e-3, 4e-3, 1e-3))):  # fmt: skip
+        for rate in rates:
+            for shape, found in made.items():
+                depth = 12 if tasks.TASKS[name].model == "vision" else 6
+                if found["method"] == "lily":
+                    found = found | {"scaling": round(default_scaling(found["r"]), 4)}
+                    found["num_A"] = depth if found["num_A"] == 6 else found["num_A"]
+                yield Run(name, shape, 0, tuple(found.items()), rate, 0)
+
+
+STUDIES = {
+    "transfer": shapes,
+    "capacity": lambda: grid(
+        ["random-labels"],
+        ["LoRA", "published, scaled", "permuted", "permuted, own", "pair"],
+        [0.5, 1, 2, 8],
+        [1e-3, 2e-3, 4e-3],
+        3,
+    ),
+    "easy": lambda: grid(
+        ["headlines"], ["LoRA", "published, scaled", "permuted", "permuted, own"], [0.25, 1, 8], [1e-3, 2e-3, 4e-3], 3
+    ),
+}
+
+
+def stored() -> dict[Run, dict[str, Any]]:
+    """The committed rows."""
+    found: dict[Run, dict[str, Any]] = {}
+    for line in ROWS.read_text("utf-8").splitlines() if ROWS.is_file() else []:
+        row = json.loads(line)
+        chosen = tuple((k, v) for k, v in row.pop("options").items())
+        key = Run(row.pop("task"), row.pop("arm"), row.pop("size"), chosen, row.pop("rate"), row.pop("seed"))
+        found[key] = row
+    return found
+
+
+def missing(studies: Sequence[str]) -> list[Run]:
+    done = stored()
+    return [run for run in dict.fromkeys(r for name in studies for r in STUDIES[name]()) if run not in done]
+
+
+def run_all(runs: Sequence[Run], jobs: int) -> None:
+    """Train the runs, each in a process with one thread, and append their rows as they end."""
+    ROWS.parent.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, max_tasks_per_child=8) as pool:
+        waiting = {pool.submit(train, run): run for run in runs}
+        for number, future in enumerate(as_completed(waiting), 1):
+            run, found = waiting[future], future.result()
+            key = {"task": run.task, "arm": run.arm, "size": run.size, "options": dict(run.options)}
+            with ROWS.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(key | {"rate": run.rate, "seed": run.seed} | found) + "\n")
+            print(f"{number}/{len(runs)} {run.task} {run.arm} {run.rate:g} seed {run.seed}: {found['validation']}",
+                  file=sys.stderr, flush=True)  # fmt: skip
+
+
+Row = dict[str, Any]
+Panels = dict[str, dict[str, list[tuple[float, list[float]]]]]
+
+
+def score(row: Row) -> float:
+    """What rates are chosen by: the loss on validation rows, at most that of chance."""
+    loss = row["validation"]["loss"]
+    return min(loss, CHANCE) if math.isfinite(loss) else CHANCE
+
+
+def by_rate(rows: Mapping[Run, Row], task: str, arm: str, size: float) -> dict[float, list[tuple[Run, Row]]]:
+    found = defaultdict(list)
+    for run, row in rows.items():
+        if (run.task, run.arm, run.size) == (task, arm, size):
+            found[run.rate].append((run, row))
+    return dict(sorted(found.items()))
+
+
+def optimum(curve: Mapping[float, float]) -> tuple[float, bool]:
+    """The rate of the lowest loss, and whether it is inside the grid.
+
+    By a parabola through the lowest point and its neighbors, unless the next rate is one at which training fails.
+    """
+    rates = sorted(curve)
+    i = min(range(len(rates)), key=lambda j: curve[rates[j]])
+    if i in (0, len(rates) - 1):
+        return rates[i], False
+    if curve[rates[i + 1]] > FAILED * curve[rates[i]]:
+        return rates[i], True
+    (a, b, c), (u, v, w) = (math.log(r) for r in rates[i - 1 : i + 2]), (curve[r] for r in rates[i - 1 : i + 2])
+    top = (b - a) ** 2 * (v - w) - (b - c) ** 2 * (v - u)
+    low = (b - a) * (v - w) - (b - c) * (v - u)
+    return (math.exp(b - 0.5 * top / low) if low else rates[i]), True
+
+
+def transfer(rows: Mapping[Run, Row]) -> str:
+    """One rate for every shape: where each shape's lowest loss is, relative to LoRA's."""
+    own = {run: row for run, row in rows.items() if run.size == 0}
+    lines = [
+        "| task | shape | scale | best rate | of LoRA's | loss there | loss at LoRA's best rate |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for task in dict.fromkeys(run.task for run in own):
+        shapes = list(dict.fromkeys(run.arm for run in own if run.task == task))
+        shapes.sort(key=lambda name: not name.startswith("LoRA"))
+        usual = None
+        for shape in shapes:
+            points = by_rate(own, task, shape, 0)
+            curve = {rate: statistics.fmean(score(row) for _, row in found) for rate, found in points.items()}
+            best, inside = optimum(curve)
+            usual = usual or (best, min(curve, key=curve.__getitem__))
+            chosen = dict(next(iter(points.values()))[0][0].options)
+            scale = chosen.get("scaling", SCALE)
+            at = f"{curve[usual[1]]:.3f}" if usual[1] in curve else "-"
+            lines.append(
+                f"| {task} | {shape} | {scale:g} | {best:.2g}{'' if inside else ' (end of the grid)'} "
+                f"| {best / usual[0]:.2f} | {min(curve.values()):.3f} | {at} |"
+            )
+    return "\n".join(lines)
+
+
+def chosen(rows: Mapping[Run, Row], task: str, arm: str, size: float) -> tuple[list[tuple[Run, Row]], bool] | None:
+    """An arm's runs at its best rate, of the rates that all its seeds have, and whether that is inside the grid."""
+    points = by_rate(rows, task, arm, size)
+    if not points:
+        return None
+    most = max(len(found) for found in points.values())
+    curve = {
+        rate: statistics.fmean(score(row) for _, row in found) for rate, found in points.items() if len(found) == most
+    }
+    best = min(curve, key=curve.__getitem__)
+    return sorted(points[best], key=lambda pair: pair[0].seed), best not in (min(curve), max(curve))
+
+
+def capacity(rows: Mapping[Run, Row]) -> str:
+    """Every task, size and arm at its best rate, with a paired test over the seeds against LoRA of equal size."""
+    from scipy.stats import ttest_rel
+
+    own = {run: row for run, row in rows.items() if run.size}
+    lines = [
+        "| task | size | method | r | scale | parameters | rate | loss | accuracy | seeds | p against LoRA | seconds |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for task, size in sorted(dict.fromkeys((run.task, run.size) for run in own)):
+        lora = chosen(own, task, "LoRA", size)
+        for arm in ARMS:
+            found = chosen(own, task, arm, size)
+            if found is None:
+                continue
+            runs, inside = found
+            part = "validation" if tasks.TASKS[task].probe else "test"
+            losses = [row[part]["loss"] for _, row in runs]
+            accuracies = [row[part]["accuracy"] for _, row in runs]
+            p = "-"
+            if lora is not None and arm != "LoRA" and len(runs) > 1 and len(lora[0]) == len(runs):
+                p = f"{ttest_rel(losses, [row[part]['loss'] for _, row in lora[0]]).pvalue:.2g}"
+            options_ = dict(runs[0][0].options)
+            scale = options_.get("scaling") or options_["lora_alpha"] / (
+                math.sqrt(options_["r"]) if options_.get("use_rslora") else options_["r"]
+            )
+            size_of = runs[0][1]["parameters"]
+            lines.append(
+                f"| {task} | {size:g} | {arm} | {options_['r']} | {scale:.3g} | {size_of:,} "
+                f"| {runs[0][0].rate:g}{'' if inside else ' (end)'} | {_spread(losses, 3)} | {_spread(accuracies, 1)} "
+                f"| {len(runs)} | {p} | {statistics.fmean(row['seconds'] for _, row in runs):.0f} |"
+            )
+    return "\n".join(lines)
+
+
+def draw(rows: Mapping[Run, Row]) -> None:
+    """The losses over the learning rate, and, at the best rates, over the number of parameters."""
+    rates: Panels = {}
+    sizes: Panels = {}
+    for task, arm in dict.fromkeys((run.task, run.arm) for run in rows if not run.size):
+        points = by_rate(rows, task, arm, 0)
+        curve = [(rate, [score(row) for _, row in found]) for rate, found in points.items()]
+        rates.setdefault(task, {})[arm] = curve
+    for task, arm, size in dict.fromkeys((run.task, run.arm, run.size) for run in rows if run.size):
+        found = chosen(rows, task, arm, size)
+        assert found is not None
+        part = "validation" if tasks.TASKS[task].probe else "test"
+        point = found[0][0][1]["parameters"], [row[part]["loss"] for _, row in found[0]]
+        sizes.setdefault(task, {}).setdefault(arm, []).append(point)
+    for panels, x, name in ((rates, "learning rate", "rates"), (sizes, "trainable parameters", "map")):
+        if panels:
+            curves_plot(panels, x, "loss").save(FIGURES / f"structure-{name}.svg", overwrite=True)
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    more = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{more}"
+
+
+# Marker in a page -> the page, and the table of the committed rows.
+TABLES = {"rates": (ROOT / "docs" / "tune.md", transfer), "structure": (ROOT / "docs" / "results.md", capacity)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--study", nargs="*", default=list(STUDIES), choices=list(STUDIES))
+    parser.add_argument("--jobs", type=int, default=1, help="Runs at a time, each on one thread; 0: tables only.")
+    parser.add_argument("--list", action="store_true", help="Print what would run.")
+    given = parser.parse_args()
+    runs = missing(given.study)
+    if given.list:
+        for run in runs:
+            print(run)
+        return
+    if given.jobs:
+        run_all(runs, given.jobs)
+    draw(stored())
+    for marker, (page, table) in TABLES.items():
+        written = table(stored())
+        put(page, marker, written)
+        print(written)
+
+
+if __name__ == "__main__":
+    main()
