@@ -19,8 +19,9 @@ import multiprocessing
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,13 @@ ROWS = ROOT / "benchmarks" / "results" / "structure.jsonl"
 FIGURES = ROOT / "docs" / "figures"
 SCALE = 2.0  # of LoRA: lora_alpha = 2 r
 CHANCE = math.log(10)
+RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 FAILED = 4  # times the lowest loss
+
+Row = dict[str, Any]
+Rows = Mapping[Run, Row]
+Study = Callable[[Rows], Iterable[Run]]  # of the rows that are there, the runs that are wanted
+Panels = dict[str, dict[str, list[tuple[float, list[float]]]]]
 
 PAIR = {"method": "lily", "num_A": 1, "num_B": 1, "routing": "static"}  # one A and one B for all layers of a group
 ARMS: dict[str, dict[str, Any]] = {
@@ -90,17 +97,36 @@ def options(model: str, arm: str, size: float) -> dict[str, Any] | None:
     return made | {"scaling": made.get("scaling", round(default_scaling(found.r + own_r), 4))}
 
 
-def grid(
-    names: Sequence[str], arms: Sequence[str], sizes: Sequence[float], rates: Sequence[float], seeds: int
-) -> Iterator[Run]:
-    """Runs of every arm and size that exists, seeds outermost, so that an interrupted study is balanced."""
-    for seed in range(seeds):
-        for name in names:
-            for size in sizes:
-                for arm in arms:
-                    found = options(tasks.TASKS[name].model, arm, size)
-                    if found is not None:
-                        yield from (Run(name, arm, size, tuple(found.items()), rate, seed) for rate in rates)
+def tuned(name: str, arms: Sequence[str], sizes: Sequence[float], rates: Sequence[float], seeds: int) -> Study:
+    """Arms of equal size: seed 0 chooses each arm's rate, in a grid that grows until it is inside; others compare.
+
+    Args:
+        name: the task.
+        arms: of `ARMS`; LoRA is there at whole sizes only.
+        sizes: parameters, as the rank of the LoRA that has as many.
+        rates: the grid before it grows, by a factor of 2.
+        seeds: number of seeds that compare, from 1.
+    """
+
+    def study(rows: Rows) -> Iterator[Run]:
+        for size in sizes:
+            for arm in arms:
+                found = options(tasks.TASKS[name].model, arm, size)
+                if found is None:
+                    continue
+                first = Run(name, arm, size, tuple(found.items()), rates[0], 0)
+                curve = {run.rate: score(rows[run]) for rate in RATES if (run := replace(first, rate=rate)) in rows}
+                if absent := [rate for rate in rates if rate not in curve]:
+                    yield from (replace(first, rate=rate) for rate in absent)
+                    continue
+                best = min(curve, key=curve.__getitem__)
+                wider = [rate for rate in (best / 2, best * 2) if rate not in curve and RATES[0] <= rate <= RATES[-1]]
+                if wider:
+                    yield from (replace(first, rate=rate) for rate in wider)
+                else:
+                    yield from (replace(first, rate=best, seed=seed) for seed in range(1, seeds + 1))
+
+    return study
 
 
 def shapes() -> Iterator[Run]:
@@ -130,20 +156,20 @@ def powers() -> Iterator[Run]:
             yield Run("random-labels", f"r=48, scale {scale:g}", 0, tuple(made.items()), rate, 0)
 
 
-STUDIES = {
-    "transfer": shapes,
-    "powers": powers,
-    "capacity": lambda: grid(
-        ["random-labels"],
-        ["LoRA", "published, scaled", "permuted", "permuted, own", "pair"],
-        [0.5, 1, 2, 8],
-        [1e-3, 2e-3, 4e-3],
-        3,
+SIZES = (1, 8, 0.5, 2)
+STUDIES: dict[str, Study] = {
+    "transfer": lambda _: shapes(),
+    "powers": lambda _: powers(),
+    "capacity": tuned("random-labels", ["LoRA", "permuted", "published, scaled"], SIZES, (2e-3, 4e-3, 8e-3), 5),
+    "easy": tuned("headlines", ["LoRA", "permuted", "published, scaled"], SIZES, (1e-3, 2e-3, 4e-3), 5),
+    "ablations": tuned(
+        "random-labels", ["pair", "signs", "gains", "static", "permuted, routed", "own", "permuted, own", "published"],
+        (8, 1), (2e-3, 4e-3, 8e-3), 5,
     ),
-    "easy": lambda: grid(
-        ["headlines"], ["LoRA", "published, scaled", "permuted", "permuted, own"], [0.25, 1, 8], [1e-3, 2e-3, 4e-3], 3
-    ),
-}
+    "mixed": tuned("mixed", ["LoRA", "permuted", "published, scaled", "permuted, own"], (1, 8), (1e-3, 2e-3, 4e-3), 5),
+    "long": tuned("headlines-long", ["LoRA", "permuted"], (1, 8, 16), (1e-3, 2e-3), 3),
+    "vision": tuned("random-digits", ["LoRA", "permuted", "published, scaled"], (1, 8), (2e-3, 4e-3, 8e-3), 5),
+}  # fmt: skip
 
 
 def stored() -> dict[Run, dict[str, Any]]:
@@ -158,8 +184,9 @@ def stored() -> dict[Run, dict[str, Any]]:
 
 
 def missing(studies: Sequence[str]) -> list[Run]:
-    done = stored()
-    return [run for run in dict.fromkeys(r for name in studies for r in STUDIES[name]()) if run not in done]
+    """Runs that the studies want next and that have no row; their choice of later ones depends on these."""
+    rows = stored()
+    return [run for run in dict.fromkeys(r for name in studies for r in STUDIES[name](rows)) if run not in rows]
 
 
 def run_all(runs: Sequence[Run], jobs: int) -> None:
@@ -177,17 +204,13 @@ def run_all(runs: Sequence[Run], jobs: int) -> None:
                   file=sys.stderr, flush=True)  # fmt: skip
 
 
-Row = dict[str, Any]
-Panels = dict[str, dict[str, list[tuple[float, list[float]]]]]
-
-
 def score(row: Row) -> float:
     """What rates are chosen by: the loss on validation rows, at most that of chance."""
     loss = row["validation"]["loss"]
     return min(loss, CHANCE) if math.isfinite(loss) else CHANCE
 
 
-def by_rate(rows: Mapping[Run, Row], task: str, arm: str, size: float) -> dict[float, list[tuple[Run, Row]]]:
+def by_rate(rows: Rows, task: str, arm: str, size: float) -> dict[float, list[tuple[Run, Row]]]:
     found = defaultdict(list)
     for run, row in rows.items():
         if (run.task, run.arm, run.size) == (task, arm, size):
@@ -212,7 +235,7 @@ def optimum(curve: Mapping[float, float]) -> tuple[float, bool]:
     return (math.exp(b - 0.5 * top / low) if low else rates[i]), True
 
 
-def transfer(rows: Mapping[Run, Row]) -> str:
+def transfer(rows: Rows) -> str:
     """One rate for every shape: where each shape's lowest loss is, relative to LoRA's."""
     own = {run: row for run, row in rows.items() if run.size == 0}
     lines = [
@@ -238,20 +261,18 @@ def transfer(rows: Mapping[Run, Row]) -> str:
     return "\n".join(lines)
 
 
-def chosen(rows: Mapping[Run, Row], task: str, arm: str, size: float) -> tuple[list[tuple[Run, Row]], bool] | None:
-    """An arm's runs at its best rate, of the rates that all its seeds have, and whether that is inside the grid."""
+def chosen(rows: Rows, task: str, arm: str, size: float) -> tuple[list[tuple[Run, Row]], bool] | None:
+    """An arm's runs at the rate that seed 0 chose, without seed 0 if there are others; and if it is inside the grid."""
     points = by_rate(rows, task, arm, size)
-    if not points:
+    curve = {rate: score(row) for rate, found in points.items() for run, row in found if run.seed == 0}
+    if not curve:
         return None
-    most = max(len(found) for found in points.values())
-    curve = {
-        rate: statistics.fmean(score(row) for _, row in found) for rate, found in points.items() if len(found) == most
-    }
     best = min(curve, key=curve.__getitem__)
-    return sorted(points[best], key=lambda pair: pair[0].seed), best not in (min(curve), max(curve))
+    runs = sorted(points[best], key=lambda pair: pair[0].seed)
+    return runs[1:] or runs, best not in (min(curve), max(curve))
 
 
-def capacity(rows: Mapping[Run, Row]) -> str:
+def capacity(rows: Rows) -> str:
     """Every task, size and arm at its best rate, with a paired test over the seeds against LoRA of equal size."""
     from scipy.stats import ttest_rel
 
@@ -288,7 +309,7 @@ def capacity(rows: Mapping[Run, Row]) -> str:
     return "\n".join(lines)
 
 
-def draw(rows: Mapping[Run, Row]) -> None:
+def draw(rows: Rows) -> None:
     """The losses over the learning rate, and, at the best rates, over the number of parameters."""
     rates: Panels = {}
     sizes: Panels = {}
@@ -322,12 +343,11 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="Runs at a time, each on one thread; 0: tables only.")
     parser.add_argument("--list", action="store_true", help="Print what would run.")
     given = parser.parse_args()
-    runs = missing(given.study)
     if given.list:
-        for run in runs:
+        for run in missing(given.study):
             print(run)
         return
-    if given.jobs:
+    while given.jobs and (runs := missing(given.study)):
         run_all(runs, given.jobs)
     draw(stored())
     for marker, (page, table) in TABLES.items():

@@ -12,7 +12,6 @@ from paths import ROOT
 from typer.testing import CliRunner
 
 from lily import LilyError
-from lily.analysis.plots import curves_plot
 from lily.bench import measure, report, subjects
 from lily.bench.contestants import LORA, MERGED, NAMES, STOCK, STRUCTURES, contestants
 from lily.bench.subjects import Shape
@@ -143,38 +142,6 @@ def test_the_pages_show_the_committed_figures_of_long_benchmarks(name, monkeypat
 
     benchmark = importlib.import_module(name)
     assert performance.shown(benchmark.PAGE)[benchmark.MARKER] == benchmark.kept()
-
-
-@pytest.mark.parametrize("marker", ["rates", "structure"])
-def test_the_pages_show_the_committed_rows_of_the_map(marker, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import performance
-    import structure
-
-    page, table = structure.TABLES[marker]
-    assert performance.shown(page)[marker] == table(structure.stored())
-
-
-def test_the_best_rate_is_between_the_rates_of_the_grid(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import structure
-
-    lowest, inside = structure.optimum({1e-3: 0.5, 2e-3: 0.3, 4e-3: 0.4})
-    assert inside
-    assert 2e-3 < lowest < 3e-3  # the parabola leans to the lower neighbor
-    assert structure.optimum({1e-3: 0.5, 2e-3: 0.3}) == (2e-3, False)
-    assert structure.optimum({1e-3: 0.5, 2e-3: 0.3, 4e-3: 1.4}) == (2e-3, True)  # fails at the next rate
-    even, _ = structure.optimum({1e-3: 1.0, 2e-3: 0.5, 4e-3: 1.0})
-    assert even == pytest.approx(2e-3)
-
-
-def test_the_page_of_the_map_draws_lines_of_several_seeds(tmp_path):
-    picture = curves_plot({"a": {"LoRA": [(1.0, [2.0, 4.0]), (2.0, [1.0])], "pair": [(1.0, [5.0])]}}, "rate", "loss")
-    assert picture.alt == "loss over rate. a, LoRA: lowest 1 at 2; a, pair: lowest 5 at 1."
-    picture.save(tmp_path / "drawn.svg")
-    assert "pair" in (tmp_path / "drawn.svg").read_text()
-    with pytest.raises(LilyError, match="nothing was trained"):
-        curves_plot({"a": {}}, "rate", "loss")
 
 
 def test_the_pages_show_the_committed_figures():
