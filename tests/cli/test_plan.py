@@ -27,6 +27,7 @@ from lily.cli.plan import (
     shorten,
 )
 from lily.errors import LilyError
+from lily.functional import default_scaling
 from lily.plan.report import PlanReport, PlanRequest, compress, depth_numbers, plan_for, report_of
 from lily.recipes import loader, methods
 from lily.recipes.dry_run import RecipeReport, tokens_of
@@ -374,3 +375,10 @@ def test_a_recipe_and_options_of_the_same_meaning_give_the_same_plan(llama_on_me
 def recipe_plan(of: Recipe, model: nn.Module, batch: int) -> PlanReport:
     decided, tokens = methods.decide(of, model), tokens_of(of, model)
     return report_of(model, decided, name="model", dtype="bfloat16", batch=batch, tokens=tokens)
+
+
+def test_the_scales_of_lily_and_lora_are_printed_in_one_unit(llama_on_meta: nn.Module) -> None:
+    report = plan(llama_on_meta, r=32)
+    assert (report.scaling, report.lora.scale) == (default_scaling(32), 2)
+    row = next(line for line in printed(report).splitlines() if "scale of the update" in line)
+    assert row.split("│")[2:4] == [f"{1:>{len(row.split('│')[2]) - 1}} ", f"{2:>{len(row.split('│')[3]) - 1}} "]

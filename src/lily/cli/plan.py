@@ -89,6 +89,7 @@ def _cost_table(report: PlanReport) -> Table:
     table.add_column("Lily", justify="right")
     table.add_column("LoRA, same budget", justify="right")
     table.add_row("rank", f"{report.options['r']} ({report.rank_advantage:.1f}x LoRA's)", str(lora.r))
+    table.add_row("scale of the update", f"{report.scaling:.3g}", f"{lora.scale:.3g}")
     for part, label in (("A", "A, shared by neighbors"), ("B", "B, shared by all"), ("router", "routers")):
         table.add_row(label, f"{parts[part]:,}", "")
     if parts["own"]:

@@ -82,6 +82,7 @@ class LoraReport:
     parameters: int
     share_of_compute: float
     checkpoint_bytes: int
+    scale: float
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ class PlanReport:
         model_parameters: number of parameters of the base model.
         routing: of the adapter.
         options: `LilyConfig` arguments that give this plan (r, num_A or stride_A, num_B).
+        scaling: of the update, unless a group has another one.
         groups: rows of the sharing table.
         parameters: trainable parameters, by part (A, B, router) and in total.
         share_of_model: trainable over frozen parameters.
@@ -110,6 +112,7 @@ class PlanReport:
     model_parameters: int
     routing: str
     options: dict[str, int]
+    scaling: float
     groups: tuple[GroupReport, ...]
     parameters: dict[str, int]
     share_of_model: float
@@ -169,6 +172,7 @@ def report_of(
     tokens: int,
     match_lora: int | None = None,
     base_bytes: int | None = None,
+    lora_alpha: float | None = None,
 ) -> PlanReport:
     """The sharing, sizes and costs of an adapter, and the LoRA of equal size.
 
@@ -181,6 +185,7 @@ def report_of(
         tokens: tokens per sample, for the estimates.
         match_lora: rank of the LoRA whose size was the budget; default: the largest LoRA that is not larger.
         base_bytes: size of the frozen weights if it does not follow from `dtype`.
+        lora_alpha: of the LoRA; default: twice its rank.
     """
     plan, modules = decided.plan, decided.modules
     size = sum(p.numel() for p in model.parameters())
@@ -199,13 +204,14 @@ def report_of(
     total = plan.parameters
     # r is whole, so Lily may stay below the budget; the LoRA that set the budget keeps its rank nevertheless.
     budget = total.total if match_lora is None else lora_parameters(whole, match_lora)
-    lora = _lora(whole, budget, batch * tokens)
+    lora = _lora(whole, budget, batch * tokens, lora_alpha)
     return PlanReport(
         model=name,
         dtype=dtype,
         model_parameters=size,
         routing=plan.routing,
         options=decided.choice.options,
+        scaling=float(decided.config.scaling or 0),
         groups=tuple(_group(g, plan) for g in plan.groups),
         parameters={"A": total.A, "B": total.B, "router": total.router, "own": total.own, "total": total.total},
         share_of_model=total.total / size,
@@ -237,10 +243,10 @@ def _group(group: Group, plan: SharingPlan) -> GroupReport:
     )
 
 
-def _lora(modules: Sequence[ModuleSpec], budget: int, tokens: int) -> LoraReport:
+def _lora(modules: Sequence[ModuleSpec], budget: int, tokens: int, alpha: float | None) -> LoraReport:
     r = equal_lora_rank(modules, budget)
     size = lora_parameters(modules, r)
-    return LoraReport(r, size, lora_compute(modules, r, tokens), 4 * size)
+    return LoraReport(r, size, lora_compute(modules, r, tokens), 4 * size, 2.0 if alpha is None else alpha / r)
 
 
 def _linear_layers(model: nn.Module) -> Iterator[ModuleSpec]:

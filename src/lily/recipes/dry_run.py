@@ -167,6 +167,7 @@ def _report(
         batch=batch or recipe.train.batch_size,
         tokens=tokens or tokens_of(recipe, model),
         base_bytes=base_bytes,
+        lora_alpha=None if recipe.lora.alpha is None else float(recipe.lora.alpha),
     )
     rates = methods.planned_rates(recipe, decided.plan)
     return RecipeReport(recipe.name, recipe.method, loader.dump_recipe(recipe), plan, preview, learning_rates=rates)
