@@ -287,6 +287,7 @@ def test_runs_are_kept_go_on_and_are_not_mixed_with_those_of_other_settings(piec
         gpu_map.run(base, other, file, 600, **order)
 
 
+@pytest.mark.slow
 def test_training_learns_and_the_seed_decides_it(pieces):
     base, _ = gpu_map.read_pieces(pieces)
     base.requires_grad_(False)

@@ -58,6 +58,7 @@ def test_all_linear_gives_the_plan_of_the_list_of_all_names():
     assert plan_of(build("llama"), target_modules="all-linear") == plan_of(build("llama"), target_modules=every)
 
 
+@pytest.mark.slow
 def test_the_plan_does_not_depend_on_the_hash_seed():
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"

@@ -121,6 +121,7 @@ def launched(*arguments: str, tmp_path: Path) -> subprocess.CompletedProcess[str
     )
 
 
+@pytest.mark.slow
 def test_torchrun_trains_what_one_process_trains_and_reports_once(tmp_path, recipe, alone):
     done = launched(recipe, f"output={tmp_path / 'two'}", tmp_path=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -128,6 +129,7 @@ def test_torchrun_trains_what_one_process_trains_and_reports_once(tmp_path, reci
     assert_alike(alone, tmp_path / "two")
 
 
+@pytest.mark.slow
 def test_an_error_is_told_once_and_ends_all_processes(tmp_path, recipe):
     done = launched(recipe, "train.batch_size=7", f"output={tmp_path / 'two'}", tmp_path=tmp_path)
     assert done.returncode != 0
