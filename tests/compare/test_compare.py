@@ -382,7 +382,7 @@ def open_log(out, job):
 
 
 def command(paths, out):
-    given = ["--methods", "lily,lora", "--seeds", "1", "--jobs", "1", "--threads", "1", "--output", str(out)]
+    given = ["--methods", "lily,lora", "--seeds", "2", "--jobs", "1", "--threads", "1", "--output", str(out)]
     return [sys.executable, "-m", "lily", "compare", *paths, *given]
 
 
@@ -440,11 +440,11 @@ def test_a_comparison_of_two_recipes_killed_in_the_middle_goes_on_and_finds_what
     for recipe in ("first", "second"):
         a, b = (json.loads((folder / recipe / "comparison.json").read_text()) for folder in (whole, killed))
         for found in (a, b):
-            assert [entry["seeds"] for entry in found["entries"]] == [[0]] * 2
+            assert [entry["seeds"] for entry in found["entries"]] == [[0, 1]] * 2
             for entry in found["entries"]:
                 del entry["seconds"], entry["peak_bytes"]
         assert a == b
-        for run in ("lily/0", "lora/0"):
+        for run in ("lily/0", "lora/0", "lily/1", "lora/1"):
             for name in ("best/adapter_model.safetensors", "predictions.json"):
                 ours, theirs = (folder / recipe / "runs" / run / name for folder in (whole, killed))
                 assert ours.read_bytes() == theirs.read_bytes(), f"{recipe} {run} {name}"
