@@ -19,7 +19,10 @@ def vocabulary_changed(model: nn.Module, config: PeftConfig) -> bool:
     size, base = getattr(ours, "vocab_size", None), config.base_model_name_or_path or getattr(model, "name_or_path", "")
     if size is None or not base:
         return False
+    revision = config.revision or "main"
     try:
-        return bool(type(ours).from_pretrained(base, revision=config.revision or "main").vocab_size != size)
+        # of a folder without a configuration, such as that of a GGUF file, transformers makes one of defaults
+        known = bool(type(ours).get_config_dict(base, revision=revision)[0])
+        return known and bool(type(ours).from_pretrained(base, revision=revision).vocab_size != size)
     except (OSError, ValueError):
         return False
