@@ -238,7 +238,8 @@ def test_llama_cpp_agrees_on_a_real_base_of_4_bits(tmp_path):
     prompt = tokenizer("The capital of France is Paris. The capital of Italy is")["input_ids"]
     plain = greedy(base, prompt, 1)[1]
     model = randomise(
-        get_peft_model(base, LilyConfig(r=16, num_A=3, num_B=3, routing="static", target_modules=LAYERS)), scale=0.08
+        get_peft_model(base, LilyConfig(r=16, num_A=3, num_B=3, routing="static", scaling=1.0, target_modules=LAYERS)),
+        scale=0.08,
     ).eval()
     expected = greedy(model, prompt, 1)[1]
     write_gguf(export.as_lora(model, target="llama.cpp"), base.config, tmp_path / "lora.gguf")
