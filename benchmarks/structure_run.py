@@ -73,25 +73,27 @@ def train(run: Run) -> dict[str, Any]:
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / (WARMUP * steps)) * (steps - step) / steps
     )
-    order, losses, started = random.Random(run.seed), [], time.perf_counter()
-    for _ in range(task.epochs):
-        model.train()
-        for inputs, labels in batches.epoch(training, order):
-            loss = F.cross_entropy(model(**inputs).logits, labels)
-            losses.append(loss.item())
-            if not math.isfinite(losses[-1]):
-                break
-            loss.backward()
-            nn.utils.clip_grad_norm_(own + head, 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
+    losses: list[float] = []
+    order, started = random.Random(run.seed), time.perf_counter()
+    model.train()
+    for inputs, labels in (batch for _ in range(task.epochs) for batch in batches.epoch(training, order)):
+        loss = F.cross_entropy(model(**inputs).logits, labels)
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            break
+        loss.backward()
+        nn.utils.clip_grad_norm_(own + head, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
     seconds = time.perf_counter() - started
     every = max(1, len(losses) // CURVE)
     found: dict[str, Any] = {
         "parameters": size,
         "steps": len(losses),
-        "curve": [round(sum(losses[i : i + every]) / len(losses[i : i + every]), 4) for i in range(0, steps, every)],
+        "curve": [
+            round(sum(losses[i : i + every]) / len(losses[i : i + every]), 4) for i in range(0, len(losses), every)
+        ],
         "seconds": round(seconds, 1),
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "diverged": not math.isfinite(losses[-1]),
