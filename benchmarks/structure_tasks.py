@@ -21,7 +21,7 @@ from lily.recipes import loader
 from lily.recipes.data.sources import fetch, local_path
 from lily.recipes.models.convert import converted
 from lily.recipes.offline.standins import HEADLINES, digits
-from lily.recipes.spec.schema import Source
+from lily.recipes.spec.data import Source
 
 ENCODER_LAYERS = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
 VISION_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]

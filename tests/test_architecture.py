@@ -12,7 +12,7 @@ import pytest
 from docs_blocks import PAGES, blocks
 from paths import ROOT
 
-from lily.recipes.spec.schema import Lily
+from lily.recipes.spec.methods import Lily
 
 PACKAGE = ROOT / "src" / "lily"
 PAGE = "docs/architecture.md"

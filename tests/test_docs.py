@@ -191,7 +191,8 @@ def run(block: Block, command: Command) -> None:
     if command.words[:2] == VTAB:
         vtab.main(command.words[2:])
         return
-    words = [*command.words[1:], *SMALLER.get((block.page, command.words[1]), SMALLER.get(command.words[1], ()))]
+    trains_less = SMALLER.get((block.page, command.words[1]), SMALLER.get(command.words[1], ()))
+    words = [*command.words[1:], *(() if "--summary" in command.words else trains_less)]
     with pytest.MonkeyPatch.context() as patch:
         for name, value in command.variables:
             patch.setenv(name, value)

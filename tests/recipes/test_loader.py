@@ -12,7 +12,8 @@ from recipes_helpers import write_recipe
 
 from lily.errors import LilyError
 from lily.recipes import loader
-from lily.recipes.spec.schema import Recipe, Section
+from lily.recipes.spec.base import Section
+from lily.recipes.spec.schema import Recipe
 
 MINIMAL = {
     "name": "a",

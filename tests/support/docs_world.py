@@ -28,7 +28,7 @@ from lily.recipes.data import sources
 from lily.recipes.dreambooth import standin
 from lily.recipes.models import convert
 from lily.recipes.offline import standins
-from lily.recipes.spec.schema import Package
+from lily.recipes.spec.data import Package
 
 VOCABULARY = len(WORDS) + len(SPECIAL)
 HUB = ("your/model", "some/model")

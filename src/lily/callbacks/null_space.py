@@ -26,7 +26,7 @@ from lily.io.atomic import write_bytes
 from lily.io.untrusted import read_header, read_tensors
 from lily.layers.sharding import is_sharded
 from lily.plan.sharing_plan import SharingPlan
-from lily.plan.specs import EMBEDDING, PARAMETERS
+from lily.plan.specs import UNSEEN
 from lily.tuner.adapter import Adapted, find
 from lily.tuner.base_inputs import base_inputs
 from lily.tuner.recording import Batch, call
@@ -190,7 +190,7 @@ def null_space(
         raise LilyError("null_space needs a calibration set, and got no batch")
     spans = {}
     for number, A in tensors.items():
-        if plan.blocks[number][0].kind in (EMBEDDING, *PARAMETERS):
+        if plan.blocks[number][0].kind in UNSEEN:
             continue  # of an embedding, a moment would be (rows, rows)
         moment = _summed(moments.get(number), A)
         names, r = plan.blocks[number][1], A.shape[0]

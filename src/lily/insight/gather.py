@@ -25,7 +25,7 @@ from lily.recipes.results.adapter import Adapter, batches
 from lily.recipes.results.adapter_folder import adapter_path, kept_recipe
 from lily.recipes.results.run_files import RunFigures, newest_checkpoint, run_figures, run_of
 from lily.recipes.scoring.inference import by_length, device_of
-from lily.recipes.spec.schema import CLASSIFYING
+from lily.recipes.spec.base import CLASSIFYING
 from lily.tuner.adapter import find
 
 

@@ -14,7 +14,7 @@ from lily.recipes.data.tables import read_rows
 from lily.recipes.data.tasks import collate
 from lily.recipes.deploy import load_for_export
 from lily.recipes.scoring.inference import by_length, device_of, place, to_device
-from lily.recipes.spec.schema import File
+from lily.recipes.spec.data import File
 from lily.recipes.spec.values import SURROGATE
 
 TEXT, PAIR, LABEL = "text", "text_pair", "label"

@@ -35,6 +35,12 @@ class Decided:
     plan: SharingPlan
     choice: Choice
 
+    @property
+    def scaling(self) -> float:
+        """Scale of the update, unless a group has another one."""
+        assert isinstance(self.config.scaling, float | int)  # `decide` has replaced the default by a number
+        return float(self.config.scaling)
+
 
 def decide(
     model: nn.Module,

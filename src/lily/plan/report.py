@@ -211,7 +211,7 @@ def report_of(
         model_parameters=size,
         routing=plan.routing,
         options=decided.choice.options,
-        scaling=float(decided.config.scaling or 0),
+        scaling=decided.scaling,
         groups=tuple(_group(g, plan) for g in plan.groups),
         parameters={"A": total.A, "B": total.B, "router": total.router, "own": total.own, "total": total.total},
         share_of_model=total.total / size,

@@ -23,6 +23,7 @@ SLICE = "slice"  # some outputs of a linear layer
 PARALLEL_MODULE = "block"  # an adapter runs beside a whole module; the value stays, since JSON reports contain it
 MATRIX, EXPERTS = "matrix", "experts"  # parameters: one matrix, or a stack of them
 PARAMETERS = (MATRIX, EXPERTS)
+UNSEEN = (EMBEDDING, *PARAMETERS)  # kinds whose input is an index, or is not visible
 PARTS = (SLICE, MATRIX, EXPERTS)  # parts of a module, named <module>.<part>
 
 # PEFT can size these too, but they do not compute x @ W.T on their last dimension.

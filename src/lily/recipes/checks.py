@@ -9,7 +9,9 @@ from lily.errors import LilyError
 from lily.recipes.offline import standins
 from lily.recipes.scoring import answers
 from lily.recipes.spec import lily_checks
-from lily.recipes.spec.schema import CLASSIFYING, MEAN, STANDIN, File, Pattern, Recipe
+from lily.recipes.spec.base import CLASSIFYING
+from lily.recipes.spec.data import File
+from lily.recipes.spec.schema import MEAN, STANDIN, Pattern, Recipe
 
 Problem = tuple[tuple[str, ...], str]
 

@@ -17,9 +17,11 @@ from lily.errors import LilyError
 from lily.recipes import checks
 from lily.recipes.spec import dreambooth, variants
 from lily.recipes.spec import values as scalars
+from lily.recipes.spec.base import Section
+from lily.recipes.spec.data import SOURCES
 from lily.recipes.spec.dreambooth import DreamBooth
 from lily.recipes.spec.locations import Key, KeyLocations
-from lily.recipes.spec.schema import SOURCES, STANDIN, Recipe, Section
+from lily.recipes.spec.schema import STANDIN, Recipe
 
 LIBRARY = Path(__file__).parent / "library"
 MAX_BYTES = 1 << 20  # a recipe is a page of text; anything larger is a mistake or an attack

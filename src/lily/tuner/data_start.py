@@ -22,13 +22,12 @@ from lily.layers.bank import BANK, LilyBank
 from lily.layers.layer import LilyLayer
 from lily.layers.sharding import from_first, is_sharded, world_size
 from lily.layers.starts import ROW_ENERGY, TopDirections, completed
-from lily.plan.specs import EMBEDDING, PARAMETERS
+from lily.plan.specs import UNSEEN
 from lily.tuner.adapter import Adapted, find
 from lily.tuner.base_inputs import base_inputs
 from lily.tuner.recording import call
 
 CALL = "lily.initialize_from_data(model, dataloader)"
-HIDDEN = (EMBEDDING, *PARAMETERS)  # kinds whose input is an index, or is not visible
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ def _check(adapted: Adapted) -> dict[str, LilyLayer]:
     seen = {
         layer: module
         for layer, module in adapted.layers.items()
-        if adapted.plan.group_of(layer).kind not in HIDDEN
+        if adapted.plan.group_of(layer).kind not in UNSEEN
     }  # fmt: skip
     if not seen:
         raise LilyError(

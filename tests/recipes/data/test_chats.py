@@ -16,7 +16,7 @@ from lily.recipes import data, loader
 from lily.recipes.data import chats, tables
 from lily.recipes.data.chat_template import Chat
 from lily.recipes.scoring import answers
-from lily.recipes.spec.schema import Columns, File
+from lily.recipes.spec.data import Columns, File
 
 ASK, SAY = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 

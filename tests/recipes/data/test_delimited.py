@@ -10,7 +10,7 @@ import pytest
 
 from lily.errors import LilyError
 from lily.recipes.data import tables
-from lily.recipes.spec.schema import Data, File
+from lily.recipes.spec.data import Data, File
 
 WANTED = [{"text": "good, very", "label": "1"}, {"text": "bad", "label": "0"}, {"text": "fine; so", "label": "1"}]
 

@@ -12,7 +12,7 @@ from lily.errors import LilyError
 from lily.recipes import data, loader
 from lily.recipes.data import tables
 from lily.recipes.data.cells import class_in, number_in, text_in
-from lily.recipes.spec.schema import Columns, File
+from lily.recipes.spec.data import Columns, File
 
 TABLE = [{"text": "a, b", "label": "0"}, {"text": 'say "x"', "label": "1"}]
 

@@ -10,7 +10,7 @@ import pytest
 
 from lily.errors import LilyError
 from lily.recipes.data import sources
-from lily.recipes.spec.schema import Package, Source
+from lily.recipes.spec.data import Package, Source
 
 METADATA = "Metadata-Version: 2.1\nName: tinypack\nVersion: 1.0\n"
 

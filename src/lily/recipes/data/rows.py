@@ -19,8 +19,10 @@ from lily.recipes.data.delimited import Note
 from lily.recipes.data.sft import beside, check_chat, choices_of, needs_chat, text_prompt
 from lily.recipes.data.sources import fetch
 from lily.recipes.data.tables import Row, name_of, read_rows
+from lily.recipes.spec.base import CLASSIFYING
+from lily.recipes.spec.data import Columns, File
 from lily.recipes.spec.locations import Key, located
-from lily.recipes.spec.schema import CLASSIFYING, Columns, File, Recipe
+from lily.recipes.spec.schema import Recipe
 
 T = TypeVar("T")
 

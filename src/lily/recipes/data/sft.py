@@ -11,7 +11,8 @@ from lily.recipes.data import chats
 from lily.recipes.data.cells import get, short, text_in
 from lily.recipes.data.chat_template import Chat
 from lily.recipes.data.tables import Row
-from lily.recipes.spec.schema import Choices, Columns, Recipe
+from lily.recipes.spec.data import Choices, Columns
+from lily.recipes.spec.schema import Recipe
 
 
 def prompt_of(row: Row, columns: Columns, where: str) -> Any:

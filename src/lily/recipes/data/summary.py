@@ -20,7 +20,8 @@ from lily.recipes.data.tasks import (
     length,
     text_processor,
 )
-from lily.recipes.spec.schema import CLASSIFYING, Recipe
+from lily.recipes.spec.base import CLASSIFYING
+from lily.recipes.spec.schema import Recipe
 
 RARE = 5  # training rows of a class; fewer are marked
 SHOWN = 8  # classes in the table; of more, the rarest and the most frequent

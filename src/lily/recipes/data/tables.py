@@ -17,7 +17,7 @@ from lily.errors import LilyError
 from lily.recipes.data import delimited
 from lily.recipes.data.delimited import Note
 from lily.recipes.data.sources import fetch
-from lily.recipes.spec.schema import File
+from lily.recipes.spec.data import File
 
 Row = dict[str, Any]
 

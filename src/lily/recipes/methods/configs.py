@@ -26,7 +26,8 @@ from lily.recipes.methods import other_peft
 from lily.recipes.models.load import HEADS, heads_of
 from lily.recipes.spec.dreambooth import DreamBooth
 from lily.recipes.spec.locations import Key, located
-from lily.recipes.spec.schema import Group, Recipe
+from lily.recipes.spec.methods import Group
+from lily.recipes.spec.schema import Recipe
 
 # Option of LilyConfig -> key of a recipe.
 KEYS: dict[str, Key] = {

@@ -22,7 +22,7 @@ from lily.errors import LilyError
 from lily.plan.config import EXTENDED_TYPE, LilyConfig
 from lily.plan.sharing_plan import SharingPlan
 from lily.plan.specs import ModuleSpec
-from lily.recipes.spec.schema import Peft
+from lily.recipes.spec.methods import Peft
 from lily.tuner.registry import register, unregister
 
 # Option of PEFT that a recipe sets with another key -> that key.

@@ -12,7 +12,8 @@ from lily.recipes.data.images import Preprocess
 from lily.recipes.data.sources import fetch
 from lily.recipes.models import convert, quantization
 from lily.recipes.offline import standins
-from lily.recipes.spec.schema import Model, Recipe, Task
+from lily.recipes.spec.base import Task
+from lily.recipes.spec.schema import Model, Recipe
 from lily.tuner import call_uncalled
 
 if TYPE_CHECKING:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from lily.layers.quantized import keep_differentiable
 from lily.plan.sharing_plan import SAVED_HEADS
-from lily.recipes.spec.schema import Quantization, Task
+from lily.recipes.spec.base import Task
+from lily.recipes.spec.schema import Quantization
 
 if TYPE_CHECKING:
     import torch

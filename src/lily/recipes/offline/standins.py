@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from lily.errors import LilyError
 from lily.recipes.data.images import Preprocess, read_images
 from lily.recipes.data.sources import building, cache_folder, fetch, local_path
-from lily.recipes.spec.schema import Package, Source
+from lily.recipes.spec.data import Package, Source
 
 if TYPE_CHECKING:
     from torch import Tensor

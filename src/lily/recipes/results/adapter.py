@@ -20,7 +20,8 @@ from lily.recipes.models.precision import precision_of
 from lily.recipes.results.adapter_folder import AdapterFolder
 from lily.recipes.scoring.evaluate import Judge, answers, head_outputs
 from lily.recipes.scoring.inference import by_length, place, to_device
-from lily.recipes.spec.schema import CLASSIFYING, Recipe
+from lily.recipes.spec.base import CLASSIFYING
+from lily.recipes.spec.schema import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

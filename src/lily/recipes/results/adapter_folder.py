@@ -11,8 +11,9 @@ from lily.errors import LilyError
 from lily.io.untrusted import blame, read_header, read_json
 from lily.recipes import loader
 from lily.recipes.results.card import LABELS
+from lily.recipes.spec.base import Task
 from lily.recipes.spec.dreambooth import DreamBooth
-from lily.recipes.spec.schema import Model, Recipe, Task
+from lily.recipes.spec.schema import Model, Recipe
 
 TASKS: dict[str, Task] = {
     "CAUSAL_LM": "sft",

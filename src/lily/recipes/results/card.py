@@ -18,7 +18,9 @@ from lily.recipes.methods.configs import ratios_of
 from lily.recipes.results import data_table
 from lily.recipes.scoring import test_sets
 from lily.recipes.scoring.metrics import metrics_of, shown
-from lily.recipes.spec.schema import CLASSIFYING, Recipe, Source
+from lily.recipes.spec.base import CLASSIFYING
+from lily.recipes.spec.data import Source
+from lily.recipes.spec.schema import Recipe
 
 if TYPE_CHECKING:
     from lily.recipes.results.result import Result

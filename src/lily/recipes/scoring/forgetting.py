@@ -8,8 +8,9 @@ from lily.errors import LilyError
 from lily.recipes import data
 from lily.recipes.data import tables
 from lily.recipes.data.chat_template import ids_of, text_of
+from lily.recipes.spec.data import GeneralText
 from lily.recipes.spec.locations import located
-from lily.recipes.spec.schema import GeneralText, Recipe
+from lily.recipes.spec.schema import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -8,20 +8,10 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from lily.recipes.spec import lily_checks
+from lily.recipes.spec.base import BRatio, Positive, PositiveInt, Precision, RecipeBase, RouterRatio, Section, Seed
+from lily.recipes.spec.data import OneSource
 from lily.recipes.spec.locations import Key
-from lily.recipes.spec.schema import (
-    BRatio,
-    Lily,
-    Lora,
-    OneSource,
-    Positive,
-    PositiveInt,
-    Precision,
-    RecipeBase,
-    RouterRatio,
-    Section,
-    Seed,
-)
+from lily.recipes.spec.methods import Lily, Lora
 
 
 class Pipeline(OneSource):

@@ -6,7 +6,7 @@ import string
 from collections.abc import Iterator
 
 from lily.recipes.spec.locations import Key
-from lily.recipes.spec.schema import Lily
+from lily.recipes.spec.methods import Lily
 
 PLACEHOLDERS = {"name", "method", "seed"}
 SHAPE = ("r", "num_A", "stride_A", "num_B")

@@ -29,7 +29,8 @@ from lily.recipes.methods.configs import learning_rate
 from lily.recipes.models.precision import precision_of
 from lily.recipes.scoring import metrics as metric_tools
 from lily.recipes.scoring.forgetting import LOSS
-from lily.recipes.spec.schema import CLASSIFYING, Recipe
+from lily.recipes.spec.base import CLASSIFYING
+from lily.recipes.spec.schema import Recipe
 from lily.recipes.trainer.resumable import Cadence, Resumable
 
 Evaluate = Callable[[torch.nn.Module], dict[str, float]]
