@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -51,6 +52,21 @@ def _named(metafunc: pytest.Metafunc, name: str) -> bool:
     marks = metafunc.definition.iter_markers("parametrize")
     names = [mark.args[0].split(",") if isinstance(mark.args[0], str) else mark.args[0] for mark in marks]
     return name in [one.strip() for group in names for one in group]
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` deselects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`sample(every)`: of a test's cases the first and about one of `every` run by default, the others are slow.
+
+    Which ones follows from their names, so that they are spread over all parameters and stay the same.
+    """
+    seen: set[tuple[Path, str]] = set()
+    for item in items:
+        test = item.path, getattr(item, "originalname", item.name)
+        mark = item.get_closest_marker("sample")
+        if mark is not None and test in seen and zlib.crc32(item.name.encode()) % mark.kwargs["every"]:
+            item.add_marker(pytest.mark.slow)
+        seen.add(test)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -147,7 +147,8 @@ def test_every_recipe_and_every_part_of_one_is_valid(block, tmp_path, monkeypatc
 # --- running it -----------------------------------------------------------------------------------------------------
 
 
-HEAVY = ("docs/diffusion.md", "docs/performance.md")  # minutes, even with what is cut
+# Minutes, even with what is cut.
+HEAVY = ("docs/deploy.md", "docs/diffusion.md", "docs/performance.md", "docs/tune.md", "docs/tutorials/diffusion.md")
 
 
 def slow(block: Block) -> bool:

@@ -160,10 +160,11 @@ def test_importing_lily_and_the_help_of_the_command_line_import_nothing_heavy():
 
 # Each case is forked from a process that has most of what PEFT imports, but neither PEFT nor transformers' models.
 FORKS = """
-import os, sys, traceback
-import accelerate, bitsandbytes, torch, transformers, transformers.masking_utils
+import gc, os, sys, traceback
+import accelerate, bitsandbytes, scipy.optimize, torch, torchao.quantization, transformers, transformers.masking_utils
 import torch._dynamo, torch._inductor.compile_fx, torch.distributed.tensor
 assert "peft" not in sys.modules and "transformers.modeling_utils" not in sys.modules
+gc.freeze(), gc.disable()
 for code in {cases!r}:
     if (child := os.fork()) == 0:
         try:

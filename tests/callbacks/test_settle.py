@@ -266,6 +266,7 @@ def test_ones_own_loop_settles_every_dynamic_routing(routing):
     assert torch.isfinite(predict(model.eval(), inputs("llama"))).all()
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_not_compiled_again_at_every_step():
     model = adapted("plain", routing="token", settled=0.0)
     settling = lily.Settling(model, total_steps=100, start=0.0, end=0.5)

@@ -274,6 +274,7 @@ def refit_a_half(rank):
     return report.to_dict(), predict(model, inputs("llama")).tolist()
 
 
+@pytest.mark.slow
 def test_two_processes_refit_alike():
     first, second = processes(refit_a_half)
     assert first == second

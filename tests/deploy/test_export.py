@@ -26,7 +26,10 @@ import lily
 from lily import LilyConfig, LilyError, export
 from lily.deploy import write as folders
 
-pytestmark = pytest.mark.filterwarnings("ignore:routing=.* on a causal model", "ignore:merging rounded")
+pytestmark = [
+    pytest.mark.sample(every=3),
+    pytest.mark.filterwarnings("ignore:routing=.* on a causal model", "ignore:merging rounded"),
+]
 
 KINDS = ("llama", "gpt2", "bert", "vit")
 STATIC = [{"routing": "static"}, {"routing": "uniform"}, {"routing": "token", "num_B": 1}]

@@ -19,7 +19,10 @@ from lily.budget import lora_parameters
 from lily.layers.find import layers_of
 from lily.plan.specs import CONV2D, EMBEDDING
 
-pytestmark = pytest.mark.filterwarnings("ignore:routing=.* on a causal model", "ignore:Could not identify embedding")
+pytestmark = [
+    pytest.mark.sample(every=3),
+    pytest.mark.filterwarnings("ignore:routing=.* on a causal model", "ignore:Could not identify embedding"),
+]
 
 ROUTINGS = ("token", "sequence", "batch", "static", "uniform")
 

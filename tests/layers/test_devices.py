@@ -23,6 +23,8 @@ from lily.export import as_lora
 from lily.kernels import fused
 from lily.plan.options import ROUTINGS
 
+pytestmark = pytest.mark.sample(every=3)
+
 ROOT = "base_model.model."
 LAYERS = [f"model.layers.{i}" for i in range(4)]
 FRONT, BACK = ["model.embed_tokens", "model.rotary_emb", *LAYERS[:2]], ["model.norm", "lm_head", *LAYERS[2:]]

@@ -17,7 +17,10 @@ from torch import nn
 from lily import LilyConfig, LilyError, export
 from lily.layers.exact_merge import fold, unfold
 
-pytestmark = pytest.mark.filterwarnings("ignore:routing=.* on a causal model", "ignore:merging rounded")
+pytestmark = [
+    pytest.mark.sample(every=3),
+    pytest.mark.filterwarnings("ignore:routing=.* on a causal model", "ignore:merging rounded"),
+]
 
 STATIC = [{"routing": "static"}, {"routing": "uniform"}, {"routing": "token", "num_B": 1}]
 MERGEABLE = ["llama", "gpt2", "bert", "vit", "plain", "t5"]

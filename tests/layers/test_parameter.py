@@ -19,7 +19,10 @@ from lily.layers.parameter import Parameter
 from lily.plan.select import NoTargetError, select_targets
 from lily.plan.specs import EXPERTS, MATRIX
 
-pytestmark = pytest.mark.filterwarnings("ignore:routing=.* on a causal model", "ignore:merging rounded")
+pytestmark = [
+    pytest.mark.sample(every=3),
+    pytest.mark.filterwarnings("ignore:routing=.* on a causal model", "ignore:merging rounded"),
+]
 
 EXPERT_COUNT = 5
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]

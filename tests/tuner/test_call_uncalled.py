@@ -19,6 +19,8 @@ from lily.plan.uncalled_layers import uncalled
 from lily.tuner import call_uncalled
 from lily.tuner.adapter import find
 
+pytestmark = pytest.mark.sample(every=3)
+
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 3}
 TIMM = {
     "beit": ("beit_base_patch16_224", {**SMALL, "img_size": 16, "patch_size": 8}),

@@ -31,6 +31,8 @@ from lily.plan.uncalled_layers import uncalled
 from lily.recipes.offline.vision_mamba import VisionMambaConfig, VisionMambaForImageClassification
 from lily.tuner import call_uncalled
 
+pytestmark = pytest.mark.sample(every=3)
+
 SMALL = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 2, "initializer_range": 0.5}
 CONFIGS = {
     "mamba": MambaConfig(**SMALL, state_size=4),

@@ -18,6 +18,8 @@ import lily
 from lily import export
 from lily.layers.layer import LilyLayer
 
+pytestmark = pytest.mark.sample(every=3)
+
 FILE = "adapter_model.safetensors"
 
 
@@ -204,7 +206,7 @@ def test_what_is_saved_beside_the_adapter_has_plain_names(tmp_path, name, before
     close(logits(PeftModel.from_pretrained(build("llama"), tmp_path / "wrapped").eval()), expected)
 
 
-@pytest.mark.parametrize("routing", ["token", "sequence"])
+@pytest.mark.parametrize("routing", ["token", pytest.param("sequence", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore:routing=.* on a causal model")
 @pytest.mark.parametrize("name", ["a compiled model", "checkpointed blocks"])
 def test_each_routing_computes_as_without_wrappers(tmp_path, name, routing):
@@ -217,6 +219,7 @@ def test_each_routing_computes_as_without_wrappers(tmp_path, name, routing):
         close(model(**inputs("llama") | mask).logits, loaded(**inputs("llama") | mask).logits)
 
 
+@pytest.mark.slow
 def test_a_model_compiled_and_run_before_it_is_adapted_uses_the_adapter():
     base = compiled(build("llama"))
     before = logits(base)

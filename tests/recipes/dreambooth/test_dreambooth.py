@@ -231,7 +231,7 @@ def test_an_offline_recipe_plans_without_building_its_pipeline(kind, tmp_path, m
 # --- the run --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param("sdxl", marks=pytest.mark.slow), *(k for k in KINDS if k != "sdxl")])
 def test_a_run_learns_its_images_beside_lora_and_reloads_through_diffusers(kind, tmp_path, pipes, subject):
     chosen, result = trained(
         tmp_path, pipes[kind], subject, "train.max_steps=12", "validation.every=6", "train.batch_size=3",

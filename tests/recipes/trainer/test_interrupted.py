@@ -211,7 +211,7 @@ def ends_as_whole(whole: Any, kind: str, why: str = "") -> None:
 @pytest.mark.parametrize(
     "kind", [kind if kind == "token" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
 )
-@pytest.mark.parametrize("share", [0.3, 0.7])
+@pytest.mark.parametrize("share", [0.3, pytest.param(0.7, marks=pytest.mark.slow)])
 def test_a_killed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(whole, kind, share):
     at = round(share * whole(kind)[3])
     recipe, _ = begun(whole, kind)
@@ -221,7 +221,7 @@ def test_a_killed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(whole, ki
 
 # All kinds write with the same code, so one of them is killed everywhere and the others here and there.
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "every"), [("lora", 1), ("sft", 9), ("token", 9), ("settle", 9)])
+@pytest.mark.parametrize(("kind", "every"), [("lora", 1), ("sft", 23), ("token", 23), ("settle", 23)])
 def test_a_run_may_be_killed_at_any_write_and_any_step(whole, kind, every):
     for at in range(1, whole(kind)[3] + 1, every):
         recipe, _ = begun(whole, kind)
@@ -229,6 +229,7 @@ def test_a_run_may_be_killed_at_any_write_and_any_step(whole, kind, every):
         ends_as_whole(whole, kind, f"after being killed at event {at}")
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_gets_there(whole):
     recipe, run = begun(whole, "lora")
 
@@ -250,7 +251,9 @@ def test_resuming_a_finished_run_changes_nothing(whole):
     ends_as_whole(whole, "lora")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_signal_finishes_the_step_and_writes_a_checkpoint(whole, capfd, number, code):
     recipe, run = begun(whole, "settle")
     assert struck(recipe, sent(number), 5, ["training_step"]) == code  # the first half of the third step
@@ -321,7 +324,7 @@ def test_signals_leave_other_threads_alone():
         assert pool.submit(enter).result() == signal.getsignal(signal.SIGTERM)
 
 
-@pytest.mark.parametrize("at", [4, 9, 17])
+@pytest.mark.parametrize("at", [4, pytest.param(9, marks=pytest.mark.slow), pytest.param(17, marks=pytest.mark.slow)])
 def test_a_full_disk_ends_in_one_line_that_names_a_path_and_costs_nothing_that_was_written(whole, capfd, at):
     recipe, run = begun(whole, "lora")
     assert struck(recipe, full, at, ["fsync", "save_file", "safe_save_file"]) == 2
