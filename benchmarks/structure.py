@@ -46,21 +46,28 @@ Rows = Mapping[Run, Row]
 Study = Callable[[Rows], Iterable[Run]]  # of the rows that are there, the runs that are wanted
 Panels = dict[str, dict[str, list[tuple[float, list[float]]]]]
 
-PAIR = {"method": "lily", "num_A": 1, "num_B": 1, "routing": "static"}  # one A and one B for all layers of a group
+# One A and one B for all layers of a group; and two of each, which each layer mixes.
+PAIR = {"method": "lily", "num_A": 1, "num_B": 1, "routing": "static", "distinct": "none"}
+ROUTED = {"method": "lily", "num_A": 2, "num_B": 2, "routing": "sequence", "distinct": "none"}
 ARMS: dict[str, dict[str, Any]] = {
     "LoRA": {"method": "lora"},
     "rsLoRA": {"method": "lora", "use_rslora": True},
-    "published": {"method": "lily", "num_A": 2, "num_B": 2, "routing": "sequence", "scaling": 1.0},
-    "published, scaled": {"method": "lily", "num_A": 2, "num_B": 2, "routing": "sequence"},
-    "static": {"method": "lily", "num_A": 2, "num_B": 2, "routing": "static"},
+    "published": ROUTED | {"scaling": 1.0},
+    "published, scaled": ROUTED,
+    "static": ROUTED | {"routing": "static"},
     "pair": PAIR,
     "permuted": PAIR | {"distinct": "permute"},
     "signs": PAIR | {"distinct": "signs"},
     "gains": PAIR | {"gain": "signs"},
-    "permuted, routed": {"method": "lily", "num_A": 2, "num_B": 2, "routing": "sequence", "distinct": "permute"},
+    "permuted, routed": ROUTED | {"distinct": "permute"},
     "permuted, own": PAIR | {"distinct": "permute", "own": 0.5},  # half of the parameters are each layer's own
     "own": PAIR | {"own": 0.5},
 }
+
+
+def key(options: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """Options as a part of a run's key."""
+    return tuple(sorted(options.items()))
 
 
 @cache
@@ -114,7 +121,7 @@ def tuned(name: str, arms: Sequence[str], sizes: Sequence[float], rates: Sequenc
                 found = options(tasks.TASKS[name].model, arm, size)
                 if found is None:
                     continue
-                first = Run(name, arm, size, tuple(found.items()), rates[0], 0)
+                first = Run(name, arm, size, key(found), rates[0], 0)
                 curve = {run.rate: score(rows[run]) for rate in RATES if (run := replace(first, rate=rate)) in rows}
                 if absent := [rate for rate in rates if rate not in curve]:
                     yield from (replace(first, rate=rate) for rate in absent)
@@ -131,21 +138,18 @@ def tuned(name: str, arms: Sequence[str], sizes: Sequence[float], rates: Sequenc
 
 def shapes() -> Iterator[Run]:
     """One learning rate for every shape: LoRA of rank 8, and Lily of many shapes at the default scale."""
-    lora = {"method": "lora", "r": 8, "lora_alpha": SCALE * 8}
-    made = {"LoRA, r=8": lora}
-    for r in (4, 16, 64, 256):
-        made[f"r={r}"] = PAIR | {"r": r, "distinct": "permute"}
-    made["r=16, 8 experts"] = PAIR | {"r": 16, "num_B": 8, "routing": "sequence"}
-    made["r=16, an A per layer"] = PAIR | {"r": 16, "num_A": 6, "num_B": 2, "routing": "sequence"}
-    for name, rates in (("random-labels", (4e-3, 8e-3, 2e-3, 1.6e-2)), ("headlines", (2e-3, 4e-3, 1e-3, 8e-3)),
+    for name, rates in (("random-labels", (4e-3, 8e-3, 2e-3)), ("headlines", (2e-3, 4e-3, 1e-3, 8e-3)),
                         ("random-digits", (4e-3, 8e-3, 2e-3)), ("digits", (2e-3, 4e-3, 1e-3))):  # fmt: skip
+        made: dict[str, dict[str, Any]] = {"LoRA, r=8": {"method": "lora", "r": 8, "lora_alpha": SCALE * 8}}
+        for r in (4, 16, 64, 256):
+            made[f"r={r}"] = PAIR | {"r": r, "distinct": "permute"}
+        made["r=16, 8 experts"] = PAIR | {"r": 16, "num_B": 8, "routing": "sequence", "distinct": "permute"}
+        depth = {"encoder": 6, "vision": 12}[tasks.TASKS[name].model]
+        made["r=16, an A per layer"] = ROUTED | {"r": 16, "num_A": depth, "distinct": "permute"}
         for rate in rates:
             for shape, found in made.items():
-                depth = 12 if tasks.TASKS[name].model == "vision" else 6
-                if found["method"] == "lily":
-                    found = found | {"scaling": round(default_scaling(found["r"]), 4)}
-                    found["num_A"] = depth if found["num_A"] == 6 else found["num_A"]
-                yield Run(name, shape, 0, tuple(found.items()), rate, 0)
+                scale = {} if found["method"] == "lora" else {"scaling": round(default_scaling(found["r"]), 4)}
+                yield Run(name, shape, 0, key(found | scale), rate, 0)
 
 
 def powers() -> Iterator[Run]:
@@ -153,23 +157,25 @@ def powers() -> Iterator[Run]:
     for rate in (4e-3, 8e-3, 2e-3, 1e-3):
         for scale in (0.8, 0.33, SCALE):
             made = PAIR | {"r": 48, "distinct": "permute", "scaling": scale}
-            yield Run("random-labels", f"r=48, scale {scale:g}", 0, tuple(made.items()), rate, 0)
+            yield Run("random-labels", f"r=48, scale {scale:g}", 0, key(made), rate, 0)
 
 
-SIZES = (1, 8, 0.5, 2)
+MAIN = ["LoRA", "permuted", "permuted, routed", "published, scaled"]
+PROBE, TASK = (2e-3, 4e-3), (1e-3, 2e-3)  # where grids begin; they widen
 STUDIES: dict[str, Study] = {
     "transfer": lambda _: shapes(),
     "powers": lambda _: powers(),
-    "capacity": tuned("random-labels", ["LoRA", "permuted", "published, scaled"], SIZES, (2e-3, 4e-3, 8e-3), 5),
-    "easy": tuned("headlines", ["LoRA", "permuted", "published, scaled"], SIZES, (1e-3, 2e-3, 4e-3), 5),
+    "capacity": tuned("random-labels", MAIN, (8, 1), PROBE, 5),
+    "below": tuned("random-labels", ["permuted"], (2, 0.5, 0.25), PROBE, 5),
+    "easy": tuned("headlines", MAIN, (8, 1), TASK, 5),
+    "quarter": tuned("headlines", ["permuted", "permuted, routed"], (2,), TASK, 5),
     "ablations": tuned(
-        "random-labels", ["pair", "signs", "gains", "static", "permuted, routed", "own", "permuted, own", "published"],
-        (8, 1), (2e-3, 4e-3, 8e-3), 5,
+        "random-labels", ["pair", "signs", "gains", "static", "own", "permuted, own", "published"], (8, 1), PROBE, 5
     ),
-    "mixed": tuned("mixed", ["LoRA", "permuted", "published, scaled", "permuted, own"], (1, 8), (1e-3, 2e-3, 4e-3), 5),
-    "long": tuned("headlines-long", ["LoRA", "permuted"], (1, 8, 16), (1e-3, 2e-3), 3),
-    "vision": tuned("random-digits", ["LoRA", "permuted", "published, scaled"], (1, 8), (2e-3, 4e-3, 8e-3), 5),
-}  # fmt: skip
+    "mixed": tuned("mixed", [*MAIN, "permuted, own"], (1, 8), TASK, 5),
+    "long": tuned("headlines-long", ["LoRA", "permuted"], (1, 8, 16), TASK, 3),
+    "vision": tuned("random-digits", MAIN, (1, 8), PROBE, 5),
+}
 
 
 def stored() -> dict[Run, dict[str, Any]]:
@@ -177,9 +183,9 @@ def stored() -> dict[Run, dict[str, Any]]:
     found: dict[Run, dict[str, Any]] = {}
     for line in ROWS.read_text("utf-8").splitlines() if ROWS.is_file() else []:
         row = json.loads(line)
-        chosen = tuple((k, v) for k, v in row.pop("options").items())
-        key = Run(row.pop("task"), row.pop("arm"), row.pop("size"), chosen, row.pop("rate"), row.pop("seed"))
-        found[key] = row
+        options_ = key(row.pop("options"))
+        run = Run(row.pop("task"), row.pop("arm"), row.pop("size"), options_, row.pop("rate"), row.pop("seed"))
+        found[run] = row
     return found
 
 
@@ -197,9 +203,9 @@ def run_all(runs: Sequence[Run], jobs: int) -> None:
         waiting = {pool.submit(train, run): run for run in runs}
         for number, future in enumerate(as_completed(waiting), 1):
             run, found = waiting[future], future.result()
-            key = {"task": run.task, "arm": run.arm, "size": run.size, "options": dict(run.options)}
+            named = {"task": run.task, "arm": run.arm, "size": run.size, "options": dict(run.options)}
             with ROWS.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(key | {"rate": run.rate, "seed": run.seed} | found) + "\n")
+                file.write(json.dumps(named | {"rate": run.rate, "seed": run.seed} | found) + "\n")
             print(f"{number}/{len(runs)} {run.task} {run.arm} {run.rate:g} seed {run.seed}: {found['validation']}",
                   file=sys.stderr, flush=True)  # fmt: skip
 

@@ -27,8 +27,8 @@ ROUTINGS = ["token", "sequence", "batch", "static", "uniform"]
 STRUCTURES = {
     "permute": {"distinct": "permute"},
     "signs": {"distinct": "signs"},
-    "gain": {"gain": "half-signs"},
-    "own": {"own_r": 2},
+    "gain": {"distinct": "none", "gain": "half-signs"},
+    "own": {"distinct": "none", "own_r": 2},
     "all": {"distinct": "permute+signs", "gain": "ones", "own_r": 1},
 }
 ADAPTED = [kind for kind in KINDS if kind != "saved module"]

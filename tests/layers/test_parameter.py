@@ -87,7 +87,8 @@ class Block(nn.Module):
 
 def stack(transposed: bool = False, **options) -> PeftModel:
     torch.manual_seed(0)
-    config = LilyConfig(**{"target_modules": [], "target_parameters": ["proj"], "r": 3, "num_B": 2, **options})
+    shape = {"r": 3, "num_B": 2, "distinct": "none"}
+    config = LilyConfig(**{"target_modules": [], "target_parameters": ["proj"], **shape, **options})
     return randomise(get_peft_model(Block(transposed).double(), config), scale=0.5).double()
 
 

@@ -245,8 +245,11 @@ def test_inference_before_training_costs_no_gradient(make):
         assert torch.equal(a, b)
     base = make()
     predict(base, inputs("llama"))  # before there is an adapter
-    for a, b in zip(gradients(randomise(get_peft_model(base, config()))), fresh, strict=True):
-        torch.testing.assert_close(a, b, rtol=0.1, atol=0.1 * float(b.abs().max()))  # repacked scales are rounded
+    again = gradients(randomise(get_peft_model(base, config())))
+    wrong, whole = (
+        torch.cat([g.flatten() for g in of]) for of in ([a - b for a, b in zip(again, fresh, strict=True)], fresh)
+    )
+    assert wrong.norm() < 0.1 * whole.norm()  # repacked scales are rounded
 
 
 @pytest.mark.slow

@@ -187,3 +187,14 @@ def test_the_published_method_is_one_call():
     config = LilyConfig.paper(num_A=2, num_B=4, scaling=0.01)
     assert (config.routing, config.scaling, config.distinct, config.own_r) == ("batch", 0.01, "none", 0)
     assert LilyConfig.paper().scaling == 1
+
+
+def test_layers_are_distinct_by_default_and_in_files_and_the_published_method_only_if_they_say_so(tmp_path):
+    assert LilyConfig(routing="token").distinct == LilyConfig().distinct == "permute"
+    assert LilyConfig(routing="batch").distinct == LilyConfig.paper(routing="static").distinct == "none"
+    assert LilyConfig.from_stock(peft.LilyConfig()).distinct == "none"
+    LilyConfig(routing="token").save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert LilyConfig.from_pretrained(tmp_path).distinct == values.pop("distinct") == "permute"
+    (tmp_path / "adapter_config.json").write_text(json.dumps(values))
+    assert LilyConfig.from_pretrained(tmp_path).distinct == "none"

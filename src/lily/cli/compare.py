@@ -69,6 +69,7 @@ def compare_command(
     from lily.compare import compare as comparing
     from lily.compare.contestants import parse
     from lily.recipes import loader
+    from lily.recipes.begun import as_begun
     from lily.search import folder
     from lily.search.runner import side_by_side
 
@@ -84,6 +85,8 @@ def compare_command(
     out = Path(output).expanduser()
     for recipe in chosen:  # all of them before the first is trained
         folder.check(out / recipe.name, comparing.COMMAND, comparing.WRITTEN)
+    if not overwrite:
+        chosen = [as_begun(recipe, out / recipe.name) for recipe in chosen]
     resolved = [(recipe, comparing.resolved(recipe, options)) for recipe in chosen]
     for recipe, compared in resolved:
         comparing.check(recipe, compared, options, out / recipe.name)

@@ -213,7 +213,8 @@ def plan_command(
         str | None, Option(help="token, sequence, batch, static or uniform. Default: by the model.")
     ] = None,
     distinct: Annotated[
-        str | None, Option(help="Fixed difference between layers: permute, signs or permute+signs. Default: none.")
+        str | None,
+        Option(help="Fixed difference between layers: none, permute, signs or permute+signs. Default: permute."),
     ] = None,
     gain: Annotated[
         str | None,

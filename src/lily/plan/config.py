@@ -92,7 +92,9 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
         distinct: a fixed difference between the layers of a group, without parameters: `permute` the rank coordinates
             of each layer, flip their `signs`, or `permute+signs`. Derived from `distinct_seed` and the layer's place in
             its group (see `lily.functional.distinction`), so that files hold nothing for it; the first layer of a
-            group is not changed. Default: `none`, as in the paper.
+            group is not changed. Default: `permute`, without which layers that share A and B write into the same
+            directions; with `batch` routing, that of the published method, and in a configuration from a file without
+            the key, `none`.
         distinct_seed: which permutations and signs `distinct` takes, and the signs at which `gain` starts.
         gain: a learned gain (r,) per layer on the rows of A: starting at `ones`, at `signs`, or at `half-signs` (the
             second half of the ranks). Default: `none`, as in the paper.
@@ -126,7 +128,7 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
     parallel_modules: list[str] | None = None
     group_options: dict[str, dict[str, Any]] | None = None
     shared_router: bool = False
-    distinct: str = "none"
+    distinct: str | None = None
     distinct_seed: int = 0
     gain: str = "none"
     own_r: int = 0
@@ -160,6 +162,8 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
             self.scaling = None
         if self.routing is None:
             self.routing = "batch" if from_file else self.default_routing(self.task_type in CAUSAL_TASKS)
+        if self.distinct is None:
+            self.distinct = "none" if from_file or self.routing == "batch" else "permute"
         if self.stride_A is None and self.num_A is None:
             self.stride_A = 1
         self.rank_pattern = self.rank_pattern or {}

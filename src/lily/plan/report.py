@@ -34,7 +34,7 @@ class PlanRequest:
     parameters: int | None = None
     match_lora: int | None = None
     routing: str | None = None
-    distinct: str = "none"
+    distinct: str | None = None
     gain: str = "none"
     own_r: int = 0
     task: str | None = None

@@ -15,6 +15,7 @@ from rich.console import Console
 from lily.distributed import load_weights, save_adapter
 from lily.io.atomic import write_text
 from lily.recipes import loader, models, preflight
+from lily.recipes.begun import as_begun
 from lily.recipes.data.rows import Splits
 from lily.recipes.methods import other_peft
 from lily.recipes.models.precision import precision_of
@@ -71,6 +72,7 @@ def train(
     """
     begin = time.perf_counter()
     output = output_folder(recipe)
+    recipe = as_begun(recipe, output) if resume else recipe
 
     def checked() -> tuple[Prepared, Any, Result]:
         processes.check(recipe)

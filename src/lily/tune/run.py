@@ -17,6 +17,7 @@ from lily.distributed import world_size
 from lily.errors import DivergedError, LilyError
 from lily.io.atomic import disk_error, write_text
 from lily.recipes import loader, methods, preflight, train
+from lily.recipes.begun import as_begun
 from lily.recipes.scoring import metrics as metric_tools
 from lily.recipes.scoring.metrics import shown
 from lily.recipes.spec.schema import Recipe
@@ -196,6 +197,7 @@ def tune(
             fail. Single failures are part of the result.
         OSError: names a path, when the disk is full; the next call repeats the trial.
     """
+    recipe = recipe if overwrite else as_begun(recipe, output)
     prepared = prepare(recipe, options)
     space, metric = prepared.result.space, prepared.result.metric
     for note in space.notes:

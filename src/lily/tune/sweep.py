@@ -16,6 +16,7 @@ from lily.distributed import world_size
 from lily.errors import LilyError
 from lily.io.atomic import write_text
 from lily.recipes import methods, preflight
+from lily.recipes.begun import as_begun
 from lily.recipes.scoring import metrics as metric_tools
 from lily.recipes.spec.schema import Recipe
 from lily.search import folder
@@ -178,6 +179,7 @@ def sweep(
         LilyError: if anything is wrong, before the first run where that can be checked; or if all runs failed.
         KeyboardInterrupt: at Ctrl-C, and SystemExit at SIGTERM, when every run has written its checkpoint.
     """
+    recipe = recipe if overwrite else as_begun(recipe, output)
     prepared = prepare(recipe, options)
     shapes, stages, seeds = prepared.shapes, prepared.rungs, prepared.result.seeds
     settings = {

@@ -13,6 +13,7 @@ from lily.errors import LilyError
 from lily.io.atomic import new_folder, write_text
 from lily.plan.select import select_modules
 from lily.recipes import loader, methods, preflight
+from lily.recipes.begun import as_begun
 from lily.recipes.data.sources import local_path
 from lily.recipes.models.precision import precision_of
 from lily.recipes.results.card import adapter_costs, adapter_summary
@@ -99,6 +100,7 @@ def train(recipe: DreamBooth, *, resume: bool = False, overwrite: bool = False, 
     """
     begin = time.perf_counter()
     output = output_folder(recipe)
+    recipe = as_begun(recipe, output) if resume else recipe
     preflight.check_folder(recipe, output, resume, overwrite)
     prepared = prepare(recipe)
     pipe = load(recipe, prepared)

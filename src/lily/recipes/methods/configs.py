@@ -172,7 +172,8 @@ def decide(recipe: Recipe | DreamBooth, model: nn.Module) -> Decided:
         "target_slices": lily.slices,
         "parallel_modules": lily.parallel,
         "shared_router": lily.shared_router,
-        "distinct": lily.distinct,
+        # stock Lily has no distinction, so its shape is planned without
+        "distinct": lily.distinct or ("none" if recipe.method == "stock-lily" else None),
         "distinct_seed": lily.distinct_seed,
         "gain": lily.gain,
         "own_r": lily.own_r,

@@ -82,8 +82,10 @@ class Lily(Section):
         None, description="Options by layer name: `{mlp: {r: 64, activation: relu}}`."
     )
     shared_router: bool = Field(False, description="One router for all layers of a group, instead of one per layer.")
-    distinct: Distinct = Field(
-        "none", description="A fixed permutation and signs of the rank coordinates of each layer, without parameters."
+    distinct: Distinct | None = Field(
+        None,
+        description="A fixed permutation and signs of the rank coordinates of each layer, without parameters. Default: "
+        "permute; none with batch routing, the published method's.",
     )
     distinct_seed: Count = Field(0, description="Which permutations and signs.")
     gain: Gain = Field("none", description="A learned gain on each rank of each layer, and where it starts.")

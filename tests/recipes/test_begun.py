@@ -1,0 +1,67 @@
+"""Runs, searches and comparisons that an earlier version began go on with its defaults."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+from recipes_helpers import classification, rows, write_jsonl, write_recipe
+
+from lily.recipes import loader
+from lily.recipes.begun import as_begun
+
+
+@pytest.fixture
+def recipe(tmp_path, encoder):
+    def make(**lily):
+        values = classification(encoder, write_jsonl(tmp_path / "t.jsonl", rows()), tmp_path)
+        values["lily"] = {"r": 4, "num_A": 1, "num_B": 2, **lily}
+        return loader.load_recipe(write_recipe(tmp_path, values))
+
+    return make
+
+
+def dumped(recipe, **changes):
+    """A complete recipe as an earlier version kept it: without the key `distinct`, with a number as the scale."""
+    values = yaml.safe_load(loader.dump_recipe(recipe))
+    del values["lily"]["distinct"]
+    values["lily"] |= {"scaling": 3.0, **changes}
+    return values
+
+
+def test_what_a_new_run_begins_with_is_not_changed(recipe, tmp_path):
+    made = recipe()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text(loader.dump_recipe(made))
+    assert as_begun(made, tmp_path / "run") == as_begun(made, tmp_path / "missing") == made
+
+
+def test_open_keys_of_a_run_are_what_they_were(recipe, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text(yaml.safe_dump(dumped(recipe())))
+    lily = as_begun(recipe(), run).lily
+    assert (lily.distinct, lily.scaling) == ("none", 3.0)
+    given = as_begun(recipe(distinct="signs", scaling=2.0), run).lily
+    assert (given.distinct, given.scaling) == ("signs", 2.0)
+
+
+def test_a_search_goes_on_with_its_recipes_scale_and_a_comparison_leaves_the_scales_of_its_runs_alone(recipe, tmp_path):
+    search, comparison = tmp_path / "search", tmp_path / "comparison"
+    search.mkdir()
+    (search / "settings.json").write_text(json.dumps({"recipe": dumped(recipe())}))
+    lily = as_begun(recipe(), search).lily
+    assert (lily.distinct, lily.scaling) == ("none", 3.0)
+    (comparison / "runs" / "lily" / "0").mkdir(parents=True)
+    (comparison / "runs" / "lily" / "0" / "recipe.yaml").write_text(yaml.safe_dump(dumped(recipe(), scaling=6.0)))
+    lily = as_begun(recipe(), comparison).lily
+    assert (lily.distinct, lily.scaling) == ("none", None)
+
+
+@pytest.mark.parametrize("text", ["", "name: [", "lily: 3", "\0"])
+def test_a_damaged_recipe_is_left_to_whoever_reads_it(recipe, tmp_path, text):
+    made = recipe()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text(text)
+    assert as_begun(made, tmp_path / "run") == made
