@@ -62,7 +62,7 @@ def test_a_half_precision_base_is_trained(routing, checkpointing, device):
     optimizer = torch.optim.AdamW(trained, lr=3e-2)
     batch = padded(device)
     losses = []
-    for _ in range(10):
+    for _ in range(20):
         with torch.autocast(device, torch.bfloat16):
             loss = model(**batch, labels=batch["input_ids"], use_cache=False).loss
         loss.backward()

@@ -43,6 +43,7 @@ train
 preflight
 vision_mamba standins
 results
+begun
 loader
 checks
 trainer

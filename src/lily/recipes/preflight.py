@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lily.errors import LilyError
 from lily.recipes import data, loader, methods, models
+from lily.recipes.begun import as_begun
 from lily.recipes.data.images import Preprocess
 from lily.recipes.data.rows import Splits
 from lily.recipes.scoring import answers
@@ -242,7 +243,7 @@ def check_folder(recipe: Recipe | DreamBooth, output: Path, resume: bool, overwr
     if resume:
         if not (output / "recipe.yaml").is_file():
             raise LilyError(f"output {output} holds no run, so there is nothing to resume; drop --resume")
-        changed = list(changes(loader.load_any(str(output / "recipe.yaml")), recipe))
+        changed = list(changes(as_begun(loader.load_any(str(output / "recipe.yaml")), output), recipe))
         if changed:
             raise LilyError(
                 f"--resume: {'; '.join(changed)}. Give the same recipe again, or start again with --overwrite"

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from lily.errors import LilyError
 from lily.io.atomic import remove_folder, write_text
+from lily.recipes.begun import as_begun
 from lily.recipes.preflight import flat
 from lily.recipes.spec.locations import KeyLocations
 from lily.recipes.spec.schema import Recipe
@@ -85,7 +86,8 @@ def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     except ValueError as error:
         raise LilyError(f"{folder / SETTINGS} is not JSON ({error}); start over with --overwrite") from None
     with contextlib.suppress(ValidationError, KeyError, TypeError):  # keys that did not exist then have their defaults
-        recorded = {**recorded, "recipe": Recipe.model_validate(recorded["recipe"]).model_dump(mode="json")}
+        recipe = as_begun(Recipe.model_validate(recorded["recipe"]), folder)
+        recorded = {**recorded, "recipe": recipe.model_dump(mode="json")}
     before, now = flat(recorded), flat(json.loads(json.dumps(settings)))
     changed = [
         f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"

@@ -20,6 +20,7 @@ from typing import Any
 from lily.errors import LilyError
 from lily.io.atomic import write_text
 from lily.recipes import loader, preflight
+from lily.recipes.begun import as_begun
 from lily.recipes.scoring.metrics import shown
 from lily.recipes.spec.schema import Recipe
 from lily.recipes.trainer.signals import Signals
@@ -60,7 +61,10 @@ class Job:
             LilyError: names the keys that differ.
         """
         kept, free = self.folder / "recipe.yaml", (*FREE, *undecided)
-        if kept.is_file() and (other := list(preflight.changes(loader.load_any(str(kept)), self.recipe, free))):
+        if not kept.is_file():
+            return
+        then = as_begun(loader.load_any(str(kept)), self.folder)
+        if other := list(preflight.changes(then, self.recipe, free)):
             raise LilyError(
                 f"{self.folder} was trained by another recipe: {'; '.join(other)}. Name another folder with --output, "
                 "or start over with --overwrite"
