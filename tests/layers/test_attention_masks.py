@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+import pickle
+
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import build, inputs, logits, randomise
 from peft import get_peft_model
+from torch import nn
 
 from lily import LilyConfig
 from lily.layers.attention_masks import Scope, fits
@@ -58,3 +64,52 @@ def test_the_attended_sequence_is_recognized_by_its_memory():
     scope = Scope(own, other, (states.data_ptr(), states.shape))
     assert scope.fit(states) is other
     assert scope.fit(states.clone()) is own
+
+
+class Outer(nn.Module):
+    """Calls the model inside it without its hooks."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, **batch):
+        return self.inner.forward(**batch)
+
+
+WAYS = {
+    "model": lambda m: m,
+    "forward": lambda m: m.forward,
+    "inside another module": Outer,
+    "a copy's forward": lambda m: copy.deepcopy(m).forward,
+    "a pickled copy's forward": lambda m: pickle.loads(pickle.dumps(m)).forward,
+    "a replica's forward": lambda m: m._replicate_for_data_parallel().forward,
+    "compiled": lambda m: torch.compile(m, backend="eager"),
+    "compiled forward": lambda m: torch.compile(m.forward, backend="eager"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_padding_does_not_count_however_a_model_is_called(way):
+    model = encoder().base_model.model
+    ids = torch.randint(3, 60, (2, 5), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": F.pad(ids, (0, 4)), "attention_mask": F.pad(torch.ones_like(ids), (0, 4))}
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        found = WAYS[way](model)(**batch).logits
+        unmasked = model(input_ids=batch["input_ids"]).logits
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert not torch.allclose(unmasked, expected, atol=3e-5)
+    assert bank_of(model).masks.scopes == []
+
+
+def test_a_class_changes_only_while_its_model_is_watched():
+    before = {name: type(m) for name, m in build("bert").named_modules()}
+    model = encoder()
+    inner = model.base_model.model
+    assert type(inner).__name__ == before[""].__name__
+    assert isinstance(inner, before[""])
+    assert inspect.signature(inner.forward) == inspect.signature(build("bert").forward)
+    model = model.unload()
+    assert {name: type(m) for name, m in model.named_modules()} == before
+    assert not any("lily_hooks" in vars(m) for m in model.modules())

@@ -3,6 +3,8 @@
 `sequence` routing averages over the unmasked tokens of each sample. Models pass the mask down in many forms that a
 linear layer cannot recognize, so forward hooks read it where it still is (batch, tokens): at the models inside a model
 (the model itself, an encoder stack, a decoder stack). A layer then looks up the mask that fits the shape of its input.
+Code that calls `model.forward(...)` runs no hooks, so the class of such a model becomes a subclass whose `forward` does
+what they do, as FSDP2 and `torch.nn.utils.parametrize` change classes.
 
 Under gradient checkpointing layers run again during backward, when the model's forward has ended and another one (such
 as the second half of a contrastive pair) may have left its mask. So a gradient hook on a model's outputs restores its
@@ -12,16 +14,20 @@ the outputs of an earlier one.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 Address = tuple[int, torch.Size]
+UNCHANGED = (torch.jit.ScriptModule, torch.fx.GraphModule, FSDPModule)
 
 
 @dataclass(frozen=True)
@@ -32,11 +38,13 @@ class Scope:
         own: (batch, tokens) of the model's input sequence; None: all its tokens count.
         other: (batch, tokens) of the sequence that it attends to (cross-attention).
         other_address: memory address of that sequence's hidden states, to recognize layers that read them.
+        model: the model.
     """
 
     own: Tensor | None
     other: Tensor | None = None
     other_address: Address | None = None
+    model: nn.Module | None = None
 
     def fit(self, x: Tensor) -> Tensor | None:
         """The mask for a layer's input `x`, or None where all tokens count."""
@@ -96,9 +104,8 @@ class ModelHooks:
         if own is not None and not _readable(own):
             own = scopes[-1].own if scopes else None
         other, states = arguments.get("encoder_attention_mask"), arguments.get("encoder_hidden_states")
-        scopes.append(
-            Scope(own, other if _readable(other) else None, _address(states) if isinstance(states, Tensor) else None)
-        )
+        address = _address(states) if isinstance(states, Tensor) else None
+        scopes.append(Scope(own, other if _readable(other) else None, address, module))
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """Close the scope, also after a forward that raised, and restore it in backward."""
@@ -115,6 +122,63 @@ class ModelHooks:
         for tensor in _tensors(output):
             if tensor.requires_grad:
                 tensor.register_hook(reopen)  # type: ignore[no-untyped-call]
+
+
+class Watched(nn.Module):
+    """Base of the classes that watched models have while they are watched; see `watched_class`."""
+
+    lily_hooks: ModelHooks
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _restored, (type(self).__mro__[2],), self.__getstate__()  # the class itself has no importable name
+
+
+@cache
+def watched_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of a model's class, with its name, whose `forward` opens a scope unless a hook has opened it."""
+
+    @functools.wraps(cls.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        hooks = self.lily_hooks
+        scopes = hooks.tracker.scopes
+        if scopes and scopes[-1].model is self:
+            return cls.forward(self, *args, **kwargs)
+        hooks.enter(self, args, kwargs)
+        output = None
+        try:
+            output = cls.forward(self, *args, **kwargs)
+        finally:
+            hooks.leave(self, args, output)
+        return output
+
+    names = {"forward": forward, "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (Watched, cls), names)
+
+
+def _restored(cls: type[nn.Module]) -> nn.Module:
+    made = watched_class(cls)
+    return made.__new__(made)
+
+
+class _ClassChange:
+    """The change of a model's class, in the place of a hook's handle."""
+
+    def __init__(self, module: nn.Module, hooks: ModelHooks) -> None:
+        self.module = module
+        if isinstance(module, Watched):
+            vars(module)["lily_hooks"] = hooks
+        # Scripted and traced modules do not run Python's `forward`, one that is an attribute (accelerate's hooks) comes
+        # before the class's, and FSDP2's classes must stay what they are.
+        elif "forward" not in vars(module) and not isinstance(module, UNCHANGED):
+            vars(module)["lily_hooks"] = hooks
+            module.__class__ = watched_class(type(module))
+
+    def remove(self) -> None:
+        """Undo it, unless something else, such as FSDP2, has changed the class since."""
+        made = type(self.module)
+        if Watched in made.__bases__:
+            self.module.__class__ = made.__mro__[2]
+            del vars(self.module)["lily_hooks"]
 
 
 def _readable(mask: object) -> bool:
@@ -154,4 +218,5 @@ def watch(model: nn.Module, layers: Iterable[str], tracker: MaskTracker) -> list
         hooks = ModelHooks(tracker, module)
         handles.append(module.register_forward_pre_hook(hooks.enter, with_kwargs=True))
         handles.append(module.register_forward_hook(hooks.leave, always_call=True))
+        handles.append(_ClassChange(module, hooks))
     return handles
