@@ -431,7 +431,7 @@ def test_a_comparison_of_two_recipes_killed_in_the_middle_goes_on_and_finds_what
     assert not (killed / "second/runs/lora/0/metrics.json").exists()
 
     process = subprocess.Popen(command(paths, killed), **quiet)
-    wait_for(begun("second/lily/0"), process)
+    wait_for(begun("second/lily/1"), process)  # which only this process begins
     process.terminate()  # and politely
     assert process.wait() == 143
     assert b"repeat the same command to continue" in process.stdout.read()
