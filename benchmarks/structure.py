@@ -165,7 +165,7 @@ PROBE, TASK = (2e-3, 4e-3), (1e-3, 2e-3)  # where grids begin; they widen
 STUDIES: dict[str, Study] = {
     "transfer": lambda _: shapes(),
     "powers": lambda _: powers(),
-    "capacity": tuned("random-labels", MAIN, (8, 1), PROBE, 5),
+    "capacity": tuned("random-labels", MAIN, (1, 8), PROBE, 5),
     "below": tuned("random-labels", ["permuted"], (2, 0.5, 0.25), PROBE, 5),
     "easy": tuned("headlines", MAIN, (8, 1), TASK, 5),
     "quarter": tuned("headlines", ["permuted", "permuted, routed"], (2,), TASK, 5),
