@@ -198,3 +198,12 @@ def test_layers_are_distinct_by_default_and_in_files_and_the_published_method_on
     assert LilyConfig.from_pretrained(tmp_path).distinct == values.pop("distinct") == "permute"
     (tmp_path / "adapter_config.json").write_text(json.dumps(values))
     assert LilyConfig.from_pretrained(tmp_path).distinct == "none"
+
+
+@pytest.mark.parametrize(
+    "name", sorted({f.name for f in fields(peft.LoraConfig)} - {f.name for f in fields(LilyConfig)})
+)
+def test_an_option_of_loras_alone_is_answered(name):
+    with pytest.raises(LilyError, match=rf"^LilyConfig has no {name}[:,] "):
+        LilyConfig(r=4, **{name: 1})
+    assert not hasattr(LilyConfig(r=4), name)

@@ -19,7 +19,7 @@ import inspect
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -130,11 +130,12 @@ class Watched(nn.Module):
     lily_hooks: ModelHooks
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _restored, (type(self).__mro__[2],), self.__getstate__()  # the class itself has no importable name
+        # pickle finds classes by name, and that of this one names the original
+        return _restored, (type(self).__mro__[2],), self.__getstate__()  # type: ignore[no-untyped-call]
 
 
 @cache
-def watched_class(cls: type[nn.Module]) -> type[nn.Module]:
+def watched_class(cls: Any) -> type[Any]:
     """A subclass of a model's class, with its name, whose `forward` opens a scope unless a hook has opened it."""
 
     @functools.wraps(cls.forward)
@@ -156,8 +157,8 @@ def watched_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def _restored(cls: type[nn.Module]) -> nn.Module:
-    made = watched_class(cls)
-    return made.__new__(made)
+    made = watched_class(cast(Any, cls))
+    return cast(nn.Module, made.__new__(made))
 
 
 class _ClassChange:
@@ -171,7 +172,7 @@ class _ClassChange:
         # before the class's, and FSDP2's classes must stay what they are.
         elif "forward" not in vars(module) and not isinstance(module, UNCHANGED):
             vars(module)["lily_hooks"] = hooks
-            module.__class__ = watched_class(type(module))
+            module.__class__ = watched_class(cast(Any, type(module)))
 
     def remove(self) -> None:
         """Undo it, unless something else, such as FSDP2, has changed the class since."""

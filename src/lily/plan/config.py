@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import os
@@ -18,6 +19,7 @@ from peft.utils import CONFIG_NAME, PeftType, TaskType
 from lily.errors import LilyError
 from lily.functional import default_scaling
 from lily.io.atomic import write_text
+from lily.plan import lora_options
 from lily.plan.config_checks import check
 from lily.plan.options import DYNAMIC, OPTIONS, PAPER, Options, sharing
 
@@ -39,7 +41,21 @@ def _help_from_docstring(cls: type[Any]) -> type[Any]:
     return cls
 
 
+def _answering_loras_options(cls: type[Any]) -> type[Any]:
+    """Let `cls` answer options of LoRA's alone, where a dataclass raises a bare TypeError."""
+    made = cls.__init__
+
+    @functools.wraps(made)
+    def __init__(self: Any, *args: Any, **options: Any) -> None:
+        lora_options.refuse(options)
+        made(self, *args, **options)
+
+    cls.__init__ = __init__
+    return cls
+
+
 @_help_from_docstring
+@_answering_loras_options
 @dataclass
 class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
     """Configuration of a Lily adapter. Extends PEFT's own; a drop-in for `LoraConfig` where the names agree.

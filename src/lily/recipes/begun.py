@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import yaml
 
 from lily.recipes.spec.dreambooth import DreamBooth
 from lily.recipes.spec.schema import Recipe
 
-AnyRecipe = TypeVar("AnyRecipe", Recipe, DreamBooth)
+AnyRecipe = TypeVar("AnyRecipe", bound=Recipe | DreamBooth)
 
 # Keys of the section `lily` whose default is now None, and what a version meant that did not have the key or the None.
 EARLIER = {"scaling": 1.0, "distinct": "none"}
@@ -33,7 +33,9 @@ def as_begun(recipe: AnyRecipe, folder: Path) -> AnyRecipe:
         given = kept.get(key) if single or key == "distinct" else None
         if getattr(recipe.lily, key) is None and (key not in kept or given is not None):
             changed[key] = meaning if given is None else given
-    return recipe.model_copy(update={"lily": recipe.lily.model_copy(update=changed)}) if changed else recipe
+    if not changed:
+        return recipe
+    return cast(AnyRecipe, recipe.model_copy(update={"lily": recipe.lily.model_copy(update=changed)}))
 
 
 def _kept(folder: Path) -> tuple[Mapping[str, Any] | None, bool]:
