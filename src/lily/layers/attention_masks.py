@@ -135,7 +135,7 @@ class Watched(nn.Module):
 
 
 @cache
-def watched_class(cls: Any) -> type[Any]:
+def watched_class(cls: Any) -> Any:
     """A subclass of a model's class, with its name, whose `forward` opens a scope unless a hook has opened it."""
 
     @functools.wraps(cls.forward)
