@@ -11,6 +11,7 @@ import torch
 from every_kind import KINDS, base, ids, lily_config, output
 from helpers import randomise
 from peft import PeftModel, get_peft_model
+from peft.utils.hotswap import hotswap_adapter
 
 import lily
 from lily import LilyConfig, LilyError, functional
@@ -216,3 +217,22 @@ def test_a_file_without_or_with_a_tensor_too_many_is_refused(tmp_path):
     save_file({**tensors, first.replace("own_A", "gain"): torch.ones(3)}, file)
     with pytest.raises(LilyError, match="but the configuration has no gain"):
         PeftModel.from_pretrained(base(), tmp_path)
+
+
+WAYS = {
+    "load_adapter": lambda model, folder: model.load_adapter(folder, "default"),
+    "hotswap": lambda model, folder: hotswap_adapter(model, str(folder), "default", torch_device="cpu"),
+    "with a configuration": lambda model, folder: PeftModel.from_pretrained(
+        base().double(), folder, config=lily_config("linear", r=3, distinct="none")
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_tensors_are_not_loaded_into_an_adapter_whose_layers_are_distinct_in_another_way(way, tmp_path):
+    adapted("linear", "permute").save_pretrained(tmp_path)
+    model = adapted("linear", "permute", distinct_seed=1)
+    before = output(model)
+    with pytest.raises(ValueError, match=r"distinct"):
+        WAYS[way](model, tmp_path)
+    assert torch.equal(output(model), before)

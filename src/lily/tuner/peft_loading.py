@@ -35,9 +35,11 @@ from lily.plan.config import LilyConfig
 from lily.plan.wrappers import innermost, plain_names
 
 # Settings that change an adapter's function besides its tensors: adapters that differ here cannot be hot-swapped.
+DISTINCTION = ("distinct", "distinct_seed")
 HOTSWAP_KEYS = [
     "r", "stride_A", "num_A", "num_B", "scaling", "routing", "activation", "rank_pattern", "settled", "target_modules",
-    "target_parameters",
+    "target_parameters", "target_slices", "parallel_modules", "group_options", "shared_router", "gain", "own_r",
+    *DISTINCTION,
 ]  # fmt: skip
 
 DOWNLOAD = frozenset(inspect.signature(hf_hub_download).parameters) - {"repo_id", "filename"}
@@ -87,6 +89,7 @@ def _from_pretrained(cls: type[PeftModel], *args: Any, **kwargs: Any) -> PeftMod
     opened = Opened.folder(folder, mapping, options.get("ignore_mismatched_sizes", False))
     with load.in_progress(opened):
         ours = LilyConfig.from_pretrained(str(folder)) if config is None else LilyConfig.from_stock(config)
+        _check_distinction(folder, ours)
         load.check_config(ours, model)
         return stock(*bound.args, **bound.kwargs)
 
@@ -112,7 +115,22 @@ def _load_adapter(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
             load.check_config(LilyConfig.from_pretrained(str(folder)), self)
         elif (plan := load.plan_of(self, name)) is not None:
             opened.check(plan, existing, self, name)
+            _check_distinction(folder, existing)
         return _stock_load_adapter(self, *args, **kwargs)
+
+
+def _check_distinction(folder: Path, config: LilyConfig) -> None:
+    """Refuse the tensors of a folder for an adapter that permutes or signs their rows in another way: all would fit."""
+    if not (folder / CONFIG_NAME).is_file():
+        return
+    of_file = LilyConfig.from_pretrained(str(folder))
+    for key in DISTINCTION:
+        if (then := getattr(of_file, key)) != (now := getattr(config, key)):
+            raise LilyError(
+                f"{folder / CONFIG_NAME} has {key}={then!r} and the adapter to load it into {key}={now!r}, so its "
+                f"tensors would mean something else; set {key}={then!r}, or load it under another adapter name without "
+                "a configuration"
+            )
 
 
 def _load_weights(
@@ -236,6 +254,7 @@ def _transformers(
     if not isinstance(config, LilyConfig) or exists or kwargs.get("hotswap") is True:
         return _stock_transformers(self, peft_model_id, adapter_name, peft_config, adapter_state_dict, *args, **kwargs)
     if folder is not None:
+        _check_distinction(folder, config)
         opened = Opened.folder(folder)
     elif adapter_state_dict is not None:
         opened = Opened({PREFIX + key.removeprefix(PREFIX): tensor for key, tensor in adapter_state_dict.items()})
