@@ -72,7 +72,8 @@ class Bench:
 
     def __init__(self, config: dict[str, Any]) -> None:
         options = {k: v for k, v in config.items() if k in ("r", "num_B", "stride_A", "routing", "rank_pattern", "bias",
-                                                              "modules_to_save", "settled", "scaling")}  # fmt: skip
+                                                              "modules_to_save", "settled", "scaling", "distinct",
+                                                              "group_options")}  # fmt: skip
         self.options = {"routing": "batch", **options, "target_modules": TARGETS}
         self.ways: dict[str, Callable[[Path, nn.Module], Any]] = {
             "from_pretrained": lambda folder, model: PeftModel.from_pretrained(model, folder),
