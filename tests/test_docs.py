@@ -148,7 +148,15 @@ def test_every_recipe_and_every_part_of_one_is_valid(block, tmp_path, monkeypatc
 
 
 # Minutes, even with what is cut.
-HEAVY = ("docs/deploy.md", "docs/diffusion.md", "docs/performance.md", "docs/tune.md", "docs/tutorials/diffusion.md")
+HEAVY = (
+    "docs/deploy.md",
+    "docs/diffusion.md",
+    "docs/performance.md",
+    "docs/quantization.md",
+    "docs/tune.md",
+    "docs/tutorials/diffusion.md",
+    "docs/tutorials/vision.md",
+)
 
 
 def slow(block: Block) -> bool:

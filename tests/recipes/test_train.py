@@ -103,6 +103,7 @@ def test_a_budget_chooses_the_shape(tmp_path, encoder):
     assert 0.8 * 3000 < result.parameters["adapter"] <= 3000
 
 
+@pytest.mark.slow
 def test_regression_on_pairs_runs(tmp_path, encoder):
     table = [{"a": r["text"], "b": "the film was good", "score": r["score"]} for r in rows()]
     values = classification(encoder, write_jsonl(tmp_path / "t.jsonl", table), tmp_path, task="text-regression")
@@ -235,6 +236,7 @@ def test_early_stopping_stops(tmp_path, encoder):
     assert len(train.train(recipe, quiet=True).history) < 30
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_and_accumulation_run(tmp_path, encoder):
     changes = ["train.gradient_checkpointing=true", "train.gradient_accumulation=2", "train.evaluate_every=4"]
     changes.append("train.epochs=15")

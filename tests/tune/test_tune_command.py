@@ -74,6 +74,7 @@ def test_a_time_that_is_none_is_quoted(text):
         parse_time(text)
 
 
+@pytest.mark.slow
 def test_a_search_without_optuna_says_what_to_install_and_a_sweep_does_without():
     code = """
 import sys

@@ -25,7 +25,7 @@ def as_begun(recipe: AnyRecipe, folder: Path) -> AnyRecipe:
         folder: where runs are; it may be missing.
     """
     kept, single = _kept(folder)
-    if kept is None:
+    if kept is None or "params" not in kept:  # runs keep every key; a recipe without some was put there by someone
         return recipe
     changed = {}
     for key, meaning in EARLIER.items():

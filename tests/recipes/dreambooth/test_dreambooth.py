@@ -26,6 +26,8 @@ from lily.recipes import methods  # noqa: E402
 from lily.recipes.dreambooth import adapters, families, latents, loop, objectives, pipelines, run, samples, tiny  # noqa: E402
 from lily.recipes.spec.dreambooth import Pipeline  # noqa: E402
 
+pytestmark = pytest.mark.sample(every=3)
+
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
@@ -554,6 +556,7 @@ def test_the_default_routing_of_a_denoiser_looks_at_each_image_alone(tmp_path, p
     assert methods.lily_config(recipe(tmp_path, values(pipes["sdxl"], subject, tmp_path / "run")), meta).num_B == 2
 
 
+@pytest.mark.slow
 def test_a_trained_adapter_becomes_static_and_exports_to_a_pipeline(tmp_path, pipes, subject):
     chosen, _ = trained(tmp_path, pipes["sdxl"], subject, "train.max_steps=2")
     last, static, exported = (str(tmp_path / name) for name in ("run/last", "static", "exported"))

@@ -67,6 +67,7 @@ def test_forgetting_is_the_loss_on_general_text_before_and_after_training(tmp_pa
     assert f"{found['increase']:+.4f}" in (tmp_path / "run" / "best" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_best_adapter_is_chosen_among_those_that_forget_no_more_than_the_limit(tmp_path, chat_model):
     def trained(*overrides):
         recipe = make(

@@ -276,6 +276,7 @@ def test_a_signal_during_an_evaluation_leaves_it_to_the_resumed_run(whole):
     assert json.loads((run / "metrics.json").read_text())["peak_bytes"] == much
 
 
+@pytest.mark.slow
 def test_a_signal_while_a_checkpoint_is_written_waits_for_it(whole):
     recipe, run = begun(whole, "sft")
     assert struck(recipe, sent(signal.SIGTERM), 1, ["save_file"]) == 143

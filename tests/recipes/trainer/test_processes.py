@@ -80,6 +80,7 @@ def alone(tmp_path, recipe):
     return tmp_path / "alone"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "engine", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2", pytest.param("fsdp1", marks=pytest.mark.slow)]
 )
