@@ -8,7 +8,8 @@ import pytest
 import yaml
 from recipes_helpers import classification, rows, write_jsonl, write_recipe
 
-from lily.recipes import loader
+from lily.errors import LilyError
+from lily.recipes import loader, preflight
 from lily.recipes.begun import as_begun
 
 
@@ -23,10 +24,10 @@ def recipe(tmp_path, encoder):
 
 
 def dumped(recipe, **changes):
-    """A complete recipe as an earlier version kept it: without the key `distinct`, with a number as the scale."""
+    """A complete recipe as an earlier version kept it: without the key `distinct`, with its default scale."""
     values = yaml.safe_load(loader.dump_recipe(recipe))
     del values["lily"]["distinct"]
-    values["lily"] |= {"scaling": 3.0, **changes}
+    values["lily"] |= {"scaling": 1.0, **changes}
     return values
 
 
@@ -42,21 +43,21 @@ def test_open_keys_of_a_run_are_what_they_were(recipe, tmp_path):
     run.mkdir()
     (run / "recipe.yaml").write_text(yaml.safe_dump(dumped(recipe())))
     lily = as_begun(recipe(), run).lily
-    assert (lily.distinct, lily.scaling) == ("none", 3.0)
+    assert (lily.distinct, lily.scaling) == ("none", 1.0)
     given = as_begun(recipe(distinct="signs", scaling=2.0), run).lily
     assert (given.distinct, given.scaling) == ("signs", 2.0)
 
 
-def test_a_search_goes_on_with_its_recipes_scale_and_a_comparison_leaves_the_scales_of_its_runs_alone(recipe, tmp_path):
+def test_a_search_and_a_comparison_go_on_with_the_default_scale_whatever_their_trials_had(recipe, tmp_path):
     search, comparison = tmp_path / "search", tmp_path / "comparison"
     search.mkdir()
     (search / "settings.json").write_text(json.dumps({"recipe": dumped(recipe())}))
     lily = as_begun(recipe(), search).lily
-    assert (lily.distinct, lily.scaling) == ("none", 3.0)
+    assert (lily.distinct, lily.scaling) == ("none", 1.0)
     (comparison / "runs" / "lily" / "0").mkdir(parents=True)
     (comparison / "runs" / "lily" / "0" / "recipe.yaml").write_text(yaml.safe_dump(dumped(recipe(), scaling=6.0)))
     lily = as_begun(recipe(), comparison).lily
-    assert (lily.distinct, lily.scaling) == ("none", None)
+    assert (lily.distinct, lily.scaling) == ("none", 1.0)
 
 
 @pytest.mark.parametrize("text", ["", "name: [", "lily: 3", "\0"])
@@ -65,3 +66,12 @@ def test_a_damaged_recipe_is_left_to_whoever_reads_it(recipe, tmp_path, text):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "recipe.yaml").write_text(text)
     assert as_begun(made, tmp_path / "run") == made
+
+
+@pytest.mark.parametrize("change", [{"scaling": 3.0}, {"distinct": "signs"}])
+def test_a_key_that_a_run_had_set_and_the_recipe_drops_is_no_default(recipe, tmp_path, change):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text(yaml.safe_dump(dumped(recipe(), **change)))
+    with pytest.raises(LilyError, match=next(iter(change))):
+        preflight.check_folder(as_begun(recipe(), run), run, True, False)

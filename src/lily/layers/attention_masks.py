@@ -18,7 +18,6 @@ import functools
 import inspect
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, cast
 
 import torch
@@ -134,7 +133,7 @@ class Watched(nn.Module):
         return _restored, (type(self).__mro__[2],), self.__getstate__()  # type: ignore[no-untyped-call]
 
 
-@cache
+@functools.cache
 def watched_class(cls: Any) -> Any:
     """A subclass of a model's class, with its name, whose `forward` opens a scope unless a hook has opened it."""
 

@@ -13,9 +13,6 @@ from lily.recipes.spec.schema import Recipe
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe | DreamBooth)
 
-# Keys of the section `lily` whose default is now None, and what a version meant that did not have the key or the None.
-EARLIER = {"scaling": 1.0, "distinct": "none"}
-
 
 def as_begun(recipe: AnyRecipe, folder: Path) -> AnyRecipe:
     """The recipe, with what its open keys meant to the version that began a run, a search or a comparison in a folder.
@@ -24,36 +21,29 @@ def as_begun(recipe: AnyRecipe, folder: Path) -> AnyRecipe:
         recipe: the recipe to go on with; keys that it sets stay as they are.
         folder: where runs are; it may be missing.
     """
-    kept, single = _kept(folder)
+    kept = _kept(folder)
     if kept is None or "params" not in kept:  # runs keep every key; a recipe without some was put there by someone
         return recipe
-    changed = {}
-    for key, meaning in EARLIER.items():
-        # the scale of a single run of a search is what the search tried, not the recipe's
-        given = kept.get(key) if single or key == "distinct" else None
-        if getattr(recipe.lily, key) is None and (key not in kept or given is not None):
-            changed[key] = meaning if given is None else given
+    changed: dict[str, Any] = {}
+    if recipe.lily.distinct is None and kept.get("distinct", "none") == "none":
+        changed["distinct"] = "none"
+    if recipe.lily.scaling is None and "distinct" not in kept:  # as old as that, the default scale was a number
+        changed["scaling"] = 1.0
     if not changed:
         return recipe
     return cast(AnyRecipe, recipe.model_copy(update={"lily": recipe.lily.model_copy(update=changed)}))
 
 
-def _kept(folder: Path) -> tuple[Mapping[str, Any] | None, bool]:
-    """The section `lily` of the recipe in a folder, and whether that is what all its runs begin from."""
-    for file, inside in ((folder / "recipe.yaml", ()), (folder / "settings.json", ("recipe",))):
-        if (found := _section(file, inside)) is not None:
-            return found, True
-    for file in sorted(folder.glob("*/**/recipe.yaml")):
-        if (found := _section(file, ())) is not None:
-            return found, False
-    return None, False
+def _kept(folder: Path) -> Mapping[str, Any] | None:
+    """The section `lily` of the recipe of a run, a search, or the first run of a comparison."""
+    files = (folder / "recipe.yaml", folder / "settings.json", *sorted(folder.glob("*/**/recipe.yaml")))
+    return next((found for file in files if (found := _section(file)) is not None), None)
 
 
-def _section(file: Path, inside: tuple[str, ...]) -> Mapping[str, Any] | None:
+def _section(file: Path) -> Mapping[str, Any] | None:
     try:
         values = yaml.safe_load(file.read_text("utf-8"))  # JSON is YAML
-        for key in (*inside, "lily"):
-            values = values[key]
+        values = (values["recipe"] if file.suffix == ".json" else values)["lily"]
     except (OSError, UnicodeDecodeError, KeyError, TypeError, yaml.YAMLError):
         return None  # whoever reads the file says what is wrong with it
     return values if isinstance(values, Mapping) else None

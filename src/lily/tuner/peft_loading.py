@@ -89,7 +89,8 @@ def _from_pretrained(cls: type[PeftModel], *args: Any, **kwargs: Any) -> PeftMod
     opened = Opened.folder(folder, mapping, options.get("ignore_mismatched_sizes", False))
     with load.in_progress(opened):
         ours = LilyConfig.from_pretrained(str(folder)) if config is None else LilyConfig.from_stock(config)
-        _check_distinction(folder, ours)
+        if config is not None:
+            _check_distinction(folder, ours)
         load.check_config(ours, model)
         return stock(*bound.args, **bound.kwargs)
 
@@ -254,7 +255,8 @@ def _transformers(
     if not isinstance(config, LilyConfig) or exists or kwargs.get("hotswap") is True:
         return _stock_transformers(self, peft_model_id, adapter_name, peft_config, adapter_state_dict, *args, **kwargs)
     if folder is not None:
-        _check_distinction(folder, config)
+        if peft_config is not None:
+            _check_distinction(folder, config)
         opened = Opened.folder(folder)
     elif adapter_state_dict is not None:
         opened = Opened({PREFIX + key.removeprefix(PREFIX): tensor for key, tensor in adapter_state_dict.items()})
