@@ -78,6 +78,20 @@ def test_both_methods_train_on_the_same_recipe_at_equal_parameters(done):
         assert said in printed
 
 
+def test_a_method_at_a_part_of_the_parameters_has_a_line_that_says_so(done):
+    out, path, _ = done
+    options = ["train.learning_rate=0.02", "--methods", "lily,lora,lily/2", "--seeds", 1, "--output", out]
+    printed = invoke(path, *options)
+    assert printed.exit_code == 0, printed.output
+    whole, lora, half = read(out / "tiny").entries
+    assert (half.name, half.title) == ("lily/2", f"{whole.title}, 1/2")
+    assert half.parameters <= whole.parameters // 2
+    assert half.test is not None
+    assert "1/N: an N-th of these parameters" in printed.output
+    (out / "tiny/comparison.json").unlink()  # the folders alone say the same
+    assert {e.name for e in read(out / "tiny").entries} == {"lily", "lora", "lily/2"}
+
+
 def test_the_same_command_again_trains_nothing_and_finds_the_same(done, monkeypatch):
     out, path, _ = done
     before = (out / "tiny/comparison.json").read_bytes()

@@ -61,9 +61,29 @@ def test_stock_lily_shares_as_ours_does(prepared):
     assert stock.parameters == ours.parameters
 
 
+def test_a_divisor_gives_the_largest_of_its_kind_within_that_part_of_the_parameters(prepared):
+    recipe, model = prepared
+    found = {c.name: c for c in resolve(recipe, parse("lily,lily/2,lily:static/2,lora,lora/2"), "params", model)}
+    for whole in ("lily", "lora"):
+        half = found[f"{whole}/2"]
+        assert half.parameters <= found["lily"].parameters // 2
+        assert half.parameters > found[whole].parameters // 4
+        assert half.recipe.method == whole
+        assert trained(methods.peft_config(half.recipe, model), half.recipe, model) == half.parameters
+        assert half.folder == f"{whole}-over-2"
+    assert found["lily:static/2"].recipe.lily.routing == "static"
+    with pytest.raises(LilyError, match="lora/4: the smallest lora has .*; leave it out"):
+        resolve(recipe, parse("lily,lora/4"), "params", model)
+    with pytest.raises(LilyError, match="lily/2 with --equal rank"):
+        resolve(recipe, ["lily/2"], "rank", model)
+
+
 @pytest.mark.parametrize(
     ("names", "said"),
     [
+        ("lily,lora/0", "lora/0: after the / comes what divides the parameters, such as lora/4"),
+        ("lily/x", "such as lily/4"),
+        ("none/2", "no parameters to divide"),
         ("lily,lorra", "lorra is none of lily, .*did you mean LORA"),
         ("lora:batch", "only lily has variants"),
         ("lily:fast", "only lily has variants: lily:batch"),

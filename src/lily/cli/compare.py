@@ -35,7 +35,8 @@ def compare_command(
         str,
         Option(
             help="Comma-separated methods: lily, lily:batch (or another routing), stock-lily, lora, rslora, dora, none "
-            "(trains the head alone), peft (the recipe's section peft), or another PEFT type such as vera, loha, ia3. "
+            "(trains the head alone), peft (the recipe's section peft), or another PEFT type such as vera, loha, ia3; "
+            "lily/4 has a quarter of the parameters. "
             "The others are tested against the first."
         ),
     ] = "lily,lora",

@@ -1,4 +1,7 @@
-"""The methods of a comparison: each as a separate recipe, at the rank that makes the budgets equal."""
+"""The methods of a comparison: each as a separate recipe, at the rank that makes the budgets equal.
+
+A name may end in a divisor: `lora/4` has a quarter of the parameters.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from lily.compare.result import folder_of
 from lily.errors import LilyError
 from lily.plan.options import ROUTINGS
 from lily.recipes import checks, methods
@@ -23,7 +27,7 @@ NAMED = ("lily", "stock-lily", "lora", "rslora", "dora", "peft", "none")
 class ComparedMethod:
     """A method, ready to train."""
 
-    name: str  # as in `--methods`, such as `lily:batch` or `vera`
+    name: str  # as in `--methods`, such as `lily:batch`, `vera` or `lora/4`
     recipe: Recipe  # that trains it, with its rank as a number
     rank: int | None  # of its updates; None where it has none
     parameters: int  # number that train, without those of a new head
@@ -33,7 +37,7 @@ class ComparedMethod:
     @property
     def folder(self) -> str:
         """Name of its folder."""
-        return self.name.replace(":", "-")
+        return folder_of(self.name)
 
     @property
     def learning_rate(self) -> float:
@@ -80,7 +84,12 @@ def parse(names: str) -> list[str]:
     if not listed:
         raise LilyError("--methods is empty; name some methods, such as lily,lora")
     for name in listed:
-        method, colon, routing = name.partition(":")
+        whole, slash, divisor = name.partition("/")
+        if slash and (not divisor.isdecimal() or int(divisor) < 2):
+            raise LilyError(f"--methods {name}: after the / comes what divides the parameters, such as {whole}/4")
+        method, colon, routing = whole.partition(":")
+        if slash and method == "none":
+            raise LilyError("--methods none: it has no parameters to divide; write none")
         if colon and (method != "lily" or routing not in ROUTINGS):
             raise LilyError(f"--methods {name}: only lily has variants: {', '.join(f'lily:{r}' for r in ROUTINGS)}")
         if method not in NAMED:
@@ -103,12 +112,33 @@ def resolve(recipe: Recipe, names: Sequence[str], equal: Equal, model: nn.Module
         model: the base model on the meta device.
 
     Raises:
-        LilyError: if a method cannot adapt this model.
+        LilyError: if a method cannot adapt this model, or not with as few parameters as it is to have.
     """
-    lily = methods.peft_config(changed(recipe, {("method",): "lily"}), model)
-    assert lily is not None
-    rank = int(lily.r)
-    return [_compared(recipe, name, None if equal == "params" else rank, model) for name in names]
+    lily = methods.decide(changed(recipe, {("method",): "lily"}), model)
+    rank, total = int(lily.config.r), lily.plan.parameters.total
+    compared = []
+    for name in names:
+        whole, _, divisor = name.partition("/")
+        if not divisor:
+            compared.append(_compared(recipe, name, None if equal == "params" else rank, model))
+            continue
+        if equal == "rank":
+            raise LilyError(f"--methods {name} with --equal rank: ranks are equal, not parameters; write {whole}")
+        budget = total // int(divisor)
+        smaller = _compared(_within(recipe, budget), whole, None, model)
+        if smaller.parameters > budget:
+            raise LilyError(
+                f"--methods {name}: the smallest {whole} has {smaller.parameters:,} parameters, more than {budget:,}, "
+                f"which is Lily's {total:,} divided by {divisor}; leave it out, or divide by less"
+            )
+        compared.append(replace(smaller, name=name))
+    return compared
+
+
+def _within(recipe: Recipe, budget: int) -> Recipe:
+    """The recipe with a budget instead of the shape of its Lily, and of other methods."""
+    open_ = dict.fromkeys((("lily", name) for name in ("r", "num_A", "stride_A", "num_B")))
+    return changed(recipe, {**open_, ("lily", "params"): budget, ("lora", "r"): "equal"})
 
 
 def _compared(recipe: Recipe, name: str, rank: int | None, model: nn.Module) -> ComparedMethod:

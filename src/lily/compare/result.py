@@ -27,7 +27,7 @@ SCALES = ("scaling", "lora_alpha", "alpha")
 class Entry:
     """A method's figures, mean over its seeds."""
 
-    name: str  # of the method, such as `lily:batch`
+    name: str  # of the method, such as `lily:batch` or `lora/4`
     title: str  # for people
     seeds: tuple[int, ...]  # of its runs
     values: dict[str, tuple[float, ...]]  # metric -> a value per seed, of the best adapter on the held-out rows
@@ -113,7 +113,7 @@ def read(folder: Path, setting: dict[str, Any] | None = None, failed: dict[str, 
     failed = kept.get("failed", {}) if failed is None else failed
     methods, seeds = setting.get("methods"), setting.get("seeds")
     if methods is not None:  # the folder may hold other methods, of an earlier command
-        compared = {name.replace(":", "-") for name in methods if name not in failed}
+        compared = {folder_of(name) for name in methods if name not in failed}
         runs = [r for r in runs if r.parent.name in compared and int(r.name) in (seeds or [int(r.name)])]
     if not runs:
         raise LilyError(f"{folder} holds no finished run of a comparison")
@@ -135,7 +135,7 @@ def _comparison(
     whose: dict[str, list[Path]] = {}
     for run in figures_of:
         whose.setdefault(run.parent.name, []).append(run)
-    order = [name.replace(":", "-") for name in setting.get("methods", [])]
+    order = [folder_of(name) for name in setting.get("methods", [])]
     names = sorted(whose, key=lambda n: (order.index(n) if n in order else len(order), n))
     one = figures_of[whose[names[0]][0]]
     about = [(f["name"], f["metric"], f["split"], f["rows"][f["split"]]) for f in figures_of.values()]
@@ -146,7 +146,7 @@ def _comparison(
     items: dict[str, dict[int, Items]] = {}
     for name in names:
         figures = [figures_of[run] for run in whose[name]]
-        entry = _entry(listed.get(name, name.replace("lily-", "lily:", 1)), figures)
+        entry = _entry(listed.get(name, name.replace("-over-", "/").replace("lily-", "lily:", 1)), figures)
         items[name] = {f["seed"]: _items(run) for run, f in zip(whose[name], figures, strict=True)}
         entries.append(_tested(entry, items[name], entries[0], items[names[0]], one["metric"]) if entries else entry)
     return Comparison(
@@ -203,11 +203,19 @@ def _history(figures: Sequence[dict[str, Any]]) -> tuple[tuple[float, float], ..
     return tuple((float(step), statistics.fmean(curve[step] for curve in curves)) for step in steps)
 
 
+def folder_of(name: str) -> str:
+    """Name of the folder of a method's runs."""
+    return name.replace(":", "-").replace("/", "-over-")
+
+
 def title_of(name: str, adapter: dict[str, Any]) -> str:
     """A method's name in tables."""
-    if name.partition(":")[0] == "lily":
-        return f"Lily ({adapter.get('routing')})"
-    return TITLES.get(name, str(adapter.get("peft_type", name)))
+    whole, _, divisor = name.partition("/")
+    if whole.partition(":")[0] == "lily":
+        title = f"Lily ({adapter.get('routing')})"
+    else:
+        title = TITLES.get(whole, str(adapter.get("peft_type", whole)))
+    return f"{title}, 1/{divisor}" if divisor else title
 
 
 def _values(by_seed: Sequence[dict[str, float]]) -> dict[str, tuple[float, ...]]:

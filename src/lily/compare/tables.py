@@ -75,6 +75,8 @@ def words(comparison: Comparison) -> list[str]:
     setting = comparison.setting
     budget = {"params": "at equal parameters: each method has the largest rank with no more of them than Lily",
               "rank": "at equal rank"}.get(str(setting.get("equal")), "")  # fmt: skip
+    if any("/" in entry.name for entry in comparison.entries):
+        budget += "; 1/N: an N-th of these parameters"
     about = f"{comparison.name} ({comparison.task}): {comparison.rows:,} {comparison.split} rows, "
     about += f"{comparison.trained_on:,} training rows, {_seeds(seeds)}, {comparison.device}, {comparison.precision}"
     sentences = [f"{about}; {budget}".rstrip("; ") + "."]
@@ -134,7 +136,7 @@ def summary(comparisons: Sequence[Comparison]) -> str:
             p = "" if entry.test is None or by_sets else f" (p {entry.test.p:.2g})"
             cells[_column(entry)] = with_spread(comparison.metric, values[comparison.metric]) + p
         seeds = max(len(entry.seeds) for entry in comparison.entries)
-        lily = next((e for e in comparison.entries if e.name.startswith("lily")), comparison.entries[0])
+        lily = next((e for e in comparison.entries if e.name.startswith("lily") and "/" not in e.name), comparison.entries[0])
         untrained = comparison.untrained_tests[MEAN] if by_sets else comparison.untrained
         before = with_spread(comparison.metric, untrained[comparison.metric])
         rows = f"{len(comparison.untrained_tests) - 1} sets" if by_sets else f"{comparison.rows:,}"
