@@ -186,7 +186,17 @@ for code in {cases!r}:
 ORDERS = [
     "import peft, lily",
     "import lily; from peft import load_peft_weights as l; assert l.__module__ == 'lily.tuner.peft_loading'",
-    "import lily; from transformers import PreTrainedModel; assert 'peft' in sys.modules",
+    "import lily; from transformers import PreTrainedModel; assert 'peft' not in sys.modules",
+    # Modules of models, which PEFT imports in turn: none of them may be half-imported then.
+    "import lily; from transformers import BloomModel",
+    "import lily; from transformers import LlamaForCausalLM",
+    "import lily, transformers.modeling_layers",
+    "import transformers.modeling_utils, lily; assert 'peft' not in sys.modules",
+    # transformers is the first to need PEFT.
+    "import lily; from transformers import PreTrainedModel\n"
+    "try: PreTrainedModel.load_adapter(None)\n"
+    "except Exception as e: assert '_transformers' in [f.name for f in traceback.extract_tb(e.__traceback__)], e\n"
+    "else: raise AssertionError",
     "import lily; import importlib.util as u; u.find_spec('peft'); import peft",
     # Using Lily imports nothing but its own modules, two of PEFT's and those of the optimizers that it replaces.
     "import peft; before = set(sys.modules); import lily; lily.LilyConfig, lily.LilyModel\n"

@@ -136,7 +136,9 @@ def summary(comparisons: Sequence[Comparison]) -> str:
             p = "" if entry.test is None or by_sets else f" (p {entry.test.p:.2g})"
             cells[_column(entry)] = with_spread(comparison.metric, values[comparison.metric]) + p
         seeds = max(len(entry.seeds) for entry in comparison.entries)
-        lily = next((e for e in comparison.entries if e.name.startswith("lily") and "/" not in e.name), comparison.entries[0])
+        lily = next(
+            (e for e in comparison.entries if e.name.startswith("lily") and "/" not in e.name), comparison.entries[0]
+        )
         untrained = comparison.untrained_tests[MEAN] if by_sets else comparison.untrained
         before = with_spread(comparison.metric, untrained[comparison.metric])
         rows = f"{len(comparison.untrained_tests) - 1} sets" if by_sets else f"{comparison.rows:,}"
