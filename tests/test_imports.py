@@ -176,7 +176,8 @@ for code in {cases!r}:
             assert tuners[peft.PeftType.LILY].__module__ == "lily.tuner.model", tuners
             assert peft.load_peft_weights.__module__ == "lily.tuner.peft_loading"
             assert PeftAdapterMixin.load_adapter.__module__ == "lily.tuner.peft_loading"
-            assert not any("lily" in type(finder).__module__ for finder in sys.meta_path)
+            waiting = [finder.name for finder in sys.meta_path if "lily" in type(finder).__module__]
+            assert waiting == ["diffusers.utils.peft_utils"], waiting
         except BaseException:
             print(code, traceback.format_exc(), flush=True)
         os._exit(0)

@@ -6,7 +6,7 @@ Importing the package makes PEFT use it for Lily, as soon as PEFT itself is impo
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from lily._after_import import after_peft
+from lily._after_import import watch
 from lily._version import __version__
 from lily.errors import LilyError
 
@@ -95,4 +95,4 @@ def _register() -> None:
     register()
 
 
-after_peft(_register)
+watch(_register)

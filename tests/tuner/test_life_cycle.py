@@ -461,7 +461,9 @@ def compare(run: Callable[[Method], Steps], name: str, kind: str, folder: Path, 
             assert judge == ours, f"step {number}"
             continue
         for what in ("adapters", "active", "trains"):
-            assert ours[what] == judge[what], f"{what} after step {number}"
+            # without its last adapter LoRA leaves empty layers, and Lily the base model's
+            expected = set() if what == "active" and not judge["adapters"] else judge[what]
+            assert ours[what] == expected, f"{what} after step {number}"
         assert torch.allclose(ours["output"], judge["output"], atol=1e-4, rtol=1e-4), f"output after step {number}"
 
 

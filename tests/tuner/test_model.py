@@ -380,4 +380,4 @@ def test_a_tied_head_and_an_unused_layer_are_fine():
 def test_status_reports_work():
     model = adapted("llama")
     assert peft.get_model_status(model).active_adapters == ["default"]
-    assert len(peft.get_layer_status(model)) == 12 + 1  # the layers and the bank
+    assert len(peft.get_layer_status(model)) == 12

@@ -78,9 +78,6 @@ class LilyBank(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
             """Switch and freeze."""
 
-        def delete_adapter(self, adapter_name: str) -> None:
-            """Forget."""
-
     def __init__(self) -> None:
         super().__init__()
         self.lily_A = nn.ModuleDict({})
@@ -133,6 +130,18 @@ class LilyBank(nn.Module, BaseTunerLayer):  # type: ignore[misc]
                 if g.num_B > 1
             }
             self.lily_R[adapter] = nn.ParameterDict(routers)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter. See PEFT."""
+        self.stop_waiting(adapter_name)
+        super().delete_adapter(adapter_name)
+
+    def stop_waiting(self, adapter: str) -> bool:
+        """Stop waiting for the start from data, if an adapter does; returns whether it did."""
+        waiting = self.awaiting.pop(adapter, None)
+        if waiting is not None:
+            waiting.handle.remove()
+        return waiting is not None
 
     def tensors(self, adapter: str) -> tuple[nn.ParameterList, nn.ParameterList]:
         """The A and the B of an adapter, in the plan's order. Do not cache them: sharding replaces the parameters."""

@@ -107,7 +107,7 @@ def initialize_from_data(
         what = "no adapted layer ran on the batches" if batches else "there is no batch"
         raise LilyError(f"the start from data needs inputs, but {what}; give at least one batch to {CALL}")
     explained = _write(adapted, seen, shared, own)
-    ended(adapted.bank, adapted.name)
+    adapted.bank.stop_waiting(adapted.name)
     return DataStart(batches, all(top.converged for top in tops), explained)
 
 
@@ -230,22 +230,14 @@ class Awaiting:
         if bank is None or bank.awaiting.get(self.adapter) is not self:
             self.handle.remove()
         elif any(bool(B.any()) for B in bank.tensors(self.adapter)[1]):  # its values were loaded in another way
-            ended(bank, self.adapter)
+            bank.stop_waiting(self.adapter)
         else:
             warn_if_awaiting(bank, self.adapter)
 
 
-def ended(bank: LilyBank, adapter: str) -> bool:
-    """Stop waiting for the start from data, if an adapter does; returns whether it did."""
-    waiting = bank.awaiting.pop(adapter, None)
-    if waiting is not None:
-        waiting.handle.remove()
-    return waiting is not None
-
-
 def warn_if_awaiting(bank: LilyBank, adapter: str) -> None:
     """Warn, once, if an adapter with `init_weights="data"` is used without its start from data."""
-    if ended(bank, adapter):
+    if bank.stop_waiting(adapter):
         warnings.warn(
             f"adapter {adapter!r} has init_weights='data', but no data were given, so A has the default start; call "
             f"{CALL} before training, or use init_weights=True",

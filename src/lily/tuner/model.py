@@ -41,6 +41,7 @@ from lily.plan.specs import CONV2D, EMBEDDING, LINEAR, PARALLEL_MODULE, PARAMETE
 from lily.plan.wrappers import innermost, plain_names, unwrapped
 from lily.tuner import call_uncalled, data_start
 from lily.tuner.check_targets import check_beside, check_targets
+from lily.tuner.removal import remove_if_empty
 from lily.tuner.replaced import drop_replaced
 
 LAYERS = {LINEAR: Linear, CONV2D: Conv2d, EMBEDDING: Embedding, PARALLEL_MODULE: ParallelModule}
@@ -270,9 +271,10 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
             bank_of(self.model).set_adapter(adapter_name, inference_mode=inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter, its shared tensors included. See PEFT."""
+        """Remove an adapter, its shared tensors included; with the last one, all that adapts the model. See PEFT."""
         super().delete_adapter(adapter_name)
         call_uncalled.watch(self.model)
+        remove_if_empty(self.model)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge static adapters into the base weights; `unmerge_adapter` restores every bit. See PEFT.
@@ -326,10 +328,7 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
             super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if merge:
             _report_rounding(nn.ModuleList(layers))
-        root = innermost(self.model)
-        bank_of(root).watch(root, [])
-        call_uncalled.watch(root)
-        delattr(root, BANK)
+        remove_if_empty(self.model)
         return self.model  # type: ignore[no-any-return]
 
     @classmethod
@@ -361,7 +360,7 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         cls, model: nn.Module, config: LilyConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         bank, root = _find_bank(model)
-        data_start.ended(bank, adapter_name)
+        bank.stop_waiting(adapter_name)
         format.check_base(bank.plans[adapter_name], config.adapted_layers, config.base_model_name_or_path)
         tensors, plan = format.resolve(state_dict, bank.plans[adapter_name], config.settled)
         if plan is not bank.plans[adapter_name]:

@@ -53,7 +53,7 @@ _stock_hotswap = hotswap.hotswap_adapter
 _stock_hotswap_state = hotswap.hotswap_adapter_from_state_dict
 _stock_rows_state = TrainableTokensWrapper.adapter_state_dict
 _stock_rows_names = TrainableTokensWrapper.adapter_state_dict_load_map
-_stock_transformers = PeftAdapterMixin.load_adapter
+_stock_transformers = getattr(PeftAdapterMixin.load_adapter, "lily_stock", PeftAdapterMixin.load_adapter)
 
 
 def _download(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ def drop_replaced(model: nn.Module, adapter: str) -> None:
         "keep both, give the new one another adapter_name; to start from the base model, call unload() first",
         stacklevel=3,
     )
+    bank.stop_waiting(adapter)
     for layer in (m for m in model.modules() if isinstance(m, (LilyLayer, LilyBank))):
         if adapter in layer.merged_adapters:
             layer.unmerge()

@@ -1,0 +1,58 @@
+"""Give a model its own modules back once its last Lily adapter is gone, whichever library removed it.
+
+PEFT and transformers delete adapters layer by layer and leave the empty layers; diffusers takes the layers out and does
+not know the bank. `lily.tuner.registry` replaces PEFT's function, `lily._after_import` those of diffusers.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import peft.functional
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from lily._after_import import after_removal
+from lily.layers.bank import BANK, banks_in
+from lily.layers.layer import LilyLayer
+from lily.tuner import call_uncalled
+
+_stock_delete = peft.functional.delete_adapter
+
+
+def remove_if_empty(model: nn.Module) -> None:
+    """Take the layers, the bank and the hooks off each model inside `model` of which no Lily adapter is left."""
+    for root, bank in banks_in(model):
+        if any(isinstance(m, LilyLayer) and m.settings for m in root.modules()):
+            continue
+        for adapter in list(bank.plans):
+            bank.delete_adapter(adapter)
+        bank.watch(root, [])
+        _unwrap(root)
+        call_uncalled.watch(root)
+        delattr(root, BANK)
+
+
+def _unwrap(module: nn.Module) -> None:
+    for name, child in list(module._modules.items()):
+        while isinstance(child, LilyLayer):
+            child = child.base_layer
+        if isinstance(child, AuxiliaryTrainingWrapper) and not child._adapters:
+            child = child.original_module
+        if child is not module._modules[name]:
+            setattr(module, name, child)
+        if child is not None:
+            _unwrap(child)
+
+
+@functools.wraps(_stock_delete)
+def _delete_adapter(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """`peft.functional.delete_adapter`, which transformers' `delete_adapter` calls."""
+    left = _stock_delete(model, *args, **kwargs)
+    remove_if_empty(model)
+    return left
+
+
+after_removal.append(remove_if_empty)
+PATCHES: list[tuple[Any, str, Any, Any]] = [(peft.functional, "delete_adapter", _delete_adapter, _stock_delete)]
