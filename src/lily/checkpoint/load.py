@@ -45,11 +45,32 @@ def config_values(path: Path, ours: bool = False) -> dict[str, Any] | None:
         ours: require a Lily configuration; if False, another method's is left to PEFT.
 
     Returns:
-        The values; None for another method's configuration.
+        The values; None for another method's configuration, and for a file that nothing connects with Lily: PEFT
+        then says what is wrong with it.
 
     Raises:
-        LilyError: if the file is not a configuration, or its values are not valid.
+        LilyError: if the file of a Lily adapter is not a configuration, or its values are not valid.
     """
+    try:
+        return _config_values(path, ours)
+    except LilyError:
+        if ours or _names_lily(path) or _holds_lily(path.with_name(SAFETENSORS_WEIGHTS_NAME)):
+            raise
+        return None
+
+
+def _names_lily(path: Path) -> bool:
+    """Whether the bytes of a file that may be no JSON name the method."""
+    if not path.is_file():  # a pipe would block
+        return True
+    try:
+        with path.open("rb") as file:
+            return re.search(rb'"peft_type"\s*:\s*"LILY', file.read(untrusted.MAX_JSON + 1)) is not None
+    except OSError:
+        return True  # it may; whoever reads it says why it cannot be read
+
+
+def _config_values(path: Path, ours: bool) -> dict[str, Any] | None:
     parsed = untrusted.parse_json(path)
     values = parsed.value
     if not isinstance(values, dict):
