@@ -39,6 +39,29 @@ def models(draw: st.DrawFn) -> list[ModuleSpec]:
     return [ModuleSpec(f"g{g}.{i}.t{g}", a, b) for g, (a, b, n) in enumerate(groups) for i in range(n)]
 
 
+@pytest.mark.parametrize(("layers", "large", "small"), [(6, 2, 1), (14, 2, 1), (28, 2, 2), (40, 3, 3), (2, 1, 1)])
+def test_below_a_lora_of_rank_4_one_A_is_for_about_14_layers(layers, large, small):
+    modules = stack(layers, q=(256, 256), up=(256, 512))
+    assert choose(modules, match_lora=4).num_B == large
+    below = choose(modules, parameters=lora_parameters(modules, 4) - 1)
+    assert (below.num_A, below.num_B) == (small, small)
+    assert ("a larger rank of fewer A and B" in str(below.reason)) == (layers > 2)
+    assert choose(modules, match_lora=2, fewest=2).num_A == max(large, 1)
+    assert choose(modules).num_A == large  # without a budget
+
+
+def test_layers_without_distinction_do_not_share_everything():
+    from helpers import TARGETS, build
+
+    from lily.plan.decide import decide
+
+    def shape(**options):
+        return decide(build("llama"), {"target_modules": TARGETS["llama"], **options}, {"match_lora": 1}).choice.num_A
+
+    assert shape() == 1
+    assert shape(distinct="none") == shape(routing="batch") == 2
+
+
 # --- counts ---------------------------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import peft
 import pytest
 import torch
 from helpers import TARGETS, build
@@ -164,7 +165,15 @@ def test_a_projection_that_its_parent_never_calls_is_refused():
     model = nn.Sequential(nn.MultiheadAttention(8, 2), nn.Linear(8, 8))
     with pytest.raises(LilyError, match="reads its weight without calling it"):
         plan_of(model, target_modules=["out_proj", "1"])
-    assert list(plan_of(model, target_modules="all-linear").slots) == ["1"]
+    with pytest.warns(UserWarning, match="'all-linear' leaves out 0.out_proj: torch.nn.MultiheadAttention reads"):
+        assert list(plan_of(model, target_modules="all-linear").slots) == ["1"]
+
+
+def test_names_that_also_match_what_cannot_be_adapted_do_not_stop_all_linear():
+    model = nn.ModuleDict({"a": nn.ModuleDict({"proj": nn.Linear(8, 8)}), "b": nn.ModuleDict({"proj": nn.Conv3d(1, 8, 2)}),
+                           "proj": nn.LayerNorm(8)})  # fmt: skip
+    adapted = peft.get_peft_model(model, LilyConfig(r=2, num_A=1, num_B=1, target_modules="all-linear"))
+    assert [layer.name for layer in peft.get_layer_status(adapted)] == ["model.a.proj"]
 
 
 def test_a_plan_prints_who_shares_what():

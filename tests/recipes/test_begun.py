@@ -60,6 +60,21 @@ def test_a_search_and_a_comparison_go_on_with_the_default_scale_whatever_their_t
     assert (lily.distinct, lily.scaling) == ("none", 1.0)
 
 
+def test_a_small_budget_buys_what_it_bought(recipe, tmp_path):
+    shape = dict.fromkeys(("r", "num_A", "num_B"))
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text(yaml.safe_dump(kept := dumped(recipe(params=3000, **shape))))
+    with pytest.raises(LilyError, match="fewest"):  # an earlier version has no such key
+        del kept["lily"]["fewest"]
+        (run / "recipe.yaml").write_text(yaml.safe_dump(kept))
+        preflight.check_folder(as_begun(recipe(params=3000, fewest=1, **shape), run), run, True, False)
+    begun = as_begun(recipe(params=3000, **shape), run)
+    assert begun.lily.fewest == 2
+    preflight.check_folder(begun, run, True, False)
+    assert as_begun(recipe(), run).lily.fewest is None
+
+
 @pytest.mark.parametrize("text", ["", "name: [", "lily: 3", "\0"])
 def test_a_damaged_recipe_is_left_to_whoever_reads_it(recipe, tmp_path, text):
     made = recipe()

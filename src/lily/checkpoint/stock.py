@@ -7,7 +7,7 @@ import copy
 from torch import nn
 
 from lily.plan.config import LilyConfig
-from lily.plan.select import select_modules
+from lily.plan.select import matched
 from lily.plan.sharing_plan import SharingPlan, resolved_stride, stock_grouping_differs
 from lily.plan.specs import LINEAR
 from lily.plan.uncalled_layers import uncalled
@@ -36,7 +36,8 @@ def _decide(config: LilyConfig, plan: SharingPlan, model: nn.Module) -> None:
     names = {group.name for group in plan.groups}
     portable = copy.copy(config)
     portable.target_modules, portable.layers_to_transform, portable.layers_pattern = names, None, None
-    same = {m.name for m in select_modules(model, portable)} == set(plan.slots)
+    # Names only: a list of last names may also match modules that nobody asked for and that cannot be adapted.
+    same = matched(model, portable) == set(plan.slots)
     if same and config.layers_to_transform is None and not stock_grouping_differs(plan, names):
         config.portable_targets = names
     else:

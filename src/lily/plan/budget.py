@@ -28,6 +28,9 @@ DEFAULT_RANK = 32  # the paper's rank for encoders and vision transformers, and 
 LAYERS_PER_A = 14  # Hugging Face's best run: 28 layers, two A
 WELL_USED = 0.9  # share of a budget; below it, the reason names what limits the rank
 FEWEST, MOST = 2, 4  # the paper's range of num_A = num_B for 12 to 32 layers
+# Budgets below that of LoRA of this rank: one A and one B that each layer permutes learn more than LoRA of equal size,
+# and two of each do not (docs/results.md, the map).
+SMALL = 4
 
 SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
 COUNT = re.compile(r"(\d[\d_,]*(?:\.\d+)?(?:e\+?\d{1,2})?)\s*([kmbg]?)")
@@ -142,12 +145,13 @@ def choose(
     shared_router: bool = False,
     gain: bool = False,
     own_r: int = 0,
+    fewest: int | None = None,
 ) -> Choice:
     """Choose those of r, num_A and num_B that are not given.
 
-    `num_A = num_B = n`, one A for about 14 layers, at least 2 and at most 4 (never more than one per two layers):
-    the paper uses 2 to 4 for 12 to 32 layers, Hugging Face's best run 2 for 28. Then r is the largest rank that
-    fits. If that would exceed the smallest side of a target, n grows instead; if not even r = 1 fits, n shrinks. With
+    `num_A = num_B = n`, one A for about 14 layers, at least `fewest` and at most 4 (never more than one per two
+    layers): the paper uses 2 to 4 for 12 to 32 layers, Hugging Face's best run 2 for 28. Then r is the largest rank
+    that fits. If that would exceed the smallest side of a target, n grows instead; if not even r = 1 fits, n shrinks. With
     both a budget and `r`, n is the largest that fits. Without a budget, r is 32 unless given.
 
     Args:
@@ -163,13 +167,15 @@ def choose(
         shared_router: whether the layers of a group have one router.
         gain: whether each layer has a gain (r,).
         own_r: rank of each layer's own A and B.
+        fewest: least n, where it fits. Default: 2, and 1 for a budget below that of LoRA of rank 4.
 
     Raises:
         LilyError: if the budget is too small (with the smallest one that works), given twice, or a value is not
             positive.
     """
     require_modules(modules)
-    require_positive(parameters=parameters, match_lora=match_lora, r=r, num_A=num_A, stride_A=stride_A, num_B=num_B)
+    given = {"r": r, "num_A": num_A, "stride_A": stride_A, "num_B": num_B, "fewest": fewest}
+    require_positive(parameters=parameters, match_lora=match_lora, **given)
     _not_both(parameters=parameters, match_lora=match_lora)
     _not_both(num_A=num_A, stride_A=stride_A)
     if routing not in ROUTINGS:
@@ -183,8 +189,10 @@ def choose(
     def cost(rank: int, n: int) -> int:
         return _parameters(shapes, rank, sharing(n), routing)
 
-    usual = _usual(depth)
     budget = lora_parameters(modules, match_lora) if match_lora is not None else parameters
+    small = budget is not None and budget < lora_parameters(modules, SMALL)
+    fewest = fewest or (1 if small else FEWEST)
+    usual = _usual(depth, fewest)
     most = depth if sharing(1) != sharing(depth) else 1  # nothing is left to vary if all values are given
     if budget is None:
         n, rank = usual, r or min(DEFAULT_RANK, _cap(shapes))
@@ -197,7 +205,7 @@ def choose(
     chosen, size = sharing(n), cost(rank, n)
     reason = (
         *_why_budget(budget, match_lora, len(modules)),
-        *_why_sharing(chosen, n, usual, depth, given=(num_A or stride_A, num_B), rank_given=r is not None),
+        *_why_sharing(chosen, n, usual, depth, fewest, given=(num_A or stride_A, num_B), rank_given=r is not None),
         *_why_rank(shapes, rank, r, budget, size),
     )
     return Choice(rank, chosen.num_A, chosen.stride_A, chosen.num_B, size, reason)
@@ -225,9 +233,9 @@ def _parameters(shapes: Sequence[ModuleSpec], r: int, sharing: _Sharing, routing
     )
 
 
-def _usual(depth: int) -> int:
+def _usual(depth: int, fewest: int) -> int:
     """num_A = num_B by the rule: see `choose`."""
-    return max(1, min(max(FEWEST, math.ceil(depth / LAYERS_PER_A)), MOST, depth // 2))
+    return max(1, min(max(fewest, math.ceil(depth / LAYERS_PER_A)), MOST, depth // 2))
 
 
 def _narrowest(shapes: Sequence[ModuleSpec]) -> ModuleSpec:
@@ -283,7 +291,14 @@ def _why_budget(budget: int | None, match_lora: int | None, layers: int) -> list
 
 
 def _why_sharing(
-    sharing: _Sharing, n: int, usual: int, depth: int, *, given: tuple[int | None, int | None], rank_given: bool
+    sharing: _Sharing,
+    n: int,
+    usual: int,
+    depth: int,
+    fewest: int,
+    *,
+    given: tuple[int | None, int | None],
+    rank_given: bool,
 ) -> list[str]:
     parts = (_say_A(sharing), f"num_B={sharing.num_B}")
     kept = [part for part, value in zip(parts, given, strict=True) if value is not None]
@@ -291,9 +306,14 @@ def _why_sharing(
     sentences = [f"{', '.join(kept)}: as given."] if kept else []
     if free and n == usual:
         why = "too few layers to share more finely"
-        if depth >= 2 * FEWEST:
+        if depth >= 2 * FEWEST and fewest < FEWEST:
             why = (
-                f"about one for {LAYERS_PER_A} layers, at least {FEWEST} and at most {MOST} (the paper: 2 to 4 for 12 "
+                f"one for about {LAYERS_PER_A} layers and at most {MOST}: at fewer parameters than LoRA of rank "
+                f"{SMALL} has, a larger rank of fewer A and B learned more"
+            )
+        elif depth >= 2 * FEWEST:
+            why = (
+                f"about one for {LAYERS_PER_A} layers, at least {fewest} and at most {MOST} (the paper: 2 to 4 for 12 "
                 "to 32 layers; Hugging Face's best run: 2 for 28); fewer A and B leave room for a larger rank"
             )
         sentences.append(f"{', '.join(free)}: {depth} layers deep, {why}.")

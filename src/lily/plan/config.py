@@ -162,6 +162,7 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
         PeftConfig.__post_init__(self)
         from_file = getattr(self, "peft_type", None) is not None  # only configurations read from a file have a type yet
         self.peft_type = PeftType.LILY
+        self.from_file = from_file
         if from_file and self.num_A is not None:
             self.stride_A = None  # written beside num_A for stock readers; see `file_dict`
         # Values that only a model can decide: see `lily.tuner.model`.

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from lily.plan.budget import Choice, choose
+from lily.plan.budget import FEWEST, Choice, choose
 from lily.plan.config import LilyConfig
 from lily.plan.select import is_causal, select_targets
 from lily.plan.sharing_plan import SharingPlan, build_plan
@@ -54,7 +54,7 @@ def decide(
     Args:
         model: the base model; may be on the meta device.
         config: arguments of `LilyConfig` besides the shape, as far as they select layers or change sizes.
-        shape: arguments of `lily.budget.choose`: r, num_A, stride_A, num_B, and a budget.
+        shape: arguments of `lily.budget.choose`: r, num_A, stride_A, num_B, fewest, and a budget.
         options: further arguments of `LilyConfig`, which may need to know the shape; they override `config`.
         errors: context manager in which a step runs, to rewrite its errors.
 
@@ -66,19 +66,25 @@ def decide(
         modules = select_targets(model, selected)  # replaces all-linear by the names it stands for
     causal = selected.routing_is_default and is_causal(model)
     routing = selected.default_routing(True) if causal else str(selected.routing)
+    fewest = shape.get("fewest")
     with errors("shape"):
         choice = choose(
             modules,
-            **shape,
+            **{name: value for name, value in shape.items() if name != "fewest"},
             routing=routing,
             targets=selected.target_modules,
             shared_router=selected.shared_router,
             gain=selected.gain != "none",
             own_r=selected.own_r,
+            # without a distinction, layers that share everything would have the same update
+            fewest=fewest or (FEWEST if selected.distinct == "none" else None),
         )
     with errors("options"):
-        targets = {"target_modules": selected.target_modules}
+        targets = {"target_modules": selected.target_modules, "target_parameters": selected.target_parameters}
         complete = LilyConfig(**{**config, **targets, **(options or {}), **choice.options})
         plan = replace(build_plan(modules, complete), routing=routing)
     complete.resolve_scaling(plan.ranks)
+    if added := sorted({*(selected.target_parameters or ())} - {*(config.get("target_parameters") or ())}):
+        why = f"target_parameters={added}: where this model holds the experts that target_modules names."
+        choice = replace(choice, reason=(*choice.reason, why))
     return Decided(complete, modules, plan, choice)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
@@ -22,6 +23,7 @@ from torch import nn
 from lily.errors import LilyError
 from lily.plan.config import LilyConfig
 from lily.plan.fused_layouts import layout_of, rows_of
+from lily.plan.stacked_experts import add_stacked_experts
 from lily.plan.specs import (
     LINEAR,
     PARALLEL_MODULE,
@@ -35,6 +37,9 @@ from lily.plan.specs import (
     parameter_spec,
 )
 from lily.plan.uncalled_layers import uncalled
+
+
+SHOWN = 3  # names in a message
 
 
 class NoTargetError(LilyError, NoMatchingPeftModuleError):  # type: ignore[misc]
@@ -55,8 +60,16 @@ def select_targets(model: nn.Module, config: LilyConfig) -> list[ModuleSpec]:
         NoTargetError: (a LilyError) if a target matches nothing, with near matches.
         LilyError: if a match cannot be adapted.
     """
+    stacked = add_stacked_experts(model, config)
     others = config.target_parameters or config.parallel_modules
-    specs = select_modules(model, config) if config.target_modules or not others else []
+    specs: list[ModuleSpec] = []
+    if config.target_modules or not others:
+        try:
+            specs = select_modules(model, config)
+        except NoTargetError:
+            if not stacked:
+                raise
+            config.target_modules = None  # it names stacked experts alone
     specs = select_slices(model, specs, config.target_slices)
     specs += select_parallel_modules(model, config.parallel_modules)
     if config.target_parameters:
@@ -250,6 +263,14 @@ def select_modules(model: nn.Module, config: LilyConfig) -> list[ModuleSpec]:
     _check_inside(model, config, all_linear)
     inert = {name: reason for name, reason in uncalled(modules).items() if reason.remedy is None}
     if all_linear and isinstance(config.target_modules, set):
+        if left_out := sorted(config.target_modules & inert.keys()):
+            warnings.warn(
+                f"target_modules='all-linear' leaves out {', '.join(left_out[:SHOWN])}"
+                + (f" and {len(left_out) - SHOWN} more" if len(left_out) > SHOWN else "")
+                + f": {inert[left_out[0]].parent} reads the weight {inert[left_out[0]].why}, so an adapter there would "
+                "do nothing",
+                stacklevel=2,
+            )
         config.target_modules -= inert.keys()
         # modules that train whole need no adapter
         saved = tuple(config.modules_to_save or ())
@@ -270,6 +291,11 @@ def select_modules(model: nn.Module, config: LilyConfig) -> list[ModuleSpec]:
         raise _no_target(config, modules)
     _check_layer_indices(specs, config)
     return specs
+
+
+def matched(model: nn.Module, config: LilyConfig) -> set[str]:
+    """Names of the modules that `config.target_modules` matches, whether they can be adapted or not."""
+    return {name for name, _ in own_modules(model) if check_target_module_exists(config, name)}
 
 
 def _check_layer_indices(specs: Sequence[ModuleSpec], config: LilyConfig) -> None:

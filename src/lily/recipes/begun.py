@@ -29,6 +29,8 @@ def as_begun(recipe: AnyRecipe, folder: Path) -> AnyRecipe:
         changed["distinct"] = "none"
     if recipe.lily.scaling is None and "distinct" not in kept:  # as old as that, the default scale was a number
         changed["scaling"] = 1.0
+    if recipe.lily.params is not None and recipe.lily.fewest is None and "fewest" not in kept:
+        changed["fewest"] = 2
     if not changed:
         return recipe
     return cast(AnyRecipe, recipe.model_copy(update={"lily": recipe.lily.model_copy(update=changed)}))

@@ -58,6 +58,11 @@ class Lily(Section):
         None, description="`paper`: the method as published, where nothing else is given; see `LilyConfig.paper`."
     )
     params: str | int | None = Field(None, description="Parameter budget such as 1.2M; sets r, num_A and num_B.")
+    fewest: PositiveInt | None = Field(
+        None,
+        description="Least num_A and num_B that `params` chooses, where they fit. Default: 2, and 1 where layers are "
+        "distinct and `params` is below the size of LoRA of rank 4.",
+    )
     r: PositiveInt | None = None
     num_A: PositiveInt | None = None
     stride_A: PositiveInt | None = None
@@ -114,6 +119,8 @@ class Lily(Section):
             raise ValueError(
                 "params chooses r, num_A and num_B; give either params or those (`r: null` drops an inherited one)"
             )
+        if self.fewest is not None and self.params is None:
+            raise ValueError("fewest is for what params chooses; remove it, or give num_A and num_B")
         return self
 
 
