@@ -169,6 +169,11 @@ def test_a_projection_that_its_parent_never_calls_is_refused():
         assert list(plan_of(model, target_modules="all-linear").slots) == ["1"]
 
 
+def test_all_linear_on_a_model_without_linear_layers_is_refused():
+    with pytest.raises(NoTargetError, match="'all-linear' matches no layer.*name convolutions"):
+        plan_of(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten()), target_modules="all-linear")
+
+
 def test_names_that_also_match_what_cannot_be_adapted_do_not_stop_all_linear():
     model = nn.ModuleDict({"a": nn.ModuleDict({"proj": nn.Linear(8, 8)}), "b": nn.ModuleDict({"proj": nn.Conv3d(1, 8, 2)}),
                            "proj": nn.LayerNorm(8)})  # fmt: skip

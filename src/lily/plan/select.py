@@ -338,6 +338,11 @@ def own_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
 
 
 def _no_target(config: LilyConfig, modules: dict[str, nn.Module]) -> NoTargetError:
+    if not config.target_modules:
+        return NoTargetError(
+            "target_modules='all-linear' matches no layer: the model has no linear layers besides its output layer and "
+            "what is trained whole; name convolutions in target_modules, or parameters in target_parameters"
+        )
     known = list(dict.fromkeys(n.rpartition(".")[2] for n, m in modules.items() if _is_linear(m)))
     targets = config.target_modules
     wanted = sorted(targets) if isinstance(targets, (set, list, tuple)) else [str(targets)]
