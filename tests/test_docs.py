@@ -154,6 +154,7 @@ HEAVY = (
     "docs/performance.md",
     "docs/quantization.md",
     "docs/tune.md",
+    "docs/tutorials/chat.md",
     "docs/tutorials/diffusion.md",
     "docs/tutorials/vision.md",
 )

@@ -42,7 +42,7 @@ def kinds(model):
     return {type(m).__name__ for name, m in model.named_modules() if isinstance(m, nn.Linear) and "lily" not in name}
 
 
-@pytest.mark.parametrize("name", ["chat", "classifier"])
+@pytest.mark.parametrize("name", [pytest.param("chat", marks=pytest.mark.slow), "classifier"])
 def test_a_quantised_run_learns_and_is_evaluated_on_the_same_bits(trained, name):
     result, folder = trained[name]
     assert result.quantization == {"chat": "nf4", "classifier": "int8"}[name]
