@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -81,6 +82,17 @@ class MaskTracker:
         scope = self.scopes[-1] if self.scopes else self.backward
         mask = None if scope is None else scope.fit(x)
         return None if mask is None else mask.to(x.device)  # the model's inputs may be on another device than the layer
+
+
+    @contextmanager
+    def of_rows(self, x: Tensor, rows: Tensor) -> Iterator[Tensor]:
+        """Within: the masks for some rows of a layer's input `x`, which is returned."""
+        mask, own = self.mask_for(x if x.is_floating_point() else x.unsqueeze(-1)), x[rows]
+        self.scopes.append(Scope(None if mask is None else mask[rows]))
+        try:
+            yield own
+        finally:
+            self.scopes.pop()
 
 
 class ModelHooks:

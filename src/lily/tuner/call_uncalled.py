@@ -90,6 +90,15 @@ def adapted(mixer: nn.Module) -> dict[str, LilyLayer]:
     return {name: layer for name, layer in children if isinstance(layer, LilyLayer) and layer.settings}
 
 
+def applied(model: nn.Module) -> str | None:
+    """The name of an adapted layer whose weight a mixer multiplies by without calling it, if there is one."""
+    for name, mixer in model.named_modules():
+        for child in adapted(mixer):
+            if children_read(mixer)[child].remedy == "applied":
+                return f"{name}.{child}"
+    return None
+
+
 def _acts(layer: LilyLayer) -> bool:
     active = any(adapter in layer.settings for adapter in layer.active_adapters)
     return active and not layer.merged and not layer.disable_adapters
