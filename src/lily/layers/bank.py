@@ -201,6 +201,15 @@ class LilyBank(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def unmerge(self) -> None:
         """Nothing to do: layers unmerge."""
 
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Nothing to do: layers have the scales. So for the next two."""
+
+    def scale_layer(self, scale: float) -> None:
+        """Nothing to do."""
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Nothing to do."""
+
     def __repr__(self) -> str:
         return f"lily.LilyBank({', '.join(self.plans)})"
 

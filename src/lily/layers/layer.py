@@ -1,7 +1,7 @@
 """State of one adapted layer: its settings, its router, where its shared tensors are; and one call into the math.
 
 Each kind of layer has a subclass (`linear`, `conv`, `embedding`, `slice`, `parameter`, `parallel_module`). Mixing
-weights are in `mixing`, what a layer has for itself in `own`, merging in `merging`.
+weights are in `mixing`, what a layer has for itself in `own`, merging in `merging`, scales in `scales`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from lily.layers.mixing import MixingMixin
 from lily.layers.own import Distinction, OwnMixin
 from lily.layers.router import Logits, LogitsByAdapter, Router
 from lily.layers.routing_statistics import RoutingStatistics
+from lily.layers.scales import ScaleMixin
 from lily.layers.sharding import is_here
 from lily.plan.config import LilyConfig
 from lily.plan.options import DYNAMIC
@@ -37,7 +38,8 @@ class Settings:
         r: the rank.
         num_B: experts.
         stride: of stacked experts, how many in a row share an A.
-        scaling: multiplies the update.
+        scaling: multiplies the update, now.
+        configured_scaling: what it is unless something changes it; see `lily.layers.scales`.
         routing: as it is now: `lily.collapse` and settling make it `static`.
         batch_scope: whether `batch` routing averages over one process or all.
         activation: between A and B.
@@ -51,6 +53,7 @@ class Settings:
     num_B: int
     stride: int
     scaling: float
+    configured_scaling: float
     routing: str
     batch_scope: str
     activation: str
@@ -59,7 +62,7 @@ class Settings:
     own_r: int
 
 
-class LilyLayer(MixingMixin, OwnMixin, MergingMixin):
+class LilyLayer(MixingMixin, OwnMixin, ScaleMixin, MergingMixin):
     """An adapted layer of any kind. A and B are in the bank; see `lily.layers.bank`.
 
     Args:
@@ -147,8 +150,8 @@ class LilyLayer(MixingMixin, OwnMixin, MergingMixin):
         own = config.options_of(group.name)
         assert own.scaling is not None  # the plan's ranks have decided it
         self.settings[adapter] = Settings(
-            slot, group.r, group.num_B, group.stride, own.scaling, str(config.routing), config.batch_scope,
-            own.activation, own.dropout, self._add_own(adapter, group, slot, config), group.own_r,
+            slot, group.r, group.num_B, group.stride, own.scaling, own.scaling, str(config.routing),
+            config.batch_scope, own.activation, own.dropout, self._add_own(adapter, group, slot, config), group.own_r,
         )  # fmt: skip
         if group.num_B > 1 and config.routing in DYNAMIC and not config.shared_router:
             self.lily_router[adapter] = Router(group.r, group.num_B)
