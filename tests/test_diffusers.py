@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -261,3 +262,64 @@ def test_the_guides_example_runs(tmp_path, monkeypatch):
     pipe = pipeline("unet", unet())
     pipe.load_lora_weights("unet-lora")
     assert pipe.get_active_adapters() == ["default_0"]
+
+
+# --- diffusers' own ways to save ------------------------------------------------------------------------------------
+
+
+ATTENTION = ["to_q", "to_v"]  # diffusers renames the LoRA of attention alone, and reads no mixture of names
+
+
+def by_model(model, folder):
+    model.save_lora_adapter(folder)
+    fresh = unet()
+    fresh.load_lora_adapter(folder, prefix=None, weight_name="pytorch_lora_weights.safetensors", use_safetensors=True)
+    return fresh
+
+
+def by_recipe(model, folder, convert=True):
+    """As the training scripts of diffusers do it."""
+    from diffusers import StableDiffusionPipeline
+    from diffusers.training_utils import _collate_lora_metadata
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft.utils import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(model)
+    state = convert_state_dict_to_diffusers(state) if convert else state
+    metadata = _collate_lora_metadata({"unet": model})
+    StableDiffusionPipeline.save_lora_weights(save_directory=folder, unet_lora_layers=state, **metadata)
+    fresh = unet()
+    pipeline("unet", fresh).load_lora_weights(folder)
+    return fresh
+
+
+@pytest.mark.parametrize("way", [by_model, by_recipe, partial(by_recipe, convert=False)])
+def test_what_diffusers_saves_of_a_static_adapter_is_the_lora_that_it_is(way, tmp_path):
+    model = lily("unet", scaling=0.7, target_modules=ATTENTION)
+    expected = output(model, unet_inputs())
+    assert (output(way(model, str(tmp_path)), unet_inputs()) - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("way", [by_model, by_recipe, partial(by_recipe, convert=False)])
+def test_a_dynamic_adapter_is_refused_with_what_to_do_and_warned_of_before_training(way, tmp_path):
+    with pytest.warns(UserWarning, match="save_lora_weights will refuse it; use routing='static'"):
+        model = lily("unet", routing="sequence")
+    with pytest.raises(LilyError, match=r"depends on the data.*lily\.collapse.*nothing is lost.*lily\.Settling"):
+        way(model, str(tmp_path / "new"))
+    assert not list(tmp_path.glob("new/*"))
+
+
+def test_saving_a_pickle_is_refused(tmp_path):
+    with pytest.raises(LilyError, match="safe_serialization=False writes a pickle"):
+        lily("unet").save_lora_adapter(tmp_path, safe_serialization=False)
+
+
+def test_loras_are_saved_as_without_lily(tmp_path):
+    from peft import LoraConfig
+
+    model = unet()
+    model.add_adapter(LoraConfig(r=2, target_modules=ATTENTION))
+    randomise(model)
+    expected = output(model.eval(), unet_inputs())
+    for way in (by_model, by_recipe):
+        assert (output(way(model, str(tmp_path / way.__name__)), unet_inputs()) - expected).abs().max() <= 1e-5

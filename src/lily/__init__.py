@@ -4,9 +4,10 @@ Importing the package makes PEFT use it for Lily, as soon as PEFT itself is impo
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
-from lily._after_import import watch
+from lily._after_import import Handlers, watch
 from lily._version import __version__
 from lily.errors import LilyError
 
@@ -95,4 +96,23 @@ def _register() -> None:
     register()
 
 
-watch(_register)
+def _removed(model: Any) -> None:
+    if "lily.tuner.model" in sys.modules:  # else it has no Lily adapter
+        from lily.tuner.removal import remove_if_empty
+
+        remove_if_empty(model)
+
+
+def _lora_state(state: Any) -> Any:
+    from lily.deploy.diffusers_files import lora_state
+
+    return lora_state(state)
+
+
+def _save_lora_adapter(*args: Any, **kwargs: Any) -> None:
+    from lily.deploy.diffusers_files import save_lora_adapter
+
+    save_lora_adapter(*args, **kwargs)
+
+
+watch(Handlers(_register, _removed, _lora_state, _save_lora_adapter))

@@ -10,6 +10,7 @@ import functools
 import importlib
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -17,8 +18,24 @@ from typing import Any
 
 # Functions of diffusers that remove adapters from the model which is their first argument.
 REMOVING = ("recurse_remove_peft_layers", "delete_adapter_layers")
-# Called with that model afterwards; `lily.tuner.removal` is there once a model can have a Lily adapter.
-after_removal: list[Callable[[Any], None]] = []
+PART = "lily_"  # in the name of every tensor of a Lily adapter
+
+
+@dataclass(frozen=True)
+class Handlers:
+    """What other libraries' functions do for Lily; each imports what it needs when it is called.
+
+    Attributes:
+        register: make PEFT use this package.
+        removed: after diffusers has taken adapters out of a model.
+        lora_state: a Lily adapter's tensors -> those of the LoRA that it is.
+        save_lora_adapter: the same of a model and an adapter's name, in a file; the other arguments are diffusers'.
+    """
+
+    register: Callable[[], None]
+    removed: Callable[[Any], None]
+    lora_state: Callable[[Any], Any]
+    save_lora_adapter: Callable[..., None]
 
 
 def after_import(name: str, act: Callable[[], None]) -> None:
@@ -30,11 +47,14 @@ def after_import(name: str, act: Callable[[], None]) -> None:
         sys.meta_path.insert(0, _Finder(name, act))
 
 
-def watch(register: Callable[[], None]) -> None:
-    """Call `register` after PEFT's import, and let transformers and diffusers find Lily without importing it here."""
-    after_import("peft", register)
+def watch(handlers: Handlers) -> None:
+    """Register after PEFT's import, and let transformers and diffusers find Lily without importing them here."""
+    after_import("peft", handlers.register)
     after_import("transformers.integrations.peft", _import_peft_before_loading)
-    after_import("diffusers.utils.peft_utils", _remove_after_diffusers)
+    after_import("diffusers.utils.peft_utils", lambda: _in_peft_utils(handlers))
+    after_import("diffusers.utils.state_dict_utils", lambda: _in_state_dict_utils(handlers))
+    after_import("diffusers.loaders.peft", lambda: _in_models(handlers))
+    after_import("diffusers.loaders.lora_base", lambda: _in_pipelines(handlers))
 
 
 def _import_peft_before_loading() -> None:
@@ -57,28 +77,69 @@ def _import_peft_before_loading() -> None:
         mixin.load_adapter = load_adapter
 
 
-def _remove_after_diffusers() -> None:
-    """After diffusers has taken adapters out of a model, take out what it does not know."""
-    modules = [module for name, module in list(sys.modules.items()) if name.partition(".")[0] == "diffusers"]
-    for name in REMOVING:
-        stock = getattr(sys.modules["diffusers.utils.peft_utils"], name)
-        if not hasattr(stock, "lily_stock"):
-            ours = _removing(stock)
-            for module in modules:  # they import it from one another
-                if vars(module).get(name) is stock:
-                    setattr(module, name, ours)
-
-
-def _removing(stock: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(stock)
-    def removing(model: Any, *args: Any, **kwargs: Any) -> Any:
+def _in_peft_utils(handlers: Handlers) -> None:
+    def removing(stock: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
         result = stock(model, *args, **kwargs)
-        for act in after_removal:
-            act(model)
+        handlers.removed(model)
         return result
 
-    removing.lily_stock = stock  # type: ignore[attr-defined]
-    return removing
+    for name in REMOVING:
+        _replace_everywhere("diffusers.utils.peft_utils", name, removing)
+
+
+def _in_state_dict_utils(handlers: Handlers) -> None:
+    def converting(stock: Callable[..., Any], state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        return stock(handlers.lora_state(state_dict) if _is_lily(state_dict) else state_dict, *args, **kwargs)
+
+    _replace_everywhere("diffusers.utils.state_dict_utils", "convert_state_dict_to_diffusers", converting)
+
+
+def _in_models(handlers: Handlers) -> None:
+    mixin = sys.modules["diffusers.loaders.peft"].PeftAdapterMixin
+    stock = mixin.save_lora_adapter
+
+    @functools.wraps(stock)
+    def save_lora_adapter(self: Any, save_directory: Any, adapter_name: Any = "default", *args: Any, **kw: Any) -> None:
+        config = getattr(self, "peft_config", {}).get(adapter_name)
+        if type(config).__module__.startswith("lily."):
+            handlers.save_lora_adapter(self, save_directory, adapter_name, *args, **kw)
+        else:
+            stock(self, save_directory, adapter_name, *args, **kw)
+
+    mixin.save_lora_adapter = save_lora_adapter
+
+
+def _in_pipelines(handlers: Handlers) -> None:
+    mixin = sys.modules["diffusers.loaders.lora_base"].LoraBaseMixin
+    stock_pack, stock_save = mixin.pack_weights, mixin.__dict__["_save_lora_weights"].__func__
+
+    @functools.wraps(stock_pack)
+    def pack_weights(layers: Any, prefix: Any) -> Any:
+        return stock_pack(handlers.lora_state(layers) if _is_lily(layers) else layers, prefix)
+
+    @functools.wraps(stock_save)
+    def save(cls: Any, save_directory: Any, lora_layers: Any, lora_metadata: Any, *args: Any, **kwargs: Any) -> None:
+        # diffusers would read a Lily configuration as LoRA's; without one it takes the ranks from the tensors
+        plain = {
+            part: None if str((values or {}).get("peft_type", "")).rpartition(".")[2].startswith("LILY") else values
+            for part, values in lora_metadata.items()
+        }
+        stock_save(cls, save_directory, lora_layers, plain, *args, **kwargs)
+
+    mixin.pack_weights, mixin._save_lora_weights = staticmethod(pack_weights), classmethod(save)
+
+
+def _is_lily(state: Any) -> bool:
+    return isinstance(state, dict) and any(PART in str(name) for name in state)
+
+
+def _replace_everywhere(home: str, name: str, ours: Callable[..., Any]) -> None:
+    """Replace a function of diffusers in the modules that have imported it, by `ours(stock, ...)`."""
+    stock = getattr(sys.modules[home], name)
+    replacement = functools.wraps(stock)(functools.partial(ours, stock))
+    for module in [module for name, module in list(sys.modules.items()) if name.partition(".")[0] == "diffusers"]:
+        if vars(module).get(name) is stock:
+            setattr(module, name, replacement)
 
 
 class _Finder(MetaPathFinder):

@@ -118,6 +118,7 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
             keep_differentiable(model)
         watch_masks(model)
         call_uncalled.watch(model)
+        _warn_of_diffusers(model, config)
 
     def _prepare_adapter_config(self, peft_config: LilyConfig, model_config: dict[str, Any]) -> LilyConfig:
         """PEFT's default modules by architecture; not needed with parallel modules, or parameters of an unknown one."""
@@ -471,6 +472,18 @@ def _placement(model: nn.Module, spec: ModuleSpec) -> Placement:
     """Device and dtype of the adapter of a layer, or of a part of one."""
     parameter = spec.name.rpartition(".")[2] if spec.kind in PARAMETERS else None
     return placement(model.get_submodule(spec.path), is_spread(model), parameter)
+
+
+def _warn_of_diffusers(model: nn.Module, config: LilyConfig) -> None:
+    """Before a training whose result diffusers' own functions could not save."""
+    added = getattr(model, "_hf_peft_config_loaded", False)  # by diffusers' `add_adapter`
+    if added and type(model).__module__.partition(".")[0] == "diffusers" and config.dynamic and config.settled is None:
+        warnings.warn(
+            f"routing={config.routing!r}: files of diffusers hold plain LoRA, which this adapter is not, so "
+            "save_lora_adapter and save_lora_weights will refuse it; use routing='static', or make it static during "
+            "training (lily.Settling) or afterwards (lily.collapse)",
+            stacklevel=3,
+        )
 
 
 def _decide_routing(config: LilyConfig, model: nn.Module) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,6 +31,28 @@ _stock_save_pretrained = PeftModel.save_pretrained
 _stock_get_state = save_and_load.get_peft_model_state_dict
 
 MATRICES = re.compile(r"\.lily_(A|B|router)\.")
+
+
+class AdapterState(dict[str, Tensor]):
+    """An adapter's tensors, which know where they are from: libraries that write LoRA's files need the LoRA instead.
+
+    Args:
+        tensors: by name.
+        model: that holds the adapter.
+        adapter: its name.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], model: nn.Module, adapter: str) -> None:
+        super().__init__(tensors)
+        self.adapter, self._model = adapter, weakref.ref(model)
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The model, if it still exists."""
+        return self._model()
+
+    def __reduce__(self) -> Any:
+        return dict, (dict(self),)  # elsewhere it is a plain dictionary
 
 
 @functools.wraps(_stock_save_pretrained)
@@ -77,7 +100,7 @@ def _get_state(
             # names in place of the tensors show which are selected, however they are gathered and renamed
             sources = _stock_get_state(inner, {name: name for name in state}, adapter_name, save_embedding_layers=False)
             check_complete(inner, configs, adapter_name, {*sources.values(), *written})
-        return once(inner, adapter_name, written)
+        return AdapterState(once(inner, adapter_name, written), model, adapter_name)
 
 
 def _plain_state(model: nn.Module, given: Mapping[str, Tensor] | None) -> dict[str, Tensor]:

@@ -13,7 +13,6 @@ import peft.functional
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from lily._after_import import after_removal
 from lily.layers.bank import BANK, banks_in
 from lily.layers.layer import LilyLayer
 from lily.tuner import call_uncalled
@@ -54,5 +53,4 @@ def _delete_adapter(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return left
 
 
-after_removal.append(remove_if_empty)
 PATCHES: list[tuple[Any, str, Any, Any]] = [(peft.functional, "delete_adapter", _delete_adapter, _stock_delete)]
