@@ -21,8 +21,8 @@ $(VENV)/dev: $(VENV)/torch pyproject.toml
 	$(PIP) -e ".[dev]"
 	touch $@
 
-demo: $(VENV)/demo  ## fine-tune a real pretrained model on real labelled data (6 minutes on 2 cores)
-	$(BIN)/lily train quickstart --overwrite
+demo: $(VENV)/demo  ## Lily, LoRA and a quarter of their size on real data, three seeds each
+	$(BIN)/lily compare quickstart data.max_train=4000 --methods lily,lora,lily/4 --seeds 3 --output runs/demo --overwrite
 
 test: $(VENV)/dev  ## the tests that need no download (10 minutes on 2 cores)
 	$(TESTS) -m "not slow and not network"

@@ -24,12 +24,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import lily  # noqa: F401  before PEFT
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+import lily  # noqa: F401  before PEFT
 from lily import LilyConfig
 from lily.layers.bank import LilyBank
 from lily.plan.uncalled_layers import uncalled
@@ -181,7 +181,9 @@ def table(found: list[Row]) -> str:
         for how in ways:
             if verdict(row, how) in ("fewer layers", "refused by Lily alone"):
                 one = row[how]
-                lines.append(f"| {row['type']} | {one['lora']} | {one['lily']} | {'; '.join(one.get('left out', []))} |")
+                lines.append(
+                    f"| {row['type']} | {one['lora']} | {one['lily']} | {'; '.join(one.get('left out', []))} |"
+                )
     return "\n".join(lines)
 
 

@@ -199,11 +199,13 @@ ORDERS = [
     "except Exception as e: assert '_transformers' in [f.name for f in traceback.extract_tb(e.__traceback__)], e\n"
     "else: raise AssertionError",
     "import lily; import importlib.util as u; u.find_spec('peft'); import peft",
-    # Using Lily imports nothing but its own modules, two of PEFT's and those of the optimizers that it replaces.
+    # Using Lily imports nothing but its own modules, a few of PEFT's and those of the optimizers that it replaces.
     "import peft; before = set(sys.modules); import lily; lily.LilyConfig, lily.LilyModel\n"
     "new = {m for m in set(sys.modules) - before if m.partition('.')[0] != 'lily'}\n"
     "optimizers = {f'peft.optimizers{n}' for n in ('', '.lorafa', '.loraplus', '.riemannian')}\n"
-    "assert new <= {'peft.utils.hotswap', 'peft.functional', 'transformers.trainer_pt_utils', *optimizers}, new",
+    "more = {'peft.utils.hotswap', 'peft.functional', 'transformers.trainer_pt_utils', *optimizers,\n"
+    "        'peft.utils.transformers_weight_conversion'}\n"
+    "assert new <= more, new - more",
     # Undone before PEFT is imported.
     "import lily; lily.unregister(); import peft; from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING as tuners\n"
     "assert tuners[peft.PeftType.LILY].__module__ == 'peft.tuners.lily.model'; lily.register()",

@@ -83,7 +83,7 @@ def test_a_method_at_a_part_of_the_parameters_has_a_line_that_says_so(done):
     options = ["train.learning_rate=0.02", "--methods", "lily,lora,lily/2", "--seeds", 1, "--output", out]
     printed = invoke(path, *options)
     assert printed.exit_code == 0, printed.output
-    whole, lora, half = read(out / "tiny").entries
+    whole, _, half = read(out / "tiny").entries
     assert (half.name, half.title) == ("lily/2", f"{whole.title}, 1/2")
     assert half.parameters <= whole.parameters // 2
     assert half.test is not None

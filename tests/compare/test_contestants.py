@@ -72,7 +72,7 @@ def test_a_divisor_gives_the_largest_of_its_kind_within_that_part_of_the_paramet
         assert trained(methods.peft_config(half.recipe, model), half.recipe, model) == half.parameters
         assert half.folder == f"{whole}-over-2"
     assert found["lily:static/2"].recipe.lily.routing == "static"
-    with pytest.raises(LilyError, match="lora/4: the smallest lora has .*; leave it out"):
+    with pytest.raises(LilyError, match=r"lora/4: the smallest lora has .*; leave it out"):
         resolve(recipe, parse("lily,lora/4"), "params", model)
     with pytest.raises(LilyError, match="lily/2 with --equal rank"):
         resolve(recipe, ["lily/2"], "rank", model)

@@ -144,13 +144,13 @@ def test_wrong_names_are_refused(names, said):
 
 def test_training_merged_adapters_and_parameters_are_refused():
     model = adapted(build("llama"), target_modules=["q_proj"], routing="static")
-    with pytest.raises(LilyError, match="in training mode: call model.eval"):
+    with pytest.raises(LilyError, match=r"in training mode: call model\.eval"):
         model.train()(input_ids=IDS, adapter_names=NAMES)
     model.eval().merge_adapter()
-    with pytest.raises(LilyError, match="is merged into the base weights.*unmerge_adapter"):
+    with pytest.raises(LilyError, match=r"is merged into the base weights.*unmerge_adapter"):
         model(input_ids=IDS, adapter_names=NAMES)
     model = adapted(build("llama"), target_modules=["q_proj"], target_parameters=["k_proj.weight"])
-    with pytest.raises(LilyError, match="target_parameters.*once for each adapter"):
+    with pytest.raises(LilyError, match=r"target_parameters.*once for each adapter"):
         model(input_ids=IDS, adapter_names=NAMES)
 
 

@@ -165,18 +165,18 @@ def test_a_projection_that_its_parent_never_calls_is_refused():
     model = nn.Sequential(nn.MultiheadAttention(8, 2), nn.Linear(8, 8))
     with pytest.raises(LilyError, match="reads its weight without calling it"):
         plan_of(model, target_modules=["out_proj", "1"])
-    with pytest.warns(UserWarning, match="'all-linear' leaves out 0.out_proj: torch.nn.MultiheadAttention reads"):
+    with pytest.warns(UserWarning, match=r"'all-linear' leaves out 0\.out_proj: torch\.nn.MultiheadAttention reads"):
         assert list(plan_of(model, target_modules="all-linear").slots) == ["1"]
 
 
 def test_all_linear_on_a_model_without_linear_layers_is_refused():
-    with pytest.raises(NoTargetError, match="'all-linear' matches no layer.*name convolutions"):
+    with pytest.raises(NoTargetError, match=r"'all-linear' matches no layer.*name convolutions"):
         plan_of(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten()), target_modules="all-linear")
 
 
 def test_names_that_also_match_what_cannot_be_adapted_do_not_stop_all_linear():
-    model = nn.ModuleDict({"a": nn.ModuleDict({"proj": nn.Linear(8, 8)}), "b": nn.ModuleDict({"proj": nn.Conv3d(1, 8, 2)}),
-                           "proj": nn.LayerNorm(8)})  # fmt: skip
+    inside = {"a": nn.ModuleDict({"proj": nn.Linear(8, 8)}), "b": nn.ModuleDict({"proj": nn.Conv3d(1, 8, 2)})}
+    model = nn.ModuleDict({**inside, "proj": nn.LayerNorm(8)})
     adapted = peft.get_peft_model(model, LilyConfig(r=2, num_A=1, num_B=1, target_modules="all-linear"))
     assert [layer.name for layer in peft.get_layer_status(adapted)] == ["model.a.proj"]
 

@@ -64,11 +64,12 @@ def test_a_small_budget_buys_what_it_bought(recipe, tmp_path):
     shape = dict.fromkeys(("r", "num_A", "num_B"))
     run = tmp_path / "run"
     run.mkdir()
-    (run / "recipe.yaml").write_text(yaml.safe_dump(kept := dumped(recipe(params=3000, **shape))))
-    with pytest.raises(LilyError, match="fewest"):  # an earlier version has no such key
-        del kept["lily"]["fewest"]
-        (run / "recipe.yaml").write_text(yaml.safe_dump(kept))
-        preflight.check_folder(as_begun(recipe(params=3000, fewest=1, **shape), run), run, True, False)
+    kept = dumped(recipe(params=3000, **shape))
+    del kept["lily"]["fewest"]  # an earlier version has no such key
+    (run / "recipe.yaml").write_text(yaml.safe_dump(kept))
+    other = as_begun(recipe(params=3000, fewest=1, **shape), run)
+    with pytest.raises(LilyError, match="fewest"):
+        preflight.check_folder(other, run, True, False)
     begun = as_begun(recipe(params=3000, **shape), run)
     assert begun.lily.fewest == 2
     preflight.check_folder(begun, run, True, False)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -25,8 +24,8 @@ from lily.tuner.peft_saving import AdapterState
 FILE = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"  # diffusers' key for LoRA's configuration in a file's header
 KEPT = (
-    "nothing is lost: peft.get_peft_model_state_dict(model) has the adapter's tensors for a file of your own; to write a "
-    "LoRA, make it static first (lily.collapse, with batches of your data), and train the next one with "
+    "nothing is lost: peft.get_peft_model_state_dict(model) has the adapter's tensors for a file of your own; to write "
+    "a LoRA, make it static first (lily.collapse, with batches of your data), and train the next one with "
     "routing='static', or with lily.Settling"
 )
 

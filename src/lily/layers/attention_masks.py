@@ -83,7 +83,6 @@ class MaskTracker:
         mask = None if scope is None else scope.fit(x)
         return None if mask is None else mask.to(x.device)  # the model's inputs may be on another device than the layer
 
-
     @contextmanager
     def of_rows(self, x: Tensor, rows: Tensor) -> Iterator[Tensor]:
         """Within: the masks for some rows of a layer's input `x`, which is returned."""

@@ -151,8 +151,8 @@ def choose(
 
     `num_A = num_B = n`, one A for about 14 layers, at least `fewest` and at most 4 (never more than one per two
     layers): the paper uses 2 to 4 for 12 to 32 layers, Hugging Face's best run 2 for 28. Then r is the largest rank
-    that fits. If that would exceed the smallest side of a target, n grows instead; if not even r = 1 fits, n shrinks. With
-    both a budget and `r`, n is the largest that fits. Without a budget, r is 32 unless given.
+    that fits. If that would exceed the smallest side of a target, n grows instead; if not even r = 1 fits, n shrinks.
+    With both a budget and `r`, n is the largest that fits. Without a budget, r is 32 unless given.
 
     Args:
         modules: the layers to adapt.

@@ -23,7 +23,6 @@ from torch import nn
 from lily.errors import LilyError
 from lily.plan.config import LilyConfig
 from lily.plan.fused_layouts import layout_of, rows_of
-from lily.plan.stacked_experts import add_stacked_experts
 from lily.plan.specs import (
     LINEAR,
     PARALLEL_MODULE,
@@ -36,8 +35,8 @@ from lily.plan.specs import (
     parallel_module_spec,
     parameter_spec,
 )
+from lily.plan.stacked_experts import add_stacked_experts
 from lily.plan.uncalled_layers import uncalled
-
 
 SHOWN = 3  # names in a message
 

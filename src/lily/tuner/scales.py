@@ -44,6 +44,4 @@ def _rescale_adapter_scale(model: nn.Module, multiplier: Any) -> Iterator[None]:
             layer.scaling = {name: scale for name, scale in scales.items() if name in layer.settings}
 
 
-PATCHES: list[tuple[Any, str, Any, Any]] = [
-    (helpers, "rescale_adapter_scale", _rescale_adapter_scale, _stock_rescale)
-]
+PATCHES: list[tuple[Any, str, Any, Any]] = [(helpers, "rescale_adapter_scale", _rescale_adapter_scale, _stock_rescale)]

@@ -195,7 +195,9 @@ def decide(recipe: Recipe | DreamBooth, model: nn.Module) -> Decided:
     budget: Key = ("lily",) if lily.params is None else ("lily", "params")
     with located(recipe, *budget):
         parameters = None if lily.params is None else parse_count(lily.params)
-    shape = {key: getattr(lily, key) for key in ("r", "num_A", "stride_A", "num_B", "fewest")} | {"parameters": parameters}
+    shape = {key: getattr(lily, key) for key in ("r", "num_A", "stride_A", "num_B", "fewest")} | {
+        "parameters": parameters
+    }
     # Where only slices are named, a target without a match is one of them.
     keys = KEYS if targets or not lily.slices else {**KEYS, "target_modules": KEYS["target_slices"]}
 
