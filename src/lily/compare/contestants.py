@@ -137,8 +137,8 @@ def resolve(recipe: Recipe, names: Sequence[str], equal: Equal, model: nn.Module
 
 def _within(recipe: Recipe, budget: int) -> Recipe:
     """The recipe with a budget instead of the shape of its Lily, and of other methods."""
-    open_ = dict.fromkeys(("lily", name) for name in ("r", "num_A", "stride_A", "num_B"))
-    return changed(recipe, {**open_, ("lily", "params"): budget, ("lora", "r"): "equal"})
+    values: dict[tuple[str, ...], Any] = {("lily", name): None for name in ("r", "num_A", "stride_A", "num_B")}
+    return changed(recipe, values | {("lily", "params"): budget, ("lora", "r"): "equal"})
 
 
 def _compared(recipe: Recipe, name: str, rank: int | None, model: nn.Module) -> ComparedMethod:
