@@ -144,6 +144,7 @@ def rows(only: list[str] | None = None) -> Iterator[Row]:
             row = {"library": library, "type": name}
             try:
                 model = build()
+                copy.deepcopy(model)  # each method gets one
             except Exception as error:
                 yield row | {"not built": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"}
                 continue

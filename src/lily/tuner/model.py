@@ -61,6 +61,7 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
     """
 
     prefix: str = "lily_"
+    uses_shared_state = False  # the bank is part of the model, so an injected adapter is complete
     tuner_layer_cls = LilyLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LILY_TARGET_MODULES_MAPPING
 
