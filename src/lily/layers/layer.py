@@ -6,7 +6,7 @@ weights are in `mixing`, what a layer has for itself in `own`, merging in `mergi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -176,10 +176,6 @@ class LilyLayer(MixingMixin, OwnMixin, ScaleMixin, MergingMixin):
         for own in (getattr(self, name) for name in self.adapter_layer_names):
             if adapter in own and not cast(Tensor, own[adapter].weight).is_meta:
                 own[adapter].to(device, dtype)
-
-    def change_settings(self, adapter: str, **changes: Any) -> None:
-        """Replace some fields of an adapter's settings."""
-        self.settings[adapter] = replace(self.settings[adapter], **changes)
 
     def tensors_of(self, adapter: str, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (experts, r, out), where the bank has them now, or on a device.

@@ -21,7 +21,6 @@ from lily.layers.parameter import Parameter
 from lily.layers.slice import Slice
 
 BASE = "__base__"  # PEFT's name for no adapter
-WITHOUT_GRADIENT = "call model.eval() first: rows of different adapters are for inference"
 
 
 def check_names(model: nn.Module, names: Sequence[str]) -> None:
@@ -40,7 +39,9 @@ def check_names(model: nn.Module, names: Sequence[str]) -> None:
             f"{', '.join(sorted(known))}, and {BASE} is the base model"
         )
     if model.training:
-        raise LilyError(f"adapter_names in training mode: {WITHOUT_GRADIENT}")
+        raise LilyError(
+            "adapter_names in training mode: call model.eval() first: rows of different adapters are for inference"
+        )
     for layer in layers:
         if layer.merged_adapters:
             raise LilyError(

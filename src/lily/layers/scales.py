@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -30,7 +31,7 @@ class ScaleMixin(BaseTunerLayer):  # type: ignore[misc]
 
     def change_settings(self, adapter: str, **changes: Any) -> None:
         """Replace some fields of an adapter's settings."""
-        raise NotImplementedError
+        self.settings[adapter] = replace(self.settings[adapter], **changes)
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Multiply the configured scale of an adapter; one that is not on this layer is ignored. See PEFT's LoRA."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists, onload_layer
 from peft.utils import TRANSFORMERS_MODELS_TO_LILY_TARGET_MODULES_MAPPING
 from peft.utils.integrations import init_empty_weights
-from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper, _get_submodules
+from peft.utils.other import TrainableTokensWrapper, _get_submodules
 from torch import Tensor, nn
 
 from lily.checkpoint import format
@@ -27,7 +27,6 @@ from lily.layers.embedding import Embedding
 from lily.layers.find import layers_of, names_of_parameters, watch_masks
 from lily.layers.layer import LilyLayer
 from lily.layers.linear import Linear
-from lily.layers.mixed_batch import check_names, rows_of
 from lily.layers.parallel_module import ParallelModule
 from lily.layers.parameter import Parameter
 from lily.layers.part import PartLayer
@@ -41,6 +40,7 @@ from lily.plan.sharing_plan import SharingPlan, build_plan
 from lily.plan.specs import CONV2D, EMBEDDING, LINEAR, PARALLEL_MODULE, PARAMETERS, ModuleSpec
 from lily.plan.wrappers import innermost, plain_names, unwrapped
 from lily.tuner import call_uncalled, data_start
+from lily.tuner.adapter_names import rows_by_name
 from lily.tuner.check_targets import check_beside, check_targets
 from lily.tuner.removal import remove_if_empty
 from lily.tuner.replaced import drop_replaced
@@ -279,44 +279,13 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         call_uncalled.watch(self.model)
         remove_if_empty(self.model)
 
-    @contextlib.contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> contextlib.AbstractContextManager[None]:
         """Around `forward` and `generate`: rows of different adapters (`adapter_names`), as for LoRA.
 
         Raises:
             LilyError: if a name is unknown, or the adapters cannot be mixed.
         """
-        names = kwargs.get("adapter_names")
-        if names is None:
-            yield
-            return
-        check_names(self.model, names)
-        if read := call_uncalled.applied(self.model):
-            raise LilyError(
-                f"adapter_names: {read} is read without being called, so its rows cannot use different adapters; call "
-                "the model once for each adapter"
-            )
-        given = kwargs.get("generation_config")
-        counts = (kwargs.get(key) or getattr(given, key, None) for key in ("num_beams", "num_return_sequences"))
-        copies = max([1, *(count for count in counts if isinstance(count, int))])
-        with rows_of(self.model, names, copies), self._saved_modules_of(names, copies):
-            yield
-
-    @contextlib.contextmanager
-    def _saved_modules_of(self, names: list[str], copies: int) -> Iterator[None]:
-        """Within: what is trained whole beside an adapter gets the names with its input."""
-
-        def give(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            n = copies if args and len(args[0]) == copies * len(names) else 1
-            return args, {**kwargs, "adapter_names": [name for name in names for _ in range(n)]}
-
-        wrappers = [m for m in self.model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
-        handles = [m.register_forward_pre_hook(give, with_kwargs=True) for m in wrappers]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        return rows_by_name(self.model, kwargs)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge static adapters into the base weights; `unmerge_adapter` restores every bit. See PEFT.

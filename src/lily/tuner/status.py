@@ -13,18 +13,16 @@ import peft
 import peft.peft_model
 from torch import nn
 
-from lily.layers.bank import LilyBank
+from lily.layers.bank import BANK
 
 _stock_status = peft.peft_model.get_layer_status
-
-BANKS = LilyBank.__repr__(LilyBank()).partition("(")[0]
 
 
 @functools.wraps(_stock_status)
 def _get_layer_status(model: nn.Module) -> list[Any]:
     """`get_layer_status`, which `get_model_status` sums up."""
     statuses = _stock_status(model)
-    banks = [status for status in statuses if status.module_type == BANKS]
+    banks = [status for status in statuses if status.name.rpartition(".")[2] == BANK]
     return [_with(status, banks) for status in statuses if status not in banks]
 
 
