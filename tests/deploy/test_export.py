@@ -54,7 +54,11 @@ for folder, kind in zip(sys.argv[2::2], sys.argv[3::2]):
     seen['merged'] = predict(merged, inputs(kind))
     save_file({k: v.contiguous() for k, v in seen.items()}, folder + '/seen.safetensors')
 """
-CASES = [*((kind, STATIC[0]) for kind in KINDS), *(("llama", options) for options in STATIC[1:])]
+CASES = [
+    *((kind, STATIC[0]) for kind in KINDS),
+    *(("llama", options) for options in STATIC[1:]),
+    ("llama", {**STATIC[0], "scaling_pattern": {r".*layers\.1\..*": 2.5, "v_proj": 0.4}}),
+]
 
 
 @pytest.fixture(scope="module")

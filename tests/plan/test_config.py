@@ -48,6 +48,9 @@ BAD = [
     ({"rank_pattern": {"q_proj": 0}}, "rank_pattern['q_proj']=0 is not valid"),
     ({"rank_pattern": {"q(": 4}}, "rank_pattern key='q(' is not a regular expression"),
     ({"rank_pattern": {3: 4}}, "rank_pattern has the key 3"),
+    ({"scaling_pattern": {"q_proj": 0}}, "scaling_pattern['q_proj']=0 switches the adapter off"),
+    ({"scaling_pattern": {"q_proj": "2"}}, "scaling_pattern['q_proj']='2' is not a finite number"),
+    ({"scaling_pattern": {"q(": 4}}, "scaling_pattern key='q(' is not a regular expression"),
     ({"trainable_token_indices": []}, "trainable_token_indices=[] is not valid; give the ids of tokens, each once"),
     ({"trainable_token_indices": [3, 3]}, "trainable_token_indices=[3, 3] is not valid"),
     ({"trainable_token_indices": [-1]}, "trainable_token_indices=[-1] is not valid"),
@@ -143,7 +146,7 @@ def test_saving_over_a_file_is_refused(tmp_path):
 def test_every_option_has_the_help_text_of_the_docstring():
     described = {f.name: f.metadata.get("help") for f in fields(LilyConfig) if f.name in LilyConfig.__annotations__}
     documentation = " ".join((LilyConfig.__doc__ or "").split())
-    assert len(described) == 24
+    assert len(described) == 25
     for name, text in described.items():
         assert text, name
         assert f" {name}: {text} " in documentation

@@ -404,7 +404,7 @@ POOL: list[Any] = [
 
 
 # Fields of which an empty mapping says nothing.
-EMPTY_IS_NONE = ("rank_pattern", "target_slices", "group_options", "trainable_token_indices")
+EMPTY_IS_NONE = ("rank_pattern", "scaling_pattern", "target_slices", "group_options", "trainable_token_indices")
 
 
 def config_fields(good: Folder, rng: random.Random) -> Iterator[Case]:

@@ -44,8 +44,8 @@ def check_patterns(config: LilyConfig, names: Sequence[str]) -> None:
         LilyError: if an expression is too long, cannot be compiled or exceeds the time limit; or if a list is longer
             than a model of this size needs.
     """
-    keys = ("target_modules", "target_parameters", "exclude_modules", "rank_pattern", "modules_to_save",
-            "layers_to_transform")  # fmt: skip
+    keys = ("target_modules", "target_parameters", "exclude_modules", "rank_pattern", "scaling_pattern",
+            "modules_to_save", "layers_to_transform")  # fmt: skip
     for key in keys:
         value = getattr(config, key)
         if isinstance(value, (set, list, tuple, dict)) and len(value) > max(MAX_NAMES, len(names)):
@@ -68,8 +68,9 @@ def _patterns(config: LilyConfig) -> Iterator[tuple[str, str, str]]:
         value = getattr(config, key)
         if isinstance(value, str) and value != "all-linear":
             yield key, value, value
-    for name in config.rank_pattern or ():
-        yield "rank_pattern", name, rf"(.*\.)?({name})$"
+    for key in ("rank_pattern", "scaling_pattern"):
+        for name in getattr(config, key) or ():
+            yield key, name, rf"(.*\.)?({name})$"
     for name in config.modules_to_save or ():
         yield "modules_to_save", name, rf"(^|.*\.){name}($|\..*)"
     for name in [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern or ():

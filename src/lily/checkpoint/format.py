@@ -349,6 +349,12 @@ def _classes(names: list[str], tensors: dict[str, Tensor]) -> list[list[str]]:
     return classes
 
 
+def layers_named(state: Iterable[str]) -> set[str]:
+    """The layers that the tensors of an adapter are named after, in files or in a model."""
+    parts = (unwrapped(key).rpartition(".lily_") for key in state)
+    return {layer.removeprefix(PREFIX) for layer, found, _ in parts if found} - {BANK}
+
+
 def specs_of(plan: SharingPlan) -> list[ModuleSpec]:
     """The layers of a plan."""
     return [spec for group in plan.groups for spec in group.specs]

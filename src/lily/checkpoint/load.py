@@ -34,7 +34,7 @@ from lily.plan.sharing_plan import SharingPlan
 
 LILY_TYPES = (PeftType.LILY.value, EXTENDED_TYPE)
 
-MAX_RANKS = 1_000  # entries of rank_pattern, each of which is compiled
+MAX_PATTERNS = 1_000  # entries of rank_pattern and of scaling_pattern, each of which is compiled
 
 
 def config_values(path: Path, ours: bool = False) -> dict[str, Any] | None:
@@ -92,11 +92,13 @@ def _config_values(path: Path, ours: bool) -> dict[str, Any] | None:
             raise blame(path, f"{key}={value!r} has the wrong type; expected {_name(hints[key])}")
         if isinstance(value, str) and len(value) > MAX_LENGTH:
             raise blame(path, f"{key} has {len(value)} characters; at most {MAX_LENGTH} are accepted")
-    ranks = values.get("rank_pattern") or {}
-    if len(ranks) > MAX_RANKS or any(len(key) > MAX_LENGTH for key in ranks):
-        raise blame(
-            path, f"rank_pattern has {len(ranks)} entries; at most {MAX_RANKS} of {MAX_LENGTH} characters are accepted"
-        )
+    for key in ("rank_pattern", "scaling_pattern"):
+        patterns = values.get(key) or {}
+        if len(patterns) > MAX_PATTERNS or any(len(pattern) > MAX_LENGTH for pattern in patterns):
+            raise blame(
+                path,
+                f"{key} has {len(patterns)} entries; at most {MAX_PATTERNS} of {MAX_LENGTH} characters are accepted",
+            )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about unknown keys; PEFT warns when it builds the configuration itself

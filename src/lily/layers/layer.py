@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from peft.tuners.tuners_utils import _get_in_out_features
 from torch import Tensor, nn
 
 from lily import functional
@@ -111,6 +112,16 @@ class LilyLayer(MixingMixin, OwnMixin, ScaleMixin, MergingMixin):
         return self.get_base_layer()  # type: ignore[no-any-return]
 
     @property
+    def in_features(self) -> int | None:
+        """The base layer's input features, channels or rows, as of PEFT's LoRA layers; None: it has no such number."""
+        return _get_in_out_features(self.base)[0]  # type: ignore[no-any-return]
+
+    @property
+    def out_features(self) -> int | None:
+        """The base layer's output features, channels or columns; see `in_features`."""
+        return _get_in_out_features(self.base)[1]  # type: ignore[no-any-return]
+
+    @property
     def adapted_weight(self) -> Any:
         """The base weight that the update is for; None where the base layer has none."""
         return weight_of(self.get_base_layer())
@@ -148,9 +159,9 @@ class LilyLayer(MixingMixin, OwnMixin, ScaleMixin, MergingMixin):
             device: where the layer computes; default: where its base weight is.
         """
         own = config.options_of(group.name)
-        assert own.scaling is not None  # the plan's ranks have decided it
+        scaling = config.scaling_of(group.name, group.layers[slot.place])
         self.settings[adapter] = Settings(
-            slot, group.r, group.num_B, group.stride, own.scaling, own.scaling, str(config.routing),
+            slot, group.r, group.num_B, group.stride, scaling, scaling, str(config.routing),
             config.batch_scope, own.activation, own.dropout, self._add_own(adapter, group, slot, config), group.own_r,
         )  # fmt: skip
         if group.num_B > 1 and config.routing in DYNAMIC and not config.shared_router:

@@ -15,6 +15,7 @@ from typing import Any
 import peft
 from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME, PeftType, TaskType
+from peft.utils.other import get_pattern_key
 
 from lily.errors import LilyError
 from lily.functional import default_scaling
@@ -99,6 +100,8 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
         layers_to_transform: layer indices to adapt; with names in `target_modules` only.
         layers_pattern: name of the layer list, with `layers_to_transform`.
         rank_pattern: rank for modules that match a name or regular expression. Ranks inside one group must agree.
+        scaling_pattern: scale for modules that match a name or regular expression, single layers too; in place of
+            `scaling` and that of `group_options`. What `alpha_pattern` is for LoRA.
         modules_to_save: modules trained and saved whole, such as a classification head.
         trainable_token_indices: rows of the input embedding that train, such as those of new tokens, and nothing else
             of it; or layer -> rows. On a model with tied weights the output layer follows.
@@ -150,6 +153,7 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
     own_r: int = 0
     init_weights: bool | str = True
     rank_pattern: dict[str, int] | None = field(default_factory=dict)
+    scaling_pattern: dict[str, float] | None = field(default_factory=dict)
     bias: str = "none"
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     ensure_weight_tying: bool = False
@@ -183,7 +187,7 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
             self.distinct = "none" if from_file or self.routing == "batch" else "permute"
         if self.stride_A is None and self.num_A is None:
             self.stride_A = 1
-        self.rank_pattern = self.rank_pattern or {}
+        self.rank_pattern, self.scaling_pattern = self.rank_pattern or {}, self.scaling_pattern or {}
         check(self)
         for name, more in (("target_modules", self.target_slices or ()), ("exclude_modules", ())):
             value = getattr(self, name)
@@ -208,6 +212,13 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
         """
         values = {name: getattr(self, name) for name in OPTIONS}
         return Options(**{**values, **sharing(self._own_of(group))})
+
+    def scaling_of(self, group: str, layer: str) -> float:
+        """The scale of one layer, by its full name, once `resolve_scaling` has decided the default."""
+        patterns = self.scaling_pattern or {}
+        scaling = patterns.get(get_pattern_key(patterns.keys(), layer), self.options_of(group).scaling)
+        assert scaling is not None
+        return scaling
 
     def _own_of(self, group: str) -> dict[str, Any]:
         own = self.group_options or {}
@@ -264,7 +275,11 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
                 values[key] = sorted(value)
         values["peft_type"] = PeftType.LILY.value
         del values["batch_scope"]
-        for key in ("trainable_token_indices", "ensure_weight_tying"):  # which stock PEFT would warn about
+        for key in (
+            "trainable_token_indices",
+            "ensure_weight_tying",
+            "scaling_pattern",
+        ):  # which stock PEFT would warn about
             if not values[key]:
                 del values[key]
         refusal = self.stock_refusal or stock_refusal(self)
@@ -311,8 +326,9 @@ def stock_refusal(config: LilyConfig) -> str | None:
         return f"routing={config.routing}"
     if config.activation != "none":
         return f"activation={config.activation}"
-    if config.rank_pattern:
-        return "rank_pattern"
+    for name in ("rank_pattern", "scaling_pattern"):
+        if getattr(config, name):
+            return name
     if config.bias != "none":
         return f"bias={config.bias}"
     if config.target_parameters:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from lily.errors import LilyError
@@ -57,7 +58,8 @@ def check(c: Any) -> None:
     _check_parallel(c)
     _check_group_options(c)
     _check_layers(c)
-    _check_rank_pattern(c)
+    _check_pattern(c, "rank_pattern", 16, partial(_check_int, expected="a positive integer such as 16"))
+    _check_pattern(c, "scaling_pattern", 1.0, _check_scaling)
 
 
 def _check_int(name: str, value: object, expected: str) -> None:
@@ -72,9 +74,8 @@ def _check_count(name: str, value: object, expected: str) -> None:
 
 def _check_number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise LilyError(
-            f"{name}={value!r} is not a finite number; give a number such as {1.0 if name == 'scaling' else 0.1}"
-        )
+        example = 1.0 if name.startswith("scaling") else 0.1
+        raise LilyError(f"{name}={value!r} is not a finite number; give a number such as {example}")
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -206,9 +207,7 @@ def _check_options(c: Any) -> None:
         )
     _check_int("num_B", c.num_B, "a positive integer: 1 for one shared B without a router, 2 or more for experts")
     if c.scaling is not None:
-        _check_number("scaling", c.scaling)
-    if c.scaling == 0:
-        raise LilyError("scaling=0 switches the adapter off; give a number such as 1.0")
+        _check_scaling("scaling", c.scaling)
     _check_choice("activation", c.activation, ACTIVATIONS)
     _check_choice("distinct", c.distinct, DISTINCT)
     _check_choice("gain", c.gain, GAINS)
@@ -249,11 +248,18 @@ def _check_layers(c: Any) -> None:
         raise LilyError("layers_pattern needs layers_to_transform; give both or neither")
 
 
-def _check_rank_pattern(c: Any) -> None:
-    if not isinstance(c.rank_pattern, dict):
-        raise LilyError(f"rank_pattern={c.rank_pattern!r} is not valid; give a mapping such as {{'q_proj': 16}}")
-    for pattern, rank in c.rank_pattern.items():
+def _check_pattern(c: Any, name: str, example: float, check_value: Callable[[str, object], None]) -> None:
+    patterns = getattr(c, name)
+    if not isinstance(patterns, dict):
+        raise LilyError(f"{name}={patterns!r} is not valid; give a mapping such as {{'q_proj': {example}}}")
+    for pattern, value in patterns.items():
         if not isinstance(pattern, str):
-            raise LilyError(f"rank_pattern has the key {pattern!r}; keys are module names or regular expressions")
-        _check_regex("rank_pattern key", pattern)
-        _check_int(f"rank_pattern[{pattern!r}]", rank, "a positive integer such as 16")
+            raise LilyError(f"{name} has the key {pattern!r}; keys are module names or regular expressions")
+        _check_regex(f"{name} key", pattern)
+        check_value(f"{name}[{pattern!r}]", value)
+
+
+def _check_scaling(name: str, value: object) -> None:
+    _check_number(name, value)
+    if value == 0:
+        raise LilyError(f"{name}=0 switches the adapter off; give a number such as 1.0")

@@ -15,7 +15,8 @@ ANSWERS = {
     "init_lora_weights": "use `init_weights`: True, False, 'orthonormal', or 'data' for a start from data (as EVA)",
     "eva_config": "use init_weights='data' and lily.initialize_from_data(model, dataloader)",
     "lora_bias": "B has no bias; bias='lily_only' trains those of the adapted layers",
-    "alpha_pattern": "use `group_options`, such as group_options={'v_proj': {'scaling': 0.5}}",
+    "alpha_pattern": "use `scaling_pattern`, whose values are scales, LoRA's alpha / r, such as "
+    "scaling_pattern={'v_proj': 0.5}",
     "fan_in_fan_out": f"{NONE_NEEDED}: transformers' Conv1D is recognized",
     "use_dora": "Lily has no magnitudes; remove it, or use LoraConfig(use_dora=True)",
     "layer_replication": "layers that share A and B cannot be replicated with separate adapters; replicate the base "

@@ -254,7 +254,8 @@ def build_plan(modules: Sequence[ModuleSpec], config: LilyConfig) -> SharingPlan
         The plan. The same for any order of the set `config.target_modules`.
 
     Raises:
-        LilyError: if `rank_pattern` gives layers of one group different ranks, or has a key that matches no layer.
+        LilyError: if `rank_pattern` gives layers of one group different ranks, or a key of
+            `group_options`, `rank_pattern` or `scaling_pattern` matches nothing.
     """
     members: dict[ModuleSpec, list[str]] = {}
     expression = config.target_modules if isinstance(config.target_modules, str) else None
@@ -296,16 +297,17 @@ def target_name(module: str, targets: object) -> str:
 
 
 def _check_keys(config: LilyConfig, groups: Sequence[str], layers: Sequence[str]) -> None:
-    """Refuse keys of `group_options` and `rank_pattern` that match nothing."""
+    """Refuse keys of `group_options`, `rank_pattern` and `scaling_pattern` that match nothing."""
     for key in config.group_options or ():
         if not any(name == key or name.endswith(f".{key}") for name in groups):
             hint = f"{_near(key, groups)}groups: {', '.join(groups)}"
             raise LilyError(f"group_options has the key {key!r}, which matches no group; {hint}")
     short = list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
-    for key in config.rank_pattern or ():
-        if not any(get_pattern_key([key], name) == key for name in layers):
-            hint = f"{_near(key, short)}adapted: {', '.join(short)}"
-            raise LilyError(f"rank_pattern has the key {key!r}, which matches no adapted layer; {hint}")
+    for option in ("rank_pattern", "scaling_pattern"):
+        for key in getattr(config, option) or ():
+            if not any(get_pattern_key([key], name) == key for name in layers):
+                hint = f"{_near(key, short)}adapted: {', '.join(short)}"
+                raise LilyError(f"{option} has the key {key!r}, which matches no adapted layer; {hint}")
 
 
 def _near(key: str, names: Sequence[str]) -> str:

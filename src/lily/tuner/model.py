@@ -42,6 +42,7 @@ from lily.plan.wrappers import innermost, plain_names, unwrapped
 from lily.tuner import call_uncalled, data_start
 from lily.tuner.adapter_names import rows_by_name
 from lily.tuner.check_targets import check_beside, check_targets
+from lily.tuner.model_tags import add_tag
 from lily.tuner.removal import remove_if_empty
 from lily.tuner.replaced import drop_replaced
 
@@ -100,10 +101,13 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
             config = copy.deepcopy(config)
         self.peft_config[adapter_name], self._adapter, self._copied = config, adapter_name, others[:1]
         config.modules_to_tie = None  # of the model that the configuration was used for before
-        if state_dict is not None and config.target_modules is None and not config.target_parameters:
-            config.target_modules = {
-                unwrapped(key.rsplit(f".{self.prefix}", 1)[0]).removeprefix(format.PREFIX) for key in state_dict
-            }
+        named = None if state_dict is None else format.layers_named(state_dict)
+        if named is not None and config.target_modules is None and not config.target_parameters:
+            if not named:
+                raise LilyError(
+                    "the state_dict has no tensor of a Lily adapter, so it names no layer; give target_modules"
+                )
+            config.target_modules = named
         engine = None if config.inference_mode else engine_in(model)
         if engine is not None:
             warnings.warn(
@@ -117,6 +121,9 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
             name_rows(model)
         if not config.inference_mode:
             keep_differentiable(model)
+        if named is not None:
+            _warn_of_surplus(named, self._plan)
+        add_tag(model)
         watch_masks(model)
         call_uncalled.watch(model)
         _warn_of_diffusers(model, config)
@@ -442,6 +449,18 @@ def _placement(model: nn.Module, spec: ModuleSpec) -> Placement:
     """Device and dtype of the adapter of a layer, or of a part of one."""
     parameter = spec.name.rpartition(".")[2] if spec.kind in PARAMETERS else None
     return placement(model.get_submodule(spec.path), is_spread(model), parameter)
+
+
+def _warn_of_surplus(named: set[str], plan: SharingPlan) -> None:
+    surplus = sorted(named - set(plan.slots))
+    if surplus or not named:
+        more = f" and {len(surplus) - 3} more" if len(surplus) > 3 else ""
+        tensors = f"tensors for {', '.join(surplus[:3])}{more}, which the configuration does not adapt"
+        warnings.warn(
+            f"the state_dict has {tensors if named else 'no tensor of a Lily adapter'}; correct target_modules, or "
+            "leave it out to adapt the layers that the state_dict names",
+            stacklevel=3,
+        )
 
 
 def _warn_of_diffusers(model: nn.Module, config: LilyConfig) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from lily.layers.bank import BANK, banks_in
 from lily.layers.layer import LilyLayer
 from lily.tuner import call_uncalled
+from lily.tuner.model_tags import remove_tag
 
 _stock_delete = peft.functional.delete_adapter
 
@@ -31,6 +32,7 @@ def remove_if_empty(model: nn.Module) -> None:
         _unwrap(root)
         call_uncalled.watch(root)
         delattr(root, BANK)
+        remove_tag(root)
 
 
 def _unwrap(module: nn.Module) -> None:
