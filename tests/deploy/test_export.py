@@ -388,6 +388,14 @@ def test_others_can_read_what_is_written_if_the_umask_lets_them(writer, tmp_path
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
 
 
+def test_stock_has_the_scale_that_each_layer_has_now(tmp_path):
+    model = adapted("llama", routing="static")
+    next(iter(layers(model).values())).set_scale("default", 0)
+    export.write_stock(model, tmp_path / "stock")
+    back = PeftModel.from_pretrained(build("llama"), tmp_path / "stock")
+    torch.testing.assert_close(predict(back, inputs("llama")), predict(model, inputs("llama")), atol=1e-5, rtol=1e-5)
+
+
 def test_a_batch_routed_adapter_goes_to_stock_as_it_is(tmp_path):
     model = adapted("llama", routing="batch")
     export.write_stock(model, tmp_path / "stock")

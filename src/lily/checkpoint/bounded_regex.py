@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from lily.errors import LilyError
 from lily.io.untrusted import one_line
 from lily.plan.config import LilyConfig
+from lily.plan.options import PATTERNS
 
 SECONDS = 10.0
 MAX_LENGTH = 20_000  # of one expression
@@ -44,8 +45,8 @@ def check_patterns(config: LilyConfig, names: Sequence[str]) -> None:
         LilyError: if an expression is too long, cannot be compiled or exceeds the time limit; or if a list is longer
             than a model of this size needs.
     """
-    keys = ("target_modules", "target_parameters", "exclude_modules", "rank_pattern", "scaling_pattern",
-            "modules_to_save", "layers_to_transform")  # fmt: skip
+    keys = ("target_modules", "target_parameters", "exclude_modules", *PATTERNS, "modules_to_save",
+            "layers_to_transform")  # fmt: skip
     for key in keys:
         value = getattr(config, key)
         if isinstance(value, (set, list, tuple, dict)) and len(value) > max(MAX_NAMES, len(names)):
@@ -68,7 +69,7 @@ def _patterns(config: LilyConfig) -> Iterator[tuple[str, str, str]]:
         value = getattr(config, key)
         if isinstance(value, str) and value != "all-linear":
             yield key, value, value
-    for key in ("rank_pattern", "scaling_pattern"):
+    for key in PATTERNS:
         for name in getattr(config, key) or ():
             yield key, name, rf"(.*\.)?({name})$"
     for name in config.modules_to_save or ():

@@ -30,11 +30,12 @@ from lily.io import untrusted
 from lily.io.untrusted import blame
 from lily.layers.bank import LilyBank
 from lily.plan.config import EXTENDED_TYPE, LilyConfig
+from lily.plan.options import PATTERNS
 from lily.plan.sharing_plan import SharingPlan
 
 LILY_TYPES = (PeftType.LILY.value, EXTENDED_TYPE)
 
-MAX_PATTERNS = 1_000  # entries of rank_pattern and of scaling_pattern, each of which is compiled
+MAX_PATTERNS = 1_000  # entries of one pattern option, each of which is compiled
 
 
 def config_values(path: Path, ours: bool = False) -> dict[str, Any] | None:
@@ -92,7 +93,7 @@ def _config_values(path: Path, ours: bool) -> dict[str, Any] | None:
             raise blame(path, f"{key}={value!r} has the wrong type; expected {_name(hints[key])}")
         if isinstance(value, str) and len(value) > MAX_LENGTH:
             raise blame(path, f"{key} has {len(value)} characters; at most {MAX_LENGTH} are accepted")
-    for key in ("rank_pattern", "scaling_pattern"):
+    for key in PATTERNS:
         patterns = values.get(key) or {}
         if len(patterns) > MAX_PATTERNS or any(len(pattern) > MAX_LENGTH for pattern in patterns):
             raise blame(

@@ -186,17 +186,18 @@ def write_stock(
     if other:
         raise LilyError(f"stock Lily adapts nn.Linear only, not {', '.join(sorted(other))}; export --to lora")
     factors = {name: layer.factors(adapted.name) for name, layer in adapted.layers.items()}
-    r, scaling = max(f.A.shape[0] for f in factors.values()), next(iter(factors.values())).scaling
+    r = max(f.A.shape[0] for f in factors.values())
+    assert isinstance(config.scaling, float | int)  # decided when the adapter was added
     state = other_entries(model, adapted)
     for name, f in factors.items():
         padded = (0, 0, 0, r - f.A.shape[0])
-        A, B = nn.functional.pad(f.A, padded), nn.functional.pad(f.B * (f.scaling / scaling), padded)
+        A, B = nn.functional.pad(f.A, padded), nn.functional.pad(f.B * (f.scaling / config.scaling), padded)
         state[f"{PREFIX}{name}.lily_A.weight"] = A.cpu().contiguous()
         state[f"{PREFIX}{name}.lily_B.weight"] = torch.cat([B, B]).cpu().contiguous()
         state[f"{PREFIX}{name}.lily_router.weight"] = torch.zeros(2, r)
     saved = [*(saved_modules(config) or ()), *sorted(config.modules_to_tie or ())]
     values = {
-        "peft_type": "LILY", "r": r, "num_B": 2, "stride_A": 1, "scaling": scaling, "init_weights": True,
+        "peft_type": "LILY", "r": r, "num_B": 2, "stride_A": 1, "scaling": config.scaling, "init_weights": True,
         "target_modules": sorted(adapted.layers), "modules_to_save": saved or None,
         "task_type": config.task_type, "base_model_name_or_path": config.base_model_name_or_path,
         "revision": config.revision, "inference_mode": True,

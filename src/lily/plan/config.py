@@ -22,7 +22,7 @@ from lily.functional import default_scaling
 from lily.io.atomic import write_text
 from lily.plan import lora_options
 from lily.plan.config_checks import check
-from lily.plan.options import DYNAMIC, OPTIONS, PAPER, Options, sharing
+from lily.plan.options import DYNAMIC, OPTIONS, PAPER, PATTERNS, Options, sharing
 
 # Written as the peft_type of adapters whose mathematics stock PEFT cannot express: PEFT without this package then
 # refuses them (it names the missing method) where it would otherwise ignore unknown keys and compute batch routing.
@@ -326,7 +326,7 @@ def stock_refusal(config: LilyConfig) -> str | None:
         return f"routing={config.routing}"
     if config.activation != "none":
         return f"activation={config.activation}"
-    for name in ("rank_pattern", "scaling_pattern"):
+    for name in PATTERNS:
         if getattr(config, name):
             return name
     if config.bias != "none":

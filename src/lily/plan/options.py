@@ -13,6 +13,7 @@ BIASES = ("none", "all", "lily_only")
 DISTINCT = ("none", "permute", "signs", "permute+signs")
 GAINS = ("none", "ones", "signs", "half-signs")
 STARTS = ("orthonormal", "data")  # of A, besides True and False
+PATTERNS = ("rank_pattern", "scaling_pattern")  # options by names or regular expressions of layers
 
 # The published method.
 PAPER = {"routing": "batch", "scaling": 1.0, "distinct": "none", "gain": "none", "own_r": 0}

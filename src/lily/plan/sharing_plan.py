@@ -19,7 +19,7 @@ from peft.utils.other import get_pattern_key
 from lily.errors import LilyError
 from lily.plan.config import LilyConfig
 from lily.plan.fused_layouts import Rows
-from lily.plan.options import DYNAMIC
+from lily.plan.options import DYNAMIC, PATTERNS
 from lily.plan.specs import EMBEDDING, EXPERTS, LINEAR, MATRIX, SLICE, ModuleSpec
 
 # Modules that PEFT adds to modules_to_save for a task, after the plan is made and before layers are replaced.
@@ -254,8 +254,8 @@ def build_plan(modules: Sequence[ModuleSpec], config: LilyConfig) -> SharingPlan
         The plan. The same for any order of the set `config.target_modules`.
 
     Raises:
-        LilyError: if `rank_pattern` gives layers of one group different ranks, or a key of
-            `group_options`, `rank_pattern` or `scaling_pattern` matches nothing.
+        LilyError: if `rank_pattern` gives layers of one group different ranks, or a key of `group_options` or
+            of a pattern matches nothing.
     """
     members: dict[ModuleSpec, list[str]] = {}
     expression = config.target_modules if isinstance(config.target_modules, str) else None
@@ -303,7 +303,7 @@ def _check_keys(config: LilyConfig, groups: Sequence[str], layers: Sequence[str]
             hint = f"{_near(key, groups)}groups: {', '.join(groups)}"
             raise LilyError(f"group_options has the key {key!r}, which matches no group; {hint}")
     short = list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
-    for option in ("rank_pattern", "scaling_pattern"):
+    for option in PATTERNS:
         for key in getattr(config, option) or ():
             if not any(get_pattern_key([key], name) == key for name in layers):
                 hint = f"{_near(key, short)}adapted: {', '.join(short)}"
