@@ -19,6 +19,7 @@ import lily
 from lily import LilyError
 from lily.layers.find import layers_of
 from lily.optim import create_optimizer, parameter_groups
+from lily.tuner import peft_optimizers
 
 pytestmark = pytest.mark.filterwarnings("ignore:routing=.* on a causal model")
 
@@ -282,11 +283,25 @@ def test_pefts_function_for_loraplus_is_right_for_lily(owner, routing):
     assert optimizer.defaults["betas"] == (0.8, 0.9)
 
 
-def test_a_rate_for_embeddings_is_refused():
-    model = get_peft_model(base(), lily_config("embedding"))
-    with pytest.raises(LilyError, match=r"embed do not get.*lily\.optim\.create_optimizer\(model, SGD, lr=0.1, B_lr"):
-        peft.optimizers.create_loraplus_optimizer(model, torch.optim.SGD, lr=0.1, loraplus_lr_ratio=2.0)
-    model(input_ids=ids())
+@pytest.mark.parametrize("kind", ["embedding", "linear"])
+def test_adapters_of_embeddings_have_a_rate_of_their_own_as_loras_do(kind):
+    model = get_peft_model(base(), lily_config(kind, own_r=1, gain="ones"))
+    optimizer = peft.optimizers.create_loraplus_optimizer(
+        model, torch.optim.SGD, lr=0.1, loraplus_lr_ratio=2.0, loraplus_lr_embedding=0.003
+    )
+    rates = rates_of(model, optimizer)
+    assert set(rates) == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert set(rates.values()) == ({0.003} if kind == "embedding" else {0.1, 0.2})
+    assert all(group["params"] for group in optimizer.param_groups)
+
+
+def test_embeddings_beside_other_layers_have_pefts_default_rate():
+    model = get_peft_model(build("llama"), config_for("llama", target_modules=["embed_tokens", "q_proj"]))
+    optimizer = peft.optimizers.create_loraplus_optimizer(model, torch.optim.SGD, lr=0.1, loraplus_lr_ratio=2.0)
+    slow = {n for n, rate in rates_of(model, optimizer).items() if rate == 1e-6}
+    assert {id(model.get_parameter(n)) for n in slow} == {id(p) for p in peft_optimizers._of_embeddings(model)}
+    assert slow
+    assert set(rates_of(model, optimizer).values()) == {1e-6, 0.1, 0.2}
 
 
 def test_lora_fa_is_refused_for_lily_alone():

@@ -210,3 +210,11 @@ def test_an_option_of_loras_alone_is_answered(name):
     with pytest.raises(LilyError, match=rf"^LilyConfig has no {name}[:,] "):
         LilyConfig(r=4, **{name: 1})
     assert not hasattr(LilyConfig(r=4), name)
+
+
+def test_settings_of_a_running_program_in_a_file_are_passed_over_as_peft_does(tmp_path):
+    LilyConfig(r=3, target_modules=["q_proj"]).save_pretrained(str(tmp_path))
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"runtime_config": {"ephemeral_gpu_offload": True}}))
+    assert LilyConfig.from_pretrained(str(tmp_path)).r == 3
+    assert "runtime_config" not in LilyConfig.from_json_file(str(file))

@@ -84,6 +84,7 @@ def _config_values(path: Path, ours: bool) -> dict[str, Any] | None:
             why = "a Lily configuration is required" if ours else "the folder holds a Lily adapter's tensors"
             raise blame(path, f"peft_type is {kind!r}, but {why}; use that adapter's configuration")
         return None
+    values.pop("runtime_config", None)  # PEFT drops it too: valid at run time only
     untrusted.check_inside(path)
     if parsed.oddities:
         raise blame(path, parsed.oddities[0])

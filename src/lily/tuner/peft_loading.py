@@ -70,7 +70,6 @@ def _from_json_file(cls: Any, path_json_file: str, **kwargs: Any) -> dict[str, A
     values = load.config_values(Path(path_json_file), ours=issubclass(cls, LilyConfig))
     if values is None:
         return _stock_from_json_file.__func__(cls, path_json_file, **kwargs)  # type: ignore[no-any-return]
-    values.pop("runtime_config", None)  # PEFT drops it too: valid at run time only
     return values
 
 
