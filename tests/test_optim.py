@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from adapters import config_for
-from every_kind import KINDS, base, ids, lily_config
+from every_kind import KINDS, base, lily_config
 from helpers import TARGETS, VOCAB, build, inputs, logits
 from peft import LoraConfig, get_peft_model
 from peft.optimizers import lorafa, loraplus

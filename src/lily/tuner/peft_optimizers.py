@@ -59,7 +59,7 @@ def _of_embeddings(model: nn.Module) -> Iterator[nn.Parameter]:
             yield from (B for B, group in zip(tensors_B, plan.groups, strict=True) if group.kind == EMBEDDING)
             for number, group in enumerate(plan.groups):
                 if plan.shared_router and group.kind == EMBEDDING and group.num_B > 1:
-                    yield bank.lily_R[adapter][str(number)]  # type: ignore[misc, index]
+                    yield bank.lily_R[adapter][str(number)]  # type: ignore[index]
     for layer in (m for m in model.modules() if isinstance(m, Embedding)):
         yield from (p for name, p in layer.named_parameters() if not name.startswith("base_layer."))
 
