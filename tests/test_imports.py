@@ -44,7 +44,7 @@ preflight
 vision_mamba standins
 results
 begun
-loader
+loader packages new
 checks
 trainer
 scoring

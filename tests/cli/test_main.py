@@ -18,7 +18,7 @@ from lily.cli import evaluate
 from lily.cli import main as cli
 from lily.recipes.spec.schema import Recipe
 
-COMMANDS = ("plan", "train", "eval", "predict", "generate", "recipes", "schema")
+COMMANDS = ("new", "plan", "train", "eval", "predict", "generate", "recipes", "schema")
 
 
 def invoke(*arguments):

@@ -42,7 +42,7 @@ def encoder(folder: Path) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         vocab_size=VOCABULARY,
-        max_position_embeddings=64,
+        max_position_embeddings=256,
         pad_token_id=0,
     )
     BertModel(config).save_pretrained(folder)

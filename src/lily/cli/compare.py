@@ -66,10 +66,17 @@ def compare_command(
         return
     if equal not in BUDGETS:
         raise LilyError(f"--equal {equal} is not known; choose one of {', '.join(BUDGETS)}")
+    from lily.recipes import loader
+
+    changes = [text for text in recipes if "=" in text]
+    chosen = [loader.load_recipe(name, changes) for name in recipes if "=" not in name]
+    if not chosen:
+        raise LilyError("lily compare: no recipe is given; `lily recipes` lists the shipped ones")
+    if twice := [r.name for r in chosen if [s.name for s in chosen].count(r.name) > 1]:
+        raise LilyError(f"two recipes have the name {twice[0]}; give one of them another `name`")
     quieten()
     from lily.compare import compare as comparing
     from lily.compare.contestants import parse
-    from lily.recipes import loader
     from lily.recipes.begun import as_begun
     from lily.search import folder
     from lily.search.runner import side_by_side
@@ -77,12 +84,6 @@ def compare_command(
     count, share = side_by_side(jobs)
     names = tuple(parse(methods))
     options = comparing.CompareOptions(names, seeds, equal, tune, count, threads or share, overwrite)  # type: ignore[arg-type]
-    changes = [text for text in recipes if "=" in text]
-    chosen = [loader.load_recipe(name, changes) for name in recipes if "=" not in name]
-    if not chosen:
-        raise LilyError("lily compare: no recipe is given; `lily recipes` lists the shipped ones")
-    if twice := [r.name for r in chosen if [s.name for s in chosen].count(r.name) > 1]:
-        raise LilyError(f"two recipes have the name {twice[0]}; give one of them another `name`")
     out = Path(output).expanduser()
     for recipe in chosen:  # all of them before the first is trained
         folder.check(out / recipe.name, comparing.COMMAND, comparing.WRITTEN)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer import Option
 
-from lily.cli.evaluate import Folder, RecipeOption
+from lily.cli.evaluate import Folder, RecipeOption, check_adapter
 from lily.cli.train import quieten
 from lily.errors import LilyError
 from lily.io.tables import terminal
@@ -49,6 +49,7 @@ def collapse_command(
     as_json: Json = False,
 ) -> None:
     """Turn a data-dependent adapter into a static one, and report how far its outputs move."""
+    check_adapter(adapter, recipe)
     quieten()
     from lily.recipes.deploy import collapse_adapter
 
@@ -150,6 +151,7 @@ def export_command(
         raise LilyError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
     if Path(out).exists() and not overwrite:
         raise LilyError(f"--out {out} exists; name another one, or give --overwrite")
+    check_adapter(adapter, recipe)
     quieten()
     import torch
 

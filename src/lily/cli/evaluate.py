@@ -113,7 +113,22 @@ def _rows(used: Any, source: Path | str) -> tuple[Iterable[dict[str, Any]], Path
     return tables.stream_rows(source, "auto", like.header, like.delimiter, like.encoding), source.parent
 
 
+def check_adapter(folder: str, recipe: str | None) -> None:
+    """Check that a folder holds an adapter and that a recipe can be read, before anything that takes seconds to import.
+
+    Raises:
+        LilyError: if one is not so.
+    """
+    from lily.recipes import loader
+    from lily.recipes.results.run_files import adapter_path
+
+    adapter_path(folder)
+    if recipe is not None:
+        loader.load_any(recipe)
+
+
 def _adapter(folder: str, recipe: str | None) -> Any:
+    check_adapter(folder, recipe)
     quieten()
     from lily.recipes.results.adapter import Adapter
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Annotated
 
 import typer
 from safetensors import SafetensorError
@@ -15,17 +16,35 @@ from safetensors import SafetensorError
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from lily.cli import bench, compare, deploy, evaluate, inspect, plan, recipes, train, tune
+from lily._version import __version__
+from lily.cli import bench, compare, deploy, evaluate, inspect, new, plan, recipes, train, tune
 from lily.errors import ElsewhereError, LilyError
 from lily.io.atomic import disk_error
 
 app = typer.Typer(
     name="lily",
-    help="Fine-tune with Lily: low-rank adaptation that shares across layers.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        print(f"lily-peft {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Fine-tune with Lily: low-rank adaptation that shares across layers."""
+
+
+app.command("new")(new.new_command)
 app.command("plan")(plan.plan_command)
 app.command("train")(train.train_command)
 app.command("tune")(tune.tune_command)
@@ -65,7 +84,7 @@ def main() -> None:
         sys.stderr.close()
         sys.exit(1)
     except ModuleNotFoundError as error:
-        from lily.recipes.preflight import EXTRAS, missing
+        from lily.recipes.packages import EXTRAS, missing
 
         if error.name not in EXTRAS:
             raise

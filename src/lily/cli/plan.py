@@ -232,9 +232,15 @@ def plan_command(
     recipe: Annotated[str | None, Option("--recipe", hidden=True, help="Recipe to plan; the same as TARGET.")] = None,
 ) -> None:
     """Show what an adapter shares, trains and costs without loading weights; for a recipe, do a dry run."""
+    target, overrides = _one_target(target, recipe, overrides or [])
+    from lily.recipes import loader
+
+    for_recipe = recipe is not None or loader.is_recipe(target)
+    if for_recipe:
+        loader.load_any(target, overrides)  # its checks, before anything that takes seconds to import
     from lily.plan.budget import parse_count
     from lily.plan.report import PlanRequest, plan_for
-    from lily.recipes.dry_run import RecipeReport, is_recipe, recipe_report
+    from lily.recipes.dry_run import RecipeReport, recipe_report
 
     report: PlanReport | RecipeReport
     parameters = [name.strip() for name in (target_parameters or "").split(",") if name.strip()]
@@ -255,8 +261,7 @@ def plan_command(
         "task": None if task is None else task.upper().replace("-", "_"),
     }
     options = {name: value for name, value in values.items() if value is not None}
-    target, overrides = _one_target(target, recipe, overrides or [])
-    if recipe is not None or is_recipe(target):
+    if for_recipe:
         if options:
             first = next(iter(options))
             flag = {"parameters": "params"}.get(first, first.lower().replace("_", "-"))

@@ -25,12 +25,14 @@ def train_command(
 ) -> None:
     """Train a recipe; ends with a table of results and an adapter folder that PEFT loads."""
     from lily.recipes import loader
+    from lily.recipes.packages import check_packages
     from lily.recipes.trainer import processes
 
     changes = [*(overrides or []), *([f"output={output}"] if output else [])]
     chosen = processes.in_turn(lambda: loader.load_any(recipe, changes))
     if resume and overwrite:
         raise LilyError("--resume and --overwrite exclude each other; give one of them")
+    check_packages(chosen)
     quieten()
     from lily.recipes.by_task import function_for
     from lily.recipes.results.result import output_folder

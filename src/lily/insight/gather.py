@@ -22,8 +22,7 @@ from lily.recipes import data
 from lily.recipes.data.tasks import encode_inputs
 from lily.recipes.deploy import describe, load_for_export
 from lily.recipes.results.adapter import Adapter, batches
-from lily.recipes.results.adapter_folder import adapter_path, kept_recipe
-from lily.recipes.results.run_files import RunFigures, newest_checkpoint, run_figures, run_of
+from lily.recipes.results.run_files import RunFigures, adapter_path, kept_recipe, newest_checkpoint, run_figures, run_of
 from lily.recipes.scoring.inference import by_length, device_of
 from lily.recipes.spec.base import CLASSIFYING
 from lily.tuner.adapter import find

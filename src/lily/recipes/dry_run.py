@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lily.errors import LilyError
@@ -16,8 +15,6 @@ if TYPE_CHECKING:
     from lily.recipes.data.summary import Summary
     from lily.recipes.spec.dreambooth import DreamBooth
     from lily.recipes.spec.schema import Model, Recipe
-
-RECIPE_ENDINGS = (".yaml", ".yml")
 
 
 @dataclass(frozen=True)
@@ -56,16 +53,6 @@ class RecipeReport:
             "data": None if self.data is None else self.data.to_dict(),
             "learning_rates": dict(self.learning_rates),
         }
-
-
-def is_recipe(target: str) -> bool:
-    """Whether `target` is a YAML file (by its ending) or a shipped recipe; `:` and a variant may follow."""
-    from lily.recipes import loader
-
-    shipped, head = loader.shipped(), target.rpartition(":")[0]
-    if any(name.lower().endswith(RECIPE_ENDINGS) for name in (target, head)):
-        return True
-    return not Path(target).expanduser().exists() and (target in shipped or head in shipped)
 
 
 def recipe_report(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ from lily.recipes.spec.locations import Key, KeyLocations
 from lily.recipes.spec.schema import STANDIN, Recipe
 
 LIBRARY = Path(__file__).parent / "library"
+ENDINGS = (".yaml", ".yml")
+BASE = "base/"  # the folder of what recipes for own data extend
 MAX_BYTES = 1 << 20  # a recipe is a page of text; anything larger is a mistake or an attack
 MAX_DEPTH = 20
 MAX_VALUES = 100_000  # aliases of aliases make a short text expand without bound
@@ -49,6 +52,11 @@ class Document:
 
 def shipped() -> dict[str, Path]:
     """The recipes of the package: name -> file."""
+    return {name: path for name, path in _library().items() if not name.startswith(BASE)}
+
+
+def _library() -> dict[str, Path]:
+    """The recipes of the package, and the starts for own data that recipes extend."""
     files = (path for path in sorted(LIBRARY.rglob("*.yaml")) if not path.stem.startswith("_"))
     return {path.relative_to(LIBRARY).with_suffix("").as_posix(): path for path in files}
 
@@ -77,6 +85,14 @@ def from_anywhere(name_or_path: str) -> str:
     return name_or_path if head in shipped() else f"{file.resolve()}{end}"
 
 
+def is_recipe(target: str) -> bool:
+    """Whether `target` is a YAML file (by its ending) or a shipped recipe; `:` and a variant may follow."""
+    known, head = shipped(), target.rpartition(":")[0]
+    if any(name.lower().endswith(ENDINGS) for name in (target, head)):
+        return True
+    return not Path(target).expanduser().exists() and (target in known or head in known)
+
+
 def describe(path: Path) -> str:
     """The first line of a recipe's description."""
     lines = str(read(str(path)).values.get("description", "")).strip().splitlines()
@@ -94,7 +110,9 @@ def find(name_or_path: str) -> Path:
 
 def _locate(text: str, child: Path | None = None) -> tuple[Path, str | None]:
     """The file and variant of `text`: a file beside `child`, a shipped recipe's name, or a path."""
-    library = shipped()
+    library = _library()
+    if child is None and text in library and text.startswith(BASE):
+        raise LilyError(f"{text} is a start for own data, without any; `lily new FILE` writes a recipe that extends it")
 
     def file(name: str) -> Path | None:
         beside = [] if child is None else [child.parent / name, child.parent / f"{name}.yaml"]
@@ -109,8 +127,9 @@ def _locate(text: str, child: Path | None = None) -> tuple[Path, str | None]:
     head, colon, variant = text.rpartition(":")
     if colon and (of := file(head)) is not None:
         return of, variant
-    near = difflib.get_close_matches(text, library, n=3)
-    hint = f"did you mean {', '.join(near)}?" if near else f"shipped recipes: {', '.join(library)}"
+    known = library if child is not None else shipped()
+    near = difflib.get_close_matches(text, known, n=3)
+    hint = f"did you mean {', '.join(near)}?" if near else f"shipped recipes: {', '.join(known)}"
     raise LilyError(f"no recipe {text!r}: neither a file nor a shipped recipe; {hint}")
 
 
@@ -227,7 +246,7 @@ def _parse(path: str, file: Path) -> Document:
     except OSError as error:
         raise LilyError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        node = _composed(text)
         document = Document({})
         if not isinstance(node, yaml.MappingNode):
             raise LilyError(f"{path}:1: expected a mapping of keys such as `name:` and `task:`")
@@ -243,6 +262,12 @@ def _parse(path: str, file: Path) -> Document:
         raise LilyError(f"{path}: nested too deeply; a recipe has at most {MAX_DEPTH} levels") from None
     document.values = values
     return document
+
+
+@functools.lru_cache(maxsize=64)
+def _composed(text: str) -> yaml.Node | None:
+    """The nodes of a recipe's text, which are only read: many recipes extend the same few files."""
+    return yaml.compose(text, Loader=yaml.SafeLoader)
 
 
 def _check_size(node: yaml.Node, location: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from lily.recipes import data, loader, methods, models
 from lily.recipes.begun import as_begun
 from lily.recipes.data.images import Preprocess
 from lily.recipes.data.rows import Splits
+from lily.recipes.packages import check_packages
 from lily.recipes.scoring import answers
 from lily.recipes.scoring.metrics import metrics_of
 from lily.recipes.spec.locations import located
@@ -30,23 +30,6 @@ if TYPE_CHECKING:
     from lily.recipes.data.tables import Row
     from lily.recipes.data.tasks import Example, Processor
     from lily.recipes.spec.dreambooth import DreamBooth
-
-# Module -> what to install.
-EXTRAS = {
-    "sklearn": '"lily-peft[demo]"',
-    "scipy": '"lily-peft[demo]"',
-    "accelerate": '"lily-peft[demo]"',
-    "transformers": '"lily-peft[demo]"',
-    "trl": '"lily-peft[sft]"',
-    "datasets": '"lily-peft[sft]"',
-    "tensorboard": "tensorboard",
-    "wandb": "wandb",
-    "PIL": '"lily-peft[vision]"',
-    "bitsandbytes": '"lily-peft[quantized]"',
-    "diffusers": '"lily-peft[diffusion]"',
-    "optuna": '"lily-peft[tune]"',
-    "matplotlib": '"lily-peft[plots]"',
-}
 
 # Keys that a resumed run may change, since the finished part does not depend on them.
 FREE = ("description", "output", "baselines", "generation", "train.epochs", "train.max_steps",
@@ -134,29 +117,6 @@ def unseen_message(splits: Splits) -> str:
         f"no training image is of {len(splits.unseen)} of the {len(splits.labels or ())} classes ({shown}); the head "
         "keeps an output for each, but it is never trained, so their held-out images will be misclassified"
     )
-
-
-def check_packages(recipe: Recipe) -> None:
-    """Check that the packages which a recipe needs are installed.
-
-    Raises:
-        LilyError: names what to install.
-    """
-    needed = ["sklearn", "scipy", *recipe.train.report_to]
-    if recipe.task == "image-classification":
-        needed += ["PIL"]
-    if recipe.task == "sft":
-        needed += ["trl", "datasets"]
-    if recipe.model.quantization != "none":
-        needed += ["bitsandbytes", "accelerate"]
-    for name in needed:
-        if find_spec(name) is None and not (name == "tensorboard" and find_spec("tensorboardX")):
-            raise LilyError(missing(name))
-
-
-def missing(module: str) -> str:
-    """The message about a module that is not installed."""
-    return f"{module} is not installed; pip install {EXTRAS.get(module, module)}"
 
 
 def check_length(recipe: Recipe, model: nn.Module) -> None:

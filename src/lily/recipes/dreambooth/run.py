@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import time
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from lily.recipes import loader, methods, preflight
 from lily.recipes.begun import as_begun
 from lily.recipes.data.sources import local_path
 from lily.recipes.models.precision import precision_of
+from lily.recipes.packages import check_packages
 from lily.recipes.results.card import adapter_costs, adapter_summary
 from lily.recipes.results.result import Result, output_folder, started
 from lily.recipes.results.run_files import newest_checkpoint
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from lily.recipes.dreambooth.latents import Encoded
 
 CLASS_IMAGES = "class-images"
-EXTRA = '"lily-peft[diffusion]"'
 
 
 @dataclass(frozen=True)
@@ -56,9 +55,7 @@ def planned(recipe: DreamBooth) -> tuple[Family, nn.Module, PeftConfig]:
     Raises:
         LilyError: for missing packages, an unsupported pipeline, or targets that match nothing.
     """
-    for name in ("diffusers", "accelerate", "PIL"):
-        if find_spec(name) is None:
-            raise LilyError(f"{name} is not installed; pip install {EXTRA}")
+    check_packages(recipe)
     from lily.recipes.dreambooth.pipelines import meta_denoiser
 
     with located(recipe, "model", recipe.model.kind):

@@ -11,6 +11,7 @@ from lily.errors import LilyError
 from lily.io.untrusted import blame, read_header, read_json
 from lily.recipes import loader
 from lily.recipes.results.card import LABELS
+from lily.recipes.results.run_files import adapter_path, kept_recipe
 from lily.recipes.spec.base import Task
 from lily.recipes.spec.dreambooth import DreamBooth
 from lily.recipes.spec.schema import Model, Recipe
@@ -126,28 +127,6 @@ class AdapterFolder:
             if ".lily_" not in key and key.endswith("weight") and entry.shape:
                 return tuple(map(str, range(entry.shape[0])))
         return ("0", "1")
-
-
-def within_run(path: Path) -> Path:
-    """The adapter of a run's folder, `best` or else `last` (DreamBooth has no `best`); any other folder itself."""
-    return next((path / name for name in ("best", "last") if (path / name).is_dir()), path)
-
-
-def adapter_path(folder: str) -> Path:
-    """The folder of the adapter: `folder` itself, or the one in a run's folder.
-
-    Raises:
-        LilyError: if it holds no adapter.
-    """
-    path = within_run(Path(folder).expanduser())
-    if not (path / "adapter_config.json").is_file():
-        raise LilyError(f"{folder} holds no adapter (adapter_config.json); name a run's folder or its best/")
-    return path
-
-
-def kept_recipe(path: Path) -> Path | None:
-    """The recipe's file beside an adapter, if there is one."""
-    return next((p for p in (path / "recipe.yaml", path.parent / "recipe.yaml") if p.is_file()), None)
 
 
 def _at(model: Model, base: str) -> Model:

@@ -14,6 +14,28 @@ from lily.errors import LilyError
 METRICS = "metrics.json"
 
 
+def within_run(path: Path) -> Path:
+    """The adapter of a run's folder, `best` or else `last` (DreamBooth has no `best`); any other folder itself."""
+    return next((path / name for name in ("best", "last") if (path / name).is_dir()), path)
+
+
+def adapter_path(folder: str) -> Path:
+    """The folder of the adapter: `folder` itself, or the one in a run's folder.
+
+    Raises:
+        LilyError: if it holds no adapter.
+    """
+    path = within_run(Path(folder).expanduser())
+    if not (path / "adapter_config.json").is_file():
+        raise LilyError(f"{folder} holds no adapter (adapter_config.json); name a run's folder or its best/")
+    return path
+
+
+def kept_recipe(path: Path) -> Path | None:
+    """The recipe's file beside an adapter, if there is one."""
+    return next((p for p in (path / "recipe.yaml", path.parent / "recipe.yaml") if p.is_file()), None)
+
+
 @dataclass(frozen=True)
 class RunFigures:
     """The figures of one run: those of `lily.recipes.results.result.Result`, checked, and two curves.

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch.distributed as dist
-
-from lily.distributed import from_first, rank, world_size
 from lily.errors import ElsewhereError, LilyError
 from lily.recipes.spec.locations import located
 from lily.recipes.spec.schema import Recipe
 
 T = TypeVar("T")
+
+
+def alone() -> bool:
+    """Whether there is one process only, found without importing torch where nothing else has."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return False
+    if "torch" not in sys.modules:
+        return True
+    from lily.distributed import world_size
+
+    return world_size() == 1
 
 
 def join() -> None:
@@ -27,6 +36,10 @@ def join() -> None:
 
 def is_first() -> bool:
     """Whether this is the process that writes and reports."""
+    if alone():
+        return True
+    from lily.distributed import rank
+
     return rank() == 0
 
 
@@ -37,6 +50,12 @@ def in_turn(work: Callable[[], T]) -> T:
         Exception: from `work` in this process.
         ElsewhereError: if it failed in another process; here it has not started then, or its result is dropped.
     """
+    if alone():
+        return work()
+    import torch.distributed as dist
+
+    from lily.distributed import world_size
+
     join()
     result: Any = None
     local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -56,6 +75,10 @@ def on_first(work: Callable[[], T]) -> T:
         Exception: from `work`, in the first process.
         ElsewhereError: then, in the others.
     """
+    if alone():
+        return work()
+    from lily.distributed import from_first
+
     result, error = _attempt(work) if is_first() else (None, None)
     result, message = from_first((result, None if error is None else str(error)))
     _raise(error, [message])
@@ -85,6 +108,8 @@ def check(recipe: Recipe) -> None:
         LilyError: if they cannot split a batch equally, FSDP1 would flatten frozen and trained tensors into one, or
             the adapter starts from data on a sharded model.
     """
+    from lily.distributed import world_size
+
     size, processes = recipe.train.batch_size, world_size()
     if size % processes:
         near = max(processes, size - size % processes)

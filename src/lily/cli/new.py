@@ -1,0 +1,55 @@
+"""`lily new`: from a file of own data to a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from rich.console import Console
+from rich.markup import escape
+from rich.text import Text
+from typer import Argument, Option
+
+from lily.errors import LilyError
+
+TASKS = ("text-classification", "text-regression", "image-classification", "sft")
+Column = Annotated[str | None, Option(help="Column, where the guess is wrong.")]
+
+
+def new_command(
+    file: Annotated[
+        str, Argument(metavar="FILE", help="A csv, tsv, json, jsonl or parquet file, or a folder of images by class.")
+    ],
+    out: Annotated[str | None, Option("--out", help="Recipe to write. Default: named as the file, here.")] = None,
+    task: Annotated[str | None, Option(help=f"Task: {', '.join(TASKS)}. Default: by the data.")] = None,
+    text: Column = None,
+    text_pair: Column = None,
+    label: Column = None,
+    image: Column = None,
+    prompt: Column = None,
+    completion: Column = None,
+    messages: Column = None,
+) -> None:
+    """Look at a file of your own and write a short recipe for it."""
+    from lily.io.atomic import write_text
+    from lily.recipes import loader
+    from lily.recipes.data.guess import guess
+    from lily.recipes.new import name_for, recipe_text
+
+    if task is not None and task not in TASKS:
+        raise LilyError(f"--task {task}: choose one of {', '.join(TASKS)}")
+    given = {"text": text, "text_pair": text_pair, "label": label, "image": image, "prompt": prompt,
+             "completion": completion, "messages": messages}  # fmt: skip
+    path = Path(file).expanduser()
+    target = Path(out).expanduser() if out is not None else Path(f"{name_for(path)}.yaml")
+    if target.exists():
+        raise LilyError(f"{target} exists; name another file with --out")
+    if not target.parent.is_dir():
+        raise LilyError(f"--out {out}: there is no folder {target.parent}; create it first")
+    found = guess(path, task=task, columns={key: name for key, name in given.items() if name is not None})
+    written = recipe_text(found, name_for(target))
+    write_text(target, written)
+    loader.load_recipe(str(target))
+    console = Console()
+    console.print(Text(written.rstrip()), soft_wrap=True)
+    console.print(escape(f"\nwritten: {target}; next:\n  lily plan {target}\n  lily train {target}"), soft_wrap=True)

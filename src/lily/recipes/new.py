@@ -1,0 +1,98 @@
+"""`lily new`: a short recipe for somebody's own data."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lily.recipes.data.guess import READ, Guess
+
+BASES = {
+    "text-classification": "base/encoder",
+    "text-regression": "base/encoder",
+    "image-classification": "base/vision",
+    "sft": "base/chat",
+}
+STEPS = 300  # fewer leave a small data set unlearned
+BATCHES = {320: 8, 1280: 16}  # fewer training rows than this -> batch; of more, the base's
+BATCH = 32
+MOST_EPOCHS, LEAST_EPOCHS = 20, 3
+CHARACTERS = 3  # in a token, at least; more in most languages with spaces
+SHOWN = 4  # classes and columns in a comment
+
+
+def name_for(path: Path) -> str:
+    """A recipe's name from a file's: lower case, with dashes."""
+    stem = path.name.partition(".")[0] or path.resolve().name
+    stem = path.resolve().parent.name if stem.lower() == "train" else stem
+    return re.sub(r"[^a-z0-9._-]+", "-", stem.lower()).strip("-._") or "mine"
+
+
+def recipe_text(found: Guess, name: str) -> str:
+    """The YAML of a recipe for what was found, with comments that say why."""
+    source = {"path": str(found.path)} | ({"header": list(found.header)} if found.header else {})
+    data = [f"  train: {_flow(source)}" + ("  # no line of names was found" if found.header else "")]
+    data += [f"  {part}: {_flow({'path': str(file)})}" for part, file in found.others.items()]
+    if found.columns:
+        unused = f"  # not used: {_few(found.unused)}" if found.unused else ""
+        data.append(f"  columns: {_flow(found.columns)}{unused}")
+    shares = {part: 0.15 for part in ("validation", "test") if part not in found.others}
+    if shares:
+        data.append(f"  split: {_flow(shares)}  # taken from the training file; the same rows each time")
+    if (length := _tokens(found.longest)) > (usual := 1024 if found.task == "sft" else 256):
+        data.append(f"  max_length: {usual}  # tokens; the longest text may have about {length}, and is cut")
+    lines = [
+        f"# {_what(found)}",
+        f"extends: {BASES[found.task]}  # model, method and schedule; any of its keys can be set here too",
+        f"name: {name}",
+        *([f"task: {found.task}"] if found.task == "text-regression" else []),
+        "data:",
+        *data,
+    ]
+    if found.task == "sft":
+        lines.append(f"generation: {{max_new_tokens: {_answer_tokens(found.answer)}}}  # the longest answer, with room")
+    elif found.rows is not None:
+        rows = _trained(found)
+        batch = next((size for most, size in BATCHES.items() if rows < most), BATCH)
+        epochs = min(max(math.ceil(STEPS / math.ceil(rows / batch)), LEAST_EPOCHS), MOST_EPOCHS)
+        schedule = {"epochs": epochs} | ({"batch_size": batch} if batch != BATCH else {})
+        lines.append(f"train: {_flow(schedule)}  # about {epochs * math.ceil(rows / batch)} steps of {batch} rows")
+    return "\n".join(lines) + "\n"
+
+
+def _what(found: Guess) -> str:
+    rows = f"the first {READ:,} rows" if found.rows is None else f"{found.rows:,} rows"
+    rows = "not counted" if found.path.is_file() and found.task == "image-classification" else rows
+    if found.classes:
+        shown = [f"{label!r} {n:,}" for label, n in found.classes.items()]
+        return f"{found.path}: {rows}, {len(found.classes)} classes ({_few(shown)})."
+    chats = "chats" if "messages" in found.columns else "prompts and answers"
+    kind = {"sft": chats, "text-regression": "texts with numbers"}.get(found.task, "images")
+    return f"{found.path}: {kind}, {rows}."
+
+
+def _trained(found: Guess) -> int:
+    held_out = sum(0.15 for part in ("validation", "test") if part not in found.others)
+    return max(1, round((found.rows or 0) * (1 - held_out)))
+
+
+def _tokens(characters: int) -> int:
+    return math.ceil(characters / CHARACTERS)
+
+
+def _answer_tokens(characters: int) -> int:
+    """A round number of tokens that the longest answer fits into."""
+    return min(1024, max(16, 1 << math.ceil(math.log2(_tokens(characters) + 8))))
+
+
+def _few(names: Any) -> str:
+    listed = list(names)
+    return ", ".join(listed[:SHOWN]) + (f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else "")
+
+
+def _flow(values: dict[str, Any]) -> str:
+    return yaml.safe_dump(values, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10_000).strip()

@@ -1,0 +1,200 @@
+"""`lily new`: what a file of somebody's own data is for, and the recipe that is written."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from docs_blocks import blocks
+from typer.testing import CliRunner
+
+from lily.cli.main import app
+from lily.errors import LilyError
+from lily.recipes import loader
+from lily.recipes.data.guess import guess
+from lily.recipes.new import name_for, recipe_text
+
+WORDS = ("area", "man", "wins", "award", "for", "sitting", "down", "while", "parliament", "passes", "a", "budget")
+
+
+def sentence(i):
+    drawn = random.Random(i)
+    return " ".join(drawn.choices(WORDS, k=drawn.randint(4, 12)))
+
+
+def table(path, columns, n=60, separator=","):
+    """A csv of n rows; `columns`: name -> value of row i."""
+    lines = [separator.join(columns)]
+    lines += [separator.join(str(value(i)) for value in columns.values()) for i in range(n)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def label(i):
+    return ("bad", "good")[i % 2]
+
+
+CSV = {
+    "named columns": ({"id": lambda i: i, "review": sentence, "stars": label}, "text-classification",
+                      {"text": "review", "label": "stars"}),
+    "unnamed columns": ({"a": lambda i: i, "b": sentence, "c": label}, "text-classification",
+                        {"text": "b", "label": "c"}),
+    "a date and an author": ({"date": lambda i: f"2026-01-{i:02}", "author": lambda i: f"x{i}", "body": sentence,
+                              "topic": label}, "text-classification", {"text": "body", "label": "topic"}),
+    "two texts": ({"premise": sentence, "hypothesis": lambda i: sentence(-i - 1), "label": lambda i: i % 3},
+                  "text-classification", {"text": "premise", "text_pair": "hypothesis", "label": "label"}),
+    "numbers": ({"text": sentence, "score": lambda i: i / 7}, "text-regression", {"text": "text", "label": "score"}),
+    "stars as classes": ({"review": sentence, "rating": lambda i: i % 5 + 1}, "text-classification",
+                         {"text": "review", "label": "rating"}),
+    "prompts": ({"prompt": sentence, "completion": label}, "sft", {"prompt": "prompt", "completion": "completion"}),
+    "questions with long answers": ({"question": sentence, "answer": lambda i: sentence(i + 500)}, "sft",
+                                    {"prompt": "question", "completion": "answer"}),
+    "questions with classes": ({"question": sentence, "answer": label}, "text-classification",
+                               {"text": "question", "label": "answer"}),
+    "paths of images": ({"file": lambda i: f"x/{i}.png", "label": label}, "image-classification",
+                        {"image": "file", "label": "label"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CSV)
+def test_task_and_columns_of_a_table(tmp_path, name):
+    columns, task, expected = CSV[name]
+    found = guess(table(tmp_path / "mine.csv", columns))
+    assert (found.task, found.columns) == (task, expected)
+    assert set(found.unused) == set(columns) - set(expected.values())
+    assert found.rows == 60
+
+
+def test_alpacas_input_goes_with_the_instruction(tmp_path):
+    rows = [{"instruction": sentence(i), "input": "", "output": sentence(-i)} for i in range(9)]
+    found = guess(jsonl(tmp_path / "alpaca.jsonl", rows))
+    assert found.columns == {"prompt": "instruction", "completion": "output", "input": "input"}
+
+
+@pytest.mark.parametrize("key", ["messages", "conversations", "whatever"])
+def test_chats_are_found_under_any_name(tmp_path, key):
+    said = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y" * 90}]
+    found = guess(jsonl(tmp_path / "talks.jsonl", [{"id": i, key: said} for i in range(9)]))
+    assert (found.task, found.columns, found.answer) == ("sft", {"messages": key}, 90)
+
+
+def test_a_folder_of_images_has_its_classes(tmp_path):
+    for kind, n in (("cat", 3), ("dog", 2)):
+        (tmp_path / "pets" / kind).mkdir(parents=True)
+        for i in range(n):
+            (tmp_path / "pets" / kind / f"{i}.JPG").touch()
+    found = guess(tmp_path / "pets")
+    assert (found.task, found.rows, found.classes) == ("image-classification", 5, {"cat": 3, "dog": 2})
+
+
+def test_a_line_of_names_that_is_missing_is_noticed(tmp_path):
+    path = tmp_path / "rows.tsv"
+    path.write_text("".join(f"{i}\t{sentence(i)}\t{label(i)}\n" for i in range(60)))
+    found = guess(path)
+    assert found.header == ("column1", "column2", "column3")
+    assert found.columns == {"text": "column2", "label": "column3"}
+    assert found.rows == 60
+
+
+def test_files_beside_a_training_file_are_used(tmp_path):
+    for part in ("train", "dev", "test"):
+        table(tmp_path / f"{part}.csv", {"text": sentence, "label": label})
+    found = guess(tmp_path / "train.csv")
+    assert found.others == {"validation": tmp_path / "dev.csv", "test": tmp_path / "test.csv"}
+    assert "split" not in recipe_text(found, "x")
+
+
+def test_what_the_user_names_comes_first(tmp_path):
+    path = table(tmp_path / "x.csv", {"title": sentence, "body": sentence, "kind": label, "label": label})
+    assert guess(path, columns={"text": "body", "label": "kind"}).columns == {"text": "body", "label": "kind"}
+    assert guess(path, task="text-regression").task == "text-regression"
+    assert guess(path, task="sft", columns={"prompt": "title", "completion": "body"}).task == "sft"
+
+
+@pytest.mark.parametrize(
+    ("columns", "given", "said"),
+    [
+        ({"text": sentence}, {}, "not clear what to learn from the columns text; name them with --text"),
+        ({"a": lambda i: i, "b": lambda i: i}, {}, "not clear what to learn from the columns a, b"),
+        ({"text": sentence, "label": label}, {"label": "lable"}, "no column 'lable'; did you mean label?"),
+        ({"text": sentence, "label": label}, {"label": "xyz"}, "no column 'xyz'; it has text, label"),
+    ],
+)
+def test_what_is_not_clear_is_said(tmp_path, columns, given, said):
+    with pytest.raises(LilyError, match=said.replace("?", r"\?")):
+        guess(table(tmp_path / "x.csv", columns), columns=given)
+
+
+def test_a_path_that_is_no_data(tmp_path):
+    with pytest.raises(LilyError, match="there is no such file or folder"):
+        guess(tmp_path / "none.csv")
+    with pytest.raises(LilyError, match="images of 0 classes; make one folder per class"):
+        guess(tmp_path)
+    (tmp_path / "empty.csv").write_text("text,label\n")
+    with pytest.raises(LilyError, match="has no rows"):
+        guess(tmp_path / "empty.csv")
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("Reviews 2024.csv", "reviews-2024"),
+        ("data/My.Set/train.jsonl.gz", "my.set"),
+        ("pets/", "pets"),
+        ("é.csv", "mine"),
+    ],
+)
+def test_names_of_recipes(path, name):
+    assert name_for(Path(path)) == name
+
+
+@pytest.mark.parametrize("name", CSV)
+def test_the_recipe_is_one_and_holds_nothing_of_somebody_elses_data(tmp_path, name):
+    columns, task, expected = CSV[name]
+    path = tmp_path / "own.csv"
+    table(path, columns)
+    result = CliRunner().invoke(app, ["new", str(path), "--out", str(tmp_path / "own.yaml")])
+    assert result.exit_code == 0, result.exception
+    recipe = loader.load_recipe(str(tmp_path / "own.yaml"))
+    assert recipe.task == task
+    assert {k: v for k, v in recipe.data.columns.model_dump().items() if v is not None} == expected
+    assert (recipe.data.deduplicate, recipe.data.max_train, recipe.data.max_test) == (False, None, None)
+    assert recipe.data.max_length >= 128
+    assert f"lily train {tmp_path / 'own.yaml'}" in result.stdout
+
+
+def test_the_tutorial_shows_what_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shown = {block.file: block.text for block in blocks("docs/tutorials/text.md") if block.file}
+    Path("reviews.csv").write_text(shown["reviews.csv"])
+    written = recipe_text(guess(Path("reviews.csv")), "reviews")
+    assert written in [block.text for block in blocks("docs/tutorials/text.md")]
+
+
+def test_nothing_is_overwritten(tmp_path):
+    path, out = table(tmp_path / "x.csv", {"text": sentence, "label": label}), tmp_path / "x.yaml"
+    out.write_text("mine")
+    result = CliRunner().invoke(app, ["new", str(path), "--out", str(out)])
+    assert "exists; name another file with --out" in str(result.exception)
+    assert out.read_text() == "mine"
+
+
+def test_a_start_for_own_data_is_no_recipe_by_itself():
+    assert not any(name.startswith("base/") for name in loader.shipped())
+    with pytest.raises(LilyError, match="`lily new FILE` writes a recipe that extends it"):
+        loader.load_recipe("base/encoder")
+    with pytest.raises(LilyError, match="did you mean base/encoder"):
+        loader.read(str(_written("extends: base/encodr\n")))
+
+
+def _written(text):
+    path = Path("typo.yaml").resolve()
+    path.write_text(text)
+    return path
