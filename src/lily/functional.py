@@ -206,7 +206,7 @@ def mix(h: Tensor, w: Tensor, B: Tensor) -> Tensor:
     Returns:
         (..., out).
     """
-    E, r, out = B.shape
+    E, _, out = B.shape
     if w.ndim == 1:
         return h @ torch.einsum("e,ero->ro", w, B)
     tokens = h.shape[1:-1].numel()
@@ -217,7 +217,7 @@ def mix(h: Tensor, w: Tensor, B: Tensor) -> Tensor:
 
 
 def mix_expanded(h: Tensor, w: Tensor, B: Tensor) -> Tensor:
-    """`mix` as one matrix product for any w, `concat_e(w_e * h) @ concat_e(B_e)`; no size of an input decides anything."""
+    """`mix` as one matrix product for any w, `concat_e(w_e * h) @ concat_e(B_e)`, whatever the sizes of the inputs."""
     expanded = (w.unsqueeze(-1) * h.unsqueeze(-2)).flatten(-2)  # (..., E * r)
     return expanded @ B.flatten(0, 1)
 

@@ -1,4 +1,4 @@
-"""Runs exported programs in one other process, in which neither this package nor PEFT nor transformers can be imported."""
+"""Runs exported programs in another process, where neither this package nor PEFT nor transformers can be imported."""
 
 from __future__ import annotations
 
@@ -83,7 +83,8 @@ def main() -> None:
         except Exception as error:  # the test shows it
             print(f"{type(error).__name__}: {error}".replace("\n", " "), flush=True)
             continue
-        save_file({str(i): t.contiguous() for i, t in enumerate(outputs)}, Path(program).with_suffix(".outputs.safetensors"))
+        named = {str(i): output.contiguous() for i, output in enumerate(outputs)}
+        save_file(named, Path(program).with_suffix(".outputs.safetensors"))
         print("done", flush=True)
 
 
