@@ -195,8 +195,8 @@ def pool(p: Tensor, routing: str, mask: Tensor | None = None) -> Tensor:
 def mix(h: Tensor, w: Tensor, B: Tensor) -> Tensor:
     """Project up through the weighted experts: sum over e of w_e * (h @ B_e).
 
-    Two exact forms: combine first, `h @ (sum_e w_e B_e)`, if many tokens share one w; expand first,
-    `concat_e(w_e * h) @ concat_e(B_e)`, one matrix product for any w. A B per token is never materialized.
+    Two exact forms: combine first, `h @ (sum_e w_e B_e)`, if many tokens share one w; else `mix_expanded`. A B per
+    token is never materialized.
 
     Args:
         h: (..., r).
@@ -206,15 +206,20 @@ def mix(h: Tensor, w: Tensor, B: Tensor) -> Tensor:
     Returns:
         (..., out).
     """
-    E, r, out = B.shape
+    E, _, out = B.shape
     if w.ndim == 1:
         return h @ torch.einsum("e,ero->ro", w, B)
     tokens = h.shape[1:-1].numel()
     if w.ndim == h.ndim >= 3 and w.shape[1:-1].numel() == 1 and tokens > E:
         combined = torch.einsum("be,ero->bro", w.flatten(0, -2), B)
         return torch.bmm(h.flatten(1, -2), combined).view(*h.shape[:-1], out)  # (batch, tokens, r) @ (batch, r, out)
+    return mix_expanded(h, w, B)
+
+
+def mix_expanded(h: Tensor, w: Tensor, B: Tensor) -> Tensor:
+    """`mix` as one matrix product for any w, `concat_e(w_e * h) @ concat_e(B_e)`, whatever the sizes of the inputs."""
     expanded = (w.unsqueeze(-1) * h.unsqueeze(-2)).flatten(-2)  # (..., E * r)
-    return expanded @ B.reshape(E * r, out)
+    return expanded @ B.flatten(0, 1)
 
 
 def lily(

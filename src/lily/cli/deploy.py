@@ -25,7 +25,7 @@ READERS = ("peft", "vllm", "diffusers")  # GGUF is a separate kind
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Options of each kind.
 OPTIONS: dict[str, tuple[str, ...]] = {
-    "lora": ("--for", "--rank", "--tolerance", "--force", "--dtype", "--reduce-intruders"),
+    "lora": ("--for", "--rank", "--tolerance", "--force", "--dtype", "--reduce-intruders", "--experts"),
     "merged": ("--dtype",),
     "stock": (),
     "gguf": ("--reduce-intruders",),
@@ -130,6 +130,9 @@ def export_command(
         Option("--mitigation-lambda", help="Factor on intruders: 1 keeps, 0 removes them. Default: 0.75."),
     ] = None,
     dtype: Annotated[str, Option(help="Data type: auto, float32, bfloat16 or float16.")] = "auto",
+    experts: Annotated[
+        str, Option(help="With lora: stacked experts as peft, or shared, as SGLang and vLLM read them.")
+    ] = "peft",
     base: Annotated[str | None, Option(help="Folder of the base model, if it has moved.")] = None,
     recipe: RecipeOption = None,
     overwrite: Overwrite = False,
@@ -138,7 +141,8 @@ def export_command(
     if to not in KINDS:
         raise LilyError(f"--to {to}: choose one of {', '.join(KINDS)}")
     options = {"--for": target != "peft", "--rank": rank is not None, "--tolerance": tolerance is not None,
-             "--force": force, "--dtype": dtype != "auto", "--reduce-intruders": reduce_intruders}  # fmt: skip
+             "--force": force, "--dtype": dtype != "auto", "--reduce-intruders": reduce_intruders,
+             "--experts": experts != "peft"}  # fmt: skip
     values = {"top_k": top_k, "threshold_epsilon": threshold_epsilon, "mitigation_lambda": mitigation_lambda}
     mitigation: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
     if mitigation and not reduce_intruders:
@@ -177,6 +181,7 @@ def export_command(
             tolerance=export.TOLERANCE if tolerance is None else tolerance,
             force=force,
             dtype=None if dtype == "auto" else getattr(torch, dtype),
+            experts=experts,
             provenance=facts,
         )
         _print_lora(lora, model, rank, console)

@@ -54,6 +54,8 @@ def reduce_intruder_dimension(
         LilyError: for an invalid parameter, an export of another model, no linear layer, or base weights that are
             quantized, merged or not loaded.
     """
+    if export.experts == "shared":
+        raise LilyError("experts='shared' keeps matrices of a mixture together, which this takes apart; leave it out")
     if top_k < 1 or not 0 <= threshold_epsilon <= 1 or not 0 <= mitigation_lambda <= 1:
         raise LilyError(
             f"top_k={top_k}, threshold_epsilon={threshold_epsilon:g}, mitigation_lambda={mitigation_lambda:g} are not "

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from lily.checkpoint.format import PREFIX
 from lily.deploy.extra_tensors import other_entries, saved_modules
 from lily.deploy.provenance import origin
-from lily.deploy.readers import TARGETS, Target, check_readable, padded_rank
+from lily.deploy.readers import TARGETS, Target, check_readable, padded_rank, server_of_experts
+from lily.deploy.shared_experts import MODULES, shared_outer
 from lily.errors import LilyError
 from lily.layers.merging import Factors
 from lily.layers.part import NESTED
@@ -66,6 +67,7 @@ class LoraExport:
         other: biases and modules saved whole, by their names in the file.
         provenance: see `lily.deploy.provenance.origin`.
         component: the adapted part of a diffusers pipeline, such as `unet`; None for any other model.
+        experts: `peft`, or `shared`: see `as_lora`.
     """
 
     layers: dict[str, Layer]
@@ -75,6 +77,7 @@ class LoraExport:
     other: dict[str, Tensor]
     provenance: dict[str, Any]
     component: str | None = None
+    experts: str = "peft"
 
     @property
     def size(self) -> int:
@@ -130,6 +133,7 @@ def as_lora(
     tolerance: float = TOLERANCE,
     force: bool = False,
     dtype: torch.dtype | None = None,
+    experts: str = "peft",
     provenance: Mapping[str, Any] | None = None,
 ) -> LoraExport:
     """Convert a static adapter to a LoRA.
@@ -144,6 +148,8 @@ def as_lora(
         force: truncate even if more is discarded.
         dtype: dtype of the tensors; default: the adapter's, or float32 instead of half precision, which cannot hold
             mixed experts exactly.
+        experts: how stacked experts of a mixture are written: `peft`, or `shared`, as SGLang and vLLM read them, with
+            the outer matrices once for all experts; see `lily.deploy.shared_experts`.
         provenance: further facts to store with it.
 
     Raises:
@@ -153,8 +159,15 @@ def as_lora(
     wanted = TARGETS.get(target)
     if wanted is None:
         raise LilyError(f"no export target {target!r}; choose one of {', '.join(TARGETS)}")
+    if experts not in ("peft", "shared"):
+        raise LilyError(f"experts={experts!r} is not known; choose peft or shared")
+    shared = experts == "shared"
+    if shared:
+        wanted = server_of_experts(target, wanted)
+        if rank is not None:
+            raise LilyError(f"rank={rank} gives each expert matrices of its own; leave out rank, or experts='shared'")
     with plain_names(model) as inner:
-        return _as_lora(inner, find(inner, adapter), wanted, target, rank, tolerance, force, dtype, provenance)
+        return _as_lora(inner, find(inner, adapter), wanted, target, rank, tolerance, force, dtype, shared, provenance)
 
 
 def _as_lora(
@@ -166,11 +179,14 @@ def _as_lora(
     tolerance: float,
     force: bool,
     dtype: torch.dtype | None,
+    shared: bool,
     provenance: Mapping[str, Any] | None,
 ) -> LoraExport:
     other = other_entries(model, adapted)
     check_readable(target, wanted, adapted, other)
     factors, groups = _joined(adapted)
+    if shared:
+        factors, groups = shared_outer(adapted, factors, groups)
     own = max(f.A.shape[-2] for f in factors.values())
     if rank is not None and not 1 <= rank <= own:
         raise LilyError(
@@ -192,6 +208,9 @@ def _as_lora(
         for name, layer in layers.items()
     }
     config = _lora_config(adapted, layers, rank_to)
+    if shared:
+        config.target_modules = {*(config.target_modules or ()), *MODULES}
+        config.target_parameters = None
     rounded = dtype is not None and any(torch.promote_types(f.B.dtype, dtype) != dtype for f in factors.values())
     exact = not rounded and all(layer.energy == 1 for layer in layers.values())
     facts = origin(adapted, "export", provenance) | {
@@ -200,7 +219,10 @@ def _as_lora(
     }  # fmt: skip
     if rank is not None and rank < own:
         facts["energies"] = {name: layer.energy for name, layer in layers.items()}
-    return LoraExport(layers, groups, rank_to, config, other, facts, _component(adapted.root))
+    if shared:
+        facts["experts"] = "shared"
+    how = "shared" if shared else "peft"
+    return LoraExport(layers, groups, rank_to, config, other, facts, _component(adapted.root), how)
 
 
 def _joined(adapted: Adapted) -> tuple[dict[str, Factors], dict[str, Group]]:

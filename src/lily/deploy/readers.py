@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -36,6 +36,17 @@ TARGETS = {
     "llama.cpp": Target(uniform=True, modules_to_save=False, biases=False),
     "diffusers": Target(uniform=True, modules_to_save=False, biases=False, kinds=(LINEAR, CONV2D)),
 }
+
+
+def server_of_experts(target: str, wanted: Target) -> Target:
+    """What a server requires that reads stacked experts with shared outer matrices.
+
+    Raises:
+        LilyError: if `target` is no such server.
+    """
+    if target not in ("peft", "vllm"):
+        raise LilyError(f"{target} reads no stacked experts; leave out experts='shared'")
+    return replace(TARGETS["vllm"], ranks=wanted.ranks, kinds=(LINEAR, EXPERTS))
 
 
 def check_readable(target: str, wanted: Target, adapted: Adapted, other: Mapping[str, Tensor]) -> None:

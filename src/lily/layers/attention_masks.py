@@ -24,7 +24,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from transformers import PreTrainedModel
+
+from lily.layers.traced import exporting
 
 Address = tuple[int, torch.Size]
 UNCHANGED = (torch.jit.ScriptModule, torch.fx.GraphModule, FSDPModule)
@@ -38,17 +41,21 @@ class Scope:
         own: (batch, tokens) of the model's input sequence; None: all its tokens count.
         other: (batch, tokens) of the sequence that it attends to (cross-attention).
         other_address: memory address of that sequence's hidden states, to recognize layers that read them.
+        other_states: these hidden states where they have no address because the model is being exported.
         model: the model.
     """
 
     own: Tensor | None
     other: Tensor | None = None
     other_address: Address | None = None
+    other_states: Tensor | None = None
     model: nn.Module | None = None
 
     def fit(self, x: Tensor) -> Tensor | None:
         """The mask for a layer's input `x`, or None where all tokens count."""
         if self.other_address is not None and _address(x) == self.other_address:
+            return self.other
+        if self.other_states is not None and x is self.other_states:
             return self.other
         return self.own if self.own is not None and fits(self.own, x) else None
 
@@ -57,6 +64,9 @@ def fits(mask: Tensor, x: Tensor) -> bool:
     """Whether `x` is (batch, tokens, ..., in) or (batch * tokens, in) with the (batch, tokens) of the mask."""
     if x.ndim >= 3:
         return x.shape[:2] == mask.shape
+    if exporting() and not torch.jit.is_tracing():
+        # What was false of the example would become a condition on every later input.
+        return x.ndim == 2 and statically_known_true(x.shape[0] == mask.numel())
     return x.ndim == 2 and x.shape[0] == mask.numel() and x.shape[0] != mask.shape[0]
 
 
@@ -115,7 +125,8 @@ class ModelHooks:
             own = scopes[-1].own if scopes else None
         other, states = arguments.get("encoder_attention_mask"), arguments.get("encoder_hidden_states")
         address = _address(states) if isinstance(states, Tensor) else None
-        scopes.append(Scope(own, other if _readable(other) else None, address, module))
+        held = states if isinstance(states, Tensor) and address is None and exporting() else None
+        scopes.append(Scope(own, other if _readable(other) else None, address, held, module))
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """Close the scope, also after a forward that raised, and restore it in backward."""
@@ -123,7 +134,7 @@ class ModelHooks:
         if not tracker.scopes:
             return
         scope = tracker.scopes.pop()
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or exporting():
             return
 
         def reopen(_: Tensor) -> None:

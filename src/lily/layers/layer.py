@@ -25,6 +25,7 @@ from lily.layers.router import Logits, LogitsByAdapter, Router
 from lily.layers.routing_statistics import RoutingStatistics
 from lily.layers.scales import ScaleMixin
 from lily.layers.sharding import is_here
+from lily.layers.traced import exporting
 from lily.plan.config import LilyConfig
 from lily.plan.options import DYNAMIC
 from lily.plan.sharing_plan import Group, Slot
@@ -241,7 +242,9 @@ class LilyLayer(MixingMixin, OwnMixin, ScaleMixin, MergingMixin):
         """
         settings, (A, B) = self.settings[adapter], self.tensors_of(adapter, x.device)
         h = functional.hidden(self._down(x, A), settings.activation, settings.dropout, self.training)
-        return self._out(settings.scaling * functional.mix(h, self._weights(adapter, h, x), B), x)
+        w = self._weights(adapter, h, x)
+        mix = functional.mix_expanded if w.ndim > 1 and exporting() else functional.mix
+        return self._out(settings.scaling * mix(h, w, B), x)
 
     def _down(self, x: Tensor, A: Tensor) -> Tensor:
         """The input projected by A, before the activation: (..., r), where the leading dimensions are tokens."""
@@ -268,6 +271,8 @@ class LilyLayer(MixingMixin, OwnMixin, ScaleMixin, MergingMixin):
 
     def _fast(self, adapter: str, x: Tensor) -> fused.Update | None:
         """The adapter's update for `fused`, or None where only the reference can compute it."""
+        if exporting():
+            return None
         bank, settings, router = self._bank[0], self.settings[adapter], self.router_of(adapter, x.device)
         routing = settings.routing
         settled = bank.settled.get(adapter) if router is not None else None

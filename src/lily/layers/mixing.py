@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lily import functional
 from lily.layers.devices import onload
 from lily.layers.sharding import mean_of_all
+from lily.layers.traced import exporting
 
 
 class MixingMixin(nn.Module):
@@ -78,7 +79,7 @@ class MixingMixin(nn.Module):
         """The mixing weights of a forward: (E,), (batch, 1, E) or (..., E)."""
         settings, router = self.settings[adapter], self.router_of(adapter, h.device)
         experts, routing = settings.num_B, settings.routing
-        statistics = self.statistics.get(adapter)
+        statistics = None if exporting() else self.statistics.get(adapter)
         settled = self.bank.settled.get(adapter) if experts > 1 else None
         mask = self._mask(x, h) if routing == "sequence" or statistics is not None else None
         if settled is not None:

@@ -15,6 +15,7 @@ from lily import functional
 from lily.layers.bank import first_values
 from lily.layers.devices import onload
 from lily.layers.router import LayerTensor
+from lily.layers.traced import exporting
 from lily.plan.config import LilyConfig
 from lily.plan.sharing_plan import Group, Slot
 from lily.plan.specs import EXPERTS
@@ -38,12 +39,15 @@ class Distinction:
 
     def on(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
         """The rows and signs on a device."""
-        if device not in self._copies:
-            self._copies[device] = (
-                None if self.rows is None else self.rows.to(device),
-                None if self.signs is None else self.signs.to(device),
-            )
-        return self._copies[device]
+        if device in self._copies:
+            return self._copies[device]
+        copies = (
+            None if self.rows is None else self.rows.to(device),
+            None if self.signs is None else self.signs.to(device),
+        )
+        if not exporting():  # those of a trace have no values
+            self._copies[device] = copies
+        return copies
 
     def apply(self, A: Tensor, gain: Tensor | None) -> Tensor:
         """The rows of A as the layer sees them: see `functional.layer_A`."""

@@ -74,6 +74,19 @@ class Parameter(PartLayer):
             A, B = functional.with_own(A, B, *(t.view(self.experts, -1, t.shape[1]) for t in own))
         return A, B
 
+    def shared_A(self, adapter: str) -> tuple[Tensor, Tensor | None]:
+        """Of stacked experts that share one A: that A (r, in), and what makes each expert's of it, (experts, r, r).
+
+        The second multiplies from the left; None: all experts have the shared A itself.
+        """
+        settings = self.settings[adapter]
+        A = self.bank.pair(adapter, settings.slot)[0].detach()
+        if settings.distinction is None:
+            return A, None
+        coordinates = torch.eye(settings.r, device=A.device, dtype=A.dtype)
+        changes = settings.distinction.apply(coordinates, self._own(adapter, "lily_gain", A.device))
+        return A, changes.detach().view(self.experts, settings.r, settings.r)
+
     def inputs_of_A(self, x: Tensor) -> Tensor | None:
         """None: what the module multiplies its parameter with is not visible here."""
         return None
