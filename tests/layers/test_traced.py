@@ -137,7 +137,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     **{r: (lambda r=r: every_kind(of_every_kind(r))) for r in ROUTINGS},
 }
 # Seconds each. What finds out which routing fails is slow, and so is ONNX of more than two layers.
-FAST = [("LoRA", "pt2"), ("LoRA", "ts"), ("every routing", "pt2"), ("every routing", "ts"), ("a sequence", "onnx")]
+FAST = [("LoRA", "ts"), ("every routing", "pt2"), ("every routing", "ts"), ("a sequence", "onnx")]
 CASES = [
     pytest.param(model, kind, marks=[needs_onnx] * (kind == "onnx") + [pytest.mark.slow] * ((model, kind) not in FAST))
     for model in MODELS
@@ -184,12 +184,13 @@ OF = {
 slow = pytest.mark.slow
 
 
+QUICK = ("llama", "Lily", "pt2")
 BASES = [
     pytest.param(
         base,
         method,
         kind,
-        marks=[needs_onnx] * (kind == "onnx") + [slow] * (kind == "onnx" or (kind, method) == ("pt2", "LoRA")),
+        marks=[needs_onnx] * (kind == "onnx") + [slow] * (kind != "ts" and (base, method, kind) != QUICK),
     )
     for base in TARGETS
     for method in OF
@@ -240,7 +241,7 @@ class Crossed(nn.Module):
         return self.own(x) + self.other(encoder_hidden_states).sum(1, keepdim=True)
 
 
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=slow)])
 def test_a_layer_that_reads_another_sequence_has_the_mask_of_that(strict):
     torch.manual_seed(0)
     config = lily.LilyConfig(r=3, num_A=1, num_B=2, routing="sequence", target_modules=["own", "other"])
