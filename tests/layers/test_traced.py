@@ -22,7 +22,6 @@ from lily.layers.traced import exporting
 
 ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
 needs_onnx = pytest.mark.skipif(not ONNX, reason="needs the packages onnx, onnxscript and onnxruntime")
-FORMATS = ["pt2", "ts", pytest.param("onnx", marks=needs_onnx)]
 
 # Everything that can have a dynamic routing; `parameter` and `experts` are static.
 DYNAMIC = {
@@ -65,9 +64,13 @@ def call(batch: int, tokens: int, *lengths: int) -> tuple[Tensor, Tensor]:
     return ids, (torch.arange(tokens) < torch.tensor(lengths).unsqueeze(1)).long()
 
 
-EXAMPLE = call(2, 5, 5, 3)
+def example() -> tuple[Tensor, Tensor]:
+    """New tensors for each export, which marks the sizes of those that it is given."""
+    return call(2, 5, 5, 3)
+
+
 # The same shape with another mask; more and fewer rows and tokens; one row; one token.
-CALLS = [EXAMPLE, call(2, 5, 2, 5), call(4, 9, 9, 1, 4, 8), call(1, 3, 2), call(3, 1, 1, 1, 1)]
+CALLS = [example(), call(2, 5, 2, 5), call(4, 9, 9, 1, 4, 8), call(1, 3, 2), call(3, 1, 1, 1, 1)]
 
 
 def write(program: nn.Module, kind: str, folder: Path, strict: bool = False) -> Path:
@@ -75,11 +78,11 @@ def write(program: nn.Module, kind: str, folder: Path, strict: bool = False) -> 
     path = folder / f"program.{kind}"
     shapes = ({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},) * 2
     if kind == "ts":
-        torch.jit.trace(program, EXAMPLE, check_trace=False).save(path)
+        torch.jit.trace(program, example(), check_trace=False).save(path)
     elif kind == "onnx":
-        torch.onnx.export(program, EXAMPLE, path, dynamo=True, dynamic_shapes=shapes, verbose=False)
+        torch.onnx.export(program, example(), path, dynamo=True, dynamic_shapes=shapes, verbose=False)
     else:
-        exported = torch.export.export(program, EXAMPLE, dynamic_shapes=shapes, strict=strict)
+        exported = torch.export.export(program, example(), dynamic_shapes=shapes, strict=strict)
         torch.export.save(exported, path)
     return path
 
@@ -106,6 +109,10 @@ def of_every_kind(routing: str) -> lily.LilyConfig:
     return lily.LilyConfig(r=3, num_A=1, num_B=2, routing=routing, gain="ones", own_r=1, **kinds)
 
 
+def of_a_sequence(*targets: str) -> lily.LilyConfig:
+    return lily.LilyConfig(r=3, num_A=1, num_B=2, routing="sequence", target_modules=list(targets))
+
+
 def of_lora() -> LoraConfig:
     return LoraConfig(r=3, target_modules=["linear", "conv", "embed"], init_lora_weights=False)
 
@@ -126,28 +133,32 @@ ROUTINGS = ["token", "sequence", "batch", "static", "uniform"]
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "LoRA": lambda: every_kind(of_lora()),
     "every routing": of_every_routing,
+    "a sequence": lambda: every_kind(of_a_sequence("linear", "embed")),
     **{r: (lambda r=r: every_kind(of_every_kind(r))) for r in ROUTINGS},
 }
-# What finds out which routing fails is slow.
-WHICH = [pytest.param(name, marks=[pytest.mark.slow] if name in ROUTINGS else []) for name in MODELS]
+# Seconds each. What finds out which routing fails is slow, and so is ONNX of more than two layers.
+FAST = [("LoRA", "ts"), ("every routing", "pt2"), ("every routing", "ts"), ("a sequence", "onnx")]
+CASES = [
+    pytest.param(model, kind, marks=[needs_onnx] * (kind == "onnx") + [pytest.mark.slow] * ((model, kind) not in FAST))
+    for model in MODELS
+    for kind in ("pt2", "ts", "onnx")
+]
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-@pytest.mark.parametrize("model", WHICH)
+@pytest.mark.parametrize(("model", "kind"), CASES)
 def test_a_program_gives_the_models_outputs_for_other_sizes_and_masks_where_the_package_is_not(
-    kind, model, tmp_path, elsewhere
+    model, kind, tmp_path, elsewhere
 ):
     compare(Program(MODELS[model]()), kind, tmp_path, elsewhere)
 
 
 def test_the_mask_is_an_input_of_the_program(tmp_path, elsewhere):
-    ids, mask = EXAMPLE
-    config = lily.LilyConfig(r=3, num_A=1, num_B=2, routing="sequence", target_modules=["linear"])
-    program = Program(every_kind(config))
+    ids, mask = example()
+    program = Program(every_kind(of_a_sequence("linear")))
     path = write(program, "pt2", tmp_path)
     padded = torch.cat((ids, ids), 1), torch.cat((mask, torch.zeros_like(mask)), 1)
     nothing = ids, torch.ones_like(mask)
-    own, longer, unmasked = elsewhere.outputs(path, [EXAMPLE, padded, nothing])
+    own, longer, unmasked = elsewhere.outputs(path, [(ids, mask), padded, nothing])
     with torch.no_grad():
         torch.testing.assert_close(longer, program(*padded), atol=2e-5, rtol=1e-4)
     assert not torch.allclose(own[1], unmasked[1], atol=1e-3)
@@ -166,35 +177,41 @@ def tiny(kind: str, config: object) -> nn.Module:
 TARGETS = {"bert": ["query", "output.dense"], "llama": ["q_proj", "down_proj"]}
 OF = {
     "LoRA": lambda targets: LoraConfig(r=3, target_modules=targets, init_lora_weights=False),
-    "Lily": lambda targets: lily.LilyConfig(r=3, num_A=1, num_B=2, routing="sequence", target_modules=targets),
+    "Lily": lambda targets: of_a_sequence(*targets),
 }
 
 
 slow = pytest.mark.slow
 
 
-@pytest.mark.parametrize(
-    ("base", "method", "kind"),
-    [
-        ("bert", "Lily", "pt2"),
-        ("llama", "Lily", "pt2"),
-        pytest.param("bert", "Lily", "onnx", marks=needs_onnx),
-        pytest.param("llama", "Lily", "onnx", marks=[needs_onnx, slow]),
-        *[pytest.param(base, "LoRA", "pt2", marks=slow) for base in TARGETS],
-        *[pytest.param(base, "LoRA", "onnx", marks=[needs_onnx, slow]) for base in TARGETS],
-        *[(base, method, "ts") for base in TARGETS for method in OF],
-    ],
-)
+QUICK = ("llama", "Lily", "pt2")
+BASES = [
+    pytest.param(
+        base,
+        method,
+        kind,
+        marks=[needs_onnx] * (kind == "onnx") + [slow] * (kind != "ts" and (base, method, kind) != QUICK),
+    )
+    for base in TARGETS
+    for method in OF
+    for kind in ("pt2", "ts", "onnx")
+]
+
+
+@pytest.mark.parametrize(("base", "method", "kind"), BASES)
 def test_models_of_transformers_are_exported_as_with_lora(base, method, kind, tmp_path, elsewhere):
     compare(Program(tiny(base, OF[method](TARGETS[base]))), kind, tmp_path, elsewhere)
 
 
+@slow
 def test_a_strict_export_is_the_same(tmp_path, elsewhere):
-    config = lily.LilyConfig(r=3, num_A=1, num_B=2, routing="sequence", target_modules=["linear", "embed"])
-    compare(Program(every_kind(config)), "pt2", tmp_path, elsewhere, strict=True)
+    compare(Program(every_kind(of_a_sequence("linear", "embed"))), "pt2", tmp_path, elsewhere, strict=True)
 
 
-@pytest.mark.parametrize("state", ["the first of two", "the second of two", "both", "merged", "switched off"])
+STATES = ["the first of two", "the second of two", "switched off"]
+
+
+@pytest.mark.parametrize("state", ["both", "merged", *(pytest.param(state, marks=slow) for state in STATES)])
 def test_a_program_has_the_adapters_that_act(state, tmp_path, elsewhere):
     kinds = {"target_modules": ["linear", "embed"], "target_parameters": ["own.up"]}
     model = every_kind(lily.LilyConfig(r=3, num_A=1, num_B=2, routing="static", **kinds))
@@ -224,18 +241,19 @@ class Crossed(nn.Module):
         return self.own(x) + self.other(encoder_hidden_states).sum(1, keepdim=True)
 
 
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=slow)])
 def test_a_layer_that_reads_another_sequence_has_the_mask_of_that(strict):
     torch.manual_seed(0)
     config = lily.LilyConfig(r=3, num_A=1, num_B=2, routing="sequence", target_modules=["own", "other"])
     model = randomise(get_peft_model(Crossed(), config)).eval().base_model.model
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
-    example = torch.randn(2, 4, WIDTH), mask, torch.randn(2, 4, WIDTH), torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]])
     # Of the same sizes: their shapes do not say which mask belongs to which sequence.
+    first = torch.randn(2, 4, WIDTH), mask, torch.randn(2, 4, WIDTH), torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]])
     shapes = ({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},) * 4
-    program = torch.export.export(model, example, dynamic_shapes=shapes, strict=strict).module()
-    other = torch.randn(3, 6, WIDTH), torch.ones(3, 6), torch.randn(3, 6, WIDTH), torch.eye(3, 6)
-    for one in (example, other):
+    program = torch.export.export(model, first, dynamic_shapes=shapes, strict=strict).module()
+    ones = torch.ones(3, 6, dtype=torch.long)
+    other = torch.randn(3, 6, WIDTH), ones, torch.randn(3, 6, WIDTH), ones.tril()
+    for one in (first, other):
         with torch.no_grad():
             torch.testing.assert_close(program(*one), model(*one))
 
@@ -252,23 +270,22 @@ def test_rows_with_different_adapters_are_for_one_number_of_rows():
         def forward(self, ids: Tensor) -> Tensor:
             return self.model(input_ids=ids, adapter_names=["default", "__base__"])
 
-    ids = EXAMPLE[0]
+    ids = example()[0]
     program = torch.export.export(Rows(), (ids,), dynamic_shapes=({1: Dim.DYNAMIC},)).module()
     with torch.no_grad():
         torch.testing.assert_close(program(ids[:, :3]), Rows()(ids[:, :3]))
     with pytest.raises(Exception, match=r"specialized|constant"):
-        torch.export.export(Rows(), (ids,), dynamic_shapes=({0: Dim.DYNAMIC},))
+        torch.export.export(Rows(), (ids.clone(),), dynamic_shapes=({0: Dim.DYNAMIC},))
 
 
 def test_an_export_leaves_nothing_behind():
-    config = lily.LilyConfig(r=3, num_A=1, num_B=2, routing="sequence", target_modules=["linear"])
-    program = Program(every_kind(config))
+    program = Program(every_kind(of_a_sequence("linear")))
     with torch.no_grad():
-        before = program(*EXAMPLE)
-        torch.export.export(program, EXAMPLE)
-        torch.jit.trace(program, EXAMPLE, check_trace=False)
-        assert torch.equal(program(*EXAMPLE), before)
-    program(*EXAMPLE).sum().backward()
+        before = program(*example())
+        torch.export.export(program, example())
+        torch.jit.trace(program, example(), check_trace=False)
+        assert torch.equal(program(*example()), before)
+    program(*example()).sum().backward()
     assert not exporting()
 
 

@@ -26,7 +26,7 @@ class Runner:
 
     def outputs(self, program: Path, calls: list[tuple[torch.Tensor, ...]]) -> list[torch.Tensor]:
         """What the program returns for each call's arguments."""
-        stored = {f"{i}.{k}": tensor for i, call in enumerate(calls) for k, tensor in enumerate(call)}
+        stored = {f"{i}.{k}": tensor.clone() for i, call in enumerate(calls) for k, tensor in enumerate(call)}
         save_file(stored, inputs := program.with_suffix(".inputs.safetensors"))
         assert self.process.stdin is not None
         assert self.process.stdout is not None
