@@ -7,7 +7,7 @@ of the same rank. It is approximated only at a smaller rank.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import _find_minimal_target_modules
 from torch import Tensor, nn
 
 from lily.checkpoint.format import PREFIX
+from lily.deploy.attention import as_pairs, attention_of, names_in_file
 from lily.deploy.extra_tensors import other_entries, saved_modules
 from lily.deploy.provenance import origin
 from lily.deploy.readers import TARGETS, Target, check_readable, padded_rank
@@ -24,7 +25,7 @@ from lily.layers.merging import Factors
 from lily.layers.part import NESTED
 from lily.plan.select import select_parameters
 from lily.plan.sharing_plan import Group
-from lily.plan.specs import CONV2D, EMBEDDING, EXPERTS, PARAMETERS, SLICE, layer_spec
+from lily.plan.specs import CONVOLUTIONS, EMBEDDING, EXPERTS, PARAMETERS, SLICE, layer_spec
 from lily.plan.wrappers import plain_names
 from lily.tuner.adapter import Adapted, find
 
@@ -38,7 +39,7 @@ class Layer:
 
     Attributes:
         A: (rank, in), or (experts, rank, in).
-        B: (out, rank), or (experts, out, rank).
+        B: (out, rank), or (experts, out, rank). A and B of a convolution with groups are block diagonal.
         scale: factor that the reader applies, alpha / rank.
         energy: kept share of the update's squared norm (for stacked experts, the smallest); 1: exact.
     """
@@ -66,6 +67,7 @@ class LoraExport:
         other: biases and modules saved whole, by their names in the file.
         provenance: see `lily.deploy.provenance.origin`.
         component: the adapted part of a diffusers pipeline, such as `unet`; None for any other model.
+        names: name -> the layer's name in the file, where that is another one.
     """
 
     layers: dict[str, Layer]
@@ -75,6 +77,7 @@ class LoraExport:
     other: dict[str, Tensor]
     provenance: dict[str, Any]
     component: str | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -92,7 +95,8 @@ class LoraExport:
         out = dict(self.other)
         for name, layer in self.layers.items():
             for key, tensor in lora_entries(name, layer, self.groups).items():
-                out[f"{PREFIX}{key}"] = tensor.contiguous()
+                written = self.names[name] + key.removeprefix(name) if name in self.names else key
+                out[f"{PREFIX}{written}"] = tensor.contiguous()
         return out
 
 
@@ -108,8 +112,11 @@ def lora_entries(name: str, layer: Layer, groups: Mapping[str, Group]) -> dict[s
             outermost.
     """
     group, A, B = groups[name], layer.A, layer.B
-    if group.kind == CONV2D:
-        A, B = A.view(-1, *group.shape[1:]), B.view(*B.shape, 1, 1)
+    if group.kind in CONVOLUTIONS:
+        ones, g = (1,) * len(group.kernel), group.conv_groups
+        A = A.view(A.shape[0], -1, *group.kernel)  # the channels of all groups
+        B = torch.unflatten(torch.unflatten(B, 0, (g, -1)), 2, (g, -1)).diagonal(0, 0, 2).movedim(-1, 0)
+        B = B.flatten(0, 1).view(group.out_features, -1, *ones)  # of (groups, out / groups, rank / groups)
     elif group.kind == EMBEDDING:
         return {f"{name}.lora_embedding_A": A, f"{name}.lora_embedding_B": B}
     elif group.kind in PARAMETERS:
@@ -171,13 +178,19 @@ def _as_lora(
     other = other_entries(model, adapted)
     check_readable(target, wanted, adapted, other)
     factors, groups = _joined(adapted)
-    own = max(f.A.shape[-2] for f in factors.values())
+    own = max(f.A.shape[-2] * groups[name].conv_groups for name, f in factors.items())
     if rank is not None and not 1 <= rank <= own:
         raise LilyError(
             f"rank={rank} is not valid: the adapter has {own}; give a positive integer up to that, or omit rank for "
             "an exact export"
         )
-    layers = {name: _cut(f, rank) for name, f in factors.items()}
+    for name, group in groups.items():
+        if rank is not None and rank % group.conv_groups:
+            raise LilyError(
+                f"rank={rank} is not valid: {name} is a convolution with groups={group.conv_groups}, and LoRA's rank "
+                "must be a multiple of that"
+            )
+    layers = {name: _cut(f, rank, groups[name].conv_groups) for name, f in factors.items()}
     poor = {n: layer.energy for n, layer in layers.items() if 1 - layer.energy > tolerance}
     if poor and not force:
         worst = min(poor, key=poor.__getitem__)
@@ -191,7 +204,10 @@ def _as_lora(
         name: _finished(layer, rank_to if wanted.uniform or wanted.ranks else layer.rank, dtype, wanted.uniform)
         for name, layer in layers.items()
     }
-    config = _lora_config(adapted, layers, rank_to)
+    names = names_in_file(layers, adapted.root)
+    layers, missing = as_pairs(layers, names, adapted.root, lambda layer, rank: _finished(layer, rank, None, True))
+    other |= missing
+    config = _lora_config(adapted, layers, names, rank_to)
     rounded = dtype is not None and any(torch.promote_types(f.B.dtype, dtype) != dtype for f in factors.values())
     exact = not rounded and all(layer.energy == 1 for layer in layers.values())
     facts = origin(adapted, "export", provenance) | {
@@ -200,7 +216,7 @@ def _as_lora(
     }  # fmt: skip
     if rank is not None and rank < own:
         facts["energies"] = {name: layer.energy for name, layer in layers.items()}
-    return LoraExport(layers, groups, rank_to, config, other, facts, _component(adapted.root))
+    return LoraExport(layers, groups, rank_to, config, other, facts, _component(adapted.root), names)
 
 
 def _joined(adapted: Adapted) -> tuple[dict[str, Factors], dict[str, Group]]:
@@ -233,14 +249,18 @@ def _joined(adapted: Adapted) -> tuple[dict[str, Factors], dict[str, Group]]:
     return factors, groups
 
 
-def _cut(f: Factors, rank: int | None) -> Layer:
+def _cut(f: Factors, rank: int | None, conv_groups: int = 1) -> Layer:
     """A layer's update, exact or at a smaller rank by a truncated SVD of its two thin factors."""
+    if conv_groups > 1:
+        each = _cut(f, None if rank is None else rank // conv_groups)
+        A, B = (torch.block_diag(*t) for t in (each.A, each.B))  # type: ignore[no-untyped-call]
+        return replace(each, A=A, B=B)
     r = f.A.shape[-2]
     if rank is None or rank >= r:
         return Layer(f.A, f.B.mT, f.scaling)
     q_in, r_in = torch.linalg.qr(f.A.mT.double())  # (..., in, r)
     q_out, r_out = torch.linalg.qr(f.B.mT.double())  # (..., out, r)
-    u, s, v = torch.linalg.svd(r_out @ r_in.mT)
+    u, s, v = torch.linalg.svd(r_out @ r_in.mT, full_matrices=False)
     total, kept = s.square().sum(-1), s[..., :rank].square().sum(-1)
     energy = float(torch.where(total > 0, kept / total, 1.0).min())
     root = s[..., :rank].sqrt()
@@ -259,15 +279,15 @@ def _finished(layer: Layer, rank: int, dtype: torch.dtype | None, uniform: bool)
     return Layer(A.to("cpu", dtype), B.to("cpu", dtype), scale, layer.energy)
 
 
-def _lora_config(adapted: Adapted, layers: Mapping[str, Layer], rank: int) -> LoraConfig:
+def _lora_config(adapted: Adapted, layers: Mapping[str, Layer], names: Mapping[str, str], rank: int) -> LoraConfig:
     config = adapted.config
-    ranks = {name: layer.rank for name, layer in layers.items()}
-    alphas = {name: round(layer.scale * ranks[name]) for name, layer in layers.items()}
+    ranks = {attention_of(name, names): layer.rank for name, layer in layers.items()}
+    alphas = {attention_of(name, names): round(layer.scale * layer.rank) for name, layer in layers.items()}
     alpha = alphas[next(n for n, r in ranks.items() if r == rank)]
     return LoraConfig(
         r=rank,
         lora_alpha=alpha,
-        target_modules=_target_modules(adapted),
+        target_modules=_target_modules(adapted, names),
         target_parameters=_target_parameters(adapted),
         rank_pattern={n: r for n, r in ranks.items() if r != rank},
         alpha_pattern={n: a for n, a in alphas.items() if a != alpha},
@@ -283,10 +303,10 @@ def _lora_config(adapted: Adapted, layers: Mapping[str, Layer], rank: int) -> Lo
     )
 
 
-def _target_modules(adapted: Adapted) -> list[str]:
+def _target_modules(adapted: Adapted, names: Mapping[str, str]) -> list[str]:
     """The shortest names that match these layers and no others."""
     specs = [spec for group in adapted.plan.groups for spec in group.specs if group.kind not in PARAMETERS]
-    layers = list(dict.fromkeys(spec.path for spec in specs))
+    layers = list(dict.fromkeys(attention_of(spec.path, names) for spec in specs))
     if not layers:
         return []
     inside = tuple(f"{name}." for name in layers)

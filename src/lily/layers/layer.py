@@ -97,6 +97,11 @@ class LilyLayer(MixingMixin, OwnMixin, ScaleMixin, MergingMixin):
         self._active_adapter: str | list[str] = []
 
     @property
+    def conv_groups(self) -> int:
+        """Groups of a convolution, among which the ranks are divided."""
+        return 1
+
+    @property
     def bank(self) -> LilyBank:
         """The shared tensors."""
         return self._bank[0]
@@ -191,6 +196,8 @@ class LilyLayer(MixingMixin, OwnMixin, ScaleMixin, MergingMixin):
     def tensors_of(self, adapter: str, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (experts, r, out), where the bank has them now, or on a device.
 
+        Of a convolution with groups, B is (experts, r / groups, out).
+
         Raises:
             LilyError: if a sharding engine holds them in parts that have not been gathered.
         """
@@ -241,7 +248,7 @@ class LilyLayer(MixingMixin, OwnMixin, ScaleMixin, MergingMixin):
         """
         settings, (A, B) = self.settings[adapter], self.tensors_of(adapter, x.device)
         h = functional.hidden(self._down(x, A), settings.activation, settings.dropout, self.training)
-        return self._out(settings.scaling * functional.mix(h, self._weights(adapter, h, x), B), x)
+        return self._out(settings.scaling * functional.mix(h, self._weights(adapter, h, x), B, self.conv_groups), x)
 
     def _down(self, x: Tensor, A: Tensor) -> Tensor:
         """The input projected by A, before the activation: (..., r), where the leading dimensions are tokens."""
