@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import peft
 import torch
@@ -14,11 +14,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from lily.checkpoint.format import PREFIX
+from lily.deploy.lora_layer import Layer, finished
 from lily.layers.part import NESTED
 from lily.plan.attention import IN, OUT
-
-if TYPE_CHECKING:
-    from lily.deploy.lora import Layer
 
 OUT_IN_FILE = f"{NESTED}.{OUT}"
 
@@ -42,7 +40,6 @@ def as_pairs(
     layers: Mapping[str, Layer],
     names: Mapping[str, str],
     root: nn.Module,
-    finish: Callable[[Layer, int], Layer],
 ) -> tuple[dict[str, Layer], dict[str, Tensor]]:
     """Both projections of each attention with one rank and scale, and zeros for those that are not adapted.
 
@@ -50,7 +47,6 @@ def as_pairs(
         layers: all layers of the export.
         names: from `names_in_file`.
         root: the adapted model.
-        finish: pads a layer to a rank, and multiplies its scale into B.
 
     Returns:
         The layers, and further entries of the file.
@@ -63,7 +59,7 @@ def as_pairs(
         same = len({(layer.rank, layer.scale) for layer in found}) == 1
         for short, name in both.items():
             if name in layers:
-                out[name] = layers[name] if same else finish(layers[name], rank)
+                out[name] = layers[name] if same else finished(layers[name], rank, None, True)
             else:
                 file, rows = (path, 3 * width) if short == IN else (f"{path}{OUT_IN_FILE}", width)
                 zero[f"{PREFIX}{file}.lora_A.weight"] = found[0].A.new_zeros(rank, width)

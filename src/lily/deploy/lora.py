@@ -7,7 +7,7 @@ of the same rank. It is approximated only at a smaller rank.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lily.checkpoint.format import PREFIX
 from lily.deploy.attention import as_pairs, attention_of, names_in_file
 from lily.deploy.extra_tensors import other_entries, saved_modules
+from lily.deploy.lora_layer import Layer, cut, finished
 from lily.deploy.provenance import origin
 from lily.deploy.readers import TARGETS, Target, check_readable, padded_rank
 from lily.errors import LilyError
@@ -31,28 +32,6 @@ from lily.tuner.adapter import Adapted, find
 
 # Largest share of energy that a smaller rank may discard without `force`.
 TOLERANCE = 0.01
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One layer of an exported LoRA.
-
-    Attributes:
-        A: (rank, in), or (experts, rank, in).
-        B: (out, rank), or (experts, out, rank). A and B of a convolution with groups are block diagonal.
-        scale: factor that the reader applies, alpha / rank.
-        energy: kept share of the update's squared norm (for stacked experts, the smallest); 1: exact.
-    """
-
-    A: Tensor
-    B: Tensor
-    scale: float
-    energy: float = 1.0
-
-    @property
-    def rank(self) -> int:
-        """Rows of A, columns of B."""
-        return self.A.shape[-2]
 
 
 @dataclass(frozen=True)
@@ -190,7 +169,7 @@ def _as_lora(
                 f"rank={rank} is not valid: {name} is a convolution with groups={group.conv_groups}, and LoRA's rank "
                 "must be a multiple of that"
             )
-    layers = {name: _cut(f, rank, groups[name].conv_groups) for name, f in factors.items()}
+    layers = {name: cut(f, rank, groups[name].conv_groups) for name, f in factors.items()}
     poor = {n: layer.energy for n, layer in layers.items() if 1 - layer.energy > tolerance}
     if poor and not force:
         worst = min(poor, key=poor.__getitem__)
@@ -201,11 +180,11 @@ def _as_lora(
     largest = max(layer.rank for layer in layers.values())
     rank_to = padded_rank(largest, target, wanted)
     layers = {
-        name: _finished(layer, rank_to if wanted.uniform or wanted.ranks else layer.rank, dtype, wanted.uniform)
+        name: finished(layer, rank_to if wanted.uniform or wanted.ranks else layer.rank, dtype, wanted.uniform)
         for name, layer in layers.items()
     }
     names = names_in_file(layers, adapted.root)
-    layers, missing = as_pairs(layers, names, adapted.root, lambda layer, rank: _finished(layer, rank, None, True))
+    layers, missing = as_pairs(layers, names, adapted.root)
     other |= missing
     config = _lora_config(adapted, layers, names, rank_to)
     rounded = dtype is not None and any(torch.promote_types(f.B.dtype, dtype) != dtype for f in factors.values())
@@ -247,36 +226,6 @@ def _joined(adapted: Adapted) -> tuple[dict[str, Factors], dict[str, Group]]:
         first, rank = parts[0][0], factors[name].A.shape[0]
         groups[name] = Group(name, first.in_features, out, rank, 1, ((name,),))
     return factors, groups
-
-
-def _cut(f: Factors, rank: int | None, conv_groups: int = 1) -> Layer:
-    """A layer's update, exact or at a smaller rank by a truncated SVD of its two thin factors."""
-    if conv_groups > 1:
-        each = _cut(f, None if rank is None else rank // conv_groups)
-        A, B = (torch.block_diag(*t) for t in (each.A, each.B))  # type: ignore[no-untyped-call]
-        return replace(each, A=A, B=B)
-    r = f.A.shape[-2]
-    if rank is None or rank >= r:
-        return Layer(f.A, f.B.mT, f.scaling)
-    q_in, r_in = torch.linalg.qr(f.A.mT.double())  # (..., in, r)
-    q_out, r_out = torch.linalg.qr(f.B.mT.double())  # (..., out, r)
-    u, s, v = torch.linalg.svd(r_out @ r_in.mT, full_matrices=False)
-    total, kept = s.square().sum(-1), s[..., :rank].square().sum(-1)
-    energy = float(torch.where(total > 0, kept / total, 1.0).min())
-    root = s[..., :rank].sqrt()
-    A = (q_in @ (v[..., :rank, :].mT * root.unsqueeze(-2))).mT
-    B = q_out @ (u[..., :rank] * root.unsqueeze(-2))
-    return Layer(A.to(f.A.dtype), B.to(f.B.dtype), f.scaling, energy)
-
-
-def _finished(layer: Layer, rank: int, dtype: torch.dtype | None, uniform: bool) -> Layer:
-    """Pad with zeros to `rank`; keep the scaling if alpha is then an integer, else multiply it into B."""
-    missing = rank - layer.rank
-    A, B = nn.functional.pad(layer.A, (0, 0, 0, missing)), nn.functional.pad(layer.B, (0, missing))
-    scale = layer.scale
-    if uniform or not (scale * rank).is_integer() or scale <= 0:
-        B, scale = B * scale, 1.0
-    return Layer(A.to("cpu", dtype), B.to("cpu", dtype), scale, layer.energy)
 
 
 def _lora_config(adapted: Adapted, layers: Mapping[str, Layer], names: Mapping[str, str], rank: int) -> LoraConfig:

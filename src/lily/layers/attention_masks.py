@@ -18,7 +18,7 @@ import functools
 import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -27,6 +27,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 Address = tuple[int, torch.Size]
+TORCH_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 PADDING = ("src_key_padding_mask", "tgt_key_padding_mask")  # arguments of torch's encoder and decoder layers
 UNCHANGED = (torch.jit.ScriptModule, torch.fx.GraphModule, FSDPModule)
 
@@ -128,8 +129,12 @@ class ModelHooks:
         arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
         scopes = self.tracker.scopes
         own = arguments.get("attention_mask")
-        if own is None:
-            own = next((kept_tokens(arguments[name]) for name in PADDING if _readable(arguments.get(name))), None)
+        if own is None and isinstance(module, TORCH_LAYERS):
+            padding = [arguments[name] for name in PADDING if _readable(arguments.get(name))]
+            if not (padding and _is_batch_first(module)):  # that of the model stays
+                scopes.append(replace(scopes[-1] if scopes else Scope(None), model=module))
+                return
+            own = kept_tokens(padding[0])
         if own is not None and not _readable(own):
             own = scopes[-1].own if scopes else None
         other, states = arguments.get("encoder_attention_mask"), arguments.get("encoder_hidden_states")
@@ -191,9 +196,12 @@ def _restored(cls: type[nn.Module]) -> nn.Module:
 
 
 def _has_mask(module: nn.Module) -> bool:
-    """Whether a module is called with the mask of its input: (batch, tokens), as the input is."""
-    layers = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-    return isinstance(module, PreTrainedModel) or (isinstance(module, layers) and module.self_attn.batch_first)
+    """Whether a module is called with the mask of its input, which is (batch, tokens, ...)."""
+    return isinstance(module, PreTrainedModel) or (isinstance(module, TORCH_LAYERS) and _is_batch_first(module))
+
+
+def _is_batch_first(layer: nn.Module) -> bool:
+    return bool(getattr(layer.self_attn, "batch_first", False))
 
 
 class _ClassChange:

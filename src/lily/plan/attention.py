@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from lily.errors import LilyError
+
 IN, OUT = "in_proj", "out_proj"
 
 
@@ -60,3 +62,23 @@ def is_called(attention: nn.MultiheadAttention) -> bool:
     base = out.get_base_layer() if hasattr(out, "get_base_layer") else out
     plain = type(base) in (nn.Linear, NonDynamicallyQuantizableLinear)
     return plain and (owner is nn.MultiheadAttention or getattr(owner, "calls_projections", False))
+
+
+def check_attention(name: str, attention: Any) -> None:
+    """Refuse an attention, named as a target, whose projections cannot both be adapted.
+
+    Raises:
+        LilyError: says why, and what to name instead.
+    """
+    if not has_in_projection(attention):
+        raise LilyError(
+            f"target {name} is an nn.MultiheadAttention with kdim={attention.kdim} and vdim={attention.vdim} beside "
+            f"embed_dim={attention.embed_dim}, so it has no {IN}, and LoRA refuses it; adapt its {OUT} alone "
+            f"(target_modules=['{name.rpartition('.')[2]}.{OUT}']), or narrow target_modules"
+        )
+    if not is_called(attention):
+        raise LilyError(
+            f"target {name} is a {type(attention).__name__} that an adapter cannot follow: Lily adapts "
+            f"nn.MultiheadAttention with torch's own forward and an {OUT} that is not quantized. Narrow "
+            "target_modules, or exclude it with exclude_modules"
+        )

@@ -21,7 +21,7 @@ from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
 from lily.errors import LilyError
-from lily.plan.attention import IN, OUT, InProjection, has_in_projection, is_called
+from lily.plan.attention import IN, OUT, InProjection, check_attention, has_in_projection
 from lily.plan.config import LilyConfig
 from lily.plan.fused_layouts import layout_of, rows_of
 from lily.plan.specs import (
@@ -283,7 +283,9 @@ def select_modules(model: nn.Module, config: LilyConfig) -> list[ModuleSpec]:
     attentions = {name for name, module in modules.items() if isinstance(base_of(module), nn.MultiheadAttention)}
     for name, module in modules.items():
         if name in attentions and check_target_module_exists(config, name):
-            _check_attention(name, module)
+            if isinstance(module, BaseTunerLayer):
+                raise adapted_twice(name)
+            check_attention(name, module)
         if name in attentions or not _is_target(config, name, attentions):
             continue
         if name in inert:
@@ -305,24 +307,6 @@ def _is_target(config: LilyConfig, name: str, attentions: set[str]) -> bool:
     if found or isinstance(found, _ExcludedModule) or parent not in attentions or short not in (IN, OUT):
         return bool(found)
     return bool(check_target_module_exists(config, parent))
-
-
-def _check_attention(name: str, module: nn.Module) -> None:
-    if isinstance(module, BaseTunerLayer):
-        raise adapted_twice(name)
-    assert isinstance(module, nn.MultiheadAttention)
-    if not has_in_projection(module):
-        raise LilyError(
-            f"target {name} is an nn.MultiheadAttention with kdim={module.kdim} and vdim={module.vdim} beside "
-            f"embed_dim={module.embed_dim}, so it has no {IN}, and LoRA refuses it; adapt its {OUT} alone "
-            f"(target_modules=['{name.rpartition('.')[2]}.{OUT}']), or narrow target_modules"
-        )
-    if not is_called(module):
-        raise LilyError(
-            f"target {name} is a {type(module).__name__} that an adapter cannot follow: Lily adapts "
-            f"nn.MultiheadAttention with torch's own forward and an {OUT} that is not quantized. Narrow "
-            "target_modules, or exclude it with exclude_modules"
-        )
 
 
 def matched(model: nn.Module, config: LilyConfig) -> set[str]:
