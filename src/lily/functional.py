@@ -111,18 +111,20 @@ def down(x: Tensor, A: Tensor, activation: str = "none", dropout: float = 0.0, t
     return hidden(x @ A.T, activation, dropout, training)
 
 
-def down_conv(x: Tensor, A: Tensor, layer: nn.Conv2d) -> Tensor:
+def down_conv(x: Tensor, A: Tensor, layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Tensor:
     """Project down for a convolution: A is the kernel of a narrow one, and tokens are output pixels.
 
+    With groups, the ranks are divided among them like the channels: a rank reads the channels of its group alone.
+
     Args:
-        x: (batch, channels, height, width).
-        A: (r, channels * kernel height * kernel width).
-        layer: provides stride, padding and dilation.
+        x: (batch, channels, *size), with one size for each dimension of the kernel.
+        A: (r, channels / groups * kernel size).
+        layer: provides stride, padding, dilation and groups; r is a multiple of the groups.
 
     Returns:
-        (batch, output height, output width, r); before the activation.
+        (batch, *output size, r); before the activation.
     """
-    kernel = A.view(-1, layer.in_channels, *layer.kernel_size)
+    kernel = A.view(-1, layer.in_channels // layer.groups, *layer.kernel_size)
     a: Tensor = layer._conv_forward(x, kernel, None)
     return a.movedim(1, -1)
 
@@ -192,7 +194,7 @@ def pool(p: Tensor, routing: str, mask: Tensor | None = None) -> Tensor:
     return (p * m).sum(dim=tuple(range(1, p.ndim - 1)), keepdim=True)
 
 
-def mix(h: Tensor, w: Tensor, B: Tensor) -> Tensor:
+def mix(h: Tensor, w: Tensor, B: Tensor, groups: int = 1) -> Tensor:
     """Project up through the weighted experts: sum over e of w_e * (h @ B_e).
 
     Two exact forms: combine first, `h @ (sum_e w_e B_e)`, if many tokens share one w; else `mix_expanded`. A B per
@@ -201,12 +203,20 @@ def mix(h: Tensor, w: Tensor, B: Tensor) -> Tensor:
     Args:
         h: (..., r).
         w: (E,), (batch, 1, E) (or with more dimensions of size 1) or (..., E).
-        B: (E, r, out).
+        B: (E, r, out), or (E, r / groups, out) with groups.
+        groups: of a convolution: equal parts of r and of out, each of which reads its own part alone.
 
     Returns:
         (..., out).
     """
-    E, _, out = B.shape
+    E, r, out = B.shape
+    if groups > 1:
+        parts = torch.unflatten(h, -1, (groups, r))  # (..., groups, r)
+        B = torch.unflatten(B, -1, (groups, -1))  # (E, r, groups, out / groups)
+        if w.ndim == 1:
+            return torch.einsum("...gr,rgo->...go", parts, torch.einsum("e,ergo->rgo", w, B)).flatten(-2)
+        expanded = w.unsqueeze(-1).unsqueeze(-1) * parts.unsqueeze(-3)  # (..., E, groups, r)
+        return torch.einsum("...egr,ergo->...go", expanded, B).flatten(-2)
     if w.ndim == 1:
         return h @ torch.einsum("e,ero->ro", w, B)
     tokens = h.shape[1:-1].numel()

@@ -162,7 +162,8 @@ def test_a_target_that_is_not_linear_is_refused_before_anything_changes():
 
 
 def test_a_projection_that_its_parent_never_calls_is_refused():
-    model = nn.Sequential(nn.MultiheadAttention(8, 2), nn.Linear(8, 8))
+    kind = type("Rotary", (nn.MultiheadAttention,), {"forward": lambda self, x: x})
+    model = nn.Sequential(kind(8, 2), nn.Linear(8, 8))
     with pytest.raises(LilyError, match="reads its weight without calling it"):
         plan_of(model, target_modules=["out_proj", "1"])
     with pytest.warns(UserWarning, match=r"'all-linear' leaves out 0\.out_proj: torch\.nn.MultiheadAttention reads"):

@@ -49,6 +49,8 @@ class Block(nn.Module):
         self.linear = nn.Linear(WIDTH, WIDTH)
         self.transposed = Conv1D(WIDTH, WIDTH)
         self.conv = nn.Conv2d(1, 1, 3, padding=1)
+        self.line = nn.Conv1d(WIDTH, WIDTH, 3, padding=1)
+        self.cube = nn.Conv3d(1, 1, (1, 3, 3), padding=(0, 1, 1))
         self.fused = nn.Linear(WIDTH, 2 * WIDTH)
         self.side = Side()
         self.own = Own()
@@ -56,6 +58,7 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x + torch.tanh(self.linear(x)) + self.transposed(x)
         x = x + self.conv(x.unsqueeze(1)).squeeze(1)
+        x = x + torch.tanh(self.line(x.mT)).mT + torch.tanh(self.cube(x[None, None])[0, 0])
         left, right = self.fused(x).chunk(2, dim=-1)
         x = x + torch.tanh(left) * right
         return x + self.side(x) + self.own(x)
@@ -89,7 +92,7 @@ class EveryKind(PreTrainedModel):
 KINDS = {
     "linear": ({"target_modules": ["linear"]}, {"target_modules": ["linear"]}),
     "Conv1D": ({"target_modules": ["transposed"]}, {"target_modules": ["transposed"], "fan_in_fan_out": True}),
-    "conv": ({"target_modules": ["conv"]}, {"target_modules": ["conv"]}),
+    "conv": ({"target_modules": ["conv", "line", "cube"]}, {"target_modules": ["conv", "line", "cube"]}),
     "embedding": ({"target_modules": ["embed"]}, {"target_modules": ["embed"]}),
     "slice": (
         {"target_slices": {"fused": {"left": [0, WIDTH], "right": [WIDTH, 2 * WIDTH]}}},

@@ -141,6 +141,8 @@ def _lily_layers(adapted: Adapted) -> Iterator[Factored]:
     for name, layer in adapted.layers.items():
         settings = layer.settings[adapted.name]
         A, B = (t.detach().double().cpu() for t in layer.tensors_of(adapted.name))  # (r, in), (E, r, out)
+        if layer.conv_groups > 1:
+            A, B = _dense(A, B, layer.conv_groups)
         group = adapted.plan.group_of(name)
         title = f"{group.name} ({group.out_features}, {group.in_features})"
         stacked = group.kind == EXPERTS
@@ -156,6 +158,14 @@ def _lily_layers(adapted: Adapted) -> Iterator[Factored]:
                 downs[down] = torch.linalg.qr((A[i] if A.ndim == 3 else A).T)
             out_basis, core = ups[up][0], settings.scaling * ups[up][1]
             yield Factored(member, title, number, out_basis, core, *downs[down], static_mixing(layer, adapted, i))
+
+
+def _dense(A: Tensor, B: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """A and B of a convolution with groups, as of one without: A (r, groups * in), B (E, r, out), zero elsewhere."""
+    diagonal: Any = torch.block_diag
+    parts = torch.unflatten(B, 2, (groups, -1)).unbind(2)  # of each group, (E, r / groups, out / groups)
+    each = [diagonal(*blocks) for blocks in zip(*parts, strict=True)]
+    return diagonal(*torch.unflatten(A, 0, (groups, -1))), torch.stack(each)
 
 
 def static_mixing(layer: LilyLayer, adapted: Adapted, expert: int = 0) -> Mixing | None:

@@ -11,7 +11,7 @@ from itertools import product
 from typing import Any
 
 from lily.errors import LilyError
-from lily.plan.budget import WELL_USED, choose, parse_count
+from lily.plan.budget import WELL_USED, choose, parse_count, rank_unit
 from lily.plan.config import LilyConfig
 from lily.plan.sharing_plan import build_plan
 from lily.plan.specs import ModuleSpec
@@ -92,7 +92,9 @@ def frontier(
     """
     budget, chosen = parse_count(parameters), "all-linear" if targets is None else targets
     rest: dict[str, Any] = {"routing": routing, "targets": targets, "shared_router": shared_router}
-    depth = max(len(g.members) for g in build_plan(modules, LilyConfig(target_modules=chosen)).groups)
+    depth = max(
+        len(g.members) for g in build_plan(modules, LilyConfig(r=rank_unit(modules), target_modules=chosen)).groups
+    )
     widest = max(m.out_features for m in modules)
     points: dict[tuple[tuple[int, ...], int], Point] = {}
     refused: LilyError | None = None

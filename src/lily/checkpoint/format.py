@@ -10,7 +10,8 @@ Written: stock PEFT's names, each shared tensor once, under the first layer that
     <layer>.lily_own_A.weight   (own_r, in)          with `own_r`
     <layer>.lily_own_B.weight   (own_r, out)
 
-A convolution's A is (r, channels * height * width), an embedding's (r, rows). For a parameter that stacks the experts
+A convolution's A is (r, channels / groups * kernel size), its B (experts * r / groups, out), and an embedding's A
+(r, rows). For a parameter that stacks the experts
 of a mixture, `<layer>` is its name; all its A are concatenated into one tensor, as are gains and own A and B, and its
 logits are (stacked, experts).
 
@@ -267,7 +268,7 @@ def _collect(state: Mapping[str, Tensor], plan: SharingPlan) -> tuple[Parts, dic
 def _checked(key: str, tensor: Tensor, part: str, group: Group) -> Tensor:
     expected = {
         "A": (group.rows_A, group.in_features),
-        "B": (group.num_B * group.r, group.out_features),
+        "B": (group.rows_B, group.out_features),
         "router": (group.num_B, group.r),
         "logits": group.logits_shape,
         **own_shapes(group),
@@ -277,7 +278,7 @@ def _checked(key: str, tensor: Tensor, part: str, group: Group) -> Tensor:
             f"the adapter file has {key!r}, but the configuration has no {OWN[part]}; is it the file of this "
             "configuration?"
         )
-    if part == "B" and tuple(tensor.shape) == (group.num_B, group.r, group.out_features):
+    if part == "B" and tuple(tensor.shape) == (group.num_B, group.rows_B // group.num_B, group.out_features):
         tensor = tensor.reshape(expected)  # the paper's nn.Parameter form
     if tuple(tensor.shape) == expected:
         return tensor
@@ -326,7 +327,7 @@ def _plan_of(parts: Parts, plan: SharingPlan) -> SharingPlan:
     by_shape: dict[tuple[object, ...], list[str]] = {}
     for name in plan.slots:
         group = plan.group_of(name)
-        by_shape.setdefault((group.kind, group.shape, group.r), []).append(name)
+        by_shape.setdefault((group.kind, group.shape, group.r, group.conv_groups), []).append(name)
     order = {name: i for i, name in enumerate(plan.slots)}
     groups = []
     for names in by_shape.values():

@@ -10,7 +10,7 @@ from lily.plan.config import LilyConfig
 from lily.plan.select import matched
 from lily.plan.sharing_plan import SharingPlan, resolved_stride, stock_grouping_differs
 from lily.plan.specs import LINEAR
-from lily.plan.uncalled_layers import uncalled
+from lily.plan.uncalled_layers import ALWAYS, uncalled
 from lily.plan.wrappers import plain_names
 
 
@@ -28,7 +28,7 @@ def decide_file_format(config: LilyConfig, plan: SharingPlan, model: nn.Module) 
 
 def _decide(config: LilyConfig, plan: SharingPlan, model: nn.Module) -> None:
     read = uncalled(dict(model.named_modules()))
-    if any(read[name].remedy in ("applied", "separated") for name in plan.slots if name in read):
+    if any(read[name].remedy in ALWAYS for name in plan.slots if name in read):
         config.stock_refusal = "an adapter on a layer that is read without being called"
         return
     if not stock_grouping_differs(plan, config.target_modules or ()):

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lily.deploy.lora import Layer, LoraExport
+from lily.deploy.lora import LoraExport
+from lily.deploy.lora_layer import Layer
 from lily.errors import LilyError
 from lily.io.atomic import new_file
 

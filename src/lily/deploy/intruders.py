@@ -14,7 +14,8 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import intruders as peft_intruders
 from torch import Tensor, nn
 
-from lily.deploy.lora import Layer, LoraExport
+from lily.deploy.lora import LoraExport
+from lily.deploy.lora_layer import Layer
 from lily.errors import LilyError
 from lily.kernels import fused
 from lily.layers.find import layers_of

@@ -7,7 +7,7 @@ of the same rank. It is approximated only at a smaller rank.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +16,9 @@ from peft.tuners.tuners_utils import _find_minimal_target_modules
 from torch import Tensor, nn
 
 from lily.checkpoint.format import PREFIX
+from lily.deploy.attention import as_pairs, attention_of, names_in_file
 from lily.deploy.extra_tensors import other_entries, saved_modules
+from lily.deploy.lora_layer import Layer, cut, finished
 from lily.deploy.provenance import origin
 from lily.deploy.readers import TARGETS, Target, check_readable, padded_rank, server_of_experts
 from lily.deploy.shared_experts import MODULES, shared_outer
@@ -25,34 +27,12 @@ from lily.layers.merging import Factors
 from lily.layers.part import NESTED
 from lily.plan.select import select_parameters
 from lily.plan.sharing_plan import Group
-from lily.plan.specs import CONV2D, EMBEDDING, EXPERTS, PARAMETERS, SLICE, layer_spec
+from lily.plan.specs import CONVOLUTIONS, EMBEDDING, EXPERTS, PARAMETERS, SLICE, layer_spec
 from lily.plan.wrappers import plain_names
 from lily.tuner.adapter import Adapted, find
 
 # Largest share of energy that a smaller rank may discard without `force`.
 TOLERANCE = 0.01
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One layer of an exported LoRA.
-
-    Attributes:
-        A: (rank, in), or (experts, rank, in).
-        B: (out, rank), or (experts, out, rank).
-        scale: factor that the reader applies, alpha / rank.
-        energy: kept share of the update's squared norm (for stacked experts, the smallest); 1: exact.
-    """
-
-    A: Tensor
-    B: Tensor
-    scale: float
-    energy: float = 1.0
-
-    @property
-    def rank(self) -> int:
-        """Rows of A, columns of B."""
-        return self.A.shape[-2]
 
 
 @dataclass(frozen=True)
@@ -68,6 +48,7 @@ class LoraExport:
         provenance: see `lily.deploy.provenance.origin`.
         component: the adapted part of a diffusers pipeline, such as `unet`; None for any other model.
         experts: `peft`, or `shared`: see `as_lora`.
+        names: name -> the layer's name in the file, where that is another one.
     """
 
     layers: dict[str, Layer]
@@ -78,6 +59,7 @@ class LoraExport:
     provenance: dict[str, Any]
     component: str | None = None
     experts: str = "peft"
+    names: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -95,7 +77,8 @@ class LoraExport:
         out = dict(self.other)
         for name, layer in self.layers.items():
             for key, tensor in lora_entries(name, layer, self.groups).items():
-                out[f"{PREFIX}{key}"] = tensor.contiguous()
+                written = self.names[name] + key.removeprefix(name) if name in self.names else key
+                out[f"{PREFIX}{written}"] = tensor.contiguous()
         return out
 
 
@@ -111,8 +94,11 @@ def lora_entries(name: str, layer: Layer, groups: Mapping[str, Group]) -> dict[s
             outermost.
     """
     group, A, B = groups[name], layer.A, layer.B
-    if group.kind == CONV2D:
-        A, B = A.view(-1, *group.shape[1:]), B.view(*B.shape, 1, 1)
+    if group.kind in CONVOLUTIONS:
+        ones, g = (1,) * len(group.kernel), group.conv_groups
+        A = A.view(A.shape[0], -1, *group.kernel)  # the channels of all groups
+        B = torch.unflatten(torch.unflatten(B, 0, (g, -1)), 2, (g, -1)).diagonal(0, 0, 2).movedim(-1, 0)
+        B = B.flatten(0, 1).view(group.out_features, -1, *ones)  # of (groups, out / groups, rank / groups)
     elif group.kind == EMBEDDING:
         return {f"{name}.lora_embedding_A": A, f"{name}.lora_embedding_B": B}
     elif group.kind in PARAMETERS:
@@ -187,13 +173,19 @@ def _as_lora(
     factors, groups = _joined(adapted)
     if shared:
         factors, groups = shared_outer(adapted, factors, groups)
-    own = max(f.A.shape[-2] for f in factors.values())
+    own = max(f.A.shape[-2] * groups[name].conv_groups for name, f in factors.items())
     if rank is not None and not 1 <= rank <= own:
         raise LilyError(
             f"rank={rank} is not valid: the adapter has {own}; give a positive integer up to that, or omit rank for "
             "an exact export"
         )
-    layers = {name: _cut(f, rank) for name, f in factors.items()}
+    for name, group in groups.items():
+        if rank is not None and rank % group.conv_groups:
+            raise LilyError(
+                f"rank={rank} is not valid: {name} is a convolution with groups={group.conv_groups}, and LoRA's rank "
+                "must be a multiple of that"
+            )
+    layers = {name: cut(f, rank, groups[name].conv_groups) for name, f in factors.items()}
     poor = {n: layer.energy for n, layer in layers.items() if 1 - layer.energy > tolerance}
     if poor and not force:
         worst = min(poor, key=poor.__getitem__)
@@ -204,10 +196,13 @@ def _as_lora(
     largest = max(layer.rank for layer in layers.values())
     rank_to = padded_rank(largest, target, wanted)
     layers = {
-        name: _finished(layer, rank_to if wanted.uniform or wanted.ranks else layer.rank, dtype, wanted.uniform)
+        name: finished(layer, rank_to if wanted.uniform or wanted.ranks else layer.rank, dtype, wanted.uniform)
         for name, layer in layers.items()
     }
-    config = _lora_config(adapted, layers, rank_to)
+    names = names_in_file(layers, adapted.root)
+    layers, missing = as_pairs(layers, names, adapted.root)
+    other |= missing
+    config = _lora_config(adapted, layers, names, rank_to)
     if shared:
         config.target_modules = {*(config.target_modules or ()), *MODULES}
         config.target_parameters = None
@@ -222,7 +217,7 @@ def _as_lora(
     if shared:
         facts["experts"] = "shared"
     how = "shared" if shared else "peft"
-    return LoraExport(layers, groups, rank_to, config, other, facts, _component(adapted.root), how)
+    return LoraExport(layers, groups, rank_to, config, other, facts, _component(adapted.root), how, names)
 
 
 def _joined(adapted: Adapted) -> tuple[dict[str, Factors], dict[str, Group]]:
@@ -255,41 +250,15 @@ def _joined(adapted: Adapted) -> tuple[dict[str, Factors], dict[str, Group]]:
     return factors, groups
 
 
-def _cut(f: Factors, rank: int | None) -> Layer:
-    """A layer's update, exact or at a smaller rank by a truncated SVD of its two thin factors."""
-    r = f.A.shape[-2]
-    if rank is None or rank >= r:
-        return Layer(f.A, f.B.mT, f.scaling)
-    q_in, r_in = torch.linalg.qr(f.A.mT.double())  # (..., in, r)
-    q_out, r_out = torch.linalg.qr(f.B.mT.double())  # (..., out, r)
-    u, s, v = torch.linalg.svd(r_out @ r_in.mT)
-    total, kept = s.square().sum(-1), s[..., :rank].square().sum(-1)
-    energy = float(torch.where(total > 0, kept / total, 1.0).min())
-    root = s[..., :rank].sqrt()
-    A = (q_in @ (v[..., :rank, :].mT * root.unsqueeze(-2))).mT
-    B = q_out @ (u[..., :rank] * root.unsqueeze(-2))
-    return Layer(A.to(f.A.dtype), B.to(f.B.dtype), f.scaling, energy)
-
-
-def _finished(layer: Layer, rank: int, dtype: torch.dtype | None, uniform: bool) -> Layer:
-    """Pad with zeros to `rank`; keep the scaling if alpha is then an integer, else multiply it into B."""
-    missing = rank - layer.rank
-    A, B = nn.functional.pad(layer.A, (0, 0, 0, missing)), nn.functional.pad(layer.B, (0, missing))
-    scale = layer.scale
-    if uniform or not (scale * rank).is_integer() or scale <= 0:
-        B, scale = B * scale, 1.0
-    return Layer(A.to("cpu", dtype), B.to("cpu", dtype), scale, layer.energy)
-
-
-def _lora_config(adapted: Adapted, layers: Mapping[str, Layer], rank: int) -> LoraConfig:
+def _lora_config(adapted: Adapted, layers: Mapping[str, Layer], names: Mapping[str, str], rank: int) -> LoraConfig:
     config = adapted.config
-    ranks = {name: layer.rank for name, layer in layers.items()}
-    alphas = {name: round(layer.scale * ranks[name]) for name, layer in layers.items()}
+    ranks = {attention_of(name, names): layer.rank for name, layer in layers.items()}
+    alphas = {attention_of(name, names): round(layer.scale * layer.rank) for name, layer in layers.items()}
     alpha = alphas[next(n for n, r in ranks.items() if r == rank)]
     return LoraConfig(
         r=rank,
         lora_alpha=alpha,
-        target_modules=_target_modules(adapted),
+        target_modules=_target_modules(adapted, names),
         target_parameters=_target_parameters(adapted),
         rank_pattern={n: r for n, r in ranks.items() if r != rank},
         alpha_pattern={n: a for n, a in alphas.items() if a != alpha},
@@ -305,10 +274,10 @@ def _lora_config(adapted: Adapted, layers: Mapping[str, Layer], rank: int) -> Lo
     )
 
 
-def _target_modules(adapted: Adapted) -> list[str]:
+def _target_modules(adapted: Adapted, names: Mapping[str, str]) -> list[str]:
     """The shortest names that match these layers and no others."""
     specs = [spec for group in adapted.plan.groups for spec in group.specs if group.kind not in PARAMETERS]
-    layers = list(dict.fromkeys(spec.path for spec in specs))
+    layers = list(dict.fromkeys(attention_of(spec.path, names) for spec in specs))
     if not layers:
         return []
     inside = tuple(f"{name}." for name in layers)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lily.checkpoint.format import PREFIX
 from lily.deploy.extra_tensors import saved_modules
 from lily.errors import LilyError
-from lily.layers.conv import Conv2d
-from lily.plan.specs import CONV2D, EMBEDDING, EXPERTS, LINEAR, MATRIX, SLICE
+from lily.layers.conv import Conv
+from lily.plan.attention import has_in_projection
+from lily.plan.specs import CONV2D, CONVOLUTIONS, EMBEDDING, EXPERTS, LINEAR, MATRIX, SLICE
 from lily.plan.uncalled_layers import uncalled
 from lily.tuner.adapter import Adapted
 
@@ -27,11 +28,13 @@ class Target:
     modules_to_save: bool = True  # reads modules saved whole, and rows of embeddings
     biases: bool = True  # reads trained biases
     numbered_only: bool = False  # adapts only layers inside numbered modules, so no output layer
+    attention: bool = False  # reads LoRAs of nn.MultiheadAttention
+    conv_groups: bool = False  # reads B of convolutions with groups
     kinds: tuple[str, ...] = (LINEAR,)  # kinds of layers and parameters that it adapts; see `lily.plan.specs`
 
 
 TARGETS = {
-    "peft": Target(kinds=(LINEAR, CONV2D, EMBEDDING, MATRIX, EXPERTS)),
+    "peft": Target(kinds=(LINEAR, *CONVOLUTIONS, EMBEDDING, MATRIX, EXPERTS), attention=True, conv_groups=True),
     "vllm": Target(VLLM_RANKS, uniform=True, modules_to_save=False, biases=False, numbered_only=True),
     "llama.cpp": Target(uniform=True, modules_to_save=False, biases=False),
     "diffusers": Target(uniform=True, modules_to_save=False, biases=False, kinds=(LINEAR, CONV2D)),
@@ -62,7 +65,9 @@ def check_readable(target: str, wanted: Target, adapted: Adapted, other: Mapping
     lost = [
         name
         for name, layer in whole.items()
-        if layer in read and (read[layer].remedy == "separated" or layer.endswith(("dt_proj", "out_proj")))
+        if layer in read
+        and read[layer].remedy != "called"
+        and (read[layer].remedy == "separated" or layer.endswith(("dt_proj", "out_proj")))
     ]
     if lost:
         why = read[whole[lost[0]]]
@@ -70,6 +75,19 @@ def check_readable(target: str, wanted: Target, adapted: Adapted, other: Mapping
             f"no reader of a LoRA applies one to {lost[0]}: {why.parent} reads its weight {why.why}; export --to "
             "merged instead, or train without it (exclude_modules)"
         )
+    attentions = [name for name in whole.values() if name in read and read[name].remedy == "called"]
+    for name in attentions:
+        path, _, short = name.rpartition(".")
+        attention = adapted.root.get_submodule(path)
+        assert isinstance(attention, nn.MultiheadAttention)
+        which = (
+            " that is the model itself" if not path else "" if has_in_projection(attention) else " with kdim or vdim"
+        )
+        if which or not wanted.attention:
+            raise LilyError(
+                f"{target} reads no LoRA of an nn.MultiheadAttention{which}, whose {short} is adapted ({name}); export "
+                "--to merged instead, or train without it (exclude_modules)"
+            )
     saved = saved_modules(adapted.config)
     if saved and not wanted.modules_to_save:
         raise LilyError(
@@ -90,10 +108,15 @@ def check_readable(target: str, wanted: Target, adapted: Adapted, other: Mapping
                 f"{target} reads LoRAs of {' and '.join(wanted.kinds)} layers, and {name} is of the kind {kind}; "
                 "export --to merged instead, or a LoRA for PEFT"
             )
-        if isinstance(layer, Conv2d) and (more := layer.beyond_lora()) is not None:
+        if isinstance(layer, Conv) and (more := layer.beyond_lora()) is not None:
             raise LilyError(
                 f"{target} ignores {more} of a convolution, which {name} has; export --to merged "
                 "instead, or train without it (exclude_modules)"
+            )
+        if layer.conv_groups > 1 and not wanted.conv_groups:
+            raise LilyError(
+                f"{target} reads no LoRA of a convolution with groups, which {name} is; export --to merged instead, "
+                "or a LoRA for PEFT"
             )
     outside = [name for name in adapted.layers if not any(part.isdigit() for part in name.split("."))]
     if outside and wanted.numbered_only:

@@ -22,6 +22,7 @@ from lily.errors import LilyError
 from lily.io.atomic import new_folder, write_text
 from lily.layers.layer import LilyLayer
 from lily.plan.specs import LINEAR
+from lily.plan.uncalled_layers import ALWAYS, uncalled
 from lily.plan.wrappers import innermost, plain_names
 from lily.tuner.adapter import find
 
@@ -185,6 +186,12 @@ def write_stock(
     }
     if other:
         raise LilyError(f"stock Lily adapts nn.Linear only, not {', '.join(sorted(other))}; export --to lora")
+    read = uncalled(dict(adapted.root.named_modules()))
+    if lost := [name for name in adapted.layers if name in read and read[name].remedy in ALWAYS]:
+        why = read[lost[0]]
+        raise LilyError(
+            f"stock Lily does nothing on {lost[0]}, since {why.parent} reads its weight {why.why}; export --to merged"
+        )
     factors = {name: layer.factors(adapted.name) for name, layer in adapted.layers.items()}
     r = max(f.A.shape[0] for f in factors.values())
     assert isinstance(config.scaling, float | int)  # decided when the adapter was added

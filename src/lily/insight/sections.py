@@ -143,7 +143,9 @@ def sizes(insight: Insight) -> list[Block]:
             "routers, one per layer": p.router,
             **({"gains, and A and B of each layer's own": p.own} if p.own else {}),
             "adapter": p.total,
-            "LoRA of the same rank": sum(len(g.members) * g.r * (g.in_features + g.out_features) for g in groups),
+            "LoRA of the same rank": sum(
+                len(g.members) * g.r * (g.conv_groups * g.in_features + g.reach) for g in groups
+            ),
         }
     else:
         counts = {name: t["parameters"] for name, t in insight.facts.get("tensors", {}).items()}

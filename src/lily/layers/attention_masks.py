@@ -18,7 +18,7 @@ import functools
 import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -30,6 +30,8 @@ from transformers import PreTrainedModel
 from lily.layers.traced import exporting, tracing
 
 Address = tuple[int, torch.Size]
+TORCH_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+PADDING = ("src_key_padding_mask", "tgt_key_padding_mask")  # arguments of torch's encoder and decoder layers
 UNCHANGED = (torch.jit.ScriptModule, torch.fx.GraphModule, FSDPModule)
 
 
@@ -94,10 +96,26 @@ class MaskTracker:
         return None if mask is None else mask.to(x.device)  # the model's inputs may be on another device than the layer
 
     @contextmanager
+    def of_tokens(self, own: Tensor | None) -> Iterator[None]:
+        """Within: `own` (batch, tokens) is the mask; None: that of the model stays."""
+        if own is not None:
+            self.scopes.append(Scope(own))
+        try:
+            yield
+        finally:
+            if own is not None:
+                self.scopes.pop()
+
+    @contextmanager
     def of_rows(self, x: Tensor, rows: Tensor) -> Iterator[Tensor]:
         """Within: the masks for some rows of a layer's input `x`, which is returned."""
-        mask, own = self.mask_for(x if x.is_floating_point() else x.unsqueeze(-1)), x[rows]
-        self.scopes.append(Scope(None if mask is None else mask[rows]))
+        scope, own = self.scopes[-1] if self.scopes else Scope(None), x[rows]
+
+        def part(mask: Tensor | None) -> Tensor | None:
+            return mask[rows.to(mask.device)] if mask is not None and len(mask) == len(x) else None
+
+        crossed = scope.other_address is not None and _address(x) == scope.other_address
+        self.scopes.append(Scope(part(scope.own), part(scope.other), _address(own) if crossed else None))
         try:
             yield own
         finally:
@@ -121,6 +139,12 @@ class ModelHooks:
         arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
         scopes = self.tracker.scopes
         own = arguments.get("attention_mask")
+        if own is None and isinstance(module, TORCH_LAYERS):
+            padding = [arguments[name] for name in PADDING if _readable(arguments.get(name))]
+            if not (padding and _is_batch_first(module)):  # that of the model stays
+                scopes.append(replace(scopes[-1] if scopes else Scope(None), model=module))
+                return
+            own = kept_tokens(padding[0])
         if own is not None and not _readable(own):
             own = scopes[-1].own if scopes else None
         other, states = arguments.get("encoder_attention_mask"), arguments.get("encoder_hidden_states")
@@ -182,6 +206,15 @@ def _restored(cls: type[nn.Module]) -> nn.Module:
     return cast(nn.Module, made.__new__(made))
 
 
+def _has_mask(module: nn.Module) -> bool:
+    """Whether a module is called with the mask of its input, which is (batch, tokens, ...)."""
+    return isinstance(module, PreTrainedModel) or (isinstance(module, TORCH_LAYERS) and _is_batch_first(module))
+
+
+def _is_batch_first(layer: nn.Module) -> bool:
+    return bool(getattr(layer.self_attn, "batch_first", False))
+
+
 class _ClassChange:
     """The change of a model's class, in the place of a hook's handle."""
 
@@ -203,6 +236,11 @@ class _ClassChange:
             del vars(self.module)["lily_hooks"]
 
 
+def kept_tokens(padding: Tensor) -> Tensor:
+    """The mask that belongs to torch's padding mask, which is True, or -inf, where a token does not count."""
+    return ~(padding if padding.dtype == torch.bool else padding.isneginf())
+
+
 def _readable(mask: object) -> bool:
     return isinstance(mask, Tensor) and mask.ndim == 2
 
@@ -219,7 +257,7 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 
 def watch(model: nn.Module, layers: Iterable[str], tracker: MaskTracker) -> list[Any]:
-    """Install the hooks on `model` and on every transformers model inside it that holds one of `layers`.
+    """Install the hooks on `model` and on the models and torch's transformer layers inside it that hold `layers`.
 
     Args:
         model: the adapted model.
@@ -233,7 +271,7 @@ def watch(model: nn.Module, layers: Iterable[str], tracker: MaskTracker) -> list
     for layer in layers:
         parts = layer.split(".")
         above = (".".join(parts[:i]) for i in range(1, len(parts)))
-        names.update(name for name in above if isinstance(model.get_submodule(name), PreTrainedModel))
+        names.update(name for name in above if _has_mask(model.get_submodule(name)))
     handles: list[Any] = []
     for name in sorted(names):
         module = model.get_submodule(name)

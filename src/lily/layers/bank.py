@@ -56,7 +56,8 @@ class LilyBank(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     Attributes:
         lily_A: adapter -> list of A, each (r, in), numbered as `SharingPlan.blocks`; for stacked experts one tensor of
             all their A, (A * r, in).
-        lily_B: adapter -> list of B, each (experts * r, out), one per group; stock PEFT's layout.
+        lily_B: adapter -> list of B, each (experts * r, out), one per group; stock PEFT's layout. A convolution with
+            groups has (experts * r / groups, out).
         lily_R: adapter -> number of the group -> router R (experts, r), where a group's layers share one.
         plans: adapter -> its sharing plan.
         placements: adapter -> device and dtype of each A and B, those of the first layer that uses it.
@@ -120,7 +121,7 @@ class LilyBank(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             for (group, _), placement in zip(plan.blocks, on_A, strict=True)
         )
         self.lily_B[adapter] = nn.ParameterList(
-            _shared(g.num_B * g.r, g.out_features, placement, starts[g.name][1])
+            _shared(g.rows_B, g.out_features, placement, starts[g.name][1])
             for g, placement in zip(plan.groups, on_B, strict=True)
         )
         if plan.shared_router:

@@ -98,6 +98,11 @@ class LilyLayer(MixingMixin, OwnMixin, ScaleMixin, MergingMixin):
         self._active_adapter: str | list[str] = []
 
     @property
+    def conv_groups(self) -> int:
+        """Groups of a convolution, among which the ranks are divided."""
+        return 1
+
+    @property
     def bank(self) -> LilyBank:
         """The shared tensors."""
         return self._bank[0]
@@ -192,6 +197,8 @@ class LilyLayer(MixingMixin, OwnMixin, ScaleMixin, MergingMixin):
     def tensors_of(self, adapter: str, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (experts, r, out), where the bank has them now, or on a device.
 
+        Of a convolution with groups, B is (experts, r / groups, out).
+
         Raises:
             LilyError: if a sharding engine holds them in parts that have not been gathered.
         """
@@ -243,8 +250,9 @@ class LilyLayer(MixingMixin, OwnMixin, ScaleMixin, MergingMixin):
         settings, (A, B) = self.settings[adapter], self.tensors_of(adapter, x.device)
         h = functional.hidden(self._down(x, A), settings.activation, settings.dropout, self.training)
         w = self._weights(adapter, h, x)
-        mix = functional.mix_expanded if w.ndim > 1 and exporting() else functional.mix
-        return self._out(settings.scaling * mix(h, w, B), x)
+        if w.ndim > 1 and self.conv_groups == 1 and exporting():
+            return self._out(settings.scaling * functional.mix_expanded(h, w, B), x)
+        return self._out(settings.scaling * functional.mix(h, w, B, self.conv_groups), x)
 
     def _down(self, x: Tensor, A: Tensor) -> Tensor:
         """The input projected by A, before the activation: (..., r), where the leading dimensions are tokens."""

@@ -6,10 +6,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lily.kernels import fused
 from lily.layers.devices import execution_device
 from lily.layers.layer import LilyLayer
+from lily.plan.attention import InProjection
+
+OF_ATTENTION = (InProjection, NonDynamicallyQuantizableLinear)  # base layers in nn.MultiheadAttention
 
 
 class Linear(LilyLayer):
@@ -23,7 +27,10 @@ class Linear(LilyLayer):
         bank: the shared tensors.
     """
 
-    converts = True
+    @property
+    def converts(self) -> bool:  # type: ignore[override]
+        """See `MergingMixin`; LoRA acts when a layer is called, and torch's attention does not call its layers."""
+        return not isinstance(self.base, OF_ATTENTION)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`x` (..., in) -> (..., out), in the dtype of the base layer's output."""
@@ -52,7 +59,7 @@ class Linear(LilyLayer):
 
 def is_plain(base: nn.Module, x: Tensor, dtype: torch.dtype) -> bool:
     """Whether calling `base` on `x` only multiplies by a frozen weight, in `dtype`, and adds a bias."""
-    if type(base) is not nn.Linear and type(base).__name__ != "Conv1D":
+    if type(base) not in (nn.Linear, *OF_ATTENTION) and type(base).__name__ != "Conv1D":
         return False
     weight: Any = base.weight
     if weight.requires_grad or weight.device != x.device:

@@ -27,6 +27,10 @@ class MixingMixin(nn.Module):
         _mask: Any
         _cast_input_dtype: Any
 
+        @property
+        def conv_groups(self) -> int:
+            """See `LilyLayer`."""
+
     def router_of(self, adapter: str, device: torch.device | None = None) -> Tensor | None:
         """R (experts, r), the static logits (experts,), or None where the routing learns nothing; on a device."""
         settings = self.settings[adapter]
@@ -39,7 +43,9 @@ class MixingMixin(nn.Module):
         if device is not None and router.device != device:
             router = router.to(device)
         if settings.own_r and settings.routing != "static":
-            return F.pad(router, (0, settings.own_r))  # the own ranks do not take part in routing
+            # The own ranks, the last of each group of a convolution, do not take part in routing.
+            shared = torch.unflatten(router, -1, (self.conv_groups, -1))
+            return F.pad(shared, (0, settings.own_r // self.conv_groups)).flatten(-2)
         return router
 
     def logits_of(self, adapter: str) -> nn.Parameter:

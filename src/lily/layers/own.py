@@ -89,7 +89,7 @@ def own_shapes(group: Group) -> Mapping[str, tuple[int, ...]]:
         shapes["gain"] = (members * group.r,)
     if group.own_r:
         shapes["own_A"] = (members * group.own_r, group.in_features)
-        shapes["own_B"] = (members * group.own_r, group.out_features)
+        shapes["own_B"] = (members * group.own_r // group.conv_groups, group.out_features)
     return shapes
 
 
@@ -98,6 +98,10 @@ class OwnMixin(nn.Module):
 
     if TYPE_CHECKING:
         settings: Any
+
+        @property
+        def conv_groups(self) -> int:
+            """See `LilyLayer`."""
 
     def _add_own(self, adapter: str, group: Group, slot: Slot, config: LilyConfig) -> Distinction | None:
         """Create what the layer has for itself beside a router."""
@@ -112,10 +116,14 @@ class OwnMixin(nn.Module):
         return found if changes or (group.own_r and group.kind == EXPERTS) else None
 
     def _with_own(self, adapter: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """A (r + own_r, in) and B (experts * (r + own_r), out), with the layer's own pair."""
+        """A (r + own_r, in) and B (experts * (r + own_r), out), with the layer's own pair.
+
+        Each group of a convolution has its shared ranks before its own.
+        """
         own_A, own_B = (self._own(adapter, name, B.device) for name in ("lily_own_A", "lily_own_B"))
+        A, own_A = (t.view(self.conv_groups, -1, t.shape[1]) for t in (A, own_A))
         A, B = functional.with_own(A, B.view(self.settings[adapter].num_B, -1, B.shape[1]), own_A, own_B)
-        return A, B.flatten(0, 1)
+        return A.flatten(0, 1), B.flatten(0, 1)
 
     def _own(self, adapter: str, part: str, device: torch.device) -> Any:
         """One of the layer's own tensors, on a device; None if it has none of that kind."""

@@ -55,8 +55,11 @@ def parse_count(value: str | int) -> int:
 
 
 def lora_parameters(modules: Sequence[ModuleSpec], r: int) -> int:
-    """Parameters of LoRA of rank `r` on these layers: `r * (in + out)` for each layer and each stacked expert."""
-    return r * sum(m.experts * (m.in_features + m.out_features) for m in modules)
+    """Parameters of LoRA of rank `r` on these layers: `r * (in + out)` for each layer and each stacked expert.
+
+    LoRA's A on a convolution with groups reads the channels of all of them, and each rank reaches one group's outputs.
+    """
+    return r * sum(m.experts * (m.conv_groups * m.in_features + m.reach) for m in modules)
 
 
 def lora_compute(modules: Sequence[ModuleSpec], r: int, tokens: int) -> float:
@@ -73,19 +76,25 @@ def lora_compute(modules: Sequence[ModuleSpec], r: int, tokens: int) -> float:
 def _lora_of(m: ModuleSpec, r: int, tokens: int) -> float:
     if m.kind in PARAMETERS:
         return m.experts * r * m.in_features * m.out_features / tokens
-    return r * ((0 if m.kind == EMBEDDING else m.in_features) + m.out_features)
+    return r * ((0 if m.kind == EMBEDDING else m.conv_groups * m.in_features) + m.reach)
 
 
 def equal_lora_rank(modules: Sequence[ModuleSpec], parameters: int) -> int:
     """The largest LoRA rank on these layers with no more than `parameters` parameters.
 
-    At least 1, even if rank 1 has more.
+    At least 1 (or `rank_unit`), even if that has more.
 
     Raises:
         LilyError: if there are no layers.
     """
     require_modules(modules)
-    return max(1, parameters // lora_parameters(modules, 1))
+    unit = rank_unit(modules)
+    return max(unit, parameters // lora_parameters(modules, unit) * unit)
+
+
+def rank_unit(modules: Sequence[ModuleSpec]) -> int:
+    """The number whose multiples ranks are: the least common multiple of the groups of convolutions, 1 without any."""
+    return math.lcm(*(m.conv_groups for m in modules))
 
 
 @dataclass(frozen=True)
@@ -182,6 +191,7 @@ def choose(
         raise LilyError(f"routing={routing!r} is not known; choose one of {', '.join(ROUTINGS)}")
     shapes = _shapes(modules, targets)
     depth = max(s.experts for s in shapes)
+    least = rank_unit(shapes)
 
     def sharing(n: int) -> _Sharing:
         return _Sharing(num_A if num_A or stride_A else n, stride_A, num_B or n, shared_router, gain, own_r)
@@ -195,9 +205,9 @@ def choose(
     usual = _usual(depth, fewest)
     most = depth if sharing(1) != sharing(depth) else 1  # nothing is left to vary if all values are given
     if budget is None:
-        n, rank = usual, r or min(DEFAULT_RANK, _cap(shapes))
-    elif cost(r or 1, 1) > budget:
-        raise LilyError(_too_small(budget, cost(r or 1, 1), r, sharing(1)))
+        n, rank = usual, r or max(least, min(DEFAULT_RANK, _cap(shapes)) // least * least)
+    elif cost(r or least, 1) > budget:
+        raise LilyError(_too_small(budget, cost(r or least, 1), r or least, sharing(1), r is not None))
     elif r is not None:
         rank, n = r, max(n for n in range(1, most + 1) if cost(r, n) <= budget)
     else:
@@ -226,9 +236,9 @@ def _shapes(modules: Sequence[ModuleSpec], targets: object) -> list[ModuleSpec]:
 
 def _parameters(shapes: Sequence[ModuleSpec], r: int, sharing: _Sharing, routing: str) -> int:
     return sum(
-        r * (sharing.count_A(s.experts) * s.in_features + sharing.num_B * s.out_features)
+        r * (sharing.count_A(s.experts) * s.in_features + sharing.num_B * s.reach)
         + (1 if sharing.shared_router else s.experts) * router_size(routing, r, sharing.num_B)
-        + s.experts * own_size(r, sharing.gain, sharing.own_r, s.in_features, s.out_features)
+        + s.experts * own_size(r, sharing.gain, sharing.own_r, s.in_features, s.reach)
         for s in shapes
     )
 
@@ -239,31 +249,37 @@ def _usual(depth: int, fewest: int) -> int:
 
 
 def _narrowest(shapes: Sequence[ModuleSpec]) -> ModuleSpec:
-    return min(shapes, key=lambda s: min(s.in_features, s.out_features))
+    return min(shapes, key=_side)
+
+
+def _side(s: ModuleSpec) -> int:
+    """The largest rank of a layer's weight: the smaller side, of a convolution with groups that of each."""
+    return s.conv_groups * min(s.in_features, s.reach)
 
 
 def _cap(shapes: Sequence[ModuleSpec]) -> int:
     """The largest useful rank: the smallest side of any target."""
-    narrowest = _narrowest(shapes)
-    return min(narrowest.in_features, narrowest.out_features)
+    return _side(_narrowest(shapes))
 
 
 def _largest_rank(shapes: Sequence[ModuleSpec], sharing: _Sharing, routing: str, budget: int) -> int:
     """The largest r within the budget, 0 if there is none. The size is linear in r, so two points give the line."""
-    one = _parameters(shapes, 1, sharing, routing)
-    slope = _parameters(shapes, 2, sharing, routing) - one
-    return max(0, (budget - one + slope) // slope)
+    unit = rank_unit(shapes)
+    one = _parameters(shapes, unit, sharing, routing)
+    slope = _parameters(shapes, 2 * unit, sharing, routing) - one
+    return max(0, (budget - one + slope) // slope) * unit
 
 
 def _best(
     shapes: Sequence[ModuleSpec], routing: str, budget: int, sharings: Sequence[_Sharing], usual: int
 ) -> tuple[int, int]:
-    """(r, n) for a free rank: the usual n, less if r = 1 does not fit, more if r would exceed the cap.
+    """(r, n) for a free rank: the usual n, less if the least r does not fit, more if r would exceed the cap.
 
     Of the n from the usual one to the first that is not capped, the one with the most parameters: since ranks are
     integers, the first uncapped n may use less of the budget than the last capped one.
     """
-    cap = _cap(shapes)
+    unit = rank_unit(shapes)
+    cap = max(unit, _cap(shapes) // unit * unit)
     ranks = [_largest_rank(shapes, sharing, routing, budget) for sharing in sharings]
     start = max(n for n in range(1, usual + 1) if ranks[n - 1] >= 1)
     end = next((n for n in range(start, len(ranks) + 1) if ranks[n - 1] <= cap), len(ranks))
@@ -271,10 +287,10 @@ def _best(
     return max(candidates, key=lambda c: (_parameters(shapes, c[0], sharings[c[1] - 1], routing), -c[1]))
 
 
-def _too_small(budget: int, least: int, r: int | None, sharing: _Sharing) -> str:
+def _too_small(budget: int, least: int, r: int, sharing: _Sharing, rank_given: bool) -> str:
     own = f", own_r={sharing.own_r}" if sharing.own_r else ""
-    shape = f"r={r or 1}, {_say_A(sharing)}, num_B={sharing.num_B}{own}"
-    fix = "give at least that many" + (", or leave r free" if r is not None else "") + ", or adapt fewer layers"
+    shape = f"r={r}, {_say_A(sharing)}, num_B={sharing.num_B}{own}"
+    fix = "give at least that many" + (", or leave r free" if rank_given else "") + ", or adapt fewer layers"
     return f"{budget:,} parameters are too few: the smallest Lily on these layers ({shape}) has {least:,}; {fix}"
 
 
@@ -340,6 +356,6 @@ def _why_rank(shapes: Sequence[ModuleSpec], rank: int, given: int | None, budget
         return [f"r={rank}: {lowered}; a budget would choose it."]
     if rank < cap:
         return [f"r={rank}: the largest rank that fits{used}."]
-    lone = size < WELL_USED * budget and any(min(s.in_features, s.out_features) > cap for s in shapes)
+    lone = size < WELL_USED * budget and any(_side(s) > cap for s in shapes)
     advice = f"; exclude {narrowest.name} (exclude_modules) to allow a larger rank" if lone else ""
     return [f"r={rank}: no more than {bound}{used}{advice}."]

@@ -14,6 +14,8 @@ from lily.plan.specs import EMBEDDING, PARAMETERS, ModuleSpec, base_compute, req
 class Compute:
     """Multiply-adds per token (of a convolution: per pixel), summed over the adapted layers.
 
+    In a convolution with groups, out is the outputs of one group, since a rank reaches no more.
+
     Attributes:
         base: the frozen layers: in * out; for an embedding, which looks up, out.
         down: h = x A^T: r * in; for an embedding 0. Here and below own ranks count as ranks.
@@ -128,9 +130,9 @@ def _compute(plan: SharingPlan, batch: int, tokens: int, base: int) -> Compute:
         n * (g.r + g.own_r) * g.out_features * (g.num_B + g.in_features) for g, n in counted if g.kind in PARAMETERS
     )
     router = sum(n * g.r * g.num_B for g, n in layers if g.num_B > 1 and plan.routing in DYNAMIC)
-    expand = sum(n * g.num_B * (g.r + g.own_r) * g.out_features for g, n in layers)
-    shared = sum(n * (g.r + g.own_r) * g.out_features for g, n in layers)
-    combine = sum(n * g.num_B * (g.r + g.own_r) * g.out_features for g, n in layers if g.num_B > 1)
+    expand = sum(n * g.num_B * (g.r + g.own_r) * g.reach for g, n in layers)
+    shared = sum(n * (g.r + g.own_r) * g.reach for g, n in layers)
+    combine = sum(n * g.num_B * (g.r + g.own_r) * g.reach for g, n in layers if g.num_B > 1)
     per_combine = {"token": 1, "sequence": tokens}.get(plan.routing, batch * tokens)
     by_form = {
         "expand-first": (down + router + expand + updates / (batch * tokens)) / base,

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lily.errors import LilyError
+from lily.plan.attention import InProjection
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,9 @@ def layout_of(name: str, module: nn.Module, parent: nn.Module, config: Any) -> L
         Slice name -> outputs; None if the architecture is not known.
     """
     out: int = module.out_features if hasattr(module, "out_features") else getattr(module, "nf", 0)  # type: ignore[assignment]
+    if isinstance(module, InProjection):
+        width = module.in_features
+        return {part: Rows(i * width, (i + 1) * width, out) for i, part in enumerate("qkv")}
     path = type(parent).__module__.split(".")
     if path[0] == "timm" and name == "qkv":
         rule = TIMM.get(".".join(path[1:]))

@@ -227,7 +227,7 @@ def report_of(
 def _group(group: Group, plan: SharingPlan) -> GroupReport:
     numbers = iter(depth_numbers(group.members))
     sharing = tuple(compress([next(numbers) for _ in block]) for block in group.blocks)
-    shared = len(group.blocks) * group.r * group.in_features + group.num_B * group.r * group.out_features
+    shared = len(group.blocks) * group.r * group.in_features + group.num_B * group.r * group.reach
     return GroupReport(
         group.name,
         group.kind,

@@ -21,6 +21,7 @@ from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
 from lily.errors import LilyError
+from lily.plan.attention import IN, OUT, InProjection, check_attention, has_in_projection
 from lily.plan.config import LilyConfig
 from lily.plan.fused_layouts import layout_of, rows_of
 from lily.plan.specs import (
@@ -88,6 +89,7 @@ def select_slices(
     """
     out: list[ModuleSpec] = []
     matched: set[str] = set()
+    modules = dict(own_modules(model)) if wanted else {}
     for spec in specs:
         hits = [t for t in wanted or () if spec.name == t or spec.name.endswith(f".{t}")]
         matched.update(hits)
@@ -97,8 +99,8 @@ def select_slices(
         if spec.kind != LINEAR:
             raise LilyError(f"target_slices: {spec.name} is of the kind {spec.kind}; only linear layers can be sliced")
         parent, _, short = spec.name.rpartition(".")
-        owner = base_of(model.get_submodule(parent))
-        layout = layout_of(short, base_of(model.get_submodule(spec.name)), owner, getattr(model, "config", None))
+        owner = base_of(modules.get(parent, model))
+        layout = layout_of(short, base_of(modules[spec.name]), owner, getattr(model, "config", None))
         asked = (wanted or {})[max(hits, key=len)]
         out += [
             replace(spec, name=f"{spec.name}.{part}", out_features=rows.size(spec.out_features), kind=SLICE, rows=rows)
@@ -151,10 +153,11 @@ def whole_layers(
         Layers and parameters, each once.
     """
     layers: dict[str, ModuleSpec] = {}
+    modules = dict(own_modules(model))
     for spec in specs:
         here = [spec]
         if spec.kind == SLICE:
-            here = [layer_spec(spec.path, model.get_submodule(spec.path))]
+            here = [layer_spec(spec.path, modules[spec.path])]
         elif spec.kind == PARALLEL_MODULE:
             inside = list(linear_layers(spec.name, model.get_submodule(spec.name)))
             free = LilyConfig(target_modules=[inner.name for inner in inside], exclude_modules=exclude)
@@ -270,15 +273,20 @@ def select_modules(model: nn.Module, config: LilyConfig) -> list[ModuleSpec]:
                 "do nothing",
                 stacklevel=2,
             )
-        config.target_modules -= inert.keys()
+        config.target_modules -= inert.keys() | {n for n, m in modules.items() if isinstance(base_of(m), InProjection)}
         # modules that train whole need no adapter
         saved = tuple(config.modules_to_save or ())
         config.target_modules -= {
             n for n in config.target_modules if n in saved or n.endswith(tuple(f".{s}" for s in saved))
         }
     specs = []
+    attentions = {name for name, module in modules.items() if isinstance(base_of(module), nn.MultiheadAttention)}
     for name, module in modules.items():
-        if not check_target_module_exists(config, name):
+        if name in attentions and check_target_module_exists(config, name):
+            if isinstance(module, BaseTunerLayer):
+                raise adapted_twice(name)
+            check_attention(name, module)
+        if name in attentions or not _is_target(config, name, attentions):
             continue
         if name in inert:
             raise LilyError(
@@ -288,8 +296,17 @@ def select_modules(model: nn.Module, config: LilyConfig) -> list[ModuleSpec]:
         specs.append(layer_spec(name, module))
     if not specs:
         raise _no_target(config, modules)
-    _check_layer_indices(specs, config)
+    _check_layer_indices(specs, config, attentions)
     return specs
+
+
+def _is_target(config: LilyConfig, name: str, attentions: set[str]) -> bool:
+    """Whether `config.target_modules` matches a layer, or the `nn.MultiheadAttention` whose projection it is."""
+    found = check_target_module_exists(config, name)
+    parent, _, short = name.rpartition(".")
+    if found or isinstance(found, _ExcludedModule) or parent not in attentions or short not in (IN, OUT):
+        return bool(found)
+    return bool(check_target_module_exists(config, parent))
 
 
 def matched(model: nn.Module, config: LilyConfig) -> set[str]:
@@ -297,12 +314,12 @@ def matched(model: nn.Module, config: LilyConfig) -> set[str]:
     return {name for name, _ in own_modules(model) if check_target_module_exists(config, name)}
 
 
-def _check_layer_indices(specs: Sequence[ModuleSpec], config: LilyConfig) -> None:
+def _check_layer_indices(specs: Sequence[ModuleSpec], config: LilyConfig, attentions: set[str]) -> None:
     asked = config.layers_to_transform
     for index in asked if isinstance(asked, (list, tuple)) else [] if asked is None else [asked]:
         alone = copy.copy(config)
         alone.layers_to_transform = [index]
-        if not any(check_target_module_exists(alone, m.name) for m in specs):
+        if not any(_is_target(alone, m.name, attentions) for m in specs):
             raise LilyError(
                 f"layers_to_transform has the index {index}, but no layer of that number matches target_modules="
                 f"{sorted(config.target_modules or ())}; remove it"
@@ -324,10 +341,23 @@ def _check_inside(model: nn.Module, config: LilyConfig, all_linear: bool) -> Non
 
 
 def own_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
-    """Named modules of the base model: adapted layers instead of their base layers, without adapter internals."""
+    """Named modules of the base model: adapted layers instead of their base layers, without adapter internals.
+
+    The `in_proj` of an `nn.MultiheadAttention` is one, also where nothing has adapted it yet.
+    """
     inside: list[str] = []
     for name, module in model.named_modules():
-        if not name or any(name.startswith(prefix) for prefix in inside):
+        if name.rpartition(".")[2] == IN and isinstance(base_of(module), InProjection):
+            inside.append(f"{name}.")
+            continue  # named after its attention
+        if any(name.startswith(prefix) for prefix in inside):
+            continue
+        if isinstance(module, nn.MultiheadAttention) and has_in_projection(module):
+            if name:
+                yield name, module
+            yield f"{name}.{IN}".removeprefix("."), module._modules.get(IN) or InProjection(module)
+            continue
+        if not name:
             continue
         if isinstance(module, BaseTunerLayer):
             inside.append(f"{name}.")

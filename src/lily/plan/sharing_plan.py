@@ -49,6 +49,7 @@ class Group:
         rows: outputs of their layers that slices select.
         gain: whether each of its members has a gain (r,).
         own_r: rank of each member's own A and B; 0 for none.
+        conv_groups: groups of convolutions, among which the ranks are divided.
     """
 
     name: str
@@ -62,6 +63,17 @@ class Group:
     rows: Rows | None = None
     gain: bool = False
     own_r: int = 0
+    conv_groups: int = 1
+
+    @property
+    def reach(self) -> int:
+        """Outputs that one rank reaches; see `ModuleSpec.reach`."""
+        return self.out_features // self.conv_groups
+
+    @property
+    def rows_B(self) -> int:
+        """Rows of the tensor that holds B: the experts' ranks, or those of one group of a convolution."""
+        return self.num_B * self.r // self.conv_groups
 
     @property
     def members(self) -> tuple[str, ...]:
@@ -90,7 +102,10 @@ class Group:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the base weights: (out, in), (out, channels, height, width), (rows, out), or (experts, out, in)."""
+        """Shape of the base weights: (out, in), (out, channels, *kernel), (rows, out), or (experts, out, in).
+
+        The channels of a convolution are those of one of its groups.
+        """
         if self.kernel:
             return (self.out_features, self.in_features // math.prod(self.kernel), *self.kernel)
         if self.kind == EMBEDDING:
@@ -101,7 +116,7 @@ class Group:
     def specs(self) -> list[ModuleSpec]:
         """The specs from which `build_plan` made the group."""
         experts = len(self.members) if self.kind == EXPERTS else 1
-        sizes = (self.in_features, self.out_features, self.kind, self.kernel, experts, self.rows)
+        sizes = (self.in_features, self.out_features, self.kind, self.kernel, experts, self.rows, self.conv_groups)
         return [ModuleSpec(name, *sizes) for name in self.layers]
 
     @property
@@ -193,7 +208,7 @@ class SharingPlan:
         """Trainable parameters by part; a shared tensor counts once."""
         return Parameters(
             A=sum(len(g.blocks) * g.r * g.in_features for g in self.groups),
-            B=sum(g.num_B * g.r * g.out_features for g in self.groups),
+            B=sum(g.num_B * g.r * g.reach for g in self.groups),
             router=sum(map(self.routers_of, self.groups)),
             own=sum(map(self.own_of, self.groups)),
         )
@@ -210,7 +225,7 @@ class SharingPlan:
 
     def own_of(self, group: Group) -> int:
         """Parameters of the gains and the own A and B of a group's layers."""
-        return len(group.members) * own_size(group.r, group.gain, group.own_r, group.in_features, group.out_features)
+        return len(group.members) * own_size(group.r, group.gain, group.own_r, group.in_features, group.reach)
 
     def __str__(self) -> str:
         total = self.parameters
@@ -232,9 +247,9 @@ def router_size(routing: str, r: int, num_B: int) -> int:
     return num_B * r if routing in DYNAMIC else num_B
 
 
-def own_size(r: int, gain: bool, own_r: int, in_features: int, out_features: int) -> int:
+def own_size(r: int, gain: bool, own_r: int, in_features: int, reach: int) -> int:
     """Parameters of what one layer has for itself beside a router: its gain (r,), its own A and B of rank `own_r`."""
-    return r * gain + own_r * (in_features + out_features)
+    return r * gain + own_r * (in_features + reach)
 
 
 def build_plan(modules: Sequence[ModuleSpec], config: LilyConfig) -> SharingPlan:
@@ -254,8 +269,8 @@ def build_plan(modules: Sequence[ModuleSpec], config: LilyConfig) -> SharingPlan
         The plan. The same for any order of the set `config.target_modules`.
 
     Raises:
-        LilyError: if `rank_pattern` gives layers of one group different ranks, or a key of `group_options` or
-            of a pattern matches nothing.
+        LilyError: if `rank_pattern` gives layers of one group different ranks, a rank is not a multiple of the groups
+            of a convolution, or a key of `group_options` or of a pattern matches nothing.
     """
     members: dict[ModuleSpec, list[str]] = {}
     expression = config.target_modules if isinstance(config.target_modules, str) else None
@@ -270,10 +285,12 @@ def build_plan(modules: Sequence[ModuleSpec], config: LilyConfig) -> SharingPlan
         r = _group_rank(key.name, layers, config)
         names = [f"{key.name}.{i}" for i in range(key.experts)] if key.kind == EXPERTS else layers
         own = config.options_of(key.name)
+        _check_divides(key, r, own.own_r)
         stride = own.stride_A or math.ceil(len(names) / (own.num_A or 1))
         blocks = tuple(tuple(names[i : i + stride]) for i in range(0, len(names), stride))
         sizes = (key.in_features, key.out_features, r, own.num_B)
-        groups.append(Group(key.name, *sizes, blocks, key.kind, key.kernel, key.rows, own.gain != "none", own.own_r))
+        private = (own.gain != "none", own.own_r)
+        groups.append(Group(key.name, *sizes, blocks, key.kind, key.kernel, key.rows, *private, key.conv_groups))
     plan = SharingPlan(tuple(groups), str(config.routing), config.shared_router)
     return replace(plan, stock_differs=stock_grouping_differs(plan, config.target_modules or ()))
 
@@ -326,6 +343,17 @@ def _group_rank(group: str, names: Sequence[str], config: LilyConfig) -> int:
             f"write one rank for the whole group, such as {{{group!r}: {min(shown)}}}"
         )
     return next(iter(ranks.values()))
+
+
+def _check_divides(key: ModuleSpec, r: int, own_r: int) -> None:
+    """Refuse ranks that cannot be divided among the groups of a convolution, as LoRA does."""
+    for name, rank in (("r", r), ("own_r", own_r)):
+        if rank % key.conv_groups:
+            raise LilyError(
+                f"{key.name} is a convolution with groups={key.conv_groups}, among which its ranks are divided, and "
+                f"{name}={rank} is not a multiple of that; give one (rank_pattern and group_options hold for single "
+                "groups), or exclude it with exclude_modules"
+            )
 
 
 def resolved_stride(plan: SharingPlan, config: LilyConfig) -> int | None:

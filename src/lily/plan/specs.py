@@ -18,7 +18,8 @@ from torch import nn
 from lily.errors import LilyError
 from lily.plan.fused_layouts import Rows
 
-LINEAR, CONV2D, EMBEDDING = "linear", "conv2d", "embedding"
+LINEAR, CONV1D, CONV2D, CONV3D, EMBEDDING = "linear", "conv1d", "conv2d", "conv3d", "embedding"
+CONVOLUTIONS = (CONV1D, CONV2D, CONV3D)
 SLICE = "slice"  # some outputs of a linear layer
 PARALLEL_MODULE = "block"  # an adapter runs beside a whole module; the value stays, since JSON reports contain it
 MATRIX, EXPERTS = "matrix", "experts"  # parameters: one matrix, or a stack of them
@@ -26,10 +27,9 @@ PARAMETERS = (MATRIX, EXPERTS)
 UNSEEN = (EMBEDDING, *PARAMETERS)  # kinds whose input is an index, or is not visible
 PARTS = (SLICE, MATRIX, EXPERTS)  # parts of a module, named <module>.<part>
 
-# PEFT can size these too, but they do not compute x @ W.T on their last dimension.
-NOT_LINEAR = (nn.Conv1d, nn.Conv3d, nn.MultiheadAttention)
+CONV_CLASSES: dict[type[nn.Module], str] = {nn.Conv1d: CONV1D, nn.Conv2d: CONV2D, nn.Conv3d: CONV3D}
 
-SUPPORTED = "nn.Linear (also quantized), GPT-2's Conv1D, nn.Conv2d and nn.Embedding"
+SUPPORTED = "nn.Linear (also quantized), GPT-2's Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d and nn.Embedding"
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,12 @@ class ModuleSpec:
         name: name of the layer or parameter; of a slice `<layer>.<slice>`.
         in_features: columns of A.
         out_features: columns of B.
-        kind: `linear`, `conv2d` or `embedding` for a layer; `slice` for some outputs of a linear one; `block` for a
-            parallel module; `matrix` or `experts` for a parameter.
-        kernel: (height, width) of a convolution; its `in_features` are channels * height * width.
+        kind: `linear`, `conv1d`, `conv2d`, `conv3d` or `embedding` for a layer; `slice` for some outputs of a linear
+            one; `block` for a parallel module; `matrix` or `experts` for a parameter.
+        kernel: kernel size of a convolution; its `in_features` are channels / groups * kernel size.
         experts: number of matrices that a parameter stacks; 1 for anything else.
         rows: outputs of the layer that a slice selects.
+        conv_groups: groups of a convolution; 1 for anything else.
     """
 
     name: str
@@ -54,6 +55,12 @@ class ModuleSpec:
     kernel: tuple[int, ...] = ()
     experts: int = 1
     rows: Rows | None = None
+    conv_groups: int = 1
+
+    @property
+    def reach(self) -> int:
+        """Outputs that one rank reaches: all, or those of its group in a convolution."""
+        return self.out_features // self.conv_groups
 
     @property
     def path(self) -> str:
@@ -68,12 +75,13 @@ def layer_spec(name: str, module: nn.Module) -> ModuleSpec:
         LilyError: if a layer of this kind cannot be adapted.
     """
     base = base_of(module)
-    if isinstance(base, nn.Conv2d):
-        return _conv_spec(name, base)
+    for cls, kind in CONV_CLASSES.items():
+        if isinstance(base, cls):
+            return _conv_spec(name, base, cls, kind)
     if isinstance(base, nn.Embedding):
         return ModuleSpec(name, base.num_embeddings, base.embedding_dim, EMBEDDING)
     sizes: tuple[int | None, int | None] = (None, None)
-    if not isinstance(base, NOT_LINEAR):
+    if not isinstance(base, nn.MultiheadAttention):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             sizes = _get_in_out_features(base)
@@ -88,20 +96,15 @@ def layer_spec(name: str, module: nn.Module) -> ModuleSpec:
     return ModuleSpec(name, int(sizes[0]), int(sizes[1]))
 
 
-def _conv_spec(name: str, base: nn.Conv2d) -> ModuleSpec:
-    fix = "Narrow target_modules, or exclude it with exclude_modules"
-    if base.groups != 1:
+def _conv_spec(name: str, base: Any, cls: Any, kind: str) -> ModuleSpec:
+    if type(base).forward is not cls.forward:
         raise LilyError(
-            f"target {name} is a convolution with groups={base.groups}; Lily adapts those with groups=1, because A "
-            f"reads all channels and a grouped convolution does not. {fix}"
-        )
-    if type(base).forward is not nn.Conv2d.forward:
-        raise LilyError(
-            f"target {name} is a {type(base).__name__}, a subclass of nn.Conv2d with a different forward, which an "
-            f"adapter cannot follow. {fix}"
+            f"target {name} is a {type(base).__name__}, a subclass of nn.{cls.__name__} with a different forward, "
+            "which an adapter cannot follow. Narrow target_modules, or exclude it with exclude_modules"
         )
     kernel = tuple(base.kernel_size)
-    return ModuleSpec(name, base.in_channels * math.prod(kernel), base.out_channels, CONV2D, kernel)
+    columns = base.in_channels // base.groups * math.prod(kernel)
+    return ModuleSpec(name, columns, base.out_channels, kind, kernel, conv_groups=base.groups)
 
 
 def parallel_module_spec(name: str, module: nn.Module) -> ModuleSpec:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lily.plan.attention import IN, OUT, has_in_projection, is_called
+
 # Kernels that transformers' mixers, if they are installed, call in training instead of everything after in_proj.
 FUSED = ("mamba_inner_fn", "mamba2_split_conv1d_scan_combined", "mamba_split_conv1d_scan_combined")
 
@@ -34,6 +36,10 @@ ATTENTION: dict[tuple[str, str], tuple[str, ...]] = {
 SEPARATE, SEPARATED = "qkv_bias_separate", "_lily_separated"
 
 
+# Remedies without which an adapter does nothing in any forward, so that other readers of its file lack it.
+ALWAYS = ("applied", "separated", "called")
+
+
 @dataclass(frozen=True)
 class Uncalled:
     """A layer that its parent does not always call.
@@ -42,7 +48,8 @@ class Uncalled:
         parent: the class that reads its weight.
         why: when and how, completing "PARENT reads its weight ...".
         remedy: what makes an adapter on it act: "unfused", the parent's path without the fused kernel; "applied", that
-            path with a call of the layer instead of its weight; "separated", biases added after the layer; None: none.
+            path with a call of the layer instead of its weight; "separated", biases added after the layer; "called",
+            a class that calls it; None: none.
     """
 
     parent: str
@@ -70,7 +77,8 @@ def children_read(module: nn.Module) -> dict[str, Uncalled]:
     """`uncalled` for the children of one module, by their names in it."""
     parent = type(module).__name__
     if isinstance(module, nn.MultiheadAttention):
-        return {"out_proj": Uncalled("torch.nn.MultiheadAttention", "without calling it")}
+        reason = Uncalled("torch.nn.MultiheadAttention", "without calling it", "called" if is_called(module) else None)
+        return dict.fromkeys((IN, OUT) if has_in_projection(module) else (OUT,), reason)
     # A subclass may define another forward: what counts is the class that defines it.
     owner = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
     home = owner.__module__

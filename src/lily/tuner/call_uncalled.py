@@ -5,6 +5,9 @@ always multiplies by the weight of `dt_proj`. In a mixer with an adapter on one 
 select the evaluation path (it calls `x_proj` and `out_proj`, and convolution and scan still use separate kernels) and
 replace the weight of `dt_proj` by the adapted layer. Other mixers are not changed.
 
+`nn.MultiheadAttention` gets a class that calls its projections, and a layer for the one that has none. torch's encoder
+layers, which read the weights of all their layers into one kernel outside training, are kept from that.
+
 timm's attention with separate `q` and `v` biases multiplies by the weight of `qkv` and adds them in one step; while
 there is an adapter, a flag makes it call `qkv` and add the biases afterwards.
 """
@@ -13,12 +16,17 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
+from lily.layers.attention import set_calling
 from lily.layers.layer import LilyLayer
+from lily.plan.attention import IN, InProjection
 from lily.plan.uncalled_layers import SEPARATE, SEPARATED, children_read
+
+NESTED = "_lily_nested"  # marks an encoder whose nested tensors are switched off
 
 
 class Applied:
@@ -105,17 +113,23 @@ def _acts(layer: LilyLayer) -> bool:
 
 
 def watch(model: nn.Module) -> None:
-    """Install the hooks and timm's flag on the modules that need them now, and remove them from the others.
+    """Install hooks, flags and classes on the modules that need them now, and remove them from the others.
 
     Args:
         model: with or without adapters.
     """
     hooked = []
-    for name, mixer in model.named_modules():
+    _avoid_encoder_kernels(model)
+    for name, mixer in list(model.named_modules()):
         read = children_read(mixer)
         if not read:
             continue
         there, needed = _calling(mixer), adapted(mixer)
+        if isinstance(mixer, nn.MultiheadAttention):
+            set_calling(mixer, bool(needed))
+            if isinstance(mixer._modules.get(IN), InProjection) and not needed:
+                del mixer._modules[IN]
+            continue
         if any(layer.remedy == "separated" for layer in read.values()):
             _separate(mixer, bool(needed))
             continue
@@ -133,6 +147,45 @@ def watch(model: nn.Module) -> None:
             "target_modules to keep it",
             stacklevel=3,
         )
+
+
+def add_in_projections(model: nn.Module, layers: Iterable[str]) -> None:
+    """Give each attention whose `in_proj` is among `layers` a module of that name; `watch` removes unused ones."""
+    for name in layers:
+        parent, _, short = name.rpartition(".")
+        if short != IN:
+            continue
+        attention = model.get_submodule(parent)
+        if isinstance(attention, nn.MultiheadAttention) and IN not in attention._modules:
+            attention.add_module(IN, InProjection(attention))
+
+
+def _avoid_encoder_kernels(model: nn.Module) -> None:
+    """Keep `nn.TransformerEncoderLayer` with adapted layers from its fused kernel, and others not any longer.
+
+    torch runs the kernel only for layers without forward hooks, and its input may be a nested tensor, which
+    `nn.TransformerEncoder` makes if its flag allows it.
+    """
+    for module in model.modules():
+        if not isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerEncoder)):
+            continue
+        wanted = any(isinstance(m, LilyLayer) and m.settings for m in module.modules())
+        if isinstance(module, nn.TransformerEncoderLayer):
+            there = [key for key, hook in module._forward_pre_hooks.items() if hook is _no_kernel]
+            if wanted and not there:
+                module.register_forward_pre_hook(_no_kernel)
+            for key in () if wanted else there:
+                del module._forward_pre_hooks[key]
+        elif wanted and getattr(module, "use_nested_tensor", False):
+            module.use_nested_tensor = False
+            setattr(module, NESTED, True)
+        elif not wanted and hasattr(module, NESTED):
+            module.use_nested_tensor = True
+            delattr(module, NESTED)
+
+
+def _no_kernel(layer: nn.Module, args: Any) -> None:
+    """A hook that does nothing: see `_avoid_encoder_kernels`."""
 
 
 def kernels_installed() -> bool:

@@ -82,9 +82,14 @@ def initialize_from_data(
     adapted = find(model, adapter)
     seen = _check(adapted)
     blocks, slots = adapted.plan.blocks, adapted.plan.slots
-    shared = {slots[name].A: TopDirections(g.r, g.in_features) for g, names in blocks for name in names if name in seen}
+    shared = {
+        slots[name].A: TopDirections(g.r // g.conv_groups, g.in_features)
+        for g, names in blocks
+        for name in names
+        if name in seen
+    }
     own = {
-        name: TopDirections(group.r + group.own_r, group.in_features)
+        name: TopDirections((group.r + group.own_r) // group.conv_groups, group.in_features)
         for group, names in blocks
         for name in names
         if name in seen and group.own_r
@@ -173,24 +178,26 @@ def _write(
         if number not in shared:
             continue
         top, A = shared[number], adapted.bank.tensors(adapted.name)[0][number]
-        found, _ = top.top(group.r)
+        parts = group.conv_groups  # each group of a convolution starts with the same directions
+        r, own_r = group.r // parts, group.own_r // parts
+        found, _ = top.top(r)
         if not len(found):  # never called, or zeros alone
             random += names
             continue
-        rows = completed(found, A[len(found) :].to(found))
+        rows = completed(found, A[len(found) : r].to(found))
         energy = float((top.kept @ rows.T).square().sum())
-        scale = (ROW_ENERGY * group.r / group.in_features * top.energy / energy) ** 0.5
-        A.copy_(from_first((scale * rows).cpu()))
+        scale = (ROW_ENERGY * r / group.in_features * top.energy / energy) ** 0.5
+        A.copy_(from_first((scale * rows).cpu().repeat(parts, 1)))
         explained[names[0]] = min(1.0, float((top.kept @ found.T).square().sum()) / top.energy)
-        short += [f"{names[0]} ({len(found)} of {group.r})"] if len(found) < group.r else []
+        short += [f"{names[0]} ({len(found)} of {r})"] if len(found) < r else []
         basis = rows[: group.in_features]
         for name in (name for name in names if name in own):
             own_A = cast(Tensor, seen[name].lily_own_A[adapted.name].weight)
-            more, _ = own[name].top(group.own_r, basis.to(own[name].kept))
+            more, _ = own[name].top(own_r, basis.to(own[name].kept))
             both = torch.cat((basis, more.to(basis)))
-            own_rows = completed(both, own_A[len(more) :].to(both))[len(basis) :]
-            own_A.copy_(from_first((scale * own_rows).cpu()))
-            short += [f"{name} ({len(more)} of own_r={group.own_r})"] if len(more) < group.own_r else []
+            own_rows = completed(both, own_A[len(more) : own_r].to(both))[len(basis) :]
+            own_A.copy_(from_first((scale * own_rows).cpu().repeat(parts, 1)))
+            short += [f"{name} ({len(more)} of own_r={own_r})"] if len(more) < own_r else []
     if random:
         warnings.warn(
             f"init_weights='data': {len(random)} layers keep the default start, because their inputs are indices, not "

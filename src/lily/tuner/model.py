@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists, onload_layer
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_module_exists, onload_layer
 from peft.utils import TRANSFORMERS_MODELS_TO_LILY_TARGET_MODULES_MAPPING
 from peft.utils.integrations import init_empty_weights
 from peft.utils.other import TrainableTokensWrapper, _get_submodules
@@ -21,7 +21,7 @@ from lily.checkpoint.load import current
 from lily.checkpoint.stock import decide_file_format
 from lily.errors import LilyError
 from lily.layers.bank import BANK, LilyBank, Settled, bank_of
-from lily.layers.conv import Conv2d
+from lily.layers.conv import Conv
 from lily.layers.devices import Placement, is_spread, onload, placement
 from lily.layers.embedding import Embedding
 from lily.layers.find import layers_of, names_of_parameters, watch_masks
@@ -37,7 +37,7 @@ from lily.layers.trained_rows import name_rows
 from lily.plan.config import CAUSAL_TASKS, LilyConfig
 from lily.plan.select import is_causal, select_targets
 from lily.plan.sharing_plan import SharingPlan, build_plan
-from lily.plan.specs import CONV2D, EMBEDDING, LINEAR, PARALLEL_MODULE, PARAMETERS, ModuleSpec
+from lily.plan.specs import CONVOLUTIONS, EMBEDDING, LINEAR, PARALLEL_MODULE, PARAMETERS, ModuleSpec
 from lily.plan.wrappers import innermost, plain_names, unwrapped
 from lily.tuner import call_uncalled, data_start
 from lily.tuner.adapter_names import rows_by_name
@@ -46,7 +46,12 @@ from lily.tuner.model_tags import add_tag
 from lily.tuner.removal import remove_if_empty
 from lily.tuner.replaced import drop_replaced
 
-LAYERS = {LINEAR: Linear, CONV2D: Conv2d, EMBEDDING: Embedding, PARALLEL_MODULE: ParallelModule}
+LAYERS: dict[str, type[LilyLayer]] = {
+    LINEAR: Linear,
+    **dict.fromkeys(CONVOLUTIONS, Conv),
+    EMBEDDING: Embedding,
+    PARALLEL_MODULE: ParallelModule,
+}
 
 # Merging warns if rounding to the base weight's precision loses more than this share of an update's norm.
 REPORTED_ROUNDING = 0.01
@@ -139,6 +144,14 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
     def _prepare_model(self, peft_config: LilyConfig, model: nn.Module) -> None:
         """PEFT's last step before it replaces a layer: every check is here, so that nothing fails half-way."""
         specs = select_targets(model, peft_config)
+        call_uncalled.add_in_projections(model, [spec.path for spec in specs])
+        try:
+            self._decide(peft_config, model, specs)
+        except Exception:
+            call_uncalled.watch(model)
+            raise
+
+    def _decide(self, peft_config: LilyConfig, model: nn.Module, specs: list[ModuleSpec]) -> None:
         check_targets(model, specs)
         check_beside(model, peft_config, specs)
         _decide_routing(peft_config, model)
@@ -184,10 +197,11 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         )
 
     def _check_target_module_exists(self, peft_config: LilyConfig, key: str) -> Any:
-        """See PEFT; parallel modules are not named in `target_modules`."""
-        if key in self._plan.slots and self._plan.group_of(key).kind == PARALLEL_MODULE:
+        """See PEFT. The plan has what is adapted; only what PEFT calls excluded is not in it."""
+        if any(self._plan.group_of(name).kind not in PARAMETERS for name in self._parts.get(key, ())):
             return True
-        return bool(peft_config.target_modules) and check_target_module_exists(peft_config, key)
+        found = bool(peft_config.target_modules) and check_target_module_exists(peft_config, key)
+        return found if isinstance(found, _ExcludedModule) else False
 
     def _create_and_replace(
         self,
