@@ -22,7 +22,7 @@ from lily.checkpoint.stock import decide_file_format
 from lily.errors import LilyError
 from lily.layers.bank import BANK, LilyBank, Settled, bank_of
 from lily.layers.conv import Conv2d
-from lily.layers.devices import Placement, is_spread, onload, placement
+from lily.layers.devices import is_spread, onload, placement_of
 from lily.layers.embedding import Embedding
 from lily.layers.find import layers_of, names_of_parameters, watch_masks
 from lily.layers.layer import LilyLayer
@@ -34,8 +34,8 @@ from lily.layers.quantized import keep_differentiable
 from lily.layers.sharding import engine_in
 from lily.layers.slice import Slice
 from lily.layers.trained_rows import name_rows
-from lily.plan.config import CAUSAL_TASKS, LilyConfig
-from lily.plan.select import is_causal, select_targets
+from lily.plan.config import LilyConfig
+from lily.plan.select import select_targets
 from lily.plan.sharing_plan import SharingPlan, build_plan
 from lily.plan.specs import CONV2D, EMBEDDING, LINEAR, PARALLEL_MODULE, PARAMETERS, ModuleSpec
 from lily.plan.wrappers import innermost, plain_names, unwrapped
@@ -45,6 +45,7 @@ from lily.tuner.check_targets import check_beside, check_targets
 from lily.tuner.model_tags import add_tag
 from lily.tuner.removal import remove_if_empty
 from lily.tuner.replaced import drop_replaced
+from lily.tuner.routing import decide_routing
 
 LAYERS = {LINEAR: Linear, CONV2D: Conv2d, EMBEDDING: Embedding, PARALLEL_MODULE: ParallelModule}
 
@@ -141,10 +142,10 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         specs = select_targets(model, peft_config)
         check_targets(model, specs)
         check_beside(model, peft_config, specs)
-        _decide_routing(peft_config, model)
+        decide_routing(peft_config, model)
         self._plan = self._plan_of_copied(specs) or build_plan(specs, peft_config)
         peft_config.resolve_scaling(self._plan.ranks)
-        self._placements = {spec.name: _placement(model, spec) for spec in specs}
+        self._placements = {spec.name: placement_of(model, spec) for spec in specs}
         self._parts: dict[str, list[str]] = {}
         for spec in specs:
             self._parts.setdefault(spec.path, []).append(spec.name)
@@ -435,20 +436,14 @@ def _regroup(model: nn.Module, config: LilyConfig, adapter: str, plan: SharingPl
     bank = bank_of(model)
     old = bank.tensors(adapter)[0][0]
     layers = layers_of(model)
-    placements = {spec.name: _placement(model, spec) for spec in format.specs_of(plan)}
-    bank.add(adapter, plan, placements, init_weights=True)
+    placements = {spec.name: placement_of(model, spec) for spec in format.specs_of(plan)}
+    bank.add(adapter, plan, placements, init_weights=None)
     for tensors in bank.tensors(adapter):
         tensors.requires_grad_(old.requires_grad)
         tensors.to("meta" if old.device.type == "meta" else None, old.dtype)
     for name, slot in plan.slots.items():
         layers[name].change_settings(adapter, slot=slot)
     decide_file_format(config, plan, model)
-
-
-def _placement(model: nn.Module, spec: ModuleSpec) -> Placement:
-    """Device and dtype of the adapter of a layer, or of a part of one."""
-    parameter = spec.name.rpartition(".")[2] if spec.kind in PARAMETERS else None
-    return placement(model.get_submodule(spec.path), is_spread(model), parameter)
 
 
 def _warn_of_surplus(named: set[str], plan: SharingPlan) -> None:
@@ -472,20 +467,4 @@ def _warn_of_diffusers(model: nn.Module, config: LilyConfig) -> None:
             "save_lora_adapter and save_lora_weights will refuse it; use routing='static', or make it static during "
             "training (lily.Settling) or afterwards (lily.collapse)",
             stacklevel=3,
-        )
-
-
-def _decide_routing(config: LilyConfig, model: nn.Module) -> None:
-    """Choose the default routing of the model, and warn of one that lets a causal model see later tokens."""
-    causal = is_causal(model)
-    if config.routing_is_default:
-        config.routing = config.default_routing(causal or config.task_type in CAUSAL_TASKS)
-    if causal and config.num_B > 1 and config.routing in ("batch", "sequence"):
-        leaked = "later tokens and padding" + (
-            " and the other samples of the batch" if config.routing == "batch" else ""
-        )
-        warnings.warn(
-            f"routing={config.routing!r} on a causal model: its outputs will depend on {leaked}, so decoding with a KV "
-            "cache differs from decoding without. Use routing='token' (see docs/routing.md)",
-            stacklevel=2,
         )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lily.layers.bank import LilyBank
 from lily.plan.config import EXTENDED_TYPE, LilyConfig
+from lily.tuner import hotswap as hot_swapping
 from lily.tuner import peft_loading, peft_optimizers, peft_saving, removal, scales, status
 from lily.tuner.model import LilyModel
 
@@ -27,7 +28,7 @@ def _convert_module_to_lora(
     return _stock_conversion(module, rank, adapter_name)  # type: ignore[no-any-return]
 
 
-REPLACING = (peft_loading, peft_saving, peft_optimizers, removal, scales, status)
+REPLACING = (hot_swapping, peft_loading, peft_saving, peft_optimizers, removal, scales, status)
 PATCHES = [patch for module in REPLACING for patch in module.PATCHES]
 
 
@@ -42,7 +43,7 @@ def register() -> None:
     PEFT_TYPE_TO_CONFIG_MAPPING[EXTENDED_TYPE] = LilyConfig
     PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LILY] = LilyModel
     conversion._convert_module_to_lora = _convert_module_to_lora
-    hotswap.CONFIG_KEYS_TO_CHECK[PeftType.LILY] = peft_loading.HOTSWAP_KEYS
+    hotswap.CONFIG_KEYS_TO_CHECK[PeftType.LILY] = []  # the swap itself checks what must agree
     for owner, name, ours, _ in PATCHES:
         setattr(owner, name, ours)
 
