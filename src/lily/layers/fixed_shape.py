@@ -16,7 +16,10 @@ from torch import Tensor, nn
 
 from lily import functional
 from lily.layers.sharding import is_here
+from lily.plan.config import LilyConfig
 from lily.plan.options import DYNAMIC
+from lily.plan.sharing_plan import Group
+from lily.plan.specs import PARAMETERS
 
 
 class Shape(NamedTuple):
@@ -52,6 +55,12 @@ class Shape(NamedTuple):
                 "prepare_model_for_compiled_hotswap (config)"
             )
         return None
+
+
+def shape_of(group: Group, config: LilyConfig) -> Shape:
+    """The shape of an adapter's layers of a group, without room for more."""
+    routing = "static" if config.settled == 1 or group.kind in PARAMETERS else str(config.routing)
+    return Shape(group.r + group.own_r, group.num_B, routing, config.options_of(group.name).activation)
 
 
 class FixedShape(nn.Module):

@@ -1,6 +1,7 @@
-"""Hot-swapping: an adapter of a model is replaced by another one in place, without recompiling a compiled model.
+"""Hot-swapping: an adapter of a model is replaced by another one in place.
 
 PEFT's functions know LoRA alone. `lily.tuner.registry` replaces them by these, which call the originals for LoRA.
+`lily.tuner.compiled_hotswap` prepares a model, so that a swap does not recompile it.
 """
 
 from __future__ import annotations
@@ -10,13 +11,11 @@ import functools
 import re
 import warnings
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import hotswap, save_and_load
 from peft.utils.other import TrainableTokensWrapper
@@ -28,23 +27,20 @@ from lily.checkpoint.format import PREFIX
 from lily.checkpoint.load import Opened
 from lily.checkpoint.stock import decide_file_format
 from lily.errors import LilyError
-from lily.layers.bank import LilyBank, Settled, banks_in
+from lily.layers.bank import Settled, banks_in
 from lily.layers.devices import placement_of
 from lily.layers.find import layers_of, masked_layers, watch_masks
-from lily.layers.fixed_shape import Shape
+from lily.layers.fixed_shape import shape_of
 from lily.layers.layer import LilyLayer
 from lily.layers.sharding import is_sharded
 from lily.plan.config import LilyConfig
-from lily.plan.options import DYNAMIC
 from lily.plan.select import select_targets
-from lily.plan.sharing_plan import Group, SharingPlan, build_plan
-from lily.plan.specs import PARAMETERS
+from lily.plan.sharing_plan import SharingPlan, build_plan
 from lily.plan.wrappers import plain_names
 from lily.tuner.routing import decide_routing
 
 _stock_hotswap = hotswap.hotswap_adapter
 _stock_hotswap_state = hotswap.hotswap_adapter_from_state_dict
-_stock_prepare = hotswap.prepare_model_for_compiled_hotswap
 
 SHOWN = 3  # names in a message
 
@@ -75,7 +71,7 @@ def swap(model: nn.Module, adapter: str, config: peft.LilyConfig, opened: Opened
             known = ", ".join(name for name, own in configs.items() if isinstance(own, LilyConfig))
             raise LilyError(f"no Lily adapter {adapter!r} to replace on this model; there are {known or 'none'}")
         root, bank = banks_in(inner)[0]
-        _check_state_of(root, adapter)
+        check_free(root, adapter)
         masked = masked_layers(root)
         load.check_config(config, root)
         plan = _plan(root, config, bank.plans[adapter])
@@ -97,20 +93,28 @@ def swap(model: nn.Module, adapter: str, config: peft.LilyConfig, opened: Opened
     return result
 
 
-def _check_state_of(root: nn.Module, adapter: str) -> None:
-    """Refuse an adapter whose tensors are not all here, or are in use elsewhere."""
+def check_free(root: nn.Module, adapter: str) -> None:
+    """Refuse an adapter whose tensors are not all here, or are in use elsewhere.
+
+    Args:
+        root: holds the bank.
+        adapter: its name.
+
+    Raises:
+        LilyError: if it is merged or recorded, or its tensors are sharded or offloaded.
+    """
     for name, module in root.named_modules():
         rows = module.token_adapter if isinstance(module, TrainableTokensWrapper) else module
         if isinstance(rows, BaseTunerLayer) and adapter in rows.merged_adapters:
-            raise LilyError(f"adapter {adapter!r} is merged into {name}; call unmerge_adapter() before it is replaced")
+            raise LilyError(f"adapter {adapter!r} is merged into {name}; call unmerge_adapter() first")
         if isinstance(module, LilyLayer) and adapter in module.statistics:
-            raise LilyError(f"the routing of adapter {adapter!r} is being recorded; replace it afterwards")
+            raise LilyError(f"the routing of adapter {adapter!r} is being recorded; wait for the end of the recording")
     for p in _parameters(root, adapter).values():
         if is_sharded(p) or p.is_meta:
             where = "offloads" if p.is_meta else "shards"
             raise LilyError(
                 f"adapter {adapter!r} cannot be replaced in place: an engine {where} its tensors; load the other one "
-                "under another name before the model is wrapped"
+                "before the model is wrapped"
             )
 
 
@@ -158,17 +162,11 @@ def _check_shapes(layers: dict[str, LilyLayer], adapter: str, plan: SharingPlan,
     for name in plan.slots:
         fixed = layers[name].fixed_shapes
         group = plan.group_of(name)
-        why = fixed[adapter].shape.refusal(*_shape_of(group, config)) if adapter in fixed else None
+        why = fixed[adapter].shape.refusal(*shape_of(group, config)) if adapter in fixed else None
         if why is not None:
             raise LilyError(f"the other adapter {why} ({name}), so it cannot replace {adapter!r} without recompilation")
         if adapter in fixed and config.settled not in (None, 1):
             raise LilyError(f"the routing of the other adapter is settling, which {adapter!r} is not compiled for")
-
-
-def _shape_of(group: Group, config: LilyConfig) -> Shape:
-    own = config.options_of(group.name)
-    routing = "static" if config.settled == 1 or group.kind in PARAMETERS else str(config.routing)
-    return Shape(group.r + group.own_r, group.num_B, routing, own.activation)
 
 
 def _rebuild(root: nn.Module, adapter: str, plan: SharingPlan, config: LilyConfig) -> None:
@@ -229,12 +227,8 @@ def _hotswap(
     if folder is None:
         _stock_hotswap(model, model_name_or_path, adapter_name, torch_device, **kwargs)
     else:
-        swap_folder(model, adapter_name, folder, kwargs.get("key_mapping"))
-
-
-def swap_folder(model: nn.Module, adapter: str, folder: Path, key_mapping: Any = None) -> Any:
-    """`swap` by the adapter in a local folder."""
-    return swap(model, adapter, LilyConfig.from_pretrained(str(folder)), Opened.folder(folder, key_mapping))
+        opened = Opened.folder(folder, kwargs.get("key_mapping"))
+        swap(model, adapter_name, LilyConfig.from_pretrained(str(folder)), opened)
 
 
 @functools.wraps(_stock_hotswap_state)
@@ -265,94 +259,7 @@ def refuse_lora(adapter: str) -> None:
     )
 
 
-@functools.wraps(_stock_prepare)
-def prepare(
-    model: nn.Module, *, target_rank: int | None = None, config: Any = None, check_compiled: str = "error"
-) -> None:
-    """PEFT's `prepare_model_for_compiled_hotswap`, for Lily's adapters too.
-
-    Args:
-        model: with the first adapter, not yet compiled.
-        target_rank: the largest rank of the adapters, own ranks included; default: those of the model's.
-        config: configurations of adapters that will be swapped in, one or a dictionary; they say how many experts and
-            which routing to compile for. Those of LoRA are changed as by PEFT.
-        check_compiled: what to do about a model that is compiled already: `error`, `warn` or `ignore`.
-
-    Raises:
-        LilyError: if `target_rank` is below a rank of the model's, the adapters cannot replace one another, or the
-            model is compiled already.
-    """
-    given = list(config.values()) if isinstance(config, dict) else [] if config is None else [config]
-    others = {str(i): own for i, own in enumerate(given) if not isinstance(own, peft.LilyConfig)}
-    found = banks_in(model)
-    if not found or any(isinstance(module, LoraLayer) for module in model.modules()):
-        _stock_prepare(model, target_rank=target_rank, config=others or None, check_compiled=check_compiled)
-    else:
-        _check_compiled(model, check_compiled)
-    with plain_names(model) as inner:
-        wanted = [LilyConfig.from_stock(own) for own in given if isinstance(own, peft.LilyConfig)]
-        shapes = [
-            (layer, adapter, shape)
-            for root, bank in banks_in(inner)
-            for adapter in bank.plans
-            for layer, shape in _shapes_to_fix(inner, root, bank, adapter, wanted, target_rank)
-        ]
-    for layer, adapter, shape in shapes:
-        layer.fix_shape(adapter, shape)
-    for root, _ in found:
-        watch_masks(root)
-
-
-def _check_compiled(model: nn.Module, check_compiled: str) -> None:
-    if check_compiled not in ("error", "warn", "ignore"):
-        raise LilyError(f"check_compiled={check_compiled!r} is not known; expected error, warn or ignore")
-    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None):
-        if check_compiled == "error":
-            raise LilyError("the model is compiled already; call prepare_model_for_compiled_hotswap before that")
-        if check_compiled == "warn":
-            warnings.warn("the model is compiled already, so preparing it recompiles it", stacklevel=4)
-
-
-def _shapes_to_fix(
-    model: nn.Module, root: nn.Module, bank: LilyBank, adapter: str, wanted: list[LilyConfig], target_rank: int | None
-) -> Iterator[tuple[LilyLayer, Shape]]:
-    """Each layer of an adapter, with the shape into which it and adapters of the configurations `wanted` fit."""
-    _check_state_of(root, adapter)
-    plan, layers = bank.plans[adapter], layers_of(root)
-    configs: Any = model.peft_config
-    config: LilyConfig = configs[adapter]
-    if config.settled not in (None, 1):
-        raise LilyError(f"the routing of adapter {adapter!r} is settling; prepare the model when it has settled")
-    for name in plan.slots:
-        group = plan.group_of(name)
-        own = _shape_of(group, config)
-        if target_rank is not None and target_rank < own.r:
-            raise LilyError(f"target_rank={target_rank} is below the rank {own.r} of adapter {adapter!r} on {name}")
-        options = [(own.num_B, own.routing)]
-        if group.kind not in PARAMETERS:
-            options += [(c.options_of(group.name).num_B, _routing(c, root)) for c in wanted]
-        dynamic = [(num_B, routing) for num_B, routing in options if num_B > 1 and routing in DYNAMIC]
-        routings = sorted({routing for _, routing in dynamic})
-        if len(routings) > 1:
-            raise LilyError(
-                f"adapters of routing {' and '.join(routings)} cannot replace one another in a compiled model; "
-                "collapse those of one of them"
-            )
-        num_B = max((num_B for num_B, _ in dynamic), default=1)
-        yield layers[name], Shape(target_rank or own.r, num_B, routings[0] if routings else "static", own.activation)
-
-
-def _routing(config: LilyConfig, root: nn.Module) -> str:
-    """The routing that a configuration has on a model."""
-    config = copy.copy(config)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        decide_routing(config, root)
-    return "static" if config.settled == 1 else str(config.routing)
-
-
 PATCHES: list[tuple[Any, str, Any, Any]] = [
     (hotswap, "hotswap_adapter", _hotswap, _stock_hotswap),
     (hotswap, "hotswap_adapter_from_state_dict", _hotswap_state, _stock_hotswap_state),
-    (hotswap, "prepare_model_for_compiled_hotswap", prepare, _stock_prepare),
 ]

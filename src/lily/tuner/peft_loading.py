@@ -32,7 +32,8 @@ from lily.layers.find import refill
 from lily.layers.trained_rows import RowsByAdapter
 from lily.plan.config import LilyConfig
 from lily.plan.wrappers import innermost, plain_names
-from lily.tuner.hotswap import opened_state, prepare, swap
+from lily.tuner.compiled_hotswap import prepare
+from lily.tuner.hotswap import opened_state, swap
 
 # Settings that change an adapter's function besides its tensors.
 DISTINCTION = ("distinct", "distinct_seed")
