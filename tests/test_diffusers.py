@@ -11,7 +11,8 @@ import torch
 from adapters import adapted
 from helpers import build, randomise
 from paths import ROOT
-from peft import PeftModel, get_peft_model, inject_adapter_in_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
+from peft.utils.hotswap import hotswap_adapter_from_state_dict, prepare_model_for_compiled_hotswap
 from safetensors import safe_open
 
 from lily import LilyConfig, LilyError, export
@@ -139,9 +140,8 @@ def output(model, inputs):
 
 
 def lily(kind, way="add_adapter", **options):
-    config = LilyConfig(
-        r=4, num_A=2, num_B=3, **{"target_modules": TARGETS, "routing": "static", "scaling": 1.0, **options}
-    )
+    values = {"r": 4, "num_A": 2, "num_B": 3, "target_modules": TARGETS, "routing": "static", "scaling": 1.0, **options}
+    config = LilyConfig(**values)
     return randomise(WAYS[way](KINDS[kind][0](), config), scale=0.4).eval()
 
 
@@ -252,6 +252,27 @@ def test_biases_of_an_injected_adapter_are_exported(tmp_path):
         assert (output(loaded, unet_inputs()) - expected).abs().max() <= 1e-5, way
         with pytest.raises(LilyError, match="biases"):
             export.as_lora(model, target="diffusers")
+
+
+def test_adapters_of_a_denoiser_are_swapped_as_lily_and_as_the_lora_that_they_are(tmp_path):
+    made = [lily("unet", scaling=0.7), lily("unet", r=6, scaling=1.3, num_B=2)]
+    expected = [output(model, unet_inputs()) for model in made]
+    named = {"prefix": None, "weight_name": "pytorch_lora_weights.safetensors", "adapter_name": "default"}
+    for number, model in enumerate(made):
+        model.save_lora_adapter(tmp_path / str(number))
+    model, state, config = made[1], get_peft_model_state_dict(made[0]), made[0].peft_config["default"]
+    with pytest.raises(LilyError, match="is Lily's, and a LoRA cannot take its place"):
+        model.load_lora_adapter(tmp_path / "0", hotswap=True, **named)
+    assert torch.equal(output(model, unet_inputs()), expected[1])
+    prepare_model_for_compiled_hotswap(model, target_rank=6)
+    hotswap_adapter_from_state_dict(model, state, "default", config)
+    assert (output(model, unet_inputs()) - expected[0]).abs().max() <= 1e-5
+
+    model = unet()
+    model.enable_lora_hotswap(target_rank=6)
+    for number, wanted in enumerate(expected):
+        model.load_lora_adapter(tmp_path / str(number), hotswap=number > 0, **named)
+        assert (output(model, unet_inputs()) - wanted).abs().max() <= 1e-5
 
 
 def test_the_guides_example_runs(tmp_path, monkeypatch):

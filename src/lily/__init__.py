@@ -115,4 +115,10 @@ def _save_lora_adapter(*args: Any, **kwargs: Any) -> None:
     save_lora_adapter(*args, **kwargs)
 
 
-watch(Handlers(_register, _removed, _lora_state, _save_lora_adapter))
+def _refuse_lora(adapter: Any) -> None:
+    from lily.tuner.hotswap import refuse_lora
+
+    refuse_lora(adapter)
+
+
+watch(Handlers(_register, _removed, _lora_state, _save_lora_adapter, _refuse_lora))

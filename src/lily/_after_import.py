@@ -30,12 +30,14 @@ class Handlers:
         removed: after diffusers has taken adapters out of a model.
         lora_state: a Lily adapter's tensors -> those of the LoRA that it is.
         save_lora_adapter: the same of a model and an adapter's name, in a file; the other arguments are diffusers'.
+        refuse_lora: as the replacement of the adapter of that name.
     """
 
     register: Callable[[], None]
     removed: Callable[[Any], None]
     lora_state: Callable[[Any], Any]
     save_lora_adapter: Callable[..., None]
+    refuse_lora: Callable[[Any], None]
 
 
 def after_import(name: str, act: Callable[[], None]) -> None:
@@ -96,17 +98,25 @@ def _in_state_dict_utils(handlers: Handlers) -> None:
 
 def _in_models(handlers: Handlers) -> None:
     mixin = sys.modules["diffusers.loaders.peft"].PeftAdapterMixin
-    stock = mixin.save_lora_adapter
+    stock, stock_load = mixin.save_lora_adapter, mixin.load_lora_adapter
+
+    def is_ours(model: Any, adapter: Any) -> bool:
+        return type(getattr(model, "peft_config", {}).get(adapter)).__module__.startswith("lily.")
 
     @functools.wraps(stock)
     def save_lora_adapter(self: Any, save_directory: Any, adapter_name: Any = "default", *args: Any, **kw: Any) -> None:
-        config = getattr(self, "peft_config", {}).get(adapter_name)
-        if type(config).__module__.startswith("lily."):
+        if is_ours(self, adapter_name):
             handlers.save_lora_adapter(self, save_directory, adapter_name, *args, **kw)
         else:
             stock(self, save_directory, adapter_name, *args, **kw)
 
-    mixin.save_lora_adapter = save_lora_adapter
+    @functools.wraps(stock_load)
+    def load_lora_adapter(self: Any, source: Any, prefix: Any = "transformer", hotswap: bool = False, **kw: Any) -> Any:
+        if hotswap and is_ours(self, name := kw.get("adapter_name")):  # diffusers would delete the adapter
+            handlers.refuse_lora(name)
+        return stock_load(self, source, prefix, hotswap, **kw)
+
+    mixin.save_lora_adapter, mixin.load_lora_adapter = save_lora_adapter, load_lora_adapter
 
 
 def _in_pipelines(handlers: Handlers) -> None:

@@ -11,7 +11,6 @@ import torch
 from every_kind import KINDS, base, ids, lily_config, output
 from helpers import randomise
 from peft import PeftModel, get_peft_model
-from peft.utils.hotswap import hotswap_adapter
 
 import lily
 from lily import LilyConfig, LilyError, functional
@@ -221,7 +220,6 @@ def test_a_file_without_or_with_a_tensor_too_many_is_refused(tmp_path):
 
 WAYS = {
     "load_adapter": lambda model, folder: model.load_adapter(folder, "default"),
-    "hotswap": lambda model, folder: hotswap_adapter(model, str(folder), "default", torch_device="cpu"),
     "with a configuration": lambda model, folder: PeftModel.from_pretrained(
         base().double(), folder, config=lily_config("linear", r=3, distinct="none")
     ),

@@ -1,4 +1,4 @@
-"""Other ways in than `PeftModel.from_pretrained`: transformers' own loading, and hot-swapping."""
+"""Another way in than `PeftModel.from_pretrained`: transformers' own loading."""
 
 from __future__ import annotations
 
@@ -81,25 +81,3 @@ def test_a_regular_expression_of_a_plain_config_is_one_group_as_in_stock():
         assert ours == get_peft_model(build("llama"), config).get_nb_trainable_parameters()
     finally:
         lily.register()
-
-
-@pytest.mark.parametrize("routing", ["token", "static", "batch"])
-def test_an_adapter_is_swapped_in_place(tmp_path, routing):
-    from peft.utils.hotswap import hotswap_adapter
-
-    other = randomise(get_peft_model(build("llama"), config_for("llama", routing=routing)), seed=7).eval()
-    other.save_pretrained(tmp_path)
-    model = randomise(get_peft_model(build("llama"), config_for("llama", routing=routing))).eval()
-    before = {name: p for name, p in model.named_parameters() if "lily_" in name}
-    hotswap_adapter(model, str(tmp_path), adapter_name="default", torch_device="cpu")
-    assert torch.equal(predict(model, inputs("llama")), predict(other, inputs("llama")))
-    assert all(before[name] is p for name, p in model.named_parameters() if name in before)
-
-
-def test_an_adapter_of_another_scaling_is_not_swapped_in(tmp_path):
-    from peft.utils.hotswap import hotswap_adapter
-
-    get_peft_model(build("llama"), config_for("llama", scaling=3.0)).save_pretrained(tmp_path)
-    model = get_peft_model(build("llama"), config_for("llama"))
-    with pytest.raises(ValueError, match="scaling"):
-        hotswap_adapter(model, str(tmp_path), adapter_name="default", torch_device="cpu")

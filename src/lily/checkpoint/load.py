@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -34,6 +35,8 @@ from lily.plan.options import PATTERNS
 from lily.plan.sharing_plan import SharingPlan
 
 LILY_TYPES = (PeftType.LILY.value, EXTENDED_TYPE)
+
+DOWNLOAD = frozenset(inspect.signature(hf_hub_download).parameters) - {"repo_id", "filename"}
 
 MAX_PATTERNS = 1_000  # entries of one pattern option, each of which is compiled
 
@@ -243,6 +246,11 @@ def naming(file: Path | None) -> Iterator[None]:
             raise
         kind = type(error) if isinstance(error, LilyError) else LilyError
         raise kind(str(blame(file, str(error).strip()))) from None
+
+
+def download_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a loading function's options that are options of `hf_hub_download`."""
+    return {key: value for key, value in options.items() if key in DOWNLOAD and value is not None}
 
 
 def find(model_id: Any, hub: Mapping[str, Any], configured: bool = False) -> Path | None:

@@ -100,7 +100,7 @@ class LilyBank(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         adapter: str,
         plan: SharingPlan,
         placements: Mapping[str, Placement],
-        init_weights: bool | str,
+        init_weights: bool | str | None,
         activations: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """Create the tensors of a plan, initialized by `first_values`.
@@ -109,7 +109,7 @@ class LilyBank(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             adapter: its name; an adapter of that name is replaced.
             plan: the sharing plan.
             placements: device and dtype by layer.
-            init_weights: as in `LilyConfig`.
+            init_weights: as in `LilyConfig`; None: whatever is in memory, because values follow.
             activations: group -> activation between its A and B; default: none.
         """
         self.plans[adapter] = plan
@@ -124,6 +124,8 @@ class LilyBank(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             _shared(g.rows_B, g.out_features, placement, starts[g.name][1])
             for g, placement in zip(plan.groups, on_B, strict=True)
         )
+        if adapter in self.lily_R:
+            del self.lily_R[adapter]
         if plan.shared_router:
             routers = {
                 str(i): _shared(g.num_B, g.r, placement, kaiming)
@@ -235,7 +237,9 @@ def bank_of(model: nn.Module) -> LilyBank:
 Fill = Callable[[Tensor], Tensor]
 
 
-def first_values(group: Group, init_weights: bool | str, activation: str, rank: int | None = None) -> tuple[Fill, Fill]:
+def first_values(
+    group: Group, init_weights: bool | str | None, activation: str, rank: int | None = None
+) -> tuple[Fill, Fill]:
     """Initializers of the A and the B of a group: by default A Kaiming-uniform and B zero, so that the update is zero.
 
     An embedding has A zero and B standard normal, as in LoRA: A has a column for every row of the embedding, and rows
@@ -244,16 +248,23 @@ def first_values(group: Group, init_weights: bool | str, activation: str, rank: 
 
     Args:
         group: the group.
-        init_weights: as in `LilyConfig`; with `data`, A is Kaiming-uniform until the data have been seen.
+        init_weights: as in `LilyConfig`; with `data`, A is Kaiming-uniform until the data have been seen. None: as they
+            are.
         activation: between A and B.
         rank: rows of one A; default: the group's.
     """
+    if init_weights is None:
+        return _unchanged, _unchanged
     if not init_weights:
         return kaiming, kaiming
     if group.kind == EMBEDDING and activation != "relu":
         return nn.init.zeros_, nn.init.normal_
     start_A = partial(orthonormal, rank=rank or group.r) if init_weights == "orthonormal" else kaiming
     return start_A, nn.init.zeros_
+
+
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _shared(rows: int, columns: int, placement: Placement, fill: Fill) -> nn.Parameter:

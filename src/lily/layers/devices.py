@@ -18,7 +18,7 @@ from accelerate.hooks import AlignDevicesHook, SequentialHook, remove_hook_from_
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 
-from lily.plan.specs import base_of
+from lily.plan.specs import PARAMETERS, ModuleSpec, base_of
 
 # Device and dtype that a layer's adapter takes (None: PyTorch's default dtype).
 Placement = tuple[torch.device, torch.dtype | None]
@@ -47,6 +47,12 @@ def placement(module: nn.Module, spread: bool = False, parameter: str | None = N
     offloaded = spread and weight.device.type == "meta"
     device = execution_device(base) or (torch.device("cpu") if offloaded else weight.device)
     return device, dtype if dtype.is_floating_point else None
+
+
+def placement_of(model: nn.Module, spec: ModuleSpec) -> Placement:
+    """Device and dtype of the adapter of a layer, or of a part of one."""
+    parameter = spec.name.rpartition(".")[2] if spec.kind in PARAMETERS else None
+    return placement(model.get_submodule(spec.path), is_spread(model), parameter)
 
 
 def weight_of(base: nn.Module) -> Any:

@@ -1,4 +1,4 @@
-"""Find the adapted layers and the tied parameters of a model, and record attention masks for layers that need them."""
+"""Find the adapted layers and the tied parameters of a model; what is done to all layers at once."""
 
 from __future__ import annotations
 
@@ -16,6 +16,12 @@ def layers_of(root: nn.Module) -> dict[str, LilyLayer]:
     return {layer.name_in_plan(path): layer for path, layer in modules}
 
 
+def refill(model: nn.Module, adapter: str) -> None:
+    """Bring the fixed shapes of an adapter up to date, after its tensors have changed; see `LilyLayer.refill`."""
+    for layer in (module for module in model.modules() if isinstance(module, LilyLayer)):
+        layer.refill(adapter)
+
+
 def names_of_parameters(model: nn.Module) -> dict[int, list[str]]:
     """Identity (`id`) of each parameter -> its names in the model: several for one that modules share."""
     names: dict[int, list[str]] = {}
@@ -24,15 +30,20 @@ def names_of_parameters(model: nn.Module) -> dict[int, list[str]]:
     return names
 
 
+def masked_layers(model: nn.Module) -> list[str]:
+    """The layers that use attention masks now."""
+    return [name for name, m in model.named_modules() if isinstance(m, LilyLayer) and _uses_masks(m)]
+
+
+def _uses_masks(layer: LilyLayer) -> bool:
+    pooled = any(s.routing == "sequence" and s.num_B > 1 for s in layer.settings.values())
+    return bool(layer.statistics) or pooled or any(f.shape.routing == "sequence" for f in layer.fixed_shapes.values())
+
+
 def watch_masks(model: nn.Module) -> None:
     """Record attention masks for the layers that use them now.
 
     Args:
         model: the root that holds the bank.
     """
-    names = [
-        name
-        for name, m in model.named_modules()
-        if isinstance(m, LilyLayer) and (m.statistics or any(s.routing == "sequence" for s in m.settings.values()))
-    ]
-    bank_of(model).watch(model, names)
+    bank_of(model).watch(model, masked_layers(model))

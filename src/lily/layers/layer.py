@@ -1,7 +1,8 @@
 """State of one adapted layer: its settings, its router, where its shared tensors are; and one call into the math.
 
 Each kind of layer has a subclass (`linear`, `conv`, `embedding`, `slice`, `parameter`, `parallel_module`). Mixing
-weights are in `mixing`, what a layer has for itself in `own`, merging in `merging`, scales in `scales`.
+weights are in `mixing`, what a layer has for itself in `own`, merging in `merging`, scales in `scales`, shapes that do
+not change with the adapter in `fixed_shape`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from lily.errors import LilyError
 from lily.kernels import fused
 from lily.layers.bank import LilyBank
 from lily.layers.devices import execution_device, onload, weight_of
+from lily.layers.fixed_shape import FixedShapeMixin
 from lily.layers.merging import Factors, MergingMixin, NotStaticError
 from lily.layers.mixing import MixingMixin
 from lily.layers.own import Distinction, OwnMixin
@@ -64,7 +66,7 @@ class Settings:
     own_r: int
 
 
-class LilyLayer(MixingMixin, OwnMixin, ScaleMixin, MergingMixin):
+class LilyLayer(MixingMixin, OwnMixin, FixedShapeMixin, ScaleMixin, MergingMixin):
     """An adapted layer of any kind. A and B are in the bank; see `lily.layers.bank`.
 
     Args:
@@ -80,7 +82,7 @@ class LilyLayer(MixingMixin, OwnMixin, ScaleMixin, MergingMixin):
     """
 
     adapter_layer_names: tuple[str, ...] = ("lily_router", "lily_logits", "lily_gain", "lily_own_A", "lily_own_B")
-    other_param_names: tuple[str, ...] = ("settings", "statistics", "rounding")
+    other_param_names: tuple[str, ...] = ("settings", "statistics", "rounding", "fixed_shapes")
 
     def __init__(self, base_layer: nn.Module, bank: LilyBank) -> None:
         super().__init__()
@@ -92,6 +94,7 @@ class LilyLayer(MixingMixin, OwnMixin, ScaleMixin, MergingMixin):
         self.lily_router = nn.ModuleDict({})
         self.lily_logits = LogitsByAdapter({})
         self.lily_gain, self.lily_own_A, self.lily_own_B = (nn.ModuleDict({}) for _ in range(3))
+        self.fixed_shapes = nn.ModuleDict({})
         self.statistics: dict[str, RoutingStatistics] = {}
         self.merged_as, self.rounding, self.merged_adapters = {}, {}, []
         self._disable_adapters = False
@@ -247,6 +250,9 @@ class LilyLayer(MixingMixin, OwnMixin, ScaleMixin, MergingMixin):
         Returns:
             Of the shape of the base layer's output.
         """
+        if (fixed := self._fixed(adapter)) is not None:
+            h = functional.hidden(self._down(x, fixed.A), fixed.shape.activation)
+            return self._out(fixed.update(h, self._mask(x, h) if fixed.shape.routing == "sequence" else None), x)
         settings, (A, B) = self.settings[adapter], self.tensors_of(adapter, x.device)
         h = functional.hidden(self._down(x, A), settings.activation, settings.dropout, self.training)
         w = self._weights(adapter, h, x)
@@ -279,7 +285,7 @@ class LilyLayer(MixingMixin, OwnMixin, ScaleMixin, MergingMixin):
 
     def _fast(self, adapter: str, x: Tensor) -> fused.Update | None:
         """The adapter's update for `fused`, or None where only the reference can compute it."""
-        if exporting():
+        if exporting() or self._fixed(adapter) is not None:
             return None
         bank, settings, router = self._bank[0], self.settings[adapter], self.router_of(adapter, x.device)
         routing = settings.routing

@@ -36,13 +36,14 @@ class ParallelModule(LilyLayer):
         return (result, *out[1:]) if isinstance(out, tuple) else result
 
     def _check_shapes(self, adapter: str, x: Any, result: Any) -> None:
-        A, B = self.tensors_of(adapter)
+        fixed = self._fixed(adapter)
+        A, B = self.tensors_of(adapter) if fixed is None else (fixed.A, fixed.B)
         fits = isinstance(x, Tensor) and isinstance(result, Tensor) and x.shape[:-1] == result.shape[:-1]
-        if not fits or (x.shape[-1], result.shape[-1]) != (A.shape[1], B.shape[2]):
+        if not fits or (x.shape[-1], result.shape[-1]) != (A.shape[-1], B.shape[-1]):
             shapes = [str(tuple(t.shape)) if isinstance(t, Tensor) else type(t).__name__ for t in (x, result)]
             raise LilyError(
                 f"a {type(self.base_layer).__name__} cannot have a parallel adapter: its input and output are "
-                f"{' and '.join(shapes)}, expected (..., {A.shape[1]}) and (..., {B.shape[2]}); remove it "
+                f"{' and '.join(shapes)}, expected (..., {A.shape[-1]}) and (..., {B.shape[-1]}); remove it "
                 "from parallel_modules"
             )
 

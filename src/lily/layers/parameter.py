@@ -110,12 +110,15 @@ class Parameter(PartLayer):
 
     def _updated_weight(self, weight: Tensor, adapter: str) -> Tensor:
         """`weight` plus an update, in one (batched, for stacked experts) multiply-add."""
-        A, B = self.tensors_of(adapter, weight.device)
         with torch.autocast(weight.device.type, enabled=False):  # the weight keeps its dtype
-            mixed = self._mixed(B, self.router_of(adapter))
+            if (fixed := self._fixed(adapter)) is not None:
+                A, mixed, scaling = fixed.A, fixed.B, 1.0
+            else:
+                A, B = self.tensors_of(adapter, weight.device)
+                mixed, scaling = self._mixed(B, self.router_of(adapter)), self.settings[adapter].scaling
             left, right = (A.mT, mixed) if self.transposed else (mixed.mT, A)
             add = torch.baddbmm if self.experts else torch.addmm
-            return add(weight, left.to(weight), right.to(weight), alpha=self.settings[adapter].scaling)
+            return add(weight, left.to(weight), right.to(weight), alpha=scaling)
 
     def _mixed(self, B: Tensor, logits: Tensor | None) -> Tensor:
         mixed = super()._mixed(B, logits)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -19,6 +19,9 @@ class ScaleMixin(BaseTunerLayer):  # type: ignore[misc]
 
     settings: dict[str, Any]
 
+    if TYPE_CHECKING:  # LilyLayer's
+        refill: Any
+
     @property
     def scaling(self) -> dict[str, float]:
         """Adapter -> what multiplies its update now. Assign a dictionary to change it."""
@@ -27,7 +30,7 @@ class ScaleMixin(BaseTunerLayer):  # type: ignore[misc]
     @scaling.setter
     def scaling(self, scales: dict[str, float]) -> None:
         for name, scale in scales.items():
-            self.change_settings(name, scaling=_number(scale))
+            self._change_scale(name, _number(scale))
 
     def change_settings(self, adapter: str, **changes: Any) -> None:
         """Replace some fields of an adapter's settings."""
@@ -36,19 +39,23 @@ class ScaleMixin(BaseTunerLayer):  # type: ignore[misc]
     def set_scale(self, adapter: str, scale: float) -> None:
         """Multiply the configured scale of an adapter; one that is not on this layer is ignored. See PEFT's LoRA."""
         if adapter in self.settings:
-            self.change_settings(adapter, scaling=_number(scale) * self.settings[adapter].configured_scaling)
+            self._change_scale(adapter, _number(scale) * self.settings[adapter].configured_scaling)
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the present scale of the active adapters. See PEFT's LoRA."""
         for name in self._active_here():
-            self.change_settings(name, scaling=self.settings[name].scaling * _number(scale))
+            self._change_scale(name, self.settings[name].scaling * _number(scale))
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the present scale of the active adapters, or restore the configured one. See PEFT's LoRA."""
         for name in self._active_here():
             settings = self.settings[name]
             restored = settings.configured_scaling if scale is None else settings.scaling / _number(scale)
-            self.change_settings(name, scaling=restored)
+            self._change_scale(name, restored)
+
+    def _change_scale(self, adapter: str, scaling: float) -> None:
+        self.change_settings(adapter, scaling=scaling)
+        self.refill(adapter)
 
     def _active_here(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.settings]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lily.checkpoint.stock import decide_file_format
 from lily.errors import LilyError
 from lily.layers.bank import LilyBank, banks_in
-from lily.layers.find import layers_of, watch_masks
+from lily.layers.find import layers_of, refill, watch_masks
 from lily.layers.layer import LilyLayer
 from lily.layers.router import Logits
 from lily.plan.config import LilyConfig
@@ -69,6 +69,7 @@ class Adapted:
         self.bank.plans[self.name] = replace(self.plan, routing="static", shared_router=False)
         self.config.routing, self.config.settled, self.config.shared_router = "static", None, False
         decide_file_format(self.config, self.plan, self.root)
+        refill(self.root, self.name)
         self.watch_masks()
 
 

@@ -1,4 +1,7 @@
-"""`LilyModel`, PEFT's tuner for Lily: turns a plan into layers and a bank."""
+"""`LilyModel`, PEFT's tuner for Lily: turns a plan into layers and a bank.
+
+What it does with files is in `lily.tuner.files`, merging in `lily.tuner.merging`.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_module_exists, onload_layer
+from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LILY_TARGET_MODULES_MAPPING
 from peft.utils.integrations import init_empty_weights
-from peft.utils.other import TrainableTokensWrapper, _get_submodules
+from peft.utils.other import _get_submodules
 from torch import Tensor, nn
 
 from lily.checkpoint import format
@@ -22,9 +25,9 @@ from lily.checkpoint.stock import decide_file_format
 from lily.errors import LilyError
 from lily.layers.bank import BANK, LilyBank, Settled, bank_of
 from lily.layers.conv import Conv
-from lily.layers.devices import Placement, is_spread, onload, placement
+from lily.layers.devices import onload, placement_of
 from lily.layers.embedding import Embedding
-from lily.layers.find import layers_of, names_of_parameters, watch_masks
+from lily.layers.find import watch_masks
 from lily.layers.layer import LilyLayer
 from lily.layers.linear import Linear
 from lily.layers.parallel_module import ParallelModule
@@ -34,17 +37,20 @@ from lily.layers.quantized import keep_differentiable
 from lily.layers.sharding import engine_in
 from lily.layers.slice import Slice
 from lily.layers.trained_rows import name_rows
-from lily.plan.config import CAUSAL_TASKS, LilyConfig
-from lily.plan.select import is_causal, select_targets
+from lily.plan.config import LilyConfig
+from lily.plan.select import select_targets
 from lily.plan.sharing_plan import SharingPlan, build_plan
 from lily.plan.specs import CONVOLUTIONS, EMBEDDING, LINEAR, PARALLEL_MODULE, PARAMETERS, ModuleSpec
-from lily.plan.wrappers import innermost, plain_names, unwrapped
+from lily.plan.wrappers import innermost, plain_names
 from lily.tuner import call_uncalled, data_start
 from lily.tuner.adapter_names import rows_by_name
 from lily.tuner.check_targets import check_beside, check_targets
+from lily.tuner.files import FilesMixin
+from lily.tuner.merging import ModelMergingMixin
 from lily.tuner.model_tags import add_tag
 from lily.tuner.removal import remove_if_empty
 from lily.tuner.replaced import drop_replaced
+from lily.tuner.routing import decide_routing
 
 LAYERS: dict[str, type[LilyLayer]] = {
     LINEAR: Linear,
@@ -53,11 +59,8 @@ LAYERS: dict[str, type[LilyLayer]] = {
     PARALLEL_MODULE: ParallelModule,
 }
 
-# Merging warns if rounding to the base weight's precision loses more than this share of an update's norm.
-REPORTED_ROUNDING = 0.01
 
-
-class LilyModel(BaseTuner):  # type: ignore[misc]
+class LilyModel(FilesMixin, ModelMergingMixin):
     """A model with Lily adapters. `peft.get_peft_model` creates it.
 
     Args:
@@ -154,10 +157,10 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
     def _decide(self, peft_config: LilyConfig, model: nn.Module, specs: list[ModuleSpec]) -> None:
         check_targets(model, specs)
         check_beside(model, peft_config, specs)
-        _decide_routing(peft_config, model)
+        decide_routing(peft_config, model)
         self._plan = self._plan_of_copied(specs) or build_plan(specs, peft_config)
         peft_config.resolve_scaling(self._plan.ranks)
-        self._placements = {spec.name: _placement(model, spec) for spec in specs}
+        self._placements = {spec.name: placement_of(model, spec) for spec in specs}
         self._parts: dict[str, list[str]] = {}
         for spec in specs:
             self._parts.setdefault(spec.path, []).append(spec.name)
@@ -308,162 +311,6 @@ class LilyModel(BaseTuner):  # type: ignore[misc]
         """
         return rows_by_name(self.model, kwargs)
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge static adapters into the base weights; `unmerge_adapter` restores every bit. See PEFT.
-
-        Raises:
-            LilyError: if a layer cannot be merged; no layer is then.
-        """
-        self._check_merge(adapter_names, safe_merge)
-        super().merge_adapter(adapter_names, safe_merge)
-        _report_rounding(self.model)
-
-    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
-        for name in adapter_names or ():
-            if name not in self.peft_config:  # PEFT merges nothing, in silence
-                raise LilyError(f"cannot merge adapter {name!r}; the model has {', '.join(self.peft_config) or 'none'}")
-        names = names_of_parameters(self.model)
-        wrappers = [m for m in self.model.modules() if isinstance(m, TrainableTokensWrapper)]
-        for rows in (w.token_adapter for w in wrappers if not w.token_adapter.tied_adapter):
-            tied = names.get(id(rows.get_base_layer().weight), [])
-            if len(tied) > 1 + sum(w.token_adapter.tied_adapter is rows for w in wrappers):
-                raise LilyError(
-                    f"{' and '.join(tied)} are one tensor, so merging the trained rows of one would change the other; "
-                    "untie them first, or train the same rows of both (trainable_token_indices as a list)"
-                )
-        for layer in self.model.modules():
-            if not isinstance(layer, LilyLayer):
-                continue
-            for adapter in layer.active_adapters if adapter_names is None else adapter_names:
-                if adapter in layer.settings and adapter not in layer.merged_adapters:
-                    # only the safe check needs the values, and so reads offloaded weights
-                    with onload_layer(layer) if safe_merge else contextlib.nullcontext():
-                        layer.check_merge(adapter, safe_merge)
-                    tied = names.get(id(layer.whole_weight), [])
-                    if len(tied) > 1:
-                        raise LilyError(
-                            f"{' and '.join(tied)} are one tensor, so merging into one would change the other; untie "
-                            "them first (load the base with tie_word_embeddings=False and copy the weight)"
-                        )
-
-    def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-    ) -> nn.Module:
-        layers = [m for m in self.model.modules() if isinstance(m, LilyLayer)]
-        if merge:
-            self._check_merge(adapter_names, safe_merge)
-        with plain_names(self):
-            super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        if merge:
-            _report_rounding(nn.ModuleList(layers))
-        remove_if_empty(self.model)
-        return self.model  # type: ignore[no-any-return]
-
-    @classmethod
-    def _get_adapter_state_dict(
-        cls,
-        model: nn.Module,
-        config: LilyConfig,
-        adapter_name: str,
-        state_dict: dict[str, Tensor],
-        unwanted_adapter_names: list[str],
-    ) -> dict[str, Tensor]:
-        bank, _ = _find_bank(model)
-        data_start.warn_if_awaiting(bank, adapter_name)
-        plan = bank.plans[adapter_name]
-        # A grouping that does not follow from the written configuration must be visible in the file.
-        written = copy.copy(config)
-        written.stock_grouping = False
-        as_configured = plan == build_plan(format.specs_of(plan), written)
-        if config.settled == 1:  # the routers are no longer used
-            state_dict = {k: v for k, v in state_dict.items() if f".lily_router.{adapter_name}." not in k}
-        names = {path: name for name, path in _part_keys(model, adapter_name).items()}
-        state_dict = {names.get(unwrapped(k), k): v for k, v in state_dict.items()}
-        out = format.dump(state_dict, adapter_name, plan, every_layer=not as_configured)
-        out.update(cls._get_learnable_bias_state_dict(model, state_dict, config))
-        return out
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: LilyConfig, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        bank, root = _find_bank(model)
-        bank.stop_waiting(adapter_name)
-        format.check_base(bank.plans[adapter_name], config.adapted_layers, config.base_model_name_or_path)
-        tensors, plan = format.resolve(state_dict, bank.plans[adapter_name], config.settled)
-        if plan is not bank.plans[adapter_name]:
-            _regroup(model.get_submodule(root.rstrip(".")), config, adapter_name, plan)
-        out = dict(tensors.other)
-        out.update({f"{root}{BANK}.lily_A.{adapter_name}.{i}": t for i, t in tensors.A.items()})
-        out.update({f"{root}{BANK}.lily_B.{adapter_name}.{i}": t for i, t in tensors.B.items()})
-        out.update({f"{root}{BANK}.lily_R.{adapter_name}.{i}": t for i, t in tensors.shared_router.items()})
-        own = {f"{root}{name}.lily_router.{adapter_name}.weight": t for name, t in tensors.router.items()}
-        own |= {f"{root}{name}.lily_logits.{adapter_name}.weight": t for name, t in tensors.logits.items()}
-        own |= {
-            f"{root}{name}.lily_{part}.{adapter_name}.weight": t
-            for part, layers in tensors.own.items()
-            for name, t in layers.items()
-        }
-        keys = _part_keys(model, adapter_name)
-        out.update({keys.get(key, key): t for key, t in own.items()})
-        if is_spread(model):
-            bank.arrived = {key.removeprefix(root): t for key, t in out.items()}
-        return out
-
-
-def _part_keys(model: nn.Module, adapter: str) -> dict[str, str]:
-    """Routers and logits of parts of modules: name in files -> name in the model, which includes the nesting."""
-    return {
-        f"{m.name_in_plan(path)}.{own}": f"{path}.{own}"
-        for path, m in ((unwrapped(path), m) for path, m in model.named_modules())
-        if isinstance(m, PartLayer)
-        for own in (f"{name}.{adapter}.weight" for name in m.adapter_layer_names)
-    }
-
-
-def _report_rounding(model: nn.Module) -> None:
-    errors = [e for m in model.modules() if isinstance(m, LilyLayer) for e in m.rounding.values()]
-    if errors and max(errors) > REPORTED_ROUNDING:
-        warnings.warn(
-            f"merging rounded the updates by {sum(errors) / len(errors):.1%} on average and {max(errors):.1%} at worst "
-            "(share of the update's norm), because the base weights are of low precision; the adapter unmerged, or "
-            "merged into float32 weights, is more exact",
-            stacklevel=3,
-        )
-
-
-def _find_bank(model: nn.Module) -> tuple[LilyBank, str]:
-    """The bank, and the name (with a trailing dot) of the module that it belongs to."""
-    for name, module in model.named_modules():
-        if isinstance(module, LilyBank):
-            return module, unwrapped(name.removesuffix(BANK))
-    raise AttributeError("the model carries no Lily adapter")
-
-
-def _regroup(model: nn.Module, config: LilyConfig, adapter: str, plan: SharingPlan) -> None:
-    """Recreate an adapter's shared tensors for another plan of the same layers."""
-    bank = bank_of(model)
-    old = bank.tensors(adapter)[0][0]
-    layers = layers_of(model)
-    placements = {spec.name: _placement(model, spec) for spec in format.specs_of(plan)}
-    bank.add(adapter, plan, placements, init_weights=True)
-    for tensors in bank.tensors(adapter):
-        tensors.requires_grad_(old.requires_grad)
-        tensors.to("meta" if old.device.type == "meta" else None, old.dtype)
-    for name, slot in plan.slots.items():
-        layers[name].change_settings(adapter, slot=slot)
-    decide_file_format(config, plan, model)
-
-
-def _placement(model: nn.Module, spec: ModuleSpec) -> Placement:
-    """Device and dtype of the adapter of a layer, or of a part of one."""
-    parameter = spec.name.rpartition(".")[2] if spec.kind in PARAMETERS else None
-    return placement(model.get_submodule(spec.path), is_spread(model), parameter)
-
 
 def _warn_of_surplus(named: set[str], plan: SharingPlan) -> None:
     surplus = sorted(named - set(plan.slots))
@@ -486,20 +333,4 @@ def _warn_of_diffusers(model: nn.Module, config: LilyConfig) -> None:
             "save_lora_adapter and save_lora_weights will refuse it; use routing='static', or make it static during "
             "training (lily.Settling) or afterwards (lily.collapse)",
             stacklevel=3,
-        )
-
-
-def _decide_routing(config: LilyConfig, model: nn.Module) -> None:
-    """Choose the default routing of the model, and warn of one that lets a causal model see later tokens."""
-    causal = is_causal(model)
-    if config.routing_is_default:
-        config.routing = config.default_routing(causal or config.task_type in CAUSAL_TASKS)
-    if causal and config.num_B > 1 and config.routing in ("batch", "sequence"):
-        leaked = "later tokens and padding" + (
-            " and the other samples of the batch" if config.routing == "batch" else ""
-        )
-        warnings.warn(
-            f"routing={config.routing!r} on a causal model: its outputs will depend on {leaked}, so decoding with a KV "
-            "cache differs from decoding without. Use routing='token' (see docs/routing.md)",
-            stacklevel=2,
         )

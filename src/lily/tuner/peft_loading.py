@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +14,11 @@ import peft
 import peft.functional
 import peft.peft_model
 import peft.utils
-from huggingface_hub import hf_hub_download
 from peft import PeftConfig, PeftModel, inject_adapter_in_model
 from peft.config import PeftConfigMixin
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import CONFIG_NAME, hotswap, infer_device, save_and_load
+from peft.utils import CONFIG_NAME, infer_device, save_and_load
+from peft.utils import hotswap as peft_hotswap
 from peft.utils.other import TrainableTokensWrapper, _set_adapter
 from torch import Tensor, nn
 from transformers.integrations.peft import PeftAdapterMixin
@@ -30,34 +28,24 @@ from lily.checkpoint.beside import Beside, keep_tied
 from lily.checkpoint.format import PREFIX
 from lily.checkpoint.load import Opened
 from lily.errors import LilyError
+from lily.layers.find import refill
 from lily.layers.trained_rows import RowsByAdapter
 from lily.plan.config import LilyConfig
 from lily.plan.wrappers import innermost, plain_names
+from lily.tuner.compiled_hotswap import prepare
+from lily.tuner.hotswap import opened_state, swap
 
-# Settings that change an adapter's function besides its tensors: adapters that differ here cannot be hot-swapped.
+# Settings that change an adapter's function besides its tensors.
 DISTINCTION = ("distinct", "distinct_seed")
-HOTSWAP_KEYS = [
-    "r", "stride_A", "num_A", "num_B", "scaling", "routing", "activation", "rank_pattern", "settled", "target_modules",
-    "target_parameters", "target_slices", "parallel_modules", "group_options", "shared_router", "gain", "own_r",
-    *DISTINCTION,
-]  # fmt: skip
-
-DOWNLOAD = frozenset(inspect.signature(hf_hub_download).parameters) - {"repo_id", "filename"}
 
 _stock_from_json_file = PeftConfigMixin.__dict__["from_json_file"]
 _stock_from_pretrained = PeftModel.__dict__["from_pretrained"]
 _stock_load_adapter = PeftModel.load_adapter
 _stock_load_weights = save_and_load.load_peft_weights
 _stock_set_state = save_and_load.set_peft_model_state_dict
-_stock_hotswap = hotswap.hotswap_adapter
-_stock_hotswap_state = hotswap.hotswap_adapter_from_state_dict
 _stock_rows_state = TrainableTokensWrapper.adapter_state_dict
 _stock_rows_names = TrainableTokensWrapper.adapter_state_dict_load_map
 _stock_transformers = getattr(PeftAdapterMixin.load_adapter, "lily_stock", PeftAdapterMixin.load_adapter)
-
-
-def _download(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in options.items() if key in DOWNLOAD and value is not None}
 
 
 def _configs(model: Any) -> dict[str, PeftConfig]:
@@ -81,7 +69,7 @@ def _from_pretrained(cls: type[PeftModel], *args: Any, **kwargs: Any) -> PeftMod
     options = bound.arguments.get("kwargs", {})
     folder = None
     if config is None or isinstance(config, peft.LilyConfig):
-        folder = load.find(model_id, _download(options), configured=config is not None)
+        folder = load.find(model_id, load.download_options(options), configured=config is not None)
     if folder is None:
         return stock(*bound.args, **bound.kwargs)
     mapping = bound.arguments.get("key_mapping") or getattr(model, "_checkpoint_conversion_mapping", None)
@@ -104,7 +92,7 @@ def _load_adapter(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
     existing = self.peft_config.get(name)
     folder = None
     if existing is None or isinstance(existing, LilyConfig):
-        folder = load.find(model_id, _download(options), configured=existing is not None)
+        folder = load.find(model_id, load.download_options(options), configured=existing is not None)
     if folder is None:
         carries = any(isinstance(config, LilyConfig) for config in self.peft_config.values())
         with load.naming(Path(model_id, CONFIG_NAME) if carries else None):
@@ -139,7 +127,7 @@ def _load_weights(
     """`load_peft_weights`: a Lily adapter's tensors are read from safetensors only, and must be finite."""
     opened = load.current()
     if opened is None:
-        folder = load.find(model_id, _download(options))
+        folder = load.find(model_id, load.download_options(options))
         if folder is None:
             return _stock_load_weights(model_id, device, key_mapping, **options)  # type: ignore[no-any-return]
         opened = Opened.folder(folder, key_mapping)
@@ -170,6 +158,7 @@ def _set_state(
             inner, beside.for_model(peft_model_state_dict), adapter_name, ignore_mismatched_sizes, low_cpu_mem_usage
         )
         beside.tie(inner, adapter_name)
+        refill(inner, adapter_name)
     return result
 
 
@@ -188,44 +177,15 @@ def _rows_names(self: TrainableTokensWrapper, adapter_name: str) -> dict[str, st
     return {name: f"{here}.weight" for name, here in names.items()} if isinstance(rows, RowsByAdapter) else names
 
 
-def _hotswap(
-    model: nn.Module, model_name_or_path: str, adapter_name: str, torch_device: str | None = None, **kwargs: Any
-) -> None:
-    """`hotswap_adapter`."""
-    folder = load.find(model_name_or_path, _download(kwargs))
-    if folder is None:
-        _stock_hotswap(model, model_name_or_path, adapter_name, torch_device, **kwargs)
-        return
-    with load.in_progress(Opened.folder(folder)) as opened:
-        existing = _configs(model).get(adapter_name)
-        if isinstance(existing, LilyConfig) and (plan := load.plan_of(model, adapter_name)) is not None:
-            # PEFT's first step, so that a difference in configuration is reported before one in tensors
-            hotswap.check_hotswap_configs_compatible(existing, LilyConfig.from_pretrained(str(folder)))
-            opened.check(plan, existing, model, adapter_name)
-        _stock_hotswap(model, model_name_or_path, adapter_name, torch_device, **kwargs)
-
-
-def _hotswap_state(
-    model: nn.Module, state_dict: dict[str, Tensor], adapter_name: str, config: PeftConfig, *args: Any, **kwargs: Any
-) -> None:
-    """The second half of PEFT's `hotswap_adapter`, which supports only LoRA: copy our tensors into the model's.
-
-    The parameters stay the same objects, so a compiled model is not recompiled.
-    """
-    if not isinstance(config, LilyConfig):
-        _stock_hotswap_state(model, state_dict, adapter_name, config, *args, **kwargs)
-        return
-    inserted = re.compile(rf"(lily_[A-Za-z]+)\.{re.escape(adapter_name)}(?=\.|$)")
-    plain = {inserted.sub(r"\1", key): tensor for key, tensor in state_dict.items()}
-    _set_state(model, plain, adapter_name=adapter_name)
-
-
 def _transformers(
     self: Any,
     peft_model_id: str | None = None,
     adapter_name: str | None = None,
     peft_config: Any = None,
     adapter_state_dict: dict[str, Tensor] | None = None,
+    low_cpu_mem_usage: bool = False,
+    is_trainable: bool = False,
+    hotswap: bool | str = "auto",
     *args: Any,
     **kwargs: Any,
 ) -> Any:
@@ -234,13 +194,16 @@ def _transformers(
     It matches names of tensors to names of parameters and would miss the bank, so Lily's files are loaded as PEFT does.
     Other adapters are passed on.
     """
+    options = (low_cpu_mem_usage, is_trainable, hotswap, *args)
     load_config = kwargs.get("load_config")
     source = peft_model_id or getattr(load_config, "pretrained_model_name_or_path", None)
     hub = {**(getattr(load_config, "download_kwargs", None) or {}), **(kwargs.get("adapter_kwargs") or {})}
     hub["local_files_only"] = hub.get("local_files_only") or kwargs.get("local_files_only")
     hub = {key: hub[key] for key in ("revision", "token", "cache_dir", "subfolder", "local_files_only") if hub.get(key)}
     name = adapter_name or "default"
-    exists = name in getattr(self, "peft_config", {})
+    existing = getattr(self, "peft_config", {}).get(name)
+    if hotswap == "auto":
+        hotswap = getattr(self, "_hotswap_enabled", False) and existing is not None
     folder = None
     if (
         adapter_state_dict is None
@@ -251,30 +214,42 @@ def _transformers(
     config = peft_config
     if config is None and folder is not None:
         config = LilyConfig.from_pretrained(str(folder))
-    if not isinstance(config, LilyConfig) or exists or kwargs.get("hotswap") is True:
-        return _stock_transformers(self, peft_model_id, adapter_name, peft_config, adapter_state_dict, *args, **kwargs)
+    if not isinstance(config, LilyConfig) or (existing is not None) != bool(hotswap):
+        return _stock_transformers(
+            self, peft_model_id, adapter_name, peft_config, adapter_state_dict, *options, **kwargs
+        )
     if folder is not None:
         if peft_config is not None:
             _check_distinction(folder, config)
         opened = Opened.folder(folder)
     elif adapter_state_dict is not None:
-        opened = Opened({PREFIX + key.removeprefix(PREFIX): tensor for key, tensor in adapter_state_dict.items()})
+        opened = opened_state(adapter_state_dict)
     else:
         raise LilyError(
             "load_adapter got a configuration without tensors; pass peft_model_id or adapter_state_dict too"
         )
-    config.inference_mode = not kwargs.get("is_trainable", False)
-    with load.in_progress(opened):
-        load.check_config(config, self)
-        inject_adapter_in_model(config, self, name)
-        _set_adapter(self, name, inference_mode=config.inference_mode)  # saved modules; PEFT switches the layers alone
-        self._hf_peft_config_loaded = True
-        result = _set_state(self, {key.removeprefix(PREFIX): t for key, t in opened.state.items()}, name)
+    config.inference_mode = not is_trainable
+    if hotswap:
+        result = swap(self, name, config, opened)
+    else:
+        result = _add(self, name, config, opened)
+        if (prepared := self._prepare_peft_hotswap_kwargs) is not None:
+            prepare(self, config=config, **prepared)
+            self._prepare_peft_hotswap_kwargs = None
     if config.inference_mode:
         self.eval()
         for layer in (module for module in self.modules() if isinstance(module, BaseTunerLayer)):
             layer.requires_grad_(False)  # as transformers does, those of other adapters too
     return result
+
+
+def _add(model: Any, name: str, config: LilyConfig, opened: Opened) -> Any:
+    with load.in_progress(opened):
+        load.check_config(config, model)
+        inject_adapter_in_model(config, model, name)
+        _set_adapter(model, name, inference_mode=config.inference_mode)  # saved modules; PEFT switches the layers alone
+        model._hf_peft_config_loaded = True
+        return _set_state(model, {key.removeprefix(PREFIX): t for key, t in opened.state.items()}, name)
 
 
 # (owner, attribute, ours, stock); functions that PEFT's modules import from one another are replaced in each.
@@ -285,10 +260,8 @@ PATCHES: list[tuple[Any, str, Any, Any]] = [
     (PeftAdapterMixin, "load_adapter", _transformers, _stock_transformers),
     (TrainableTokensWrapper, "adapter_state_dict", _rows_state, _stock_rows_state),
     (TrainableTokensWrapper, "adapter_state_dict_load_map", _rows_names, _stock_rows_names),
-    (hotswap, "hotswap_adapter", _hotswap, _stock_hotswap),
-    (hotswap, "hotswap_adapter_from_state_dict", _hotswap_state, _stock_hotswap_state),
     *((m, "load_peft_weights", _load_weights, _stock_load_weights)
-      for m in (peft, peft.utils, peft.peft_model, save_and_load, hotswap)),
+      for m in (peft, peft.utils, peft.peft_model, save_and_load, peft_hotswap)),
     *((m, "set_peft_model_state_dict", _set_state, _stock_set_state)
       for m in (peft, peft.utils, peft.peft_model, peft.functional, save_and_load)),
 ]  # fmt: skip

@@ -7,12 +7,13 @@ import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lily import LilyModel as StockModel
 from peft.tuners.lora import conversion
-from peft.utils import PeftType, hotswap
+from peft.utils import PeftType
+from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
 from torch import Tensor, nn
 
 from lily.layers.bank import LilyBank
 from lily.plan.config import EXTENDED_TYPE, LilyConfig
-from lily.tuner import peft_loading, peft_optimizers, peft_saving, removal, scales, status
+from lily.tuner import compiled_hotswap, hotswap, peft_loading, peft_optimizers, peft_saving, removal, scales, status
 from lily.tuner.model import LilyModel
 
 _stock_conversion = conversion._convert_module_to_lora
@@ -27,7 +28,7 @@ def _convert_module_to_lora(
     return _stock_conversion(module, rank, adapter_name)  # type: ignore[no-any-return]
 
 
-REPLACING = (peft_loading, peft_saving, peft_optimizers, removal, scales, status)
+REPLACING = (hotswap, compiled_hotswap, peft_loading, peft_saving, peft_optimizers, removal, scales, status)
 PATCHES = [patch for module in REPLACING for patch in module.PATCHES]
 
 
@@ -42,7 +43,7 @@ def register() -> None:
     PEFT_TYPE_TO_CONFIG_MAPPING[EXTENDED_TYPE] = LilyConfig
     PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LILY] = LilyModel
     conversion._convert_module_to_lora = _convert_module_to_lora
-    hotswap.CONFIG_KEYS_TO_CHECK[PeftType.LILY] = peft_loading.HOTSWAP_KEYS
+    CONFIG_KEYS_TO_CHECK[PeftType.LILY] = []  # the swap itself checks what must agree
     for owner, name, ours, _ in PATCHES:
         setattr(owner, name, ours)
 
@@ -53,6 +54,6 @@ def unregister() -> None:
     PEFT_TYPE_TO_CONFIG_MAPPING.pop(EXTENDED_TYPE, None)
     PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LILY] = StockModel
     conversion._convert_module_to_lora = _stock_conversion
-    hotswap.CONFIG_KEYS_TO_CHECK.pop(PeftType.LILY, None)
+    CONFIG_KEYS_TO_CHECK.pop(PeftType.LILY, None)
     for owner, name, _, stock in PATCHES:
         setattr(owner, name, stock)

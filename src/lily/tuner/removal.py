@@ -29,22 +29,30 @@ def remove_if_empty(model: nn.Module) -> None:
         for adapter in list(bank.plans):
             bank.delete_adapter(adapter)
         bank.watch(root, [])
-        _unwrap(root)
+        _unwrap_layers(root)
+        unwrap_saved(root)
         call_uncalled.watch(root)
         delattr(root, BANK)
         remove_tag(root)
 
 
-def _unwrap(module: nn.Module) -> None:
+def _unwrap_layers(module: nn.Module) -> None:
     for name, child in list(module._modules.items()):
         while isinstance(child, LilyLayer):
             child = child.base_layer
-        if isinstance(child, AuxiliaryTrainingWrapper) and not child._adapters:
-            child = child.original_module
-        if child is not module._modules[name]:
             setattr(module, name, child)
         if child is not None:
-            _unwrap(child)
+            _unwrap_layers(child)
+
+
+def unwrap_saved(module: nn.Module) -> None:
+    """Put back the modules that PEFT had wrapped to train them whole or in rows, where no adapter does any more."""
+    for name, child in list(module._modules.items()):
+        while isinstance(child, AuxiliaryTrainingWrapper) and not child._adapters:
+            child = child.original_module
+            setattr(module, name, child)
+        if child is not None:
+            unwrap_saved(child)
 
 
 @functools.wraps(_stock_delete)

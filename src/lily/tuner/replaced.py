@@ -9,6 +9,7 @@ from torch import nn
 
 from lily.layers.bank import BANK, LilyBank
 from lily.layers.layer import LilyLayer
+from lily.tuner.removal import unwrap_saved
 
 
 def drop_replaced(model: nn.Module, adapter: str) -> None:
@@ -33,13 +34,11 @@ def drop_replaced(model: nn.Module, adapter: str) -> None:
         for own in (getattr(layer, name) for name in (*layer.adapter_layer_names, *layer.other_param_names)):
             if adapter in own:
                 del own[adapter]
-    wrappers = [(name, m) for name, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
-    for _, wrapper in wrappers:  # all before a deletion: tied layers have one set of rows
+    wrappers = [m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+    for wrapper in wrappers:  # all before a deletion: tied layers have one set of rows
         if isinstance(wrapper, TrainableTokensWrapper) and adapter in wrapper.token_adapter.merged_adapters:
             wrapper.token_adapter.unmerge()
-    for name, wrapper in wrappers:
+    for wrapper in wrappers:
         if adapter in wrapper._adapters:
             wrapper.delete_adapter(adapter, [name for name in wrapper.active_adapters if name != adapter])
-            if not wrapper._adapters:
-                path, _, key = name.rpartition(".")
-                setattr(model.get_submodule(path), key, wrapper.original_module)
+    unwrap_saved(model)
