@@ -499,6 +499,20 @@ def test_a_model_that_cannot_be_prepared_is_refused():
 # --- other ways in --------------------------------------------------------------------------------------------------
 
 
+def test_a_convolution_with_groups_is_swapped_but_not_prepared():
+    def adapted(r):
+        torch.manual_seed(r)
+        model = nn.Sequential(nn.Conv1d(4, 6, 3, groups=2), nn.Flatten())
+        return randomise(get_peft_model(model, LilyConfig(r=r, num_B=2, target_modules=["0"])), seed=r).eval()
+
+    first, second, x = adapted(2), adapted(4), torch.randn(2, 4, 9)
+    second.base_model.model[0].base_layer.load_state_dict(first.base_model.model[0].base_layer.state_dict())
+    with pytest.raises(LilyError, match=r"0 is a convolution with groups=2.*exclude_modules, or hot-swap without"):
+        prepare_model_for_compiled_hotswap(first, target_rank=8)
+    hotswap_adapter_from_state_dict(first, get_peft_model_state_dict(second), "default", second.peft_config["default"])
+    assert torch.allclose(first(x), second(x), atol=1e-6)
+
+
 def test_a_state_dicts_names_may_have_the_adapters():
     model, other = trained(), trained(seed=2, **OTHER)
     config, plain = other.peft_config["default"], get_peft_model_state_dict(other)
