@@ -7,7 +7,7 @@ of the same rank. It is approximated only at a smaller rank.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -171,6 +171,7 @@ def _as_lora(
     other = other_entries(model, adapted)
     check_readable(target, wanted, adapted, other)
     factors, groups = _joined(adapted)
+    factors = {name: _without_empty_ranks(f) for name, f in factors.items()}
     own = max(f.A.shape[-2] for f in factors.values())
     if rank is not None and not 1 <= rank <= own:
         raise LilyError(
@@ -231,6 +232,14 @@ def _joined(adapted: Adapted) -> tuple[dict[str, Factors], dict[str, Group]]:
         first, rank = parts[0][0], factors[name].A.shape[0]
         groups[name] = Group(name, first.in_features, out, rank, 1, ((name,),))
     return factors, groups
+
+
+def _without_empty_ranks(f: Factors) -> Factors:
+    """Without the ranks that are zero in A and in B, such as the shared one of combined adapters; one rank stays."""
+    used = torch.stack([t.any(-1).view(-1, t.shape[-2]).any(0) for t in (f.A, f.B)]).any(0)
+    if used.all() or not used.any():
+        return f
+    return replace(f, A=f.A[..., used, :], B=f.B[..., used, :])
 
 
 def _cut(f: Factors, rank: int | None) -> Layer:

@@ -45,6 +45,7 @@ from lily.tuner.check_targets import check_beside, check_targets
 from lily.tuner.model_tags import add_tag
 from lily.tuner.removal import remove_if_empty
 from lily.tuner.replaced import drop_replaced
+from lily.tuner.weighted import WeightedMixin
 
 LAYERS = {LINEAR: Linear, CONV2D: Conv2d, EMBEDDING: Embedding, PARALLEL_MODULE: ParallelModule}
 
@@ -52,7 +53,7 @@ LAYERS = {LINEAR: Linear, CONV2D: Conv2d, EMBEDDING: Embedding, PARALLEL_MODULE:
 REPORTED_ROUNDING = 0.01
 
 
-class LilyModel(BaseTuner):  # type: ignore[misc]
+class LilyModel(WeightedMixin, BaseTuner):  # type: ignore[misc]
     """A model with Lily adapters. `peft.get_peft_model` creates it.
 
     Args:
