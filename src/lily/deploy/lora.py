@@ -20,8 +20,8 @@ from lily.deploy.extra_tensors import other_entries, saved_modules
 from lily.deploy.provenance import origin
 from lily.deploy.readers import TARGETS, Target, check_readable, padded_rank
 from lily.errors import LilyError
+from lily.layers.layer import NESTED
 from lily.layers.merging import Factors
-from lily.layers.part import NESTED
 from lily.plan.select import select_parameters
 from lily.plan.sharing_plan import Group
 from lily.plan.specs import CONV2D, EMBEDDING, EXPERTS, PARAMETERS, SLICE, layer_spec

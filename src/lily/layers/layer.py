@@ -6,6 +6,7 @@ weights are in `mixing`, what a layer has for itself in `own`, merging in `mergi
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -28,6 +29,8 @@ from lily.layers.sharding import is_here
 from lily.plan.config import LilyConfig
 from lily.plan.options import DYNAMIC
 from lily.plan.sharing_plan import Group, Slot
+
+NESTED = ".base_layer"
 
 
 @dataclass(frozen=True)
@@ -132,8 +135,8 @@ class LilyLayer(MixingMixin, OwnMixin, ScaleMixin, MergingMixin):
         return self.adapted_weight
 
     def name_in_plan(self, path: str) -> str:
-        """What a plan calls the layer that is at `path` in the model."""
-        return path
+        """What a plan calls the layer that is at `path` in the model: its name without adapters around it."""
+        return re.sub(rf"({re.escape(NESTED)})+$", "", path)
 
     def acting(self) -> list[str]:
         """The adapters that take part in a forward now. A merged one that is switched off is unmerged first."""

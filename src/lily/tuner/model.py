@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists, onload_layer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists, onload_layer
 from peft.utils import TRANSFORMERS_MODELS_TO_LILY_TARGET_MODULES_MAPPING
 from peft.utils.integrations import init_empty_weights
 from peft.utils.other import TrainableTokensWrapper, _get_submodules
@@ -206,9 +206,10 @@ class LilyModel(WeightedMixin, BaseTuner):  # type: ignore[misc]
                 self._adapt_part(peft_config, adapter_name, name, Slice)
             return
         group, slot, device = plan.group_of(current_key), plan.slots[current_key], self._placements[current_key][0]
-        layer: Any = target if isinstance(target, LilyLayer) else LAYERS[group.kind](target, bank)
+        existing = _in_chain(target)
+        layer: Any = existing or LAYERS[group.kind](target, bank)
         layer.update_layer(adapter_name, group, slot, peft_config, device)
-        if layer is not target:
+        if existing is None:
             self._put(layer, adapter_name, parent, target_name)
 
     def _adapt_part(
@@ -402,12 +403,19 @@ class LilyModel(WeightedMixin, BaseTuner):  # type: ignore[misc]
         return out
 
 
+def _in_chain(target: nn.Module) -> LilyLayer | None:
+    """The adapted layer that `target` is, or that layers of other methods are around (in a mixed model)."""
+    while isinstance(target, BaseTunerLayer) and not isinstance(target, LilyLayer):
+        target = target.base_layer
+    return target if isinstance(target, LilyLayer) else None
+
+
 def _part_keys(model: nn.Module, adapter: str) -> dict[str, str]:
-    """Routers and logits of parts of modules: name in files -> name in the model, which includes the nesting."""
+    """What nested layers have for themselves: name in files -> name in the model, which includes the nesting."""
     return {
         f"{m.name_in_plan(path)}.{own}": f"{path}.{own}"
         for path, m in ((unwrapped(path), m) for path, m in model.named_modules())
-        if isinstance(m, PartLayer)
+        if isinstance(m, LilyLayer) and m.name_in_plan(path) != path
         for own in (f"{name}.{adapter}.weight" for name in m.adapter_layer_names)
     }
 
