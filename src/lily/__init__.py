@@ -115,4 +115,16 @@ def _save_lora_adapter(*args: Any, **kwargs: Any) -> None:
     save_lora_adapter(*args, **kwargs)
 
 
-watch(Handlers(_register, _removed, _lora_state, _save_lora_adapter))
+def _sync_config(model: Any) -> Any:
+    from lily.deploy.trl_sync import sync_config
+
+    return sync_config(model)
+
+
+def _save_for_sync(*args: Any) -> None:
+    from lily.deploy.trl_sync import save_for_sync
+
+    save_for_sync(*args)
+
+
+watch(Handlers(_register, _removed, _lora_state, _save_lora_adapter, _sync_config, _save_for_sync))
