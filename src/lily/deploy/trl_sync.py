@@ -33,5 +33,8 @@ def save_for_sync(model: nn.Module, accelerator: Any, adapter_name: str, dest_di
     Raises:
         LilyError: as `sync_config`; also if the adapter is sharded.
     """
+    lora = as_lora(
+        model, adapter=adapter_name, target="vllm"
+    )  # in every process, so that none waits for one that fails
     if accelerator.is_main_process:
-        write_lora(as_lora(model, adapter=adapter_name, target="vllm"), dest_dir, overwrite=True)
+        write_lora(lora, dest_dir, overwrite=True)
