@@ -33,8 +33,6 @@ def save_for_sync(model: nn.Module, accelerator: Any, adapter_name: str, dest_di
     Raises:
         LilyError: as `sync_config`; also if the adapter is sharded.
     """
-    lora = as_lora(
-        model, adapter=adapter_name, target="vllm"
-    )  # in every process, so that none waits for one that fails
+    lora = as_lora(model, adapter=adapter_name, target="vllm")  # in all processes: all fail, or none
     if accelerator.is_main_process:
         write_lora(lora, dest_dir, overwrite=True)

@@ -55,7 +55,7 @@ class LilyMixedModel(_stock_model):  # type: ignore[misc, valid-type]
     """PEFT's `MixedModel`, which takes Lily adapters too."""
 
     def _is_lily(self, adapter_name: str) -> bool:
-        return self.peft_config[adapter_name].peft_type == PeftType.LILY
+        return bool(self.peft_config[adapter_name].peft_type == PeftType.LILY)
 
     def inject_adapter(
         self,
@@ -73,8 +73,8 @@ class LilyMixedModel(_stock_model):  # type: ignore[misc, valid-type]
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        tuner = _Inside(self) if self._is_lily(adapter_name) else super()
-        tuner._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        cast = _Inside(self)._cast_adapter_dtype if self._is_lily(adapter_name) else super()._cast_adapter_dtype
+        cast(adapter_name, autocast_adapter_dtype)
 
     def delete_adapter(self, adapter_name: str | list[str]) -> None:
         """Remove adapters; with the last Lily adapter, all that Lily put into the model. See PEFT."""

@@ -349,7 +349,7 @@ class LilyModel(WeightedMixin, BaseTuner):  # type: ignore[misc]
         if merge:
             _report_rounding(nn.ModuleList(layers))
         remove_if_empty(self.model)
-        return self.model  # type: ignore[no-any-return]
+        return self.model
 
     @classmethod
     def _get_adapter_state_dict(
