@@ -121,4 +121,16 @@ def _refuse_lora(adapter: Any) -> None:
     refuse_lora(adapter)
 
 
-watch(Handlers(_register, _removed, _lora_state, _save_lora_adapter, _refuse_lora))
+def _sync_config(model: Any) -> Any:
+    from lily.deploy.trl_sync import sync_config
+
+    return sync_config(model)
+
+
+def _save_for_sync(*args: Any) -> None:
+    from lily.deploy.trl_sync import save_for_sync
+
+    save_for_sync(*args)
+
+
+watch(Handlers(_register, _removed, _lora_state, _save_lora_adapter, _refuse_lora, _sync_config, _save_for_sync))

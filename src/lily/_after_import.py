@@ -18,6 +18,8 @@ from typing import Any
 
 # Functions of diffusers that remove adapters from the model which is their first argument.
 REMOVING = ("recurse_remove_peft_layers", "delete_adapter_layers")
+# TRL's trainers that can send an adapter to vLLM without merging it.
+SYNCING = ("async_grpo.async_grpo_trainer", "async_distillation.async_distillation_trainer")
 PART = "lily_"  # in the name of every tensor of a Lily adapter
 
 
@@ -31,6 +33,8 @@ class Handlers:
         lora_state: a Lily adapter's tensors -> those of the LoRA that it is.
         save_lora_adapter: the same of a model and an adapter's name, in a file; the other arguments are diffusers'.
         refuse_lora: as the replacement of the adapter of that name.
+        sync_config: the configuration of the LoRA that a model's active adapter is, for vLLM.
+        save_for_sync: the same as a folder; the arguments are TRL's.
     """
 
     register: Callable[[], None]
@@ -38,6 +42,8 @@ class Handlers:
     lora_state: Callable[[Any], Any]
     save_lora_adapter: Callable[..., None]
     refuse_lora: Callable[[Any], None]
+    sync_config: Callable[[Any], Any]
+    save_for_sync: Callable[..., None]
 
 
 def after_import(name: str, act: Callable[[], None]) -> None:
@@ -57,6 +63,8 @@ def watch(handlers: Handlers) -> None:
     after_import("diffusers.utils.state_dict_utils", lambda: _in_state_dict_utils(handlers))
     after_import("diffusers.loaders.peft", lambda: _in_models(handlers))
     after_import("diffusers.loaders.lora_base", lambda: _in_pipelines(handlers))
+    for trainer in SYNCING:
+        after_import(name := f"trl.experimental.{trainer}", functools.partial(_in_trainer, name, handlers))
 
 
 def _import_peft_before_loading() -> None:
@@ -101,7 +109,7 @@ def _in_models(handlers: Handlers) -> None:
     stock, stock_load = mixin.save_lora_adapter, mixin.load_lora_adapter
 
     def is_ours(model: Any, adapter: Any) -> bool:
-        return type(getattr(model, "peft_config", {}).get(adapter)).__module__.startswith("lily.")
+        return _is_ours(getattr(model, "peft_config", {}).get(adapter))
 
     @functools.wraps(stock)
     def save_lora_adapter(self: Any, save_directory: Any, adapter_name: Any = "default", *args: Any, **kw: Any) -> None:
@@ -137,6 +145,31 @@ def _in_pipelines(handlers: Handlers) -> None:
         stock_save(cls, save_directory, lora_layers, plain, *args, **kwargs)
 
     mixin.pack_weights, mixin._save_lora_weights = staticmethod(pack_weights), classmethod(save)
+
+
+def _in_trainer(name: str, handlers: Handlers) -> None:
+    """Let a trainer of TRL send a Lily adapter as the LoRA that it is; its own functions know LoRA's alone."""
+    module: Any = sys.modules[name]
+    stock_config = getattr(module, "validate_lora_for_vllm_sync", None)
+    stock_save = getattr(module, "save_lora_adapter", None)
+    if stock_config is None or stock_save is None:  # an earlier TRL, which merges
+        return
+
+    @functools.wraps(stock_config)
+    def validate(model: Any) -> Any:
+        active = [model.peft_config[name] for name in model.active_adapters]
+        return handlers.sync_config(model) if any(map(_is_ours, active)) else stock_config(model)
+
+    @functools.wraps(stock_save)
+    def save(model: Any, accelerator: Any, adapter_name: str, dest_dir: str) -> None:
+        ours = _is_ours(model.peft_config[adapter_name])
+        (handlers.save_for_sync if ours else stock_save)(model, accelerator, adapter_name, dest_dir)
+
+    module.validate_lora_for_vllm_sync, module.save_lora_adapter = validate, save
+
+
+def _is_ours(config: Any) -> bool:
+    return type(config).__module__.startswith("lily.")
 
 
 def _is_lily(state: Any) -> bool:

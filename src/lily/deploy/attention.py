@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lily.checkpoint.format import PREFIX
 from lily.deploy.lora_layer import Layer, finished
-from lily.layers.part import NESTED
+from lily.layers.layer import NESTED
 from lily.plan.attention import IN, OUT
 
 OUT_IN_FILE = f"{NESTED}.{OUT}"

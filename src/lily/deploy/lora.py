@@ -7,7 +7,7 @@ of the same rank. It is approximated only at a smaller rank.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,8 +23,8 @@ from lily.deploy.provenance import origin
 from lily.deploy.readers import TARGETS, Target, check_readable, padded_rank, server_of_experts
 from lily.deploy.shared_experts import MODULES, shared_outer
 from lily.errors import LilyError
+from lily.layers.layer import NESTED
 from lily.layers.merging import Factors
-from lily.layers.part import NESTED
 from lily.plan.select import select_parameters
 from lily.plan.sharing_plan import Group
 from lily.plan.specs import CONVOLUTIONS, EMBEDDING, EXPERTS, PARAMETERS, SLICE, layer_spec
@@ -173,6 +173,8 @@ def _as_lora(
     factors, groups = _joined(adapted)
     if shared:
         factors, groups = shared_outer(adapted, factors, groups)
+    else:
+        factors = {name: _without_empty_ranks(f) for name, f in factors.items()}
     own = max(f.A.shape[-2] * groups[name].conv_groups for name, f in factors.items())
     if rank is not None and not 1 <= rank <= own:
         raise LilyError(
@@ -248,6 +250,14 @@ def _joined(adapted: Adapted) -> tuple[dict[str, Factors], dict[str, Group]]:
         first, rank = parts[0][0], factors[name].A.shape[0]
         groups[name] = Group(name, first.in_features, out, rank, 1, ((name,),))
     return factors, groups
+
+
+def _without_empty_ranks(f: Factors) -> Factors:
+    """Without the ranks that are zero in A and in B, such as the shared one of combined adapters; one rank stays."""
+    used = torch.stack([t.any(-1).view(-1, t.shape[-2]).any(0) for t in (f.A, f.B)]).any(0)
+    if used.all() or not used.any():
+        return f
+    return replace(f, A=f.A[..., used, :], B=f.B[..., used, :])
 
 
 def _lora_config(adapted: Adapted, layers: Mapping[str, Layer], names: Mapping[str, str], rank: int) -> LoraConfig:

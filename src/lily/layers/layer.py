@@ -7,6 +7,7 @@ not change with the adapter in `fixed_shape`.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -31,6 +32,8 @@ from lily.layers.traced import exporting
 from lily.plan.config import LilyConfig
 from lily.plan.options import DYNAMIC
 from lily.plan.sharing_plan import Group, Slot
+
+NESTED = ".base_layer"
 
 
 @dataclass(frozen=True)
@@ -141,8 +144,8 @@ class LilyLayer(MixingMixin, OwnMixin, FixedShapeMixin, ScaleMixin, MergingMixin
         return self.adapted_weight
 
     def name_in_plan(self, path: str) -> str:
-        """What a plan calls the layer that is at `path` in the model."""
-        return path
+        """What a plan calls the layer that is at `path` in the model: its name without adapters around it."""
+        return re.sub(rf"({re.escape(NESTED)})+$", "", path)
 
     def acting(self) -> list[str]:
         """The adapters that take part in a forward now. A merged one that is switched off is unmerged first."""

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import re
-
 from torch import nn
 from typing_extensions import Self
 
 from lily.layers.bank import LilyBank
 from lily.layers.layer import LilyLayer
-
-NESTED = ".base_layer"
 
 
 class PartLayer(LilyLayer):
@@ -28,7 +24,7 @@ class PartLayer(LilyLayer):
 
     def name_in_plan(self, path: str) -> str:
         """See `LilyLayer.name_in_plan`: the module's name and the part's, without the nesting."""
-        return f"{re.sub(rf'({re.escape(NESTED)})+$', '', path)}.{self.part}"
+        return f"{super().name_in_plan(path)}.{self.part}"
 
     @property
     def nested(self) -> list[Self]:

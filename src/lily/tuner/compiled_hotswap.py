@@ -94,8 +94,8 @@ def _shapes_to_fix(
         own = shape_of(group, config)
         if group.conv_groups > 1:
             raise LilyError(
-                f"{name} is a convolution with groups={group.conv_groups}, which divide the ranks, so they cannot be padded "
-                "for compiled code; leave it out with exclude_modules, or hot-swap without preparing the model"
+                f"{name} is a convolution with groups={group.conv_groups}, which divide the ranks, so they cannot be "
+                "padded for compiled code; leave it out with exclude_modules, or hot-swap without preparing the model"
             )
         if target_rank is not None and target_rank < own.r:
             raise LilyError(f"target_rank={target_rank} is below the rank {own.r} of adapter {adapter!r} on {name}")

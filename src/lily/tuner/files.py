@@ -15,7 +15,7 @@ from lily.checkpoint.stock import decide_file_format
 from lily.layers.bank import BANK, LilyBank, bank_of
 from lily.layers.devices import is_spread, placement_of
 from lily.layers.find import layers_of
-from lily.layers.part import PartLayer
+from lily.layers.layer import LilyLayer
 from lily.plan.config import LilyConfig
 from lily.plan.sharing_plan import SharingPlan, build_plan
 from lily.plan.wrappers import unwrapped
@@ -78,11 +78,11 @@ class FilesMixin(BaseTuner):  # type: ignore[misc]
 
 
 def _part_keys(model: nn.Module, adapter: str) -> dict[str, str]:
-    """Routers and logits of parts of modules: name in files -> name in the model, which includes the nesting."""
+    """What nested layers have for themselves: name in files -> name in the model, which includes the nesting."""
     return {
         f"{m.name_in_plan(path)}.{own}": f"{path}.{own}"
         for path, m in ((unwrapped(path), m) for path, m in model.named_modules())
-        if isinstance(m, PartLayer)
+        if isinstance(m, LilyLayer) and m.name_in_plan(path) != path
         for own in (f"{name}.{adapter}.weight" for name in m.adapter_layer_names)
     }
 

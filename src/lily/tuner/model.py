@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from peft import PeftModel
-from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LILY_TARGET_MODULES_MAPPING
 from peft.utils.integrations import init_empty_weights
 from peft.utils.other import _get_submodules
@@ -51,6 +51,7 @@ from lily.tuner.model_tags import add_tag
 from lily.tuner.removal import remove_if_empty
 from lily.tuner.replaced import drop_replaced
 from lily.tuner.routing import decide_routing
+from lily.tuner.weighted import WeightedMixin
 
 LAYERS: dict[str, type[LilyLayer]] = {
     LINEAR: Linear,
@@ -60,7 +61,7 @@ LAYERS: dict[str, type[LilyLayer]] = {
 }
 
 
-class LilyModel(FilesMixin, ModelMergingMixin):
+class LilyModel(WeightedMixin, FilesMixin, ModelMergingMixin):
     """A model with Lily adapters. `peft.get_peft_model` creates it.
 
     Args:
@@ -222,9 +223,10 @@ class LilyModel(FilesMixin, ModelMergingMixin):
                 self._adapt_part(peft_config, adapter_name, name, Slice)
             return
         group, slot, device = plan.group_of(current_key), plan.slots[current_key], self._placements[current_key][0]
-        layer: Any = target if isinstance(target, LilyLayer) else LAYERS[group.kind](target, bank)
+        existing = _in_chain(target)
+        layer: Any = existing or LAYERS[group.kind](target, bank)
         layer.update_layer(adapter_name, group, slot, peft_config, device)
-        if layer is not target:
+        if existing is None:
             self._put(layer, adapter_name, parent, target_name)
 
     def _adapt_part(
@@ -310,6 +312,13 @@ class LilyModel(FilesMixin, ModelMergingMixin):
             LilyError: if a name is unknown, or the adapters cannot be mixed.
         """
         return rows_by_name(self.model, kwargs)
+
+
+def _in_chain(target: nn.Module) -> LilyLayer | None:
+    """The adapted layer that `target` is, or that layers of other methods are around (in a mixed model)."""
+    while isinstance(target, BaseTunerLayer) and not isinstance(target, LilyLayer):
+        target = target.base_layer
+    return target if isinstance(target, LilyLayer) else None
 
 
 def _warn_of_surplus(named: set[str], plan: SharingPlan) -> None:

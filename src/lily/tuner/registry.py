@@ -13,7 +13,17 @@ from torch import Tensor, nn
 
 from lily.layers.bank import LilyBank
 from lily.plan.config import EXTENDED_TYPE, LilyConfig
-from lily.tuner import compiled_hotswap, hotswap, peft_loading, peft_optimizers, peft_saving, removal, scales, status
+from lily.tuner import (
+    compiled_hotswap,
+    hotswap,
+    mixed,
+    peft_loading,
+    peft_optimizers,
+    peft_saving,
+    removal,
+    scales,
+    status,
+)
 from lily.tuner.model import LilyModel
 
 _stock_conversion = conversion._convert_module_to_lora
@@ -28,7 +38,7 @@ def _convert_module_to_lora(
     return _stock_conversion(module, rank, adapter_name)  # type: ignore[no-any-return]
 
 
-REPLACING = (hotswap, compiled_hotswap, peft_loading, peft_saving, peft_optimizers, removal, scales, status)
+REPLACING = (mixed, hotswap, compiled_hotswap, peft_loading, peft_saving, peft_optimizers, removal, scales, status)
 PATCHES = [patch for module in REPLACING for patch in module.PATCHES]
 
 
