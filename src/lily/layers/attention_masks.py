@@ -64,7 +64,7 @@ def fits(mask: Tensor, x: Tensor) -> bool:
     """Whether `x` is (batch, tokens, ..., in) or (batch * tokens, in) with the (batch, tokens) of the mask."""
     if x.ndim >= 3:
         return x.shape[:2] == mask.shape
-    if exporting() and not torch.jit.is_tracing():
+    if exporting() and torch.compiler.is_compiling():
         # What was false of the example would become a condition on every later input.
         return x.ndim == 2 and statically_known_true(x.shape[0] == mask.numel())
     return x.ndim == 2 and x.shape[0] == mask.numel() and x.shape[0] != mask.shape[0]

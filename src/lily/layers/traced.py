@@ -14,4 +14,4 @@ _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compil
 
 def exporting() -> bool:
     """Whether `torch.export`, `torch.onnx.export` or `torch.jit.trace` is running the model."""
-    return bool(_is_exporting()) or torch.jit.is_tracing()
+    return bool(_is_exporting() or torch.jit.is_tracing())  # type: ignore[no-untyped-call]
