@@ -145,7 +145,7 @@ def test_an_adapter_whose_experts_do_not_share_is_refused_with_the_setting(optio
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 2}, "rank=2 gives each expert matrices of its own"),
+        ({"rank": 2}, "rank=2 gives each expert separate matrices"),
         ({"target": "llama.cpp"}, r"llama\.cpp reads no stacked experts"),
         ({"experts": "all"}, "experts='all' is not known; choose peft or shared"),
     ],

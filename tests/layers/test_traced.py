@@ -41,7 +41,7 @@ def elsewhere() -> Iterator[Runner]:
 
 @pytest.fixture(autouse=True)
 def every_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The paths of CPUs on which this package has operators of its own."""
+    """The paths of CPUs on which this package has separate operators."""
     monkeypatch.setattr(matmul, "ONEDNN", True)
 
 

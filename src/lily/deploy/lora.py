@@ -151,7 +151,7 @@ def as_lora(
     if shared:
         wanted = server_of_experts(target, wanted)
         if rank is not None:
-            raise LilyError(f"rank={rank} gives each expert matrices of its own; leave out rank, or experts='shared'")
+            raise LilyError(f"rank={rank} gives each expert separate matrices; leave out rank, or experts='shared'")
     with plain_names(model) as inner:
         return _as_lora(inner, find(inner, adapter), wanted, target, rank, tolerance, force, dtype, shared, provenance)
 

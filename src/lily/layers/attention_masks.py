@@ -24,10 +24,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from transformers import PreTrainedModel
 
-from lily.layers.traced import exporting, tracing
+from lily.layers.traced import exporting
 
 Address = tuple[int, torch.Size]
 TORCH_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
@@ -66,9 +65,6 @@ def fits(mask: Tensor, x: Tensor) -> bool:
     """Whether `x` is (batch, tokens, ..., in) or (batch * tokens, in) with the (batch, tokens) of the mask."""
     if x.ndim >= 3:
         return x.shape[:2] == mask.shape
-    if exporting() and not tracing():
-        # What was false of the example would become a condition on every later input.
-        return x.ndim == 2 and statically_known_true(x.shape[0] == mask.numel())
     return x.ndim == 2 and x.shape[0] == mask.numel() and x.shape[0] != mask.shape[0]
 
 

@@ -14,9 +14,4 @@ _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compil
 
 def exporting() -> bool:
     """Whether `torch.export`, `torch.onnx.export` or `torch.jit.trace` is running the model."""
-    return bool(_is_exporting()) or tracing()
-
-
-def tracing() -> bool:
-    """Whether it is `torch.jit.trace`, which records what it sees and no conditions."""
-    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+    return bool(_is_exporting() or torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
