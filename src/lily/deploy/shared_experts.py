@@ -3,8 +3,8 @@
     gate and up, `w1` and `w3`    lora_A (1, rank, in)          lora_B (experts, out, rank)
     down, `w2`                    lora_A (experts, rank, in)    lora_B (1, out, rank)
 
-Source: `python/sglang/srt/lora/mem_pool.py`, `lora.py` of SGLang (`experts_shared_outer_loras`), and
-`vllm/lora/layers/fused_moe.py` of vLLM (`enable_moe_shared_loras`).
+Source: `python/sglang/srt/lora/mem_pool.py` and `lora.py` of SGLang (`experts_shared_outer_loras`). vLLM's
+`enable_moe_shared_loras` is for the same layout by its description; its code was not read.
 
 What distinguishes an expert's A from the shared one multiplies its rank coordinates, so for gate and up it goes into
 the expert's B, and the result is exact.
