@@ -1,7 +1,7 @@
 r"""What a run of `lily train` with a LoRA beside it shows of rank, sharing and routing. Prints Markdown, writes JSON.
 
-    lily train quickstart
-    python benchmarks/insight.py runs/quickstart-lily-0 --out benchmarks/results/insight-quickstart.json \
+    lily train quickstart-routed
+    python benchmarks/insight.py runs/quickstart-routed-lily-0 --out benchmarks/results/insight-quickstart.json \
         --figures docs/figures/quickstart
 
 Of two runs that `benchmarks/scaling.py` leaves, which have no LoRA beside them:

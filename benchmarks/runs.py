@@ -16,7 +16,7 @@ TASKS = {
     "sst2": ["data.max_train=3000", "train.epochs=2"],
     "rte": ["train.epochs=2", "train.batch_size=32", "data.max_length=96", "train.learning_rate=5e-4"],
     "boolq": ["data.max_train=320", "data.max_validation=100", "generation.samples=0"],
-    "quickstart": ["data.max_train=3000", "train.learning_rate=1e-3", "baselines=[]"],
+    "quickstart-routed": ["data.max_train=3000", "train.learning_rate=1e-3", "baselines=[]"],
 }
 
 Run = dict[str, Any]

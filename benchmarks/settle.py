@@ -34,7 +34,7 @@ def collapsed(task: str, seed: int, out: Path, refit_steps: int = 0) -> dict[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/tasks"))
-    parser.add_argument("--tasks", nargs="*", default=["cola", "sst2", "rte", "quickstart"], choices=list(TASKS))
+    parser.add_argument("--tasks", nargs="*", default=["cola", "sst2", "rte", "quickstart-routed"], choices=list(TASKS))
     parser.add_argument("--refit-steps", type=int, default=0)
     parser.add_argument("--only-done", action="store_true", help="Use the seeds that are complete, train nothing.")
     options = parser.parse_args()

@@ -181,7 +181,7 @@ def test_numerical_ranks_of_a_short_real_run_are_those_of_its_updates_as_full_ma
 
     monkeypatch.chdir(tmp_path)
     few = ["data.max_train=320", "data.max_validation=64", "data.max_test=64", "train.epochs=1"]
-    train.train(loader.load_recipe("quickstart", [*few, "baselines=[lora]", "output=run"]), quiet=True)
+    train.train(loader.load_recipe("quickstart-routed", [*few, "baselines=[lora]", "output=run"]), quiet=True)
     told = insight("run")
     lily_model, lora_model = Adapter("run").model, Adapter("run/lora").model
     modules = dict(lora_model.get_base_model().named_modules())

@@ -23,7 +23,7 @@ from lily.compare import compare as comparing
 from lily.compare.contestants import parse, resolve
 from lily.compare.page import page as written
 from lily.compare.result import read
-from lily.compare.tables import quality, summary
+from lily.compare.tables import costs, quality, summary, verdict
 from lily.errors import LilyError
 from lily.recipes import loader, preflight
 from lily.search import runner
@@ -84,12 +84,37 @@ def test_a_method_at_a_part_of_the_parameters_has_a_line_that_says_so(done):
     printed = invoke(path, *options)
     assert printed.exit_code == 0, printed.output
     whole, _, half = read(out / "tiny").entries
-    assert (half.name, half.title) == ("lily/2", f"{whole.title}, 1/2")
+    assert (half.name, half.title) == ("lily/2", "Lily (one B), 1/2")  # the planner's choice at that size
     assert half.parameters <= whole.parameters // 2
     assert half.test is not None
     assert "1/N: an N-th of these parameters" in printed.output
     (out / "tiny/comparison.json").unlink()  # the folders alone say the same
     assert {e.name for e in read(out / "tiny").entries} == {"lily", "lora", "lily/2"}
+
+
+def test_scales_have_one_unit_for_all_methods(done):
+    ours, lora = read(done[0] / "tiny").entries[:2]
+    assert ours.factor == ours.scale[1]
+    assert lora.factor == lora.scale[1] / lora.rank
+    assert replace(lora, name="rslora").factor == lora.scale[1] / lora.rank**0.5
+    assert replace(lora, scale=None).factor is None
+    assert replace(lora, rank=None).factor is None
+    assert [row[4] for row in costs(read(done[0] / "tiny"))[1:3]] == [f"{e.factor:.3g}" for e in (ours, lora)]
+
+
+@pytest.mark.parametrize(
+    ("metric", "difference", "p", "said"),
+    [
+        ("accuracy", -0.02, 0.01, "Lily (sequence) is better than LoRA by 2.0 accuracy (p 0.01)."),
+        ("accuracy", 0.02, 0.01, "LoRA is better than Lily (sequence) by 2.0 accuracy (p 0.01)."),
+        ("loss", -0.02, 0.01, "LoRA is better than Lily (sequence) by 0.0200 loss (p 0.01)."),
+        ("accuracy", 0.02, 0.3, "LoRA and Lily (sequence) do not differ by more than these rows can show (p 0.3)."),
+    ],
+)
+def test_the_verdict_is_a_sentence(done, metric, difference, p, said):
+    found = read(done[0] / "tiny")
+    lora = replace(found.entries[1], test=replace(found.entries[1].test, difference=difference, p=p))
+    assert verdict(replace(found, metric=metric), lora) == said
 
 
 def test_the_same_command_again_trains_nothing_and_finds_the_same(done, monkeypatch):

@@ -65,7 +65,9 @@ def described(folder: str) -> None:
 
 
 def quickstart(world: World) -> None:
-    shutil.copytree(world.run("quickstart", "baselines=[lora]", PRECISION), "runs/quickstart-lily-0")
+    """Of `quickstart-routed`: the pages that need a run are about routing."""
+    folder = "runs/quickstart-routed-lily-0"
+    shutil.copytree(world.run("quickstart-routed", "baselines=[lora]", PRECISION), folder)
 
 
 def with_batches(**names: Any) -> dict[str, Any]:
@@ -134,7 +136,7 @@ def diffusion(world: World) -> dict[str, Any]:
 @before("docs/insight.md")
 def insight(world: World) -> dict[str, Any]:
     quickstart(world)
-    shutil.copytree("runs/quickstart-lily-0", "path/to/adapter")
+    shutil.copytree("runs/quickstart-routed-lily-0", "path/to/adapter")
     headlines("rows.csv")
     batches = [inputs("bert", batch=4, seed=seed) for seed in (1, 2)]
     return {"peft_model": adapted("bert", routing="sequence"), "batches": batches, "labels": list("abababab")}
@@ -163,7 +165,7 @@ def symptoms(world: World) -> dict[str, Any]:
     """The recipe and the run that the page of symptoms names, and a `PeftModel`."""
     from peft import get_peft_model_state_dict
 
-    shutil.copytree(world.run("quickstart", "baselines=[lora]", PRECISION), "runs/mine")
+    shutil.copytree(world.run("quickstart-routed", "baselines=[lora]", PRECISION), "runs/mine")
     recipe = yaml.safe_load(Path("runs/mine/recipe.yaml").read_text())
     Path("mine.yaml").write_text(yaml.safe_dump({**recipe, "output": "runs/mine", "baselines": []}))
     world.invoke("collapse", "runs/mine", "--out", "made-static")

@@ -22,7 +22,9 @@ READING = (
      "of the two methods judged a row. It says nothing about other seeds, and among many comparisons some are small "
      "by chance."),
     ("trained", "Trained parameters, without a new head."),
-    ("scale", "The factor of the update, set by the method's own option. It means something else for each method."),
+    ("rate", "Learning rate of the adapter."),
+    ("scale", "What multiplies the update, in one unit: of LoRA, alpha divided by the rank (rsLoRA: by its root)."),
+    ("s", "Seconds of training."),
     ("peak", "Peak memory of a run: of the GPU, or of the whole process without one."),
 )  # fmt: skip
 TUNING = (

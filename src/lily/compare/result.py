@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -45,6 +46,21 @@ class Entry:
     peak_bytes: float  # of memory
     adapter_bytes: float  # size of the adapter's file
     test: Paired | None = None  # paired test against the first method, on the same rows
+
+    @property
+    def factor(self) -> float | None:
+        """What multiplies the update, in one unit: LoRA's alpha is divided by its rank (rsLoRA: by its root).
+
+        None where a method has no such factor, or none that is known.
+        """
+        if self.scale is None:
+            return None
+        option, value = self.scale
+        if option == "scaling":
+            return value
+        if not self.rank:
+            return None
+        return value / (math.sqrt(self.rank) if self.name.partition("/")[0] == "rslora" else self.rank)
 
     def mean(self, metric: str) -> float:
         """Over the seeds."""
@@ -212,7 +228,7 @@ def title_of(name: str, adapter: dict[str, Any]) -> str:
     """A method's name in tables."""
     whole, _, divisor = name.partition("/")
     if whole.partition(":")[0] == "lily":
-        title = f"Lily ({adapter.get('routing')})"
+        title = "Lily (one B)" if adapter.get("num_B") == 1 else f"Lily ({adapter.get('routing')})"
     else:
         title = TITLES.get(whole, str(adapter.get("peft_type", whole)))
     return f"{title}, 1/{divisor}" if divisor else title

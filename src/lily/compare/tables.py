@@ -12,6 +12,7 @@ from lily.recipes.scoring.metrics import LOWER_IS_BETTER, shown
 from lily.recipes.spec.schema import MEAN
 
 UNTRAINED = "untrained"
+SIGNIFICANT = 0.05
 Table = list[list[str]]  # the first line is the header
 
 
@@ -37,7 +38,7 @@ def quality(comparison: Comparison) -> Table:
 
 def costs(comparison: Comparison) -> Table:
     """Size, settings, time and memory of each method."""
-    lines = [["", "rank", "trained", "learning rate", "scale", "seconds", "peak MB", "file MB"]]
+    lines = [["", "rank", "trained", "rate", "scale", "s", "peak MB", "file MB"]]
     for entry in comparison.entries:
         lines.append(
             [
@@ -45,7 +46,7 @@ def costs(comparison: Comparison) -> Table:
                 "" if entry.rank is None else str(entry.rank),
                 f"{entry.parameters:,}" if entry.parameters else "",
                 f"{entry.learning_rate:g}",
-                "" if entry.scale is None else f"{entry.scale[0].removeprefix('lora_')} {entry.scale[1]:g}",
+                "" if entry.factor is None else f"{entry.factor:.3g}",
                 f"{entry.seconds:.0f}",
                 f"{entry.peak_bytes / 1e6:,.0f}" if entry.peak_bytes else "",
                 f"{entry.adapter_bytes / 1e6:.2f}" if entry.adapter_bytes else "",
@@ -69,6 +70,18 @@ def with_spread(metric: str, values: Sequence[float]) -> str:
     return mean if deviation is None else f"{mean} ± {shown(metric, deviation)}"
 
 
+def verdict(comparison: Comparison, entry: Entry) -> str:
+    """How a method compares with the first one, in a sentence."""
+    first, test = comparison.entries[0].title, entry.test
+    assert test is not None
+    size = _difference(comparison.metric, abs(test.difference)).removeprefix("+")
+    lower = comparison.metric in LOWER_IS_BETTER
+    if test.p >= SIGNIFICANT:
+        return f"{entry.title} and {first} do not differ by more than these rows can show (p {test.p:.2g})."
+    ahead, behind = (entry.title, first) if (test.difference < 0) == lower else (first, entry.title)
+    return f"{ahead} is better than {behind} by {size} {comparison.metric} (p {test.p:.2g})."
+
+
 def words(comparison: Comparison) -> list[str]:
     """What the table compares, and how to read it."""
     seeds = sorted({seed for entry in comparison.entries for seed in entry.seeds})
@@ -80,6 +93,7 @@ def words(comparison: Comparison) -> list[str]:
     about = f"{comparison.name} ({comparison.task}): {comparison.rows:,} {comparison.split} rows, "
     about += f"{comparison.trained_on:,} training rows, {_seeds(seeds)}, {comparison.device}, {comparison.precision}"
     sentences = [f"{about}; {budget}".rstrip("; ") + "."]
+    sentences += [verdict(comparison, entry) for entry in comparison.entries[1:] if entry.test is not None]
     if len(seeds) > 1:
         sentences.append("Mean and standard deviation over seeds; seconds and sizes are of one run.")
     tests = sorted({entry.test.test for entry in comparison.entries if entry.test is not None})
