@@ -105,6 +105,21 @@ def test_the_command_measures_writes_and_reads_back(tmp_path):
     assert json.loads(found.to_json())["machine"]["versions"]["torch"]
 
 
+def test_structures_and_rows_of_several_adapters_are_measured(subject):
+    found = report.run(subject, OPTIONS, ["step", "mixed"], 1, ["frozen", "Lily token", "Lily merged", "Lily own"])
+    assert set(found.results["step"]) == {"LoRA", "frozen", "Lily token", "Lily own"}
+    assert set(found.results["mixed"]) == {"LoRA", "Lily token", "Lily own"}
+    assert all(outcome.ratio > 0 for outcome in found.results["mixed"].values())
+
+
+def test_what_is_measured_with_rows_of_several_adapters_leaves_the_contestant_as_it_was(subject):
+    (one,) = contestants(subject, OPTIONS, ["Lily token"])
+    before = {name: p.data_ptr() for name, p in one.model.named_parameters()}
+    assert measure.mixed_time(subject, one)(0) > 0
+    assert {name: p.data_ptr() for name, p in one.model.named_parameters()} == before
+    assert list(one.model.peft_config) == ["default"]
+
+
 def test_a_model_of_ones_own_is_measured_from_its_config_alone(tmp_path):
     from helpers import build
 

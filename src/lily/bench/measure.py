@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -146,6 +148,25 @@ def prefill_time(subject: Subject, contestant: Contestant) -> Run:
     def run(turn: int) -> float:
         with _evaluating(model), clock(subject.device) as seconds:
             model(**batches[turn % INPUTS])
+        return seconds()
+
+    return run
+
+
+def mixed_time(subject: Subject, contestant: Contestant) -> Run:
+    """Seconds of a forward without gradients in which rows use an adapter, another one and the base model in turn."""
+    frozen = {id(p): p for p in contestant.model.parameters() if not p.requires_grad}
+    model: Any = copy.deepcopy(contestant.model, memo=frozen)  # what else is measured has one adapter
+    model.add_adapter("second", copy.deepcopy(model.peft_config["default"]))
+    model.eval()
+    batches = [{k: v for k, v in subject.inputs(seed).items() if k != "labels"} for seed in range(INPUTS)]
+    rows = len(next(iter(batches[0].values())))
+    names = list(itertools.islice(itertools.cycle(("default", "second", "__base__")), rows))
+
+    @torch.inference_mode()
+    def run(turn: int) -> float:
+        with clock(subject.device) as seconds:
+            model(**batches[turn % INPUTS], adapter_names=names)
         return seconds()
 
     return run

@@ -23,9 +23,6 @@ from lily.errors import LilyError
 from lily.io.atomic import write_text
 from lily.kernels import matmul
 
-ADAPTED = tuple(name for name in NAMES if name not in (FROZEN, MERGED))
-TRAINED = (FROZEN, *ADAPTED)
-
 
 @dataclass(frozen=True)
 class Measure:
@@ -33,16 +30,17 @@ class Measure:
 
     title: str  # with its unit, for tables
     make: Callable[[Subject, Contestant], measure.Run]  # returns the function that measures a contestant
-    names: tuple[str, ...]  # contestants that it applies to
+    without: tuple[str, ...]  # contestants that it does not apply to
     scale: float  # from the measured value to the title's unit
     rounds: int | None = None  # fixed number where the value hardly varies; None: the report's
 
 
 MEASURES = {
-    "step": Measure("training step, ms", measure.step_time, TRAINED, 1e3),
-    "memory": Measure("training memory at its peak, MB", measure.step_memory, TRAINED, 1e-6, rounds=1),
-    "prefill": Measure("forward without gradients, ms", measure.prefill_time, NAMES, 1e3),
-    "decode": Measure("decoding a token, ms", measure.decode_time, NAMES, 1e3),
+    "step": Measure("training step, ms", measure.step_time, (MERGED,), 1e3),
+    "memory": Measure("training memory at its peak, MB", measure.step_memory, (MERGED,), 1e-6, rounds=1),
+    "prefill": Measure("forward without gradients, ms", measure.prefill_time, (), 1e3),
+    "decode": Measure("decoding a token, ms", measure.decode_time, (), 1e3),
+    "mixed": Measure("rows of two adapters and the base, ms", measure.mixed_time, (FROZEN, MERGED, STOCK), 1e3),
 }
 
 
@@ -140,7 +138,7 @@ def run(
             report.files = measure.files(subject, list(made.values()), min(rounds, 3))
             continue
         how = MEASURES[kind]
-        runs = {name: how.make(subject, c) for name, c in made.items() if name in how.names}
+        runs = {name: how.make(subject, c) for name, c in made.items() if name not in how.without}
         report.results[kind] = measure.interleave(runs, LORA, how.rounds or rounds)
     return report
 

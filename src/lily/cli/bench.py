@@ -21,7 +21,7 @@ def bench_command(
         str, Argument(help="Base model: llama or vit (built in), or a folder, config.json or hub id, for its sizes.")
     ] = "llama",
     measure: Annotated[
-        str, Option(help="Comma-separated measurements: step, memory, prefill, decode, files.")
+        str, Option(help="Comma-separated measurements: step, memory, prefill, decode, files, mixed.")
     ] = "step,memory,prefill,decode,files",
     contestants: Annotated[str | None, Option(help="Contestants, separated by semicolons. Default: all.")] = None,
     targets: Annotated[str, Option(help="Modules to adapt: names with commas, a regex, or all-linear.")] = "all-linear",
