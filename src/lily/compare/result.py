@@ -12,6 +12,7 @@ from typing import Any, cast
 from lily.analysis.seeds import spread
 from lily.compare.paired import Items, Paired, compare
 from lily.errors import LilyError
+from lily.recipes.results.card import lily_title
 from lily.recipes.results.run_files import json_object
 from lily.recipes.spec.schema import Metric
 from lily.search.runner import METRICS, PREDICTIONS
@@ -228,7 +229,7 @@ def title_of(name: str, adapter: dict[str, Any]) -> str:
     """A method's name in tables."""
     whole, _, divisor = name.partition("/")
     if whole.partition(":")[0] == "lily":
-        title = "Lily (one B)" if adapter.get("num_B") == 1 else f"Lily ({adapter.get('routing')})"
+        title = lily_title(adapter)
     else:
         title = TITLES.get(whole, str(adapter.get("peft_type", whole)))
     return f"{title}, 1/{divisor}" if divisor else title

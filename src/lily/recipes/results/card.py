@@ -134,8 +134,13 @@ def costs_of(figures: Mapping[str, float]) -> list[str]:
 
 
 def method_title(result: Result) -> str:
-    """The method for a table; for Lily with its routing."""
-    return result.method if result.method != "lily" else f"Lily ({result.adapter.get('routing')})"
+    """The method for a table."""
+    return lily_title(result.adapter) if result.method == "lily" else result.method
+
+
+def lily_title(adapter: Mapping[str, Any]) -> str:
+    """Lily with what it depends on: its routing, or that there is one B and so nothing to route."""
+    return "Lily (one B)" if adapter.get("num_B") == 1 else f"Lily ({adapter.get('routing')})"
 
 
 def card_head(recipe: Recipe | DreamBooth, library: str, tags: Sequence[str], *extra: str) -> list[str]:
