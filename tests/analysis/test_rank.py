@@ -60,7 +60,7 @@ def test_expected_update_and_union_over_tokens_are_those_of_all_tokens_updates(r
         union = torch.cat(updates, dim=1) / len(updates) ** 0.5
         for spectrum, matrix in ((layer.expected, mean), (layer.union, union)):
             brute = torch.linalg.svdvals(matrix)[: len(spectrum.values)]
-            assert np.allclose(spectrum.values, brute, rtol=1e-4, atol=1e-6 * float(brute[0]))
+            assert np.allclose(spectrum.values, brute, rtol=1e-4, atol=1e-5 * float(brute[0]))  # weights are float32
         varying = torch.stack([(u - mean).square().sum() for u in updates]).mean()
         total = torch.stack([u.square().sum() for u in updates]).mean()
         assert layer.varying == pytest.approx(float(varying / total), rel=1e-3, abs=1e-7)

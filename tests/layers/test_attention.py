@@ -19,6 +19,7 @@ from lily.layers.attention import CallingAttention
 from lily.layers.find import layers_of
 
 pytestmark = [
+    pytest.mark.sample(every=4),
     pytest.mark.filterwarnings("ignore:PEFT .* adds the update of out_proj", "ignore:enable_nested_tensor is True"),
 ]
 ROUTINGS = ("token", "sequence", "batch", "static", "uniform")
@@ -110,7 +111,6 @@ CASES = {  # options of the attention, shapes of query, key and value (repeated:
 }
 
 
-@pytest.mark.sample(every=3)
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("case", CASES)
 def test_it_is_torchs_function_of_adapted_projections(case, routing):

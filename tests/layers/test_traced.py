@@ -137,7 +137,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     **{r: (lambda r=r: every_kind(of_every_kind(r))) for r in ROUTINGS},
 }
 # Seconds each. What finds out which routing fails is slow, and so is ONNX of more than two layers.
-FAST = [("LoRA", "ts"), ("every routing", "pt2"), ("every routing", "ts"), ("a sequence", "onnx")]
+FAST = [("every routing", "pt2"), ("a sequence", "onnx")]
 CASES = [
     pytest.param(model, kind, marks=[needs_onnx] * (kind == "onnx") + [pytest.mark.slow] * ((model, kind) not in FAST))
     for model in MODELS
@@ -184,13 +184,13 @@ OF = {
 slow = pytest.mark.slow
 
 
-QUICK = ("llama", "Lily", "pt2")
+QUICK = [("llama", "Lily", "pt2"), ("bert", "Lily", "ts")]
 BASES = [
     pytest.param(
         base,
         method,
         kind,
-        marks=[needs_onnx] * (kind == "onnx") + [slow] * (kind != "ts" and (base, method, kind) != QUICK),
+        marks=[needs_onnx] * (kind == "onnx") + [slow] * ((base, method, kind) not in QUICK),
     )
     for base in TARGETS
     for method in OF

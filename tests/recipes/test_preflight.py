@@ -7,7 +7,7 @@ from recipes_helpers import classification, rows, sft, write_jsonl, write_recipe
 from transformers import OPTConfig, OPTForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
 from lily.errors import LilyError
-from lily.recipes import loader, methods, preflight, train
+from lily.recipes import loader, methods, packages, preflight, train
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +103,7 @@ def test_a_missing_package_is_named_with_how_to_install_it(
     tmp_path, encoder, chat_model, monkeypatch, kind, changes, absent, message
 ):
     recipe = make(kind, tmp_path, chat_model if kind is sft else encoder, changes)
-    monkeypatch.setattr(preflight, "find_spec", lambda name: None if name == absent else object())
+    monkeypatch.setattr(packages, "find_spec", lambda name: None if name == absent else object())
     refused(recipe, message)
     assert not (tmp_path / "run").exists()
 

@@ -74,6 +74,7 @@ def directions(X, rank):
 @pytest.mark.parametrize("kind", MODULES)
 def test_A_spans_the_top_directions_of_the_inputs_of_all_layers_that_share_it(kind, routing):
     options = {"distinct": "permute+signs", "gain": "ones"} if routing == "token" else {}
+    options |= {"target_modules": ["conv"]} if kind == "conv" else {}  # the windows of `patches` have two dimensions
     model = get_peft_model(base(), lily_config(kind, routing=routing, own_r=1, init_weights="data", **options))
     report = initialize_from_data(model, batches(), tau=1.1)
     assert (report.batches, report.converged) == (3, False)

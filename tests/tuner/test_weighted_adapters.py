@@ -15,7 +15,7 @@ from lily.layers.layer import LilyLayer
 from lily.tuner.adapter import find
 from lily.tuner.weighted_terms import KINDS as COMBINATIONS
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.sample(every=4), pytest.mark.filterwarnings("ignore")]
 
 WEIGHTS = [0.7, -1.3]
 # what LoRA calls combinations of A and B themselves, and not of updates

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lily.errors import LilyError
-from lily.recipes import loader, preflight, train
+from lily.recipes import loader, packages, preflight, train
 from lily.recipes.deploy import load_for_export
 from lily.recipes.models.load import load_model
 from lily.recipes.models.quantization import frozen_bytes
@@ -100,8 +100,8 @@ def test_a_quantised_run_is_collapsed_exported_and_merged_into_the_full_weights(
 
 def test_a_package_that_is_not_installed_is_told_before_anything_is_read(chat_model, tmp_path, monkeypatch):
     recipe = make(sft, tmp_path, chat_model, ["model.quantization=nf4"])
-    found = preflight.find_spec
-    monkeypatch.setattr(preflight, "find_spec", lambda name: None if name == "bitsandbytes" else found(name))
+    found = packages.find_spec
+    monkeypatch.setattr(packages, "find_spec", lambda name: None if name == "bitsandbytes" else found(name))
     with pytest.raises(LilyError, match=r'bitsandbytes is not installed; pip install "lily-peft\[quantized\]"'):
         preflight.prepare(recipe)
 
