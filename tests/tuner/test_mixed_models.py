@@ -162,3 +162,18 @@ def test_parts_of_layers_are_refused_and_nothing_changes():
         model.add_adapter("lily", LilyConfig(r=4, target_modules=["q_proj"], parallel_modules=["mlp"]))
     assert kinds(model) == before
     assert list(model.peft_config) == ["lora"]
+
+
+def test_convolutions_of_every_kind_are_mixed_with_lora():
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Conv1d(4, 6, 3, groups=2), nn.Conv1d(6, 4, 3)).eval()
+    model = get_peft_model(base, LilyConfig(r=2, num_B=1, target_modules=["0", "1"]), adapter_name="a", mixed=True)
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["1"]))
+    model.set_adapter(["a", "b"])  # what is active trains, and that is what gets values
+    randomise(model, scale=0.3)
+    x, outputs = torch.randn(2, 4, 9), {}
+    for active in (["a"], ["b"], ["a", "b"]):
+        model.set_adapter(active)
+        outputs["".join(active)] = model(x).detach()
+    assert not torch.allclose(outputs["ab"], outputs["a"])
+    assert not torch.allclose(outputs["ab"], outputs["b"])

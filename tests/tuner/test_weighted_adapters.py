@@ -325,3 +325,11 @@ def test_two_saved_modules_are_refused_as_with_lora():
         with pytest.raises(ValueError, match="modules_to_save"):
             model.add_weighted_adapter(["a", "b"], WEIGHTS, "new", "cat")
         assert "new" not in model.peft_config
+
+
+@pytest.mark.parametrize("kind", ["cat", "svd"])
+def test_adapters_on_convolutions_with_groups_are_refused(kind):
+    model = get_peft_model(nn.Sequential(nn.Conv1d(4, 6, 3, groups=2)), LilyConfig(r=2, num_B=1, target_modules=["0"]))
+    with pytest.raises(LilyError, match=r"0 is a convolution with groups=2.*set_adapter"):
+        model.add_weighted_adapter(["default"], [1.0], "new", combination_type=kind)
+    assert list(model.peft_config) == ["default"]

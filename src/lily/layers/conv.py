@@ -41,6 +41,11 @@ class Conv(LilyLayer):
         """See `LilyLayer.conv_groups`."""
         return self._conv.groups
 
+    @property
+    def groups(self) -> int:
+        """The base layer's, which PEFT's LoRA reads of a layer that it is put around (in a mixed model)."""
+        return self._conv.groups
+
     def beyond_lora(self) -> str | None:
         """The option of the base layer that PEFT's LoRA ignores: its A has the kernel, stride and padding only."""
         conv = self._conv

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lily.errors import LilyError
 from lily.layers.bank import LilyBank, banks_in
 from lily.layers.layer import LilyLayer
-from lily.plan.specs import CONV2D, EMBEDDING, LINEAR
+from lily.plan.specs import CONVOLUTIONS, EMBEDDING, LINEAR
 from lily.tuner import call_uncalled
 from lily.tuner.model import LilyModel
 from lily.tuner.removal import remove_if_empty
@@ -42,7 +42,7 @@ class _Inside(LilyModel):
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         super()._prepare_model(peft_config, model)
-        other = next((g for g in self._plan.groups if g.kind not in (LINEAR, CONV2D, EMBEDDING)), None)
+        other = next((g for g in self._plan.groups if g.kind not in (LINEAR, *CONVOLUTIONS, EMBEDDING)), None)
         if other is not None:
             raise LilyError(
                 f"a mixed model adapts whole layers, and {other.layers[0]} is a {other.kind} (target_slices, "

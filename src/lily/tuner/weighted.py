@@ -154,6 +154,12 @@ def _targets(root: nn.Module, terms: Sequence[Term]) -> LilyConfig:
 
 
 def _combined(groups: Sequence[Group], terms: Sequence[Term], how: How) -> Combined:
+    divided = next((group for group in groups if group.conv_groups > 1), None)
+    if divided is not None:
+        raise LilyError(
+            f"{divided.name} is a convolution with groups={divided.conv_groups}, which divide the ranks among them, so "
+            "adapters on it cannot be combined; activate both at once with set_adapter, or merge one after the other"
+        )
     dynamic = next((term.name for term in terms if term.dynamic), None)
     if how.combination_type == "cat" or len(terms) == 1:  # one adapter is only multiplied, as PEFT's LoRA is
         try:
