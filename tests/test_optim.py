@@ -302,6 +302,7 @@ def test_embeddings_beside_other_layers_have_pefts_default_rate():
     assert {id(model.get_parameter(n)) for n in slow} == {id(p) for p in peft_optimizers._of_embeddings(model)}
     assert slow
     assert set(rates_of(model, optimizer).values()) == {1e-6, 0.1, 0.2}
+    assert [group["lr"] for group in optimizer.param_groups[:2]] == [0.1, 1e-6]  # PEFT's order
 
 
 def test_lora_fa_is_refused_for_lily_alone():

@@ -47,6 +47,7 @@ def _create_loraplus(
             group["params"] = [p for p in group["params"] if id(p) not in of_embeddings]
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         optimizer.add_param_group({"name": "embedding", "params": apart, "lr": rate, "weight_decay": decay})
+        optimizer.param_groups.insert(1, optimizer.param_groups.pop())  # PEFT's order
     return optimizer
 
 
