@@ -1,6 +1,7 @@
 """What of LoRA works with Lily: every cell of the table is a test. Runs them, and writes the table into the docs.
 
     python benchmarks/compatibility.py            # runs the tests of all cells (minutes), writes docs/compatibility.md
+    python benchmarks/compatibility.py --only TRL # those of some rows, again
     python benchmarks/compatibility.py --show     # the table of the committed outcomes
 
 A cell names tests by a part of their names, as pytest's node ids have them, or says why something is refused. It counts
@@ -187,16 +188,17 @@ def cells() -> Iterator[tuple[str, str, Cell]]:
             yield from ((feature, column, cell) for column, cell in zip(COLUMNS, pair, strict=True))
 
 
-def run() -> dict[str, dict[str, int]]:
-    """Run the tests of all cells; feature and column -> numbers of tests that passed and did not."""
-    wanted = sorted({f"tests/{cell.test}" for _, _, cell in cells()})
+def run(only: str) -> dict[str, dict[str, int]]:
+    """Run the tests of the rows that have `only` in their names; row and column -> tests that passed and did not."""
+    asked = [one for one in cells() if only in one[0]]
+    wanted = sorted({f"tests/{cell.test}" for _, _, cell in asked})
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-rA", "--no-header", "-m", "not network", *wanted],
         cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "1000"},
     )  # fmt: skip
     found = re.findall(r"^(PASSED|FAILED|ERROR|SKIPPED) (tests/\S+::.*?)(?: - .*)?$", done.stdout, re.MULTILINE)
     outcomes: dict[str, dict[str, int]] = {}
-    for feature, column, cell in cells():
+    for feature, column, cell in asked:
         mine = [outcome for outcome, node in found if cell.selects(node)]
         outcomes[f"{feature} | {column}"] = {"passed": mine.count("PASSED"), "other": len(mine) - mine.count("PASSED")}
     return outcomes
@@ -232,8 +234,11 @@ def write(found: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--show", action="store_true", help="print the table of the committed outcomes")
-    if not parser.parse_args().show:
-        outcomes = run()
+    parser.add_argument("--only", default="", help="run the rows with this text in their names, and keep the others")
+    given = parser.parse_args()
+    if not given.show:
+        kept = json.loads(OUTCOMES.read_text("utf-8")) if given.only else {}
+        outcomes = kept | run(given.only)
         OUTCOMES.write_text(json.dumps(outcomes, indent=1) + "\n", "utf-8")
         write(table(outcomes))
     print(table(json.loads(OUTCOMES.read_text("utf-8"))))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from adapters import adapted, base_bits, same_bits
 from helpers import build, inputs, predict
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
@@ -86,6 +86,7 @@ def test_the_state_in_memory_is_what_the_folder_has():
 
 
 def test_a_server_or_adapter_that_cannot_is_told_so_as_for_lora():
+    PartialState()  # TRL's warning is logged by accelerate, which a trainer has set up
     model = adapted("llama", routing="static", r=24)
     with pytest.raises(ValueError, match="--max-lora-rank 32"):
         trainer.select_adapter_sync(SERVER, model, ARGS)
