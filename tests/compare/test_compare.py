@@ -78,6 +78,7 @@ def test_both_methods_train_on_the_same_recipe_at_equal_parameters(done):
         assert said in printed
 
 
+@pytest.mark.slow
 def test_a_method_at_a_part_of_the_parameters_has_a_line_that_says_so(done):
     out, path, _ = done
     options = ["train.learning_rate=0.02", "--methods", "lily,lora,lily/2", "--seeds", 1, "--output", out]

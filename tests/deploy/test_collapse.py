@@ -281,6 +281,7 @@ def test_two_processes_refit_alike():
     assert first[0]["refit_steps"] == 6
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_does():
     found = processes(collapse_a_half)
     alone = lily.collapse(

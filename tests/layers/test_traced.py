@@ -184,7 +184,7 @@ OF = {
 slow = pytest.mark.slow
 
 
-QUICK = [("llama", "Lily", "pt2"), ("bert", "Lily", "ts")]
+QUICK = [("bert", "Lily", "ts")]
 BASES = [
     pytest.param(
         base,
@@ -208,10 +208,12 @@ def test_a_strict_export_is_the_same(tmp_path, elsewhere):
     compare(Program(every_kind(of_a_sequence("linear", "embed"))), "pt2", tmp_path, elsewhere, strict=True)
 
 
-STATES = ["the first of two", "the second of two", "switched off"]
+STATES = ["both", "the first of two", "the second of two", "switched off"]
 
 
-@pytest.mark.parametrize("state", ["both", "merged", *(pytest.param(state, marks=slow) for state in STATES)])
+@pytest.mark.parametrize(
+    "state", [pytest.param("both", marks=slow), "merged", *(pytest.param(state, marks=slow) for state in STATES)]
+)
 def test_a_program_has_the_adapters_that_act(state, tmp_path, elsewhere):
     kinds = {"target_modules": ["linear", "embed"], "target_parameters": ["own.up"]}
     model = every_kind(lily.LilyConfig(r=3, num_A=1, num_B=2, routing="static", **kinds))

@@ -305,7 +305,7 @@ def test_chat_recipes_check_their_own_columns(world, chat_model):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "quickstar"], "did you mean quickstart?"),
+        (["train", "quickstar"], "did you mean quickstart, "),
         (["train", "quickstart", "lily.rr=1"], "lily.rr: unknown key"),
         (["train", "quickstart", "--resume", "--overwrite"], "exclude each other"),
         (["eval", "/nowhere"], "holds no adapter"),
