@@ -211,9 +211,7 @@ def test_a_strict_export_is_the_same(tmp_path, elsewhere):
 STATES = ["both", "the first of two", "the second of two", "switched off"]
 
 
-@pytest.mark.parametrize(
-    "state", [pytest.param("both", marks=slow), "merged", *(pytest.param(state, marks=slow) for state in STATES)]
-)
+@pytest.mark.parametrize("state", ["merged", *(pytest.param(state, marks=slow) for state in STATES)])
 def test_a_program_has_the_adapters_that_act(state, tmp_path, elsewhere):
     kinds = {"target_modules": ["linear", "embed"], "target_parameters": ["own.up"]}
     model = every_kind(lily.LilyConfig(r=3, num_A=1, num_B=2, routing="static", **kinds))
