@@ -18,7 +18,7 @@ from lily.callbacks.settle import share_settled
 from lily.functional import route
 from lily.layers.bank import Settled
 
-pytestmark = [pytest.mark.sample(every=5), pytest.mark.filterwarnings("ignore:routing=.* on a causal model")]
+pytestmark = [pytest.mark.sample(every=10), pytest.mark.filterwarnings("ignore:routing=.* on a causal model")]
 
 
 class Watch(lily.SettleCallback):

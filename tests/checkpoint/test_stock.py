@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from lily import LilyConfig, LilyError, register, unregister
 from lily.layers.bank import bank_of
 
-pytestmark = [pytest.mark.sample(every=5), pytest.mark.filterwarnings("ignore:routing=.* on a causal model")]
+pytestmark = [pytest.mark.sample(every=10), pytest.mark.filterwarnings("ignore:routing=.* on a causal model")]
 
 BOTH = {"r": 4, "stride_A": 2, "num_B": 3, "scaling": 0.7, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 

@@ -27,7 +27,7 @@ from lily import LilyConfig, LilyError, export
 from lily.deploy import write as folders
 
 pytestmark = [
-    pytest.mark.sample(every=5),
+    pytest.mark.sample(every=10),
     pytest.mark.filterwarnings("ignore:routing=.* on a causal model", "ignore:merging rounded"),
 ]
 

@@ -19,7 +19,7 @@ from lily.layers.attention import CallingAttention
 from lily.layers.find import layers_of
 
 pytestmark = [
-    pytest.mark.sample(every=4),
+    pytest.mark.sample(every=8),
     pytest.mark.filterwarnings("ignore:PEFT .* adds the update of out_proj", "ignore:enable_nested_tensor is True"),
 ]
 ROUTINGS = ("token", "sequence", "batch", "static", "uniform")

@@ -20,7 +20,7 @@ from lily.layers.find import layers_of
 from lily.plan.specs import EMBEDDING
 
 pytestmark = [
-    pytest.mark.sample(every=5),
+    pytest.mark.sample(every=10),
     pytest.mark.filterwarnings(
         "ignore:routing=.* on a causal model",
         "ignore:Could not identify embedding",

@@ -23,7 +23,7 @@ from lily.export import as_lora
 from lily.kernels import fused
 from lily.plan.options import ROUTINGS
 
-pytestmark = pytest.mark.sample(every=5)
+pytestmark = pytest.mark.sample(every=10)
 
 ROOT = "base_model.model."
 LAYERS = [f"model.layers.{i}" for i in range(4)]

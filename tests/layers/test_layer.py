@@ -13,7 +13,7 @@ from torch import nn
 
 from lily import LilyConfig
 
-pytestmark = [pytest.mark.sample(every=5), pytest.mark.filterwarnings("ignore:routing=.* on a causal model")]
+pytestmark = [pytest.mark.sample(every=10), pytest.mark.filterwarnings("ignore:routing=.* on a causal model")]
 
 
 class Block(nn.Module):

@@ -18,7 +18,7 @@ from lily import LilyConfig, LilyError, export
 from lily.layers.exact_merge import fold, unfold
 
 pytestmark = [
-    pytest.mark.sample(every=5),
+    pytest.mark.sample(every=10),
     pytest.mark.filterwarnings("ignore:routing=.* on a causal model", "ignore:merging rounded"),
 ]
 

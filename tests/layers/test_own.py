@@ -21,7 +21,7 @@ from lily.plan import build_plan
 from lily.plan.select import select_targets
 from lily.tuner.adapter import find
 
-pytestmark = [pytest.mark.sample(every=5), pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.sample(every=10), pytest.mark.filterwarnings("ignore")]
 
 ROUTINGS = ["token", "sequence", "batch", "static", "uniform"]
 STRUCTURES = {

@@ -20,7 +20,7 @@ from lily.plan.select import NoTargetError, select_targets
 from lily.plan.specs import EXPERTS, MATRIX
 
 pytestmark = [
-    pytest.mark.sample(every=5),
+    pytest.mark.sample(every=10),
     pytest.mark.filterwarnings("ignore:routing=.* on a causal model", "ignore:merging rounded"),
 ]
 

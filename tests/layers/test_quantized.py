@@ -27,7 +27,7 @@ from lily.export import as_lora, write_lora
 from lily.kernels import fused
 from lily.layers.quantized import keep_differentiable
 
-pytestmark = pytest.mark.sample(every=5)
+pytestmark = pytest.mark.sample(every=10)
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 

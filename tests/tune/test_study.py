@@ -21,7 +21,7 @@ from lily.tune.report import print_tuned
 from lily.tune.run import WRITTEN, TuneOptions, best_trial, ranked_trials, tune
 from lily.tune.study import JOURNAL, TrialResult
 
-pytestmark = pytest.mark.sample(every=5)
+pytestmark = pytest.mark.sample(every=10)
 
 TRIALS = 24
 

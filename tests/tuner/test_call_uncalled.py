@@ -19,7 +19,7 @@ from lily.plan.uncalled_layers import uncalled
 from lily.tuner import call_uncalled
 from lily.tuner.adapter import find
 
-pytestmark = pytest.mark.sample(every=5)
+pytestmark = pytest.mark.sample(every=10)
 
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 3}
 TIMM = {

@@ -22,7 +22,7 @@ from lily import LilyConfig, LilyError
 from lily.layers.find import layers_of
 from lily.tuner.adapter import find
 
-pytestmark = [pytest.mark.sample(every=4), pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.sample(every=8), pytest.mark.filterwarnings("ignore")]
 
 BOTH = {"target_modules": ["linear", "transposed"]}  # two groups of three layers
 

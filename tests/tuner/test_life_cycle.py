@@ -23,7 +23,7 @@ from torch import nn
 
 from lily import LilyError
 
-pytestmark = [pytest.mark.sample(every=5), pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.sample(every=10), pytest.mark.filterwarnings("ignore")]
 
 
 class Method:

@@ -16,7 +16,7 @@ from torch import nn
 from lily import LilyConfig, LilyError
 from lily.layers.bank import LilyBank, bank_of
 
-pytestmark = [pytest.mark.sample(every=5), pytest.mark.filterwarnings("ignore:routing=.* on a causal model")]
+pytestmark = [pytest.mark.sample(every=10), pytest.mark.filterwarnings("ignore:routing=.* on a causal model")]
 
 
 def test_an_untrained_adapter_leaves_the_output_bit_identical(kind, routing):

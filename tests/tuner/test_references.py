@@ -25,7 +25,7 @@ from trl import (
 
 from lily import LilyConfig
 
-pytestmark = [pytest.mark.sample(every=5), pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.sample(every=10), pytest.mark.filterwarnings("ignore")]
 
 PROMPT, GOOD, BAD = "the film", "was good and fine", "was bad"
 PREFERENCES = [

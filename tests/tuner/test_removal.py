@@ -103,7 +103,7 @@ BESIDE = ("saved head", "trained rows")
 CASES = [(way, kind) for way in WAYS for kind in KINDS if way not in OF_DIFFUSERS or kind not in BESIDE]
 
 
-@pytest.mark.sample(every=3)
+@pytest.mark.sample(every=6)
 @pytest.mark.parametrize(("way", "kind"), CASES)
 def test_a_model_without_its_last_adapter_is_the_base(way, kind):
     if way in OF_DIFFUSERS:

@@ -21,7 +21,7 @@ from lily.layers.layer import LilyLayer
 from lily.layers.router import Logits
 from lily.tuner.adapter import find
 
-pytestmark = [pytest.mark.sample(every=5), pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.sample(every=10), pytest.mark.filterwarnings("ignore")]
 
 LAYERS = [kind for kind in KINDS if kind not in ("parameter", "experts")]
 HOWS = {

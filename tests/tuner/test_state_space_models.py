@@ -31,7 +31,7 @@ from lily.plan.uncalled_layers import uncalled
 from lily.recipes.offline.vision_mamba import VisionMambaConfig, VisionMambaForImageClassification
 from lily.tuner import call_uncalled
 
-pytestmark = pytest.mark.sample(every=5)
+pytestmark = pytest.mark.sample(every=10)
 
 SMALL = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 2, "initializer_range": 0.5}
 CONFIGS = {

@@ -15,7 +15,7 @@ from lily.layers.layer import LilyLayer
 from lily.tuner.adapter import find
 from lily.tuner.weighted_terms import KINDS as COMBINATIONS
 
-pytestmark = [pytest.mark.sample(every=4), pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.sample(every=8), pytest.mark.filterwarnings("ignore")]
 
 WEIGHTS = [0.7, -1.3]
 # what LoRA calls combinations of A and B themselves, and not of updates
@@ -199,7 +199,7 @@ def test_a_static_adapter_beside_a_routed_one_becomes_own_ranks():
         assert layer.settings["new"].own_r == 4
 
 
-@pytest.mark.sample(every=3)
+@pytest.mark.sample(every=6)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_layer(kind, tmp_path):
     model = get_peft_model(base(), lily_config(kind), adapter_name="a")

@@ -18,7 +18,7 @@ import lily
 from lily import export
 from lily.layers.layer import LilyLayer
 
-pytestmark = pytest.mark.sample(every=5)
+pytestmark = pytest.mark.sample(every=10)
 
 FILE = "adapter_model.safetensors"
 

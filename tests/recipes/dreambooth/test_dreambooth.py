@@ -26,7 +26,7 @@ from lily.recipes import methods  # noqa: E402
 from lily.recipes.dreambooth import adapters, families, latents, loop, objectives, pipelines, run, samples, tiny  # noqa: E402
 from lily.recipes.spec.dreambooth import Pipeline  # noqa: E402
 
-pytestmark = pytest.mark.sample(every=5)
+pytestmark = pytest.mark.sample(every=10)
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
