@@ -20,6 +20,7 @@ BASES = {
 STEPS = 300  # fewer leave a small data set unlearned
 BATCHES = {320: 8, 1280: 16}  # fewer training rows than this -> batch; of more, the base's
 BATCH = 32
+HELD_OUT = 0.15
 MOST_EPOCHS, LEAST_EPOCHS = 20, 3
 CHARACTERS = 3  # in a token, at least; more in most languages with spaces
 SHOWN = 4  # classes and columns in a comment
@@ -40,8 +41,7 @@ def recipe_text(found: Guess, name: str) -> str:
     if found.columns:
         unused = f"  # not used: {_few(found.unused)}" if found.unused else ""
         data.append(f"  columns: {_flow(found.columns)}{unused}")
-    shares = {part: 0.15 for part in ("validation", "test") if part not in found.others}
-    if shares:
+    if shares := _shares(found):
         data.append(f"  split: {_flow(shares)}  # taken from the training file; the same rows each time")
     if (length := _tokens(found.longest)) > (usual := 1024 if found.task == "sft" else 256):
         data.append(f"  max_length: {usual}  # tokens; the longest text may have about {length}, and is cut")
@@ -75,9 +75,13 @@ def _what(found: Guess) -> str:
     return f"{found.path}: {kind}, {rows}."
 
 
+def _shares(found: Guess) -> dict[str, float]:
+    """Shares of the training file that are held out: for the parts that have no file of their own."""
+    return {part: HELD_OUT for part in ("validation", "test") if part not in found.others}
+
+
 def _trained(found: Guess) -> int:
-    held_out = sum(0.15 for part in ("validation", "test") if part not in found.others)
-    return max(1, round((found.rows or 0) * (1 - held_out)))
+    return max(1, round((found.rows or 0) * (1 - sum(_shares(found).values()))))
 
 
 def _tokens(characters: int) -> int:

@@ -115,7 +115,7 @@ def _of_images(path: Path) -> Guess:
     counts: Counter[str] = Counter()
     if path.is_dir():
         for file in path.rglob("*"):
-            if IMAGE.search(file.name):
+            if file.suffix.lower() in images.ENDINGS:
                 counts[file.parent.name] += 1
         if len(counts) < 2:
             raise LilyError(
