@@ -1,0 +1,109 @@
+"""The first half hour, as a page: every command of docs/half-hour.md is run, and what it prints is written below it.
+
+    python benchmarks/half_hour.py               # half an hour on 2 cores, of which `make demo` takes most
+    python benchmarks/half_hour.py --part own    # your own data alone, minutes; the other part stays as it is
+
+The own data are 1,200 of the headlines of the package that the quickstart downloads, written as a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from performance import put
+
+from lily.recipes.data.sources import fetch
+from lily.recipes.offline.standins import HEADLINES
+from lily.recipes.spec.data import Source
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "half-hour.md"
+ROWS, NEW = 1200, 5
+WIDTH = "100"
+# Loads the export as a plain LoRA, in a process in which this package cannot be imported.
+ELSEWHERE = """\
+import sys
+sys.modules["lily"] = None  # as on a machine without this package
+import torch
+from peft import AutoPeftModelForSequenceClassification
+from transformers import AutoTokenizer
+
+model = AutoPeftModelForSequenceClassification.from_pretrained("as-lora").eval()
+tokenizer = AutoTokenizer.from_pretrained("as-lora")
+with torch.no_grad():
+    logits = model(**tokenizer("area man wins award for sitting down", return_tensors="pt")).logits
+print({model.config.id2label[i]: round(float(p), 3) for i, p in enumerate(logits[0].softmax(-1))})
+"""
+DEMO = ("make demo",)
+OWN = (
+    "head -4 headlines.csv",
+    "lily new headlines.csv",
+    "cat headlines.yaml",
+    "lily plan headlines.yaml",
+    "lily train headlines.yaml",
+    "lily inspect runs/headlines-lily-0 --report page.html",
+    "lily predict runs/headlines-lily-0 --input new.csv --output predicted.csv",
+    "cat predicted.csv",
+    "lily export runs/headlines-lily-0 --to lora --out as-lora",
+    "cat elsewhere.py",
+    "python elsewhere.py",
+)
+
+
+def prepare(folder: Path) -> None:
+    """The table of own data, a few new rows, and the program that loads the export."""
+    found: dict[str, str] = {}
+    for line in fetch(Source(package=HEADLINES)).read_text("utf-8").splitlines():
+        row = json.loads(line)
+        found.setdefault(str(row["input"][1]["content"]), {"1": "sarcastic", "0": "serious"}[str(row["ideal"])])
+    rows = list(found.items())
+    for name, part, columns in (
+        ("headlines.csv", rows[:ROWS], ("headline", "kind")), ("new.csv", rows[ROWS : ROWS + NEW], ("headline",)),
+    ):  # fmt: skip
+        with (folder / name).open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([columns, *(row[: len(columns)] for row in part)])
+    (folder / "elsewhere.py").write_text(ELSEWHERE, "utf-8")
+
+
+def run(command: str, folder: Path) -> str:
+    """A command and what it prints, as a block; ends the script if the command fails."""
+    environment = {**os.environ, "COLUMNS": WIDTH, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    started = time.perf_counter()
+    done = subprocess.run(command, shell=True, cwd=folder, env=environment, text=True, check=False,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    seconds = time.perf_counter() - started
+    if done.returncode:
+        sys.exit(f"{command} failed:\n{done.stdout}")
+    shown = re.sub(r"[ \t]+$", "", done.stdout, flags=re.MULTILINE).strip("\n").replace(str(folder), ".")
+    print(f"{command}: {seconds:.0f} s", file=sys.stderr, flush=True)
+    return f"```text\n$ {command}\n{shown}\n```\n\n{seconds:.0f} seconds."
+
+
+def part(commands: Sequence[str], folder: Path) -> str:
+    return "\n\n".join(run(command, folder) for command in commands)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", nargs="*", default=["demo", "own"], choices=["demo", "own"])
+    given = parser.parse_args()
+    if "own" in given.part:
+        with tempfile.TemporaryDirectory() as folder:
+            prepare(Path(folder))
+            put(PAGE, "own", part(OWN, Path(folder)))
+    if "demo" in given.part:
+        put(PAGE, "demo", part(DEMO, ROOT))
+
+
+if __name__ == "__main__":
+    main()
