@@ -45,9 +45,11 @@ vision_mamba standins
 results
 begun
 loader packages new
+document
 checks
 trainer
 scoring
+pace schedule
 methods
 models
 offline
