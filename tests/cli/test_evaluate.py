@@ -25,7 +25,7 @@ def test_rows_are_written_as_text_that_can_be_encoded():
 
 
 def test_a_prompt_that_is_not_text_is_refused_before_a_model_is_read():
-    with pytest.raises(LilyError, match="--prompt holds bytes that are not UTF-8"):
+    with pytest.raises(LilyError, match="the prompt holds bytes that are not UTF-8"):
         CliRunner().invoke(app, ["generate", "nothing", "--prompt", "cut \ud83d"], catch_exceptions=False)
 
 

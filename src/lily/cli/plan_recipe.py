@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 TRAINED = (">>>", "<<<")  # unlike brackets, these are not mistaken for special tokens such as [CLS] and <s>
 MARGIN = 76  # columns of the recipe before a mark
-NAMED = 4  # names of groups in a line
+SLOWER = 2  # a whole step over its linear layers: up to this
+WIDE = 80  # columns of a line about sharing
 WITHOUT_LOSS = ("exact_match", "accuracy", "accuracy_norm")  # of sft, generated or scored: not in the estimate
 
 Row = tuple[str, str, Sequence["Key"]]  # what, its value, the keys that decide it
@@ -196,8 +197,9 @@ def _time(report: RecipeReport, pace: Pace | None) -> str:
     train = schedule.steps * schedule.batch * pace.step
     held_out = rows.get("test") or rows.get("validation", 0)
     judged = pace.forward * (schedule.evaluations * rows.get("validation", 0) + 2 * held_out)
-    text = f"about {duration(train)} of steps and {duration(judged)} of evaluations, an estimate: linear layers of "
-    text += f"this size timed on {pace.device}"
+    text = f"{duration(train)} to {duration(SLOWER * train)} of steps, {duration(judged)} to "
+    text += f"{duration(SLOWER * judged)} of evaluations: an estimate from linear layers of this size, timed on "
+    text += pace.device
     source = report.source
     metrics = () if source is None else getattr(source, "metrics", ())
     if source is not None and source.task == "sft" and set(metrics) & set(WITHOUT_LOSS):
@@ -252,33 +254,30 @@ def sharing(report: RecipeReport) -> list[str]:
         return [f"{report.plan.layers} layers in {len(report.plan.groups)} groups; --all shows the table"]
     plan, config = report.decided.plan, report.decided.config
     groups = list(plan.groups)
-    names = list(dict.fromkeys(group.name.rpartition(".")[2] for group in groups))
-    listed = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
     runs = [shorten(group.sharing) for group in report.plan.groups]
-    layers, usual = max(set(runs), key=runs.count), max(groups, key=lambda g: (g.num_B, -groups.index(g)))
-    blocks = layers.count("|") + 1
-    several = len(set(runs)) > 1 or len({group.num_B for group in groups}) > 1
-    who = f"layers {layers} share one" if blocks == 1 else f"one for each of the layers {layers}"
-    A = f"A: in each of {len(groups)} groups ({listed}): {who}"
-    B = f"B: {_experts(usual, plan.routing)}" + ("; some groups differ, see --all" if several else "")
-    return [A, B, f"Each layer for itself: {_own(usual, str(config.distinct), plan.routing)}"]
+    layers, usual = max(runs, key=runs.count), max(groups, key=lambda group: group.num_B)
+    same = len(set(runs)) == 1 and len({group.num_B for group in groups}) == 1
+    names = ", ".join(dict.fromkeys(group.name.rpartition(".")[2] for group in groups))
+    A = f"A: {'one each' if '|' in layers else 'one'} for layers {layers}, in {len(groups)} groups: {names}"
+    B = f"B: {_experts(usual, plan.routing)}{'' if same else '; groups differ (--all)'}"
+    own = f"Each layer has of its own: {_own(usual, str(config.distinct), plan.routing)}"
+    return [line if len(line) <= WIDE else f"{line[: WIDE - 3]}..." for line in (A, B, own)]
 
 
 def _experts(group: Group, routing: str) -> str:
     if group.num_B == 1:
-        return "one per group, for all its layers; nothing is routed, and it merges exactly"
-    how = {"static": "by each layer's static weights", "uniform": "in equal parts"}.get(
-        routing, f"by each layer's router, per {routing}"
-    )
-    return f"{group.num_B} experts per group, for all its layers, mixed {how}"
+        return "one for all layers of a group; nothing is routed, and it merges exactly"
+    how = {"static": "static weights", "uniform": "equal weights"}.get(routing, f"routers per {routing}")
+    return f"{group.num_B} experts per group, for all its layers, mixed by {how}"
 
 
 def _own(group: Group, distinct: str, routing: str) -> str:
-    has = [] if distinct in ("none", "None") else [f"a fixed order of the {group.r} ranks (distinct: {distinct})"]
+    parts = {"permute": "an order", "signs": "signs", "permute+signs": "an order and signs"}
+    has = [f"{parts[distinct]} of ranks"] if distinct in parts else []
     if group.num_B > 1 and routing != "uniform":
-        has.append("static weights" if routing == "static" else f"a router of {group.num_B} x {group.r}")
+        has.append("weights" if routing == "static" else f"a {group.num_B} x {group.r} router")
     if group.gain:
-        has.append("a gain per rank")
+        has.append("a gain")
     if group.own_r:
-        has.append(f"own A and B of rank {group.own_r}")
+        has.append(f"A and B of rank {group.own_r}")
     return ", ".join(has) or "nothing"

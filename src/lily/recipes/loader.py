@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +81,33 @@ def is_recipe(target: str) -> bool:
     return not Path(target).expanduser().exists() and (target in known or head in known)
 
 
-def describe(path: Path) -> str:
-    """The first line of a recipe's description."""
-    lines = str(read(str(path)).values.get("description", "")).strip().splitlines()
+@dataclass(frozen=True)
+class Listed:
+    """A shipped recipe in a list."""
+
+    name: str
+    task: str
+    description: str  # its first line
+    variants: int  # recipes in the file; 0 for a single one
+
+    def matches(self, text: str) -> bool:
+        """Whether every word of `text` is in its name, task or description, whatever the case."""
+        where = f"{self.name} {self.task} {self.description}".casefold()
+        return all(word in where for word in text.casefold().split())
+
+
+def listed() -> list[Listed]:
+    """The recipes of the package, in the order of their names."""
+    entries = []
+    for name, path in shipped().items():
+        document = read(str(path))
+        count = len(variants.names_of(document.values, document.locations))
+        entries.append(Listed(name, str(document.values.get("task", "")), _first_line(document), count))
+    return entries
+
+
+def _first_line(document: Document) -> str:
+    lines = str(document.values.get("description", "")).strip().splitlines()
     return lines[0] if lines else ""
 
 

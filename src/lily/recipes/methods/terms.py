@@ -64,7 +64,8 @@ def terms_of(recipe: Recipe | DreamBooth, model: nn.Module, methods: Sequence[st
 
 def contestants(recipe: Recipe | DreamBooth) -> list[str]:
     """The methods that a run of the recipe trains or stands beside: its own, Lily, and LoRA where it is a baseline."""
-    asked = ("method",) in recipe.locations.overridden
+    # a baseline's run inherits the location of the key, not its value
+    asked = recipe.locations.written.get(("method",)) == f"override 'method={recipe.method}'"
     return [recipe.method, *(["lily"] if asked else []), *(["lora"] if "lora" in recipe.baselines else [])]
 
 
@@ -89,6 +90,12 @@ def scale_of(config: PeftConfig | Any) -> float | None:
         return float(config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r))
     scaling = getattr(config, "scaling", None)
     return float(scaling) if isinstance(scaling, int | float) else None
+
+
+def warnings_of(recipe: Recipe | DreamBooth, model: nn.Module) -> list[str]:
+    """`unchosen` of what a run trains or stands beside; `model` may be on the meta device."""
+    methods = dict.fromkeys(contestants(recipe))
+    return list(unchosen(recipe, terms_of(recipe, model, list(methods)))) if len(methods) > 1 else []
 
 
 def unchosen(recipe: Recipe | DreamBooth, terms: Sequence[Terms]) -> Iterator[str]:
@@ -122,6 +129,11 @@ def _same(values: Sequence[Any]) -> bool:
 
 def _origin(recipe: Recipe | DreamBooth, key: Key) -> str:
     where = recipe.locations
+    value: Any = recipe
+    for part in key:
+        value = getattr(value, part)
+    if value is None:
+        return "default"
     above = [key[:i] for i in range(1, len(key) + 1)]
     if any(part in where.overridden for part in above):
         return "command line"
