@@ -84,7 +84,7 @@ def test_who_shares_what_is_three_lines(mine, change, A, B, own):
     assert lines[0].endswith("6 groups: query, key, value, dense")
     assert lines[1].startswith("B: ")
     assert B in lines[1]
-    assert lines[2].startswith(f"Each layer has of its own: {own}")
+    assert lines[2].startswith(f"Each layer alone: {own}")
 
 
 def test_the_whole_recipe_is_printed_with_its_origins_only_if_asked(mine):

@@ -51,7 +51,10 @@ ANSWERS = [
     (["sweep", "quickstart", "lily.rr=1"], "lily.rr: unknown key"),
     (["eval", "no-such-run"], "holds no adapter"),
     (["predict", "no-such-run", "--input", "-"], "holds no adapter"),
-    (["generate", "no-such-run", "--prompt", "x"], "holds no adapter"),
+    (["generate", "no-such-run", "x"], "holds no adapter"),
+    (["recipes", "--task", "sft"], "offline/gsm8k"),
+    (["recipes", "headlines"], "quickstart"),
+    (["train", "quickstart", "epochs=3"], "did you mean train.epochs?"),
     (["collapse", "no-such-run", "--out", "x"], "holds no adapter"),
     (["export", "no-such-run", "--to", "lora", "--out", "x"], "holds no adapter"),
     (["train", "chat"], "trl is not installed; pip install"),  # a missing extra

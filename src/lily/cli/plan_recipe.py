@@ -111,7 +111,7 @@ def marked(recipe: str, origins: Mapping[Key, str]) -> str:
 
     lines = recipe.split("\n")
 
-    def mark(node: yaml.Node, at: Key) -> None:
+    def mark(node: yaml.Node | None, at: Key) -> None:
         for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
             here = (*at, key.value)
             if isinstance(value, yaml.MappingNode) and value.value:
@@ -162,8 +162,8 @@ def _decisions(report: RecipeReport) -> Iterator[Row]:
     if source is None:
         return
     rates = ", ".join(f"{t.name} {t.rate:g}" for t in report.terms)
-    keys = [key for t in report.terms for key in (t.rate_key,)]
-    yield "learning rate", f"{rates}{_parts(report)}; {_course(report)}", [*keys, ("train", "schedule")]
+    decided = [*(t.rate_key for t in report.terms), ("train", "schedule")]
+    yield "learning rate", f"{rates}{_parts(report)}; {_course(report)}", decided
     scales = [t for t in report.terms if t.scale is not None]
     if scales:
         shown = ", ".join(f"{t.name} {t.scale:.3g}" + (f" (rank {t.rank})" if t.rank else "") for t in scales)
@@ -260,7 +260,7 @@ def sharing(report: RecipeReport) -> list[str]:
     names = ", ".join(dict.fromkeys(group.name.rpartition(".")[2] for group in groups))
     A = f"A: {'one each' if '|' in layers else 'one'} for layers {layers}, in {len(groups)} groups: {names}"
     B = f"B: {_experts(usual, plan.routing)}{'' if same else '; groups differ (--all)'}"
-    own = f"Each layer has of its own: {_own(usual, str(config.distinct), plan.routing)}"
+    own = f"Each layer alone: {_own(usual, str(config.distinct), plan.routing)}"
     return [line if len(line) <= WIDE else f"{line[: WIDE - 3]}..." for line in (A, B, own)]
 
 

@@ -326,7 +326,7 @@ def _make_way(section: dict[str, Any], key: str, value: Any, kept: Container[str
     if key in kinds and section.get(key) is None:
         for inherited in (*kinds, *SOURCE_DETAILS):
             section.pop(inherited, None)
-    gone = set(RIVALS.get(key, ())).difference(kept)
+    gone = {name for name in RIVALS.get(key, ()) if name not in kept}
     for inherited in gone & section.keys():
         del section[inherited]
     groups = section.get("groups")

@@ -106,7 +106,11 @@ def _timed(inputs: int, outputs: int, work: Work, batch: int, device: torch.devi
     x, weight, A, B = (tensor.to(device, kind) for tensor in (x, weight, A, B))
     for tensor in (x, A, B):
         tensor.requires_grad_()
-    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
     best = [float("inf"), float("inf")]
     for _ in range(TRIALS + 1):  # the first also warms up
         wait()
@@ -114,7 +118,7 @@ def _timed(inputs: int, outputs: int, work: Work, batch: int, device: torch.devi
         y = torch.nn.functional.gelu(x @ weight.T + (x @ A.T) @ B.T)
         wait()
         between = time.perf_counter()
-        y.backward(y.detach())
+        y.backward(y.detach())  # type: ignore[no-untyped-call]
         wait()
         end = time.perf_counter()
         best = [min(best[0], between - start), min(best[1], end - start)]
@@ -123,7 +127,7 @@ def _timed(inputs: int, outputs: int, work: Work, batch: int, device: torch.devi
 
 
 def _free(device: torch.device) -> int:
-    import psutil
+    import psutil  # type: ignore[import-untyped]
     import torch
 
     return int(torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available)

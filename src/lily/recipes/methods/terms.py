@@ -124,7 +124,7 @@ def unchosen(recipe: Recipe | DreamBooth, terms: Sequence[Terms]) -> Iterator[st
 
 
 def _same(values: Sequence[Any]) -> bool:
-    return max(values) <= min(values) * (1 + DIFFERENT)
+    return bool(max(values) <= min(values) * (1 + DIFFERENT))
 
 
 def _origin(recipe: Recipe | DreamBooth, key: Key) -> str:
