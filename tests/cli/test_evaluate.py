@@ -93,3 +93,10 @@ def test_what_is_wrong_with_a_row_names_the_input(tmp_path, monkeypatch, row, me
     arguments = ["predict", "run", "--input", typed.replace("FILE", str(file))]
     with pytest.raises(LilyError, match=wanted):
         CliRunner().invoke(app, arguments, input=file.read_text(), catch_exceptions=False)
+
+
+def test_a_misspelt_run_is_looked_for_beside_it(tmp_path):
+    for name in ("reviews-lily-0", "other"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(LilyError, match=r"reviews-lily-1 holds no adapter.*did you mean .*/reviews-lily-0[?]$"):
+        CliRunner().invoke(app, ["eval", str(tmp_path / "reviews-lily-1")], catch_exceptions=False)

@@ -294,14 +294,15 @@ def test_each_mistake_has_its_own_message(bert: Path, tmp_path: Path, monkeypatc
         failure(),
     ]
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", nowhere)
-    messages += [failure("quickstrt"), failure("someone/some-model")]
+    (tmp_path / "rows.csv").write_text("a,b\n")
+    messages += [failure(tmp_path / "rows.csv"), failure("quickstrt"), failure("someone/some-model")]
     expected = [
         "does not exist", "has no config.json", "lily inspect", "cannot read the model configuration.*JSON",
         "cannot read the model configuration.*nobody-knows", "did you mean query", "'many' is not a number",
         "too few", "say the same thing twice", "say the same thing twice", "r=0", "routing='mean'", "task 'DANCE'",
         "options such as --r 64", "lily.r=64", "no recipe 'some.yaml'", "--num-a is for models",
         "--recipe quickstart and .* both name what to plan; use one", "--task is for models", "no TARGET",
-        "did you mean the recipe quickstart",
+        "rows.csv is data, not a model or a recipe; `lily new ", "did you mean the recipe quickstart",
         "someone/some-model .*no connection",
     ]  # fmt: skip
     for message, pattern in zip(messages, expected, strict=True):

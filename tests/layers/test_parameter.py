@@ -16,8 +16,9 @@ from lily import LilyConfig, LilyError, build_plan, export
 from lily.budget import lora_parameters
 from lily.layers.find import layers_of
 from lily.layers.parameter import Parameter
-from lily.plan.select import NoTargetError, select_targets
+from lily.plan.select import select_targets
 from lily.plan.specs import EXPERTS, MATRIX
+from lily.plan.walk import NoTargetError
 
 pytestmark = [
     pytest.mark.sample(every=10),

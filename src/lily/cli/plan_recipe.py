@@ -163,7 +163,7 @@ def _decisions(report: RecipeReport) -> Iterator[Row]:
         return
     rates = ", ".join(f"{t.name} {t.rate:g}" for t in report.terms)
     decided = [*(t.rate_key for t in report.terms), ("train", "schedule")]
-    yield "learning rate", f"{rates}{_parts(report)}; {_course(report)}", decided
+    yield "learning rate", f"{rates}{_parts(report)}; {_course(report)}".removeprefix(", "), decided
     scales = [t for t in report.terms if t.scale is not None]
     if scales:
         shown = ", ".join(f"{t.name} {t.scale:.3g}" + (f" (rank {t.rank})" if t.rank else "") for t in scales)
@@ -257,7 +257,7 @@ def sharing(report: RecipeReport) -> list[str]:
     runs = [shorten(group.sharing) for group in report.plan.groups]
     layers, usual = max(runs, key=runs.count), max(groups, key=lambda group: group.num_B)
     same = len(set(runs)) == 1 and len({group.num_B for group in groups}) == 1
-    names = ", ".join(dict.fromkeys(group.name.rpartition(".")[2] for group in groups))
+    names = ", ".join(dict.fromkeys(group.name for group in groups))
     A = f"A: {'one each' if '|' in layers else 'one'} for layers {layers}, in {len(groups)} groups: {names}"
     B = f"B: {_experts(usual, plan.routing)}{'' if same else '; groups differ (--all)'}"
     own = f"Each layer alone: {_own(usual, str(config.distinct), plan.routing)}"

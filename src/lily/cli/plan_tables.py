@@ -40,7 +40,7 @@ def render_plan(report: PlanReport, console: Console) -> None:
 
 def _sharing_table(report: PlanReport) -> Table:
     table = Table(title="Who shares what", title_justify="left")
-    table.add_column("group")
+    table.add_column("group", overflow="fold")
     table.add_column("shape (out, in)")  # experts: (experts, out, in); embedding: (rows, out)
     table.add_column("layers", justify="right")
     table.add_column("layers that share an A", ratio=1)

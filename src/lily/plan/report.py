@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lily.plan.budget import equal_lora_rank, lora_compute, lora_parameters
 from lily.plan.cost import Estimate, estimate
 from lily.plan.decide import Decided, decide
-from lily.plan.select import whole_layers
+from lily.plan.select_parts import whole_layers
 from lily.plan.sharing_plan import SAVED_HEADS, Group, SharingPlan
 from lily.plan.specs import ModuleSpec
 

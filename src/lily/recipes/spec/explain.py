@@ -140,7 +140,7 @@ def _short(value: Any) -> str:
 
 
 def near(path: Key, kind: type[Section]) -> str:
-    """The keys that an unknown one may mean: of the section `train` first, then of its own section, then of others."""
+    """The keys that an unknown one may mean: of its section, then of others, `train` first."""
     section, key = path[:-1], ALIASES.get(path[-1], path[-1])
     allowed = list(_fields(section, kind))
     if key in allowed:
