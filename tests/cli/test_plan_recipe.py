@@ -81,7 +81,7 @@ def test_who_shares_what_is_three_lines(mine, change, A, B, own):
     text = shown("mine.yaml", change)
     lines = text[text.index("who shares what") :].splitlines()[1:4]
     assert lines[0].startswith(f"A: {A}")
-    assert "6 groups: query, key, value, attention" in lines[0]
+    assert "6 groups: query, key, value, dense" in lines[0]
     assert lines[1].startswith("B: ")
     assert B in lines[1]
     assert lines[2].startswith(f"Each layer alone: {own}")
