@@ -139,7 +139,7 @@ def tuned(name: str, arms: Sequence[str], sizes: Sequence[float], rates: Sequenc
 def shapes() -> Iterator[Run]:
     """One learning rate for every shape: LoRA of rank 8, and Lily of many shapes at the default scale."""
     for name, rates in (("random-labels", (4e-3, 8e-3, 2e-3)), ("headlines", (2e-3, 4e-3, 1e-3, 8e-3)),
-                        ("random-digits", (4e-3, 8e-3, 2e-3)), ("digits", (2e-3, 4e-3, 1e-3))):  # fmt: skip
+                        ("random-digits", (2e-3, 1e-3, 4e-3)), ("digits", (1e-3, 2e-3, 5e-4))):  # fmt: skip
         made: dict[str, dict[str, Any]] = {"LoRA, r=8": {"method": "lora", "r": 8, "lora_alpha": SCALE * 8}}
         for r in (4, 16, 64, 256):
             made[f"r={r}"] = PAIR | {"r": r, "distinct": "permute"}

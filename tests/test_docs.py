@@ -71,6 +71,13 @@ def test_every_command_is_one_that_there_is(block):
             assert block.reason, f"{block}: {command.words[0]} is no program of ours"
 
 
+def test_every_command_in_the_tables_of_the_readme_is_one_that_there_is():
+    shown = [c for row in cells("README.md") for c in re.findall(r"`lily ([^`]+)`", row[0])]
+    assert len(shown) > 5
+    for command in shown:
+        parsed(tuple(shlex.split(command)))
+
+
 def parsed(arguments: tuple[str, ...]) -> None:
     """Refuse what the command line refuses, running nothing; of recipes, whatever is wrong with them."""
     group = typer.main.get_command(app)

@@ -142,6 +142,9 @@ def test_the_site_has_every_page_and_no_font_of_others():
     site = yaml.load((ROOT / "mkdocs.yml").read_text(), Loader)
     assert site["theme"]["font"] is False
     assert site["strict"] is True
+    # Of the plugin that makes the search work in pages opened as files, the script of another host is replaced.
+    assert "offline" in site["plugins"]
+    assert all((ROOT / "docs" / script).is_file() for script in site["extra"]["polyfills"])
     listed = {page for part in site["nav"] for entry in part.values() for page in pages(entry)}
     assert listed - {"changes.md"} == {p.relative_to(ROOT / "docs").as_posix() for p in (ROOT / "docs").rglob("*.md")}
 

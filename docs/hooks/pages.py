@@ -33,6 +33,8 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Links that work on the site; generated parts inserted."""
+    if page.is_homepage:  # which leads to everything itself
+        page.meta["hide"] = ["navigation", "toc"]
     if page.file.generated_by:
         return markdown
     markdown = SAVED.sub(r'\1```\3 title="\2"', markdown)

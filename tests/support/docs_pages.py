@@ -77,9 +77,14 @@ def with_batches(**names: Any) -> dict[str, Any]:
 
 @before("README.md")
 def readme(world: World) -> dict[str, Any]:
-    headlines("headlines.csv")
-    Path("reviews.csv").write_text("review,stars\na good film,1\na bad film,0\nso good,1\nso bad,0\n")
-    described("path/to/model")
+    rows = [
+        (f"a {word} {thing}", star)
+        for word, star in (("good", 1), ("bad", 0))
+        for thing in ("film", "plot", "actors") * 3
+    ]
+    with open("reviews.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("review", "stars"), *rows])
+    Path("new.csv").write_text("review\nthe film was good\n")
     return {}
 
 
