@@ -36,7 +36,7 @@ functional html errors
 _after_import _version
 """
 RECIPES = """
-deploy dry_run
+deploy dry_run new
 by_task
 dreambooth
 train
@@ -44,10 +44,12 @@ preflight
 vision_mamba standins
 results
 begun
-loader packages new
+loader packages
+document
 checks
 trainer
 scoring
+pace schedule
 methods
 models
 offline

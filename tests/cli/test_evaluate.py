@@ -1,13 +1,15 @@
-"""Half a surrogate pair, in what the commands that use an adapter read and write."""
+"""What the commands that use an adapter read and write: prompts, rows, and what is wrong with either."""
 
 from __future__ import annotations
 
 import io
 import json
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
 
+from lily.cli import evaluate
 from lily.cli.evaluate import _write
 from lily.cli.main import app
 from lily.errors import LilyError
@@ -25,7 +27,7 @@ def test_rows_are_written_as_text_that_can_be_encoded():
 
 
 def test_a_prompt_that_is_not_text_is_refused_before_a_model_is_read():
-    with pytest.raises(LilyError, match="--prompt holds bytes that are not UTF-8"):
+    with pytest.raises(LilyError, match="the prompt holds bytes that are not UTF-8"):
         CliRunner().invoke(app, ["generate", "nothing", "--prompt", "cut \ud83d"], catch_exceptions=False)
 
 
@@ -35,3 +37,66 @@ def test_texts_of_an_inspection_are_refused_with_row_and_column(tmp_path, column
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(LilyError, match=f"row 2: column '{column}' holds half of a surrogate pair"):
         load_texts("nothing", str(tmp_path / "t.jsonl"), None, None)
+
+
+@pytest.fixture
+def answered(monkeypatch):
+    """The prompts that reach a model."""
+    prompts = []
+    used = SimpleNamespace(generate=lambda prompt, streamer: prompts.append(prompt), tokenizer=None)
+    monkeypatch.setattr(evaluate, "_adapter", lambda *_: used)
+    monkeypatch.setattr("transformers.TextStreamer", lambda *_, **__: None)
+    return prompts
+
+
+@pytest.mark.parametrize(
+    ("typed", "given"), [(["why?"], None), (["--prompt", "why?"], None), (["-"], "why?"), (["--", "why?"], None)]
+)
+def test_a_prompt_is_an_argument_an_option_or_standard_input(answered, typed, given):
+    assert CliRunner().invoke(app, ["generate", "run", *typed], input=given).exit_code == 0
+    assert answered == ["why?"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [([], "no prompt; write lily generate run"), (["a", "--prompt", "b"], "both name a prompt"), ([" "], "is empty")],
+)
+def test_no_prompt_and_two_are_refused(answered, typed, message):
+    with pytest.raises(LilyError, match=message):
+        CliRunner().invoke(app, ["generate", "run", *typed], catch_exceptions=False)
+    assert answered == []
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "a", "prediction": "b"}, r"rows\.jsonl, row 2 already has a column 'prediction'"),
+        ({"txt": "a"}, r"rows\.jsonl, row 2: no column 'text'.*did you mean 'txt'"),
+        ({"text": 3}, r"rows\.jsonl, row 2: column 'text' holds 3, expected text"),
+    ],
+)
+@pytest.mark.parametrize("typed", ["FILE", "-"])
+def test_what_is_wrong_with_a_row_names_the_input(tmp_path, monkeypatch, row, message, typed):
+    from lily.recipes.results.adapter import Adapter
+    from lily.recipes.spec.schema import Recipe
+
+    used = object.__new__(Adapter)
+    data = {"train": {"path": "x.csv"}, "columns": {"text": "text", "label": "label"}}
+    used.recipe = Recipe.model_validate(
+        {"name": "a", "task": "text-classification", "model": {"path": "m"}, "data": data}
+    )
+    used._labels = ("a", "b")
+    monkeypatch.setattr(evaluate, "_adapter", lambda *_: used)
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in ({"text": "a"}, row)))
+    wanted = message if typed == "FILE" else message.replace(r"rows\.jsonl", "standard input")
+    arguments = ["predict", "run", "--input", typed.replace("FILE", str(file))]
+    with pytest.raises(LilyError, match=wanted):
+        CliRunner().invoke(app, arguments, input=file.read_text(), catch_exceptions=False)
+
+
+def test_a_misspelt_run_is_looked_for_beside_it(tmp_path):
+    for name in ("reviews-lily-0", "other"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(LilyError, match=r"reviews-lily-1 holds no adapter.*did you mean .*/reviews-lily-0[?]$"):
+        CliRunner().invoke(app, ["eval", str(tmp_path / "reviews-lily-1")], catch_exceptions=False)

@@ -51,6 +51,38 @@ def test_every_shipped_recipe_is_listed_and_prints_as_a_complete_recipe(tmp_path
         assert loader.load_any(str(tmp_path / "printed.yaml")) == loader.load_any(name)
 
 
+@pytest.mark.parametrize(
+    ("typed", "there", "absent"),
+    [
+        (["--task", "sft"], ["chat-nf4", "offline/gsm8k"], ["quickstart", "cola", "paper/vtab-vit"]),
+        (["headline"], ["quickstart", "offline/mamba-headlines"], ["cola", "paper/glue-cola"]),
+        (["Headline", "--task", "sft"], ["offline/mamba-headlines"], ["quickstart"]),
+        (["--task", "dreambooth"], ["paper/dreambooth-sdxl"], ["quickstart"]),
+        (["vtab images"], ["paper/vtab-vit", "19 recipes: paper/vtab-vit:NAME"], ["offline/cifar10"]),
+        ([], ["text-classification", "dreambooth", "quickstart"], []),
+    ],
+)
+def test_the_list_of_recipes_is_filtered_by_words_and_by_task_in_80_columns(typed, there, absent):
+    listed = CliRunner().invoke(cli.app, ["recipes", *typed], env={"COLUMNS": "80"}).stdout
+    lines = listed.splitlines()
+    assert max(map(len, lines)) <= 80
+    words = " ".join(listed.split())
+    assert all(text in words for text in there)
+    assert not [text for text in absent if any(line.split()[:1] == [text] for line in lines)]
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        (["--task", "sfd"], "--task sfd: did you mean sft?"),
+        (["nothing", "--task", "sft"], "no recipe of task sft has 'nothing' in its name or description"),
+        (["quickstrat"], "no recipe 'quickstrat': neither a file nor a shipped recipe; did you mean quickstart"),
+    ],
+)
+def test_a_filter_that_finds_nothing_says_so(typed, message):
+    assert message in str(invoke("recipes", *typed).exception)
+
+
 def test_a_copied_recipe_is_the_printed_one_and_never_replaces_a_file(tmp_path):
     target = tmp_path / "mine.yaml"
     assert invoke("recipes", "quickstart", "--copy", str(target)).exit_code == 0

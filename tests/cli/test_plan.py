@@ -16,16 +16,9 @@ from torch import nn
 from typer.testing import CliRunner
 
 from lily.cli.meta_model import model_from
-from lily.cli.plan import (
-    as_bytes,
-    as_count,
-    names_or_regex,
-    plan_command,
-    preview_text,
-    render_plan,
-    render_recipe,
-    shorten,
-)
+from lily.cli.plan import names_or_regex, plan_command
+from lily.cli.plan_recipe import preview_text, render_recipe
+from lily.cli.plan_tables import as_bytes, as_count, render_plan, shorten
 from lily.errors import LilyError
 from lily.functional import default_scaling
 from lily.plan.report import PlanReport, PlanRequest, compress, depth_numbers, plan_for, report_of
@@ -79,9 +72,15 @@ def plan(model: nn.Module, **request: Any) -> PlanReport:
 def printed(report: PlanReport | RecipeReport, **console: Any) -> str:
     out = Console(file=io.StringIO(), width=160, **console)
     if isinstance(report, RecipeReport):
-        render_recipe(report, out)
+        render_recipe(report, out, everything=True)
     else:
         render_plan(report, out)
+    return out.file.getvalue()  # type: ignore[attr-defined]
+
+
+def brief(report: RecipeReport) -> str:
+    out = Console(file=io.StringIO(), width=160)
+    render_recipe(report, out)
     return out.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -295,14 +294,15 @@ def test_each_mistake_has_its_own_message(bert: Path, tmp_path: Path, monkeypatc
         failure(),
     ]
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", nowhere)
-    messages += [failure("quickstrt"), failure("someone/some-model")]
+    (tmp_path / "rows.csv").write_text("a,b\n")
+    messages += [failure(tmp_path / "rows.csv"), failure("quickstrt"), failure("someone/some-model")]
     expected = [
         "does not exist", "has no config.json", "lily inspect", "cannot read the model configuration.*JSON",
         "cannot read the model configuration.*nobody-knows", "did you mean query", "'many' is not a number",
         "too few", "say the same thing twice", "say the same thing twice", "r=0", "routing='mean'", "task 'DANCE'",
         "options such as --r 64", "lily.r=64", "no recipe 'some.yaml'", "--num-a is for models",
         "--recipe quickstart and .* both name what to plan; use one", "--task is for models", "no TARGET",
-        "did you mean the recipe quickstart",
+        "rows.csv is data, not a model or a recipe; `lily new ", "did you mean the recipe quickstart",
         "someone/some-model .*no connection",
     ]  # fmt: skip
     for message, pattern in zip(messages, expected, strict=True):
@@ -333,6 +333,10 @@ def test_a_dry_run_shows_recipe_plan_and_first_example(dry_run: RecipeReport) ->
     text = printed(dry_run)
     for expected in ("params: 1M", "Who shares what", "Question: [why]? >>>Because.<<<", "between >>> and <<<"):
         assert expected in text
+    for expected in ("params: 1M", "Who shares what"):
+        assert expected not in brief(dry_run)
+    for expected in ("--all", "Question: [why]? >>>Because.<<<"):
+        assert expected in brief(dry_run)
 
 
 def test_on_a_terminal_trained_text_is_green_and_the_rest_dim() -> None:

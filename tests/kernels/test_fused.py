@@ -13,6 +13,7 @@ from torch import nn
 
 from lily import LilyConfig, functional
 from lily.kernels import fused, matmul
+from lily.kernels.mixing import How
 from lily.layers import linear
 
 ROUTINGS = ["token", "sequence", "batch", "static", "uniform"]
@@ -54,7 +55,7 @@ class Case:
         sizes = (3, shape[0] // 3) if len(shape) == 2 else shape[:2]
         self.mask = (torch.rand(sizes, generator=g) > 0.4).long() if masked and routing == "sequence" else None
         self.E, self.r, self.routing, self.scaling, self.activation = E, r, routing, scaling, activation
-        self.how = fused.How(routing, E, scaling, dtype, activation, 0.0, transposed)
+        self.how = How(routing, E, scaling, dtype, activation, 0.0, transposed)
 
     @property
     def leaves(self):

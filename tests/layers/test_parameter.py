@@ -16,8 +16,9 @@ from lily import LilyConfig, LilyError, build_plan, export
 from lily.budget import lora_parameters
 from lily.layers.find import layers_of
 from lily.layers.parameter import Parameter
-from lily.plan.select import NoTargetError, select_targets
+from lily.plan.select import select_targets
 from lily.plan.specs import EXPERTS, MATRIX
+from lily.plan.walk import NoTargetError
 
 pytestmark = [
     pytest.mark.sample(every=10),
@@ -315,7 +316,7 @@ def test_a_budget_and_a_rank_pattern_hold_for_parameters():
     config = config_for(rank_pattern={"experts.down_proj": 2})
     plan = build_plan(select_targets(mixture("mixtral"), config), config)
     assert {group.name.rpartition(".")[2]: group.r for group in plan.groups} == {"gate_up_proj": 3, "down_proj": 2}
-    from lily.cli.plan import folded
+    from lily.cli.plan_tables import folded
     from lily.plan.report import PlanRequest, plan_for
 
     report = plan_for(

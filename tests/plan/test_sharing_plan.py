@@ -14,8 +14,8 @@ from paths import ROOT
 from torch import nn
 
 from lily import LilyConfig, LilyError, build_plan, select_modules
-from lily.plan.select import NoTargetError
 from lily.plan.sharing_plan import ModuleSpec
+from lily.plan.walk import NoTargetError
 
 
 def plan_of(model, **options):

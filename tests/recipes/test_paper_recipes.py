@@ -56,7 +56,7 @@ EXPECTED = {
 def test_a_recipe_of_the_paper_has_its_parameters_and_needs_no_download(name, monkeypatch):
     monkeypatch.setattr("socket.socket.connect", lambda *a: pytest.fail("it reached for the network"))
     monkeypatch.delenv("LILY_DATA", raising=False)
-    report = recipe_report(name, [])
+    report = recipe_report(loader.load_any(name))
     assert report.plan.parameters["total"] == EXPECTED[name]
     recipe = loader.load_any(name)
     assert recipe.lily.routing == ("token" if "vim" in name else "batch")
@@ -82,7 +82,7 @@ def test_a_described_model_has_the_sizes_of_the_real_one():
         "paper/vtab-vit:cifar": 85_798_656 + 2 * 769,  # timm's ViT-B/16 without its head, and a head of two classes
     }
     for name, size in sizes.items():
-        assert recipe_report(name, []).plan.model_parameters == size
+        assert recipe_report(loader.load_any(name)).plan.model_parameters == size
     assert not torch.cuda.is_initialized()
 
 
@@ -96,7 +96,7 @@ def test_a_described_model_has_the_sizes_of_the_real_one():
 )
 def test_a_description_that_cannot_be_is_refused(changed, says):
     with pytest.raises(LilyError, match=says):
-        recipe_report("paper/glue-cola", [f"model.architecture={changed}"])
+        recipe_report(loader.load_any("paper/glue-cola", [f"model.architecture={changed}"]))
 
 
 def test_the_nineteen_tasks_differ_in_nothing_but_their_images():

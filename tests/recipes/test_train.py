@@ -306,7 +306,7 @@ def test_prediction_reads_no_further_than_it_must(finished):
 
 
 def test_generate_answers_a_prompt(chat_run):
-    run = CliRunner().invoke(app, ["generate", str(chat_run.run), "--prompt", "question the film was good"])
+    run = CliRunner().invoke(app, ["generate", str(chat_run.run), "question the film was good"])
     assert run.exit_code == 0
     assert run.stdout.strip()
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lily.errors import LilyError
-from lily.plan.select import is_causal
+from lily.plan.walk import is_causal
 
 Inputs = dict[str, Tensor]
 

@@ -78,6 +78,7 @@ def compare_command(
     from lily.compare import compare as comparing
     from lily.compare.contestants import parse
     from lily.recipes.begun import as_begun
+    from lily.recipes.methods.terms import unchosen
     from lily.search import folder
     from lily.search.runner import side_by_side
 
@@ -95,6 +96,12 @@ def compare_command(
     for recipe, compared in resolved:
         listed = ", ".join(f"{c.name} {c.parameters:,}" + (f" (r={c.rank})" if c.rank else "") for c in compared)
         console.print(escape(f"{recipe.name}: parameters {listed}"), highlight=False, soft_wrap=True)
+        terms = [method.terms for method in compared if method.trains]
+        console.print(
+            escape(f"{recipe.name}: learning rate {'; '.join(map(str, terms))}"), highlight=False, soft_wrap=True
+        )
+        for warning in () if tune else unchosen(recipe, terms):
+            print(f"warning: {recipe.name}: {warning}", file=sys.stderr)
     errors, failed = [], False
     try:
         for recipe, compared in resolved:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer import Option
 
-from lily.cli.evaluate import Folder, RecipeOption, check_adapter
+from lily.cli.evaluate import Folder, RecipeOption
 from lily.cli.train import quieten
 from lily.errors import LilyError
 from lily.io.tables import terminal
@@ -49,14 +49,15 @@ def collapse_command(
     as_json: Json = False,
 ) -> None:
     """Turn a data-dependent adapter into a static one, and report how far its outputs move."""
-    check_adapter(adapter, recipe)
+    from lily.recipes.results.adapter_folder import AdapterFolder
+
+    location = AdapterFolder.of(adapter, recipe)  # before anything that takes seconds to import
     quieten()
     from lily.recipes.deploy import collapse_adapter
 
     report = collapse_adapter(
-        adapter,
+        location,
         out,
-        recipe=recipe,
         calibration=data,
         held_out=held_out,
         rows=rows,
@@ -155,7 +156,9 @@ def export_command(
         raise LilyError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
     if Path(out).exists() and not overwrite:
         raise LilyError(f"--out {out} exists; name another one, or give --overwrite")
-    check_adapter(adapter, recipe)
+    from lily.recipes.results.adapter_folder import AdapterFolder
+
+    location = AdapterFolder.of(adapter, recipe, base)  # before anything that takes seconds to import
     quieten()
     import torch
 
@@ -163,9 +166,7 @@ def export_command(
     from lily.recipes.deploy import load_for_export
 
     weights = to == "merged" or reduce_intruders
-    model, tokenizer, facts = load_for_export(
-        adapter, recipe=recipe, base=base, weights=weights, dtype=dtype if to == "merged" else "auto"
-    )
+    model, tokenizer, facts = load_for_export(location, weights=weights, dtype=dtype if to == "merged" else "auto")
     if to == "gguf" and not hasattr(model, "get_base_model"):
         raise LilyError(f"{adapter} is for a pipeline, which llama.cpp does not run; export --to lora --for diffusers")
     console = Console()

@@ -72,7 +72,7 @@ def predict_command(
     source: Path | str = input if input == "-" else sources.local_path(input)
     used = _adapter(adapter, recipe)
     rows, folder = _rows(used, source)
-    rows = used.predict(rows, prefix, folder)
+    rows = used.predict(rows, prefix, folder, "standard input" if input == "-" else input)
     if output == "-":
         _write(rows, sys.stdout)
         return
@@ -89,16 +89,23 @@ def predict_command(
 
 def generate_command(
     adapter: Folder,
-    prompt: Annotated[str, Option("--prompt", help="Prompt to answer.")],
+    prompt: Annotated[str | None, Argument(metavar="PROMPT", help="Prompt to answer; - reads standard input.")] = None,
+    option: Annotated[str | None, Option("--prompt", help="The same as PROMPT.")] = None,
     recipe: RecipeOption = None,
 ) -> None:
     """Answer one prompt, printed token by token. For many prompts, use predict."""
-    if SURROGATE.search(prompt):
-        raise LilyError("--prompt holds bytes that are not UTF-8 text, or half a surrogate pair; write it as UTF-8")
+    if (prompt is None) == (option is None):
+        wrong = "no prompt" if prompt is None else "PROMPT and --prompt both name a prompt"
+        raise LilyError(f'{wrong}; write lily generate {adapter} "your question"')
+    text = sys.stdin.read() if prompt == "-" else str(prompt or option)
+    if not text.strip():
+        raise LilyError(f'the prompt is empty; write lily generate {adapter} "your question"')
+    if SURROGATE.search(text):
+        raise LilyError("the prompt holds bytes that are not UTF-8 text, or half a surrogate pair; write it as UTF-8")
     used = _adapter(adapter, recipe)
     from transformers import TextStreamer
 
-    used.generate(prompt, TextStreamer(used.tokenizer, skip_prompt=True, skip_special_tokens=True))
+    used.generate(text, TextStreamer(used.tokenizer, skip_prompt=True, skip_special_tokens=True))
 
 
 def _rows(used: Any, source: Path | str) -> tuple[Iterable[dict[str, Any]], Path | None]:
@@ -113,26 +120,16 @@ def _rows(used: Any, source: Path | str) -> tuple[Iterable[dict[str, Any]], Path
     return tables.stream_rows(source, "auto", like.header, like.delimiter, like.encoding), source.parent
 
 
-def check_adapter(folder: str, recipe: str | None) -> None:
-    """Check that a folder holds an adapter and that a recipe can be read, before anything that takes seconds to import.
-
-    Raises:
-        LilyError: if one is not so.
-    """
-    from lily.recipes import loader
-    from lily.recipes.results.run_files import adapter_path
-
-    adapter_path(folder)
-    if recipe is not None:
-        loader.load_any(recipe)
-
-
 def _adapter(folder: str, recipe: str | None) -> Any:
-    check_adapter(folder, recipe)
+    from lily.recipes.results.adapter_folder import AdapterFolder
+
+    # the folder and its recipe, before anything that takes seconds to import
+    location = AdapterFolder.of(folder, recipe)
+    location.text_recipe()
     quieten()
     from lily.recipes.results.adapter import Adapter
 
-    return Adapter(folder, recipe)
+    return Adapter(location)
 
 
 def _write(rows: Iterable[dict[str, Any]], file: Any) -> None:

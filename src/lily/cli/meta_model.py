@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from lily.errors import LilyError
 if TYPE_CHECKING:
     from torch import nn
 
+DATA = (".csv", ".tsv", ".jsonl", ".parquet", ".gz")  # not .json, as config.json is
 TASKS = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
@@ -49,6 +49,8 @@ def _read_config(target: str) -> Any:
         raise LilyError(f"{target} is an adapter, not a model; `lily inspect {target}` shows it")
     if path.is_dir() and not (path / "config.json").is_file():
         raise LilyError(f"{target} has no config.json; name a model folder that save_pretrained wrote")
+    if path.is_file() and path.suffix.lower() in DATA:
+        raise LilyError(f"{target} is data, not a model or a recipe; `lily new {target}` writes a recipe for it")
     if not path.exists() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", target):
         raise LilyError(f"{target} does not exist; name a recipe, a model folder, a config.json or a hub id")
     try:
@@ -67,7 +69,7 @@ def _read_config(target: str) -> Any:
 def _not_found(target: str, why: str) -> str:
     from lily.recipes import loader
 
-    near = difflib.get_close_matches(target, list(loader.shipped()), n=1)
+    near = loader.near_recipes(target)
     hint = f"did you mean the recipe {near[0]}? " if near else ""
     return (
         f"{target} is not a shipped recipe, file or folder, nor readable from the Hugging Face Hub ({why}); {hint}"

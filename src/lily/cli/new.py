@@ -11,8 +11,8 @@ from rich.text import Text
 from typer import Argument, Option
 
 from lily.errors import LilyError
+from lily.recipes.by_task import BASES
 
-TASKS = ("text-classification", "text-regression", "image-classification", "sft")
 Column = Annotated[str | None, Option(help="Column, where the guess is wrong.")]
 
 
@@ -21,7 +21,7 @@ def new_command(
         str, Argument(metavar="FILE", help="A csv, tsv, json, jsonl or parquet file, or a folder of images by class.")
     ],
     out: Annotated[str | None, Option("--out", help="Recipe to write. Default: named as the file, here.")] = None,
-    task: Annotated[str | None, Option(help=f"Task: {', '.join(TASKS)}. Default: by the data.")] = None,
+    task: Annotated[str | None, Option(help=f"Task: {', '.join(BASES)}. Default: by the data.")] = None,
     text: Column = None,
     text_pair: Column = None,
     label: Column = None,
@@ -36,8 +36,8 @@ def new_command(
     from lily.recipes.data.guess import guess
     from lily.recipes.new import name_for, recipe_text
 
-    if task is not None and task not in TASKS:
-        raise LilyError(f"--task {task}: choose one of {', '.join(TASKS)}")
+    if task is not None and task not in BASES:
+        raise LilyError(f"--task {task}: choose one of {', '.join(BASES)}")
     given = {"text": text, "text_pair": text_pair, "label": label, "image": image, "prompt": prompt,
              "completion": completion, "messages": messages}  # fmt: skip
     path = Path(file).expanduser()

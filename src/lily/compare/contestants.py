@@ -5,6 +5,7 @@ A name may end in a divisor: `lora/4` has a quarter of the parameters.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,6 +15,7 @@ from lily.errors import LilyError
 from lily.plan.options import ROUTINGS
 from lily.recipes import checks, methods
 from lily.recipes.methods import other_peft
+from lily.recipes.methods.terms import Terms, named
 from lily.recipes.spec.schema import Recipe
 
 if TYPE_CHECKING:
@@ -53,6 +55,14 @@ class ComparedMethod:
     def _rate(self) -> tuple[str, ...]:
         section = methods.section_of(self.recipe.method)
         return (section, "learning_rate") if section else ("train", "learning_rate")
+
+    @property
+    def terms(self) -> Terms:
+        """Its learning rate, and its scale in one unit."""
+        scale = None if self.scale is None else self.scale[1]
+        if scale is not None and self.rank and self.recipe.method in methods.LORAS:
+            scale /= math.sqrt(self.rank) if self.recipe.method == "rslora" else self.rank
+        return named(self.name, self.recipe, self.rank, scale)
 
     @property
     def trains(self) -> bool:

@@ -25,7 +25,7 @@ from lily.deploy.shared_experts import MODULES, shared_outer
 from lily.errors import LilyError
 from lily.layers.layer import NESTED
 from lily.layers.merging import Factors
-from lily.plan.select import select_parameters
+from lily.plan.select_parts import select_parameters
 from lily.plan.sharing_plan import Group
 from lily.plan.specs import CONVOLUTIONS, EMBEDDING, EXPERTS, PARAMETERS, SLICE, layer_spec
 from lily.plan.wrappers import plain_names

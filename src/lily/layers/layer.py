@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lily import functional
 from lily.errors import LilyError
 from lily.kernels import fused
+from lily.kernels.mixing import How
 from lily.layers.bank import LilyBank
 from lily.layers.devices import execution_device, onload, weight_of
 from lily.layers.fixed_shape import FixedShapeMixin
@@ -306,7 +307,7 @@ class LilyLayer(MixingMixin, OwnMixin, FixedShapeMixin, ScaleMixin, MergingMixin
         if adapter in self.statistics and routing != "static":
             self._record(adapter, x, A)
         dropout = settings.dropout if self.training else 0.0
-        how = fused.How(routing, settings.num_B, settings.scaling, dtype, settings.activation, dropout, self.transposed)
+        how = How(routing, settings.num_B, settings.scaling, dtype, settings.activation, dropout, self.transposed)
         mask = bank.masks.mask_for(x) if routing == "sequence" else None
         return fused.Update(A, B, router, how, mask)
 

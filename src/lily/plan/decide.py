@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lily.plan.budget import FEWEST, Choice, choose
 from lily.plan.config import LilyConfig
-from lily.plan.select import is_causal, select_targets
+from lily.plan.select import select_targets
 from lily.plan.sharing_plan import SharingPlan, build_plan
 from lily.plan.specs import ModuleSpec
+from lily.plan.walk import is_causal
 
 if TYPE_CHECKING:
     from torch import nn

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lily.plan.budget import equal_lora_rank, lora_compute, lora_parameters
 from lily.plan.cost import Estimate, estimate
 from lily.plan.decide import Decided, decide
-from lily.plan.select import whole_layers
+from lily.plan.select_parts import whole_layers
 from lily.plan.sharing_plan import SAVED_HEADS, Group, SharingPlan
 from lily.plan.specs import ModuleSpec
 
@@ -196,7 +196,7 @@ def report_of(
         batch=batch,
         tokens=tokens,
         base_parameters=size,
-        linear=list(_linear_layers(model)),
+        linear=list(linear_layers(model)),
         weight_bytes=WEIGHT_BYTES.get(dtype, 4),
         base_bytes=base_bytes,
         whole=whole,
@@ -249,7 +249,7 @@ def _lora(modules: Sequence[ModuleSpec], budget: int, tokens: int, alpha: float 
     return LoraReport(r, size, lora_compute(modules, r, tokens), 4 * size, 2.0 if alpha is None else alpha / r)
 
 
-def _linear_layers(model: nn.Module) -> Iterator[ModuleSpec]:
+def linear_layers(model: nn.Module) -> Iterator[ModuleSpec]:
     """Every nn.Linear and Conv1D (GPT-2's, whose sizes are nx and nf) of the model, adapted or not."""
     for name, module in model.named_modules():
         if isinstance(out := getattr(module, "out_features", getattr(module, "nf", None)), int):

@@ -1,4 +1,4 @@
-"""The layers, slices, parallel modules and parameters of a model that a configuration selects.
+"""The layers of a model that a configuration selects, and all that it selects together.
 
 Only names and sizes are read, so a model on the meta device is enough.
 """
@@ -6,10 +6,8 @@ Only names and sizes are read, so a model on the meta device is enough.
 from __future__ import annotations
 
 import copy
-import difflib
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
@@ -17,33 +15,24 @@ from peft.tuners.tuners_utils import (
     _maybe_include_all_linear_layers,
     check_target_module_exists,
 )
-from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
 from lily.errors import LilyError
-from lily.plan.attention import IN, OUT, InProjection, check_attention, has_in_projection
+from lily.plan.attention import IN, OUT, InProjection, check_attention
 from lily.plan.config import LilyConfig
-from lily.plan.fused_layouts import layout_of, rows_of
+from lily.plan.select_parts import select_parallel_modules, select_parameters, select_slices
 from lily.plan.specs import (
-    LINEAR,
     PARALLEL_MODULE,
     PARAMETERS,
-    SLICE,
     ModuleSpec,
     base_of,
     layer_spec,
-    linear_layers,
-    parallel_module_spec,
-    parameter_spec,
 )
 from lily.plan.stacked_experts import add_stacked_experts
 from lily.plan.uncalled_layers import uncalled
+from lily.plan.walk import NoTargetError, is_linear, own_modules, suggest
 
 SHOWN = 3  # names in a message
-
-
-class NoTargetError(LilyError, NoMatchingPeftModuleError):  # type: ignore[misc]
-    """The targets match nothing. Subclass of PEFT's error for that, so existing handlers catch it."""
 
 
 def select_targets(model: nn.Module, config: LilyConfig) -> list[ModuleSpec]:
@@ -76,147 +65,6 @@ def select_targets(model: nn.Module, config: LilyConfig) -> list[ModuleSpec]:
         specs += select_parameters(model, config.target_parameters)
     _check_names(specs)
     return specs
-
-
-def select_slices(
-    model: nn.Module, specs: Sequence[ModuleSpec], wanted: Mapping[str, object] | None
-) -> list[ModuleSpec]:
-    """Replace layers in `specs` by their slices that `LilyConfig.target_slices` names.
-
-    Raises:
-        NoTargetError: (a LilyError) if a name in `wanted` matches none of these layers.
-        LilyError: if a layer is not linear, or has no such slices.
-    """
-    out: list[ModuleSpec] = []
-    matched: set[str] = set()
-    modules = dict(own_modules(model)) if wanted else {}
-    for spec in specs:
-        hits = [t for t in wanted or () if spec.name == t or spec.name.endswith(f".{t}")]
-        matched.update(hits)
-        if not hits:
-            out.append(spec)
-            continue
-        if spec.kind != LINEAR:
-            raise LilyError(f"target_slices: {spec.name} is of the kind {spec.kind}; only linear layers can be sliced")
-        parent, _, short = spec.name.rpartition(".")
-        owner = base_of(modules.get(parent, model))
-        layout = layout_of(short, base_of(modules[spec.name]), owner, getattr(model, "config", None))
-        asked = (wanted or {})[max(hits, key=len)]
-        out += [
-            replace(spec, name=f"{spec.name}.{part}", out_features=rows.size(spec.out_features), kind=SLICE, rows=rows)
-            for part, rows in rows_of(spec.name, asked, layout, spec.out_features).items()
-        ]
-    for name in wanted or ():
-        if name not in matched:
-            known = list(dict.fromkeys(spec.name.rpartition(".")[2] for spec in specs))
-            raise NoTargetError(
-                f"target_slices has the key {name!r}, which matches no adapted layer; adapted: {', '.join(known)}"
-            )
-    return out
-
-
-def select_parallel_modules(model: nn.Module, wanted: Sequence[str] | None) -> list[ModuleSpec]:
-    """The parallel modules, matched by name or class (`LilyConfig.parallel_modules`).
-
-    Raises:
-        NoTargetError: (a LilyError) if one of `wanted` matches nothing.
-        LilyError: if the sizes of a match are not known.
-    """
-    specs: list[ModuleSpec] = []
-    matched: set[str] = set()
-    for name, module in own_modules(model):
-        base = base_of(module)
-        hits = [w for w in wanted or () if name == w or name.endswith(f".{w}") or type(base).__name__ == w]
-        matched.update(hits)
-        if hits:
-            specs.append(parallel_module_spec(name, base))
-    for name in wanted or ():
-        if name not in matched:
-            known = list(dict.fromkeys(type(m).__name__ for _, m in own_modules(model)))
-            raise NoTargetError(
-                f"parallel_modules={name!r} matches no module by name or class: {', '.join(known[:20])}"
-            )
-    return specs
-
-
-def whole_layers(
-    model: nn.Module, specs: Sequence[ModuleSpec], exclude: list[str] | str | None = None
-) -> list[ModuleSpec]:
-    """The layers where LoRA can go instead: sliced layers whole, and the linear layers inside parallel modules.
-
-    Args:
-        model: the base model, without adapters.
-        specs: what Lily adapts.
-        exclude: layers inside parallel modules to leave out.
-
-    Returns:
-        Layers and parameters, each once.
-    """
-    layers: dict[str, ModuleSpec] = {}
-    modules = dict(own_modules(model))
-    for spec in specs:
-        here = [spec]
-        if spec.kind == SLICE:
-            here = [layer_spec(spec.path, modules[spec.path])]
-        elif spec.kind == PARALLEL_MODULE:
-            inside = list(linear_layers(spec.name, model.get_submodule(spec.name)))
-            free = LilyConfig(target_modules=[inner.name for inner in inside], exclude_modules=exclude)
-            here = [inner for inner in inside if check_target_module_exists(free, inner.name)]
-        layers |= {one.name: one for one in here}
-    return list(layers.values())
-
-
-def select_parameters(model: nn.Module, targets: Sequence[str]) -> list[ModuleSpec]:
-    """The parameters whose names end with one of `targets` at a dot boundary, in the model's order.
-
-    Raises:
-        NoTargetError: (a LilyError) if one of `targets` matches nothing, with near matches.
-        LilyError: if a match cannot be adapted.
-    """
-    specs: list[ModuleSpec] = []
-    unmatched: dict[str, None] = {}
-    matched: set[str] = set()
-    for path, module in [("", model), *own_modules(model)]:
-        base = base_of(module)
-        names = {name: None for name, _ in base.named_parameters(recurse=False)}
-        if hasattr(base, "parametrizations"):
-            names |= dict.fromkeys(base.parametrizations)  # type: ignore[arg-type]
-        for short in names:
-            name = f"{path}.{short}".removeprefix(".")
-            hits = [t for t in targets if name == t or name.endswith(f".{t}")]
-            matched.update(hits)
-            if not hits:
-                unmatched[short] = None
-                continue
-            _check_owner(name, path, base)
-            specs.append(parameter_spec(name, base))
-    for target in targets:
-        if target not in matched:
-            hint, shown = _suggest([target], list(unmatched))
-            raise NoTargetError(
-                f"target_parameters={target!r} matches no parameter; {hint}others of this model: {shown}"
-            )
-    return specs
-
-
-def _suggest(targets: Sequence[str], names: Sequence[str]) -> tuple[str, str]:
-    """A question about near matches of `targets` among `names`, and the first of all names."""
-    near = dict.fromkeys(n for t in targets for n in difflib.get_close_matches(t.rpartition(".")[2], names, n=3))
-    hint = f"did you mean {', '.join(near)}? " if near else ""
-    return hint, ", ".join(names[:20]) + (", ..." if len(names) > 20 else "") or "none"
-
-
-def _check_owner(name: str, path: str, base: nn.Module) -> None:
-    if not path:
-        raise LilyError(
-            f"target parameter {name} belongs to the model itself, and only submodules can be replaced; name other "
-            "parameters in target_parameters"
-        )
-    if hasattr(base, "parametrizations") and name.rpartition(".")[2] in base.parametrizations:  # type: ignore[operator]
-        raise LilyError(
-            f"target parameter {name} has a parametrization (perhaps a quantization), so there is no plain weight to "
-            "add to; remove the parametrization, or name other target_parameters"
-        )
 
 
 def _check_names(specs: Sequence[ModuleSpec]) -> None:
@@ -333,37 +181,11 @@ def _check_inside(model: nn.Module, config: LilyConfig, all_linear: bool) -> Non
             name = f"{path}.{inner}"
             target = check_target_module_exists(config, name)
             wanted = target or (all_linear and not isinstance(target, _ExcludedModule))
-            if inner and _is_linear(child) and wanted:
+            if inner and is_linear(child) and wanted:
                 raise LilyError(
                     f"{name} is inside {path}, which an adapter of this model runs beside; add the adapter on {name} "
                     f"before that one, or exclude it with exclude_modules=['{inner.rpartition('.')[2]}']"
                 )
-
-
-def own_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
-    """Named modules of the base model: adapted layers instead of their base layers, without adapter internals.
-
-    The `in_proj` of an `nn.MultiheadAttention` is one, also where nothing has adapted it yet.
-    """
-    inside: list[str] = []
-    for name, module in model.named_modules():
-        if name.rpartition(".")[2] == IN and isinstance(base_of(module), InProjection):
-            inside.append(f"{name}.")
-            continue  # named after its attention
-        if any(name.startswith(prefix) for prefix in inside):
-            continue
-        if isinstance(module, nn.MultiheadAttention) and has_in_projection(module):
-            if name:
-                yield name, module
-            yield f"{name}.{IN}".removeprefix("."), module._modules.get(IN) or InProjection(module)
-            continue
-        if not name:
-            continue
-        if isinstance(module, BaseTunerLayer):
-            inside.append(f"{name}.")
-            if not hasattr(module, "base_layer"):
-                continue
-        yield name, module
 
 
 def _no_target(config: LilyConfig, modules: dict[str, nn.Module]) -> NoTargetError:
@@ -372,7 +194,7 @@ def _no_target(config: LilyConfig, modules: dict[str, nn.Module]) -> NoTargetErr
             "target_modules='all-linear' matches no layer: the model has no linear layers besides its output layer and "
             "what is trained whole; name convolutions in target_modules, or parameters in target_parameters"
         )
-    known = list(dict.fromkeys(n.rpartition(".")[2] for n, m in modules.items() if _is_linear(m)))
+    known = list(dict.fromkeys(n.rpartition(".")[2] for n, m in modules.items() if is_linear(m)))
     targets = config.target_modules
     wanted = sorted(targets) if isinstance(targets, (set, list, tuple)) else [str(targets)]
     if any(isinstance(check_target_module_exists(config, n), _ExcludedModule) for n in modules):
@@ -387,28 +209,9 @@ def _no_target(config: LilyConfig, modules: dict[str, nn.Module]) -> NoTargetErr
                 f"every module that target_modules={wanted} matches is excluded by exclude_modules="
                 f"{config.exclude_modules} or modules_to_save={config.modules_to_save}; relax one of them"
             )
-    hint, shown = _suggest(wanted, known)
+    hint, shown = suggest(wanted, known)
     where = f" in layers {config.layers_to_transform}" if config.layers_to_transform is not None else ""
     return NoTargetError(
         f"target_modules={wanted if len(wanted) > 1 else repr(wanted[0])} matches no module{where}; {hint}"
         f"linear layers of this model: {shown}"
     )
-
-
-def _is_linear(module: nn.Module) -> bool:
-    base = base_of(module)
-    return isinstance(base, nn.Linear) or type(base).__name__ == "Conv1D"
-
-
-def is_causal(model: nn.Module) -> bool:
-    """Whether each token depends on earlier ones only: causal language models and state-space models."""
-    config = getattr(model, "config", None)
-    if isinstance(config, dict):
-        return False
-    model_type = str(getattr(config, "model_type", ""))
-    if any(key in model_type for key in ("mamba", "rwkv", "xlstm", "recurrent_gemma")):
-        return True
-    name = type(model).__name__
-    if name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
-        return True
-    return bool(getattr(config, "is_decoder", False)) or bool(getattr(config, "is_encoder_decoder", False))

@@ -16,6 +16,14 @@ if TYPE_CHECKING:
 
 Verb = Literal["train", "print_result", "plan", "collapse", "load_for_export"]
 
+# Task of text or images -> the recipe that those for own data extend.
+BASES = {
+    "text-classification": "base/encoder",
+    "text-regression": "base/encoder",
+    "image-classification": "base/vision",
+    "sft": "base/chat",
+}
+
 # Verb -> (for text and images, for task dreambooth). The two functions of a verb take the same arguments.
 FUNCTIONS: dict[Verb, tuple[str, str]] = {
     "train": ("lily.recipes.train.train", "lily.recipes.dreambooth.run.train"),

@@ -22,8 +22,7 @@ from lily.recipes.by_task import function_for
 from lily.recipes.data.tables import Row
 from lily.recipes.results.adapter import Adapter, batches
 from lily.recipes.results.adapter_folder import AdapterFolder
-from lily.recipes.results.card import LABELS
-from lily.recipes.results.run_files import adapter_path, kept_recipe, within_run
+from lily.recipes.results.run_files import LABELS, kept_recipe, within_run
 from lily.recipes.scoring.evaluate import Judge
 from lily.recipes.scoring.inference import device_of
 
@@ -34,7 +33,7 @@ REPORT = "collapse.json"
 
 
 def collapse_adapter(
-    folder: str,
+    folder: str | AdapterFolder,
     output: str,
     *,
     recipe: str | None = None,
@@ -111,7 +110,12 @@ def _rows(file: str, used: Adapter, labeled: bool = True) -> list[Row]:
 
 
 def load_for_export(
-    folder: str, *, recipe: str | None = None, base: str | None = None, weights: bool = False, dtype: str = "auto"
+    folder: str | AdapterFolder,
+    *,
+    recipe: str | None = None,
+    base: str | None = None,
+    weights: bool = False,
+    dtype: str = "auto",
 ) -> tuple[Any, Any, dict[str, Any]]:
     """An adapter on its base model.
 
@@ -129,11 +133,11 @@ def load_for_export(
     Raises:
         LilyError: if the adapter or its base model is missing, or they do not fit.
     """
-    path = adapter_path(folder)
+    location = AdapterFolder.of(folder, recipe, base)
+    path = location.path
     config = PeftConfig.from_pretrained(str(path))
     if not isinstance(config, LilyConfig):
         raise LilyError(f"{path} is a {config.peft_type} adapter, not a Lily one; it needs no export")
-    location = AdapterFolder.of(folder, recipe, base)
     model, tokenizer, facts = function_for("load_for_export", location.recipe)(location, weights=weights, dtype=dtype)
     return model, tokenizer, {"adapter": str(path), **facts}
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from lily.errors import LilyError
-from lily.plan.report import PlanReport, dtype_of, report_of
+from lily.plan.report import PlanReport, dtype_of, linear_layers, report_of
+from lily.recipes.schedule import Schedule, drawing_schedule, schedule_of
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from lily.plan.decide import Decided
     from lily.recipes.data.summary import Summary
+    from lily.recipes.methods.terms import Terms
+    from lily.recipes.pace import Work
+    from lily.recipes.preflight import Prepared
     from lily.recipes.spec.dreambooth import DreamBooth
     from lily.recipes.spec.schema import Model, Recipe
 
@@ -30,6 +35,11 @@ class RecipeReport:
         no_data: why they were not read.
         learning_rates: part of what is trained -> learning rate; empty if train.B_lr_ratio and train.router_lr_ratio
             change none.
+        schedule: steps and evaluations; None where the rows that they follow from were not read.
+        work: what a pass computes, for an estimate of the time; None where there is none.
+        source: the recipe that was planned.
+        decided: Lily on its model.
+        terms: learning rate and scale of the recipe's method and of those beside it.
     """
 
     name: str
@@ -40,9 +50,14 @@ class RecipeReport:
     data: Summary | None = None
     no_data: str = ""
     learning_rates: Mapping[str, float] = field(default_factory=dict)
+    schedule: Schedule | None = None
+    work: Work | None = None
+    source: Recipe | DreamBooth | None = None
+    decided: Decided | None = None
+    terms: tuple[Terms, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain JSON values."""
+        """The report as plain JSON values; what only people read (from `schedule` on) is left out."""
         import yaml
 
         return {
@@ -55,27 +70,23 @@ class RecipeReport:
         }
 
 
-def recipe_report(
-    target: str, overrides: Sequence[str], *, batch: int | None = None, tokens: int | None = None
-) -> RecipeReport:
+def recipe_report(recipe: Recipe | DreamBooth, *, batch: int | None = None, tokens: int | None = None) -> RecipeReport:
     """Check all that `lily train` checks before it reads weights, and plan the adapter; writes nothing.
 
     A recipe that describes its model (`model.architecture`) gets the plan only: nothing is downloaded.
 
     Args:
-        target: path of a YAML file, or name of a shipped recipe.
-        overrides: `key=value` each.
+        recipe: from `lily.recipes.loader.load_any`.
         batch: samples per step, for the estimates; default: the recipe's.
         tokens: tokens per sample, for the estimates; default: the recipe's.
 
     Raises:
-        LilyError: if the recipe, its data or its model is not valid.
+        LilyError: if the recipe's data or its model is not valid.
     """
-    from lily.recipes import loader, preflight
+    from lily.recipes import preflight
     from lily.recipes.by_task import function_for
     from lily.recipes.results.result import output_folder
 
-    recipe = loader.load_any(target, list(overrides))
     preflight.check_output(recipe, output_folder(recipe))
     report: RecipeReport = function_for("plan", recipe)(recipe, batch, tokens)
     return report
@@ -89,22 +100,39 @@ def text_report(recipe: Recipe, batch: int | None, tokens: int | None) -> Recipe
     from lily.recipes.spec.locations import located
 
     preview: tuple[tuple[str, bool], ...] = ()
+    schedule = work = None
     if recipe.model.architecture is not None:
         with located(recipe, "model", "architecture"):
             model = models.described_model(recipe.model, recipe.task)
         seen, no_data = _described_data(recipe)
+        if seen is not None:
+            schedule = schedule_of(recipe, seen.parts[0].used)
     else:
         prepared = preflight.prepare(recipe)
         model = prepared.meta
         seen, no_data = prepared.data, ""
         preview = tasks.preview(recipe, prepared.processor, prepared.first)
+        schedule, work = schedule_of(recipe, len(prepared.train)), _work(recipe, prepared)
     dtype = dtype_of(model.config) if recipe.model.dtype == "auto" else str(recipe.model.dtype)
     size = None
     if recipe.model.quantization != "none":
         dtype = recipe.model.quantization
         size = quantization.frozen_bytes(model, recipe.task, recipe.model.quantization)
     report = _report(recipe, model, _model_name(recipe.model), dtype, batch, tokens, preview, size)
-    return replace(report, data=seen, no_data=no_data)
+    return replace(report, data=seen, no_data=no_data, schedule=schedule, work=work)
+
+
+def _work(recipe: Recipe, prepared: Prepared) -> Work | None:
+    """What a pass computes: batches are as long as their longest row, about the 95th percentile of the lengths."""
+    from lily.recipes import pace
+    from lily.recipes.models.precision import precision_of
+
+    tokens, lengths = tokens_of(recipe, prepared.meta), prepared.data.parts[0].lengths
+    if lengths is not None:
+        tokens = max(1, min(lengths.p95, recipe.data.max_length))
+    shapes = [(layer.in_features, layer.out_features) for layer in linear_layers(prepared.meta)]
+    rank = int(getattr(prepared.config, "r", 0) or 1)
+    return pace.work_of(prepared.meta.config, shapes, rank, tokens, precision_of(recipe))
 
 
 def _described_data(recipe: Recipe) -> tuple[Summary | None, str]:
@@ -130,7 +158,8 @@ def drawing_report(recipe: DreamBooth, batch: int | None, tokens: int | None) ->
 
     family, model, _ = planned(recipe)
     name = f"{family.component} of {recipe.model.hub or recipe.model.path or recipe.model.standin}"
-    return _report(recipe, model, name, recipe.model.dtype, batch, tokens)
+    report = _report(recipe, model, name, recipe.model.dtype, batch, tokens)
+    return replace(report, schedule=drawing_schedule(recipe))
 
 
 def _report(
@@ -144,6 +173,7 @@ def _report(
     base_bytes: int | None = None,
 ) -> RecipeReport:
     from lily.recipes import loader, methods
+    from lily.recipes.methods.terms import contestants, terms_of
 
     decided = methods.decide(recipe, model)
     plan = report_of(
@@ -157,7 +187,17 @@ def _report(
         lora_alpha=None if recipe.lora.alpha is None else float(recipe.lora.alpha),
     )
     rates = methods.planned_rates(recipe, decided.plan)
-    return RecipeReport(recipe.name, recipe.method, loader.dump_recipe(recipe), plan, preview, learning_rates=rates)
+    return RecipeReport(
+        recipe.name,
+        recipe.method,
+        loader.dump_recipe(recipe),
+        plan,
+        preview,
+        learning_rates=rates,
+        source=recipe,
+        decided=decided,
+        terms=tuple(terms_of(recipe, model, contestants(recipe))),
+    )
 
 
 def _model_name(model: Model) -> str:

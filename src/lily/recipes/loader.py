@@ -3,51 +3,39 @@
 from __future__ import annotations
 
 import difflib
-import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
-from pydantic.fields import FieldInfo
 
 from lily.errors import LilyError
 from lily.recipes import checks
-from lily.recipes.spec import dreambooth, variants
-from lily.recipes.spec import values as scalars
-from lily.recipes.spec.base import Section
+from lily.recipes.document import Document, parse, parse_value
+from lily.recipes.spec import dreambooth, explain, lily_checks, variants
 from lily.recipes.spec.data import SOURCES
 from lily.recipes.spec.dreambooth import DreamBooth
 from lily.recipes.spec.locations import Key, KeyLocations
 from lily.recipes.spec.schema import STANDIN, Recipe
 
-LIBRARY = Path(__file__).parent / "library"
+LIBRARY = Path(__file__).resolve().parent / "library"
 ENDINGS = (".yaml", ".yml")
+TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".gz")
 BASE = "base/"  # the folder of what recipes for own data extend
-MAX_BYTES = 1 << 20  # a recipe is a page of text; anything larger is a mistake or an attack
-MAX_DEPTH = 20
-MAX_VALUES = 100_000  # aliases of aliases make a short text expand without bound
 MAX_PROBLEMS = 10
-MAX_SHOWN = 200  # characters of a wrong value
-ALIASES = {"lr": "learning_rate", "rank": "r", "lora_alpha": "alpha"}
+NEAR = 3  # names that are suggested
 SOURCE_DETAILS = ("revision", "format", "header", "delimiter", "encoding", "split", "config", "architecture")
-PLAIN_TAGS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
-
-
-@dataclass
-class Document:
-    """A recipe's raw values and the location of each key ("file:line" or the text of an override)."""
-
-    values: dict[str, Any]
-    locations: dict[Key, str] = field(default_factory=dict)
-    overridden: set[Key] = field(default_factory=set)
-
-    def location(self, path: Key) -> str:
-        """The location of the key at `path`, or of the nearest key above it."""
-        return KeyLocations(self.locations).of(path) or "recipe"
+# A key that is set -> inherited keys that say the same in another way, and give way
+RIVALS: dict[str, tuple[str, ...]] = {
+    "params": lily_checks.SHAPE,
+    "r": ("params", "fewest"),
+    "num_A": ("stride_A", "params", "fewest"),
+    "stride_A": ("num_A", "params", "fewest"),
+    "num_B": ("params", "fewest"),
+}
 
 
 def shipped() -> dict[str, Path]:
@@ -93,9 +81,33 @@ def is_recipe(target: str) -> bool:
     return not Path(target).expanduser().exists() and (target in known or head in known)
 
 
-def describe(path: Path) -> str:
-    """The first line of a recipe's description."""
-    lines = str(read(str(path)).values.get("description", "")).strip().splitlines()
+@dataclass(frozen=True)
+class Listed:
+    """A shipped recipe in a list."""
+
+    name: str
+    task: str
+    description: str  # its first line
+    variants: int  # recipes in the file; 0 for a single one
+
+    def matches(self, text: str) -> bool:
+        """Whether every word of `text` is in its name, task or description, whatever the case."""
+        where = f"{self.name} {self.task} {self.description}".casefold()
+        return all(word in where for word in text.casefold().split())
+
+
+def listed() -> list[Listed]:
+    """The recipes of the package, in the order of their names."""
+    entries = []
+    for name, path in shipped().items():
+        document = read(str(path))
+        count = len(variants.names_of(document.values, document.locations))
+        entries.append(Listed(name, str(document.values.get("task", "")), _first_line(document), count))
+    return entries
+
+
+def _first_line(document: Document) -> str:
+    lines = str(document.values.get("description", "")).strip().splitlines()
     return lines[0] if lines else ""
 
 
@@ -127,10 +139,35 @@ def _locate(text: str, child: Path | None = None) -> tuple[Path, str | None]:
     head, colon, variant = text.rpartition(":")
     if colon and (of := file(head)) is not None:
         return of, variant
-    known = library if child is not None else shipped()
-    near = difflib.get_close_matches(text, known, n=3)
-    hint = f"did you mean {', '.join(near)}?" if near else f"shipped recipes: {', '.join(known)}"
-    raise LilyError(f"no recipe {text!r}: neither a file nor a shipped recipe; {hint}")
+    raise LilyError(_not_found(text, library if child is not None else shipped(), child))
+
+
+def _not_found(text: str, known: Mapping[str, Path], child: Path | None) -> str:
+    """The message about a name that is no recipe: the recipes, and files of the folder, that may be meant."""
+    path = Path(text).expanduser()
+    if child is None and path.is_dir():
+        held = sorted(p.name for p in path.iterdir() if p.suffix in ENDINGS)
+        fix = f"name one of its recipes: {', '.join(str(path / name) for name in held[:NEAR])}"
+        return f"{text} is a folder; {fix if held else f'`lily new {text}` writes a recipe for images in it'}"
+    folder = path.parent if child is None else child.parent / path.parent
+    near = near_recipes(text, known, folder)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"shipped recipes: {', '.join(known)}"
+    return f"no recipe {text!r}: neither a file nor a shipped recipe; {hint}"
+
+
+def near_recipes(text: str, known: Mapping[str, Path] | None = None, folder: Path | None = None) -> list[str]:
+    """The recipes whose names are like `text`: YAML files of a folder (default: the one that it names), and shipped."""
+    head = text.rpartition("/")[0]
+    folder = Path(text).expanduser().parent if folder is None else folder
+    files = [p.name for p in folder.iterdir() if p.suffix in ENDINGS] if os.path.isdir(folder) else []
+    beside = {f"{head}/{name}" if head else name: name for name in sorted(files)}
+    stems = {Path(name).stem: full for full, name in beside.items()}
+    wanted = Path(text).name
+    close = [stems[stem] for stem in difflib.get_close_matches(Path(wanted).stem, stems, n=NEAR)]
+    more = difflib.get_close_matches(
+        text.removesuffix(Path(wanted).suffix), shipped() if known is None else known, n=NEAR
+    )
+    return list(dict.fromkeys([*close, *more]))[:NEAR]
 
 
 def _one(document: Document, text: str, variant: str | None) -> Document:
@@ -161,6 +198,8 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
 def load_any(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe | DreamBooth:
     """`load_recipe` for a recipe of any task, dreambooth included."""
     file, variant = _locate(name_or_path)
+    if file.suffix.lower() in TABLES:
+        raise LilyError(f"{name_or_path} is data, not a recipe; `lily new {name_or_path}` writes a recipe for it")
     document = _one(read(str(file)), name_or_path, variant)
     for override in overrides:
         _override(document, override)
@@ -168,11 +207,41 @@ def load_any(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe | Dream
     try:
         recipe = kind.model_validate(document.values)
     except ValidationError as error:
-        raise LilyError(_join(_explain(error, document, kind))) from None
+        written = {key[:i] for key in document.locations for i in range(len(key) + 1)}
+        raise LilyError(_join(document, explain.problems(error, written, kind))) from None
     problems = dreambooth.problems(recipe) if isinstance(recipe, DreamBooth) else checks.problems(recipe)
-    if lines := [f"{document.location(path)}: {'.'.join(path)}: {text}" for path, text in problems]:
-        raise LilyError(_join(lines))
-    return recipe.written_at(KeyLocations(document.locations, frozenset(document.overridden)))
+    if lines := _join(document, problems):
+        raise LilyError(lines)
+    return recipe.written_at(KeyLocations(document.locations, frozenset(document.overridden), str(file)))
+
+
+def origins(recipe: Recipe | DreamBooth) -> dict[Key, str]:
+    """Where the keys of a recipe have their values from: a file, or the command line; defaults are left out.
+
+    Inherited ones name the recipe that they come from, those of the recipe's own file its name and line.
+    """
+    own = recipe.locations.file
+    return {key: _origin(location, own) for key, location in recipe.locations.written.items()}
+
+
+def _origin(location: str, own: str) -> str:
+    if location.startswith("override "):
+        return "command line"
+    path, _, line = location.rpartition(":")
+    if path == own:
+        return f"{Path(path).name}:{line}" if not _is_shipped(path) else _shown(path)
+    return _shown(path)
+
+
+def _is_shipped(path: str) -> bool:
+    return Path(path).resolve().is_relative_to(LIBRARY)
+
+
+def _shown(path: str) -> str:
+    """A shipped file by the name that `extends` has for it, any other by its path from here, if that is shorter."""
+    if _is_shipped(path):
+        return Path(path).resolve().relative_to(LIBRARY).with_suffix("").as_posix()
+    return min(path, os.path.relpath(path), key=len)
 
 
 def overriding(overrides: Sequence[str]) -> dict[str, Any]:
@@ -222,7 +291,7 @@ def read(path: str, seen: tuple[Path, ...] = ()) -> Document:
     file = Path(path).resolve()
     if file in seen:
         raise LilyError(f"{path}: extends itself through {' -> '.join(p.name for p in seen)}; remove one of the links")
-    document = _parse(path, file)
+    document = parse(path, file)
     parent = document.values.pop("extends", None)
     if parent is None:
         return document
@@ -235,111 +304,37 @@ def read(path: str, seen: tuple[Path, ...] = ()) -> Document:
     return Document(_merge(base.values, document.values), {**base.locations, **document.locations})
 
 
-def _parse(path: str, file: Path) -> Document:
-    try:
-        size = file.stat().st_size
-        if size > MAX_BYTES:
-            raise LilyError(f"{path}: {size} bytes; a recipe has at most {MAX_BYTES}. Is it the right file?")
-        text = file.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise LilyError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
-    except OSError as error:
-        raise LilyError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
-    try:
-        node = _composed(text)
-        document = Document({})
-        if not isinstance(node, yaml.MappingNode):
-            raise LilyError(f"{path}:1: expected a mapping of keys such as `name:` and `task:`")
-        location = path.replace("{", "{{").replace("}", "}}") + ":{}"
-        _check_size(node, location)
-        values = _construct(node, (), location, document.locations)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error)
-        raise LilyError(f"{path}{line}: not valid YAML: {problem}") from None
-    except RecursionError:
-        raise LilyError(f"{path}: nested too deeply; a recipe has at most {MAX_DEPTH} levels") from None
-    document.values = values
-    return document
-
-
-@functools.lru_cache(maxsize=64)
-def _composed(text: str) -> yaml.Node | None:
-    """The nodes of a recipe's text, which are only read: many recipes extend the same few files."""
-    return yaml.compose(text, Loader=yaml.SafeLoader)
-
-
-def _check_size(node: yaml.Node, location: str) -> None:
-    """Reject a node whose aliases expand to too many values, without expanding it."""
-    sizes: dict[int, int] = {}
-
-    def size(node: yaml.Node) -> int:
-        if id(node) not in sizes:
-            sizes[id(node)] = 1  # set while the children are counted, so that an alias to a parent ends the recursion
-            children = (
-                [child for pair in node.value for child in pair] if isinstance(node, yaml.MappingNode) else node.value
-            )
-            sizes[id(node)] = 1 if isinstance(node, yaml.ScalarNode) else 1 + sum(map(size, children))
-        return sizes[id(node)]
-
-    if size(node) > MAX_VALUES:
-        raise LilyError(f"{location.format(1)}: its aliases expand to over {MAX_VALUES} values; write them out")
-
-
-def _construct(node: yaml.Node, at: Key, location: str, locations: dict[Key, str]) -> Any:
-    """The values of a node; `location` has {} for the line."""
-    where = location.format(node.start_mark.line + 1)
-    if len(at) > MAX_DEPTH:
-        raise LilyError(f"{where}: nested too deeply; a recipe has at most {MAX_DEPTH} levels")
-    if not isinstance(node, yaml.ScalarNode) and node.tag not in PLAIN_TAGS:
-        raise LilyError(f"{where}: the tag {node.tag!r} is not allowed; write plain values")
-    if isinstance(node, yaml.MappingNode):
-        values: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
-            key_location = location.format(key_node.start_mark.line + 1)
-            if key is None:
-                raise LilyError(f"{key_location}: a key must be plain text")
-            if key in values:
-                raise LilyError(f"{key_location}: {'.'.join((*at, key))}: duplicate key; keep one of them")
-            here = (*at, key)
-            locations[here] = key_location
-            values[key] = _construct(value_node, here, location, locations)
-        return values
-    if isinstance(node, yaml.SequenceNode):
-        return [_construct(child, (*at, str(i)), location, locations) for i, child in enumerate(node.value)]
-    if scalars.SURROGATE.search(node.value):
-        raise LilyError(f"{where}: {'.'.join(at)}: holds half of a surrogate pair, a character cut in two; remove it")
-    loader = yaml.SafeLoader("")
-    try:
-        value = loader.construct_object(node, deep=True)
-    # 2020-13-45 is a YAML date without such a day; text with a tag (!!timestamp x) may raise any of the others.
-    except (ValueError, TypeError, AttributeError, LookupError) as error:
-        raise LilyError(f"{where}: {'.'.join(at)}: not a value of its YAML type ({error}); quote it") from None
-    finally:
-        loader.dispose()
-    if isinstance(value, bytes):
-        raise LilyError(f"{where}: {'.'.join(at)}: holds bytes (!!binary); write text")
-    return node.value if not getattr(node, "style", None) and scalars.is_text(node.tag, node.value) else value
-
-
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
-        _replace_source(merged, key, value)
+        _make_way(merged, key, value)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = _merge(merged[key], value) if both else value
     return merged
 
 
-def _replace_source(section: dict[str, Any], key: str, value: Any) -> None:
-    """A source of another kind replaces the inherited one and the keys that describe it."""
+def _make_way(section: dict[str, Any], key: str, value: Any, kept: Container[str] = ()) -> None:
+    """Remove the inherited keys that a key replaces, except `kept`.
+
+    A source replaces one of another kind and what describes it; a budget replaces the shape, also of groups, and a part
+    of the shape replaces a budget.
+    """
+    if value is None:
+        return
     kinds = (*SOURCES, STANDIN)
-    if key in kinds and value is not None and section.get(key) is None:
+    if key in kinds and section.get(key) is None:
         for inherited in (*kinds, *SOURCE_DETAILS):
             section.pop(inherited, None)
+    gone = {name for name in RIVALS.get(key, ()) if name not in kept}
+    for inherited in gone & section.keys():
+        del section[inherited]
+    groups = section.get("groups")
+    if key == "params" and isinstance(groups, dict):
+        section["groups"] = {
+            name: {k: v for k, v in group.items() if k not in gone} if isinstance(group, dict) else group
+            for name, group in groups.items()
+        }
 
 
 def _override(document: Document, text: str) -> None:
@@ -347,89 +342,26 @@ def _override(document: Document, text: str) -> None:
     path = tuple(part.strip() for part in key.split("."))
     if not equals or not all(path):
         raise LilyError(f"override {text!r}: expected key=value, such as train.epochs=1")
-    location = f"override {text!r}".replace("{", "{{").replace("}", "}}")
-    try:
-        node = yaml.compose(value, Loader=yaml.SafeLoader)
-        if node is not None:
-            _check_size(node, location)
-        parsed = None if node is None else _construct(node, path, location, document.locations)
-    except RecursionError:
-        raise LilyError(f"override {key}=...: nested too deeply; a recipe has at most {MAX_DEPTH} levels") from None
-    except yaml.YAMLError:
-        raise LilyError(f"override {text!r}: the value is not valid YAML; quote it") from None
+    parsed = parse_value(value, path, text, document.locations)
     section = document.values
     for part in path[:-1]:
-        _replace_source(section, part, parsed)
+        _make_way(section, part, parsed)
         inner = section.get(part)
         if inner is None:
             inner = section[part] = {}
         if not isinstance(inner, dict):
             raise LilyError(f"override {text!r}: {part} is a value, not a section with keys")
         section = inner
-    _replace_source(section, path[-1], parsed)
+    # What the command line sets too does not give way: two contradicting overrides are an error.
+    _make_way(section, path[-1], parsed, [at[-1] for at in document.overridden if at[:-1] == path[:-1]])
     section[path[-1]] = parsed
     document.locations[path] = f"override {text!r}"
     document.overridden.add(path)
 
 
-def _explain(error: ValidationError, document: Document, kind: type[Section]) -> Iterator[str]:
-    written = {key[:i] for key in document.locations for i in range(len(key) + 1)}
-    for problem in error.errors():
-        path: Key = ()
-        for part in map(str, problem["loc"]):
-            # pydantic adds the alternatives of a union to the location; these are not keys of the recipe.
-            if (*path, part) in written:
-                path = (*path, part)
-        name, wrong = ".".join(path) or "recipe", problem["type"]
-        if wrong == "extra_forbidden":
-            text = f"unknown key; {_near(path, kind)}"
-        elif wrong == "missing":
-            name, text = ".".join((*path, str(problem["loc"][-1]))), "is required, but missing"
-        elif wrong == "value_error":
-            text = problem["msg"].removeprefix("Value error, ")
-        else:
-            text = f"{problem['msg'][0].lower()}{problem['msg'][1:]}, got {_short(problem.get('input'))}"
-            if wrong == "string_type" and isinstance(problem.get("input"), (bool, int, float)):
-                text += "; put text that looks like a number or a boolean in quotes"
-        yield f"{document.location(path)}: {name}: {text}"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
-
-
-def _near(path: Key, kind: type[Section]) -> str:
-    allowed, key = list(_fields(path[:-1], kind)), ALIASES.get(path[-1], path[-1])
-    elsewhere = [f"{name}.{key}" for name in kind.model_fields if key in _fields((name,), kind) and key not in allowed]
-    if key in allowed or elsewhere:
-        return f"did you mean {' or '.join(elsewhere or [key])}?"
-    near = difflib.get_close_matches(path[-1], allowed, n=2, cutoff=0.5)
-    return f"did you mean {' or '.join(near)}?" if near else f"keys of this section: {', '.join(allowed)}"
-
-
-def _fields(path: Key, section: type[Section]) -> Mapping[str, FieldInfo]:
-    parts = iter(path)
-    for part in parts:
-        info = section.model_fields.get(part)
-        inner, named = (None, False) if info is None else _section(info.annotation)
-        if inner is None or (named and next(parts, None) is None):
-            return {}
-        section = inner
-    return section.model_fields
-
-
-def _section(annotation: Any) -> tuple[type[Section] | None, bool]:
-    """The section type of a key, and whether the key maps names to such sections."""
-    for candidate in (annotation, *get_args(annotation)):
-        named = get_origin(candidate) is dict
-        kind = get_args(candidate)[1] if named else candidate
-        if isinstance(kind, type) and get_origin(kind) is None and issubclass(kind, Section):
-            return kind, named
-    return None, False
-
-
-def _join(problems: Iterator[str] | list[str]) -> str:
-    listed = list(dict.fromkeys(problems))
+def _join(document: Document, problems: Iterable[tuple[Key, str]]) -> str:
+    """Problems as lines, each with its location; empty if there are none."""
+    lines = [f"{document.location(path)}: {'.'.join(path) or 'recipe'}: {text}" for path, text in problems]
+    listed = list(dict.fromkeys(lines))
     more = len(listed) - MAX_PROBLEMS
     return "\n".join(listed[:MAX_PROBLEMS] + ([f"... and {more} more"] if more > 0 else []))

@@ -9,14 +9,9 @@ from typing import Any
 
 import yaml
 
+from lily.recipes.by_task import BASES
 from lily.recipes.data.guess import READ, Guess
 
-BASES = {
-    "text-classification": "base/encoder",
-    "text-regression": "base/encoder",
-    "image-classification": "base/vision",
-    "sft": "base/chat",
-}
 STEPS = 300  # fewer leave a small data set unlearned
 BATCHES = {320: 8, 1280: 16}  # fewer training rows than this -> batch; of more, the base's
 BATCH = 32

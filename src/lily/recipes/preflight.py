@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from lily.recipes.spec.dreambooth import DreamBooth
 
 # Keys that a resumed run may change, since the finished part does not depend on them.
-FREE = ("description", "output", "baselines", "generation", "train.epochs", "train.max_steps",
+FREE = ("description", "chosen_by", "output", "baselines", "generation", "train.epochs", "train.max_steps",
         "train.save_every", "train.early_stopping", "train.eval_batch_size", "train.report_to")  # fmt: skip
 
 # Modules of absolute position embeddings, which limit the length; rotary ones do not.

@@ -17,7 +17,7 @@ from lily.io.atomic import write_text
 from lily.recipes import loader, models, preflight
 from lily.recipes.begun import as_begun
 from lily.recipes.data.rows import Splits
-from lily.recipes.methods import other_peft
+from lily.recipes.methods import other_peft, terms
 from lily.recipes.models.precision import precision_of
 from lily.recipes.preflight import Prepared
 from lily.recipes.results import card
@@ -80,6 +80,9 @@ def train(
         prepared = preflight.prepare(recipe)
         if processes.is_first():
             print_data(prepared.data, Console(stderr=True), warnings_only=quiet)
+        if processes.is_first() and not validation_only:
+            for warning in terms.warnings_of(recipe, prepared.meta):
+                print(f"warning: {warning}", file=sys.stderr)
         # before the folder is touched, so that unreadable weights write nothing
         return prepared, *_load(recipe, prepared)
 

@@ -20,7 +20,7 @@ from lily.recipes.spec.schema import Recipe
 
 SETTINGS, LOCK = "settings.json", ".lock"
 # Keys that may change when a search is resumed, because no trial depends on them.
-FREE = ("recipe.description", "recipe.output", "recipe.baselines", "recipe.train.report_to")
+FREE = ("recipe.description", "recipe.chosen_by", "recipe.output", "recipe.baselines", "recipe.train.report_to")
 WEIGHTS = ("checkpoints", "best", "last")
 PATIENCE = 60.0  # seconds that the runs of a killed parent have to write their checkpoints
 

@@ -27,7 +27,7 @@ from lily.recipes.trainer.signals import Signals
 
 METRICS, PREDICTIONS = "metrics.json", "predictions.json"
 # Keys that may differ between the recipe of a finished run and the recipe that counts it.
-FREE = ("output", "description", "baselines")
+FREE = ("output", "description", "chosen_by", "baselines")
 Announce = Callable[[str], None]
 
 

@@ -7,7 +7,7 @@ import warnings
 from torch import nn
 
 from lily.plan.config import CAUSAL_TASKS, LilyConfig
-from lily.plan.select import is_causal
+from lily.plan.walk import is_causal
 
 
 def decide_routing(config: LilyConfig, model: nn.Module) -> None:

@@ -83,7 +83,7 @@ def test_lengths_are_those_before_truncation(encoder, tmp_path, monkeypatch):
     train, _, test = prepared(tmp_path, values).data.parts
     assert (train.lengths.sample, test.lengths.sample) == (5, 5)
     assert train.lengths.median == 10
-    assert "(of a sample of 5)" in prepared(tmp_path, values).data.rows()[1][0][-3]
+    assert "Lengths of train: of a sample of 5." in prepared(tmp_path, values).data.facts()
 
 
 def conversations(folder, chat_model, answered: int, filled: int):

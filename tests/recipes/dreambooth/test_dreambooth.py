@@ -425,7 +425,7 @@ def test_sizes_say_how_an_image_was_cut(subject, pipes):
         ("lily={r: 4, num_A: 2, stride_A: 2}", "says the same as num_A"),
         ("targets=[]", "targets: is empty"),
         ("targets=[to_z]", "targets=.*matches no module|to_z"),
-        ("method=none", "method: input should be 'lily' or 'lora'"),
+        ("method=none", "method: expected lily or lora, got 'none'"),
         ("subject.prompt=''", "subject.prompt"),
         ("subject.images=/nowhere", "subject.images: .*nowhere does not exist"),
         ("subject.resolution=18", "the pipeline needs a multiple of 8"),

@@ -75,7 +75,7 @@ def test_a_pattern_that_cannot_be_or_would_fill_the_memory_is_refused(tmp_path, 
 @pytest.mark.parametrize(
     ("answer", "says"),
     [
-        ("numbers", "generation.answer: input should be 'whole' or 'number'"),
+        ("numbers", "generation.answer: expected whole or number"),
         ({"patern": "a"}, "generation.answer.patern: unknown key; did you mean pattern?"),
         ({}, "generation.answer.pattern: is required"),
     ],

@@ -75,7 +75,7 @@ def test_slices_modules_and_groups_are_planned_trained_and_read_again(tmp_path, 
         "qkv_proj.v": {"num_B": 1, "scaling": 2.0},
     }
     assert config.options_of("qkv_proj.v").scaling == 2.0
-    text = CliRunner().invoke(app, ["plan", str(tmp_path / "recipe.yaml")]).stdout
+    text = CliRunner().invoke(app, ["plan", str(tmp_path / "recipe.yaml"), "--all"]).stdout
     assert "qkv_proj.k" in text
     assert "slices:" in text
     told = insight(str(tmp_path / "run"), rows=4)

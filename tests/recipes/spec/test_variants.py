@@ -96,7 +96,7 @@ def test_a_file_whose_name_has_a_colon_is_that_file(tmp_path):
         ),
         (":x", {"variants": {"x": {"extends": "y"}}}, "FILE:{line+2}: variants.x.extends: is a key of the file"),
         (":x", {"variants": {"x": {"epochs": 3}}}, "FILE:{line+2}: epochs: unknown key; did you mean train.epochs?"),
-        (":x", {"variants": {"x": {"lily": {"r": 0}}}}, "FILE:{line+3}: lily.r: input should be greater than 0"),
+        (":x", {"variants": {"x": {"lily": {"r": 0}}}}, "FILE:{line+3}: lily.r: expected more than 0"),
         (":x", {"variants": {"x": {"metrics": ["mse"]}}}, "FILE:{line+2}: metrics: mse is not a metric of"),
     ],
 )

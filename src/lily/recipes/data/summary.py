@@ -94,6 +94,8 @@ class Summary:
         if self.contradictions and self.prompts:
             said.append(f"{self.contradictions:,} prompts have more than one answer.")
         for part in self.parts:
+            if part.lengths is not None and part.lengths.sample is not None:
+                said.append(f"Lengths of {part.name}: of a sample of {part.lengths.sample:,}.")
             if part.compared is not None:
                 said.append(f"Repeats in {part.name}: among a sample of {part.compared:,}.")
         return said
@@ -346,4 +348,4 @@ def _lengths(lengths: Lengths | None) -> list[str]:
         return ["", "", "", ""]
     cut = f"{lengths.truncated:.0%}" if lengths.truncated == 0 or lengths.truncated >= 0.01 else "<1%"
     numbers = [f"{lengths.median:,}", f"{lengths.p95:,}", f"{lengths.longest:,}"]
-    return [*numbers, cut if lengths.sample is None else f"{cut} (of a sample of {lengths.sample:,})"]
+    return [*numbers, cut]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from lily.plan.select import select_modules
 from lily.recipes import loader, methods, preflight
 from lily.recipes.begun import as_begun
 from lily.recipes.data.sources import local_path
+from lily.recipes.methods.terms import warnings_of
 from lily.recipes.models.precision import precision_of
 from lily.recipes.packages import check_packages
 from lily.recipes.results.card import adapter_costs, adapter_summary
@@ -100,6 +102,8 @@ def train(recipe: DreamBooth, *, resume: bool = False, overwrite: bool = False, 
     recipe = as_begun(recipe, output) if resume else recipe
     preflight.check_folder(recipe, output, resume, overwrite)
     prepared = prepare(recipe)
+    for warning in warnings_of(recipe, prepared.meta):
+        print(f"warning: {warning}", file=sys.stderr)
     pipe = load(recipe, prepared)
 
     if overwrite and not resume:

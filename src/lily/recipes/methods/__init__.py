@@ -1,10 +1,12 @@
 """From a recipe's method to a PEFT configuration, Lily's or another's."""
 
 from lily.recipes.methods.configs import (
+    HEAD,
     KEYS,
     LORAS,
     decide,
     learning_rate,
+    learning_rates,
     lily_config,
     peft_config,
     planned_rates,
@@ -12,10 +14,12 @@ from lily.recipes.methods.configs import (
 )
 
 __all__ = [
+    "HEAD",
     "KEYS",
     "LORAS",
     "decide",
     "learning_rate",
+    "learning_rates",
     "lily_config",
     "peft_config",
     "planned_rates",

@@ -19,7 +19,7 @@ from lily.plan import decide as plan
 from lily.plan.budget import equal_lora_rank, parse_count
 from lily.plan.config import LilyConfig
 from lily.plan.decide import Decided, Step
-from lily.plan.select import whole_layers
+from lily.plan.select_parts import whole_layers
 from lily.plan.sharing_plan import SAVED_HEADS, SharingPlan
 from lily.plan.specs import PARAMETERS, ModuleSpec
 from lily.recipes.methods import other_peft
@@ -140,7 +140,7 @@ def saved_heads(recipe: Recipe | DreamBooth, model: nn.Module) -> list[str] | No
 def lora_targets(model: nn.Module, config: LilyConfig, layers: Sequence[ModuleSpec]) -> Any:
     """LoRA's `target_modules` for the layers that Lily's `config` adapts; inside a parallel module, its linear layers.
 
-    `layers` are from `lily.plan.select.whole_layers`.
+    `layers` are from `lily.plan.select_parts.whole_layers`.
     """
     if not config.parallel_modules:
         return config.target_modules

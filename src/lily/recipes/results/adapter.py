@@ -38,7 +38,7 @@ class Adapter:
     """
 
     def __init__(self, folder: str | AdapterFolder, recipe: str | None = None, base: str | None = None) -> None:
-        location = folder if isinstance(folder, AdapterFolder) else AdapterFolder.of(folder, recipe, base)
+        location = AdapterFolder.of(folder, recipe, base)
         self.path, self.recipe = location.path, location.text_recipe()
         self._splits: data.Splits | None = None
         self._labels = location.labels()
@@ -83,39 +83,45 @@ class Adapter:
             data.check_labels(rows, self.labels, str(file or split), self.recipe.data.similar_labels == "merge")
         return Judge(self.recipe, self.processor, self.labels)(self.model, rows)
 
-    def predict(self, rows: Iterable[Row], prefix: str = "", folder: Path | None = None) -> Iterator[Row]:
+    def predict(
+        self, rows: Iterable[Row], prefix: str = "", folder: Path | None = None, source: str = ""
+    ) -> Iterator[Row]:
         """Add `prediction` (and `score`, the class's probability) to rows, reading and yielding batch by batch.
 
         Args:
             rows: rows with the recipe's input columns.
             prefix: prepended to the names of the added columns.
             folder: base of relative image paths; default: the working directory.
+            source: name of the rows' file in messages.
 
         Raises:
             LilyError: if a row lacks the recipe's input column, or has one that would be overwritten.
         """
         names = [f"{prefix}{name}" for name in (("prediction",) if self.labels is None else ("prediction", "score"))]
-        rows = iter(rows)
+        rows, at = iter(rows), f"{source}, row" if source else "row"
         number = 0
         while batch := list(islice(rows, self.recipe.train.eval_batch_size)):
             for i, row in enumerate(batch, number + 1):
                 if taken := [name for name in names if name in row]:
                     raise LilyError(
-                        f"row {i} already has a column {taken[0]!r}, which would be overwritten; rename it, or rename "
+                        f"{at} {i} already has a column {taken[0]!r}, which would be overwritten; rename it, or rename "
                         f"the added columns with --prefix, such as --prefix lily_"
                     )
-            for row, values in zip(batch, self._predict(batch, number, folder), strict=True):
+            for row, values in zip(batch, self._predict(batch, number, folder, at), strict=True):
                 yield {**row, **dict(zip(names, values, strict=True))}
             number += len(batch)
 
-    def _predict(self, batch: list[Row], number: int, folder: Path | None) -> list[tuple[Any, ...]]:
-        """For each row the prediction and, where there are classes, its probability; `number`: rows before these."""
+    def _predict(self, batch: list[Row], number: int, folder: Path | None, at: str) -> list[tuple[Any, ...]]:
+        """For each row the prediction and, where there are classes, its probability.
+
+        `number`: rows before these; `at`: what stands before a row's number in messages.
+        """
         recipe, columns = self.recipe, self.recipe.data.columns
         if recipe.task == "sft":
-            prompts = [data.prompt_of(row, columns, f"row {number + i}") for i, row in enumerate(batch, 1)]
+            prompts = [data.prompt_of(row, columns, f"{at} {number + i}") for i, row in enumerate(batch, 1)]
             turns = [format_prompt(p, recipe, self.tokenizer) if isinstance(p, str) else p for p in prompts]
             return [(text,) for text in answers(self.model, self.tokenizer, turns, recipe)]
-        inputs = [data.inputs_of(row, recipe, f"row {number + i}", folder) for i, row in enumerate(batch, 1)]
+        inputs = [data.inputs_of(row, recipe, f"{at} {number + i}", folder) for i, row in enumerate(batch, 1)]
         outputs = head_outputs(self.model, inputs, recipe, self.processor)
         if self.labels is None:
             return [(float(o[0]),) for o in outputs]

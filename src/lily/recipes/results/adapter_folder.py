@@ -5,13 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from peft import PeftConfig
-
 from lily.errors import LilyError
-from lily.io.untrusted import blame, read_header, read_json
 from lily.recipes import loader
-from lily.recipes.results.card import LABELS
-from lily.recipes.results.run_files import adapter_path, kept_recipe
+from lily.recipes.results.run_files import LABELS, adapter_path, kept_recipe
 from lily.recipes.spec.base import Task
 from lily.recipes.spec.dreambooth import DreamBooth
 from lily.recipes.spec.schema import Model, Recipe
@@ -37,17 +33,19 @@ class AdapterFolder:
     base: str | None = None
 
     @classmethod
-    def of(cls, folder: str, recipe: str | None = None, base: str | None = None) -> AdapterFolder:
+    def of(cls, folder: str | AdapterFolder, recipe: str | None = None, base: str | None = None) -> AdapterFolder:
         """Find the adapter in a folder.
 
         Args:
-            folder: a run's folder, or an adapter folder.
+            folder: a run's folder, or an adapter folder; one that was found before is returned.
             recipe: name or path of a recipe; default: the one kept beside the adapter.
             base: folder or hub id of the base model; default: where the recipe or the adapter says it is.
 
         Raises:
             LilyError: if there is no adapter, or the recipe cannot be used.
         """
+        if isinstance(folder, AdapterFolder):
+            return folder
         path = adapter_path(folder)
         kept = kept_recipe(path)
         chosen = recipe or (None if kept is None else str(kept))
@@ -90,6 +88,8 @@ class AdapterFolder:
         if self.recipe is not None:
             recipe = self.text_recipe()
             return recipe.model, recipe.task
+        from peft import PeftConfig  # takes seconds to import, which no error about a folder should
+
         config = PeftConfig.from_pretrained(str(self.path))
         where = self.base or config.base_model_name_or_path
         if not where:
@@ -111,6 +111,8 @@ class AdapterFolder:
         Raises:
             LilyError: if the file is no list of names.
         """
+        from lily.io.untrusted import blame, read_json  # imports torch
+
         file = self.path / LABELS
         if not file.is_file():
             return None
@@ -121,6 +123,8 @@ class AdapterFolder:
 
     def outputs(self) -> tuple[str, ...]:
         """The classes, or the numbers of the outputs of the head that the adapter's file holds; two if it has none."""
+        from lily.io.untrusted import read_header
+
         if (labels := self.labels()) is not None:
             return labels
         for key, entry in read_header(self.path / "adapter_model.safetensors").entries.items():

@@ -16,6 +16,7 @@ from lily.io.atomic import write_text
 from lily.recipes import loader, methods, models
 from lily.recipes.methods.configs import ratios_of
 from lily.recipes.results import data_table
+from lily.recipes.results.run_files import LABELS
 from lily.recipes.scoring import test_sets
 from lily.recipes.scoring.metrics import metrics_of, shown
 from lily.recipes.spec.base import CLASSIFYING
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from lily.recipes.results.result import Result
     from lily.recipes.results.run_files import RunFigures
     from lily.recipes.spec.dreambooth import DreamBooth
-
-LABELS = "labels.json"
 
 
 def adapter_summary(model: Any, recipe: Recipe | DreamBooth) -> dict[str, Any]:

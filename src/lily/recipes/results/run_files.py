@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from typing import Any
 from lily.errors import LilyError
 
 METRICS = "metrics.json"
+LABELS = "labels.json"
 
 
 def within_run(path: Path) -> Path:
@@ -27,7 +29,15 @@ def adapter_path(folder: str) -> Path:
     """
     path = within_run(Path(folder).expanduser())
     if not (path / "adapter_config.json").is_file():
-        raise LilyError(f"{folder} holds no adapter (adapter_config.json); name a run's folder or its best/")
+        beside = Path(folder).expanduser().parent
+        names = [p.name for p in beside.iterdir() if p.is_dir()] if beside.is_dir() else []
+        near = difflib.get_close_matches(Path(folder).name, [n for n in names if n != Path(folder).name], n=2)
+        hint = (
+            f"did you mean {' or '.join(str(beside / name) for name in near)}?"
+            if near
+            else "name a run's folder or its best/"
+        )
+        raise LilyError(f"{folder} holds no adapter (adapter_config.json); {hint}")
     return path
 
 

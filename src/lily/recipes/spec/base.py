@@ -30,6 +30,11 @@ BRatio = Annotated[
 RouterRatio = Annotated[
     float, Field(gt=0, description="Multiple of the learning rate for routers and static weights of Lily.")
 ]
+CHOSEN_BY = Field(
+    "",
+    description="What chose the learning rates and scales in which methods differ: a search, a paper. Without it, "
+    "differences that the recipe does not have for every method are warned of.",
+)
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Delimiter = Annotated[str, AfterValidator(values.delimiter)]
 Encoding = Annotated[str, AfterValidator(values.encoding)]

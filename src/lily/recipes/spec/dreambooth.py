@@ -8,7 +8,17 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from lily.recipes.spec import lily_checks
-from lily.recipes.spec.base import BRatio, Positive, PositiveInt, Precision, RecipeBase, RouterRatio, Section, Seed
+from lily.recipes.spec.base import (
+    CHOSEN_BY,
+    BRatio,
+    Positive,
+    PositiveInt,
+    Precision,
+    RecipeBase,
+    RouterRatio,
+    Section,
+    Seed,
+)
 from lily.recipes.spec.data import OneSource
 from lily.recipes.spec.locations import Key
 from lily.recipes.spec.methods import Lily, Lora
@@ -107,6 +117,7 @@ class DreamBooth(RecipeBase):
     lora: Lora = Lora()
     train: Steps = Steps()
     validation: Validation = Validation()
+    chosen_by: str = CHOSEN_BY
     baselines: list[Literal["lora"]] = Field([], description="Baselines to train with the same schedule.")
     seed: Seed = 0
     output: str = Field("runs/{name}-{method}-{seed}", description="Output folder.")

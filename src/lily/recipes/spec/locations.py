@@ -19,16 +19,22 @@ class KeyLocations:
     Attributes:
         written: key -> location.
         overridden: the keys that were set on the command line.
+        file: the recipe's own file; keys from others are inherited. Empty for a recipe that was not read from one.
     """
 
     written: Mapping[Key, str] = field(default_factory=dict, compare=False)
     overridden: frozenset[Key] = field(default=frozenset(), compare=False)
+    file: str = field(default="", compare=False)
 
     def of(self, key: Key) -> str | None:
         """The location of `key`, or of the nearest key above it; None for a default."""
         while key and key not in self.written:
             key = key[:-1]
         return self.written.get(key)
+
+    def origin(self, key: Key) -> str:
+        """The file that a written key is in."""
+        return self.written.get(key, "").rpartition(":")[0]
 
 
 class LocatedError(LilyError):

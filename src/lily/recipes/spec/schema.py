@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from lily.recipes.spec import values
 from lily.recipes.spec.base import (
+    CHOSEN_BY,
     BRatio,
     Positive,
     PositiveInt,
@@ -143,6 +144,7 @@ class Recipe(RecipeBase):
     generation: Generation = Generation()
     forgetting: Forgetting | None = Field(None, description="Also measure the loss on general text.")
     metrics: list[Metric] = Field([], description="The first selects the best checkpoint. Default: by task.")
+    chosen_by: str = CHOSEN_BY
     baselines: list[Baseline] = Field([], description="Baselines to report on the same held-out rows.")
     seed: Seed = 0
     output: str = Field("runs/{name}-{method}-{seed}", description="Output folder.")

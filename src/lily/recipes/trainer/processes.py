@@ -59,11 +59,10 @@ def in_turn(work: Callable[[], T]) -> T:
     join()
     result: Any = None
     local = int(os.environ.get("LOCAL_RANK", "0"))
-    for turn in (local == 0, local != 0) if world_size() > 1 else (True,):
+    for turn in (local == 0, local != 0):
         result, error = _attempt(work) if turn else (result, None)
         errors: list[str | None] = [None] * world_size()
-        if world_size() > 1:
-            dist.all_gather_object(errors, None if error is None else str(error))
+        dist.all_gather_object(errors, None if error is None else str(error))
         _raise(error, errors)
     return result  # type: ignore[no-any-return]
 

@@ -1,0 +1,71 @@
+"""The modules of a base model: which ones it has, without what adapters added, and what kind of model it is."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.error import NoMatchingPeftModuleError
+from torch import nn
+
+from lily.errors import LilyError
+from lily.plan.attention import IN, InProjection, has_in_projection
+from lily.plan.specs import base_of
+
+
+class NoTargetError(LilyError, NoMatchingPeftModuleError):  # type: ignore[misc]
+    """The targets match nothing. Subclass of PEFT's error for that, so existing handlers catch it."""
+
+
+def own_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+    """Named modules of the base model: adapted layers instead of their base layers, without adapter internals.
+
+    The `in_proj` of an `nn.MultiheadAttention` is one, also where nothing has adapted it yet.
+    """
+    inside: list[str] = []
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] == IN and isinstance(base_of(module), InProjection):
+            inside.append(f"{name}.")
+            continue  # named after its attention
+        if any(name.startswith(prefix) for prefix in inside):
+            continue
+        if isinstance(module, nn.MultiheadAttention) and has_in_projection(module):
+            if name:
+                yield name, module
+            yield f"{name}.{IN}".removeprefix("."), module._modules.get(IN) or InProjection(module)
+            continue
+        if not name:
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside.append(f"{name}.")
+            if not hasattr(module, "base_layer"):
+                continue
+        yield name, module
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module, or the one below its adapter, is a linear layer."""
+    base = base_of(module)
+    return isinstance(base, nn.Linear) or type(base).__name__ == "Conv1D"
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Whether each token depends on earlier ones only: causal language models and state-space models."""
+    config = getattr(model, "config", None)
+    if isinstance(config, dict):
+        return False
+    model_type = str(getattr(config, "model_type", ""))
+    if any(key in model_type for key in ("mamba", "rwkv", "xlstm", "recurrent_gemma")):
+        return True
+    name = type(model).__name__
+    if name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
+        return True
+    return bool(getattr(config, "is_decoder", False)) or bool(getattr(config, "is_encoder_decoder", False))
+
+
+def suggest(targets: Sequence[str], names: Sequence[str]) -> tuple[str, str]:
+    """A question about near matches of `targets` among `names`, and the first of all names."""
+    near = dict.fromkeys(n for t in targets for n in difflib.get_close_matches(t.rpartition(".")[2], names, n=3))
+    hint = f"did you mean {', '.join(near)}? " if near else ""
+    return hint, ", ".join(names[:20]) + (", ..." if len(names) > 20 else "") or "none"
