@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ class Handlers:
         refuse_lora: as the replacement of the adapter of that name.
         sync_config: the configuration of the LoRA that a model's active adapter is, for vLLM.
         save_for_sync: the same as a folder; the arguments are TRL's.
+        from_auto_class: `from_pretrained` of one of transformers' Auto classes on an adapter's folder, after the original.
     """
 
     register: Callable[[], None]
@@ -44,6 +46,7 @@ class Handlers:
     refuse_lora: Callable[[Any], None]
     sync_config: Callable[[Any], Any]
     save_for_sync: Callable[..., None]
+    from_auto_class: Callable[..., Any]
 
 
 def after_import(name: str, act: Callable[[], None]) -> None:
@@ -59,6 +62,7 @@ def watch(handlers: Handlers) -> None:
     """Register after PEFT's import, and let transformers and diffusers find Lily without importing them here."""
     after_import("peft", handlers.register)
     after_import("transformers.integrations.peft", _import_peft_before_loading)
+    after_import("transformers.models.auto.auto_factory", lambda: _in_auto_classes(handlers))
     after_import("diffusers.utils.peft_utils", lambda: _in_peft_utils(handlers))
     after_import("diffusers.utils.state_dict_utils", lambda: _in_state_dict_utils(handlers))
     after_import("diffusers.loaders.peft", lambda: _in_models(handlers))
@@ -85,6 +89,21 @@ def _import_peft_before_loading() -> None:
     if not hasattr(stock, "lily_stock"):
         load_adapter.lily_stock = stock  # type: ignore[attr-defined]
         mixin.load_adapter = load_adapter
+
+
+def _in_auto_classes(handlers: Handlers) -> None:
+    owner = sys.modules["transformers.models.auto.auto_factory"]._BaseAutoModelClass
+    stock = owner.__dict__["from_pretrained"].__func__
+
+    @functools.wraps(stock)
+    def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        folder = pretrained_model_name_or_path
+        if isinstance(folder, (str, os.PathLike)) and os.path.isfile(os.path.join(folder, "adapter_config.json")):
+            if not os.path.exists(os.path.join(folder, "config.json")):  # else a whole model, with an adapter in it
+                return handlers.from_auto_class(stock, cls, folder, *args, **kwargs)
+        return stock(cls, folder, *args, **kwargs)
+
+    owner.from_pretrained = classmethod(from_pretrained)
 
 
 def _in_peft_utils(handlers: Handlers) -> None:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from lily.checkpoint import format
 from lily.checkpoint.beside import Beside
 from lily.checkpoint.bounded_regex import MAX_LENGTH, check_patterns
+from lily.checkpoint.heads import labels_beside
 from lily.errors import LilyError
 from lily.io import untrusted
 from lily.io.untrusted import blame
@@ -215,6 +216,26 @@ class Opened:
 _current: ContextVar[Opened | None] = ContextVar("lily_current", default=None)
 
 
+# Base model's name in a file -> where PEFT's Auto classes read it from.
+_bases: ContextVar[Mapping[str, str]] = ContextVar("lily_bases", default={})
+
+
+@contextlib.contextmanager
+def base_found(places: Mapping[str, str]) -> Iterator[None]:
+    """Context: a configuration that is read names a place in place of the base model's name."""
+    token = _bases.set(places)
+    try:
+        yield
+    finally:
+        _bases.reset(token)
+
+
+def with_base(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of an `adapter_config.json`, within `base_found` with the base model's place."""
+    name = values.get("base_model_name_or_path")
+    return {**values, "base_model_name_or_path": _bases.get()[name]} if name in _bases.get() else values
+
+
 def current() -> Opened | None:
     """The file that is being loaded; None: no load is in progress."""
     return _current.get()
@@ -330,7 +351,9 @@ def check_fit(
         if name not in other and tensor.dtype not in untrusted.FLOATS:
             kind = str(tensor.dtype).removeprefix("torch.")
             raise LilyError(f"{name!r} has dtype {kind}, expected float64, float32, float16 or bfloat16")
-    Beside(model, config, plan, adapter).check(other, loose_sizes or _sharded(model))
+    opened = current()
+    labels = None if opened is None or opened.header is None else labels_beside(opened.header.path.parent)
+    Beside(model, config, plan, adapter).check(other, loose_sizes or _sharded(model), labels)
 
 
 def _sharded(model: nn.Module) -> bool:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from peft import PeftConfig, PeftModel
 
 from lily.checkpoint.beside import resize_to_file
+from lily.checkpoint.heads import LABELS
 from lily.deploy.gguf import describe_gguf
 from lily.deploy.provenance import provenance
 from lily.errors import LilyError
@@ -22,7 +23,6 @@ from lily.recipes.by_task import function_for
 from lily.recipes.data.tables import Row
 from lily.recipes.results.adapter import Adapter, batches
 from lily.recipes.results.adapter_folder import AdapterFolder
-from lily.recipes.results.card import LABELS
 from lily.recipes.results.run_files import adapter_path, kept_recipe, within_run
 from lily.recipes.scoring.evaluate import Judge
 from lily.recipes.scoring.inference import device_of

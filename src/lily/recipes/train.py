@@ -141,7 +141,8 @@ def _load(recipe: Recipe, prepared: Prepared) -> tuple[Any, Result]:
     result.quantization, result.base_bytes = recipe.model.quantization, base.get_memory_footprint()
     result.new_head, total = next(iter(messages), None), base.num_parameters()
     set_seed(recipe.seed)
-    model = base if prepared.config is None else get_peft_model(base, prepared.config)
+    _, revision = models.reference(recipe.model)
+    model = base if prepared.config is None else get_peft_model(base, prepared.config, revision=revision)
     result.parameters, result.adapter = _parameters(model, total), card.adapter_summary(model, recipe)
     return model if processes.to_be_sharded() else place(model), result
 

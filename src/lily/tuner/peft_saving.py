@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import re
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import peft
@@ -25,6 +26,7 @@ from lily.checkpoint.complete import check_complete
 from lily.errors import LilyError
 from lily.layers import sharding
 from lily.plan.config import LilyConfig
+from lily.plan.vocabulary import FOLDER
 from lily.plan.wrappers import innermost, plain_name, plain_names
 
 _stock_save_pretrained = PeftModel.save_pretrained
@@ -89,10 +91,12 @@ def _get_state(
 ) -> dict[str, Tensor]:
     """`get_peft_model_state_dict`: complete, and each tensor beside the adapter's own once."""
     configs = getattr(innermost(model), "peft_config", {})
-    if not isinstance(configs.get(adapter_name), LilyConfig):
-        return _stock_get_state(model, state_dict, adapter_name, **options)  # type: ignore[no-any-return]
+    config = configs.get(adapter_name)
+    if not isinstance(config, LilyConfig):
+        with _base_folder(innermost(model), config):
+            return _stock_get_state(model, state_dict, adapter_name, **options)  # type: ignore[no-any-return]
     state = _plain_state(model, state_dict)
-    with plain_names(model) as inner:
+    with plain_names(model) as inner, _base_folder(inner, config):
         if state:  # processes besides the first are given an empty one, and write nothing
             check_complete(inner, configs, adapter_name, state)
         written: dict[str, Tensor] = _stock_get_state(inner, state, adapter_name, **options)
@@ -101,6 +105,24 @@ def _get_state(
             sources = _stock_get_state(inner, {name: name for name in state}, adapter_name, save_embedding_layers=False)
             check_complete(inner, configs, adapter_name, {*sources.values(), *written})
         return AdapterState(once(inner, adapter_name, written), model, adapter_name)
+
+
+@contextlib.contextmanager
+def _base_folder(model: Any, config: Any) -> Iterator[None]:
+    """Context: the configuration names the folder that the base model was read from.
+
+    PEFT compares the vocabulary with the one there, and the name in files may be no place.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    folder = getattr(base, FOLDER, None)
+    if folder is None or config is None:
+        yield
+        return
+    name, config.base_model_name_or_path = config.base_model_name_or_path, folder
+    try:
+        yield
+    finally:
+        config.base_model_name_or_path = name
 
 
 def _plain_state(model: nn.Module, given: Mapping[str, Tensor] | None) -> dict[str, Tensor]:

@@ -7,10 +7,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from lily.checkpoint.heads import HEADS
 from lily.errors import LilyError
+from lily.plan.vocabulary import FOLDER
 from lily.recipes.data.images import Preprocess
 from lily.recipes.data.sources import fetch
 from lily.recipes.models import convert, quantization
+from lily.recipes.models.reference import reference
 from lily.recipes.offline import standins
 from lily.recipes.spec.base import Task
 from lily.recipes.spec.schema import Model, Recipe
@@ -28,7 +31,6 @@ AUTO_CLASSES: dict[Task, str] = {
     "sft": "AutoModelForCausalLM",
 }
 
-HEADS = ("classifier", "score", "classification_head", "head")
 
 
 def heads_of(model: nn.Module) -> list[str]:
@@ -164,6 +166,10 @@ def load_model(
             loaded.config.pad_token_id = load_tokenizer(model).pad_token_id
     if options:
         loaded = quantization.prepared(loaded)
+    name, _ = reference(model)
+    loaded.name_or_path = loaded.config.name_or_path = name  # PEFT writes it into the adapter's files
+    if name != str(source):
+        setattr(loaded, FOLDER, str(source))
     call_uncalled.call_projections(loaded)
     return cast("PreTrainedModel", loaded.eval())
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lily.checkpoint.heads import LABELS
 from lily.io import tables
 from lily.io.atomic import write_text
 from lily.recipes import loader, methods, models
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from lily.recipes.results.result import Result
     from lily.recipes.results.run_files import RunFigures
     from lily.recipes.spec.dreambooth import DreamBooth
-
-LABELS = "labels.json"
 
 
 def adapter_summary(model: Any, recipe: Recipe | DreamBooth) -> dict[str, Any]:
