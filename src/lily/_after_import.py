@@ -36,7 +36,7 @@ class Handlers:
         refuse_lora: as the replacement of the adapter of that name.
         sync_config: the configuration of the LoRA that a model's active adapter is, for vLLM.
         save_for_sync: the same as a folder; the arguments are TRL's.
-        from_auto_class: `from_pretrained` of one of transformers' Auto classes on an adapter's folder, after the original.
+        from_auto_class: `from_pretrained` of a transformers Auto class on an adapter's folder, after the original.
     """
 
     register: Callable[[], None]
@@ -91,6 +91,15 @@ def _import_peft_before_loading() -> None:
         mixin.load_adapter = load_adapter
 
 
+def _is_adapter(folder: Any) -> bool:
+    """Whether it is the folder of an adapter alone; with a config.json it is a whole model, which may hold one."""
+    if not isinstance(folder, (str, os.PathLike)):
+        return False
+    return os.path.isfile(os.path.join(folder, "adapter_config.json")) and not os.path.exists(
+        os.path.join(folder, "config.json")
+    )
+
+
 def _in_auto_classes(handlers: Handlers) -> None:
     owner = sys.modules["transformers.models.auto.auto_factory"]._BaseAutoModelClass
     stock = owner.__dict__["from_pretrained"].__func__
@@ -98,9 +107,8 @@ def _in_auto_classes(handlers: Handlers) -> None:
     @functools.wraps(stock)
     def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         folder = pretrained_model_name_or_path
-        if isinstance(folder, (str, os.PathLike)) and os.path.isfile(os.path.join(folder, "adapter_config.json")):
-            if not os.path.exists(os.path.join(folder, "config.json")):  # else a whole model, with an adapter in it
-                return handlers.from_auto_class(stock, cls, folder, *args, **kwargs)
+        if _is_adapter(folder):
+            return handlers.from_auto_class(stock, cls, folder, *args, **kwargs)
         return stock(cls, folder, *args, **kwargs)
 
     owner.from_pretrained = classmethod(from_pretrained)

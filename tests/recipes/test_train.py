@@ -20,6 +20,7 @@ from lily.cli.main import app
 from lily.errors import LilyError
 from lily.recipes import loader, train
 from lily.recipes.results import card as report
+from lily.recipes.results import model_card
 from lily.recipes.results.adapter import Adapter
 from lily.recipes.scoring import evaluate
 
@@ -55,7 +56,7 @@ def test_a_classifier_learns_and_leaves_everything_it_should(tmp_path, encoder, 
     console = Console(record=True, width=200)
     report.print_result(result, recipe, run, console)
     assert f"b{chosen}; " in console.export_text()
-    assert f"B{chosen}. " in report.card(recipe, result)
+    assert f"B{chosen}. " in model_card.card(recipe, result)
     base = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=2)
     assert isinstance(PeftModel.from_pretrained(base, run / "best"), PeftModel)
     if method == "lily":

@@ -42,7 +42,7 @@ def outputs_of(names: Mapping[str, Sequence[int]], heads: Iterable[str] | None) 
 
 
 def wrong_head(name: str, saved: Sequence[int], here: Sequence[int], labels: Sequence[str] | None) -> LilyError | None:
-    """The error for the tensor of a head with another number of classes than the model's; None: it is something else."""
+    """The error for a head's tensor with another number of classes than the model's; None: it is something else."""
     parts = name.removeprefix(PREFIX).split(".")
     is_head = any(part in (*HEADS, *SAVED_HEADS["SEQ_CLS"]) for part in parts[:-1])
     if not is_head or not saved or len(saved) != len(here) or tuple(saved[1:]) != tuple(here[1:]):

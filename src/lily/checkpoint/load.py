@@ -217,7 +217,7 @@ _current: ContextVar[Opened | None] = ContextVar("lily_current", default=None)
 
 
 # Base model's name in a file -> where PEFT's Auto classes read it from.
-_bases: ContextVar[Mapping[str, str]] = ContextVar("lily_bases", default={})
+_bases: ContextVar[Mapping[str, str] | None] = ContextVar("lily_bases", default=None)
 
 
 @contextlib.contextmanager
@@ -232,8 +232,8 @@ def base_found(places: Mapping[str, str]) -> Iterator[None]:
 
 def with_base(values: dict[str, Any]) -> dict[str, Any]:
     """The values of an `adapter_config.json`, within `base_found` with the base model's place."""
-    name = values.get("base_model_name_or_path")
-    return {**values, "base_model_name_or_path": _bases.get()[name]} if name in _bases.get() else values
+    places, name = _bases.get() or {}, values.get("base_model_name_or_path")
+    return {**values, "base_model_name_or_path": places[name]} if name in places else values
 
 
 def current() -> Opened | None:

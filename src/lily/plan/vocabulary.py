@@ -7,7 +7,6 @@ from typing import Any
 from peft.config import PeftConfig
 from torch import nn
 
-
 FOLDER = "lily_base_folder"  # attribute of a model: where it was read from, if its name is no place
 
 

@@ -20,7 +20,7 @@ from lily.recipes.data.rows import Splits
 from lily.recipes.methods import other_peft
 from lily.recipes.models.precision import precision_of
 from lily.recipes.preflight import Prepared
-from lily.recipes.results import card
+from lily.recipes.results import card, model_card
 from lily.recipes.results.data_table import print_data
 from lily.recipes.results.result import Result, output_folder, started
 from lily.recipes.scoring import metrics as metric_tools
@@ -113,7 +113,7 @@ def _write(result: Result, recipe: Recipe, output: Path, begin: float) -> None:
     result.write(output / "metrics.json")
     for name in ("best", "last"):
         if (output / name).is_dir():
-            card.finish_adapter(output / name, recipe, result)
+            model_card.finish_adapter(output / name, recipe, result)
 
 
 def _load(recipe: Recipe, prepared: Prepared) -> tuple[Any, Result]:

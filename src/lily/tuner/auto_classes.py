@@ -1,4 +1,4 @@
-"""The Auto classes of PEFT and of transformers on an adapter's folder: its base model is found, with the adapter's classes.
+"""The Auto classes of PEFT and transformers on an adapter's folder: they find its base model, with the right head.
 
 `lily.tuner.registry` installs the replacement of PEFT's, `lily._after_import` that of transformers'.
 """
@@ -123,7 +123,9 @@ def check_head(adapter: str, model: nn.Module) -> None:
     if not file.is_file() or not (folder / CONFIG_NAME).is_file():
         return
     tensors = {
-        f"{name}.{key}": tensor for name, _, module in base_modules(model) for key, tensor in own_tensors(module).items()
+        f"{name}.{key}": tensor
+        for name, _, module in base_modules(model)
+        for key, tensor in own_tensors(module).items()
     }
     for name, entry in read_header(file).entries.items():
         here = tensors.get(name.removeprefix("base_model.model."))

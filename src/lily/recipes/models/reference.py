@@ -1,13 +1,15 @@
 """How an adapter's files name its base model: by a name that means the same on every machine.
 
-A hub id stays one. A model of a Python package is named by a package URL (`pkg:pypi/NAME@VERSION?...#MEMBER`), which says
-what to download, a stand-in by `lily:standin/NAME`. Where these are cached on the training machine is never written.
+A hub id stays one. A model of a Python package is named by a package URL (`pkg:pypi/NAME@VERSION?...#MEMBER`), which
+says what to download, a stand-in by `lily:standin/NAME`. Where these are cached on the training machine is never
+written.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import cast
 from urllib.parse import parse_qsl, quote, unquote
 
@@ -15,7 +17,7 @@ from pydantic import ValidationError
 
 from lily.errors import LilyError
 from lily.recipes.data.sources import local_path
-from lily.recipes.spec.data import Package
+from lily.recipes.spec.data import Package, Source
 from lily.recipes.spec.schema import Model
 
 PACKAGE = "pkg:pypi/"
@@ -33,6 +35,22 @@ def reference(model: Model) -> tuple[str, str | None]:
         return model.hub, model.revision
     path = local_path(cast(str, model.path))
     return snapshot(path) or (str(path), None)
+
+
+def on_hub(model: Model) -> tuple[str, str | None] | None:
+    """Hub id and revision of a model that is read from the hub or its cache; None: any other."""
+    if model.hub is not None:
+        return model.hub, model.revision
+    with contextlib.suppress(LilyError):  # the path of another machine
+        return None if model.path is None else snapshot(local_path(model.path))
+    return None
+
+
+def shown(source: Source) -> str:
+    """A source in a sentence, without the folders of the training machine."""
+    if source.package is not None:
+        return f"{PurePosixPath(source.package.member).name} of the package {source.package.name}"
+    return source.hub or getattr(source, "standin", None) or Path(cast(str, source.path)).name
 
 
 def package_url(package: Package, format: str = "transformers") -> str:

@@ -41,8 +41,8 @@ def base_model(adapter: str | Path) -> str:
 def located(name: str, adapter: Path) -> str:
     """`base_model` for the name that the adapter in this folder has recorded.
 
-    Adapters of earlier versions name a folder in the cache of the machine where they were trained: where it is not here,
-    the recipe beside the adapter says which model that was.
+    Adapters of earlier versions name a folder in the cache of the machine where they were trained: where it is not
+    here, the recipe beside the adapter says which model that was.
 
     Raises:
         LilyError: see `base_model`.
