@@ -66,12 +66,14 @@ def modelfile(
         The text, and why it has no TEMPLATE; None: it has one.
     """
     template, system, missing = _template(tokenizer, prompt, chat)
+    no_system = template is not None and ".Messages" in template and '"system"' not in template
     stops = [] if tokenizer is None else _stops(tokenizer, template is not None and prompt is None and chat)
     lines = [
         f"# FROM is the base model as GGUF{f': {about}' if about else ''}",
         f"FROM ./{base}",
         f"ADAPTER ./{adapter}",
         *(["# the template is that of the base model's GGUF file: " + missing] if missing else []),
+        *(["# the model's chat template takes no system message, so this one drops it"] if no_system else []),
         *([f"TEMPLATE {QUOTES}{template}{QUOTES}"] if template is not None else []),
         *([f"SYSTEM {QUOTES}{system}{QUOTES}"] if system else []),
         *(f'PARAMETER stop "{stop}"' for stop in stops),

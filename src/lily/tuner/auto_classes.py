@@ -35,7 +35,7 @@ _stock_auto = _BaseAutoPeftModel.__dict__["from_pretrained"]
 def _auto_peft(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
     """`AutoPeftModel.from_pretrained` and those of its subclasses."""
     stock, name = _stock_auto.__func__, str(pretrained_model_name_or_path)
-    if (config := _config(name, kwargs.get("revision"))) is None:
+    if (config := _config(name, **load.download_options(kwargs))) is None:
         return stock(cls, pretrained_model_name_or_path, *args, **kwargs)
     target = getattr(cls._target_class, "__name__", None) or (config.auto_mapping or {}).get("base_model_class")
     kwargs = {**_classes(Path(name), str(target), kwargs), **kwargs}
@@ -73,10 +73,10 @@ def _name(model: Any, recorded: str, found: str) -> None:
         model.config.name_or_path = recorded
 
 
-def _config(adapter: str, revision: str | None = None) -> Any:
+def _config(adapter: str, **hub: Any) -> Any:
     """The adapter's configuration; None: it cannot be read, which PEFT or transformers will say."""
     try:
-        return PeftConfig.from_pretrained(adapter, revision=revision)
+        return PeftConfig.from_pretrained(adapter, **hub)
     except LilyError:
         raise
     except Exception:

@@ -38,6 +38,7 @@ def model_card(recipe: DreamBooth, result: Result) -> str:
     """The model card, in Markdown with the Hub's front matter."""
     base = recipe.model.hub or recipe.model.path or f"the small {recipe.model.standin} pipeline"
     base = base if recipe.model.path is None or recipe.model.hub else Path(base).name
+    revision = f", revision={recipe.model.revision!r}" if recipe.model.revision else ""
     rows = [["untrained", f"{result.before['loss']:.4f}", ""]]
     rows += [[name, f"{v['loss']:.4f}", f"{v['parameters']:,.0f}"] for name, v in result.baselines.items()]
     rows += [["this adapter", f"{result.final['loss']:.4f}", f"{result.parameters['adapter']:,}"]]
@@ -57,9 +58,11 @@ def model_card(recipe: DreamBooth, result: Result) -> str:
         "the model learned them, not how well it draws.",
         "",
         "```python",
+        *(["from diffusers import DiffusionPipeline", ""] if recipe.model.hub else []),
         "from lily.recipes.dreambooth.adapters import load",
         "",
-        f'load(pipe.{result.adapter["component"]}, "path/of/this/folder")',
+        *([f"pipe = DiffusionPipeline.from_pretrained({recipe.model.hub!r}{revision})"] if recipe.model.hub else []),
+        f'load(pipe.{result.adapter["component"]}, ".")  # this folder',
         "```",
         "",
         licenses("images"),

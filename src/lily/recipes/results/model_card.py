@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lily.checkpoint.heads import LABELS
 from lily.deploy.card import CARD, LIBRARIES, NAMES, front_matter
@@ -24,6 +24,8 @@ from lily.recipes.spec.schema import Model, Recipe
 
 if TYPE_CHECKING:
     from lily.recipes.results.result import Result
+
+AnyRecipe = TypeVar("AnyRecipe", bound=Recipe | DreamBooth)
 
 PIPELINES = {"text-regression": "text-classification", "sft": "text-generation"}  # others are called as on the Hub
 METRICS = {
@@ -43,7 +45,7 @@ def finish_adapter(folder: Path, recipe: Recipe, result: Result) -> None:
     write_text(folder / CARD, card(recipe, result))
 
 
-def without_home(recipe: Recipe) -> Recipe:
+def without_home(recipe: AnyRecipe) -> AnyRecipe:
     """The recipe, with `~` for the home folder: it means the same here, and does not name the user."""
     home = str(Path.home())
 
@@ -54,9 +56,7 @@ def without_home(recipe: Recipe) -> Recipe:
             return [short(v) for v in value]
         return f"~{value.removeprefix(home)}" if isinstance(value, str) and value.startswith(f"{home}/") else value
 
-    values = recipe.model_dump()
-    places = {name: short(values[name]) for name in ("model", "data", "forgetting", "lily", "output")}
-    return Recipe.model_validate({**values, **places})
+    return type(recipe).model_validate(short(recipe.model_dump()))
 
 
 def card(recipe: Recipe, result: Result) -> str:
