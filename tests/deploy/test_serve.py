@@ -34,7 +34,10 @@ def served(tmp_path_factory):
     values |= {"generation": {"max_new_tokens": 6, "samples": 0}}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LILY_CACHE", str(folder / "cache"))
-        recipe = loader.load_recipe(write_recipe(folder, values), ["lily.routing=static", "train.max_steps=4"])
+        recipe = loader.load_recipe(
+            write_recipe(folder, values),
+            ["lily.routing=static", "train.max_steps=4", "data.max_length=60", f"output={folder}/run"],
+        )
         train(recipe, quiet=True)
         config = json.loads((folder / "run" / "best" / "adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == str(folder / "tiny.gguf")

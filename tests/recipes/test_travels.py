@@ -110,6 +110,7 @@ def test_the_cards_lines_load_a_moved_adapter_in_a_fresh_process_without_a_netwo
         "    assert torch.allclose(other(**batch).logits, logits, atol=1e-6)\n"
         "    assert other.config.id2label == model.config.id2label\n"
         "auto.save_pretrained('again')\n"
+        "assert 'base_model:' not in open('again/README.md').read()\n"
         "torch.save(logits.detach(), 'logits.pt')\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"}

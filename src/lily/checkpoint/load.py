@@ -216,26 +216,6 @@ class Opened:
 _current: ContextVar[Opened | None] = ContextVar("lily_current", default=None)
 
 
-# Base model's name in a file -> where PEFT's Auto classes read it from.
-_bases: ContextVar[Mapping[str, str] | None] = ContextVar("lily_bases", default=None)
-
-
-@contextlib.contextmanager
-def base_found(places: Mapping[str, str]) -> Iterator[None]:
-    """Context: a configuration that is read names a place in place of the base model's name."""
-    token = _bases.set(places)
-    try:
-        yield
-    finally:
-        _bases.reset(token)
-
-
-def with_base(values: dict[str, Any]) -> dict[str, Any]:
-    """The values of an `adapter_config.json`, within `base_found` with the base model's place."""
-    places, name = _bases.get() or {}, values.get("base_model_name_or_path")
-    return {**values, "base_model_name_or_path": places[name]} if name in places else values
-
-
 def current() -> Opened | None:
     """The file that is being loaded; None: no load is in progress."""
     return _current.get()

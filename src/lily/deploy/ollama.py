@@ -108,11 +108,12 @@ def turns_of(tokenizer: Any) -> Turns | None:
         text: str = tokenizer.apply_chat_template(values, tokenize=False, add_generation_prompt=answering)
         return text.removeprefix(begin)  # which llama.cpp puts there
 
-    talk = [("user", "A first one?"), ("assistant", "An answer."), ("user", "A second one?")]
+    texts = ("A first one?", "An answer.", "A second one?", "Another.", "And a third one?")
+    talk = [("assistant" if i % 2 else "user", text) for i, text in enumerate(texts)]
     told = [("system", "Be brief."), *talk]
     for system in (True, False):
         try:  # templates are programs: they refuse roles, and fail, in any way
-            wanted = {tuple(m): render(m) for m in (talk[:1], talk, *((told[:2], told) if system else ()))}
+            wanted = {tuple(m): render(m) for m in (talk[:1], talk[:3], talk, *((told[:2], told) if system else ()))}
             candidates = sorted(_candidates(render, system), key=lambda t: t.start != "")
             return next(t for t in candidates if all(t.rendered(m) == text for m, text in wanted.items()))
         except Exception:

@@ -7,6 +7,7 @@ from typing import Any
 from peft.config import PeftConfig
 from torch import nn
 
+REFERENCES = ("pkg:", "lily:")  # what the names of `lily.recipes.models.reference` begin with
 FOLDER = "lily_base_folder"  # attribute of a model: where it was read from, if its name is no place
 
 

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +22,35 @@ from lily.checkpoint.beside import base_modules, own_tensors
 from lily.checkpoint.heads import labels_beside, outputs_of, wrong_head
 from lily.errors import LilyError
 from lily.io.untrusted import blame, read_header
-from lily.plan.vocabulary import FOLDER
+from lily.plan.vocabulary import FOLDER, REFERENCES
 
 # Which model it is where the name in a file is none that transformers knows, is decided above this folder.
 finder: Callable[[str], str] | None = None
 
-REFERENCES = ("pkg:", "lily:")  # what the names of `lily.recipes.models.reference` begin with
 CLASSIFIERS = ("SequenceClassification", "ImageClassification", "TokenClassification")
 GIVEN = ("num_labels", "id2label", "label2id", "config")
 
+# Base model's name in a file -> where PEFT's Auto classes read it from.
+_bases: ContextVar[Mapping[str, str] | None] = ContextVar("lily_bases", default=None)
+
 _stock_auto = _BaseAutoPeftModel.__dict__["from_pretrained"]
+
+
+@contextlib.contextmanager
+def base_found(places: Mapping[str, str]) -> Iterator[None]:
+    """Context: a configuration that is read names a place in place of the base model's name."""
+    token = _bases.set(places)
+    try:
+        yield
+    finally:
+        _bases.reset(token)
+
+
+def with_base(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of an `adapter_config.json`, within `base_found` with the base model's place."""
+    places, name = _bases.get() or {}, values.get("base_model_name_or_path")
+    found = places.get(name) if isinstance(name, str) else None
+    return values if found is None else {**values, "base_model_name_or_path": found}
 
 
 def _auto_peft(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -42,7 +63,7 @@ def _auto_peft(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwarg
     recorded, found = config.base_model_name_or_path, _found(name, config)
     if found is None:
         return stock(cls, pretrained_model_name_or_path, *args, **kwargs)
-    with load.base_found({recorded: found}):
+    with base_found({recorded: found}):
         model = stock(cls, pretrained_model_name_or_path, *args, **kwargs)
     for config in model.peft_config.values():
         config.base_model_name_or_path = recorded

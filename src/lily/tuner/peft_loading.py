@@ -32,7 +32,7 @@ from lily.layers.find import refill
 from lily.layers.trained_rows import RowsByAdapter
 from lily.plan.config import LilyConfig
 from lily.plan.wrappers import innermost, plain_names
-from lily.tuner.auto_classes import check_head
+from lily.tuner.auto_classes import check_head, with_base
 from lily.tuner.compiled_hotswap import prepare
 from lily.tuner.hotswap import opened_state, swap
 
@@ -58,8 +58,8 @@ def _from_json_file(cls: Any, path_json_file: str, **kwargs: Any) -> dict[str, A
     """`PeftConfig.from_json_file`, through which every `adapter_config.json` is read."""
     values = load.config_values(Path(path_json_file), ours=issubclass(cls, LilyConfig))
     if values is None:
-        return load.with_base(_stock_from_json_file.__func__(cls, path_json_file, **kwargs))
-    return load.with_base(values)
+        return with_base(_stock_from_json_file.__func__(cls, path_json_file, **kwargs))
+    return with_base(values)
 
 
 def _from_pretrained(cls: type[PeftModel], *args: Any, **kwargs: Any) -> PeftModel:

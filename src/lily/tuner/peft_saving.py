@@ -11,12 +11,14 @@ import inspect
 import re
 import weakref
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import peft
 import peft.functional
 import peft.peft_model
 import peft.utils
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from peft.utils import save_and_load
 from torch import Tensor, nn
@@ -26,10 +28,11 @@ from lily.checkpoint.complete import check_complete
 from lily.errors import LilyError
 from lily.layers import sharding
 from lily.plan.config import LilyConfig
-from lily.plan.vocabulary import FOLDER
+from lily.plan.vocabulary import FOLDER, REFERENCES
 from lily.plan.wrappers import innermost, plain_name, plain_names
 
 _stock_save_pretrained = PeftModel.save_pretrained
+_stock_card = PeftModel.create_or_update_model_card
 _stock_get_state = save_and_load.get_peft_model_state_dict
 
 MATRICES = re.compile(r"\.lily_(A|B|router)\.")
@@ -131,7 +134,19 @@ def _plain_state(model: nn.Module, given: Mapping[str, Tensor] | None) -> dict[s
     return {plain(name): tensor for name, tensor in (model.state_dict() if given is None else given).items()}
 
 
+@functools.wraps(_stock_card)
+def _card(self: PeftModel, output_dir: str) -> None:
+    """`PeftModel.create_or_update_model_card`: the Hub refuses a card whose base model is no hub id."""
+    _stock_card(self, output_dir)
+    file = Path(output_dir, "README.md")
+    card = ModelCard.load(file)
+    if str(card.data.get("base_model") or "").startswith(REFERENCES):
+        del card.data.base_model
+        card.save(file)
+
+
 PATCHES: list[tuple[Any, str, Any, Any]] = [
+    (PeftModel, "create_or_update_model_card", _card, _stock_card),
     (PeftModel, "save_pretrained", _save_pretrained, _stock_save_pretrained),
     *((m, "get_peft_model_state_dict", _get_state, _stock_get_state)
       for m in (peft, peft.utils, peft.peft_model, peft.functional, save_and_load)),
