@@ -101,7 +101,15 @@ def _is_adapter(folder: Any) -> bool:
 
 
 def _in_auto_classes(handlers: Handlers) -> None:
-    owner = sys.modules["transformers.models.auto.auto_factory"]._BaseAutoModelClass
+    """Replace `from_pretrained` of the base class, and the copies that classes made before have of it."""
+    owners = [sys.modules["transformers.models.auto.auto_factory"]._BaseAutoModelClass]
+    for owner in owners:
+        owners.extend(owner.__subclasses__())
+        if "from_pretrained" in owner.__dict__:
+            _in_auto_class(owner, handlers)
+
+
+def _in_auto_class(owner: Any, handlers: Handlers) -> None:
     stock = owner.__dict__["from_pretrained"].__func__
 
     @functools.wraps(stock)

@@ -57,8 +57,8 @@ def labels_of(model: nn.Module) -> list[str] | None:
     return [str(names[i]) for i in sorted(names, key=int)]
 
 
-def _base(model: nn.Module) -> nn.Module:
-    inner = innermost(model)
+def _base(model: nn.Module) -> Any:
+    inner: Any = innermost(model)
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 

@@ -157,5 +157,5 @@ def check_head(adapter: str, model: nn.Module) -> None:
 
 
 PATCHES: list[tuple[Any, str, Any, Any]] = [
-    (_BaseAutoPeftModel, "from_pretrained", classmethod(_auto_peft), _stock_auto),  # type: ignore[arg-type]
+    (_BaseAutoPeftModel, "from_pretrained", classmethod(_auto_peft), _stock_auto),
 ]

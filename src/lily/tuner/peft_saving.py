@@ -142,6 +142,7 @@ def _card(self: PeftModel, output_dir: str) -> None:
     card = ModelCard.load(file)
     if str(card.data.get("base_model") or "").startswith(REFERENCES):
         del card.data.base_model
+        card.data.tags = [tag for tag in card.data.tags or [] if not tag.startswith("base_model:")]
         card.save(file)
 
 

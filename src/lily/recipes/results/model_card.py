@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from lily.checkpoint.heads import LABELS
 from lily.deploy.card import CARD, LIBRARIES, NAMES, front_matter
@@ -56,7 +56,7 @@ def without_home(recipe: AnyRecipe) -> AnyRecipe:
             return [short(v) for v in value]
         return f"~{value.removeprefix(home)}" if isinstance(value, str) and value.startswith(f"{home}/") else value
 
-    return type(recipe).model_validate(short(recipe.model_dump()))
+    return cast(AnyRecipe, type(recipe).model_validate(short(recipe.model_dump())))
 
 
 def card(recipe: Recipe, result: Result) -> str:
@@ -118,7 +118,8 @@ def export_card(
             kept = ModelCard.load(adapter / CARD).data.to_dict()
         except Exception:  # a card that somebody wrote need not have readable metadata
             kept = {}
-    values = {**metadata(recipe), **{name: kept[name] for name in ("license", "datasets", "language") if name in kept}}
+    values = metadata(recipe)
+    values |= {name: kept[name] for name in ("license", "datasets", "language") if name in kept}
     values |= {"library_name": LIBRARIES[kind], "tags": ["lily", *(["lora"] if kind != "merged" else []), recipe.task]}
     own = front_matter(values)
     if "model-index" in kept:
