@@ -36,7 +36,7 @@ functional html errors
 _after_import _version
 """
 RECIPES = """
-deploy dry_run new
+deploy dry_run exports new
 by_task
 dreambooth
 train

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lily.plan.config import LilyConfig
     from lily.plan.select import select_modules
     from lily.plan.sharing_plan import SharingPlan, build_plan
+    from lily.recipes.results.base_model import base_model
     from lily.tuner.data_start import DataStart, initialize_from_data
     from lily.tuner.model import LilyModel
     from lily.tuner.registry import register, unregister
@@ -37,6 +38,7 @@ LAZY = {
     "SettleCallback": "lily.callbacks.settle",
     "Settling": "lily.callbacks.settle",
     "SharingPlan": "lily.plan.sharing_plan",
+    "base_model": "lily.recipes.results.base_model",
     "build_plan": "lily.plan.sharing_plan",
     "collapse": "lily.deploy.collapse",
     "export": "lily.export",
@@ -64,6 +66,7 @@ __all__ = [
     "Settling",
     "SharingPlan",
     "__version__",
+    "base_model",
     "build_plan",
     "collapse",
     "export",
@@ -91,9 +94,23 @@ def __dir__() -> list[str]:
 
 
 def _register() -> None:
+    from lily.tuner import auto_classes
     from lily.tuner.registry import register
 
+    auto_classes.finder = _base_model
     register()
+
+
+def _base_model(adapter: str) -> str:
+    from lily.recipes.results.base_model import base_model
+
+    return base_model(adapter)
+
+
+def _from_auto_class(*args: Any, **kwargs: Any) -> Any:
+    from lily.tuner.auto_classes import auto_transformers
+
+    return auto_transformers(*args, **kwargs)
 
 
 def _removed(model: Any) -> None:
@@ -133,4 +150,15 @@ def _save_for_sync(*args: Any) -> None:
     save_for_sync(*args)
 
 
-watch(Handlers(_register, _removed, _lora_state, _save_lora_adapter, _refuse_lora, _sync_config, _save_for_sync))
+watch(
+    Handlers(
+        _register,
+        _removed,
+        _lora_state,
+        _save_lora_adapter,
+        _refuse_lora,
+        _sync_config,
+        _save_for_sync,
+        _from_auto_class,
+    )
+)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ class Handlers:
         refuse_lora: as the replacement of the adapter of that name.
         sync_config: the configuration of the LoRA that a model's active adapter is, for vLLM.
         save_for_sync: the same as a folder; the arguments are TRL's.
+        from_auto_class: `from_pretrained` of a transformers Auto class on an adapter's folder, after the original.
     """
 
     register: Callable[[], None]
@@ -44,6 +46,7 @@ class Handlers:
     refuse_lora: Callable[[Any], None]
     sync_config: Callable[[Any], Any]
     save_for_sync: Callable[..., None]
+    from_auto_class: Callable[..., Any]
 
 
 def after_import(name: str, act: Callable[[], None]) -> None:
@@ -59,6 +62,7 @@ def watch(handlers: Handlers) -> None:
     """Register after PEFT's import, and let transformers and diffusers find Lily without importing them here."""
     after_import("peft", handlers.register)
     after_import("transformers.integrations.peft", _import_peft_before_loading)
+    after_import("transformers.models.auto.auto_factory", lambda: _in_auto_classes(handlers))
     after_import("diffusers.utils.peft_utils", lambda: _in_peft_utils(handlers))
     after_import("diffusers.utils.state_dict_utils", lambda: _in_state_dict_utils(handlers))
     after_import("diffusers.loaders.peft", lambda: _in_models(handlers))
@@ -85,6 +89,37 @@ def _import_peft_before_loading() -> None:
     if not hasattr(stock, "lily_stock"):
         load_adapter.lily_stock = stock  # type: ignore[attr-defined]
         mixin.load_adapter = load_adapter
+
+
+def _is_adapter(folder: Any) -> bool:
+    """Whether it is the folder of an adapter alone; with a config.json it is a whole model, which may hold one."""
+    if not isinstance(folder, (str, os.PathLike)):
+        return False
+    return os.path.isfile(os.path.join(folder, "adapter_config.json")) and not os.path.exists(
+        os.path.join(folder, "config.json")
+    )
+
+
+def _in_auto_classes(handlers: Handlers) -> None:
+    """Replace `from_pretrained` of the base class, and the copies that classes made before have of it."""
+    owners = [sys.modules["transformers.models.auto.auto_factory"]._BaseAutoModelClass]
+    for owner in owners:
+        owners.extend(owner.__subclasses__())
+        if "from_pretrained" in owner.__dict__:
+            _in_auto_class(owner, handlers)
+
+
+def _in_auto_class(owner: Any, handlers: Handlers) -> None:
+    stock = owner.__dict__["from_pretrained"].__func__
+
+    @functools.wraps(stock)
+    def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        folder = pretrained_model_name_or_path
+        if _is_adapter(folder):
+            return handlers.from_auto_class(stock, cls, folder, *args, **kwargs)
+        return stock(cls, folder, *args, **kwargs)
+
+    owner.from_pretrained = classmethod(from_pretrained)
 
 
 def _in_peft_utils(handlers: Handlers) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from peft import PeftModel
 from recipes_helpers import classification, rows, sft, write_jsonl, write_recipe
 from rich.console import Console
-from runs import files, make
+from runs import files, make, paste
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner
@@ -20,6 +19,7 @@ from lily.cli.main import app
 from lily.errors import LilyError
 from lily.recipes import loader, train
 from lily.recipes.results import card as report
+from lily.recipes.results import model_card
 from lily.recipes.results.adapter import Adapter
 from lily.recipes.scoring import evaluate
 
@@ -55,7 +55,7 @@ def test_a_classifier_learns_and_leaves_everything_it_should(tmp_path, encoder, 
     console = Console(record=True, width=200)
     report.print_result(result, recipe, run, console)
     assert f"b{chosen}; " in console.export_text()
-    assert f"B{chosen}. " in report.card(recipe, result)
+    assert f"B{chosen}. " in model_card.card(recipe, result)
     base = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=2)
     assert isinstance(PeftModel.from_pretrained(base, run / "best"), PeftModel)
     if method == "lily":
@@ -118,6 +118,8 @@ def test_regression_on_pairs_runs(tmp_path, encoder):
     assert result.baselines["majority"]["pearson"] == 0.0
     (prediction,) = Adapter(str(tmp_path / "run")).predict([{"a": "the film was good", "b": "x"}])
     assert isinstance(prediction["prediction"], float)
+    assert paste(tmp_path / "run" / "best")["model"].config.num_labels == 1
+    assert "- regression" in (tmp_path / "run" / "best" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -193,11 +195,7 @@ def test_a_model_with_a_head_of_another_size_is_trained_and_its_card_loads_it(tm
         shutil.copy(file, folder)
     train.train(make(classification, tmp_path, folder, ["train.max_steps=1"]), quiet=True)
     assert [line for line in capsys.readouterr().err.splitlines() if "starts with a new head" in line]
-    card = (tmp_path / "run" / "best" / "README.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    scope = {}
-    exec(code.replace("path/of/this/folder", str(tmp_path / "run" / "best")), scope)
-    assert scope["model"].config.num_labels == 2
+    assert paste(tmp_path / "run" / "best")["model"].config.num_labels == 2
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

@@ -99,6 +99,12 @@ def deploy(world: World) -> dict[str, Any]:
     return with_batches(model=fresh(), args=arguments(Path()), rows=ROWS, peft_model=adapted("llama", routing="token"))
 
 
+@before("docs/files.md")
+def files(world: World) -> dict[str, Any]:
+    deploy_targets(world)
+    return {}
+
+
 @before("docs/tune.md")
 def tune(world: World) -> dict[str, Any]:
     return with_batches(model=fresh(), args=arguments(Path()), rows=ROWS)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+
+import pytest
 from recipes_helpers import rows, write_jsonl, write_recipe
 from typer.testing import CliRunner
 
@@ -14,6 +17,16 @@ def make(kind, folder, model, overrides=()):
     return loader.load_recipe(
         write_recipe(folder, kind(model, write_jsonl(folder / "t.jsonl", table), folder)), list(overrides)
     )
+
+
+def paste(folder):
+    """What the Python lines of a folder's card define, run where they stand."""
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text("utf-8"), re.DOTALL)
+    scope = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        exec(compile(code, f"{folder}/README.md", "exec"), scope)
+    return scope
 
 
 def files(folder):

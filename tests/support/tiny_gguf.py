@@ -14,6 +14,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 VOCAB = 96
+CHAT = (
+    "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }};{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
 COMMON = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -129,13 +133,14 @@ def _add_special(writer: gguf.GGUFWriter, c) -> None:
 
 
 def _add_vocabulary(writer: gguf.GGUFWriter) -> None:
-    """A vocabulary of single letters; the tests give and read token ids."""
+    """A vocabulary of single characters, of which the first is the space, and a chat template of them."""
     kinds = [gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * (VOCAB - 3)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
-    writer.add_token_list(["<pad>", "<s>", "</s>", *(chr(0x100 + i) for i in range(VOCAB - 3))])
+    writer.add_token_list(["<pad>", "<s>", "</s>", "\u0120", "\u0120!", *(chr(33 + i) for i in range(VOCAB - 5))])
     writer.add_token_types(kinds)
-    writer.add_token_merges(["\u0100 \u0101"])
+    writer.add_token_merges(["\u0120 !"])
+    writer.add_chat_template(CHAT)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(0)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, Tra
 from torch import Tensor, nn
 
 from lily.checkpoint import format
+from lily.checkpoint.heads import wrong_head
 from lily.errors import LilyError
 from lily.io import untrusted
 from lily.io.untrusted import read_header
@@ -208,12 +209,15 @@ class Beside:
         """The model's tensor of a resolved name; None for rows, which a model without the adapter does not have."""
         return None if name in self.rows else self.base[name] if kind == "base" else self.saved[name]
 
-    def check(self, other: Mapping[str, Tensor], loose_sizes: bool = False) -> None:
+    def check(
+        self, other: Mapping[str, Tensor], loose_sizes: bool = False, labels: Sequence[str] | None = None
+    ) -> None:
         """Check names, shapes and dtypes of a file's entries besides Lily's.
 
         Args:
             other: name -> tensor, which may be on the meta device.
             loose_sizes: do not compare shapes.
+            labels: the classes, for the error about a head of another size.
 
         Raises:
             LilyError: if a tensor is missing, does not belong to the adapter, or has the wrong shape or dtype.
@@ -231,6 +235,8 @@ class Beside:
             mine = self.tensor_of(*resolved)
             expected = self.rows[resolved[1]] if mine is None else _shape(mine)
             if not loose_sizes and tuple(tensor.shape) != expected:
+                if resolved[0] == "saved" and (wrong := wrong_head(name, tensor.shape, expected, labels)) is not None:
+                    raise wrong
                 resized = ""
                 if resolved[1].rpartition(".")[0] in self.embeddings and tensor.ndim:
                     resized = f", with its vocabulary resized (resize_token_embeddings({tensor.shape[0]}))"

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from lily.checkpoint import format
 from lily.checkpoint.beside import Beside
 from lily.checkpoint.bounded_regex import MAX_LENGTH, check_patterns
+from lily.checkpoint.heads import labels_beside
 from lily.errors import LilyError
 from lily.io import untrusted
 from lily.io.untrusted import blame
@@ -330,7 +331,9 @@ def check_fit(
         if name not in other and tensor.dtype not in untrusted.FLOATS:
             kind = str(tensor.dtype).removeprefix("torch.")
             raise LilyError(f"{name!r} has dtype {kind}, expected float64, float32, float16 or bfloat16")
-    Beside(model, config, plan, adapter).check(other, loose_sizes or _sharded(model))
+    opened = current()
+    labels = None if opened is None or opened.header is None else labels_beside(opened.header.path.parent)
+    Beside(model, config, plan, adapter).check(other, loose_sizes or _sharded(model), labels)
 
 
 def _sharded(model: nn.Module) -> bool:

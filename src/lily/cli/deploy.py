@@ -28,7 +28,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "lora": ("--for", "--rank", "--tolerance", "--force", "--dtype", "--reduce-intruders", "--experts"),
     "merged": ("--dtype",),
     "stock": (),
-    "gguf": ("--reduce-intruders",),
+    "gguf": ("--reduce-intruders", "--with-base"),
 }
 
 
@@ -134,6 +134,9 @@ def export_command(
     experts: Annotated[
         str, Option(help="With lora: stacked experts as peft, or shared, as SGLang and vLLM read them.")
     ] = "peft",
+    with_base: Annotated[
+        bool, Option("--with-base", help="With gguf: copy the base model's GGUF file beside the LoRA.")
+    ] = False,
     base: Annotated[str | None, Option(help="Folder of the base model, if it has moved.")] = None,
     recipe: RecipeOption = None,
     overwrite: Overwrite = False,
@@ -143,7 +146,7 @@ def export_command(
         raise LilyError(f"--to {to}: choose one of {', '.join(KINDS)}")
     options = {"--for": target != "peft", "--rank": rank is not None, "--tolerance": tolerance is not None,
              "--force": force, "--dtype": dtype != "auto", "--reduce-intruders": reduce_intruders,
-             "--experts": experts != "peft"}  # fmt: skip
+             "--experts": experts != "peft", "--with-base": with_base}  # fmt: skip
     values = {"top_k": top_k, "threshold_epsilon": threshold_epsilon, "mitigation_lambda": mitigation_lambda}
     mitigation: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
     if mitigation and not reduce_intruders:
@@ -163,17 +166,23 @@ def export_command(
     import torch
 
     from lily import export
+    from lily.recipes import exports
     from lily.recipes.deploy import load_for_export
+    from lily.recipes.results.adapter_folder import AdapterFolder
+
+    if to == "gguf":
+        exports.check_free(out, overwrite)
 
     weights = to == "merged" or reduce_intruders
     model, tokenizer, facts = load_for_export(location, weights=weights, dtype=dtype if to == "merged" else "auto")
     if to == "gguf" and not hasattr(model, "get_base_model"):
         raise LilyError(f"{adapter} is for a pipeline, which llama.cpp does not run; export --to lora --for diffusers")
-    console = Console()
+    console, location = Console(), AdapterFolder.of(adapter, recipe, base)
+    files = exports.files_beside(location, "diffusers" if target == "diffusers" else to, facts) if to != "gguf" else {}
     if to == "merged":
-        export.write_merged(model, out, tokenizer=tokenizer, overwrite=overwrite, provenance=facts)
+        export.write_merged(model, out, tokenizer=tokenizer, overwrite=overwrite, provenance=facts, files=files)
     elif to == "stock":
-        export.write_stock(model, out, overwrite=overwrite, provenance=facts)
+        export.write_stock(model, out, overwrite=overwrite, provenance=facts, files=files)
     else:
         lora = export.as_lora(
             model,
@@ -189,12 +198,14 @@ def export_command(
         if reduce_intruders:
             lora = export.reduce_intruder_dimension(lora, model, **mitigation, logging_sink=print)
         if to == "gguf":
-            from lily.deploy.gguf import write_gguf
-
-            write_gguf(lora, model.get_base_model().config, out, overwrite=overwrite)
+            said = exports.write_for_llama_cpp(
+                lora, model, location, out, tokenizer=tokenizer, overwrite=overwrite, with_base=with_base
+            )
+            for line in said:
+                console.print(escape(line), soft_wrap=True)
         else:
             layout = "diffusers" if target == "diffusers" else "peft"
-            export.write_lora(lora, out, overwrite=overwrite, layout=layout)
+            export.write_lora(lora, out, overwrite=overwrite, layout=layout, files=files)
     console.print(escape(f"written: {out}"), soft_wrap=True)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lily.deploy.card import HUB_ID
 from lily.deploy.lora import LoraExport
 from lily.deploy.lora_layer import Layer
 from lily.errors import LilyError
@@ -50,7 +51,15 @@ FAMILIES = {
 }
 
 
-def write_gguf(export: LoraExport, base_config: Any, file: str | Path, *, overwrite: bool = False) -> None:
+def write_gguf(
+    export: LoraExport,
+    base_config: Any,
+    file: str | Path,
+    *,
+    overwrite: bool = False,
+    name: str | None = None,
+    license: str | None = None,
+) -> None:
     """Write an exported LoRA as a GGUF file in float32.
 
     A layer with A (rank, in) and B (out, rank) becomes `blk.N.<name>.weight.lora_a` (rank, in) and `.lora_b` (out,
@@ -61,6 +70,8 @@ def write_gguf(export: LoraExport, base_config: Any, file: str | Path, *, overwr
         base_config: configuration of the base model: a `PretrainedConfig`, a `config.json` or its folder.
         file: the file to write, atomically.
         overwrite: replace an existing file.
+        name: of the adapter, stored in the file.
+        license: of the adapter, stored in the file.
 
     Raises:
         LilyError: if gguf is not installed, llama.cpp cannot read such an adapter, the architecture is not supported,
@@ -86,6 +97,7 @@ def write_gguf(export: LoraExport, base_config: Any, file: str | Path, *, overwr
             writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
             writer.add_file_type(gguf.LlamaFileType.ALL_F32)
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+            _describe(writer, name, license, str(export.provenance.get("base_model") or ""))
             writer.add_string(PROVENANCE_KEY, json.dumps(export.provenance, ensure_ascii=False))
             for name, (A, B) in tensors.items():
                 writer.add_tensor(f"{name}.weight.lora_a", A.float().contiguous().numpy())
@@ -95,6 +107,19 @@ def write_gguf(export: LoraExport, base_config: Any, file: str | Path, *, overwr
             writer.write_tensors_to_file()
         finally:
             writer.close()
+
+
+def _describe(writer: Any, name: str | None, license: str | None, base: str) -> None:
+    """GGUF's own metadata about a model, as far as they are known."""
+    if name is not None:
+        writer.add_name(name)
+    if license is not None:
+        writer.add_license(license)
+    if base:
+        writer.add_base_model_count(1)
+        writer.add_base_model_name(0, base)
+        if HUB_ID.match(base):
+            writer.add_base_model_repo_url(0, f"https://huggingface.co/{base}")
 
 
 def describe_gguf(file: Path) -> dict[str, Any]:

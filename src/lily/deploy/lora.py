@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lily.checkpoint.format import PREFIX
 from lily.deploy.attention import as_pairs, attention_of, names_in_file
+from lily.deploy.card import labels_of, task_of
 from lily.deploy.extra_tensors import other_entries, saved_modules
 from lily.deploy.lora_layer import Layer, cut, finished
 from lily.deploy.provenance import origin
@@ -49,6 +50,8 @@ class LoraExport:
         component: the adapted part of a diffusers pipeline, such as `unet`; None for any other model.
         experts: `peft`, or `shared`: see `as_lora`.
         names: name -> the layer's name in the file, where that is another one.
+        task: the Hub's name of what the model does; None: unknown.
+        labels: the classes of a classifier.
     """
 
     layers: dict[str, Layer]
@@ -60,6 +63,8 @@ class LoraExport:
     component: str | None = None
     experts: str = "peft"
     names: Mapping[str, str] = field(default_factory=dict)
+    task: str | None = None
+    labels: list[str] | None = None
 
     @property
     def size(self) -> int:
@@ -219,7 +224,8 @@ def _as_lora(
     if shared:
         facts["experts"] = "shared"
     how = "shared" if shared else "peft"
-    return LoraExport(layers, groups, rank_to, config, other, facts, _component(adapted.root), how, names)
+    task, labels = task_of(adapted.root), labels_of(adapted.root)
+    return LoraExport(layers, groups, rank_to, config, other, facts, _component(adapted.root), how, names, task, labels)
 
 
 def _joined(adapted: Adapted) -> tuple[dict[str, Factors], dict[str, Group]]:

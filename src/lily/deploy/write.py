@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lily.checkpoint.format import PREFIX
+from lily.deploy.card import beside, labels_of, task_of
 from lily.deploy.extra_tensors import other_entries, saved_modules
 from lily.deploy.lora import LoraExport
 from lily.deploy.provenance import header, origin, write_provenance
@@ -34,6 +35,7 @@ def write_lora(
     overwrite: bool = False,
     layout: str = "peft",
     component: str | None = None,
+    files: Mapping[str, str] | None = None,
 ) -> None:
     """Write an exported LoRA as a folder.
 
@@ -44,6 +46,7 @@ def write_lora(
         layout: `peft` (also for vLLM), or `diffusers`: a file for `load_lora_weights` of a pipeline.
         component: diffusers: the adapted part of the pipeline, `unet` or `transformer`; default: derived from the class
             of the adapted model.
+        files: further text files by name, such as a README.md in place of the short card that is written.
 
     Raises:
         LilyError: if the folder exists, or the layout cannot express the export.
@@ -61,6 +64,13 @@ def write_lora(
             export.config.save_pretrained(str(new))
         save_file(state, new / file, metadata=header(export.provenance))
         write_provenance(new, export.provenance)
+        kind = "diffusers" if diffusers else "lora"
+        _write_beside(new, beside(kind, export.provenance, export.task, export.labels, files))
+
+
+def _write_beside(folder: Path, files: Mapping[str, str]) -> None:
+    for name, text in files.items():
+        write_text(folder / name, text)
 
 
 def _pipeline_state(export: LoraExport, component: str | None) -> dict[str, Tensor]:
@@ -89,6 +99,7 @@ def write_merged(
     overwrite: bool = False,
     max_shard_size: str = "5GB",
     provenance: Mapping[str, Any] | None = None,
+    files: Mapping[str, str] | None = None,
 ) -> nn.Module:
     """Merge a static adapter into its base model and write that as a plain model folder.
 
@@ -102,6 +113,7 @@ def write_merged(
         overwrite: replace an existing folder.
         max_shard_size: largest size of one safetensors file.
         provenance: further facts to store with it.
+        files: further text files by name, such as a README.md in place of the short card that is written.
 
     Returns:
         The merged model.
@@ -130,6 +142,7 @@ def write_merged(
             f"a {type(adapted.root).__name__} has no save_pretrained; use merge_and_unload() and save its state dict"
         )
     facts = origin(adapted, "merged", provenance)
+    texts = beside("merged", facts, task_of(adapted.root), labels_of(adapted.root), files)
     with new_folder(folder, overwrite) as new:
         merged: Any = model.merge_and_unload(adapter_names=[adapted.name])
         with plain_names(merged) as plain:
@@ -137,6 +150,7 @@ def write_merged(
         if tokenizer is not None:
             tokenizer.save_pretrained(str(new))
         write_provenance(new, facts)
+        _write_beside(new, texts)
     return merged  # type: ignore[no-any-return]
 
 
@@ -147,6 +161,7 @@ def write_stock(
     adapter: str | None = None,
     overwrite: bool = False,
     provenance: Mapping[str, Any] | None = None,
+    files: Mapping[str, str] | None = None,
 ) -> None:
     """Write an adapter so that plain PEFT, without this package, computes the same.
 
@@ -160,6 +175,7 @@ def write_stock(
         adapter: name of the adapter; default: the active one.
         overwrite: replace an existing folder.
         provenance: further facts to store with it.
+        files: further text files by name, such as a README.md in place of the short card that is written.
 
     Raises:
         LilyError: if stock PEFT cannot express the adapter, or the folder exists.
@@ -168,12 +184,14 @@ def write_stock(
     adapted = find(model, adapter)
     config = adapted.config
     facts = origin(adapted, "stock", provenance)
+    texts = beside("stock", facts, task_of(adapted.root), labels_of(adapted.root), files)
     if config.routing == "batch" and config.file_dict()["peft_type"] == "LILY":
         with new_folder(folder, overwrite) as new:
             state = get_peft_model_state_dict(model, adapter_name=adapted.name)
             config.save_pretrained(str(new))
             save_file({k: v.contiguous() for k, v in state.items()}, new / SAFETENSORS_WEIGHTS_NAME, header(facts))
             write_provenance(new, facts)
+            _write_beside(new, texts)
         return
     if config.bias != "none":
         raise LilyError(f"stock Lily trains no biases (bias={config.bias!r}); export --to lora or --to merged")
@@ -213,3 +231,4 @@ def write_stock(
         write_text(new / "adapter_config.json", json.dumps(values, indent=2, sort_keys=True))
         save_file(state, new / SAFETENSORS_WEIGHTS_NAME, header(facts))
         write_provenance(new, facts)
+        _write_beside(new, texts)

@@ -7,6 +7,9 @@ from typing import Any
 from peft.config import PeftConfig
 from torch import nn
 
+REFERENCES = ("pkg:", "lily:")  # what the names of `lily.recipes.models.reference` begin with
+FOLDER = "lily_base_folder"  # attribute of a model: where it was read from, if its name is no place
+
 
 def vocabulary_changed(model: nn.Module, config: PeftConfig) -> bool:
     """Whether the base model has another vocabulary than its pretrained configuration; False if that is not known.
@@ -16,7 +19,8 @@ def vocabulary_changed(model: nn.Module, config: PeftConfig) -> bool:
         config: an adapter's configuration, which names the pretrained model.
     """
     ours: Any = getattr(model, "config", None)
-    size, base = getattr(ours, "vocab_size", None), config.base_model_name_or_path or getattr(model, "name_or_path", "")
+    size = getattr(ours, "vocab_size", None)
+    base = getattr(model, FOLDER, None) or config.base_model_name_or_path or getattr(model, "name_or_path", "")
     if size is None or not base:
         return False
     revision = config.revision or "main"

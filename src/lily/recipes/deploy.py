@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from peft import PeftConfig, PeftModel
 
 from lily.checkpoint.beside import resize_to_file
+from lily.checkpoint.heads import LABELS
 from lily.deploy.gguf import describe_gguf
 from lily.deploy.provenance import provenance
 from lily.errors import LilyError
@@ -22,9 +23,10 @@ from lily.recipes.by_task import function_for
 from lily.recipes.data.tables import Row
 from lily.recipes.results.adapter import Adapter, batches
 from lily.recipes.results.adapter_folder import AdapterFolder
-from lily.recipes.results.run_files import LABELS, kept_recipe, within_run
+from lily.recipes.results.run_files import adapter_path, kept_recipe, within_run
 from lily.recipes.scoring.evaluate import Judge
 from lily.recipes.scoring.inference import device_of
+from lily.recipes.spec.schema import Recipe
 
 if TYPE_CHECKING:
     from lily.deploy.collapse import CollapseReport
@@ -98,8 +100,23 @@ def collapse_text(
         refit_steps=refit_steps,
         metric=lambda model: judge(model, judged),
     )
+    keep_name(used.model, location)
     used.model.save_pretrained(str(new))
     return report
+
+
+def keep_name(model: Any, location: AdapterFolder) -> None:
+    """Let an adapter name its base model as the recipe does: one of an earlier version names a folder of its cache."""
+    if isinstance(location.recipe, Recipe) and location.base is None:
+        name, revision = models.reference(location.recipe.model)
+        for config in model.peft_config.values():
+            config.base_model_name_or_path, config.revision = name, revision or config.revision
+
+
+def named_folder(path: Path) -> str:
+    """An adapter's folder in files that travel: without the folders of this machine around it."""
+    path = path.resolve()
+    return f"{path.parent.name}/{path.name}" if path.name in ("best", "last") else path.name
 
 
 def _rows(file: str, used: Adapter, labeled: bool = True) -> list[Row]:
@@ -139,7 +156,7 @@ def load_for_export(
     if not isinstance(config, LilyConfig):
         raise LilyError(f"{path} is a {config.peft_type} adapter, not a Lily one; it needs no export")
     model, tokenizer, facts = function_for("load_for_export", location.recipe)(location, weights=weights, dtype=dtype)
-    return model, tokenizer, {"adapter": str(path), **facts}
+    return model, tokenizer, {"adapter": named_folder(path), **facts}
 
 
 def load_text(location: AdapterFolder, *, weights: bool, dtype: str) -> tuple[Any, Any, dict[str, Any]]:
@@ -159,6 +176,7 @@ def load_text(location: AdapterFolder, *, weights: bool, dtype: str) -> tuple[An
             model.tie_weights()  # which new memory undid
     resize_to_file(model, path)
     loaded = PeftModel.from_pretrained(model, str(path))
+    keep_name(loaded, location)
     facts: dict[str, Any] = {}
     if quantized != "none":
         facts["trained_on"] = f"the base model in {quantized}"

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 FREE = ("description", "chosen_by", "output", "baselines", "generation", "train.epochs", "train.max_steps",
         "train.save_every", "train.early_stopping", "train.eval_batch_size", "train.report_to")  # fmt: skip
 
+# Keys that no run depends on.
+CARD_ONLY = ("package.hub", "package.license")
+
 # Modules of absolute position embeddings, which limit the length; rotary ones do not.
 POSITIONS = ("position_embeddings", "wpe", "embed_positions")
 
@@ -220,8 +223,10 @@ def changes(then: Recipe | DreamBooth, now: Recipe | DreamBooth, free_keys: Sequ
 
 
 def flat(values: dict[str, Any], at: str = "") -> dict[str, Any]:
-    """Nested values by dotted names."""
+    """Nested values by dotted names, without those that only model cards have."""
     flattened: dict[str, Any] = {}
     for key, value in values.items():
+        if f"{at}{key}".endswith(CARD_ONLY) or f"{at}{key}" in ("license", "recipe.license"):
+            continue
         flattened |= flat(value, f"{at}{key}.") if isinstance(value, dict) else {f"{at}{key}": value}
     return flattened

@@ -20,7 +20,7 @@ from lily.recipes.data.rows import Splits
 from lily.recipes.methods import other_peft, terms
 from lily.recipes.models.precision import precision_of
 from lily.recipes.preflight import Prepared
-from lily.recipes.results import card
+from lily.recipes.results import card, model_card
 from lily.recipes.results.data_table import print_data
 from lily.recipes.results.result import Result, output_folder, started
 from lily.recipes.scoring import metrics as metric_tools
@@ -116,7 +116,7 @@ def _write(result: Result, recipe: Recipe, output: Path, begin: float) -> None:
     result.write(output / "metrics.json")
     for name in ("best", "last"):
         if (output / name).is_dir():
-            card.finish_adapter(output / name, recipe, result)
+            model_card.finish_adapter(output / name, recipe, result)
 
 
 def _load(recipe: Recipe, prepared: Prepared) -> tuple[Any, Result]:
@@ -144,7 +144,8 @@ def _load(recipe: Recipe, prepared: Prepared) -> tuple[Any, Result]:
     result.quantization, result.base_bytes = recipe.model.quantization, base.get_memory_footprint()
     result.new_head, total = next(iter(messages), None), base.num_parameters()
     set_seed(recipe.seed)
-    model = base if prepared.config is None else get_peft_model(base, prepared.config)
+    _, revision = models.reference(recipe.model)
+    model = base if prepared.config is None else get_peft_model(base, prepared.config, revision=revision)
     result.parameters, result.adapter = _parameters(model, total), card.adapter_summary(model, recipe)
     return model if processes.to_be_sharded() else place(model), result
 

@@ -32,6 +32,7 @@ from lily.layers.find import refill
 from lily.layers.trained_rows import RowsByAdapter
 from lily.plan.config import LilyConfig
 from lily.plan.wrappers import innermost, plain_names
+from lily.tuner.auto_classes import check_head, with_base
 from lily.tuner.compiled_hotswap import prepare
 from lily.tuner.hotswap import opened_state, swap
 
@@ -57,8 +58,8 @@ def _from_json_file(cls: Any, path_json_file: str, **kwargs: Any) -> dict[str, A
     """`PeftConfig.from_json_file`, through which every `adapter_config.json` is read."""
     values = load.config_values(Path(path_json_file), ours=issubclass(cls, LilyConfig))
     if values is None:
-        return _stock_from_json_file.__func__(cls, path_json_file, **kwargs)  # type: ignore[no-any-return]
-    return values
+        return with_base(_stock_from_json_file.__func__(cls, path_json_file, **kwargs))
+    return with_base(values)
 
 
 def _from_pretrained(cls: type[PeftModel], *args: Any, **kwargs: Any) -> PeftModel:
@@ -71,6 +72,8 @@ def _from_pretrained(cls: type[PeftModel], *args: Any, **kwargs: Any) -> PeftMod
     if config is None or isinstance(config, peft.LilyConfig):
         folder = load.find(model_id, load.download_options(options), configured=config is not None)
     if folder is None:
+        if not options.get("ignore_mismatched_sizes"):
+            check_head(str(model_id), model)
         return stock(*bound.args, **bound.kwargs)
     mapping = bound.arguments.get("key_mapping") or getattr(model, "_checkpoint_conversion_mapping", None)
     opened = Opened.folder(folder, mapping, options.get("ignore_mismatched_sizes", False))
@@ -96,6 +99,8 @@ def _load_adapter(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
     if folder is None:
         carries = any(isinstance(config, LilyConfig) for config in self.peft_config.values())
         with load.naming(Path(model_id, CONFIG_NAME) if carries else None):
+            if not options.get("ignore_mismatched_sizes"):
+                check_head(str(model_id), self)
             return _stock_load_adapter(self, *args, **kwargs)
     opened = Opened.folder(folder, bound.arguments.get("key_mapping"), options.get("ignore_mismatched_sizes", False))
     with load.in_progress(opened):

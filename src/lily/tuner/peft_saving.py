@@ -5,17 +5,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import re
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import peft
 import peft.functional
 import peft.peft_model
 import peft.utils
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from peft.utils import save_and_load
 from torch import Tensor, nn
@@ -25,9 +28,11 @@ from lily.checkpoint.complete import check_complete
 from lily.errors import LilyError
 from lily.layers import sharding
 from lily.plan.config import LilyConfig
+from lily.plan.vocabulary import FOLDER, REFERENCES
 from lily.plan.wrappers import innermost, plain_name, plain_names
 
 _stock_save_pretrained = PeftModel.save_pretrained
+_stock_card = PeftModel.create_or_update_model_card
 _stock_get_state = save_and_load.get_peft_model_state_dict
 
 MATRICES = re.compile(r"\.lily_(A|B|router)\.")
@@ -89,10 +94,12 @@ def _get_state(
 ) -> dict[str, Tensor]:
     """`get_peft_model_state_dict`: complete, and each tensor beside the adapter's own once."""
     configs = getattr(innermost(model), "peft_config", {})
-    if not isinstance(configs.get(adapter_name), LilyConfig):
-        return _stock_get_state(model, state_dict, adapter_name, **options)  # type: ignore[no-any-return]
+    config = configs.get(adapter_name)
+    if not isinstance(config, LilyConfig):
+        with _base_folder(innermost(model), config):
+            return _stock_get_state(model, state_dict, adapter_name, **options)  # type: ignore[no-any-return]
     state = _plain_state(model, state_dict)
-    with plain_names(model) as inner:
+    with plain_names(model) as inner, _base_folder(inner, config):
         if state:  # processes besides the first are given an empty one, and write nothing
             check_complete(inner, configs, adapter_name, state)
         written: dict[str, Tensor] = _stock_get_state(inner, state, adapter_name, **options)
@@ -103,13 +110,44 @@ def _get_state(
         return AdapterState(once(inner, adapter_name, written), model, adapter_name)
 
 
+@contextlib.contextmanager
+def _base_folder(model: Any, config: Any) -> Iterator[None]:
+    """Context: the configuration names the folder that the base model was read from.
+
+    PEFT compares the vocabulary with the one there, and the name in files may be no place.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    folder = getattr(base, FOLDER, None)
+    if folder is None or config is None:
+        yield
+        return
+    name, config.base_model_name_or_path = config.base_model_name_or_path, folder
+    try:
+        yield
+    finally:
+        config.base_model_name_or_path = name
+
+
 def _plain_state(model: nn.Module, given: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """A state dict, default: the model's, by the tensors' plain names."""
     plain = plain_name(model)
     return {plain(name): tensor for name, tensor in (model.state_dict() if given is None else given).items()}
 
 
+@functools.wraps(_stock_card)
+def _card(self: PeftModel, output_dir: str) -> None:
+    """`PeftModel.create_or_update_model_card`: the Hub refuses a card whose base model is no hub id."""
+    _stock_card(self, output_dir)
+    file = Path(output_dir, "README.md")
+    card = ModelCard.load(file)
+    if str(card.data.get("base_model") or "").startswith(REFERENCES):
+        del card.data.base_model
+        card.data.tags = [tag for tag in card.data.tags or [] if not tag.startswith("base_model:")]
+        card.save(file)
+
+
 PATCHES: list[tuple[Any, str, Any, Any]] = [
+    (PeftModel, "create_or_update_model_card", _card, _stock_card),
     (PeftModel, "save_pretrained", _save_pretrained, _stock_save_pretrained),
     *((m, "get_peft_model_state_dict", _get_state, _stock_get_state)
       for m in (peft, peft.utils, peft.peft_model, peft.functional, save_and_load)),

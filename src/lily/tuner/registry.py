@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lily.layers.bank import LilyBank
 from lily.plan.config import EXTENDED_TYPE, LilyConfig
 from lily.tuner import (
+    auto_classes,
     compiled_hotswap,
     hotswap,
     mixed,
@@ -38,7 +39,9 @@ def _convert_module_to_lora(
     return _stock_conversion(module, rank, adapter_name)  # type: ignore[no-any-return]
 
 
-REPLACING = (mixed, hotswap, compiled_hotswap, peft_loading, peft_saving, peft_optimizers, removal, scales, status)
+REPLACING = (
+    mixed, hotswap, compiled_hotswap, peft_loading, peft_saving, peft_optimizers, removal, scales, status, auto_classes
+)  # fmt: skip
 PATCHES = [patch for module in REPLACING for patch in module.PATCHES]
 
 

@@ -21,13 +21,21 @@ from lily.recipes.dreambooth.families import Family
 WEIGHTS = "adapter_model.safetensors"
 
 
-def add(model: Any, config: PeftConfig) -> list[nn.Parameter]:
+def add(model: Any, config: PeftConfig, hub: str | None = None, revision: str | None = None) -> list[nn.Parameter]:
     """Put an adapter on a frozen denoiser.
+
+    Args:
+        model: a diffusers model without an adapter.
+        config: of the adapter.
+        hub: hub id of the pipeline, for the adapter's files.
+        revision: of the hub id.
 
     Returns:
         The trained parameters, in float32 also where the denoiser is not.
     """
     model.add_adapter(config)
+    for added in model.peft_config.values():
+        added.base_model_name_or_path, added.revision = hub, revision
     cast_training_params(model, torch.float32)
     return [p for p in model.parameters() if p.requires_grad]
 

@@ -9,8 +9,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lily.deploy.card import front_matter
 from lily.io import tables
 from lily.recipes.results import card
+from lily.recipes.results.model_card import licenses, metadata
 from lily.recipes.spec.dreambooth import DreamBooth
 
 if TYPE_CHECKING:
@@ -35,12 +37,18 @@ def print_result(result: Result, recipe: DreamBooth, output: Path, console: Cons
 def model_card(recipe: DreamBooth, result: Result) -> str:
     """The model card, in Markdown with the Hub's front matter."""
     base = recipe.model.hub or recipe.model.path or f"the small {recipe.model.standin} pipeline"
-    prompt = f"instance_prompt: {recipe.subject.prompt!r}"
+    base = base if recipe.model.path is None or recipe.model.hub else Path(base).name
+    revision = f", revision={recipe.model.revision!r}" if recipe.model.revision else ""
     rows = [["untrained", f"{result.before['loss']:.4f}", ""]]
     rows += [[name, f"{v['loss']:.4f}", f"{v['parameters']:,.0f}"] for name, v in result.baselines.items()]
     rows += [["this adapter", f"{result.final['loss']:.4f}", f"{result.parameters['adapter']:,}"]]
     lines = [
-        *card.card_head(recipe, "diffusers", [result.method, "dreambooth", "text-to-image"], prompt),
+        front_matter({**metadata(recipe), "instance_prompt": recipe.subject.prompt}),
+        "",
+        f"# {recipe.name}",
+        "",
+        recipe.description.strip(),
+        "",
         f"An adapter ({', '.join(f'{k} {v}' for k, v in result.adapter.items())}) for `{base}`, trained on "
         f"{result.rows['train']} images of one subject. Prompt: `{recipe.subject.prompt}`.",
         "",
@@ -50,12 +58,14 @@ def model_card(recipe: DreamBooth, result: Result) -> str:
         "the model learned them, not how well it draws.",
         "",
         "```python",
+        *(["from diffusers import DiffusionPipeline", ""] if recipe.model.hub else []),
         "from lily.recipes.dreambooth.adapters import load",
         "",
-        f'load(pipe.{result.adapter["component"]}, "path/of/this/folder")',
+        *([f"pipe = DiffusionPipeline.from_pretrained({recipe.model.hub!r}{revision})"] if recipe.model.hub else []),
+        f'load(pipe.{result.adapter["component"]}, ".")  # this folder',
         "```",
         "",
-        card.licenses("images"),
+        licenses("images"),
         "",
     ]
     return "\n".join(lines)

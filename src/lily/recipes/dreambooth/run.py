@@ -19,6 +19,7 @@ from lily.recipes.methods.terms import warnings_of
 from lily.recipes.models.precision import precision_of
 from lily.recipes.packages import check_packages
 from lily.recipes.results.card import adapter_costs, adapter_summary
+from lily.recipes.results.model_card import without_home
 from lily.recipes.results.result import Result, output_folder, started
 from lily.recipes.results.run_files import newest_checkpoint
 from lily.recipes.spec.dreambooth import DreamBooth
@@ -124,7 +125,7 @@ def _write(result: Result, recipe: DreamBooth, output: Path, begin: float) -> No
 
     result.seconds["total"] = time.perf_counter() - begin
     result.write(output / "metrics.json")
-    write_text(output / "last" / "recipe.yaml", loader.dump_recipe(recipe))
+    write_text(output / "last" / "recipe.yaml", loader.dump_recipe(without_home(recipe)))
     write_text(output / "last" / "README.md", model_card(recipe, result))
 
 
@@ -169,7 +170,7 @@ def _run(recipe: DreamBooth, prepared: Prepared, pipe: Any, output: Path, resume
     prior = _prior(recipe, prepared, pipe, family, text, empty, output)
     images = encoded(recipe, pipe, prepared.subject)
     set_seed(recipe.seed)
-    adapters.add(model, prepared.config)
+    adapters.add(model, prepared.config, recipe.model.hub, recipe.model.revision)
     if recipe.train.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     world = loop.World.of(recipe, pipe, family, images, prior, text)

@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import _find_minimal_target_modules
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
+from lily.checkpoint.heads import HEADS
 from lily.errors import LilyError
 from lily.optim import multiples_of
 from lily.plan import decide as plan
@@ -23,7 +24,7 @@ from lily.plan.select_parts import whole_layers
 from lily.plan.sharing_plan import SAVED_HEADS, SharingPlan
 from lily.plan.specs import PARAMETERS, ModuleSpec
 from lily.recipes.methods import other_peft
-from lily.recipes.models.load import HEADS, heads_of
+from lily.recipes.models.load import heads_of
 from lily.recipes.spec.dreambooth import DreamBooth
 from lily.recipes.spec.locations import Key, located
 from lily.recipes.spec.methods import Group

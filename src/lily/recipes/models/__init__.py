@@ -11,6 +11,7 @@ from lily.recipes.models.load import (
     local_model,
     meta_model,
 )
+from lily.recipes.models.reference import reference
 
 __all__ = [
     "AUTO_CLASSES",
@@ -22,4 +23,5 @@ __all__ = [
     "load_tokenizer",
     "local_model",
     "meta_model",
+    "reference",
 ]

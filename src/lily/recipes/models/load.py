@@ -7,10 +7,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from lily.checkpoint.heads import HEADS
 from lily.errors import LilyError
+from lily.plan.vocabulary import FOLDER
 from lily.recipes.data.images import Preprocess
 from lily.recipes.data.sources import fetch
 from lily.recipes.models import convert, quantization
+from lily.recipes.models.reference import reference, shown
 from lily.recipes.offline import standins
 from lily.recipes.spec.base import Task
 from lily.recipes.spec.schema import Model, Recipe
@@ -27,8 +30,6 @@ AUTO_CLASSES: dict[Task, str] = {
     "image-classification": "AutoModelForImageClassification",
     "sft": "AutoModelForCausalLM",
 }
-
-HEADS = ("classifier", "score", "classification_head", "head")
 
 
 def heads_of(model: nn.Module) -> list[str]:
@@ -154,7 +155,7 @@ def load_model(
     )
     mismatched = sorted((name, tuple(saved), tuple(wanted)) for name, saved, wanted in info["mismatched_keys"])
     if mismatched:
-        line = _new_head(mismatched, loaded, task, source)
+        line = _new_head(mismatched, loaded, task, source, shown(model))
         if announce is not None:
             announce(line)
     if task != "image-classification" and getattr(loaded.config, "pad_token_id", None) is None:
@@ -164,6 +165,10 @@ def load_model(
             loaded.config.pad_token_id = load_tokenizer(model).pad_token_id
     if options:
         loaded = quantization.prepared(loaded)
+    name, _ = reference(model)
+    loaded.name_or_path = loaded.config.name_or_path = name  # PEFT writes it into the adapter's files
+    if name != str(source):
+        setattr(loaded, FOLDER, str(source))
     call_uncalled.call_projections(loaded)
     return cast("PreTrainedModel", loaded.eval())
 
@@ -223,6 +228,7 @@ def _new_head(
     model: PreTrainedModel,
     task: Task,
     source: Path | str,
+    named: str,
 ) -> str:
     """The message about a new head that replaces one of another size.
 
@@ -237,7 +243,7 @@ def _new_head(
                 "use the config.json that belongs to the weights"
             )
     name, saved, wanted = mismatched[-1]
-    return f"{name} of {source} has {saved[0]} outputs and this task {wanted[0]}: training starts with a new head"
+    return f"{name} of {named} has {saved[0]} outputs and this task {wanted[0]}: training starts with a new head"
 
 
 def _register_models(task: Task) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lily.errors import LilyError
 from lily.recipes import loader
-from lily.recipes.results.run_files import LABELS, adapter_path, kept_recipe
+from lily.recipes.results.run_files import adapter_path, kept_recipe
 from lily.recipes.spec.base import Task
 from lily.recipes.spec.dreambooth import DreamBooth
 from lily.recipes.spec.schema import Model, Recipe
@@ -90,11 +90,13 @@ class AdapterFolder:
             return recipe.model, recipe.task
         from peft import PeftConfig  # takes seconds to import, which no error about a folder should
 
+        from lily.recipes.models.reference import named
+
         config = PeftConfig.from_pretrained(str(self.path))
         where = self.base or config.base_model_name_or_path
         if not where:
             raise LilyError(f"{self.path} does not say which base model it is for; name it with --base")
-        if self.base is None and not Path(where).is_dir():
+        if self.base is None and (known := named(where)) is None and not Path(where).is_dir():
             raise LilyError(
                 f"{self.path} is for the base model {where!r}, which is no folder here; name it with --base"
             )
@@ -103,6 +105,8 @@ class AdapterFolder:
                 f"{self.path}: without a recipe, task_type must be CAUSAL_LM or SEQ_CLS, not {config.task_type}; name "
                 "the recipe with --recipe, or use lily.export in Python, which takes any model"
             )
+        if self.base is None and known is not None:
+            return known, TASKS[config.task_type]
         return Model(path=where) if Path(where).expanduser().exists() else Model(hub=where), TASKS[config.task_type]
 
     def labels(self) -> tuple[str, ...] | None:
@@ -111,15 +115,9 @@ class AdapterFolder:
         Raises:
             LilyError: if the file is no list of names.
         """
-        from lily.io.untrusted import blame, read_json  # imports torch
+        from lily.checkpoint.heads import labels_beside  # imports torch
 
-        file = self.path / LABELS
-        if not file.is_file():
-            return None
-        labels = read_json(file)
-        if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-            raise blame(file, "expected a list of the classes' names")
-        return tuple(labels)
+        return labels_beside(self.path)
 
     def outputs(self) -> tuple[str, ...]:
         """The classes, or the numbers of the outputs of the head that the adapter's file holds; two if it has none."""

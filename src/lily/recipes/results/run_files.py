@@ -13,7 +13,6 @@ from typing import Any
 from lily.errors import LilyError
 
 METRICS = "metrics.json"
-LABELS = "labels.json"
 
 
 def within_run(path: Path) -> Path:

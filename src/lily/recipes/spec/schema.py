@@ -128,6 +128,9 @@ class Recipe(RecipeBase):
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     description: str = ""
+    license: str | None = Field(
+        None, description="The adapter's license on its model card: apache-2.0. Default: the base model's, if known."
+    )
     task: Task
     model: Model
     data: Data
