@@ -30,13 +30,14 @@ from finished import chat_run, classifier_run  # noqa: E402
 from helpers import BUILDERS  # noqa: E402
 from jinja2 import Environment  # noqa: E402
 from recipes_helpers import chat_model, chat_table, encoder, table  # noqa: E402
+from stranger import stranger  # noqa: E402
 
 gc.freeze()
 gc.enable()
 # A saved adapter has a card, whose template would be compiled again for each: a tenth of the time of a tiny run.
 Environment.compile = functools.lru_cache(maxsize=16)(Environment.compile)  # type: ignore[method-assign]
 
-__all__ = ["chat_model", "chat_run", "chat_table", "classifier_run", "encoder", "table", "tools_model"]
+__all__ = ["chat_model", "chat_run", "chat_table", "classifier_run", "encoder", "stranger", "table", "tools_model"]
 
 ROUTINGS = ["token", "sequence", "batch", "static", "uniform"]
 
