@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 
 import peft
 import pytest
 import torch
 from helpers import build, inputs, logits, randomise
-from paths import ROOT
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -24,46 +21,6 @@ from lily.layers.bank import bank_of
 pytestmark = [pytest.mark.sample(every=10), pytest.mark.filterwarnings("ignore:routing=.* on a causal model")]
 
 BOTH = {"r": 4, "stride_A": 2, "num_B": 3, "scaling": 0.7, "target_modules": ["q_proj", "v_proj", "down_proj"]}
-
-
-# A process that has stock PEFT only; each question is answered by a fork of it. `build`, `inputs`, `logits` are there.
-STOCK = f"""
-import os, sys, traceback
-sys.modules["lily"] = None
-sys.path.insert(0, {str(ROOT / "tests" / "support")!r})
-import peft, torch
-from helpers import *
-from safetensors.torch import load_file, save_file
-for line in sys.stdin:
-    code, printed, *args = eval(line)
-    if (child := os.fork()) == 0:
-        sys.stdout = sys.stderr = open(printed, "w")
-        try:
-            exec(code)
-        except BaseException:
-            traceback.print_exc()
-        sys.stdout.flush()
-        os._exit(0)
-    os.waitpid(child, 0)
-    print("answered", flush=True)
-"""
-
-
-@pytest.fixture(scope="session")
-def stock(tmp_path_factory):
-    """Run code in the process that has stock PEFT only, and give what it prints."""
-    printed = tmp_path_factory.mktemp("stock") / "printed"
-    with subprocess.Popen([sys.executable, "-c", STOCK], stdin=-1, stdout=-1, text=True) as process:
-
-        def ask(code: str, *args: object) -> str:
-            process.stdin.write(repr((code, str(printed), *map(str, args))) + "\n")
-            process.stdin.flush()
-            while process.stdout.readline().strip() != "answered":
-                assert process.poll() is None
-            return printed.read_text()
-
-        yield ask
-        process.stdin.close()
 
 
 SAVE_STOCK = """
@@ -84,8 +41,8 @@ print('loaded')
 
 
 @pytest.fixture
-def stock_adapter(tmp_path, stock):
-    stock(SAVE_STOCK, tmp_path, BOTH)
+def stock_adapter(tmp_path, stranger):
+    stranger(SAVE_STOCK, tmp_path, BOTH)
     return tmp_path, load_file(tmp_path / "result.safetensors")
 
 
@@ -112,23 +69,23 @@ def test_a_stock_adapter_gives_stocks_logits_and_gradients(stock_adapter):
 
 
 @pytest.mark.parametrize("start", [True, "orthonormal"])
-def test_stock_loads_our_batch_routed_file_with_difference_zero(tmp_path, stock, start):
+def test_stock_loads_our_batch_routed_file_with_difference_zero(tmp_path, stranger, start):
     config = LilyConfig(task_type="CAUSAL_LM", routing="batch", init_weights=start, **BOTH)
     model = randomise(get_peft_model(build("llama"), config)).eval()
     model.save_pretrained(tmp_path)
-    assert "loaded" in stock(LOAD_STOCK, tmp_path)
+    assert "loaded" in stranger(LOAD_STOCK, tmp_path)
     assert torch.equal(load_file(tmp_path / "result.safetensors")["logits"], logits(model, inputs("llama")).detach())
 
 
 @pytest.mark.parametrize("targets", ["all-linear", r".*\.(q_proj|o_proj)", ["self_attn.q_proj", "o_proj"]])
 @pytest.mark.parametrize("how", [{"stride_A": 3}, {"num_A": 2}])
-def test_whatever_selected_the_layers_stock_reads_our_file_rightly(tmp_path, stock, targets, how):
+def test_whatever_selected_the_layers_stock_reads_our_file_rightly(tmp_path, stranger, targets, how):
     options = {**BOTH, "stride_A": None, **how, "target_modules": targets}
     model = randomise(
         get_peft_model(build("llama"), LilyConfig(task_type="CAUSAL_LM", routing="batch", **options))
     ).eval()
     model.save_pretrained(tmp_path)
-    assert "loaded" in stock(LOAD_STOCK, tmp_path)
+    assert "loaded" in stranger(LOAD_STOCK, tmp_path)
     assert torch.equal(load_file(tmp_path / "result.safetensors")["logits"], logits(model, inputs("llama")).detach())
 
 
@@ -146,7 +103,7 @@ def test_whatever_selected_the_layers_stock_reads_our_file_rightly(tmp_path, sto
         {"target_modules": ["proj", "q_proj", "o_proj"]},
     ],
 )
-def test_stock_refuses_what_it_would_compute_wrongly(tmp_path, stock, beyond):
+def test_stock_refuses_what_it_would_compute_wrongly(tmp_path, stranger, beyond):
     options = {**BOTH, "routing": "batch", **beyond}
     if beyond.get("target_modules"):  # 'q_proj' ends with 'proj': stock's groups would depend on the hash seed
         model = build("llama")
@@ -156,15 +113,15 @@ def test_stock_refuses_what_it_would_compute_wrongly(tmp_path, stock, beyond):
         get_peft_model(model, LilyConfig(task_type="CAUSAL_LM", **options)).save_pretrained(tmp_path)
     else:
         get_peft_model(build("llama"), LilyConfig(task_type="CAUSAL_LM", **options)).save_pretrained(tmp_path)
-    printed = stock(LOAD_STOCK, tmp_path)
+    printed = stranger(LOAD_STOCK, tmp_path)
     assert "loaded" not in printed
     assert "KeyError: 'LILY_PEFT'" in printed
 
 
 @pytest.mark.parametrize("targets", [r".*\.(q_proj|o_proj)", ["q_proj", "o_proj"]])
-def test_a_stock_file_with_another_grouping_is_loaded_as_it_was(tmp_path, stock, targets):
+def test_a_stock_file_with_another_grouping_is_loaded_as_it_was(tmp_path, stranger, targets):
     """Stock puts everything that a regular expression matches into one group per shape."""
-    stock(SAVE_STOCK, tmp_path, {**BOTH, "target_modules": targets})
+    stranger(SAVE_STOCK, tmp_path, {**BOTH, "target_modules": targets})
     expected = load_file(tmp_path / "result.safetensors")["logits"]
     for low in (False, True):
         model = PeftModel.from_pretrained(build("llama"), tmp_path, is_trainable=True, low_cpu_mem_usage=low).eval()
@@ -175,7 +132,7 @@ def test_a_stock_file_with_another_grouping_is_loaded_as_it_was(tmp_path, stock,
     model.save_pretrained(again)
     back = PeftModel.from_pretrained(build("llama"), again).eval()
     assert torch.equal(logits(back, inputs("llama")), logits(model, inputs("llama")))
-    assert "loaded" in stock(LOAD_STOCK, again)
+    assert "loaded" in stranger(LOAD_STOCK, again)
     assert (load_file(again / "result.safetensors")["logits"] - expected).abs().max() <= 1e-5
 
 

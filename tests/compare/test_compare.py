@@ -13,6 +13,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import forked
 import pytest
 from browser import NARROW, WIDE, assert_drawn, assert_printed, needs_browser, printed, screenshot
 from recipes_helpers import classification, rows, write_jsonl, write_recipe
@@ -49,6 +50,7 @@ def finished(tmp_path_factory, encoder):
     path = made(folder, encoder, epochs=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setattr(runner, "subprocess", forked.IN_PLACE)
         result = invoke(path, "train.learning_rate=0.02", "--methods", "lily,lora", "--seeds", 1, "--output", "out")
     assert result.exit_code == 0, result.output + str(result.exception)
     return folder, path, result.output
@@ -393,6 +395,14 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(tmp_path, recipe, monkeyp
     outcomes = runner.run(jobs, tmp_path, 2, 1, None, told.append)
     assert sorted(line.split()[1] for line in told) == ["lora/0", "lora/1", "lora/2"]
     assert all(o.figures is None and o.error.startswith("it broke (see ") for o in outcomes.values())
+
+
+def test_a_run_is_a_process_of_its_own_whose_refusal_is_told(tmp_path, recipe, monkeypatch):
+    monkeypatch.setattr(loader, "dump_recipe", lambda _: "name: tiny\nmodle: small\n")
+    job = Job("lora/0", loader.load_recipe(recipe), tmp_path / "run")
+    with open(tmp_path / "lock", "w") as lock:
+        outcomes = runner.run([job], tmp_path, 1, 1, lock, lambda *_: None)
+    assert "lora-0.yaml:2: modle: unknown key" in outcomes["lora/0"].error
 
 
 @pytest.mark.parametrize(

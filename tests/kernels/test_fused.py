@@ -129,7 +129,7 @@ def test_gradients_of_gradients_pass_gradgradcheck(routing):
     assert torch.autograd.gradgradcheck(lambda *t: case.fast(), case.leaves)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     routing=st.sampled_from(ROUTINGS),
     shape=st.lists(st.integers(1, 70), min_size=0, max_size=2),

@@ -269,7 +269,7 @@ def test_rounding_is_measured_and_reported():
         assert layer.rounding["default"] == pytest.approx(float(error), rel=1e-3)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     st.integers(0, 2**31),
     st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),

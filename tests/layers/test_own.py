@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -150,17 +148,17 @@ def test_the_distinction_is_the_same_on_every_machine():
     assert functional.distinction("permute", 6, 2, 1) != functional.distinction("permute", 6, 2, 0)
 
 
-def test_a_file_means_the_same_in_a_process_with_another_hash_seed(tmp_path):
+def test_a_file_means_the_same_in_a_process_with_another_hash_seed(tmp_path, stranger):
     model = adapted("linear", "all", "token")
     model.save_pretrained(tmp_path)
     code = (
-        "import sys, torch; sys.path[:0] = sys.argv[2:]\n"
-        "from every_kind import base, output; from peft import PeftModel\n"
-        "model = PeftModel.from_pretrained(base().double(), sys.argv[1], autocast_adapter_dtype=False).double()\n"
-        "torch.save(output(model.eval()), sys.argv[1] + '/out.pt')"
+        "del sys.modules['lily']; sys.path[:0] = args[1:]\n"
+        "from every_kind import base, output\n"
+        "model = peft.PeftModel.from_pretrained(base().double(), args[0], autocast_adapter_dtype=False).double()\n"
+        "torch.save(output(model.eval()), args[0] + '/out.pt')\n"
+        "print(hash('lily'))"
     )
-    paths = [str(Path(__file__).parents[1] / "support"), *sys.path]
-    subprocess.run([sys.executable, "-c", code, str(tmp_path), *paths], check=True, env={"PYTHONHASHSEED": "77"})
+    assert int(stranger(code, tmp_path, *sys.path).splitlines()[-1]) != hash("lily")
     assert torch.equal(torch.load(tmp_path / "out.pt"), output(model))
 
 

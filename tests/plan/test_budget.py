@@ -171,7 +171,7 @@ def test_what_is_given_is_kept(
     assert budget is None or choice.parameters <= budget
 
 
-@settings(max_examples=50)
+@settings(max_examples=25)
 @given(st.integers(1, 40), st.integers(4, 400))
 def test_a_budget_is_used_up_to_one_rank(layers: int, lora: int) -> None:
     modules = stack(layers, q_proj=(512, 512), up_proj=(512, 2048))

@@ -94,7 +94,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.dictionaries(st.sampled_from([*Recipe.model_fields, "extra", ""]), VALUES, max_size=8))
 def test_any_mapping_is_either_a_recipe_or_one_clear_error(tmp_path_factory, values):
     path = tmp_path_factory.mktemp("fuzz") / "r.yaml"

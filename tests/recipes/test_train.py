@@ -139,20 +139,30 @@ def test_method_none_only_evaluates_a_chat_model(tmp_path, chat_model):
     assert not (tmp_path / "run" / "best").exists()
 
 
-def test_training_is_the_same_for_the_same_seed(tmp_path, encoder):
-    outcomes = []
-    for i in range(2):
-        recipe = make(classification, tmp_path, encoder, [f"output={tmp_path}/run{i}", "train.epochs=2"])
-        train.train(recipe, quiet=True)
-        outcomes.append(load_file(tmp_path / f"run{i}" / "last" / "adapter_model.safetensors"))
-    for name, tensor in outcomes[0].items():
-        assert torch.equal(tensor, outcomes[1][name])
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, encoder):
+    """A run of three epochs: its folder and result."""
+    folder = tmp_path_factory.mktemp("whole")
+    result = train.train(make(classification, folder, encoder, [f"output={folder}/run", "train.epochs=3"]), quiet=True)
+    return folder / "run", result
 
 
-def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, encoder):
-    whole = make(classification, tmp_path, encoder, [f"output={tmp_path}/whole", "train.epochs=2"])
-    expected = train.train(whole, quiet=True)
-    half = make(classification, tmp_path, encoder, [f"output={tmp_path}/half", "train.epochs=2"])
+def same_weights(one, other, names=("best", "last")):
+    for name in names:
+        first, second = (load_file(run / name / "adapter_model.safetensors") for run in (one, other))
+        assert first.keys() == second.keys()
+        for key, tensor in first.items():
+            assert torch.equal(tensor, second[key]), key
+
+
+def test_training_is_the_same_for_the_same_seed(tmp_path, encoder, whole):
+    train.train(make(classification, tmp_path, encoder, ["train.epochs=3"]), quiet=True)
+    same_weights(whole[0], tmp_path / "run")
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, encoder, whole):
+    run, expected = whole
+    half = make(classification, tmp_path, encoder, [f"output={tmp_path}/half", "train.epochs=3"])
 
     class Stopped(Exception):
         pass
@@ -180,9 +190,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, encoder):
     got = train.train(half, resume=True, quiet=True)
     assert [h["step"] for h in got.history] == [h["step"] for h in expected.history]
     assert got.final == expected.final
-    one, two = (load_file(tmp_path / name / "last" / "adapter_model.safetensors") for name in ("whole", "half"))
-    for name, tensor in one.items():
-        assert torch.equal(tensor, two[name]), name
+    same_weights(run, tmp_path / "half")
 
 
 def test_a_model_with_a_head_of_another_size_is_trained_and_its_card_loads_it(tmp_path, encoder, capsys):
@@ -333,23 +341,19 @@ def test_a_cosine_ends_at_the_least_learning_rate_of_the_adapter_and_in_proporti
     assert rates == sorted(rates, reverse=True)
 
 
-def test_a_watch_stops_a_run_that_goes_on_later_to_where_an_undisturbed_one_ends(tmp_path, encoder):
-    recipe = make(classification, tmp_path, encoder, ["train.epochs=3"])
-    whole = train.train(recipe, quiet=True)
-    expected = {name: load_file(tmp_path / "run" / name / "adapter_model.safetensors") for name in ("best", "last")}
+def test_a_watch_stops_a_run_that_goes_on_later_to_where_an_undisturbed_one_ends(tmp_path, encoder, whole):
+    recipe, (run, expected) = make(classification, tmp_path, encoder, ["train.epochs=3"]), whole
     seen = []
 
     def watch(history):
         seen.append([h["epoch"] for h in history])
         return len(history) == 2
 
-    paused = train.train(recipe, overwrite=True, quiet=True, watch=watch)
+    paused = train.train(recipe, quiet=True, watch=watch)
     assert seen == [[1.0], [1.0, 2.0]]
-    assert paused.history == whole.history[:2]
-    assert train.train(recipe, resume=True, quiet=True).history == whole.history
-    for name, tensors in expected.items():
-        found = load_file(tmp_path / "run" / name / "adapter_model.safetensors")
-        assert all(torch.equal(found[key], tensor) for key, tensor in tensors.items())
+    assert paused.history == expected.history[:2]
+    assert train.train(recipe, resume=True, quiet=True).history == expected.history
+    same_weights(run, tmp_path / "run")
 
 
 def test_a_trial_of_a_search_leaves_the_test_rows_alone(tmp_path, encoder, monkeypatch):

@@ -25,13 +25,14 @@ Prepare = Callable[[World], dict[str, Any]]
 # Added to a command of any page, or of one; a repeated option replaces the one that stands there. The
 # precision is one for all, since accelerate keeps to that which a process began with.
 PRECISION = "train.precision=float32"
+FEW_STEPS = "train.max_steps=4"
 SMALLER: dict[str | tuple[str, str], tuple[str, ...]] = {
-    "train": (PRECISION,),
-    "tune": (PRECISION, "--trials", "1"),
+    "train": (PRECISION, FEW_STEPS),
+    "tune": (PRECISION, FEW_STEPS, "--trials", "1"),
     "compare": (PRECISION, "--seeds", "1"),
     "sweep": (PRECISION, "lily.r=4", "--points", "2", "--seeds", "1", "--overwrite"),
     "bench": ("--width", "64", "--depth", "2", "--tokens", "16", "--rounds", "1", "--batch", "1", "--params", "30k"),
-    ("docs/tutorials/vision.md", "train"): (PRECISION, "train.max_steps=4"),
+    ("docs/tutorials/vision.md", "train"): (PRECISION, FEW_STEPS),
     ("docs/tutorials/diffusion.md", "train"): (
         PRECISION,
         "train.max_steps=2",
@@ -67,7 +68,7 @@ def described(folder: str) -> None:
 def quickstart(world: World) -> None:
     """Of `quickstart-routed`: the pages that need a run are about routing."""
     folder = "runs/quickstart-routed-lily-0"
-    shutil.copytree(world.run("quickstart-routed", "baselines=[lora]", PRECISION), folder)
+    shutil.copytree(world.run("quickstart-routed", "baselines=[lora]", PRECISION, FEW_STEPS), folder)
 
 
 def with_batches(**names: Any) -> dict[str, Any]:
@@ -176,7 +177,7 @@ def symptoms(world: World) -> dict[str, Any]:
     """The recipe and the run that the page of symptoms names, and a `PeftModel`."""
     from peft import get_peft_model_state_dict
 
-    shutil.copytree(world.run("quickstart-routed", "baselines=[lora]", PRECISION), "runs/mine")
+    shutil.copytree(world.run("quickstart-routed", "baselines=[lora]", PRECISION, FEW_STEPS), "runs/mine")
     recipe = yaml.safe_load(Path("runs/mine/recipe.yaml").read_text())
     Path("mine.yaml").write_text(yaml.safe_dump({**recipe, "output": "runs/mine", "baselines": []}))
     world.invoke("collapse", "runs/mine", "--out", "made-static")

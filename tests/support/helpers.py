@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -171,8 +172,7 @@ def processes(work: Callable[[int], Any], count: int = 2) -> list[Any]:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    context = mp.get_context("forkserver")  # which imports once what every process needs
-    context.set_forkserver_preload(["peft", "transformers.models.llama.modeling_llama", "lily.tuner.registry"])
+    context = mp.get_context("fork")  # this process has imported what they need, which takes seconds
     queue = context.Queue()
     workers = [context.Process(target=_worker, args=(work, rank, count, port, queue)) for rank in range(count)]
     for worker in workers:
@@ -195,6 +195,7 @@ def _worker(work: Callable[[int], Any], rank: int, count: int, port: int, queue:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(count))
     os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(count))
     torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)  # a trainer of the process that was forked
     torch.distributed.init_process_group("gloo", rank=rank, world_size=count)
     try:
         queue.put((rank, work(rank), None))

@@ -37,8 +37,9 @@ def as_begun(recipe: AnyRecipe, folder: Path) -> AnyRecipe:
 
 
 def _kept(folder: Path) -> Mapping[str, Any] | None:
-    """The section `lily` of the recipe of a run, a search, or the first run of a comparison."""
-    files = (folder / "recipe.yaml", folder / "settings.json", *sorted(folder.glob("*/**/recipe.yaml")))
+    """The section `lily` of the recipe of a run, a search, or the first run of a comparison or a sweep."""
+    # `runs` alone, since a folder may be one that is refused later, such as `/`
+    files = (folder / "recipe.yaml", folder / "settings.json", *sorted((folder / "runs").glob("**/recipe.yaml")))
     return next((found for file in files if (found := _section(file)) is not None), None)
 
 

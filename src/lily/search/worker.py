@@ -28,10 +28,11 @@ def main(recipe: str, folder: str, parent: int, *options: str) -> None:
     end_with(parent)
     from lily.errors import LilyError
     from lily.recipes import loader
-    from lily.recipes.train import train
 
     try:
         chosen = loader.load_recipe(recipe, [f"output={json.dumps(folder)}"])
+        from lily.recipes.train import train  # takes seconds
+
         begun = (Path(folder) / "recipe.yaml").is_file()
         until = next((int(text.partition("=")[2]) for text in options if text.startswith("until=")), None)
         train(

@@ -142,7 +142,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(VALUES, st.sampled_from(["", ":", ":x", ":path", ":\0", "::"]))
 def test_any_variants_are_recipes_or_one_error(tmp_path, values, asked):
     path = write_recipe(tmp_path, {**TEMPLATE, "variants": values}, "many.yaml")

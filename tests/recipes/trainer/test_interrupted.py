@@ -291,10 +291,10 @@ def test_a_signal_after_the_last_step_is_not_lost(whole):
 
 
 def test_ctrl_c_twice_quits_at_once(whole):
-    recipe, run = begun(whole, "sft")
+    recipe, run = begun(whole, "lora")
     assert struck(recipe, sent(signal.SIGINT, 2), 3, ["training_step"]) == 130
     assert checkpoints.last(run) is None
-    ends_as_whole(whole, "sft")
+    ends_as_whole(whole, "lora")
 
 
 def test_signals_are_deferred_within_a_block_and_belong_to_their_old_owners_after():
