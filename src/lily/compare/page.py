@@ -137,16 +137,17 @@ def _scatter(comparison: Comparison, label: str, of: Callable[[Entry], float], w
 
 def _training(comparison: Comparison) -> list[Block]:
     metric = comparison.metric
+    unit, label = (1.0, metric) if metric in LOWER_IS_BETTER else (100.0, f"{metric} (%)")
     series = [
         Series(entry.title, _style(i), points)
         for i, entry in enumerate(comparison.entries)
-        if (points := tuple((step, value) for step, value in entry.history if math.isfinite(value)))
+        if (points := tuple((step, unit * value) for step, value in entry.history if math.isfinite(value)))
     ]
     if not series:
         return []
     title = f"{metric} on the validation rows"
     caption = "Mean over seeds, at each evaluation. The best adapter of each seed was kept."
-    chart = charts.lines(series, title, caption, "optimizer step", metric)
+    chart = charts.lines(series, title, caption, "optimizer step", label)
     rows = [
         [entry.title, *(shown(metric, statistics.fmean(values)) for values in (entry.best, entry.last))]
         for entry in comparison.entries

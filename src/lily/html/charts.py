@@ -186,11 +186,12 @@ def lines(
     most = 8 if width >= WIDTH else 5
     labels = [(v, f"{v:g}") for v in ticks(*frame.x, most=most) if v == int(v) or not whole]
     marks = axes(frame, x_label, y_label, labels)
-    label_y = frame.height
+    names, label_y = [], frame.height
     for value, name in sorted(levels):
         at, end = frame.at_y(value), frame.width - frame.right
         label_y = min(at - 5, label_y - 13)  # names do not cover one another
-        marks += [line(frame.left, at, end, at, "level"), text(end, label_y, name, anchor="end")]
+        marks.append(line(frame.left, at, end, at, "level"))
+        names.append(text(end, label_y, name, "tick over", anchor="end"))
     for s in series:
         if s.band:
             top = [(frame.at_x(px), frame.at_y(high)) for px, _, high in s.band]
@@ -201,6 +202,7 @@ def lines(
         marks.append(_path("polyline", [(x, y) for x, y, _ in points], f"curve {s.style}", s.name))
         if len(points) <= 30:
             marks += [dot(x, at, f"{s.name}: {tip}", s.style, "3") for x, at, tip in points]
+    marks += names
     return Chart(frame.width, frame.height, title, description, marks)
 
 

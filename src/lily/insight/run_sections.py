@@ -11,10 +11,9 @@ from lily.html.page import Block, Case, Cases, Details, Figure, Grid, Heading, T
 from lily.insight.gather import Insight
 from lily.recipes.results.card import adapter_costs, costs_of, values_of
 from lily.recipes.results.review_table import class_line, headline
-from lily.recipes.results.run_files import RunFigures
 from lily.recipes.results.verdict import GUESS, title_of
 from lily.recipes.scoring.baselines import VALIDATION
-from lily.recipes.scoring.metrics import shown
+from lily.recipes.scoring.metrics import LOWER_IS_BETTER, shown
 from lily.recipes.scoring.review import Classes, Confused, Mistake
 
 ONE_SEED = (
@@ -51,30 +50,33 @@ def training(insight: Insight) -> list[Block]:
     runs = [(f"{UNNAMED} ({title_of(own.method)})", "lora" if own.method == "lora" else "lily", own)]
     if insight.lora_run is not None:
         runs.append(("LoRA trained beside it", "lora", insight.lora_run))
+    unit, label = (1.0, own.metric) if own.metric in LOWER_IS_BETTER else (100.0, f"{own.metric} (%)")
     levels = [
-        (values[VALIDATION], title_of(name))
+        (unit * values[VALIDATION], title_of(name))
         for name, values in own.baselines.items()
         if VALIDATION in values and name != GUESS
     ]
     caption = "At each evaluation; the best adapter was kept."
     if levels:
         caption += " Dashed: baselines that do not train in steps, on the same rows."
+    curves = [(name, style, [(step, unit * value) for step, value in run.evaluations]) for name, style, run in runs]
+    losses = [(name, style, run.losses) for name, style, run in runs]
     figures = [
-        *_curves(runs, "evaluations", f"{own.metric} on the validation rows", caption, own.metric, levels),
-        *_curves(runs, "losses", "Training loss", "Training loss, as the trainer logged it.", "loss"),
+        *_curves(curves, f"{own.metric} on the validation rows", caption, label, levels),
+        *_curves(losses, "Training loss", "Training loss, as the trainer logged it.", "loss"),
     ]
     return [Grid(figures)] if figures else []
 
 
 def _curves(
-    runs: Sequence[tuple[str, str, RunFigures]],
-    what: str,
+    curves: Sequence[tuple[str, str, Sequence[tuple[float, float]]]],
     title: str,
     caption: str,
     label: str,
     levels: Sequence[tuple[float, str]] = (),
 ) -> list[Figure]:
-    series = [Series(name, style, points) for name, style, run in runs if (points := getattr(run, what))]
+    """A figure of curves (name, style, points), if one has points."""
+    series = [Series(name, style, tuple(points)) for name, style, points in curves if points]
     chart = charts.lines(series, title, caption, "optimizer step", label, levels=levels)
     return [] if chart is None else [curve_figure(chart, series, "step")]
 
@@ -103,7 +105,8 @@ def _classes(classes: Classes, lora: Classes | None, split: str) -> list[Block]:
         )  # fmt: skip
         lines = [[name, *map(str, line)] for name, line in zip(names, classes.confusion, strict=True)]
         numbers = Table(title, ["expected", *names], lines)
-        out.append(Figure(title, confusion(names, classes.confusion, title, caption), caption, numbers))
+        chart = confusion(names, classes.confusion, title, caption)
+        out.append(Figure(title, chart, caption, numbers, wide=True))
     f1 = {score.name: shown("f1", score.f1) for score in lora.scores} if lora is not None else {}
     heads = ["class", "precision", "recall", "F1", *(["F1 of LoRA"] if f1 else []), "rows", "predicted"]
     lines = [class_line(score) for score in classes.scores]

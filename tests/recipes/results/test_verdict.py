@@ -27,8 +27,8 @@ def run(own, baselines, metric="accuracy", rows=200, method="lily", before=0.25)
         (run(0.9, {"lora": 0.91}), "this adapter is level with LoRA (no difference that these rows can show)."),
         (
             run(0.9, {"lora": 0.91, "tfidf": 0.5, "frozen": 0.99}),
-            "this adapter loses to frozen encoder by 9.0, is level with LoRA (no difference that these rows can show) "
-            "and beats TF-IDF by 40.0.",
+            "this adapter loses to the frozen encoder by 9.0, "
+            "is level with LoRA (no difference that these rows can show) and beats TF-IDF by 40.0.",
         ),
         (run(0.25, {"majority": 0.25, "lora": 0.9}), "this adapter is no better than guessing (25.0)."),
         (run(0.9, {}), "Lily 90.0 (accuracy in percent, on 200 test rows): no baseline beside this adapter, "

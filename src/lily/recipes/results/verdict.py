@@ -72,12 +72,18 @@ def _judged(run: Result | RunFigures, own: float, against: list[Rival]) -> str:
     if not against:
         start = "" if before is None else f", from {shown(run.metric, before)} before training"
         return f"no baseline beside {this}{start}"
+    lost, won = ([rival for rival in against if rival.apart and (rival.ahead > 0) == wins] for wins in (False, True))
+    level = [_spoken(rival) for rival in against if not rival.apart]
     parts = [
-        *_named("loses to {}", [f"{r.name} by {_size(run.metric, r)}" for r in against if r.apart and r.ahead < 0]),
-        *_named("is level with {} (no difference that these rows can show)", [r.name for r in against if not r.apart]),
-        *_named("beats {}", [f"{r.name} by {_size(run.metric, r)}" for r in against if r.apart and r.ahead > 0]),
+        *_named("loses to {}", [f"{_spoken(rival)} by {_size(run.metric, rival)}" for rival in lost]),
+        *_named("is level with {} (no difference that these rows can show)", level),
+        *_named("beats {}", [f"{_spoken(rival)} by {_size(run.metric, rival)}" for rival in won]),
     ]
     return f"{this} {_joined(parts)}"
+
+
+def _spoken(rival: Rival) -> str:
+    return f"the {rival.name}" if rival.name == TITLES["frozen"] else rival.name
 
 
 def _named(form: str, names: list[str]) -> list[str]:

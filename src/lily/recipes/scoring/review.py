@@ -173,8 +173,8 @@ def classes(predicted: np.ndarray[Any, Any], expected: np.ndarray[Any, Any], lab
     pairs = [(*divmod(int(i), len(labels)), int(apart.flat[i])) for i in order if apart.flat[i]]
     return Classes(
         tuple(
-            ClassScore(name, *map(_number, of_class), int(support), int(total))
-            for name, *of_class, support, total in zip(labels, *scores, totals, strict=True)
+            ClassScore(name, _number(precision), _number(recall), _number(f1), int(support), int(total))
+            for name, precision, recall, f1, support, total in zip(labels, *scores, totals, strict=True)
         ),
         tuple(tuple(map(int, line)) for line in counts) if len(labels) <= WHOLE else None,
         tuple(Confused(labels[i], labels[j], count) for i, j, count in pairs),
@@ -198,7 +198,9 @@ def _read_classes(values: Mapping[str, Any]) -> Classes:
     scores = tuple(
         ClassScore(
             str(score["name"]),
-            *(None if score[name] is None else float(score[name]) for name in ("precision", "recall", "f1")),
+            _read_share(score["precision"]),
+            _read_share(score["recall"]),
+            _read_share(score["f1"]),
             int(score["support"]),
             int(score["predicted"]),
         )
@@ -214,6 +216,14 @@ def _read_classes(values: Mapping[str, Any]) -> Classes:
 
 
 def _read_mistake(values: Mapping[str, Any]) -> Mistake:
-    texts = (str(values[name]) for name in ("input", "expected", "predicted"))
-    confidence = values["confidence"]
-    return Mistake(int(values["row"]), *texts, None if confidence is None else float(confidence))
+    return Mistake(
+        int(values["row"]),
+        str(values["input"]),
+        str(values["expected"]),
+        str(values["predicted"]),
+        _read_share(values["confidence"]),
+    )
+
+
+def _read_share(value: Any) -> float | None:
+    return None if value is None else float(value)
