@@ -7,7 +7,7 @@ from lily.html.page import Details, Page, Section, Terms
 from lily.insight import rank_sections, routing_sections, run_sections, sections
 from lily.insight.definitions import TERMS
 from lily.insight.gather import Insight
-from lily.recipes.results.verdict import verdict
+from lily.recipes.results.standing import standing
 from lily.recipes.scoring.metrics import shown
 
 
@@ -18,7 +18,7 @@ def page(insight: Insight) -> str:
     routing = facts.get("config", {}).get("routing")
     kind = f"{facts['kind']}, {routing} routing" if routing else facts["kind"]
     measured = f"; routing measured on {insight.read}" if insight.read else ""
-    lead = "" if run is None else verdict(run)
+    lead = "" if run is None else standing(run)
     if not lead and insight.rank is not None:
         lead = short_rank_words(insight.rank, insight.lora, insight.equal_lora)
     definitions = Details("Definitions and limits", Terms(TERMS.items()), open=True)

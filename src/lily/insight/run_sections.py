@@ -11,7 +11,7 @@ from lily.html.page import Block, Case, Cases, Details, Figure, Grid, Heading, T
 from lily.insight.gather import Insight
 from lily.recipes.results.card import adapter_costs, costs_of, values_of
 from lily.recipes.results.review_table import class_line, headline
-from lily.recipes.results.verdict import GUESS, title_of
+from lily.recipes.results.standing import GUESS, title_of
 from lily.recipes.scoring.baselines import VALIDATION
 from lily.recipes.scoring.metrics import LOWER_IS_BETTER, shown
 from lily.recipes.scoring.review import Classes, Confused, Mistake

@@ -135,12 +135,12 @@ def _curve(history: Any, name: str) -> tuple[tuple[float, float], ...]:
 
 
 def _samples(values: Any) -> tuple[dict[str, Any], ...]:
-    """Prompts with their answers as texts, and the names of the answers that were cut; images have no prompt."""
+    """Prompts with their answers as texts, and the names of the answers that were cut; images have no expected one."""
     texts = ("prompt", "expected", "before", "after")
     return tuple(
         {**{name: str(entry[name]) for name in texts if name in entry}, "cut": list(map(str, entry.get("cut", ())))}
         for entry in values
-        if "prompt" in entry
+        if "expected" in entry
     )
 
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from lily.recipes.data.sft import completion_of
+from lily.recipes.data.tables import Row
 from lily.recipes.scoring.answers import answer_in
 from lily.recipes.spec.schema import Pattern, Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Answer(NamedTuple):
@@ -71,3 +76,22 @@ def lengths_of(answers: Sequence[Answer], expected: Sequence[int], recipe: Recip
         len(cut),
         recipe.generation.max_new_tokens,
     )
+
+
+def expected_tokens(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The number of tokens of each row's last completion, without special ones."""
+    return [len(tokenizer(completion_of(row), add_special_tokens=False)["input_ids"]) for row in rows]
+
+
+def unreachable(rows: Sequence[Row], name: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """A warning about expected answers that are too long to be generated, where exact_match compares whole texts."""
+    if recipe.generation.answer != "whole":
+        return []
+    limit, sizes = recipe.generation.max_new_tokens, expected_tokens(rows, tokenizer)
+    over = sum(size > limit for size in sizes)
+    if not over:
+        return []
+    return [
+        f"{name}: {over:,} of {len(sizes):,} expected answers ({over / len(sizes):.0%}) are longer than "
+        f"generation.max_new_tokens={limit}, so exact_match cannot find them; raise it to {max(sizes) + 8}"
+    ]

@@ -25,7 +25,7 @@ from lily.recipes.data.tasks import (
 from lily.recipes.scoring import choices
 from lily.recipes.scoring import metrics as metric_tools
 from lily.recipes.scoring import review as reviews
-from lily.recipes.scoring.answer_lengths import Answer, AnswerLengths, lengths_of
+from lily.recipes.scoring.answer_lengths import Answer, AnswerLengths, expected_tokens, lengths_of
 from lily.recipes.scoring.answers import answer_in, expected_answers
 from lily.recipes.scoring.inference import by_length, device_of, inference, to_device
 from lily.recipes.spec.schema import Recipe
@@ -202,11 +202,6 @@ def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
 def prompts_of(rows: Sequence[Row], recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     """The prompts of the rows' last answers, as texts or chats."""
     return [conversation(row, recipe, tokenizer)[-1][0] for row in rows]
-
-
-def expected_tokens(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The number of tokens of each row's last completion, without special ones."""
-    return [len(tokenizer(data.completion_of(row), add_special_tokens=False)["input_ids"]) for row in rows]
 
 
 def exact_matches(generated: Sequence[Answer], rows: Sequence[Row], recipe: Recipe) -> list[bool]:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lily.recipes.results.verdict import rivals, verdict
+from lily.recipes.results.standing import rivals, standing
 
 
 def run(own, baselines, metric="accuracy", rows=200, method="lily", before=0.25):
@@ -39,8 +39,8 @@ def run(own, baselines, metric="accuracy", rows=200, method="lily", before=0.25)
                                                   ": this head beats TF-IDF by 40.0."),
     ],
 )  # fmt: skip
-def test_the_verdict_names_everyone_and_says_who_is_better(run, said):
-    assert verdict(run).endswith(said)
+def test_the_sentence_names_everyone_and_says_who_is_better(run, said):
+    assert standing(run).endswith(said)
 
 
 def test_more_rows_show_a_smaller_difference():
@@ -48,7 +48,7 @@ def test_more_rows_show_a_smaller_difference():
     assert rivals(run(0.9, {"lora": 0.91}, rows=20_000))[0].apart
 
 
-def test_a_run_without_its_metric_has_no_verdict():
+def test_a_run_without_its_metric_has_no_standing():
     nothing = run(0.9, {})
     nothing.final = {}
-    assert verdict(nothing) == ""
+    assert standing(nothing) == ""

@@ -1,4 +1,4 @@
-"""How a trained adapter compares with its baselines, in a sentence."""
+"""Where a finished run stands among its baselines, in a sentence."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from lily.recipes.scoring.metrics import LOWER_IS_BETTER, better, shown
 
 if TYPE_CHECKING:
-    from lily.recipes.results.result import Result
     from lily.recipes.results.run_files import RunFigures
 
 TITLES = {"lily": "Lily", "lora": "LoRA", "tfidf": "TF-IDF", "frozen": "frozen encoder", "none": "head alone",
@@ -28,8 +27,8 @@ class Rival:
 
     Attributes:
         ahead: how much better the run is; negative if it is worse.
-        apart: whether the difference exceeds what chance on this number of rows explains (95%, rows taken as
-            independent); for metrics that are no share of rows, whether it is not zero as shown.
+        apart: whether the difference exceeds two standard errors of it on this number of rows; for metrics that are no
+            share of rows, whether it is not zero as shown.
     """
 
     name: str
@@ -38,7 +37,7 @@ class Rival:
     apart: bool
 
 
-def rivals(run: Result | RunFigures) -> list[Rival]:
+def rivals(run: RunFigures) -> list[Rival]:
     """The baselines that learned something, best first; none where the run or they have no such metric."""
     own, metric = run.final.get(run.metric), run.metric
     if own is None:
@@ -51,7 +50,7 @@ def rivals(run: Result | RunFigures) -> list[Rival]:
     return sorted(found, key=lambda rival: rival.ahead)
 
 
-def verdict(run: Result | RunFigures) -> str:
+def standing(run: RunFigures) -> str:
     """Every contestant's main metric, and against which of them the run wins; empty if it has none."""
     metric, own = run.metric, run.final.get(run.metric)
     if own is None:
@@ -64,7 +63,7 @@ def verdict(run: Result | RunFigures) -> str:
     return f"{listed} ({unit}, on {rows}): {_judged(run, own, against)}."
 
 
-def _judged(run: Result | RunFigures, own: float, against: list[Rival]) -> str:
+def _judged(run: RunFigures, own: float, against: list[Rival]) -> str:
     this = "this head" if run.method == "none" else "this adapter"
     guess, before = run.baselines.get(GUESS, {}).get(run.metric), run.before.get(run.metric)
     if guess is not None and not better(run.metric, own, guess):
@@ -102,5 +101,5 @@ def _rival(name: str, own: float, value: float, metric: str, rows: float) -> Riv
     ahead = value - own if metric in LOWER_IS_BETTER else own - value
     margin = 0.0
     if metric in SHARES and rows:
-        margin = 1.96 * float((own * (1 - own) + value * (1 - value)) / rows) ** 0.5
+        margin = 2 * float((own * (1 - own) + value * (1 - value)) / rows) ** 0.5
     return Rival(name, value, ahead, abs(ahead) > margin and shown(metric, abs(ahead)) != shown(metric, 0.0))
