@@ -38,7 +38,8 @@ def main(page: str, section: str = "rank") -> None:
 
 def _only_from(section: str) -> str:
     """A style that hides what is before a section."""
-    return f"<style>header,main>*{{display:none!important}}#{section},#{section}~section{{display:block!important}}</style>"
+    hidden, shown = "header,main>*{display:none!important}", "{display:block!important}"
+    return f"<style>{hidden}#{section},#{section}~section{shown}</style>"
 
 
 if __name__ == "__main__":
