@@ -87,6 +87,16 @@ def test_a_run_is_shown_with_its_metrics_its_routing_over_held_out_rows_and_the_
     assert insight(str(run / "best"), rows=0).lora is not None
 
 
+def test_no_layers_name_is_cut_in_a_terminal_of_80_columns(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    said = invoke("inspect", run)
+    assert max(map(len, (line for line in said.splitlines() if line.startswith("│")))) <= 80
+    routers = said[said.index("routers that depend most on the data") :]
+    assert "…" not in routers
+    assert "bert.encoder.layer." in routers
+    assert "share: class" in routers
+
+
 def test_the_routing_is_measured_on_the_held_out_rows_with_their_labels(run):
     analysis = insight(str(run)).routing
     used = Adapter(str(run))

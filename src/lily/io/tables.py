@@ -60,6 +60,7 @@ def fitting(
             numbers=numbers,
             no_wrap=True,
             title=title if number == 0 else None,
+            title_justify="left",
         )
         for number, part in enumerate(parts)
     ]
