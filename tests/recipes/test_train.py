@@ -127,7 +127,7 @@ def test_a_chat_model_learns_to_answer(tmp_path, chat_model, packing):
     assert result.final["loss"] < result.before["loss"]
     if not packing:
         assert result.final["exact_match"] > result.before["exact_match"] + 0.2
-    assert [set(s) for s in result.samples] == [{"prompt", "expected", "before", "after"}] * 2
+    assert [set(s) - {"cut"} for s in result.samples] == [{"prompt", "expected", "before", "after"}] * 2
     assert result.adapter["routing"] == "token"
 
 

@@ -120,6 +120,18 @@ def test_exact_match_compares_what_is_read_and_samples_show_the_whole_texts(made
     assert (lengths.count, lengths.cut, lengths.longest_expected) == (2, 1, 2)
 
 
+def test_a_samples_prompt_is_the_whole_conversation(made, monkeypatch):
+    monkeypatch.setattr(evaluate, "answers", lambda *_: [Answer("no", 1, False)])
+    messages = [
+        {"role": "user", "content": "is it good"},
+        {"role": "assistant", "content": "yes"},
+        {"role": "user", "content": "is it bad"},
+        {"role": "assistant", "content": "no"},
+    ]
+    (shown,), _ = evaluate.samples(None, tokenizer(chat=True), [{"messages": messages}], made(), "after")
+    assert shown["prompt"] == "user: is it good\nassistant: yes\nuser: is it bad"
+
+
 TEMPLATE = "question the film {prompt} answer "
 
 

@@ -10,6 +10,8 @@ import torch
 
 from lily.layers.sharding import root_gathered
 from lily.recipes import data
+from lily.recipes.data.chat_template import Chat
+from lily.recipes.data.chats import content_of
 from lily.recipes.data.tables import Row
 from lily.recipes.data.tasks import (
     IGNORED,
@@ -229,8 +231,16 @@ def samples(
     generated = answers(model, tokenizer, prompts, recipe)
     out = []
     for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
-        text = prompt if isinstance(prompt, str) else prompt.messages[-1]["content"]
-        entry = earlier[i] if earlier else {"prompt": text, "expected": data.completion_of(row)}
+        entry = earlier[i] if earlier else {"prompt": _in_full(prompt), "expected": data.completion_of(row)}
         cut = {"cut": [*entry.get("cut", ()), when]} if generated[i].cut else {}
         out.append({**entry, when: generated[i].text, **cut})
     return out, lengths_of(generated, expected_tokens(rows, tokenizer), recipe)
+
+
+def _in_full(prompt: str | Chat) -> str:
+    """A prompt for people: of several messages each with its role."""
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt.messages) == 1:
+        return str(prompt.messages[0]["content"])
+    return "\n".join(f"{message['role']}: {content_of(message)}" for message in prompt.messages)
