@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,14 +12,17 @@ import sys
 import time
 from dataclasses import replace
 from html.parser import HTMLParser
+from io import StringIO
 from pathlib import Path
 
 import forked
 import pytest
-from browser import NARROW, WIDE, assert_drawn, assert_printed, needs_browser, printed, screenshot
+from browser import NARROW, WIDE, assert_drawn, assert_nothing_cut, assert_printed, needs_browser, printed, screenshot
 from recipes_helpers import classification, rows, write_jsonl, write_recipe
+from rich.console import Console
 from typer.testing import CliRunner
 
+from lily.cli.compare import _print
 from lily.cli.main import app
 from lily.compare import compare as comparing
 from lily.compare.contestants import parse, resolve
@@ -245,14 +249,48 @@ def test_the_page_holds_everything_and_loads_nothing(done):
     page.feed((out / "tiny/comparison.html").read_text())
     assert not page.fetched
     assert "script" not in page.tags
-    assert page.tags.count("svg") == 4  # against parameters, time and memory; and while it was learned
-    assert page.tags.count("title") >= 5  # the page's, and each picture's
+    assert page.tags.count("svg") == 2  # while it was learned, and quality against one cost
+    assert page.tags.count("title") >= 3  # the page's, and each picture's
     words = " ".join(page.words)
-    for said in ("Lily (sequence)", "LoRA", "McNemar, exact", "trained parameters", "peak memory (MB)"):
+    for said in ("Lily (sequence)", "LoRA", "McNemar, exact", "this differs most"):
         assert said in words
+    verdict, table, curves, costs = map(
+        words.index, ("do not differ by more", "On 12 test rows", "on the validation rows", "Of one run")
+    )
+    assert verdict < table < curves < costs
     markdown = (out / "tiny/comparison.md").read_text()
     assert "| LoRA |" in markdown
     assert len(page.heads) == page.tags.count("th")  # none is empty
+
+
+@pytest.mark.parametrize(
+    ("cheaper", "title"),
+    [
+        ({"parameters": 10}, "Quality against trained parameters"),
+        ({"seconds": 0.001}, "Quality against seconds of training"),
+        ({"peak_bytes": 1e3}, "Quality against peak memory"),
+    ],
+)
+def test_quality_is_drawn_against_the_cost_in_which_the_methods_differ_most(done, cheaper, title):
+    found = read(done[0] / "tiny")
+    text = written(replace(found, entries=(found.entries[0], replace(found.entries[1], **cheaper))))
+    assert re.findall("<h3>(Quality against [^<]*)</h3>", text) == [title]
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_no_cell_of_the_terminals_tables_is_cut_or_wrapped(done, width):
+    found = read(done[0] / "tiny")
+    large = {"parameters": 1_234_567, "seconds": 12_345.0, "peak_bytes": 12.3e9, "adapter_bytes": 4.94e6}
+    found = replace(found, entries=tuple(replace(e, **large, learning_rate=0.00125) for e in found.entries))
+    console = Console(width=width, file=StringIO())
+    _print(found, console)
+    text = console.file.getvalue()
+    for value in ("1,234,567", "12345", "12,300", "4.94", "0.00125", "+0.0 (+0.0 to +0.0)"):
+        assert value in text
+    boxes = [line for line in text.splitlines() if line.startswith(("┃", "│"))]
+    assert max(map(len, boxes)) <= width
+    assert not any("…" in line for line in boxes)
+    assert all(line.split(line[0])[1].strip() for line in boxes if line[0] == "│")  # each line names its method
 
 
 def test_one_seed_has_no_standard_deviation_and_several_have_one(done):
@@ -274,6 +312,7 @@ def test_one_seed_has_no_standard_deviation_and_several_have_one(done):
 def test_a_browser_renders_the_page_without_complaint(done, tmp_path, colours, width):
     page = done[0] / "tiny/comparison.html"
     assert_drawn(screenshot(page, colours, tmp_path, width), colours, width)
+    assert_nothing_cut(page, tmp_path, width)
     assert_printed(printed(page, tmp_path))
 
 

@@ -7,15 +7,19 @@ import re
 import pytest
 from jinja2 import UndefinedError
 
-from lily.html import charts
+from lily.html import charts, matrices
 from lily.html.charts import Chart, Frame, Point, Series
 from lily.html.page import (
+    Case,
+    Cases,
     Details,
     Figure,
     Grid,
     Heading,
     Legend,
+    Multiples,
     Page,
+    Panel,
     Section,
     Table,
     Terms,
@@ -40,13 +44,14 @@ def drawn(chart):
 def evil_charts():
     curve = [Series(EVIL, "lily", ((1, 2.0), (2, None), (3, 1.0)), ((1, 1.0, 2.0), (3, 0.5, 2.0)))]
     return [
-        charts.lines(curve, EVIL, EVIL, EVIL, EVIL, level=(1.5, EVIL)),
+        charts.lines(curve, EVIL, EVIL, EVIL, EVIL, levels=[(1.5, EVIL)]),
         charts.scatter([Point(EVIL, "l0", 1.0, 2.0, 1.0, 3.0)], EVIL, EVIL, EVIL, EVIL),
         charts.by_layer([(EVIL, ["0", EVIL])], [(EVIL, "lora", [1.0, None])], EVIL, EVIL, EVIL),
         charts.by_layer([(EVIL, ["0", EVIL])], [(EVIL, "e0", [1.0, 2.0])], EVIL, EVIL, EVIL, stacked=True),
         charts.sharing(EVIL, ["0", EVIL], [(0, 2)], None, 2, EVIL),
         charts.sharing(EVIL, ["0", EVIL], [(0, 1), (1, 1)], [(0.5, 0.5), (0.1, 0.9)], 2, EVIL),
-        charts.heat_map([EVIL], [EVIL], [[0.5]], EVIL, EVIL, EVIL, 1.0),
+        matrices.heat_map([EVIL], [EVIL], [[0.5]], EVIL, EVIL, EVIL, 1.0),
+        matrices.confusion([EVIL, "b"], [[3, 1], [0, 2]], EVIL, EVIL),
     ]
 
 
@@ -68,6 +73,11 @@ def evil_charts():
             for chart in evil_charts()
             for wide in (0, 1)
         ),
+        Multiples(
+            EVIL, [Panel(EVIL, evil_charts()[0], EVIL)], EVIL, [Table(EVIL, [EVIL], [[EVIL]])], Legend([(EVIL, EVIL)])
+        ),
+        Cases([Case(EVIL, [(EVIL, EVIL), ("", EVIL)])]),
+        Details(EVIL, Cases([Case(EVIL, [(EVIL, EVIL)])])),
         Grid([curve_figure(evil_charts()[0], [Series(EVIL, EVIL, ((1, 2.0),))], EVIL)]),
     ],
     ids=lambda content: type(content).__name__,
@@ -134,7 +144,7 @@ def test_where_all_values_are_at_whole_numbers_no_others_are_on_the_axis():
     assert marks(0.0, 0.5, 2.0) == ["0", "0.25", "0.5", "0.75", "1", "1.25", "1.5", "1.75", "2"]
 
 
-@pytest.mark.parametrize("chart", evil_charts(), ids=range(7))
+@pytest.mark.parametrize("chart", evil_charts(), ids=range(8))
 def test_every_chart_has_a_role_a_name_and_a_description(chart):
     assert isinstance(chart, Chart)
     picture = drawn(chart)
@@ -152,10 +162,10 @@ def test_curves_without_values_are_no_picture():
 def test_a_heat_map_has_a_key_of_its_shades_however_narrow_its_cells_are():
     for layers in (3, 15, 48):
         names = [str(i) for i in range(layers)]
-        made = drawn(charts.heat_map(["B0"], names, [[0.2] * layers], "t", "d", "layer", 0.8))
+        made = drawn(matrices.heat_map(["B0"], names, [[0.2] * layers], "t", "d", "layer", 0.8))
         cells = re.findall(r'<rect[^>]*style="fill-opacity:([\d.]+)"', made)
         assert len(cells) == layers + 5
-        assert [float(c) for c in cells[-5:]] == pytest.approx([charts.SHADE * i / 4 for i in range(5)], abs=1e-3)
+        assert [float(c) for c in cells[-5:]] == pytest.approx([matrices.SHADE * i / 4 for i in range(5)], abs=1e-3)
         assert float(cells[0]) == pytest.approx(float(cells[-4]))  # 0.2 of 0.8 is the second shade
         for value in ("0.00", "0.20", "0.40", "0.60", "0.80"):
             assert f">{value}</text>" in made
@@ -170,6 +180,33 @@ def test_many_layers_are_colored_by_depth_over_the_whole_ramp(layers):
     key = rendered(Legend([("d0", "layer 0"), ("d11", "layer <31>")], "depth"))
     assert [int(n) for n in re.findall(r"step d(\d+)", key)] == list(range(charts.DEPTH_COLORS))
     assert "layer &lt;31&gt;" in key
+
+
+def test_a_confusion_matrix_has_its_counts_and_another_color_for_wrong_ones():
+    made = drawn(matrices.confusion(["cat", "dog"], [[3, 1], [0, 2]], "t", "d"))
+    cells = re.findall(r'class="(cell[ a-z]*)"[^>]*fill-opacity:([\d.]+)', made)
+    assert [style for style, _ in cells] == ["cell", "cell wrong", "cell wrong", "cell"]
+    assert [float(share) / matrices.SHADE for _, share in cells] == pytest.approx([0.75, 0.25, 0, 1], abs=1e-3)
+    assert re.findall(r'class="incell"[^>]*>([^<]*)<', made) == ["3", "1", "2"]
+    assert "cat, predicted dog: 1 of 4 (25.0%)" in made
+
+
+@pytest.mark.parametrize("classes", [2, 12, 30])
+def test_a_confusion_matrix_holds_the_names_of_its_classes(classes):
+    names = [f"a class with a long name {i}" for i in range(classes)]
+    chart = matrices.confusion(names, [[1] * classes] * classes, "t", "d")
+    made = drawn(chart)
+    assert made.count("a class with a lo\u2026") == 2 * classes
+    assert all(0 <= float(x) <= chart.width for x in re.findall(r'<(?:text|rect) x="([^"]+)"', made))
+
+
+def test_levels_that_nearly_coincide_have_names_that_do_not_cover_one_another_and_are_inside_the_axis():
+    curve = [Series("s", "lily", ((1, 0.5), (2, 0.6)))]
+    chart = charts.lines(curve, "t", "d", "x", "y", levels=[(0.9, "one"), (0.899, "two")])
+    lines = re.findall(r'<line[^>]*y1="([\d.]+)"[^>]*class="level"', drawn(chart))
+    at = [float(y) for y in re.findall(r'y="([\d.]+)"[^>]*>(?:one|two)<', drawn(chart))]
+    assert abs(at[0] - at[1]) >= 12
+    assert all(0 < float(y) < chart.height for y in lines)
 
 
 def luminance(color):

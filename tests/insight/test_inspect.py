@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from html import escape
 from html.parser import HTMLParser
 from itertools import pairwise
 
 import pytest
 import torch
-from browser import NARROW, WIDE, assert_drawn, assert_printed, needs_browser, printed, screenshot
+from browser import NARROW, WIDE, assert_drawn, assert_nothing_cut, assert_printed, needs_browser, printed, screenshot
 from helpers import build
 from peft import LoraConfig, get_peft_model
 from recipes_helpers import classification, rows, write_jsonl
@@ -32,7 +33,7 @@ EVIL = "</title><script>alert('x')</script>"
 def run(tmp_path_factory, encoder):
     """A classifier's run with a LoRA beside it."""
     folder = tmp_path_factory.mktemp("inspected")
-    changes = ["baselines=[majority, lora]", "train.epochs=3", "lily.routing=token"]
+    changes = ["baselines=[majority, tfidf, lora]", "train.epochs=3", "lily.routing=token"]
     train.train(make(classification, folder, encoder, changes), quiet=True)
     return folder / "run"
 
@@ -84,6 +85,16 @@ def test_a_run_is_shown_with_its_metrics_its_routing_over_held_out_rows_and_the_
     assert analysis["history"]["steps"][0] == 2  # the routers are checked in the steps between
     assert analysis["notes"] == []
     assert insight(str(run / "best"), rows=0).lora is not None
+
+
+def test_no_layers_name_is_cut_in_a_terminal_of_80_columns(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    said = invoke("inspect", run)
+    assert max(map(len, (line for line in said.splitlines() if line.startswith("│")))) <= 80
+    routers = said[said.index("routers that depend most on the data") :]
+    assert "…" not in routers
+    assert "bert.encoder.layer." in routers
+    assert "share: class" in routers
 
 
 def test_the_routing_is_measured_on_the_held_out_rows_with_their_labels(run):
@@ -227,6 +238,55 @@ def test_the_page_shows_sharing_rank_routers_training_and_sizes(run, tmp_path):
     assert "What becoming static cost" not in text
 
 
+def test_the_page_leads_with_the_verdict_then_curves_then_what_is_wrong(run, tmp_path):
+    text = page_of(run, tmp_path)
+    lead = re.search('<p class="lead">([^<]*)</p>', text)[1]
+    final = json.loads((run / "metrics.json").read_text())["final"]["accuracy"]
+    assert lead.startswith(f"Lily {100 * final:.1f}, ")
+    assert "LoRA" in lead
+    assert "TF-IDF" in lead
+    sections = re.findall('<section id="([a-z]+)"', text)
+    assert sections[:6] == ["result", "training", "wrong", "sharing", "rank", "overlap"]
+    curves = text[text.index("accuracy on the validation rows</h3>") :].partition("</figure>")[0]
+    assert len(re.findall('<polyline[^>]*class="curve (lily|lora)"', curves)) == 2
+    assert len(re.findall('class="level"', curves)) == 1  # TF-IDF, which has no steps
+
+
+def test_groups_of_layers_are_panels_of_one_figure(run, tmp_path):
+    text = page_of(run, tmp_path)
+    for title in ("Who shares what, by group of layers", "Which experts each layer uses", "How the routers decide"):
+        figure = text[text.index(title) :].partition("</figure>")[0]
+        assert figure.count("<svg") == figure.count("<h4>") == 6
+        assert figure.count("<figcaption>") == 1
+
+
+def test_confusion_scores_and_mistakes_are_those_of_the_run(run, tmp_path):
+    review = json.loads((run / "metrics.json").read_text())["review"]
+    text = page_of(run, tmp_path)
+    counts = re.findall('class="incell"[^>]*>([0-9,]+)<', text[text.index("Confusion on the test rows") :])
+    assert counts[: len([c for line in review["classes"]["confusion"] for c in line if c])] == [
+        str(count) for line in review["classes"]["confusion"] for count in line if count
+    ]
+    assert "F1 of LoRA" in text
+    for mistake in review["mistakes"]:
+        assert f"row {mistake['row']}: {mistake['expected']}, predicted {mistake['predicted']}" in text
+        assert mistake["input"] in text
+
+
+def test_figures_of_an_earlier_version_give_a_page_without_the_later_parts(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    for folder in (tmp_path / "run", tmp_path / "run/lora"):
+        metrics = json.loads((folder / "metrics.json").read_text())
+        del metrics["review"]
+        for values in metrics["baselines"].values():
+            values.pop("validation", None)
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+    text = page_of(tmp_path / "run", tmp_path, "--rows", "0")
+    assert "What it gets wrong" not in text
+    assert 'class="level"' not in text[text.index("accuracy on the validation rows</h3>") :].partition("</figure>")[0]
+    assert '<p class="lead">Lily ' in text
+
+
 def test_a_collapsed_adapter_shows_its_drift(run, tmp_path):
     invoke("collapse", run, "--out", tmp_path / "static")
     text = page_of(tmp_path / "static", tmp_path)
@@ -241,6 +301,13 @@ def test_a_chat_models_page_has_no_classes(tmp_path, chat_run):
     text = page_of(chat_run.run, tmp_path)
     assert "Routing by class" not in text
     assert "token within the sample" in text
+    assert "What it gets wrong" not in text
+    metrics = json.loads((chat_run.run / "metrics.json").read_text())
+    answers = text[text.index('<section id="answers"') :].partition("</section>")[0]
+    for sample in metrics["samples"]:
+        for name in ("prompt", "expected", "before", "after"):
+            assert f"<p>{escape(sample[name])}</p>" in answers
+    assert f"generation.max_new_tokens is {metrics['review']['answers']['limit']}" in answers
 
 
 def test_a_lora_and_an_adapter_without_its_base_are_shown_as_far_as_possible(alone, tmp_path):
@@ -272,6 +339,15 @@ def test_markup_in_the_files_of_an_untrusted_folder_becomes_text(run, tmp_path):
     assert (page.open, page.wrong) == ([], [])
     assert "<script" not in text
     assert "&lt;script&gt;" in text
+
+
+@pytest.mark.parametrize("damage", [{"classes": 3}, {"mistakes": []}, "x"])
+def test_a_damaged_review_is_one_error(run, tmp_path, damage):
+    shutil.copytree(run, tmp_path / "run")
+    metrics = json.loads((run / "metrics.json").read_text())
+    (tmp_path / "run" / "metrics.json").write_text(json.dumps({**metrics, "review": damage}))
+    with pytest.raises(LilyError, match=r"metrics\.json is not in the format"):
+        insight(str(tmp_path / "run"), rows=0)
 
 
 @pytest.mark.parametrize(
@@ -313,6 +389,7 @@ def test_bad_options_are_refused_before_anything_is_read(run, tmp_path):
 def test_a_browser_renders_the_page_without_complaint(run, tmp_path, colours, width):
     page_of(run, tmp_path)
     assert_drawn(screenshot(tmp_path / "page.html", colours, tmp_path, width), colours, width)
+    assert_nothing_cut(tmp_path / "page.html", tmp_path, width)
 
 
 @pytest.mark.slow

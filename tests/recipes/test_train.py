@@ -129,7 +129,7 @@ def test_a_chat_model_learns_to_answer(tmp_path, chat_model, packing):
     assert result.final["loss"] < result.before["loss"]
     if not packing:
         assert result.final["exact_match"] > result.before["exact_match"] + 0.2
-    assert [set(s) for s in result.samples] == [{"prompt", "expected", "before", "after"}] * 2
+    assert [set(s) - {"cut"} for s in result.samples] == [{"prompt", "expected", "before", "after"}] * 2
     assert result.adapter["routing"] == "token"
 
 
@@ -259,12 +259,27 @@ def finished(tmp_path, classifier_run):
 def test_eval_gives_the_figures_of_the_run(finished):
     folder, result = finished
     run = CliRunner().invoke(app, ["eval", str(folder / "run"), "--json"])
-    assert json.loads(run.stdout) == pytest.approx(result.final, abs=1e-6)
+    found = json.loads(run.stdout)
+    assert found.pop("review") == json.loads((folder / "run" / "metrics.json").read_text())["review"]
+    assert found == pytest.approx(result.final, abs=1e-6)
     table = write_jsonl(folder / "more.jsonl", rows(10))
     run = CliRunner().invoke(app, ["eval", str(folder / "run" / "best"), "--file", str(table), "--json"])
     assert 0 <= json.loads(run.stdout)["accuracy"] <= 1
     with pytest.raises(LilyError, match="exclude each other"):
         CliRunner().invoke(app, ["eval", str(folder / "run"), "--file", "x", "--split", "test"], catch_exceptions=False)
+
+
+def test_a_run_keeps_its_confusion_and_its_most_confident_mistakes(finished):
+    folder, result = finished
+    items = json.loads((folder / "run" / "predictions.json").read_text())["items"]
+    pairs = list(zip(items["expected"], items["predicted"], strict=True))
+    kept = json.loads((folder / "run" / "metrics.json").read_text())["review"]
+    assert kept["classes"]["confusion"] == [[pairs.count((i, j)) for j in range(2)] for i in range(2)]
+    wrong = [i for i, (expected, predicted) in enumerate(pairs, 1) if expected != predicted]
+    assert sorted(mistake["row"] for mistake in kept["mistakes"]) == wrong
+    run = CliRunner().invoke(app, ["eval", str(folder / "run"), "--split", "train"])
+    assert "precision" in run.stdout
+    assert result.review.classes.scores[0].support == sum(kept["classes"]["confusion"][0])
 
 
 def test_predict_streams_rows_in_and_out(finished):

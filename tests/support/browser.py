@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,7 +16,7 @@ needs_browser = pytest.mark.skipif(
     CHROMIUM is None, reason="no chromium on this machine (Debian: apt-get install chromium)"
 )
 HEIGHT = 3000
-WIDE, NARROW = 1200, 400
+WIDE, NARROW = 1280, 390
 # The body's padding, which shows only background unless the page is wider than its window.
 MARGIN = 20
 
@@ -37,13 +38,58 @@ def printed(page: Path, folder: Path) -> bytes:
     return (folder / "page.pdf").read_bytes()
 
 
-def _browse(page: Path, folder: Path, *options: str) -> None:
+# Run in a copy of the page: what sticks out of the window, of its scroll box or of its picture.
+MEASURE = """
+const wide = [];
+for (const box of document.querySelectorAll("details")) box.open = true;
+const edge = document.documentElement.clientWidth;
+for (const e of document.querySelectorAll("main *, header *")) {
+  if (e.closest("svg") && e.tagName !== "svg") continue;
+  if (e.closest(".scroll, .wide") && !e.matches(".scroll, .wide")) continue;
+  const r = e.getBoundingClientRect();
+  if (r.width && (r.right > edge + 1 || r.left < -1)) wide.push("window: " + e.tagName + " " + e.className);
+}
+for (const e of document.querySelectorAll(".scroll, .wide"))
+  if (e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).overflowX !== "auto") wide.push("box: " + e.innerText);
+for (const svg of document.querySelectorAll("svg")) {
+  const v = svg.viewBox.baseVal, own = svg.getBoundingClientRect();
+  for (const t of svg.querySelectorAll("text")) {
+    const r = t.getBoundingClientRect();
+    const across = r.left < own.left - 1 || r.right > own.right + 1;
+    const down = r.top < own.top - 1 || r.bottom > own.bottom + 1;
+    if (r.width && (across || down)) wide.push("picture: " + t.textContent);
+  }
+}
+if (window.innerWidth != WIDTH) wide.push("the window has " + window.innerWidth);
+parent.postMessage(JSON.stringify(wide), "*");
+"""
+
+
+def assert_nothing_cut(page: Path, folder: Path, width: int) -> None:
+    """Nothing is wider than the window, but in a box that scrolls; and no text is outside of its picture."""
+    text = re.sub("<meta http-equiv[^>]*>", "", page.read_text("utf-8"))  # which forbids scripts
+    script = f"<script>const WIDTH = {width};{MEASURE}</script>"
+    (folder / "measured.html").write_text(text.replace("</body>", f"{script}</body>"), encoding="utf-8")
+    # a window has at least 500 pixels, a frame may have fewer
+    frame = folder / "frame.html"
+    frame.write_text(
+        "<pre id=found></pre><script>onmessage = e => { found.textContent = e.data }</script>"
+        f'<iframe src="measured.html" width="{width}" height="{HEIGHT}" style="border:0"></iframe>'
+    )
+    found = _browse(frame, folder, f"--window-size={WIDE + 100},{HEIGHT}", "--virtual-time-budget=5000", "--dump-dom")
+    cut = re.search('<pre id="found">(.*?)</pre>', found, re.DOTALL)
+    assert cut is not None, found[-2000:]
+    assert cut[1] == "[]", cut[1]
+
+
+def _browse(page: Path, folder: Path, *options: str) -> str:
     done = subprocess.run(
         [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}",
          "--enable-logging=stderr", *options, page.as_uri()],
         capture_output=True, text=True, timeout=180, check=True,
     )  # fmt: skip
     assert "CONSOLE" not in done.stderr, done.stderr
+    return done.stdout
 
 
 def assert_drawn(shot: Any, colors: str, width: int = WIDE) -> None:

@@ -15,7 +15,7 @@ from typer import Argument, Option
 from lily.cli.train import quieten
 from lily.cli.tune import Jobs, Threads
 from lily.errors import LilyError
-from lily.io.tables import terminal
+from lily.io.tables import fitting
 
 if TYPE_CHECKING:
     from lily.compare.result import Comparison
@@ -148,6 +148,7 @@ def _print(comparison: Comparison, console: Console) -> None:
     first, *others = tables.words(comparison)
     console.print(escape(first), soft_wrap=True, highlight=False)
     for header, *rows in (tables.quality(comparison), tables.costs(comparison)):
-        console.print(terminal(header, rows, numbers=True, no_wrap=True))
+        for table in fitting(header, rows, console.width):
+            console.print(table)
     for line in others:
         console.print(escape(line), soft_wrap=True, highlight=False)

@@ -32,19 +32,22 @@ def eval_command(
     file: Annotated[str | None, Option(help="File with the recipe's columns, instead of a split.")] = None,
     as_json: Annotated[bool, Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
-    """Compute the recipe's metrics on a split or a file."""
+    """Compute the recipe's metrics on a split or a file, with the scores by class and the worst mistakes."""
     if split is not None and file is not None:
         raise LilyError("--split and --file exclude each other; give one of them")
     if split is not None and split not in SPLITS:
         raise LilyError(f"--split {split}: choose one of {', '.join(SPLITS)}")
-    metrics = _adapter(adapter, recipe).evaluate(split, file)
+    metrics, review = _adapter(adapter, recipe).reviewed(split, file)
     if as_json:
-        print(json.dumps(metrics))
+        print(json.dumps({**metrics, "review": review.to_dict()}))
         return
+    from lily.recipes.results.review_table import print_review
     from lily.recipes.scoring.metrics import shown
 
     rows = [[name, shown(name, value)] for name, value in metrics.items()]
-    Console().print(terminal(["metric", "value"], rows, title=escape(file or split or "held-out rows")))
+    console = Console()
+    console.print(terminal(["metric", "value"], rows, title=escape(file or split or "held-out rows")))
+    print_review(review, console)
 
 
 def predict_command(
@@ -75,6 +78,7 @@ def predict_command(
     rows = used.predict(rows, prefix, folder, "standard input" if input == "-" else input)
     if output == "-":
         _write(rows, sys.stdout)
+        _warn_of_cut(used)
         return
     part = target.with_name(f".{target.name}.part")
     try:
@@ -85,6 +89,7 @@ def predict_command(
         os.replace(part, target)
     finally:
         part.unlink(missing_ok=True)
+    _warn_of_cut(used)
 
 
 def generate_command(
@@ -106,6 +111,20 @@ def generate_command(
     from transformers import TextStreamer
 
     used.generate(text, TextStreamer(used.tokenizer, skip_prompt=True, skip_special_tokens=True))
+    _warn_of_cut(used)
+
+
+def _warn_of_cut(used: Any) -> None:
+    """Say on standard error how many answers are not complete."""
+    if not used.cut:
+        return
+    limit = used.recipe.generation.max_new_tokens
+    which = "the answer was" if used.answered == 1 else f"{used.cut:,} of {used.answered:,} answers were"
+    print(
+        f"warning: {which} cut at generation.max_new_tokens={limit}; raise it in the recipe beside the adapter "
+        f"({used.path / 'recipe.yaml'}), or in a copy given with --recipe",
+        file=sys.stderr,
+    )
 
 
 def _rows(used: Any, source: Path | str) -> tuple[Iterable[dict[str, Any]], Path | None]:

@@ -17,6 +17,7 @@ from lily.cli.deploy import Json, print_collapse, print_energies
 from lily.cli.evaluate import RecipeOption
 from lily.cli.train import quieten
 from lily.errors import LilyError
+from lily.io.tables import fitting
 
 if TYPE_CHECKING:
     from lily.analysis.rank import RankReport
@@ -154,9 +155,14 @@ def _print_rank(insight: Insight, report: RankReport, console: Console) -> None:
     from lily.analysis.sentences import overlap_words, rank_words
 
     union = any(layer.union is not None for layer in report.layers)
-    table = Table("group", title="rank of the updates, smallest to largest over layers", title_justify="left")
-    for head in ("numerical", "effective", "stable", *(("union over tokens", "changes with data") if union else ())):
-        table.add_column(head, justify="right")
+    heads = [
+        "group",
+        "numerical",
+        "effective",
+        "stable",
+        *(("union over tokens", "changes with data") if union else ()),
+    ]
+    rows = []
     for group, layers in grouped(report.layers).items():
         cells = [
             _span([v.expected.numerical_rank(report.threshold) for v in layers], "{:g}"),
@@ -166,8 +172,9 @@ def _print_rank(insight: Insight, report: RankReport, console: Console) -> None:
         if union:
             cells.append(_span([v.union.numerical_rank(report.threshold) for v in layers if v.union], "{:g}"))
             cells.append("-" if report.assumed else _span([v.varying for v in layers], "{:.1%}"))
-        table.add_row(escape(group), *cells)
-    console.print(table)
+        rows.append([group, *cells])
+    for table in fitting(heads, rows, console.width, title="rank of the updates, smallest to largest over layers"):
+        console.print(table)
     console.print(rank_words(report, insight.lora, insight.equal_lora), highlight=False)
     if report.overlaps:
         console.print(overlap_words(report), highlight=False)
@@ -194,14 +201,11 @@ def _print_routing(insight: Insight, report: RoutingReport, console: Console) ->
     if not chosen:
         return
     parts = ["token", "sample", *(["class"] if report.compares_labels else [])]
-    table = Table(
-        "layer", "mean weights", "variance", title="routers that depend most on the data", title_justify="left"
-    )
-    for part in parts:
-        table.add_column(f"share: {part}", justify="right")
+    heads, rows = ["layer", "mean weights", "variance", *(f"share: {part}" for part in parts)], []
     for layer in chosen:
         v = layer.variance
         assert v is not None
         shares = [f"{v.share({'class': 'label'}.get(part, part)):.0%}" for part in parts]
-        table.add_row(escape(layer.name), " ".join(f"{w:.2f}" for w in layer.mean), f"{v.total:.4f}", *shares)
-    console.print(table)
+        rows.append([layer.name, " ".join(f"{w:.2f}" for w in layer.mean), f"{v.total:.4f}", *shares])
+    for table in fitting(heads, rows, console.width, title="routers that depend most on the data"):
+        console.print(table)

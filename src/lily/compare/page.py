@@ -35,16 +35,16 @@ TUNING = (
 
 def page(comparison: Comparison) -> str:
     """The page as HTML."""
-    words = tables.words(comparison)
     several = any(len(entry.seeds) > 1 for entry in comparison.entries)
     return Page(
         title=f"{comparison.name}: a comparison",
         heading=f"{comparison.name}: {' / '.join(entry.title for entry in comparison.entries)}",
-        subtitle=words[0],
+        subtitle=tables.about(comparison),
+        lead=" ".join([tables.scores(comparison), *tables.verdicts(comparison)]),
         sections=[
-            Section("quality", "Which method is better", _quality(comparison, words[1:])),
-            Section("costs", "What it costs", _costs(comparison)),
+            Section("quality", "Which method is better", _quality(comparison)),
             Section("training", "How it was learned", _training(comparison)),
+            Section("costs", "What it costs", _costs(comparison)),
             Section("tuning", "How learning rate and scale were chosen", _tuning(comparison)),
             Section("reading", "How to read this page", [Terms(READING[0 if several else 1 :])]),
         ],
@@ -56,14 +56,14 @@ def _style(index: int) -> str:
     return f"l{index % charts.EXPERT_COLORS}"
 
 
-def _quality(comparison: Comparison, words: list[str]) -> list[Block]:
+def _quality(comparison: Comparison) -> list[Block]:
     lines, metric = tables.quality(comparison), comparison.metric
     seeds = sorted({seed for entry in comparison.entries for seed in entry.seeds})
     by_seed = [[entry.title, *(_of_seed(entry, metric, seed) for seed in seeds)] for entry in comparison.entries]
     every = Table(metric, ["method", *(f"seed {seed}" for seed in seeds)], by_seed)
     return [
         Table(f"On {comparison.rows:,} {comparison.split} rows", _headed(lines[0]), lines[1:]),
-        *(sentence for sentence in words if " failed: " not in sentence),
+        *tables.reading(comparison),
         *_tests(comparison),
         Details("Every seed", every),
     ]
@@ -90,16 +90,29 @@ def _tests(comparison: Comparison) -> list[Table]:
 
 def _costs(comparison: Comparison) -> list[Block]:
     lines = tables.costs(comparison)
-    axes: list[tuple[str, str, Callable[[Entry], float]]] = [
-        ("parameters", "trained parameters", lambda e: float(e.parameters)),
-        ("time", "seconds of training", lambda e: e.seconds),
-        ("memory", "peak memory (MB)", lambda e: e.peak_bytes / 1e6),
+    table = Table("Of one run", _headed(lines[0]), lines[1:])
+    label, of, why = _axis(comparison)
+    figure = _scatter(comparison, label, of, why)
+    return [table, *([] if figure is None else [Grid([figure])])]
+
+
+def _axis(comparison: Comparison) -> tuple[str, Callable[[Entry], float], str]:
+    """The cost to draw quality against: what differs most between methods; the table has the others."""
+    axes: list[tuple[str, Callable[[Entry], float]]] = [
+        ("trained parameters", lambda e: float(e.parameters)),
+        ("seconds of training", lambda e: e.seconds),
+        ("peak memory (MB)", lambda e: e.peak_bytes / 1e6),
     ]
-    figures = [figure for name, label, of in axes for figure in _scatter(comparison, name, label, of)]
-    return [Table("Of one run", _headed(lines[0]), lines[1:]), Grid(figures)]
+
+    def ratio(of: Callable[[Entry], float]) -> float:
+        values = [value for entry in comparison.entries if (value := of(entry)) > 0]
+        return max(values) / min(values) if len(values) > 1 else 1.0
+
+    label, of = max(axes, key=lambda axis: ratio(axis[1]))  # of equal ones the first
+    return label, of, f"Of parameters, time and memory, this differs most ({ratio(of):.2g} times)."
 
 
-def _scatter(comparison: Comparison, name: str, label: str, of: Callable[[Entry], float]) -> list[Figure]:
+def _scatter(comparison: Comparison, label: str, of: Callable[[Entry], float], why: str) -> Figure | None:
     lower = comparison.metric in LOWER_IS_BETTER
     factor = 1 if lower else 100
     points, rows = [], []
@@ -111,29 +124,30 @@ def _scatter(comparison: Comparison, name: str, label: str, of: Callable[[Entry]
             shown_spread = "-" if deviation is None else f"{spread:.2g}"  # one seed has none
             rows.append([entry.title, f"{of(entry):,.0f}", f"{mean:.4g}", shown_spread])
     if not points:
-        return []
+        return None
     better = "lower" if lower else "higher"
-    caption = f"{comparison.metric} by {label}; {better} is better, and further left is cheaper."
+    caption = f"{comparison.metric} by {label}; {better} is better, and further left is cheaper. {why}"
     if any(len(entry.seeds) > 1 for entry in comparison.entries):
         caption += " Bars: one standard deviation."
     unit = comparison.metric if lower else f"{comparison.metric} (%)"
-    title = f"Quality against {name}"
+    title = f"Quality against {label.removesuffix(' (MB)')}"
     numbers = Table(title, ["method", label, unit, "standard deviation"], rows)
-    return [Figure(title, charts.scatter(points, title, caption, label, unit), caption, numbers)]
+    return Figure(title, charts.scatter(points, title, caption, label, unit), caption, numbers)
 
 
 def _training(comparison: Comparison) -> list[Block]:
     metric = comparison.metric
+    unit, label = (1.0, metric) if metric in LOWER_IS_BETTER else (100.0, f"{metric} (%)")
     series = [
         Series(entry.title, _style(i), points)
         for i, entry in enumerate(comparison.entries)
-        if (points := tuple((step, value) for step, value in entry.history if math.isfinite(value)))
+        if (points := tuple((step, unit * value) for step, value in entry.history if math.isfinite(value)))
     ]
     if not series:
         return []
     title = f"{metric} on the validation rows"
     caption = "Mean over seeds, at each evaluation. The best adapter of each seed was kept."
-    chart = charts.lines(series, title, caption, "optimizer step", metric)
+    chart = charts.lines(series, title, caption, "optimizer step", label)
     rows = [
         [entry.title, *(shown(metric, statistics.fmean(values)) for values in (entry.best, entry.last))]
         for entry in comparison.entries

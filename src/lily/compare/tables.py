@@ -82,32 +82,59 @@ def verdict(comparison: Comparison, entry: Entry) -> str:
     return f"{ahead} is better than {behind} by {size} {comparison.metric} (p {test.p:.2g})."
 
 
+def scores(comparison: Comparison) -> str:
+    """The main metric of every method, in the order of the comparison."""
+    metric = comparison.metric
+    listed = ", ".join(f"{entry.title} {with_spread(metric, entry.values[metric])}" for entry in comparison.entries)
+    unit = metric if metric in LOWER_IS_BETTER else f"{metric} in percent"
+    return f"{listed} ({unit})."
+
+
+def verdicts(comparison: Comparison) -> list[str]:
+    """How each method that was tested compares with the first."""
+    return [verdict(comparison, entry) for entry in comparison.entries[1:] if entry.test is not None]
+
+
 def words(comparison: Comparison) -> list[str]:
-    """What the table compares, and how to read it."""
+    """What the table compares, the result, and how to read it."""
+    return [
+        about(comparison),
+        *verdicts(comparison),
+        *reading(comparison),
+        *(f"{run} failed: {why}" for run, why in comparison.failed.items()),
+    ]
+
+
+def about(comparison: Comparison) -> str:
+    """What is compared, in a sentence."""
     seeds = sorted({seed for entry in comparison.entries for seed in entry.seeds})
-    setting = comparison.setting
     budget = {"params": "at equal parameters: each method has the largest rank with no more of them than Lily",
-              "rank": "at equal rank"}.get(str(setting.get("equal")), "")  # fmt: skip
+              "rank": "at equal rank"}.get(str(comparison.setting.get("equal")), "")  # fmt: skip
     if any("/" in entry.name for entry in comparison.entries):
         budget += "; 1/N: an N-th of these parameters"
-    about = f"{comparison.name} ({comparison.task}): {comparison.rows:,} {comparison.split} rows, "
-    about += f"{comparison.trained_on:,} training rows, {_seeds(seeds)}, {comparison.device}, {comparison.precision}"
-    sentences = [f"{about}; {budget}".rstrip("; ") + "."]
-    sentences += [verdict(comparison, entry) for entry in comparison.entries[1:] if entry.test is not None]
-    if len(seeds) > 1:
+    text = f"{comparison.name} ({comparison.task}): {comparison.rows:,} {comparison.split} rows, "
+    text += f"{comparison.trained_on:,} training rows, {_seeds(seeds)}, {comparison.device}, {comparison.precision}"
+    return f"{text}; {budget}".rstrip("; ") + "."
+
+
+def reading(comparison: Comparison) -> list[str]:
+    """How to read the tables."""
+    several = len({seed for entry in comparison.entries for seed in entry.seeds}) > 1
+    sentences = []
+    if several:
         sentences.append("Mean and standard deviation over seeds; seconds and sizes are of one run.")
     tests = sorted({entry.test.test for entry in comparison.entries if entry.test is not None})
     if tests:
         sentences.append(
             f"p: {' or '.join(tests)} on the same rows against {comparison.entries[0].title}, with the 95% interval "
             "of the difference over rows; another seed may differ by more"
-            + (" (see the standard deviation)." if len(seeds) > 1 else ".")
+            + (" (see the standard deviation)." if several else ".")
         )
     if any(entry.test is None for entry in comparison.entries[1:]):
         sentences.append("-: not tested (no common seed or rows, or a result that is not finite).")
     if any(entry.forgetting for entry in comparison.entries):
         sentences.append("Forgetting: increase of the loss on general text, in nats per token; less is better.")
-    if setting.get("tune"):
+    if comparison.setting.get("tune"):
         where = (
             "validation rows"
             if comparison.split != "validation"
@@ -116,7 +143,7 @@ def words(comparison: Comparison) -> list[str]:
         sentences.append(
             f"Learning rate and scale of each method were chosen by the same search on {where}, with one seed."
         )
-    return sentences + [f"{run} failed: {why}" for run, why in comparison.failed.items()]
+    return sentences
 
 
 def _seeds(seeds: Sequence[int]) -> str:

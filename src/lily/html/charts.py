@@ -16,8 +16,8 @@ from zlib import crc32
 
 EXPERT_COLORS = 8  # --e0 to --e7 of the style sheet
 DEPTH_COLORS = 12  # --d0 to --d11, a ramp from the first layer to the last
-SHADE = 0.62  # opacity of a heat map's darkest cell, on which text is still readable
 WIDTH, LEFT, RIGHT = 460.0, 52.0, 12.0  # of charts with one column per layer, and the margins beside their columns
+SMALL = 330.0  # width of a chart of several in one figure
 
 
 @dataclass(frozen=True)
@@ -168,24 +168,30 @@ def lines(
     *,
     y: tuple[float, float] | None = None,
     log: bool = False,
-    level: tuple[float, str] | None = None,
+    levels: Sequence[tuple[float, str]] = (),
+    width: float = WIDTH,
 ) -> Chart | None:
     """Curves, each over its shaded band; None if there is no value to draw.
 
-    `y` is the range of the axis (default: that of the values), `log` makes it logarithmic, and `level` is a horizontal
-    line with its name.
+    `y` is the range of the axis (default: that of the values), `log` makes it logarithmic, and `levels` are horizontal
+    lines with their names.
     """
     values = [py for s in series for _, py in s.points if py is not None]
     if not values:
         return None
     xs = [px for s in series for px, _ in s.points]
-    frame = Frame(WIDTH, 260, (min(xs), max(xs)), y or _padded(min(values), max(values)), log)
+    values += [value for value, _ in levels]
+    frame = Frame(width, 260, (min(xs), max(xs)), y or _padded(min(values), max(values)), log)
     whole = all(px == int(px) for px in xs)  # there is no direction 1.5
-    labels = [(v, f"{v:g}") for v in ticks(*frame.x, most=8) if v == int(v) or not whole]
+    most = 8 if width >= WIDTH else 5
+    labels = [(v, f"{v:g}") for v in ticks(*frame.x, most=most) if v == int(v) or not whole]
     marks = axes(frame, x_label, y_label, labels)
-    if level is not None:
-        at, end = frame.at_y(level[0]), frame.width - frame.right
-        marks += [line(frame.left, at, end, at, "level"), text(end, at - 5, level[1], anchor="end")]
+    names, label_y = [], frame.height
+    for value, name in sorted(levels):
+        at, end = frame.at_y(value), frame.width - frame.right
+        label_y = min(at - 5, label_y - 13)  # names do not cover one another
+        marks.append(line(frame.left, at, end, at, "level"))
+        names.append(text(end, label_y, name, "tick over", anchor="end"))
     for s in series:
         if s.band:
             top = [(frame.at_x(px), frame.at_y(high)) for px, _, high in s.band]
@@ -196,6 +202,7 @@ def lines(
         marks.append(_path("polyline", [(x, y) for x, y, _ in points], f"curve {s.style}", s.name))
         if len(points) <= 30:
             marks += [dot(x, at, f"{s.name}: {tip}", s.style, "3") for x, at, tip in points]
+    marks += names
     return Chart(frame.width, frame.height, title, description, marks)
 
 
@@ -284,9 +291,10 @@ def _spaced(names: Sequence[str], slot: float) -> list[tuple[int, str]]:
     return list(enumerate(names))[:: max(1, math.ceil(16 / slot))]
 
 
-def _layer_axis(names: Sequence[str], slot: float, y: float, label: str) -> list[Mark]:
+def layer_axis(names: Sequence[str], slot: float, y: float, label: str) -> list[Mark]:
+    """The names of columns of `slot` units below a chart, and what they are."""
     labels = [text(LEFT + slot * (i + 0.5), y, name) for i, name in _spaced(names, slot)]
-    return [*labels, text((LEFT + WIDTH - RIGHT) / 2, y + 18, label, "label")]
+    return [*labels, text(LEFT + slot * len(names) / 2, y + 18, label, "label")]
 
 
 def sharing(
@@ -296,13 +304,14 @@ def sharing(
     weights: Sequence[Sequence[float]] | None,
     experts: int,
     description: str,
+    width: float = WIDTH,
 ) -> Chart:
     """Which layers of a group share which A, and how each mixes the shared experts.
 
     `blocks` are (number of the A, number of layers that share it), in order; `weights` the mean expert weights of each
     layer, None if unknown.
     """
-    slot = (WIDTH - LEFT - RIGHT) / max(1, len(layers))
+    slot = (width - LEFT - RIGHT) / max(1, len(layers))
     marks = [text(LEFT - 8, 27, "A", "label", "end"), text(LEFT - 8, 100, "B", "label", "end")]
     at = LEFT
     for index, (number, size) in enumerate(blocks):
@@ -325,44 +334,5 @@ def sharing(
             if slot > 30 and height * share > 15:
                 marks.append(text(x + (slot - 3) / 2, y + height * share / 2 + 4, label, "inband"))
             y += height * share
-    marks += _layer_axis(layers, slot, top + height + 16, "layer")
-    return Chart(WIDTH, top + height + 42, f"Sharing in {group}", description, marks)
-
-
-def heat_map(
-    rows: Sequence[str],
-    columns: Sequence[str],
-    values: Sequence[Sequence[float]],
-    title: str,
-    description: str,
-    x_label: str,
-    top: float,
-) -> Chart:
-    """Cells shaded by value, from 0 to `top`, with the value in them where it fits, and a key of the shades.
-
-    `rows` and `columns` are names, `values` has the shape (rows, columns).
-    """
-    slot, height = (WIDTH - LEFT - RIGHT) / max(1, len(columns)), 24.0
-    marks = []
-    for i, row in enumerate(rows):
-        y = 6 + height * i
-        marks.append(text(LEFT - 8, y + 16, row, anchor="end"))
-        for j, column in enumerate(columns):
-            value = values[i][j]
-            share, tip = value / top if top else 0.0, f"{row}, {x_label} {column}: {value:.3f}"
-            marks.append(_cell(LEFT + slot * j, y, slot, height, share, tip))
-            if slot > 26:
-                marks.append(text(LEFT + slot * (j + 0.5), y + 16, f"{value:.2f}".lstrip("0"), "incell"))
-    base = 6 + height * len(rows)
-    marks += [*_layer_axis(columns, slot, base + 14, x_label), text(LEFT - 8, base + 56, "shade", "label", "end")]
-    width, shares = 40.0, [i / 4 for i in range(5)]
-    marks += [_cell(LEFT + width * i, base + 44, width, 16, share) for i, share in enumerate(shares)]
-    marks += [text(LEFT + width * (i + 0.5), base + 74, f"{share * top:.2f}") for i, share in enumerate(shares)]
-    return Chart(WIDTH, base + 84, title, description, marks)
-
-
-def _cell(x: float, y: float, width: float, height: float, share: float, tip: str = "") -> Mark:
-    """A cell of a heat map, shaded by its share of the largest value."""
-    opacity = f"fill-opacity:{SHADE * max(0.0, min(1.0, share)):.3f}"
-    gap = min(1.0, width / 8)
-    return rect(x + gap, y + 1, width - 2 * gap, height - 2, "cell", tip, style=opacity)
+    marks += layer_axis(layers, slot, top + height + 16, "layer")
+    return Chart(width, top + height + 42, f"Sharing in {group}", description, marks)

@@ -57,6 +57,43 @@ class Grid:
 
 
 @dataclass(frozen=True)
+class Panel:
+    """A small chart of several of one kind, with its title and what it shows in words."""
+
+    title: str
+    chart: Chart
+    words: str = ""
+
+
+@dataclass(frozen=True)
+class Multiples:
+    """Small charts of one kind in one figure, with their legend, caption and numbers."""
+
+    kind: ClassVar[str] = "multiples"
+    title: str
+    panels: Sequence[Panel]
+    caption: str
+    tables: Sequence[Table] = ()
+    legend: Legend | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """Texts that belong to one example, each with its name (which may be empty)."""
+
+    title: str
+    texts: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Cases:
+    """Examples in full, one below the other; texts keep their line breaks."""
+
+    kind: ClassVar[str] = "cases"
+    cases: Sequence[Case]
+
+
+@dataclass(frozen=True)
 class Heading:
     """A heading inside a section."""
 
@@ -78,11 +115,12 @@ class Details:
 
     kind: ClassVar[str] = "details"
     summary: str
-    content: Table | Terms
+    content: Table | Terms | Cases
     open: bool = False
 
 
-Block = str | Table | Legend | Figure | Grid | Heading | Terms | Details  # a string is a paragraph
+# a string is a paragraph
+Block = str | Table | Legend | Figure | Multiples | Grid | Cases | Heading | Terms | Details
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from lily.analysis.sentences import plan_words, short_rank_words
+from lily.analysis.sentences import short_rank_words
 from lily.html.page import Details, Page, Section, Terms
-from lily.insight import rank_sections, routing_sections, sections
+from lily.insight import rank_sections, routing_sections, run_sections, sections
 from lily.insight.definitions import TERMS
 from lily.insight.gather import Insight
+from lily.recipes.results.standing import standing
 from lily.recipes.scoring.metrics import shown
 
 
@@ -17,17 +18,19 @@ def page(insight: Insight) -> str:
     routing = facts.get("config", {}).get("routing")
     kind = f"{facts['kind']}, {routing} routing" if routing else facts["kind"]
     measured = f"; routing measured on {insight.read}" if insight.read else ""
-    lead = [] if insight.plan is None else [plan_words(insight.plan)]
-    if insight.rank is not None:
-        lead.append(short_rank_words(insight.rank, insight.lora, insight.equal_lora))
+    lead = "" if run is None else standing(run)
+    if not lead and insight.rank is not None:
+        lead = short_rank_words(insight.rank, insight.lora, insight.equal_lora)
     definitions = Details("Definitions and limits", Terms(TERMS.items()), open=True)
     parts = [
-        Section("result", "Was it worth it?", sections.result(insight)),
+        Section("result", "Was it worth it?", run_sections.result(insight)),
+        Section("training", "How it was learned", run_sections.training(insight)),
+        Section("wrong", "What it gets wrong", run_sections.wrong(insight)),
+        Section("answers", "What it answers", run_sections.answers(insight)),
         Section("sharing", "What is shared", sections.sharing(insight)),
         Section("rank", "How much rank there is", rank_sections.rank(insight)),
         Section("overlap", "What sharing did", rank_sections.overlap(insight)),
         Section("routing", "What the routers do", routing_sections.routing(insight)),
-        Section("training", "How it was trained", sections.training(insight)),
         Section("sizes", "Sizes", sections.sizes(insight)),
         Section("collapse", "What becoming static cost", sections.collapse(insight)),
         Section("about", "Configuration and origin", sections.about(insight)),
@@ -38,7 +41,7 @@ def page(insight: Insight) -> str:
         heading=name,
         subtitle=f"{kind}: {facts['folder']}{measured}",
         sections=parts,
-        lead=" ".join(lead),
+        lead=lead,
         tiles=_tiles(insight),
         notes=insight.notes,
     ).render()

@@ -52,7 +52,7 @@ def rank(insight: Insight) -> list[Block]:
     if insight.lora is not None:
         curves.append(("LoRA trained beside it", "lora", insight.lora))
     threshold = report.threshold
-    axis = {"y": (min(threshold / 10, 10**-3), 1.0), "log": True, "level": (threshold, f"threshold {threshold:g}")}
+    axis = {"y": (min(threshold / 10, 10**-3), 1.0), "log": True, "levels": [(threshold, f"threshold {threshold:g}")]}
     spectrum = _over_layers(curves, relative_spectra, SPECTRUM, **axis)
     return [
         rank_words(report, insight.lora, insight.equal_lora),

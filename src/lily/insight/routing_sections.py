@@ -10,7 +10,8 @@ from lily.analysis.sentences import most_by_label, routing_words, short_names, t
 from lily.analysis.series import by_expert
 from lily.html import charts
 from lily.html.charts import Series
-from lily.html.page import Block, Details, Figure, Grid, Heading, Legend, Table
+from lily.html.matrices import heat_map
+from lily.html.page import Block, Details, Figure, Heading, Legend, Multiples, Panel, Table
 from lily.insight.gather import Insight
 from lily.insight.sections import by_columns, layer_figure, number
 
@@ -43,7 +44,7 @@ def routing(insight: Insight) -> list[Block]:
         return []
     return [
         routing_words(report),
-        Grid(_heat_maps(report)),
+        *_heat_maps(report),
         *_depends(report),
         *_classes(report),
         _layers(report),
@@ -52,23 +53,21 @@ def routing(insight: Insight) -> list[Block]:
     ]
 
 
-def _heat_maps(report: RoutingReport) -> list[Figure]:
-    out = []
+def _heat_maps(report: RoutingReport) -> list[Multiples]:
+    panels, tables = [], []
     darkest = max(w for layer in report.layers if len(layer.mean) > 1 for w in layer.mean)
     for group, layers in grouped(report.layers).items():
         values = by_expert(layers)
         if len(values) == 1:
             continue
         names, rows = short_names([v.name for v in layers]), [f"B{e}" for e in range(len(values))]
-        title = f"Routers of {group}"
-        caption = (
-            f"Mean weight of each expert in each layer of {group}; equal weights would be {1 / len(values):.2f}. The "
-            f"shade goes from 0 to {darkest:.2f} in all groups."
-        )
-        chart = charts.heat_map(rows, names, values, title, caption, "layer", darkest)
-        numbers = Table(caption, ["layer", *rows], [[v.name, *(f"{w:.3f}" for w in v.mean)] for v in layers])
-        out.append(Figure(title, chart, caption, numbers))
-    return out
+        words = f"Equal weights would be {1 / len(values):.2f}."
+        chart = heat_map(rows, names, values, f"Routers of {group}", words, "layer", darkest, charts.SMALL)
+        panels.append(Panel(group, chart, words))
+        numbers = [[v.name, *(f"{w:.3f}" for w in v.mean)] for v in layers]
+        tables.append(Table(f"Mean expert weights in {group}", ["layer", *rows], numbers))
+    caption = f"Mean weight of each expert in each layer. The shade goes from 0 to {darkest:.2f} in all groups."
+    return [Multiples("Which experts each layer uses", panels, caption, tables)]
 
 
 def _depends(report: RoutingReport) -> list[Figure]:
@@ -125,7 +124,7 @@ def _history(insight: Insight) -> list[Block]:
     history, plan = insight.history, insight.plan
     if history is None or plan is None or not history.steps:
         return []
-    figures = []
+    panels, tables, legend = [], [], None
     for group in plan.groups:
         members = [name for name in group.members if name in history.layers and any(history.tokens[name])]
         if not members or group.num_B == 1:
@@ -137,16 +136,18 @@ def _history(insight: Insight) -> list[Block]:
             style = charts.depth_style(i, len(members)) if many else f"l{i}"
             points = tuple(zip(map(float, history.steps), history.largest(name), strict=True))
             series.append(Series(f"layer {short[name]}", style, points))
-        caption = (
-            f"Mean weight of the most used expert at each recorded step; equal weights would be {1 / group.num_B:.2f}."
-        )
-        title = f"Deciding: {title_of(group)}"
+        title, words = title_of(group), f"Equal weights would be {1 / group.num_B:.2f}."
         highest = max(value for s in series for _, value in s.points if value is not None)
         y = (1 / group.num_B, max(highest, 1.2 / group.num_B))
-        chart = charts.lines(series, title, caption, "optimizer step", "largest mean weight", y=y)
+        label = f"Deciding: {title}"
+        chart = charts.lines(series, label, words, "optimizer step", "largest mean weight", y=y, width=charts.SMALL)
         rows = [[name, *(f"{w:.3f}" for w in history.accumulated(name))] for name in members]
         heads = ["layer", *(f"B{e}" for e in range(group.num_B))]
-        legend = Legend([(s.style, s.name) for s in series], "depth" if many else "line")
-        table = Table("Mean weights over all recorded steps", heads, rows)
-        figures.append(Figure(title, chart, caption, table, legend))
-    return [Heading("While it learned"), Grid(figures)] if figures else []
+        if legend is None or len(series) > len(legend.entries):
+            legend = Legend([(s.style, s.name) for s in series], "depth" if many else "line")
+        assert chart is not None, "the layer that was recorded has a value"
+        panels.append(Panel(title, chart, words))
+        tables.append(Table(f"Mean weights over all recorded steps in {title}", heads, rows))
+    caption = "Mean weight of the most used expert at each recorded step, by layer."
+    figure = Multiples("How the routers decide, by group of layers", panels, caption, tables, legend)
+    return [Heading("While it learned"), figure] if panels else []

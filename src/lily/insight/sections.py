@@ -1,4 +1,4 @@
-"""The parts of the page, each from an `Insight`; empty where it has no data for them."""
+"""What the adapter is: sharing, sizes, collapse and origin; empty where an `Insight` has no data for a part."""
 
 from __future__ import annotations
 
@@ -8,21 +8,14 @@ from typing import TypeVar
 from lily.analysis.factored import grouped
 from lily.analysis.rank import LayerRank
 from lily.analysis.routing import LayerRouting
-from lily.analysis.sentences import sharing_words, short_names, title_of
+from lily.analysis.sentences import plan_words, sharing_words, short_names, title_of
 from lily.analysis.series import block_sizes
 from lily.html import charts
-from lily.html.charts import Series
-from lily.html.page import Block, Details, Figure, Grid, Legend, Table, Terms, curve_figure
+from lily.html.page import Block, Details, Figure, Legend, Multiples, Panel, Table, Terms
 from lily.insight.gather import Insight
-from lily.recipes.results.card import adapter_costs, costs_of, values_of
 from lily.recipes.scoring.metrics import shown
 
 T = TypeVar("T", LayerRank, LayerRouting)
-
-ONE_SEED = (
-    "One seed; shares and correlations in percent. Another seed gives other values: a small difference may be chance."
-)
-METHODS = {"lily": "Lily", "lora": "LoRA", "tfidf": "TF-IDF", "frozen": "frozen encoder"}
 
 
 def number(value: float | None, form: str = ".3f") -> str:
@@ -61,75 +54,35 @@ def layer_figure(
     return Figure(title, chart, caption, table, Legend([(style, name) for name, style, _ in series], shape), wide=True)
 
 
-def result(insight: Insight) -> list[Block]:
-    """The run's metrics beside its baselines."""
-    run = insight.run
-    if run is None or not run.final:
-        return []
-    names = list(run.final)
-    rows = [
-        ["untrained", *values_of(names, run.before), "", "", ""],
-        *([METHODS.get(n, n), *values_of(names, values), *costs_of(values)] for n, values in run.baselines.items()),
-    ]
-    own = f"this adapter ({METHODS.get(run.method, run.method)})"
-    rows.append([own, *values_of(names, run.final), *costs_of(adapter_costs(run))])
-    count = run.rows.get(run.split)
-    on = f"{count:,.0f} {run.split} rows" if count else f"the {run.split} rows"
-    heads = ["method", *names, "trained parameters", "seconds", "on disk"]
-    return [Table(f"On {on}, seed {run.seed}", heads, rows, last_bold=True), ONE_SEED]
-
-
 def sharing(insight: Insight) -> list[Block]:
     """Group by group: which layers share which A, and how each mixes the experts."""
     plan = insight.plan
     if plan is None:
         return []
     routing = grouped(insight.routing.layers) if insight.routing is not None else {}
-    figures = []
+    panels, tables = [], []
     for group in plan.groups:
         title, words = title_of(group), sharing_words(group)
         routed = routing.get(title)
         weights = [layer.mean for layer in routed] if routed else None
         names = short_names(group.members)
-        chart = charts.sharing(title, names, block_sizes(plan, group), weights, group.num_B, words)
-        numbers = None
+        chart = charts.sharing(title, names, block_sizes(plan, group), weights, group.num_B, words, charts.SMALL)
+        panels.append(Panel(title, chart, words))
         if weights is not None:
             means = zip(group.members, weights, strict=True)
             rows = [[name, f"A{plan.slots[name].A}", *map(number, mean)] for name, mean in means]
             heads = ["layer", "A", *(f"B{e}" for e in range(group.num_B))]
-            numbers = Table(f"Mean expert weights in {title}", heads, rows)
-        figures.append(Figure(title, chart, words, numbers))
+            tables.append(Table(f"Mean expert weights in {title}", heads, rows))
     bands = "no data were read, so the bands are of equal height"
     if routing:
         bands = "mean weight of each expert" + (f" over {insight.read}" if insight.read else "")
-    intro = (
+    caption = (
         "Boxes: the layers that share one A, and so read the same input directions. Bands: how each layer mixes the "
         f"experts B that its whole group shares; {bands}."
     )
     experts = range(max(g.num_B for g in plan.groups))
     legend = Legend([(f"e{e % charts.EXPERT_COLORS}", f"expert B{e}") for e in experts], "box")
-    return [intro, legend, Grid(figures)]
-
-
-def training(insight: Insight) -> list[Block]:
-    """Loss and metric over training, beside the LoRA baseline."""
-    own = insight.run
-    if own is None:
-        return []
-    runs = [("this adapter", "lora" if own.method == "lora" else "lily", own)]
-    if insight.lora_run is not None:
-        runs.append(("LoRA trained beside it", "lora", insight.lora_run))
-    figures = []
-    for what, title, caption, label in (
-        ("losses", "Training loss", "Training loss, as the trainer logged it.", "loss"),
-        ("evaluations", f"{own.metric} on the validation rows", "At each evaluation; the best adapter was kept.",
-         own.metric),
-    ):  # fmt: skip
-        series = [Series(name, style, points) for name, style, run in runs if (points := getattr(run, what))]
-        if series:
-            chart = charts.lines(series, title, caption, "optimizer step", label)
-            figures.append(curve_figure(chart, series, "step"))
-    return [Grid(figures)] if figures else []
+    return [plan_words(plan), Multiples("Who shares what, by group of layers", panels, caption, tables, legend)]
 
 
 def sizes(insight: Insight) -> list[Block]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from rich.cells import cell_len
 from rich.markup import escape
 from rich.table import Table
 
@@ -35,3 +36,31 @@ def terminal(
     for row in rows:
         table.add_row(*map(escape, row))
     return table
+
+
+def fitting(
+    header: Sequence[str], rows: Rows, width: int, *, title: str | None = None, numbers: bool = True
+) -> list[Table]:
+    """A table for the terminal without a cut or wrapped cell: several below one another where it is wider.
+
+    Each has the first column, which names the row, and as many of the others as fit into `width` characters; the first
+    has the title. `numbers` is as in `terminal`.
+    """
+    lines = [list(row) for row in rows]
+    edges = [max(cell_len(line[i]) for line in (header, *lines)) + 3 for i in range(len(header))]
+    parts: list[list[int]] = [[0]]
+    for i in range(1, len(header)):
+        if len(parts[-1]) > 1 and sum(edges[k] for k in (*parts[-1], i)) + 1 > width:
+            parts.append([0])
+        parts[-1].append(i)
+    return [
+        terminal(
+            [header[i] for i in part],
+            [[line[i] for i in part] for line in lines],
+            numbers=numbers,
+            no_wrap=True,
+            title=title if number == 0 else None,
+            title_justify="left",
+        )
+        for number, part in enumerate(parts)
+    ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +80,7 @@ def prepare(recipe: Recipe) -> Prepared:
 
     from lily.recipes.data import tasks
     from lily.recipes.data.summary import summarize
-    from lily.recipes.scoring import choices, forgetting
+    from lily.recipes.scoring import answer_lengths, choices, forgetting
 
     with located(recipe, "model", recipe.model.kind):
         meta = models.meta_model(recipe.model, recipe.task, tasks.num_labels(recipe, splits))
@@ -92,7 +92,7 @@ def prepare(recipe: Recipe) -> Prepared:
     else:
         with located(recipe, "data", "max_length"):
             check_length(recipe, meta)
-    encoded = {}
+    encoded, too_long = {}, list[str]()
     for name, rows in splits.parts.items():
         if recipe.task == "sft" or name in ("train", "validation"):  # for sft, to check that no answer is cut away
             title = "training" if name == "train" else name.removeprefix("tests.")
@@ -101,12 +101,14 @@ def prepare(recipe: Recipe) -> Prepared:
             continue
         if recipe.task == "sft" and "exact_match" in metrics_of(recipe):
             answers.expected_answers(rows, recipe)
+            too_long += answer_lengths.unreachable(rows, name, recipe, tasks.text_processor(processor))
         for row in rows if recipe.data.choices is not None else ():
             choices.scored_choices(0, row, recipe, processor)  # for its check of their length
     general = forgetting.general_text(recipe, processor, recipe.forgetting, "forgetting")
     kept = recipe.lily.null_space if recipe.method == "lily" else None
     calibration = forgetting.general_text(recipe, processor, kept, "lily", "null_space")
     seen = summarize(recipe, splits, encoded, processor)
+    seen = replace(seen, warnings=(*seen.warnings, *too_long))
     train, first = encoded["train"].examples, splits.train[encoded["train"].rows[0]]
     return Prepared(
         splits, processor, train, encoded["validation"].examples, config, meta, general, calibration, seen, first

@@ -174,11 +174,13 @@ def _run(
 
     def judge_untrained(m: Any) -> None:
         if not validation_only:
-            result.before = judge(m, splits.held_out)
+            result.before, review = judge(m, splits.held_out), judge.review
             if config is None:  # the untrained model is also the final one
                 _write_predictions(judge, result.split, output)
             result.tests = test_sets.noted({name: judge(m, rows) for name, rows in splits.tests.items()}, "before")
-            result.samples = evaluate.samples(m, processor, splits.held_out, recipe, "before")
+            result.samples, lengths = evaluate.samples(m, processor, splits.held_out, recipe, "before")
+            if config is None:
+                result.review = review.with_answers(lengths)
         result.forgetting = forgetting.of(before=general_loss(m)) if prepared.general else {}
 
     def general_loss(m: Any) -> float:
@@ -241,11 +243,12 @@ def _run(
         result.final = {name: progress.best[name] for name in names}
     else:
         load_weights(model, output / "best")
-        result.final = judge(model, splits.held_out)
+        result.final, review = judge(model, splits.held_out), judge.review
         _write_predictions(judge, result.split, output)
         tests = {name: judge(model, rows) for name, rows in splits.tests.items()}
         result.tests = test_sets.noted(tests, "final", result.tests)
-        result.samples = evaluate.samples(model, processor, splits.held_out, recipe, "after", result.samples)
+        result.samples, lengths = evaluate.samples(model, processor, splits.held_out, recipe, "after", result.samples)
+        result.review = review.with_answers(lengths)
     result.adapter_bytes = processes.on_first(lambda: (output / "best" / "adapter_model.safetensors").stat().st_size)
 
 

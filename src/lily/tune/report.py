@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from lily.io.tables import terminal
+from lily.io.tables import fitting
 from lily.recipes.scoring.metrics import shown
 from lily.tune.run import TuneResult, ranked_trials
 from lily.tune.study import TrialResult
@@ -33,7 +33,8 @@ def print_tuned(result: TuneResult, output: Path, console: Console) -> None:
         for trial in ranked_trials(result.trials, result.metric)[:MOST]
     ]
     heads = ("trial", *knobs, result.metric, *more, "steps", "")
-    console.print(terminal(heads, rows, title=escape(title)))
+    for table in fitting(heads, rows, console.width, title=escape(title), numbers=False):
+        console.print(table)
     if failed := sum(trial.state == "failed" for trial in result.trials):
         console.print(escape(f"{failed} trials failed; see the reasons in {output / 'tune.json'}"), soft_wrap=True)
     console.print("own: the recipe's own values", highlight=False)

@@ -11,7 +11,7 @@ from rich.markup import escape
 from lily.analysis.granularity import Quality
 from lily.analysis.plots import Picture, quality_plot
 from lily.compare.tables import with_spread
-from lily.io.tables import terminal
+from lily.io.tables import fitting
 from lily.recipes.scoring.metrics import LOWER_IS_BETTER
 from lily.tune.sweep import LORA, Granularity, ShapeResult
 
@@ -36,7 +36,8 @@ def print_sweep(sweep: Granularity, output: Path, console: Console) -> None:
         ]
         for entry in sweep.entries
     ]
-    console.print(terminal(heads, rows, title=title))
+    for table in fitting(heads, rows, console.width, title=title):
+        console.print(table)
     failed = sum(len(entry.failed) for entry in sweep.entries)
     if failed:
         console.print(escape(f"{failed} runs failed; see {output / 'logs'}"), soft_wrap=True)

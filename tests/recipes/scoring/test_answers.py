@@ -15,6 +15,7 @@ from lily.recipes.data import tasks
 from lily.recipes.data.tasks import IGNORED
 from lily.recipes.results.adapter import Adapter
 from lily.recipes.scoring import answers, evaluate
+from lily.recipes.scoring.answer_lengths import Answer
 from lily.recipes.spec.schema import Pattern
 
 
@@ -108,13 +109,27 @@ def test_a_completion_without_an_answer_is_refused_before_a_weight_is_read(made,
 
 def test_exact_match_compares_what_is_read_and_samples_show_the_whole_texts(made, monkeypatch):
     recipe = made(r"generation.answer={pattern: 'yes|no'}", "method=none")
-    given = iter(["yes it is", "awful"] * 50)
-    monkeypatch.setattr(evaluate, "answers", lambda model, tok, prompts, recipe: [next(given) for _ in prompts])
+    given = [Answer("yes it is", 3, False), Answer("awful", 1, True)]
+    monkeypatch.setattr(evaluate, "answers", lambda model, tok, prompts, recipe: given)
     table = [{"prompt": "is it", "completion": "so yes"}, {"prompt": "is it", "completion": "no"}]
     tok = tokenizer(chat=True)
-    assert sorted(evaluate.exact_matches(None, tok, table, recipe)) == [False, True]
-    shown = evaluate.samples(None, tok, table, recipe, "before")
+    assert evaluate.exact_matches(given, table, recipe) == [True, False]
+    shown, lengths = evaluate.samples(None, tok, table, recipe, "before")
     assert [(s["expected"], s["before"]) for s in shown] == [("so yes", "yes it is"), ("no", "awful")]
+    assert [s.get("cut") for s in shown] == [None, ["before"]]
+    assert (lengths.count, lengths.cut, lengths.longest_expected) == (2, 1, 2)
+
+
+def test_a_samples_prompt_is_the_whole_conversation(made, monkeypatch):
+    monkeypatch.setattr(evaluate, "answers", lambda *_: [Answer("no", 1, False)])
+    messages = [
+        {"role": "user", "content": "is it good"},
+        {"role": "assistant", "content": "yes"},
+        {"role": "user", "content": "is it bad"},
+        {"role": "assistant", "content": "no"},
+    ]
+    (shown,), _ = evaluate.samples(None, tokenizer(chat=True), [{"messages": messages}], made(), "after")
+    assert shown["prompt"] == "user: is it good\nassistant: yes\nuser: is it bad"
 
 
 TEMPLATE = "question the film {prompt} answer "

@@ -20,6 +20,7 @@ from lily.recipes.models.precision import precision_of
 from lily.recipes.results.adapter_folder import AdapterFolder
 from lily.recipes.scoring.evaluate import Judge, answers, head_outputs
 from lily.recipes.scoring.inference import by_length, place, to_device
+from lily.recipes.scoring.review import Review
 from lily.recipes.spec.base import CLASSIFYING
 from lily.recipes.spec.schema import Recipe
 
@@ -33,6 +34,10 @@ class Adapter:
     Args:
         folder: one that was found before, or a path; see `AdapterFolder.of`, as for `recipe` and `base`.
 
+    Attributes:
+        answered: answers that were generated so far.
+        cut: those among them that `generation.max_new_tokens` ended.
+
     Raises:
         LilyError: if there is no adapter or no recipe, or the base model cannot be loaded.
     """
@@ -41,6 +46,7 @@ class Adapter:
         location = AdapterFolder.of(folder, recipe, base)
         self.path, self.recipe = location.path, location.text_recipe()
         self._splits: data.Splits | None = None
+        self.answered = self.cut = 0
         self._labels = location.labels()
         precision = precision_of(self.recipe)
         plain = models.load_model(self.recipe.model, self.recipe.task, self.labels, precision=precision)
@@ -68,7 +74,13 @@ class Adapter:
         return self._labels or self.splits.labels
 
     def evaluate(self, split: str | None = None, file: str | None = None) -> dict[str, float]:
+        """The metrics of `reviewed`."""
+        return self.reviewed(split, file)[0]
+
+    def reviewed(self, split: str | None = None, file: str | None = None) -> tuple[dict[str, float], Review]:
         """The recipe's metrics on a split (default: the one that the run reported) or on a file with the same columns.
+
+        Also what was wrong there.
 
         Raises:
             LilyError: if the split is empty or the file does not fit.
@@ -81,7 +93,8 @@ class Adapter:
             raise LilyError(f"the recipe has no {split} rows; choose train or validation, or give --file")
         if self.labels is not None:
             data.check_labels(rows, self.labels, str(file or split), self.recipe.data.similar_labels == "merge")
-        return Judge(self.recipe, self.processor, self.labels)(self.model, rows)
+        judge = Judge(self.recipe, self.processor, self.labels)
+        return judge(self.model, rows), judge.review
 
     def predict(
         self, rows: Iterable[Row], prefix: str = "", folder: Path | None = None, source: str = ""
@@ -120,7 +133,9 @@ class Adapter:
         if recipe.task == "sft":
             prompts = [data.prompt_of(row, columns, f"{at} {number + i}") for i, row in enumerate(batch, 1)]
             turns = [format_prompt(p, recipe, self.tokenizer) if isinstance(p, str) else p for p in prompts]
-            return [(text,) for text in answers(self.model, self.tokenizer, turns, recipe)]
+            generated = answers(self.model, self.tokenizer, turns, recipe)
+            self.answered, self.cut = self.answered + len(generated), self.cut + sum(a.cut for a in generated)
+            return [(answer.text,) for answer in generated]
         inputs = [data.inputs_of(row, recipe, f"{at} {number + i}", folder) for i, row in enumerate(batch, 1)]
         outputs = head_outputs(self.model, inputs, recipe, self.processor)
         if self.labels is None:
@@ -136,7 +151,9 @@ class Adapter:
         if self.recipe.task != "sft":
             raise LilyError(f"{self.path} is an adapter for {self.recipe.task}; `lily predict` uses it")
         turn = format_prompt(prompt, self.recipe, self.tokenizer)
-        return answers(self.model, self.tokenizer, [turn], self.recipe, streamer)[0]
+        (answer,) = answers(self.model, self.tokenizer, [turn], self.recipe, streamer)
+        self.answered, self.cut = self.answered + 1, self.cut + answer.cut
+        return answer.text
 
 
 def batches(

@@ -14,6 +14,7 @@ from lily.io import tables
 from lily.recipes import methods
 from lily.recipes.methods.configs import ratios_of
 from lily.recipes.results import data_table
+from lily.recipes.results.review_table import print_review
 from lily.recipes.scoring import test_sets
 from lily.recipes.scoring.metrics import metrics_of, shown
 from lily.recipes.spec.base import CLASSIFYING
@@ -64,6 +65,7 @@ def print_result(result: Result, recipe: Recipe, output: Path, console: Console)
         console.print(f"[dim]{escape(sample['prompt'].strip()[-300:])}[/]")
         answers = ", ".join(f"{k}: {escape(repr(sample[k]))}" for k in ("expected", "before", "after") if k in sample)
         console.print(f"  {answers}")
+    print_review(result.review, console)
     if result.best is not None:
         console.print(f"{epochs(result)}; {result.seconds['total']:.0f} s in all")
         console.print(escape(f"adapter: {output / 'best'}    figures: {output / 'metrics.json'}"), soft_wrap=True)

@@ -14,6 +14,7 @@ from lily.io.atomic import write_text
 from lily.recipes.data.summary import Summary
 from lily.recipes.models.precision import precision_of
 from lily.recipes.scoring import test_sets
+from lily.recipes.scoring.review import Review
 from lily.recipes.spec.dreambooth import DreamBooth
 from lily.recipes.spec.schema import Recipe
 
@@ -44,6 +45,8 @@ class Result:
         forgetting: mean loss per token of general text `before` training, after it (`last`), with the best adapter
             (`after`) and the difference (`increase`); empty: not measured.
         samples: prompts with the expected answer and the answers before and after training.
+        review: what is wrong on that split with the best adapter: by class, the worst mistakes, answers that were cut;
+            None where it was not evaluated there.
     """
 
     name: str
@@ -75,7 +78,8 @@ class Result:
     router: dict[str, Any] = field(default_factory=dict)
     new_head: str | None = None
     forgetting: dict[str, float] = field(default_factory=dict)
-    samples: list[dict[str, str]] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    review: Review | None = None
 
     def write(self, path: Path) -> None:
         """Write `metrics.json` atomically."""

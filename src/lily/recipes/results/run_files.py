@@ -8,9 +8,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lily.errors import LilyError
+
+if TYPE_CHECKING:
+    from lily.recipes.scoring.review import Review
 
 METRICS = "metrics.json"
 
@@ -68,6 +71,8 @@ class RunFigures:
     adapter_bytes: float
     seconds: dict[str, float]
     rows: dict[str, float]
+    samples: tuple[dict[str, Any], ...] = ()
+    review: Review | None = None  # None: an earlier version wrote none
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -88,6 +93,8 @@ def run_figures(folder: Path) -> RunFigures:
     Raises:
         LilyError: if its files are not in the format that `lily train` writes.
     """
+    from lily.recipes.scoring.review import Review
+
     values = json_object(folder / METRICS)
     try:
         metric = str(values["metric"])
@@ -107,6 +114,8 @@ def run_figures(folder: Path) -> RunFigures:
             adapter_bytes=float(values.get("adapter_bytes", 0)),
             seconds=_numbers(values.get("seconds", {})),
             rows=_numbers(values.get("rows", {})),
+            samples=_samples(values.get("samples") or []),
+            review=Review.from_dict(values.get("review")),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise LilyError(
@@ -132,6 +141,16 @@ def _curve(history: Any, name: str) -> tuple[tuple[float, float], ...]:
     """(step, value) of the entries where both are finite numbers."""
     points = [(_number(entry.get("step")), _number(entry.get(name))) for entry in history]
     return tuple((step, value) for step, value in points if step is not None and value is not None)
+
+
+def _samples(values: Any) -> tuple[dict[str, Any], ...]:
+    """Prompts with their answers as texts, and the names of the answers that were cut; images have no expected one."""
+    texts = ("prompt", "expected", "before", "after")
+    return tuple(
+        {**{name: str(entry[name]) for name in texts if name in entry}, "cut": list(map(str, entry.get("cut", ())))}
+        for entry in values
+        if "expected" in entry
+    )
 
 
 def _numbers(values: Mapping[Any, Any]) -> dict[str, float]:

@@ -19,20 +19,31 @@ from lily.recipes.scoring.inference import place
 from lily.recipes.scoring.metrics import compute, metrics_of
 from lily.recipes.spec.schema import Recipe
 
+VALIDATION = "validation"
+
 
 def run(name: str, recipe: Recipe, splits: Splits) -> dict[str, float]:
-    """The metrics of `majority` (the mean, for regression), `tfidf` or `frozen` on held-out rows, and its seconds."""
+    """The metrics of `majority` (the mean, for regression), `tfidf` or `frozen` on held-out rows, and its seconds.
+
+    Under `VALIDATION` the recipe's main metric on the validation rows, beside the curves of what trains in steps.
+    """
     started = time.perf_counter()
-    expected = _targets(splits.held_out, splits.labels)
+    rows = [*splits.held_out, *(splits.validation if splits.test else ())]
+    expected = _targets(rows, splits.labels)
     targets = _targets(splits.train, splits.labels)
     if name == "majority":
-        predicted = _majority(splits, targets)
+        predicted = _majority(rows, splits.labels, targets)
     elif name == "tfidf":
-        predicted = _tfidf(splits, targets)
+        predicted = _tfidf(rows, splits, targets)
     else:
-        predicted = _frozen(recipe, splits, targets)
-    names = [metric for metric in metrics_of(recipe) if metric != "loss"]
-    return {**compute(names, predicted, expected), "seconds": time.perf_counter() - started}
+        predicted = _frozen(rows, recipe, splits, targets)
+    names, count = [metric for metric in metrics_of(recipe) if metric != "loss"], len(splits.held_out)
+    figures = {**compute(names, predicted[:count], expected[:count]), "seconds": time.perf_counter() - started}
+    main = metrics_of(recipe)[0]
+    if splits.validation and main in figures:
+        start = count if splits.test else 0
+        figures[VALIDATION] = compute([main], predicted[start:], expected[start:])[main]
+    return figures
 
 
 def _targets(rows: Sequence[Row], labels: Sequence[str] | None) -> Any:
@@ -42,12 +53,12 @@ def _targets(rows: Sequence[Row], labels: Sequence[str] | None) -> Any:
     return np.array([ids[row["label"]] for row in rows])
 
 
-def _majority(splits: Splits, targets: Any) -> Any:
-    guess = np.bincount(targets).argmax() if splits.labels is not None else targets.mean()
-    return np.full(len(splits.held_out), guess)
+def _majority(rows: Sequence[Row], labels: Sequence[str] | None, targets: Any) -> Any:
+    guess = np.bincount(targets).argmax() if labels is not None else targets.mean()
+    return np.full(len(rows), guess)
 
 
-def _tfidf(splits: Splits, targets: Any) -> Any:
+def _tfidf(rows: Sequence[Row], splits: Splits, targets: Any) -> Any:
     """A linear model on TF-IDF of words and word pairs, separately for each text of a pair.
 
     If the training texts have no word, it predicts the majority.
@@ -61,15 +72,15 @@ def _tfidf(splits: Splits, targets: Any) -> Any:
             # the default pattern drops words of one character
             vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")
             fitted = vectorizer.fit_transform(row[column] for row in splits.train)
-            parts.append((fitted, vectorizer.transform(row[column] for row in splits.held_out)))
+            parts.append((fitted, vectorizer.transform(row[column] for row in rows)))
     if not parts:
-        return _majority(splits, targets)
-    train, held_out = (hstack([part[i] for part in parts]).tocsr() for i in range(2))
+        return _majority(rows, splits.labels, targets)
+    train, judged = (hstack([part[i] for part in parts]).tocsr() for i in range(2))
     linear = _linear(splits.labels)
-    return linear.fit(train, targets).predict(held_out)
+    return linear.fit(train, targets).predict(judged)
 
 
-def _frozen(recipe: Recipe, splits: Splits, targets: Any) -> Any:
+def _frozen(rows: Sequence[Row], recipe: Recipe, splits: Splits, targets: Any) -> Any:
     """A linear model on the frozen encoder's mean last hidden state; for images on the input of the model's head."""
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -77,7 +88,7 @@ def _frozen(recipe: Recipe, splits: Splits, targets: Any) -> Any:
     model = place(models.load_model(recipe.model, recipe.task, ("0", "1"), precision=precision_of(recipe)))
     processor = models.load_processor(recipe, model.config)
     pooled = _head_input if recipe.task == "image-classification" else _mean_state
-    features = head_outputs(model, [*splits.train, *splits.held_out], recipe, processor, pooled)
+    features = head_outputs(model, [*splits.train, *rows], recipe, processor, pooled)
     count = len(splits.train)
     probe = make_pipeline(StandardScaler(), _linear(splits.labels, 0.01))
     return probe.fit(features[:count], targets).predict(features[count:])

@@ -10,6 +10,8 @@ import torch
 
 from lily.layers.sharding import root_gathered
 from lily.recipes import data
+from lily.recipes.data.chat_template import Chat
+from lily.recipes.data.chats import content_of
 from lily.recipes.data.tables import Row
 from lily.recipes.data.tasks import (
     IGNORED,
@@ -24,6 +26,8 @@ from lily.recipes.data.tasks import (
 )
 from lily.recipes.scoring import choices
 from lily.recipes.scoring import metrics as metric_tools
+from lily.recipes.scoring import review as reviews
+from lily.recipes.scoring.answer_lengths import Answer, AnswerLengths, expected_tokens, lengths_of
 from lily.recipes.scoring.answers import answer_in, expected_answers
 from lily.recipes.scoring.inference import by_length, device_of, inference, to_device
 from lily.recipes.spec.schema import Recipe
@@ -38,12 +42,14 @@ class Judge:
     Attributes:
         items: results of the last call per row: `expected` and `predicted` (class indices or numbers), whether it is
             right (0 or 1) by name of the metric, and `loss`; for sft per example, summed over its `tokens`.
+        review: what was wrong in the last call.
     """
 
     def __init__(self, recipe: Recipe, processor: Processor, labels: Sequence[str] | None) -> None:
         self.recipe, self.processor, self.labels = recipe, processor, labels
         self.names = metric_tools.metrics_of(recipe)
         self.items: dict[str, list[Any]] = {}
+        self.review = reviews.Review()
 
     def __call__(self, model: torch.nn.Module, rows: Sequence[Row]) -> dict[str, float]:
         """Metric -> value. Predictions do not depend on how rows are batched (unless the routing is `batch`)."""
@@ -64,10 +70,12 @@ class Judge:
             shifted = outputs - outputs.max(-1, keepdims=True)
             losses = np.log(np.exp(shifted).sum(-1)) - shifted[np.arange(len(rows)), expected]
             self.items = {"accuracy": (predicted == expected).astype(int).tolist()}
+            self.review = reviews.of_classes(outputs, expected, self.labels, rows)
         else:
             expected, predicted = np.array([row["label"] for row in rows]), outputs.reshape(-1)
             losses = (predicted - expected) ** 2
             self.items = {}
+            self.review = reviews.of_numbers(predicted, expected, rows)
         loss = float(np.mean(losses))
         self.items |= {"expected": _short(expected), "predicted": _short(predicted), "loss": _short(losses)}
         values = metric_tools.compute(self.names, predicted, expected)
@@ -82,7 +90,10 @@ class Judge:
         out: dict[str, list[bool]] = {}
         tokenizer = text_processor(self.processor)
         if "exact_match" in self.names:
-            out["exact_match"] = exact_matches(model, tokenizer, rows, self.recipe)
+            generated = answers(model, tokenizer, prompts_of(rows, self.recipe, tokenizer), self.recipe)
+            out["exact_match"] = exact_matches(generated, rows, self.recipe)
+            lengths = lengths_of(generated, expected_tokens(rows, tokenizer), self.recipe)
+            self.review = reviews.Review(answers=lengths)
         if self.recipe.data.choices is not None and {"accuracy", "accuracy_norm"} & set(self.names):
             out |= choices.right(model, rows, self.recipe, tokenizer)
         return out
@@ -154,13 +165,14 @@ def token_losses(
 
 def answers(
     model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], recipe: Recipe, streamer: Any = None
-) -> list[str]:
+) -> list[Answer]:
     """Greedy answers to prompts (texts or message lists), batched with left padding, in the prompts' order.
 
     A `streamer` receives the answer to a single prompt token by token.
     """
     encoded = [{"input_ids": prompt_ids(p, tokenizer)} for p in prompts]
-    out = [""] * len(prompts)
+    out = [Answer("", 0, False)] * len(prompts)
+    ends = _end_tokens(model, tokenizer)
     with inference(model, recipe):
         for batch in by_length(encoded, recipe.train.eval_batch_size):
             ids = {"input_ids": [encoded[i]["input_ids"] for i in batch]}
@@ -173,18 +185,31 @@ def answers(
                     pad_token_id=tokenizer.pad_token_id,
                     streamer=streamer,
                 )
-            texts = tokenizer.batch_decode(generated[:, padded["input_ids"].shape[1] :], skip_special_tokens=True)
-            for i, text in zip(batch, texts, strict=True):
-                out[i] = text.strip()
+            new = generated[:, padded["input_ids"].shape[1] :]
+            texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+            for i, text, tokens in zip(batch, texts, new.tolist(), strict=True):
+                length = next((at for at, token in enumerate(tokens) if token in ends), None)
+                cut = length is None and len(tokens) >= recipe.generation.max_new_tokens
+                out[i] = Answer(text.strip(), len(tokens) if length is None else length, cut)
     return out
 
 
-def exact_matches(model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], recipe: Recipe) -> list[bool]:
-    """For each row, whether the greedy answer equals the completion's, both extracted by `generation.answer`."""
-    expected = expected_answers(rows, recipe)
-    prompts = [conversation(row, recipe, tokenizer)[-1][0] for row in rows]
-    generated = [answer_in(text, recipe) for text in answers(model, tokenizer, prompts, recipe)]
-    return [answer == completion for answer, completion in zip(generated, expected, strict=True)]
+def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens at which the model stops."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = tokenizer.eos_token_id if ends is None else ends
+    return set(ends) if isinstance(ends, (list, tuple)) else {int(ends)} if ends is not None else set()
+
+
+def prompts_of(rows: Sequence[Row], recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    """The prompts of the rows' last answers, as texts or chats."""
+    return [conversation(row, recipe, tokenizer)[-1][0] for row in rows]
+
+
+def exact_matches(generated: Sequence[Answer], rows: Sequence[Row], recipe: Recipe) -> list[bool]:
+    """For each row, whether its answer equals the completion's, both extracted by `generation.answer`."""
+    found = [answer_in(answer.text, recipe) for answer in generated]
+    return [answer == expected for answer, expected in zip(found, expected_answers(rows, recipe), strict=True)]
 
 
 def samples(
@@ -193,17 +218,29 @@ def samples(
     rows: Sequence[Row],
     recipe: Recipe,
     when: str,
-    earlier: Sequence[dict[str, str]] | None = None,
-) -> list[dict[str, str]]:
-    """The first held-out prompts with the model's answers under the key `when`, merged into `earlier`."""
+    earlier: Sequence[dict[str, Any]] | None = None,
+) -> tuple[list[dict[str, Any]], AnswerLengths | None]:
+    """The first held-out prompts with the model's answers under the key `when`, merged into `earlier`; their lengths.
+
+    `cut` lists the keys of the answers that `generation.max_new_tokens` ended; it is absent if none was.
+    """
     if recipe.task != "sft" or recipe.generation.samples == 0:
-        return []
+        return [], None
     rows = rows[: recipe.generation.samples]
-    prompts = [conversation(row, recipe, tokenizer)[-1][0] for row in rows]
+    prompts = prompts_of(rows, recipe, tokenizer)
     generated = answers(model, tokenizer, prompts, recipe)
     out = []
     for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
-        text = prompt if isinstance(prompt, str) else prompt.messages[-1]["content"]
-        entry = earlier[i] if earlier else {"prompt": text, "expected": data.completion_of(row)}
-        out.append({**entry, when: generated[i]})
-    return out
+        entry = earlier[i] if earlier else {"prompt": _in_full(prompt), "expected": data.completion_of(row)}
+        cut = {"cut": [*entry.get("cut", ()), when]} if generated[i].cut else {}
+        out.append({**entry, when: generated[i].text, **cut})
+    return out, lengths_of(generated, expected_tokens(rows, tokenizer), recipe)
+
+
+def _in_full(prompt: str | Chat) -> str:
+    """A prompt for people: of several messages each with its role."""
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt.messages) == 1:
+        return str(prompt.messages[0]["content"])
+    return "\n".join(f"{message['role']}: {content_of(message)}" for message in prompt.messages)
