@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer import Argument, Option
 
-from lily.cli.train import quieten
+from lily.cli.progress import quieten
 from lily.cli.tune import Jobs, Threads
 from lily.errors import LilyError
 from lily.io.tables import terminal

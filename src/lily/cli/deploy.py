@@ -13,7 +13,7 @@ from rich.markup import escape
 from typer import Option
 
 from lily.cli.evaluate import Folder, RecipeOption, check_adapter
-from lily.cli.train import quieten
+from lily.cli.progress import quieten
 from lily.errors import LilyError
 from lily.io.tables import terminal
 

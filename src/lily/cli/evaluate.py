@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer import Argument, Option
 
-from lily.cli.train import quieten
+from lily.cli.progress import quieten
 from lily.errors import LilyError
 from lily.io.tables import terminal
 from lily.recipes.spec.values import SURROGATE

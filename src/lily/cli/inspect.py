@@ -15,7 +15,7 @@ from typer import Argument, Option
 
 from lily.cli.deploy import Json, print_collapse, print_energies
 from lily.cli.evaluate import RecipeOption
-from lily.cli.train import quieten
+from lily.cli.progress import quieten
 from lily.errors import LilyError
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from typer import Option
 
-from lily.cli.train import Overrides, Recipe_, quieten
+from lily.cli.progress import quieten
+from lily.cli.train import Overrides, Recipe_
 from lily.errors import LilyError
 
 UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}

@@ -21,9 +21,10 @@ from lily.recipes.begun import as_begun
 from lily.recipes.scoring import metrics as metric_tools
 from lily.recipes.scoring.metrics import shown
 from lily.recipes.spec.schema import Recipe
+from lily.recipes.work import steps_of
 from lily.search import folder
 from lily.search.engine import ranked, search
-from lily.tune.space import Space, Values, cadence, changed, changes, space_of, steps_of
+from lily.tune.space import Space, Values, cadence, changed, changes, space_of
 from lily.tune.study import JOURNAL, RunningTrial, Study, TrialResult
 
 RESULT, BEST, TRIALS = "tune.json", "best.yaml", "trials"

@@ -19,11 +19,12 @@ from lily.recipes import methods, preflight
 from lily.recipes.begun import as_begun
 from lily.recipes.scoring import metrics as metric_tools
 from lily.recipes.spec.schema import Recipe
+from lily.recipes.work import steps_of
 from lily.search import folder
 from lily.search.engine import search
 from lily.search.runner import METRICS, Announce, Job, run
 from lily.tune import halving
-from lily.tune.space import AdapterShape, cadence, changed, shape_keys, shapes_of, steps_of
+from lily.tune.space import AdapterShape, cadence, changed, shape_keys, shapes_of
 
 RESULT, RUNS, LORA = "granularity.json", "runs", "lora"
 PICTURES = ("granularity.svg", "granularity.png")

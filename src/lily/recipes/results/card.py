@@ -70,7 +70,7 @@ def print_result(result: Result, recipe: Recipe, output: Path, console: Console)
         answers = ", ".join(f"{k}: {escape(repr(sample[k]))}" for k in ("expected", "before", "after") if k in sample)
         console.print(f"  {answers}")
     if result.best is not None:
-        console.print(f"{_epochs(result)}; {result.seconds['total']:.0f} s in all")
+        console.print(f"{_epochs(result)}; {result.seconds['total']:.0f} s in all", soft_wrap=True, highlight=False)
         console.print(escape(f"adapter: {output / 'best'}    figures: {output / 'metrics.json'}"), soft_wrap=True)
 
 
