@@ -32,8 +32,10 @@ def progress(
     """
     shown = standard(quiet or int(os.environ.get("RANK", "0")) > 0, verbose) if display is None else display
     own = Progress(shown, verbose=verbose)
-    with own as told, told.active(), told.stage("", "importing"), kept(told, (*HEAVY, *imports)):
-        quieten(verbose)
+    with own as told, told.active(), contextlib.ExitStack() as stack:
+        with told.stage("", "importing"):
+            stack.enter_context(kept(told, (*HEAVY, *imports)))
+            quieten(verbose)
         yield told
 
 

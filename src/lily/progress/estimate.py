@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 # Cost of one unit of each kind of work, relative to judging one row: used for kinds that were not measured yet. Loading
 # a model tells nothing about the others.
-COSTS = {"judge": 1.0, "train": 3.0, "generate": 20.0, "fit": 0.05, "run": 1.0, "load": 0.0}
+COSTS = {"judge": 1.0, "train": 3.0, "generate": 20.0, "fit": 0.05, "run": 1.0, "load": 0.0, "batch": 32.0, "draw": 1.0}
 HALF_LIFE = 60.0  # seconds after which a measured speed counts half, since other programs come and go
 
 Key = tuple[str, str, str]  # who, stage, kind

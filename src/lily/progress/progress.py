@@ -98,6 +98,8 @@ class Progress:
 
     def _show(self) -> None:
         who, stage = self._at
+        if not stage:  # between two stages the last one stays
+            return
         self.display.update(f"{who}: {stage}" if who else stage, self.estimate.share(), self.estimate.left())
 
     def restart(self) -> None:

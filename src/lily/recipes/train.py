@@ -117,7 +117,7 @@ def train(
             for line in header(recipe, result, output, None if checkpoint is None else checkpoint.name):
                 told.tell(line)
             told.keep(data_table.text(prepared.data))
-        else:
+        elif not validation_only:
             told.evaluated(run.who, "begins", [settings(result)])
     with other_peft.implementation(recipe), Signals() as signals:
         _run(run, prepared, model, result, checkpoint, signals, watch)

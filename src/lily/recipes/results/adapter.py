@@ -73,6 +73,14 @@ class Adapter:
         Raises:
             LilyError: if the split is empty or the file does not fit.
         """
+        return self.judge(self.rows(split, file))
+
+    def judge(self, rows: Sequence[Row]) -> dict[str, float]:
+        """The recipe's metrics on rows."""
+        return Judge(self.recipe, self.processor, self.labels)(self.model, rows)
+
+    def rows(self, split: str | None = None, file: str | None = None) -> Sequence[Row]:
+        """The rows of a split or file; see `evaluate`."""
         if file is not None:
             rows = data.rows_of(self.recipe.data.file_at(file), self.recipe)
         else:
@@ -81,7 +89,7 @@ class Adapter:
             raise LilyError(f"the recipe has no {split} rows; choose train or validation, or give --file")
         if self.labels is not None:
             data.check_labels(rows, self.labels, str(file or split), self.recipe.data.similar_labels == "merge")
-        return Judge(self.recipe, self.processor, self.labels)(self.model, rows)
+        return rows
 
     def predict(self, rows: Iterable[Row], prefix: str = "", folder: Path | None = None) -> Iterator[Row]:
         """Add `prediction` (and `score`, the class's probability) to rows, reading and yielding batch by batch.

@@ -47,6 +47,17 @@ def _against(result: Result, own: float, title: str, value: float) -> str:
     return f"{_difference(result.metric, own, value)} {word} than {whom}{noise}"
 
 
+def how_sure(metric: str, value: float, rows: int) -> str:
+    """How far a metric of so many rows may be from that of all such rows, in a sentence."""
+    if metric not in SHARES:
+        return f"On {rows:,} rows; {metric}: {'less' if metric in LOWER_IS_BETTER else 'more'} is better."
+    error = 2 * math.sqrt(max(value * (1 - value), 1 / (4 * max(rows, 1))) / max(rows, 1))
+    return (
+        f"{shown(metric, value)}% of {rows:,} rows are right; on other rows of the kind expect "
+        f"{shown(metric, max(0.0, value - error))} to {shown(metric, min(1.0, value + error))}."
+    )
+
+
 def advice(result: Result, recipe: Recipe, typed: str, changes: Sequence[str]) -> Iterator[str]:
     """What to try, with the command to paste; nothing if nothing is remarkable."""
     if still_improving(result):

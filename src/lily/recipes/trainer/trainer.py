@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 
 from lily.analysis.history import RoutingCallback
 from lily.callbacks.health import HealthCallback
@@ -143,6 +144,9 @@ def build_trainer(
         )
     if not told.verbose:
         trainer.remove_callback(PrinterCallback)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(output / "tensorboard")
     trainer.telling = Telling(told, who, recipe)
     trainer.add_callback(trainer.telling)
     settle = recipe.lily.settle
@@ -235,6 +239,7 @@ def _arguments(recipe: Recipe, output: Path, verbose: bool) -> dict[str, Any]:
         "gradient_checkpointing": t.gradient_checkpointing,
         "gradient_checkpointing_kwargs": {"use_reentrant": False} if t.gradient_checkpointing else None,
         "report_to": list(t.report_to) or "none",
+        "run_name": f"{recipe.name}-{recipe.method}-{recipe.seed}",
         "seed": recipe.seed,
         "data_seed": recipe.seed,
         "use_cpu": not torch.cuda.is_available(),
