@@ -59,7 +59,8 @@ def eval_command(
 
     table = [[name, shown(name, value)] for name, value in metrics.items()]
     Console().print(terminal(["metric", "value"], table, title=escape(file or split or "held-out rows")))
-    print(how_sure(*next(iter(metrics.items())), len(rows)))
+    name, value = next(iter(metrics.items()))
+    print(how_sure(name, value, len(rows)))
 
 
 def predict_command(

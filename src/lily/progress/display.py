@@ -80,7 +80,7 @@ class Lines(Silent):
 
     def update(self, stage: str, share: float, left: float | None) -> None:
         """Print it now and then, so that a log shows that hours without an evaluation are work."""
-        if left is not None and share >= self.shown + STEP and time.perf_counter() > self.at + SELDOM:
+        if left is not None and round(share - self.shown, 6) >= STEP and time.perf_counter() > self.at + SELDOM:
             self.shown = share
             self.tell(f"{stage}  {share:.0%}  {clock_time(left)} left")
 
