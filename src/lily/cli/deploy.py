@@ -21,7 +21,7 @@ from lily.io.tables import terminal
 Out = Annotated[str, Option("--out", help="Folder or file to write; it appears when complete.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace an existing output.")]
 Json = Annotated[bool, Option("--json", help="Print one JSON object instead of tables.")]
-# Relative error of the outputs below which they move so much.
+# Relative error of the outputs up to which each word holds.
 MOVED = ((0.01, "hardly"), (0.1, "a little"))
 KINDS = ("lora", "merged", "stock", "gguf")
 READERS = ("peft", "vllm", "diffusers")  # GGUF is a separate kind

@@ -31,7 +31,7 @@ def steps_of(recipe: Recipe, rows: int) -> int:
 
 
 def evaluations_of(recipe: Recipe, steps: int, epochs: float) -> int:
-    """Evaluations of a run with so many optimizer steps and epochs; the last step always has one."""
+    """Evaluations of a run with a number of optimizer steps and epochs; the last step always has one."""
     every = recipe.train.evaluate_every
     return max(1, math.ceil(epochs) if every == "epoch" else math.ceil(steps / every))
 

@@ -48,7 +48,7 @@ def _against(result: Result, own: float, title: str, value: float) -> str:
 
 
 def how_sure(metric: str, value: float, rows: int) -> str:
-    """How far a metric of so many rows may be from that of all such rows, in a sentence."""
+    """How far a metric on a number of rows may be from that of all such rows, in a sentence."""
     if metric not in SHARES:
         return f"On {rows:,} rows; {metric}: {'less' if metric in LOWER_IS_BETTER else 'more'} is better."
     error = 2 * math.sqrt(max(value * (1 - value), 1 / (4 * max(rows, 1))) / max(rows, 1))
@@ -84,7 +84,7 @@ def advice(result: Result, recipe: Recipe, typed: str, changes: Sequence[str]) -
         )
     if result.method == "lily" and _beats(result, result.baselines.get("lora", {}).get(result.metric)):
         yield (
-            "LoRA is ahead in this run. Each method at a learning rate and scale of its own, over several seeds:\n"
+            "LoRA is ahead in this run. Each method at its own best learning rate and scale, over several seeds:\n"
             f"  {command('compare', typed, [c for c in changes if not c.startswith('output=')])} --tune"
         )
 
