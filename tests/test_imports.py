@@ -32,7 +32,7 @@ layers
 budget
 plan
 kernels io
-functional html errors
+functional html progress errors
 _after_import _version
 """
 RECIPES = """
@@ -44,7 +44,7 @@ preflight
 vision_mamba standins
 results
 begun
-loader packages
+loader packages new work
 document
 checks
 trainer

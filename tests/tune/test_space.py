@@ -7,8 +7,9 @@ from recipes_helpers import classification, write_recipe
 
 from lily.errors import LilyError
 from lily.recipes import loader, methods, models
+from lily.recipes.work import steps_of
 from lily.tune import space as spaces
-from lily.tune.space import EVALUATIONS, WITHIN, cadence, changed, changes, space_of, steps_of
+from lily.tune.space import EVALUATIONS, WITHIN, cadence, changed, changes, space_of
 
 
 @pytest.fixture

@@ -12,13 +12,15 @@ from rich.console import Console
 from rich.markup import escape
 from typer import Argument, Option
 
-from lily.cli.train import quieten
+from lily.cli.progress import Verbose, progress
 from lily.cli.tune import Jobs, Threads
 from lily.errors import LilyError
 from lily.io.tables import fitting
 
 if TYPE_CHECKING:
     from lily.compare.result import Comparison
+    from lily.progress.progress import Progress
+    from lily.recipes.spec.schema import Recipe
 
 BUDGETS = ("params", "rank")
 
@@ -58,6 +60,7 @@ def compare_command(
     summary: Annotated[
         bool, Option("--summary", help="Print one Markdown table of finished comparisons without training anything.")
     ] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Compare methods on the same rows, in the same order, at equal budgets, with paired tests."""
     console = Console()
@@ -74,7 +77,23 @@ def compare_command(
         raise LilyError("lily compare: no recipe is given; `lily recipes` lists the shipped ones")
     if twice := [r.name for r in chosen if [s.name for s in chosen].count(r.name) > 1]:
         raise LilyError(f"two recipes have the name {twice[0]}; give one of them another `name`")
-    quieten()
+    with progress(verbose=verbose) as told:
+        errors, finished = _compare(chosen, methods, seeds, equal, tune, jobs, threads, output, overwrite, told)
+    for comparison, folder in finished:
+        _print(comparison, console)
+        console.print(escape(f"written to {folder}"), soft_wrap=True, highlight=False)
+        console.print(escape(f"the page: {folder / 'comparison.html'}"), soft_wrap=True, highlight=False)
+    for message in errors:
+        print(f"error: {message}", file=sys.stderr)
+    if errors or any(comparison.failed for comparison, _ in finished):
+        raise typer.Exit(1)
+
+
+def _compare(
+    chosen: list[Recipe], methods: str, seeds: int, equal: str, tune: bool, jobs: int | None, threads: int | None,
+    output: str, overwrite: bool, told: Progress,
+) -> tuple[list[str], list[tuple[Comparison, Path]]]:  # fmt: skip
+    """Train and compare; returns the errors, and the comparisons with their folders."""
     from lily.compare import compare as comparing
     from lily.compare.contestants import parse
     from lily.recipes.begun import as_begun
@@ -90,42 +109,40 @@ def compare_command(
         folder.check(out / recipe.name, comparing.COMMAND, comparing.WRITTEN)
     if not overwrite:
         chosen = [as_begun(recipe, out / recipe.name) for recipe in chosen]
-    resolved = [(recipe, comparing.resolved(recipe, options)) for recipe in chosen]
+    with told.stage("", "reading the data"):
+        resolved = [(recipe, comparing.resolved(recipe, options)) for recipe in chosen]
     for recipe, compared in resolved:
         comparing.check(recipe, compared, options, out / recipe.name)
     for recipe, compared in resolved:
-        listed = ", ".join(f"{c.name} {c.parameters:,}" + (f" (r={c.rank})" if c.rank else "") for c in compared)
-        console.print(escape(f"{recipe.name}: parameters {listed}"), highlight=False, soft_wrap=True)
-        terms = [method.terms for method in compared if method.trains]
-        console.print(
-            escape(f"{recipe.name}: learning rate {'; '.join(map(str, terms))}"), highlight=False, soft_wrap=True
+        told.tell(
+            f"{recipe.name}  {recipe.task}, {len(compared)} methods, seeds {recipe.seed} to {recipe.seed + seeds - 1}"
         )
-        for warning in () if tune else unchosen(recipe, terms):
-            print(f"warning: {recipe.name}: {warning}", file=sys.stderr)
-    errors, failed = [], False
+        for c in compared:
+            size = f"  {c.name:<12}  {c.parameters:,} parameters" + (f", r {c.rank}" if c.rank else "")
+            told.tell(f"{size}, {c.terms.settings}" if c.trains else size)
+        told.tell(f"  into {out / recipe.name}; {count} runs at the same time")
+        for warning in () if tune else unchosen(recipe, [method.terms for method in compared if method.trains]):
+            told.warn(f"warning: {recipe.name}: {warning}")
+    errors: list[str] = []
+    finished: list[tuple[Comparison, Path]] = []
     try:
         for recipe, compared in resolved:
-            announce = partial(_announce, console, recipe.name)
+            announce = partial(_announce, told, recipe.name)
             try:
                 comparison = comparing.compare(recipe, compared, options, out / recipe.name, announce)
             except LilyError as error:  # continue with the other recipes
                 errors.append(f"{recipe.name}: {error}")
                 announce(f"failed: {error}")
                 continue
-            _print(comparison, console)
-            console.print(escape(f"written to {out / recipe.name}"), soft_wrap=True, highlight=False)
-            failed |= bool(comparison.failed)
+            finished.append((comparison, out / recipe.name))
     except (KeyboardInterrupt, SystemExit):
-        console.print("\nrepeat the same command to continue")
+        told.warn("\nrepeat the same command to continue")
         raise
-    for message in errors:
-        print(f"error: {message}", file=sys.stderr)
-    if errors or failed:
-        raise typer.Exit(1)
+    return errors, finished
 
 
-def _announce(console: Console, name: str, line: str) -> None:
-    console.print(escape(f"{name} {line}"), highlight=False, soft_wrap=True)
+def _announce(told: Progress, name: str, line: str) -> None:
+    told.tell(f"{name} {line}")
 
 
 def _summary(folders: list[Path]) -> str:
@@ -145,10 +162,11 @@ def _summary(folders: list[Path]) -> str:
 def _print(comparison: Comparison, console: Console) -> None:
     from lily.compare import tables
 
-    first, *others = tables.words(comparison)
+    verdicts = [tables.verdict(comparison, entry) for entry in comparison.entries[1:] if entry.test is not None]
+    first, *others = [sentence for sentence in tables.words(comparison) if sentence not in verdicts]
     console.print(escape(first), soft_wrap=True, highlight=False)
     for header, *rows in (tables.quality(comparison), tables.costs(comparison)):
         for table in fitting(header, rows, console.width):
             console.print(table)
-    for line in others:
+    for line in (*others, "", *verdicts):
         console.print(escape(line), soft_wrap=True, highlight=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -13,13 +14,15 @@ from rich.markup import escape
 from typer import Option
 
 from lily.cli.evaluate import Folder, RecipeOption
-from lily.cli.train import quieten
+from lily.cli.progress import Verbose, progress
 from lily.errors import LilyError
 from lily.io.tables import terminal
 
 Out = Annotated[str, Option("--out", help="Folder or file to write; it appears when complete.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace an existing output.")]
 Json = Annotated[bool, Option("--json", help="Print one JSON object instead of tables.")]
+# Relative error of the outputs up to which each word holds.
+MOVED = ((0.01, "hardly"), (0.1, "a little"))
 KINDS = ("lora", "merged", "stock", "gguf")
 READERS = ("peft", "vllm", "diffusers")  # GGUF is a separate kind
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -47,28 +50,44 @@ def collapse_command(
     refit_steps: Annotated[int, Option(min=0, help="Distillation steps against the dynamic adapter.")] = 0,
     overwrite: Overwrite = False,
     as_json: Json = False,
+    verbose: Verbose = False,
 ) -> None:
     """Turn a data-dependent adapter into a static one, and report how far its outputs move."""
     from lily.recipes.results.adapter_folder import AdapterFolder
 
     location = AdapterFolder.of(adapter, recipe)  # before anything that takes seconds to import
-    quieten()
-    from lily.recipes.deploy import collapse_adapter
+    with progress(verbose=verbose):
+        from lily.recipes.deploy import collapse_adapter
 
-    report = collapse_adapter(
-        location,
-        out,
-        calibration=data,
-        held_out=held_out,
-        rows=rows,
-        refit_steps=refit_steps,
-        overwrite=overwrite,
-    )
+        report = collapse_adapter(
+            location,
+            out,
+            calibration=data,
+            held_out=held_out,
+            rows=rows,
+            refit_steps=refit_steps,
+            overwrite=overwrite,
+        )
     if as_json:
         print(json.dumps(report.to_dict()))
     else:
         print_collapse(report.to_dict(), Console(), every=True)
-        print(f"static adapter: {out}")
+        print(f"static adapter: {out}\n\n{collapse_verdict(report.to_dict())}\n")
+        print(f"next:\n  {shlex.join(['lily', 'export', out, '--to', 'lora', '--out', f'{out}-lora'])}")
+
+
+def collapse_verdict(report: Mapping[str, Any]) -> str:
+    """What a collapse changed, in a sentence."""
+    from lily.recipes.scoring.metrics import shown
+
+    moved = report["drift"]["relative_error"]
+    size = next((word for limit, word in MOVED if moved < limit), "much")
+    said = f"Without its routers the adapter's outputs move {size} (by {moved:.1%} of their size)"
+    metrics = report["metrics"]
+    for name, before in list(metrics.get("before", {}).items())[:1]:
+        said += f", and {name} goes from {shown(name, before)} to {shown(name, metrics['after'][name])}"
+    refit = "" if moved < MOVED[-1][0] or report["refit_steps"] else "; --refit-steps 200 may bring them closer"
+    return f"{said}{refit}."
 
 
 def print_collapse(report: Mapping[str, Any], console: Console, every: bool = False) -> None:
@@ -140,6 +159,7 @@ def export_command(
     base: Annotated[str | None, Option(help="Folder of the base model, if it has moved.")] = None,
     recipe: RecipeOption = None,
     overwrite: Overwrite = False,
+    verbose: Verbose = False,
 ) -> None:
     """Write a static adapter as a LoRA, a merged model, a stock Lily adapter or a GGUF LoRA."""
     if to not in KINDS:
@@ -162,22 +182,20 @@ def export_command(
     from lily.recipes.results.adapter_folder import AdapterFolder
 
     location = AdapterFolder.of(adapter, recipe, base)  # before anything that takes seconds to import
-    quieten()
-    import torch
+    with progress(verbose=verbose) as told, told.stage("", "loading"):
+        import torch
 
-    from lily import export
-    from lily.recipes import exports
-    from lily.recipes.deploy import load_for_export
-    from lily.recipes.results.adapter_folder import AdapterFolder
+        from lily import export
+        from lily.recipes import exports
+        from lily.recipes.deploy import load_for_export
 
-    if to == "gguf":
-        exports.check_free(out, overwrite)
-
-    weights = to == "merged" or reduce_intruders
-    model, tokenizer, facts = load_for_export(location, weights=weights, dtype=dtype if to == "merged" else "auto")
+        if to == "gguf":
+            exports.check_free(out, overwrite)
+        weights = to == "merged" or reduce_intruders
+        model, tokenizer, facts = load_for_export(location, weights=weights, dtype=dtype if to == "merged" else "auto")
     if to == "gguf" and not hasattr(model, "get_base_model"):
         raise LilyError(f"{adapter} is for a pipeline, which llama.cpp does not run; export --to lora --for diffusers")
-    console, location = Console(), AdapterFolder.of(adapter, recipe, base)
+    console = Console()
     files = exports.files_beside(location, "diffusers" if target == "diffusers" else to, facts) if to != "gguf" else {}
     if to == "merged":
         export.write_merged(model, out, tokenizer=tokenizer, overwrite=overwrite, provenance=facts, files=files)

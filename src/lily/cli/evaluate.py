@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.console import Console
 from rich.markup import escape
 from typer import Argument, Option
 
-from lily.cli.train import quieten
+from lily.cli.progress import Verbose, progress
 from lily.errors import LilyError
 from lily.io.tables import terminal
 from lily.recipes.spec.values import SURROGATE
 
+if TYPE_CHECKING:
+    from lily.progress.progress import Progress
+    from lily.recipes.results.adapter_folder import AdapterFolder
+
 Folder = Annotated[str, Argument(metavar="ADAPTER", help="A run's folder, or an adapter folder inside it.")]
 RecipeOption = Annotated[str | None, Option("--recipe", help="Recipe; default: the one beside the adapter.")]
 SPLITS = ("train", "validation", "test")
+UNSURE = 0.6  # probability below which a prediction is worth a look
 
 
 def eval_command(
@@ -31,23 +38,32 @@ def eval_command(
     ] = None,
     file: Annotated[str | None, Option(help="File with the recipe's columns, instead of a split.")] = None,
     as_json: Annotated[bool, Option("--json", help="Print one JSON object instead of a table.")] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Compute the recipe's metrics on a split or a file, with the scores by class and the worst mistakes."""
     if split is not None and file is not None:
         raise LilyError("--split and --file exclude each other; give one of them")
     if split is not None and split not in SPLITS:
         raise LilyError(f"--split {split}: choose one of {', '.join(SPLITS)}")
-    metrics, review = _adapter(adapter, recipe).reviewed(split, file)
+    location = located(adapter, recipe)
+    with progress(verbose=verbose) as told:
+        used = _adapter(location, told)
+        with told.stage("", "evaluation"):
+            rows = used.rows(split, file)
+            told.expect("", "evaluation", {"judge": len(rows)})
+            metrics, review = used.judge(rows)
     if as_json:
         print(json.dumps({**metrics, "review": review.to_dict()}))
         return
     from lily.recipes.results.review_table import print_review
+    from lily.recipes.results.verdict import how_sure
     from lily.recipes.scoring.metrics import shown
 
-    rows = [[name, shown(name, value)] for name, value in metrics.items()]
-    console = Console()
-    console.print(terminal(["metric", "value"], rows, title=escape(file or split or "held-out rows")))
+    table, console = [[name, shown(name, value)] for name, value in metrics.items()], Console()
+    console.print(terminal(["metric", "value"], table, title=escape(file or split or "held-out rows")))
     print_review(review, console)
+    name, value = next(iter(metrics.items()))
+    print(how_sure(name, value, len(rows)))
 
 
 def predict_command(
@@ -63,6 +79,7 @@ def predict_command(
     recipe: RecipeOption = None,
     prefix: Annotated[str, Option(help="Prefix of the new columns prediction and score, if the rows have these.")] = "",
     overwrite: Annotated[bool, Option("--overwrite", help="Replace the output file if it exists.")] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Add a prediction to every row, streaming: rows in, rows out."""
     from lily.recipes.data import sources
@@ -73,13 +90,31 @@ def predict_command(
     if not target.parent.is_dir():
         raise LilyError(f"--output {output}: there is no folder {target.parent}; make it first")
     source: Path | str = input if input == "-" else sources.local_path(input)
-    used = _adapter(adapter, recipe)
-    rows, folder = _rows(used, source)
-    rows = used.predict(rows, prefix, folder, "standard input" if input == "-" else input)
-    if output == "-":
-        _write(rows, sys.stdout)
-        _warn_of_cut(used)
-        return
+    location = located(adapter, recipe)
+    # rows that appear in the terminal are progress enough
+    shown = output != "-" or not sys.stdout.isatty()
+    with progress(verbose=verbose, quiet=not shown) as told:
+        used = _adapter(location, told)
+        rows, folder = _rows(used, source)
+        if isinstance(source, Path) and output != "-":
+            counted, _ = _rows(used, source)
+            told.expect("", PREDICTING, {"generate" if used.recipe.task == "sft" else "judge": sum(1 for _ in counted)})
+        seen = Predicted(f"{prefix}prediction", f"{prefix}score")
+        with told.stage("", PREDICTING):
+            rows = seen.watched(used.predict(rows, prefix, folder, "standard input" if input == "-" else input))
+            if output == "-":
+                _write(rows, sys.stdout)
+            else:
+                _write_file(rows, target)
+    print(seen.sentence(), file=sys.stderr)
+    _warn_of_cut(used)
+
+
+PREDICTING = "predicting"
+
+
+def _write_file(rows: Iterable[dict[str, Any]], target: Path) -> None:
+    """Write rows to a file, which appears when it is complete."""
     part = target.with_name(f".{target.name}.part")
     try:
         with part.open("w", encoding="utf-8") as file:
@@ -89,7 +124,49 @@ def predict_command(
         os.replace(part, target)
     finally:
         part.unlink(missing_ok=True)
-    _warn_of_cut(used)
+
+
+class Predicted:
+    """What was predicted, in short; its size does not grow with the rows.
+
+    Args:
+        prediction: name of the column.
+        score: name of the column of probabilities, which some tasks have.
+    """
+
+    def __init__(self, prediction: str, score: str) -> None:
+        self.names = (prediction, score)
+        self.rows, self.unsure = 0, 0
+        self.classes: Counter[str] = Counter()
+        self.lowest, self.highest, self.total = math.inf, -math.inf, 0.0
+
+    def watched(self, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The rows, while they are counted."""
+        for row in rows:
+            value, score = (row.get(name) for name in self.names)
+            self.rows += 1
+            if score is not None:
+                self.classes[str(value)] += 1
+                self.unsure += score < UNSURE
+            elif isinstance(value, float):
+                self.lowest, self.highest = min(self.lowest, value), max(self.highest, value)
+                self.total += value
+            yield row
+
+    def sentence(self) -> str:
+        """What the predictions are."""
+        rows = f"{self.rows:,} {'row' if self.rows == 1 else 'rows'} predicted"
+        if self.classes:
+            most = ", ".join(f"{count:,} {name}" for name, count in self.classes.most_common(5))
+            more = f", and {len(self.classes) - 5} more classes" if len(self.classes) > 5 else ""
+            return (
+                f"{rows}: {most}{more}. {self.unsure:,} have a score below {UNSURE:g}: look at these first. The score "
+                "is the model's own probability, not how often it is right."
+            )
+        if self.rows and math.isfinite(self.lowest):
+            mean = self.total / self.rows
+            return f"{rows}: from {self.lowest:.3g} to {self.highest:.3g}, mean {mean:.3g}."
+        return f"{rows}."
 
 
 def generate_command(
@@ -97,6 +174,7 @@ def generate_command(
     prompt: Annotated[str | None, Argument(metavar="PROMPT", help="Prompt to answer; - reads standard input.")] = None,
     option: Annotated[str | None, Option("--prompt", help="The same as PROMPT.")] = None,
     recipe: RecipeOption = None,
+    verbose: Verbose = False,
 ) -> None:
     """Answer one prompt, printed token by token. For many prompts, use predict."""
     if (prompt is None) == (option is None):
@@ -107,7 +185,9 @@ def generate_command(
         raise LilyError(f'the prompt is empty; write lily generate {adapter} "your question"')
     if SURROGATE.search(text):
         raise LilyError("the prompt holds bytes that are not UTF-8 text, or half a surrogate pair; write it as UTF-8")
-    used = _adapter(adapter, recipe)
+    location = located(adapter, recipe)
+    with progress(verbose=verbose) as told:
+        used = _adapter(location, told)
     from transformers import TextStreamer
 
     used.generate(text, TextStreamer(used.tokenizer, skip_prompt=True, skip_special_tokens=True))
@@ -139,16 +219,24 @@ def _rows(used: Any, source: Path | str) -> tuple[Iterable[dict[str, Any]], Path
     return tables.stream_rows(source, "auto", like.header, like.delimiter, like.encoding), source.parent
 
 
-def _adapter(folder: str, recipe: str | None) -> Any:
+def located(folder: str, recipe: str | None) -> AdapterFolder:
+    """The folder of an adapter and its recipe, before anything that takes seconds to import.
+
+    Raises:
+        LilyError: if there is no adapter, or no recipe for text or images.
+    """
     from lily.recipes.results.adapter_folder import AdapterFolder
 
-    # the folder and its recipe, before anything that takes seconds to import
     location = AdapterFolder.of(folder, recipe)
     location.text_recipe()
-    quieten()
+    return location
+
+
+def _adapter(location: AdapterFolder, told: Progress) -> Any:
     from lily.recipes.results.adapter import Adapter
 
-    return Adapter(location)
+    with told.stage("", "loading"):
+        return Adapter(location)
 
 
 def _write(rows: Iterable[dict[str, Any]], file: Any) -> None:

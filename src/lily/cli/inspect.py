@@ -15,7 +15,7 @@ from typer import Argument, Option
 
 from lily.cli.deploy import Json, print_collapse, print_energies
 from lily.cli.evaluate import RecipeOption
-from lily.cli.train import quieten
+from lily.cli.progress import Verbose, progress
 from lily.errors import LilyError
 from lily.io.tables import fitting
 
@@ -48,6 +48,7 @@ def inspect_command(
     ] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace an existing page.")] = False,
     as_json: Json = False,
+    verbose: Verbose = False,
 ) -> None:
     """Show what a folder contains and where it came from; for an adapter also its sharing, rank and routing."""
     if not 0 < threshold < 1:
@@ -56,11 +57,10 @@ def inspect_command(
         )
     if data is not None and rows == 0:
         raise LilyError("--rows 0 reads no data, so --data cannot be combined with it; drop one of them")
-    quieten()
-    from lily.insight.gather import insight
-    from lily.io.atomic import new_file
+    with progress(verbose=verbose) as told, told.stage("", "analysis"), ExitStack() as stack:
+        from lily.insight.gather import insight
+        from lily.io.atomic import new_file
 
-    with ExitStack() as stack:
         page_file = stack.enter_context(new_file(report, overwrite)) if report is not None else None
         analysis = insight(folder, file=data, rows=rows, recipe=recipe, base=base, threshold=threshold)
         if page_file is not None:

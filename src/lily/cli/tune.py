@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import re
-import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from rich.console import Console
 from rich.markup import escape
 from typer import Option
 
-from lily.cli.train import Overrides, Recipe_, quieten
+from lily.cli.progress import Verbose, progress
+from lily.cli.train import Overrides, Recipe_
 from lily.errors import LilyError
+
+if TYPE_CHECKING:
+    from lily.progress.progress import Progress
+    from lily.recipes.spec.schema import Recipe
+    from lily.tune.run import TuneResult
 
 UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
 
@@ -21,7 +26,6 @@ Budget = Annotated[str | None, Option("--params", help="Parameters of a shape, s
 Grid = Annotated[bool, Option("--grid", help="Combine every num_A with every num_B. Default: num_A = num_B.")]
 Output = Annotated[str | None, Option(help="Folder to write. Default: a folder in runs/.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Delete earlier runs and start over.")]
-Verbose = Annotated[bool, Option("--verbose", help="Show the progress bars of the runs.")]
 Jobs = Annotated[int | None, Option(min=1, help="Runs at the same time. Default: one per two cores, or one on a GPU.")]
 Threads = Annotated[int | None, Option(min=1, help="CPU threads per run. Default: OMP_NUM_THREADS, or an equal share.")]
 
@@ -53,8 +57,22 @@ def tune_command(
     changes = [*(overrides or []), *([f"method={method}"] if method else [])]
     chosen = loader.load_recipe(recipe, changes)
     seconds = None if timeout is None else parse_time(timeout)
-    quieten()
-    from lily.tune import report, run
+    with progress("optuna", verbose=verbose) as told:
+        result, folder = _tune(
+            chosen, recipe, changes, seconds, trials, knobs, ranges, params, grid, max_forgetting, keep, output,
+            overwrite, told,
+        )  # fmt: skip
+    from lily.tune import report
+
+    report.print_tuned(result, folder, Console())
+
+
+def _tune(
+    chosen: Recipe, recipe: str, changes: list[str], seconds: float | None, trials: int, knobs: str | None,
+    ranges: list[str] | None, params: str | None, grid: bool, max_forgetting: float | None, keep: bool,
+    output: str | None, overwrite: bool, told: Progress,
+) -> tuple[TuneResult, Path]:  # fmt: skip
+    from lily.tune import run
     from lily.tune.space import parse_ranges
 
     options = run.TuneOptions(
@@ -76,13 +94,12 @@ def tune_command(
             source=recipe,
             overrides=changes,
             overwrite=overwrite,
-            quiet=not verbose,
-            announce=_announce,
+            announce=told.tell,
         )
     except (KeyboardInterrupt, SystemExit, OSError):
-        print("\nrepeat the same command to continue", file=sys.stderr)
+        told.warn("\nrepeat the same command to continue")
         raise
-    report.print_tuned(result, folder, Console())
+    return result, folder
 
 
 def sweep_command(
@@ -100,6 +117,7 @@ def sweep_command(
     threads: Threads = None,
     output: Output = None,
     overwrite: Overwrite = False,
+    verbose: Verbose = False,
 ) -> None:
     """Train the shapes (r, num_A, num_B) within one budget, and show quality against granularity as a table and a plot.
 
@@ -108,18 +126,18 @@ def sweep_command(
     from lily.recipes import loader
 
     chosen = loader.load_recipe(recipe, overrides or [])
-    quieten()
-    from lily.search.runner import side_by_side
-    from lily.tune import sweep, sweep_report
+    with progress(verbose=verbose) as told:
+        from lily.search.runner import side_by_side
+        from lily.tune import sweep, sweep_report
 
-    count, share = side_by_side(jobs)
-    options = sweep.SweepOptions(params, grid, points, seeds, halving, lora, count, threads or share)
-    folder = Path(output).expanduser() if output else sweep.output_folder(chosen)
-    try:
-        result = sweep.sweep(chosen, folder, options, overwrite=overwrite, announce=_announce)
-    except (KeyboardInterrupt, SystemExit):
-        print("\nrepeat the same command to continue", file=sys.stderr)
-        raise
+        count, share = side_by_side(jobs)
+        options = sweep.SweepOptions(params, grid, points, seeds, halving, lora, count, threads or share)
+        folder = Path(output).expanduser() if output else sweep.output_folder(chosen)
+        try:
+            result = sweep.sweep(chosen, folder, options, overwrite=overwrite, announce=told.tell)
+        except (KeyboardInterrupt, SystemExit):
+            told.warn("\nrepeat the same command to continue")
+            raise
     console = Console()
     sweep_report.print_sweep(result, folder, console)
     if find_spec("matplotlib") is None:
@@ -141,7 +159,3 @@ def parse_time(text: str) -> float:
     if match is None:
         raise LilyError(f"--timeout {text!r}: expected a time such as 90m, 8h or 3600 (seconds)")
     return float(match[1]) * UNITS[match[2]]
-
-
-def _announce(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

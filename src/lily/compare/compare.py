@@ -14,6 +14,7 @@ from lily.compare.page import page
 from lily.compare.result import Comparison, read
 from lily.errors import LilyError
 from lily.io.atomic import write_text
+from lily.progress.progress import current
 from lily.recipes import preflight
 from lily.recipes.scoring import metrics
 from lily.recipes.spec.schema import Recipe
@@ -83,6 +84,8 @@ def compare(
         KeyboardInterrupt: at Ctrl-C, and SystemExit at SIGTERM, when all runs have written their checkpoints.
     """
     with folder.opened(out, COMMAND, WRITTEN, options.overwrite) as lock:
+        (out / "logs").mkdir(exist_ok=True)
+        current().log_to(out / "logs" / "compare.log")
         setting: dict[str, Any] = {
             "methods": [method.name for method in methods], "equal": options.equal, "tune": options.tune,
             "seeds": _seeds(recipe, options), "jobs": options.jobs, "threads": options.threads,

@@ -24,10 +24,13 @@ from lily.layers.bank import Settled
 from lily.layers.quantized import keep_differentiable
 from lily.layers.router import Logits
 from lily.layers.routing_statistics import TINY, RoutingStatistics, all_reduce
+from lily.progress.progress import current
 from lily.tuner.adapter import Adapted, find
 from lily.tuner.recording import Batch, call, evaluating
 
 Run = Callable[[nn.Module, Any], Any]
+# Stages of its progress.
+CALIBRATION, DRIFT, REFIT = "calibration", "drift", "re-fit"
 
 
 @dataclass(frozen=True)
@@ -137,15 +140,21 @@ def collapse(
     held_out = batches if held_out is None else list(held_out)
     if not batches or not held_out:
         raise LilyError("collapse needs calibration data, but there is no batch; give at least one")
-    routing = str(config.routing)
+    routing, told = str(config.routing), current()
+    told.expect("", CALIBRATION, {"batch": len(batches)})
+    told.expect("", DRIFT, {"batch": 3 * len(held_out) * (2 if refit_steps else 1)})
+    told.expect("", REFIT, {"batch": 3 * refit_steps})
     with evaluating(model, adapted):
         before = metric(model) if metric else None
-        statistics = _record(model, adapted, batches, run)
+        with told.stage("", CALIBRATION):
+            statistics = _record(model, adapted, batches, run)
         _add_logits(adapted, {name: s.mean.clamp(min=TINY).log() for name, s in statistics.items()})
-        drift, errors = _measure(model, adapted, held_out, run)
+        with told.stage("", DRIFT):
+            drift, errors = _measure(model, adapted, held_out, run)
         report = CollapseReport(adapted.name, routing, int(next(iter(statistics.values())).count.item()), [], drift)
         if refit_steps:
-            _refit(model, adapted, batches, held_out, run, refit_steps, refit_learning_rate, report)
+            with told.stage("", REFIT):
+                _refit(model, adapted, batches, held_out, run, refit_steps, refit_learning_rate, report)
         for name, s in statistics.items():
             w = torch.softmax(adapted.layers[name].logits_of(adapted.name).detach().double(), 0).cpu()
             uniformity = float((w - 1 / w.numel()).abs().sum() / 2)
@@ -166,6 +175,7 @@ def _record(model: nn.Module, adapted: Adapted, batches: Sequence[Batch], run: R
     adapted.watch_masks()
     for batch in batches:
         run(model, batch)
+        current().advance(1, "batch")
     for name, kept in statistics.items():
         del adapted.layers[name].statistics[adapted.name]
         all_reduce(kept)
@@ -226,6 +236,7 @@ def _measure(
         error += float((p - q).square().sum())
         norm += float(p.square().sum())
         positions += p.shape[0]
+        current().advance(3, "batch")
     moved = [v for pair in sums.values() for v in pair]
     packed = torch.tensor([kl, error, norm, positions, *moved], dtype=torch.float64)
     if dist.is_available() and dist.is_initialized():
@@ -340,4 +351,5 @@ def _distill(
         torch.nn.utils.clip_grad_norm_(student, 1.0)
         optimizer.step()
         schedule.step()
+        current().advance(3, "batch")
     optimizer.zero_grad(set_to_none=True)

@@ -18,6 +18,7 @@ from lily.errors import LilyError
 from lily.io.atomic import new_folder, write_text
 from lily.io.untrusted import read_header, read_json, read_tensors
 from lily.plan.config import LilyConfig
+from lily.progress.progress import current
 from lily.recipes import data, models
 from lily.recipes.by_task import function_for
 from lily.recipes.data.tables import Row
@@ -27,11 +28,12 @@ from lily.recipes.results.run_files import adapter_path, kept_recipe, within_run
 from lily.recipes.scoring.evaluate import Judge
 from lily.recipes.scoring.inference import device_of
 from lily.recipes.spec.schema import Recipe
+from lily.recipes.work import judged as judged_work
 
 if TYPE_CHECKING:
     from lily.deploy.collapse import CollapseReport
 
-REPORT = "collapse.json"
+REPORT, METRICS = "collapse.json", "evaluation"
 
 
 def collapse_adapter(
@@ -83,7 +85,8 @@ def collapse_text(
     """`collapse_adapter` for text and images; writes the adapter into `new`."""
     from lily.deploy.collapse import collapse
 
-    used = Adapter(location)
+    with current().stage("", "loading"):
+        used = Adapter(location)
     if used.recipe.method != "lily":
         raise LilyError(f"{location.path} is a {used.recipe.method} adapter; only Lily adapters are collapsed")
     calibrating = used.splits.train if calibration is None else _rows(calibration, used, labeled=False)
@@ -91,14 +94,21 @@ def collapse_text(
     if used.labels is not None:
         merge = used.recipe.data.similar_labels == "merge"
         data.check_labels(judged, used.labels, held_out or "the held-out split", merge)
+    told = current()
+    told.expect("", METRICS, judged_work(used.recipe, 2 * len(judged)))
     device = device_of(used.model)
     judge = Judge(used.recipe, used.processor, used.labels)
+
+    def metric(model: Any) -> dict[str, float]:
+        with told.stage("", METRICS):
+            return judge(model, judged)
+
     report = collapse(
         used.model,
         batches(calibrating[:rows], used.recipe, used.processor, device),
         batches(judged[:rows], used.recipe, used.processor, device),
         refit_steps=refit_steps,
-        metric=lambda model: judge(model, judged),
+        metric=metric,
     )
     keep_name(used.model, location)
     used.model.save_pretrained(str(new))

@@ -20,6 +20,7 @@ EXTRAS = {
     "datasets": '"lily-peft[sft]"',
     "tensorboard": "tensorboard",
     "wandb": "wandb",
+    "trackio": "trackio",
     "PIL": '"lily-peft[vision]"',
     "bitsandbytes": '"lily-peft[quantized]"',
     "diffusers": DIFFUSION,

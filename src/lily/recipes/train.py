@@ -3,35 +3,36 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from lily.distributed import load_weights, save_adapter
 from lily.io.atomic import write_text
-from lily.recipes import loader, models, preflight
+from lily.progress.display import standard
+from lily.progress.progress import Progress
+from lily.recipes import loader, models, preflight, work
 from lily.recipes.begun import as_begun
 from lily.recipes.data.rows import Splits
 from lily.recipes.methods import other_peft, terms
 from lily.recipes.models.precision import precision_of
 from lily.recipes.preflight import Prepared
 from lily.recipes.results import card, model_card
-from lily.recipes.results.data_table import print_data
+from lily.recipes.results.header import header, settings
 from lily.recipes.results.result import Result, output_folder, started
 from lily.recipes.scoring import metrics as metric_tools
 from lily.recipes.scoring import test_sets
 from lily.recipes.scoring.inference import place
+from lily.recipes.scoring.metrics import figures
 from lily.recipes.spec.locations import located
 from lily.recipes.spec.schema import Recipe
 from lily.recipes.trainer import checkpoints, memory, processes
 from lily.recipes.trainer.signals import Signals
 
-PREDICTIONS = "predictions.json"
+PREDICTIONS, LOG = "predictions.json", "train.log"
 
 if TYPE_CHECKING:
     from lily.recipes.scoring.evaluate import Judge
@@ -48,6 +49,8 @@ def train(
     quiet: bool = False,
     watch: Watch | None = None,
     validation_only: bool = False,
+    told: Progress | None = None,
+    who: str | None = None,
 ) -> Result:
     """Train, evaluate and write a recipe's adapter.
 
@@ -57,34 +60,43 @@ def train(
         recipe: model, data, method and schedule.
         resume: continue from the run's last complete checkpoint.
         overwrite: replace the run's folder.
-        quiet: no progress bar.
+        quiet: show warnings alone.
         watch: may stop the training early; a resumed run continues from there.
         validation_only: do not evaluate the test rows or the untrained model: a trial of a search.
+        told: the progress of a command that this run is part of; `quiet` is its own then. Default: a bar on standard
+            error in a terminal, and plain lines elsewhere.
+        who: what the run is called in its lines. Default: its method.
 
     Returns:
-        The result, also written to the run's folder: `metrics.json`, `recipe.yaml`, `best/` and `last/` (adapters), and
-        `predictions.json` (the prediction and score of each held-out row).
+        The result, also written to the run's folder: `metrics.json`, `recipe.yaml`, `best/` and `last/` (adapters),
+        `predictions.json` (the prediction and score of each held-out row) and `train.log`.
 
     Raises:
         LilyError: for anything wrong with recipe, data, model or folder, and for a loss that is not finite.
         OSError: naming a path, when the disk is full; the last checkpoint is intact.
         KeyboardInterrupt: at Ctrl-C, and SystemExit at SIGTERM; within training after a checkpoint.
     """
+    if told is None:
+        processes.join()
+        with Progress(standard(quiet or not processes.is_first())) as told, told.active():
+            return train(recipe, resume=resume, overwrite=overwrite, watch=watch, validation_only=validation_only,
+                         told=told, who=who)  # fmt: skip
     begin = time.perf_counter()
     output = output_folder(recipe)
     recipe = as_begun(recipe, output) if resume else recipe
+    run = Run(recipe, output, told, who or work.contestant(recipe), validation_only, alone=who is None)
 
     def checked() -> tuple[Prepared, Any, Result]:
         processes.check(recipe)
         preflight.check_folder(recipe, output, resume, overwrite)
         prepared = preflight.prepare(recipe)
         if processes.is_first():
-            print_data(prepared.data, Console(stderr=True), warnings_only=quiet)
-        if processes.is_first() and not validation_only:
-            for warning in terms.warnings_of(recipe, prepared.meta):
-                print(f"warning: {warning}", file=sys.stderr)
+            for warning in prepared.data.warnings:
+                told.warn(f"warning: {warning}")
+            for warning in () if validation_only else terms.warnings_of(recipe, prepared.meta):
+                told.warn(f"warning: {warning}")
         # before the folder is touched, so that unreadable weights write nothing
-        return prepared, *_load(recipe, prepared)
+        return prepared, *_load(run, prepared)
 
     def begun() -> Path | None:
         checkpoint = checkpoints.last(output) if resume else None
@@ -93,19 +105,68 @@ def train(
         output.mkdir(parents=True, exist_ok=True)
         write_text(output / "recipe.yaml", loader.dump_recipe(recipe))
         checkpoints.restore(output, checkpoint)
+        told.log_to(output / LOG)
         return checkpoint
 
-    with other_peft.implementation(recipe):
+    told.restart()
+    with other_peft.implementation(recipe), told.stage(run.who, "loading"):
         prepared, model, result = processes.in_turn(checked)
+        run.expect(prepared)
+        told.advance(1, "load")
     checkpoint = processes.on_first(begun)
+    if processes.is_first():
+        if run.alone:
+            for line in header(recipe, result, output, None if checkpoint is None else checkpoint.name):
+                told.tell(line)
+            told.keep(data_table.text(prepared.data))
+        elif not validation_only:
+            told.evaluated(run.who, "begins", [settings(result)])
     with other_peft.implementation(recipe), Signals() as signals:
-        _run(recipe, prepared, model, result, output, checkpoint, signals, quiet, watch, validation_only)
+        _run(run, prepared, model, result, checkpoint, signals, watch)
+        told.end(run.who)
         # written before the baselines too, so that an error there does not lose it
         _write(result, recipe, output, begin)
         if recipe.baselines:
-            result.baselines = _baselines(recipe, prepared.splits, output, resume, quiet)
+            result.baselines = _baselines(run, prepared.splits, resume)
             _write(result, recipe, output, begin)
     return result
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the parts of a run have in common.
+
+    Attributes:
+        output: the run's folder.
+        told: the command's progress.
+        who: what the run is called there.
+        validation_only: see `train`.
+        alone: whether the command is about this run; else it is a baseline, or one of many.
+    """
+
+    recipe: Recipe
+    output: Path
+    told: Progress
+    who: str
+    validation_only: bool
+    alone: bool
+
+    def expect(self, prepared: Prepared) -> None:
+        """Announce what the run will do."""
+        recipe, splits = self.recipe, prepared.splits
+        self.told.announce(work.names_of(recipe) if self.alone else [self.who])
+        own = work.work_of(
+            recipe, splits, len(prepared.train), len(prepared.general), validation_only=self.validation_only
+        )
+        for stage, units in own.items():
+            self.told.expect(self.who, stage, units)
+        for (who, stage), units in work.baselines_of(recipe, splits, own).items():
+            self.told.expect(who, stage, units)
+
+    def evaluated(self, what: str, values: Mapping[str, float]) -> None:
+        """Show the main figures of the run at a moment other than an evaluation of the training."""
+        if processes.is_first():
+            self.told.evaluated(self.who, what, figures(values))
 
 
 def _write(result: Result, recipe: Recipe, output: Path, begin: float) -> None:
@@ -119,11 +180,12 @@ def _write(result: Result, recipe: Recipe, output: Path, begin: float) -> None:
             model_card.finish_adapter(output / name, recipe, result)
 
 
-def _load(recipe: Recipe, prepared: Prepared) -> tuple[Any, Result]:
+def _load(run: Run, prepared: Prepared) -> tuple[Any, Result]:
     """The untrained model with its adapter, and the result with what is known before training."""
     from peft import get_peft_model
     from transformers import set_seed
 
+    recipe = run.recipe
     splits = prepared.splits
     result = started(recipe, metric_tools.metrics_of(recipe)[0], "test" if splits.test else "validation")
     result.labels = None if splits.labels is None else list(splits.labels)
@@ -140,7 +202,7 @@ def _load(recipe: Recipe, prepared: Prepared) -> tuple[Any, Result]:
             announce=messages.append,
         )
     for line in messages if processes.is_first() else ():
-        print(line, file=sys.stderr)
+        run.told.warn(line)
     result.quantization, result.base_bytes = recipe.model.quantization, base.get_memory_footprint()
     result.new_head, total = next(iter(messages), None), base.num_parameters()
     set_seed(recipe.seed)
@@ -151,20 +213,18 @@ def _load(recipe: Recipe, prepared: Prepared) -> tuple[Any, Result]:
 
 
 def _run(
-    recipe: Recipe,
+    run: Run,
     prepared: Prepared,
     model: Any,
     result: Result,
-    output: Path,
     checkpoint: Path | None,
     signals: Signals,
-    quiet: bool,
     watch: Watch | None,
-    validation_only: bool,
 ) -> None:
     from lily.recipes.scoring import evaluate, forgetting
     from lily.recipes.trainer import trainer as runner
 
+    recipe, output, validation_only = run.recipe, run.output, run.validation_only
     splits, processor, config = prepared.splits, prepared.processor, prepared.config
     names = metric_tools.metrics_of(recipe)
     if validation_only:
@@ -173,6 +233,15 @@ def _run(
     scored = recipe.task == "sft" and any(name in metric_tools.SCORED for name in names)
 
     def judge_untrained(m: Any) -> None:
+        with run.told.stage(run.who, "untrained"):
+            judge_it(m)
+        measured = run.told.estimate.done(run.who, "untrained")
+        if config is not None and not validation_only:  # the trained model is judged on the same rows
+            run.told.expect(run.who, "test", measured)
+        if result.before:
+            run.evaluated("untrained", result.before)
+
+    def judge_it(m: Any) -> None:
         if not validation_only:
             result.before, review = judge(m, splits.held_out), judge.review
             if config is None:  # the untrained model is also the final one
@@ -200,7 +269,8 @@ def _run(
         prepared.validation,
         output,
         partial(judge.beyond_loss, rows=splits.validation) if scored else None,
-        quiet,
+        run.told,
+        run.who,
     )
 
     if config is not None and getattr(config, "init_weights", None) == "data" and checkpoint is None:
@@ -222,7 +292,9 @@ def _run(
         look(model)
     trainer.signals, trainer.watch = signals, watch
     trainer.general = general_loss if prepared.general else None
-    trainer.resume(checkpoint)
+    with run.told.stage(run.who, "training"):
+        trainer.resume(checkpoint)
+    run.told.end(run.who, "training")
     result.seconds["train"], result.peak_bytes = trainer.seconds, trainer.peak_bytes
     result.router = {name: value for name, value in trainer.health.routers.state.items() if name != "in_a_row"}
     model = trainer.usable
@@ -231,6 +303,7 @@ def _run(
     progress, metric = trainer.progress, names[0]
     if not progress.history or progress.history[-1]["step"] != trainer.state.global_step:
         trainer.evaluate()
+    run.told.end(run.who, "evaluation")
     result.history = progress.history
     result.last, result.best = (
         {"epoch": evaluation["epoch"], "value": evaluation[metric]}
@@ -242,13 +315,18 @@ def _run(
     if validation_only:
         result.final = {name: progress.best[name] for name in names}
     else:
-        load_weights(model, output / "best")
-        result.final, review = judge(model, splits.held_out), judge.review
-        _write_predictions(judge, result.split, output)
-        tests = {name: judge(model, rows) for name, rows in splits.tests.items()}
-        result.tests = test_sets.noted(tests, "final", result.tests)
-        result.samples, lengths = evaluate.samples(model, processor, splits.held_out, recipe, "after", result.samples)
-        result.review = review.with_answers(lengths)
+        with run.told.stage(run.who, "test"):
+            load_weights(model, output / "best")
+            result.final, review = judge(model, splits.held_out), judge.review
+            _write_predictions(judge, result.split, output)
+            tests = {name: judge(model, rows) for name, rows in splits.tests.items()}
+            result.tests = test_sets.noted(tests, "final", result.tests)
+            result.samples, lengths = evaluate.samples(
+                model, processor, splits.held_out, recipe, "after", result.samples
+            )
+            result.review = review.with_answers(lengths)
+        run.told.end(run.who, "test")
+        run.evaluated(f"{result.split} rows", result.final)
     result.adapter_bytes = processes.on_first(lambda: (output / "best" / "adapter_model.safetensors").stat().st_size)
 
 
@@ -265,22 +343,31 @@ def _parameters(model: Any, total: int) -> dict[str, int]:
     return {"adapter": sum(trainable.values()) - head if adapted else 0, "head": head, "base": total}
 
 
-def _baselines(recipe: Recipe, splits: Splits, output: Path, resume: bool, quiet: bool) -> dict[str, dict[str, float]]:
+def _baselines(run: Run, splits: Splits, resume: bool) -> dict[str, dict[str, float]]:
     from lily.recipes.scoring import baselines
 
-    figures: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, float]] = {}
+    recipe, output, told = run.recipe, run.output, run.told
     for name in recipe.baselines:
         if name == "lora":
             if recipe.method == "lora":
                 continue
             other = recipe.model_copy(update={"method": "lora", "baselines": [], "output": str(output / "lora")})
             begun = resume and processes.on_first((output / "lora" / "recipe.yaml").is_file)
-            lora = train(other, resume=begun, overwrite=not begun, quiet=quiet)
-            figures[name] = {
+            lora = train(other, resume=begun, overwrite=not begun, told=told, who=work.TITLES[name])
+            found[name] = {
                 **lora.final,
                 **card.adapter_costs(lora),
                 **({"forgetting": lora.forgetting["increase"]} if lora.forgetting else {}),
             }
         else:
-            figures[name] = processes.on_first(partial(baselines.run, name, recipe, splits))
-    return figures
+            who = work.TITLES[name]
+            with told.stage(who, "baseline"):
+                found[name] = processes.on_first(partial(baselines.run, name, recipe, splits))
+                if name != "frozen":
+                    told.advance(len(splits.train) + len(splits.held_out), "fit")
+            told.end(who)
+            if processes.is_first():
+                shown = {metric: value for metric, value in found[name].items() if metric != "seconds"}
+                told.evaluated(who, f"{'test' if splits.test else 'validation'} rows", figures(shown))
+    return found

@@ -19,6 +19,8 @@ from typing import Any
 
 from lily.errors import LilyError
 from lily.io.atomic import write_text
+from lily.progress.display import read_events
+from lily.progress.progress import Progress, current
 from lily.recipes import loader, preflight
 from lily.recipes.begun import as_begun
 from lily.recipes.scoring.metrics import shown
@@ -26,6 +28,7 @@ from lily.recipes.spec.schema import Recipe
 from lily.recipes.trainer.signals import Signals
 
 METRICS, PREDICTIONS = "metrics.json", "predictions.json"
+STAGE = "run"  # the one stage of a run in another process
 # Keys that may differ between the recipe of a finished run and the recipe that counts it.
 FREE = ("output", "description", "chosen_by", "baselines")
 Announce = Callable[[str], None]
@@ -102,6 +105,8 @@ def side_by_side(jobs: int | None) -> tuple[int, int]:
 def run(jobs: Sequence[Job], out: Path, count: int, threads: int, lock: Any, announce: Announce) -> dict[str, Outcome]:
     """Train what is not finished yet.
 
+    The evaluations of the runs and their share of the whole are shown by the command's progress.
+
     Args:
         jobs: all runs, in the order in which they start.
         out: the folder for their recipes and logs.
@@ -117,6 +122,7 @@ def run(jobs: Sequence[Job], out: Path, count: int, threads: int, lock: Any, ann
         KeyboardInterrupt: at Ctrl-C, and SystemExit at SIGTERM, when every run has written its checkpoint and ended.
     """
     outcomes: dict[str, Outcome] = {}
+    told = current()
 
     def ended(job: Job, outcome: Outcome) -> None:
         outcomes[job.name] = outcome
@@ -128,16 +134,25 @@ def run(jobs: Sequence[Job], out: Path, count: int, threads: int, lock: Any, ann
         if job.done:
             ended(job, _outcome(job))
     waiting = [job for job in jobs if job.name not in outcomes]
+    told.announce(job.name for job in waiting)
+    for job in waiting:
+        told.expect(job.name, STAGE, {"run": 1.0})
     running: list[tuple[Job, subprocess.Popen[bytes]]] = []
-    with Signals():
+    followed = {job.name: Followed(job.name, _events(out, job)) for job in waiting}
+    with Signals(), told.stage("", f"{len(waiting)} runs"):
         try:
             while waiting or running:
                 while waiting and len(running) < count:
                     job = waiting.pop(0)
                     running.append((job, _start(job, out, threads, lock)))
                 time.sleep(0.05)
+                for job, _ in running:
+                    followed[job.name].show(told)
                 for job, process in [pair for pair in running if pair[1].poll() is not None]:
                     running.remove((job, process))
+                    followed[job.name].show(told)
+                    told.count(job.name, STAGE, 1.0 - followed[job.name].share, "run")
+                    told.end(job.name)
                     ended(job, _outcome(job, process.returncode, _log(out, job)))
         finally:
             for _, process in running:
@@ -145,6 +160,28 @@ def run(jobs: Sequence[Job], out: Path, count: int, threads: int, lock: Any, ann
             for _, process in running:
                 process.wait()
     return outcomes
+
+
+class Followed:
+    """The progress of a run in another process, read from its file of events.
+
+    Args:
+        name: of the job.
+        file: that the process writes.
+    """
+
+    def __init__(self, name: str, file: Path) -> None:
+        self.name, self.file, self.position, self.share = name, file, 0, 0.0
+
+    def show(self, told: Progress) -> None:
+        """Show what is new."""
+        events, self.position = read_events(self.file, self.position)
+        for event in events:
+            if "share" in event:
+                told.count(self.name, STAGE, event["share"] - self.share, "run")
+                self.share = event["share"]
+            else:
+                told.evaluated(self.name, event["what"], event["values"], event["best"])
 
 
 def described(job: Job, outcome: Outcome) -> str:
@@ -162,10 +199,12 @@ def _start(job: Job, out: Path, threads: int, lock: Any) -> subprocess.Popen[byt
     recipe, log = out / "recipes" / f"{_flat(job.name)}.yaml", _log(out, job)
     for parent in (recipe.parent, log.parent, job.folder.parent):
         parent.mkdir(parents=True, exist_ok=True)
+    _events(out, job).unlink(missing_ok=True)
     write_text(recipe, loader.dump_recipe(job.recipe))
     # stock Lily's groups depend on the hash seed where a layer matches several targets
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONHASHSEED": "0"}
     command = [sys.executable, "-m", "lily.search.worker", str(recipe), str(job.folder), str(os.getpid())]
+    command += [str(_events(out, job))]
     command += ["trial"] * job.trial + ([] if job.until is None else [f"until={job.until}"])
     with open(log, "wb") as file:
         return subprocess.Popen(
@@ -181,6 +220,10 @@ def _start(job: Job, out: Path, threads: int, lock: Any) -> subprocess.Popen[byt
 
 def _log(out: Path, job: Job) -> Path:
     return out / "logs" / f"{_flat(job.name)}.log"
+
+
+def _events(out: Path, job: Job) -> Path:
+    return out / "logs" / f"{_flat(job.name)}.events"
 
 
 def _flat(name: str) -> str:

@@ -1,6 +1,6 @@
 """One run of a search or a comparison, in a separate process.
 
-python -m lily.search.worker RECIPE FOLDER PARENT [trial] [until=STEPS]
+python -m lily.search.worker RECIPE FOLDER PARENT EVENTS [trial] [until=STEPS]
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ def end_with(parent: int) -> None:
             sys.exit(128 + signal.SIGTERM)
 
 
-def main(recipe: str, folder: str, parent: int, *options: str) -> None:
-    """Train a recipe into a folder, or resume it there. A trial does not read the test rows."""
+def main(recipe: str, folder: str, parent: int, events: str, *options: str) -> None:
+    """Train a recipe into a folder, or resume it there, with `events` for its progress. A trial reads no test rows."""
     end_with(parent)
     from lily.errors import LilyError
+    from lily.progress.display import Events
+    from lily.progress.progress import Progress
     from lily.recipes import loader
 
     try:
@@ -35,14 +37,15 @@ def main(recipe: str, folder: str, parent: int, *options: str) -> None:
 
         begun = (Path(folder) / "recipe.yaml").is_file()
         until = next((int(text.partition("=")[2]) for text in options if text.startswith("until=")), None)
-        train(
-            chosen,
-            resume=begun,
-            overwrite=not begun,
-            quiet=True,
-            watch=None if until is None else lambda history: history[-1]["step"] >= until,
-            validation_only="trial" in options,
-        )
+        with Progress(Events(Path(events))) as told, told.active():
+            train(
+                chosen,
+                resume=begun,
+                overwrite=not begun,
+                watch=None if until is None else lambda history: history[-1]["step"] >= until,
+                validation_only="trial" in options,
+                told=told,
+            )
     except LilyError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from lily.io.tables import fitting
-from lily.recipes.scoring.metrics import shown
+from lily.recipes.scoring.metrics import LOWER_IS_BETTER, shown
 from lily.tune.run import TuneResult, ranked_trials
 from lily.tune.study import TrialResult
 
@@ -46,11 +46,27 @@ def print_tuned(result: TuneResult, output: Path, console: Console) -> None:
     if result.best is None:
         console.print("No trial is complete (and within --max-forgetting): increase --trials")
         return
+    console.print(escape(verdict(result)), soft_wrap=True, highlight=False)
     console.print(escape(f"best recipe: {result.recipe}    figures: {output / 'tune.json'}"), soft_wrap=True)
     which = "the test rows, which no trial has seen" if result.tested else "the validation rows, which chose it"
     console.print(escape(f"lily train {result.recipe}    trains it and evaluates it on {which}"), soft_wrap=True)
     if not result.tested:
         console.print("The recipe has no test rows: expect a worse result on rows that were not used to choose.")
+
+
+def verdict(result: TuneResult) -> str:
+    """How the best trial does against the recipe's own values, in a sentence."""
+    best, own = result.best, next((trial for trial in result.trials if trial.number == 0), None)
+    assert best is not None
+    said = f"Trial {best.number + 1} is the best: {result.metric} {shown(result.metric, best.value)}"
+    if own is None or own.value is None or best.value is None or own is best:
+        return f"{said}, the recipe's own values." if own is best else f"{said}."
+    size = abs(best.value - own.value)
+    by = f"{size:.4f}" if result.metric in LOWER_IS_BETTER else f"{100 * size:.1f} points"
+    return (
+        f"{said}, {by} better than the recipe's own values on these {result.rows:,} rows. The best of many trials on "
+        "few rows scores too high: other rows and seeds decide."
+    )
 
 
 def _state(trial: TrialResult, result: TuneResult) -> str:

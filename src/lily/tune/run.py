@@ -16,19 +16,22 @@ from safetensors import SafetensorError
 from lily.distributed import world_size
 from lily.errors import DivergedError, LilyError
 from lily.io.atomic import disk_error, write_text
+from lily.progress.progress import Progress, current
 from lily.recipes import loader, methods, preflight, train
 from lily.recipes.begun import as_begun
 from lily.recipes.scoring import metrics as metric_tools
 from lily.recipes.scoring.metrics import shown
 from lily.recipes.spec.schema import Recipe
+from lily.recipes.work import evaluations_of, judged, steps_of
 from lily.search import folder
 from lily.search.engine import ranked, search
-from lily.tune.space import Space, Values, cadence, changed, changes, space_of, steps_of
+from lily.tune.space import Space, Values, cadence, changed, changes, space_of
 from lily.tune.study import JOURNAL, RunningTrial, Study, TrialResult
 
 RESULT, BEST, TRIALS = "tune.json", "best.yaml", "trials"
 IN_A_ROW = 3  # failures after which the cause is hardly the trials' values
-WRITTEN = (RESULT, BEST, TRIALS, JOURNAL, f"{JOURNAL}.lock")
+LOG = "tune.log"
+WRITTEN = (RESULT, BEST, TRIALS, LOG, JOURNAL, f"{JOURNAL}.lock")
 
 
 @dataclass(frozen=True)
@@ -174,7 +177,6 @@ def tune(
     source: str | None = None,
     overrides: Sequence[str] = (),
     overwrite: bool = False,
-    quiet: bool = True,
     announce: Callable[[str], None] = lambda line: None,
 ) -> TuneResult:
     """Search a recipe's knobs; called again after an interruption, it continues.
@@ -186,8 +188,7 @@ def tune(
         source: name or path of the recipe's file, which the best recipe extends; None: it is written in full.
         overrides: changes to it, such as `train.epochs=1`.
         overwrite: delete an earlier search first.
-        quiet: show no progress bars.
-        announce: called with each line of progress.
+        announce: called with each line of progress; the evaluations of the trials are shown by the command's progress.
 
     Returns:
         The result, also written to `tune.json` and `best.yaml` after every trial.
@@ -205,7 +206,17 @@ def tune(
     settings = {"recipe": recipe.model_dump(mode="json"), "space": space.to_dict(), "every": prepared.every}
     started, failures = time.monotonic(), 0
     with folder.opened(output, "lily tune", WRITTEN, overwrite, settings):
+        told = current()
+        told.log_to(output / LOG)
         study = Study(output, space, metric, recipe.seed)
+        names = [_named(number) for number in range(study.finished, options.trials)]
+        told.announce(names)
+        schedule = changed(recipe, {"train": {"evaluate_every": prepared.every}})
+        times = evaluations_of(schedule, prepared.steps, recipe.train.epochs)
+        for name in names:
+            rows = prepared.steps * recipe.train.batch_size * recipe.train.gradient_accumulation
+            told.expect(name, "training", {"train": rows})
+            told.expect(name, "evaluation", judged(recipe, prepared.result.rows * times))
 
         def propose(values: Mapping[RunningTrial, float | None]) -> list[RunningTrial]:
             if study.finished >= options.trials:
@@ -221,7 +232,7 @@ def tune(
             sections = prepared.sections(trial.values)
             announce(f"trial {trial.number + 1} of {options.trials}: {described(sections)}")
             where = output / TRIALS / f"{trial.number:03d}"
-            ended = _train(folder.inside(changed(recipe, sections), where), trial, metric, where, options.keep, quiet)
+            ended = _train(folder.inside(changed(recipe, sections), where), trial, metric, where, options.keep, told)
             announce(f"  {ended}")
             result = _write(prepared, study, output, options, source, overrides).trials[trial.number]
             failures = failures + 1 if result.state == "failed" else 0
@@ -244,7 +255,11 @@ def described(sections: dict[str, dict[str, Any]]) -> str:
     )
 
 
-def _train(recipe: Recipe, trial: RunningTrial, metric: str, where: Path, keep: bool, quiet: bool) -> str:
+def _named(number: int) -> str:
+    return f"trial {number + 1}"
+
+
+def _train(recipe: Recipe, trial: RunningTrial, metric: str, where: Path, keep: bool, told: Progress) -> str:
     """Run a trial, or the rest of one, and record it; returns how it ended, as text."""
     if trial.stopped:  # before the search was killed
         trial.end(trial.best, "stopped")
@@ -254,7 +269,13 @@ def _train(recipe: Recipe, trial: RunningTrial, metric: str, where: Path, keep: 
     try:
         begun = folder.is_begun(where)
         result = train.train(
-            recipe, resume=begun, overwrite=not begun, quiet=quiet, watch=trial.watch, validation_only=True
+            recipe,
+            resume=begun,
+            overwrite=not begun,
+            watch=trial.watch,
+            validation_only=True,
+            told=told,
+            who=_named(trial.number),
         )
     except DivergedError as error:
         trial.end(None, "diverged")
@@ -269,6 +290,7 @@ def _train(recipe: Recipe, trial: RunningTrial, metric: str, where: Path, keep: 
         folder.remove_weights(where)
         return f"failed: {reason}"
     finally:
+        told.end(_named(trial.number))
         gc.collect()  # a trainer and its model refer to each other
     value = None if result.best is None else result.best["value"]
     trial.end(

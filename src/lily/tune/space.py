@@ -18,6 +18,7 @@ from lily.plan.decide import Decided
 from lily.recipes.methods.configs import LORAS, learning_rate, section_of
 from lily.recipes.spec.schema import Recipe
 from lily.recipes.spec.values import is_decimal
+from lily.recipes.work import steps_of
 
 KNOBS = {
     "lily": ("learning_rate", "scaling", "shape"),
@@ -227,13 +228,6 @@ def changed(recipe: Recipe, sections: Mapping[str, Mapping[str, Any]], **keys: A
     """A recipe with other values of keys of its sections, and of its top-level keys; the values are not validated."""
     update = {name: getattr(recipe, name).model_copy(update=dict(values)) for name, values in sections.items()}
     return recipe.model_copy(update={**update, **keys})
-
-
-def steps_of(recipe: Recipe, rows: int) -> int:
-    """Optimizer steps of a recipe on a number of training examples (packing needs fewer)."""
-    t = recipe.train
-    per_epoch = math.ceil(math.ceil(rows / t.batch_size) / t.gradient_accumulation)
-    return t.max_steps or max(1, math.ceil(t.epochs * per_epoch))
 
 
 def cadence(recipe: Recipe, rows: int, least: int = EVALUATIONS) -> int | str:

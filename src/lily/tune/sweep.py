@@ -15,15 +15,17 @@ from typing import Any
 from lily.distributed import world_size
 from lily.errors import LilyError
 from lily.io.atomic import write_text
+from lily.progress.progress import current
 from lily.recipes import methods, preflight
 from lily.recipes.begun import as_begun
 from lily.recipes.scoring import metrics as metric_tools
 from lily.recipes.spec.schema import Recipe
+from lily.recipes.work import steps_of
 from lily.search import folder
 from lily.search.engine import search
 from lily.search.runner import METRICS, Announce, Job, run
 from lily.tune import halving
-from lily.tune.space import AdapterShape, cadence, changed, shape_keys, shapes_of, steps_of
+from lily.tune.space import AdapterShape, cadence, changed, shape_keys, shapes_of
 
 RESULT, RUNS, LORA = "granularity.json", "runs", "lora"
 PICTURES = ("granularity.svg", "granularity.png")
@@ -214,6 +216,8 @@ def sweep(
         return values
 
     with folder.opened(output, "lily sweep", WRITTEN, overwrite, settings) as lock:
+        (output / "logs").mkdir(exist_ok=True)
+        current().log_to(output / "logs" / "sweep.log")
         search(propose, run_rung)
         listed = [*shapes, *([prepared.lora] if prepared.lora else [])]
         entries = tuple(_read(shape, prepared, output, failed.get(prepared.name_of(shape), ())) for shape in listed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +11,10 @@ from rich.markup import escape
 
 from lily.analysis.granularity import Quality
 from lily.analysis.plots import Picture, quality_plot
+from lily.analysis.seeds import spread
 from lily.compare.tables import with_spread
 from lily.io.tables import fitting
-from lily.recipes.scoring.metrics import LOWER_IS_BETTER
+from lily.recipes.scoring.metrics import LOWER_IS_BETTER, shown
 from lily.tune.sweep import LORA, Granularity, ShapeResult
 
 
@@ -43,6 +45,27 @@ def print_sweep(sweep: Granularity, output: Path, console: Console) -> None:
         console.print(escape(f"{failed} runs failed; see {output / 'logs'}"), soft_wrap=True)
     seeds = "one seed" if len(sweep.seeds) == 1 else f"{len(sweep.seeds)} seeds, mean and standard deviation"
     console.print(escape(f"{seeds}; figures: {output / 'granularity.json'}"), soft_wrap=True)
+    console.print(escape(verdict(sweep)), soft_wrap=True, highlight=False)
+
+
+def verdict(sweep: Granularity) -> str:
+    """Which shape is the best, and whether the others differ from it by more than seeds do, in a sentence."""
+    means = {
+        entry.name: statistics.fmean(entry.held_out) for entry in sweep.entries if entry.held_out and entry.name != LORA
+    }
+    if len(means) < 2:
+        return "Fewer than two shapes were trained to the end, so there is nothing to compare."
+    sign = -1.0 if sweep.metric in LOWER_IS_BETTER else 1.0
+    first, *_, last = sorted(means, key=lambda name: -sign * means[name])
+    deviations = [value for entry in sweep.entries if (value := spread(entry.held_out)) is not None]
+    said = (
+        f"Best shape: {first} ({shown(sweep.metric, means[first])}); worst: {last} "
+        f"({shown(sweep.metric, means[last])}), on {sweep.rows:,} {sweep.split} rows of {sweep.metric}."
+    )
+    if not deviations:
+        return f"{said} One seed does not show whether shapes differ by more than seeds do: repeat with --seeds 3."
+    more = abs(means[first] - means[last]) > 2 * max(deviations)
+    return f"{said} The shapes differ by {'more' if more else 'no more'} than seeds do."
 
 
 def picture(sweep: Granularity) -> Picture:

@@ -20,15 +20,18 @@ from torch import Tensor, nn
 
 from lily.errors import LilyError
 from lily.io.atomic import new_folder, write_text
+from lily.progress.progress import Progress
 from lily.recipes.dreambooth import adapters
 from lily.recipes.dreambooth.families import Family, Text
 from lily.recipes.dreambooth.latents import Encoded
 from lily.recipes.dreambooth.objectives import Objective
 from lily.recipes.results.run_files import newest_checkpoint
+from lily.recipes.scoring.metrics import figures
 from lily.recipes.spec.dreambooth import DreamBooth, Steps
 from lily.recipes.trainer.state_files import load_state, save_state
 
 STATE, PROGRESS = "state", "progress.json"
+TRAINING, VALIDATION = "training", "validation"  # stages of what is told
 EVALUATED = 4  # batch size of the fixed loss
 
 
@@ -185,27 +188,26 @@ class Run:
         self.history: list[dict[str, float]] = []
         self.step = 0
 
-    def run(self, quiet: bool = False) -> None:
+    def run(self, told: Progress) -> None:
         """Train to the recipe's last step, with validations and checkpoints.
 
         Raises:
             LilyError: if the loss is not finite; the last checkpoint is kept.
         """
-        from tqdm.auto import tqdm
-
-        total, every = self.recipe.train.max_steps, self.recipe.validation.every
+        who, total, every = self.recipe.method, self.recipe.train.max_steps, self.recipe.validation.every
+        told.expect(who, TRAINING, {"train": total - self.step})
+        told.expect(who, VALIDATION, {"draw": math.ceil((total - self.step) / every) + (not self.history)})
         if not self.history:
-            self._validate({})
+            self._validate({}, told)
         self.model.train()
         losses: list[float] = []
-        with tqdm(total=total, initial=self.step, disable=quiet, desc="steps") as bar:
+        with told.stage(who, TRAINING):
             while self.step < total:
                 losses.append(self._one_step())
                 self.step += 1
-                bar.update()
-                bar.set_postfix(loss=f"{losses[-1]:.4f}")
+                told.advance(1, "train")
                 if self.step % every == 0 or self.step == total:
-                    self._validate({"train_loss": sum(losses) / len(losses)})
+                    self._validate({"train_loss": sum(losses) / len(losses)}, told)
                     losses = []
                     self._save()
         self.world.model.eval()
@@ -233,10 +235,16 @@ class Run:
         kept = newest_checkpoint(self.folder)
         return "" if kept is None else f"; the adapter of step {int(kept.name.rpartition('-')[2])} is in {kept}"
 
-    def _validate(self, metrics: dict[str, float]) -> None:
-        self.world.model.eval()
-        self.history.append({"step": self.step, **metrics, **self.validate(self.step)})
-        self.world.model.train()
+    def _validate(self, metrics: dict[str, float], told: Progress) -> None:
+        who, total = self.recipe.method, self.recipe.train.max_steps
+        with told.stage(who, VALIDATION):
+            self.world.model.eval()
+            self.history.append({"step": self.step, **metrics, **self.validate(self.step)})
+            self.world.model.train()
+            told.advance(1, "draw")
+        losses = {name: value for name, value in self.history[-1].items() if name != "step"}
+        best = self.step > 0 and losses["loss"] == min(entry["loss"] for entry in self.history)
+        told.evaluated(who, f"step {self.step}/{total}", figures(losses), best)
 
     def _save(self) -> None:
         """Write a checkpoint, which gets its name when it is complete, and remove older ones."""

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from lily.errors import LilyError
 from lily.io.atomic import new_folder, write_text
 from lily.plan.select import select_modules
+from lily.progress.display import standard
+from lily.progress.progress import Progress
 from lily.recipes import loader, methods, preflight
 from lily.recipes.begun import as_begun
 from lily.recipes.data.sources import local_path
@@ -88,7 +90,14 @@ def prepare(recipe: DreamBooth) -> Prepared:
     return Prepared(family, meta, config, subject, prior)
 
 
-def train(recipe: DreamBooth, *, resume: bool = False, overwrite: bool = False, quiet: bool = False) -> Result:
+def train(
+    recipe: DreamBooth,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+    told: Progress | None = None,
+) -> Result:
     """Train and write a recipe's adapter, with images before, during and after; see `lily.recipes.train.train`.
 
     Returns:
@@ -98,24 +107,30 @@ def train(recipe: DreamBooth, *, resume: bool = False, overwrite: bool = False, 
     Raises:
         LilyError: for anything wrong with recipe, images, pipeline or folder, and for a loss that is not finite.
     """
+    if told is None:
+        with Progress(standard(quiet)) as told, told.active():
+            return train(recipe, resume=resume, overwrite=overwrite, told=told)
     begin = time.perf_counter()
     output = output_folder(recipe)
     recipe = as_begun(recipe, output) if resume else recipe
     preflight.check_folder(recipe, output, resume, overwrite)
-    prepared = prepare(recipe)
-    for warning in warnings_of(recipe, prepared.meta):
-        print(f"warning: {warning}", file=sys.stderr)
-    pipe = load(recipe, prepared)
+    told.announce([recipe.method, *(["lora"] if "lora" in recipe.baselines else [])])
+    with told.stage(recipe.method, "loading"):
+        prepared = prepare(recipe)
+        for warning in warnings_of(recipe, prepared.meta):
+            told.warn(f"warning: {warning}")
+        pipe = load(recipe, prepared)
 
     if overwrite and not resume:
         shutil.rmtree(output, ignore_errors=True)
     (output / "samples").mkdir(parents=True, exist_ok=True)
     write_text(output / "recipe.yaml", loader.dump_recipe(recipe))
-    result = _run(recipe, prepared, pipe, output, resume, quiet)
+    told.log_to(output / "train.log")
+    result = _run(recipe, prepared, pipe, output, resume, told)
     del pipe
     _write(result, recipe, output, begin)
     if "lora" in recipe.baselines and recipe.method != "lora":
-        result.baselines["lora"] = _lora(recipe, output, quiet)
+        result.baselines["lora"] = _lora(recipe, output, told)
         _write(result, recipe, output, begin)
     return result
 
@@ -154,7 +169,7 @@ def load(recipe: DreamBooth, prepared: Prepared) -> Any:
     return pipe
 
 
-def _run(recipe: DreamBooth, prepared: Prepared, pipe: Any, output: Path, resume: bool, quiet: bool) -> Result:
+def _run(recipe: DreamBooth, prepared: Prepared, pipe: Any, output: Path, resume: bool, told: Progress) -> Result:
     from accelerate.utils import set_seed
 
     from lily.recipes.dreambooth import adapters, loop, samples
@@ -187,11 +202,15 @@ def _run(recipe: DreamBooth, prepared: Prepared, pipe: Any, output: Path, resume
         return losses
 
     run = loop.Run(recipe, world, accelerator, output / "checkpoints", validate)
+    told.tell(
+        f"{recipe.name}  {recipe.task}, {recipe.method}, seed {recipe.seed}: {len(images)} images, "
+        f"{sum(p.numel() for p in run.parameters):,} parameters train, into {output}"
+    )
     checkpoint = newest_checkpoint(output / "checkpoints") if resume else None
     if checkpoint is not None:
         run.resume(checkpoint)
     clock = time.perf_counter()
-    run.run(quiet)
+    run.run(told)
     result = started(recipe, "loss", "train", ("diffusers", "accelerate"))
     result.seconds["train"] = time.perf_counter() - clock
     adapters.save(model, output / "last")
@@ -264,12 +283,12 @@ def _prior(
     return encoded(recipe, pipe, image_files(folder))
 
 
-def _lora(recipe: DreamBooth, output: Path, quiet: bool) -> dict[str, float]:
+def _lora(recipe: DreamBooth, output: Path, told: Progress) -> dict[str, float]:
     """The metrics and costs of the same run with LoRA, in a subfolder."""
     changes: dict[str, Any] = {"method": "lora", "baselines": [], "output": str(output / "lora")}
     if recipe.subject.prior is not None and (output / CLASS_IMAGES).is_dir():
         prior = recipe.subject.prior.model_copy(update={"images": str(output / CLASS_IMAGES)})
         changes["subject"] = recipe.subject.model_copy(update={"prior": prior})
     other = recipe.model_copy(update=changes)
-    lora = train(other, overwrite=True, quiet=quiet)
+    lora = train(other, overwrite=True, told=told)
     return {**lora.final, **adapter_costs(lora)}

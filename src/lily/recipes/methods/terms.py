@@ -39,9 +39,10 @@ class Terms:
     scale: float | None
     scale_key: Key | None
 
-    def __str__(self) -> str:
-        scale = "" if self.scale is None else f", scale {self.scale:.3g}"
-        return f"{self.name} {self.rate:g}{scale}"
+    @property
+    def settings(self) -> str:
+        """Learning rate and scale in words."""
+        return f"learning rate {self.rate:g}" + ("" if self.scale is None else f", scale {self.scale:.3g}")
 
 
 def terms_of(recipe: Recipe | DreamBooth, model: nn.Module, methods: Sequence[str]) -> list[Terms]:

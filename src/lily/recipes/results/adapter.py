@@ -85,6 +85,15 @@ class Adapter:
         Raises:
             LilyError: if the split is empty or the file does not fit.
         """
+        return self.judge(self.rows(split, file))
+
+    def judge(self, rows: Sequence[Row]) -> tuple[dict[str, float], Review]:
+        """The recipe's metrics on rows, and what was wrong there."""
+        judge = Judge(self.recipe, self.processor, self.labels)
+        return judge(self.model, rows), judge.review
+
+    def rows(self, split: str | None = None, file: str | None = None) -> Sequence[Row]:
+        """The rows of a split or file; see `evaluate`."""
         if file is not None:
             rows = data.rows_of(self.recipe.data.file_at(file), self.recipe)
         else:
@@ -93,8 +102,7 @@ class Adapter:
             raise LilyError(f"the recipe has no {split} rows; choose train or validation, or give --file")
         if self.labels is not None:
             data.check_labels(rows, self.labels, str(file or split), self.recipe.data.similar_labels == "merge")
-        judge = Judge(self.recipe, self.processor, self.labels)
-        return judge(self.model, rows), judge.review
+        return rows
 
     def predict(
         self, rows: Iterable[Row], prefix: str = "", folder: Path | None = None, source: str = ""

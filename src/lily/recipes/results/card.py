@@ -67,7 +67,7 @@ def print_result(result: Result, recipe: Recipe, output: Path, console: Console)
         console.print(f"  {answers}")
     print_review(result.review, console)
     if result.best is not None:
-        console.print(f"{epochs(result)}; {result.seconds['total']:.0f} s in all")
+        console.print(f"{epochs(result)}; {result.seconds['total']:.0f} s in all", soft_wrap=True, highlight=False)
         console.print(escape(f"adapter: {output / 'best'}    figures: {output / 'metrics.json'}"), soft_wrap=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 
 from rich.console import Console
@@ -11,14 +12,22 @@ from lily.io import tables
 from lily.recipes.data.summary import Summary
 
 
-def print_data(summary: Summary, console: Console, *, warnings_only: bool = False) -> None:
+def print_data(summary: Summary, console: Console) -> None:
     """Print the tables, and what surely nobody means."""
-    for header, lines in () if warnings_only else _tables(summary):
+    for header, lines in _tables(summary):
         console.print(tables.terminal(header, lines, numbers=True, no_wrap=True, box=None, pad_edge=False))
-    for fact in () if warnings_only else summary.facts():
+    for fact in summary.facts():
         console.print(Text(fact), soft_wrap=True)
     for warning in summary.warnings:
         console.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
+
+
+def text(summary: Summary) -> str:
+    """The same as plain text, for a log."""
+    console = Console(file=io.StringIO(), width=120, color_system=None)
+    with console.capture() as captured:
+        print_data(summary, console)
+    return captured.get().rstrip()
 
 
 def markdown(summary: Summary) -> str:

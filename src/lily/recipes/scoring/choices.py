@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from lily.errors import LilyError
+from lily.progress.progress import counted
 from lily.recipes.data.chat_template import text_of
 from lily.recipes.data.tables import Row
 from lily.recipes.data.tasks import format_prompt
@@ -75,7 +76,7 @@ def log_likelihoods(
     out = [np.zeros(len(row["choices"])) for row in rows]
     device = device_of(model)
     with inference(model, recipe):
-        for batch in by_length(inputs, recipe.train.eval_batch_size):
+        for batch in counted(by_length(inputs, recipe.train.eval_batch_size), "judge"):
             padded = tokenizer.pad([inputs[i] for i in batch], return_tensors="pt", padding_side="right")
             logits = model(**padded.to(device)).logits
             for i, row_logits in zip(batch, logits, strict=True):

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from lily.layers.sharding import root_gathered
+from lily.progress.progress import counted
 from lily.recipes import data
 from lily.recipes.data.chat_template import Chat
 from lily.recipes.data.chats import content_of
@@ -113,7 +114,7 @@ def head_outputs(
     encoded = [encode_inputs(row, recipe, processor) for row in rows]
     out: list[Any] = [None] * len(rows)
     with inference(model, recipe):
-        for batch in by_length(encoded, recipe.train.eval_batch_size):
+        for batch in counted(by_length(encoded, recipe.train.eval_batch_size), "judge"):
             inputs = to_device(collate([encoded[i] for i in batch], processor), device_of(model))
             for i, row in zip(batch, outputs(model, inputs).float().cpu().numpy(), strict=True):
                 out[i] = row
@@ -147,7 +148,7 @@ def token_losses(
     """Per example: cross-entropy summed over the tokens with a label, and the number of these tokens."""
     totals, counts = [0.0] * len(examples), [0] * len(examples)
     with inference(model, recipe):
-        for batch in by_length(examples, recipe.train.eval_batch_size):
+        for batch in counted(by_length(examples, recipe.train.eval_batch_size), "judge"):
             chosen = [examples[i] for i in batch]
             padded = tokenizer.pad(
                 {"input_ids": [e["input_ids"] for e in chosen]}, return_tensors="pt", padding_side="right"
@@ -174,7 +175,7 @@ def answers(
     out = [Answer("", 0, False)] * len(prompts)
     ends = _end_tokens(model, tokenizer)
     with inference(model, recipe):
-        for batch in by_length(encoded, recipe.train.eval_batch_size):
+        for batch in counted(by_length(encoded, recipe.train.eval_batch_size), "generate"):
             ids = {"input_ids": [encoded[i]["input_ids"] for i in batch]}
             padded = tokenizer.pad(ids, return_tensors="pt", padding_side="left").to(device_of(model))
             with root_gathered(model):

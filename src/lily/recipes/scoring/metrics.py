@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -81,3 +81,11 @@ def shown(name: str, value: float | None) -> str:
     if name == "forgetting":
         return f"{value:+.4f}"
     return f"{value:.4f}" if name in LOWER_IS_BETTER else f"{100 * value:.1f}"
+
+
+def figures(values: Mapping[str, float]) -> list[str]:
+    """Metrics as in a line of progress: `accuracy 65.5`."""
+    return [
+        f"{name.replace('_', ' ')} {shown('loss' if name.endswith('loss') else name, value)}"
+        for name, value in values.items()
+    ]

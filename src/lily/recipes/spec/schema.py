@@ -102,7 +102,9 @@ class Train(Section):
     precision: Precision = "auto"
     gradient_checkpointing: bool = False
     packing: bool = Field(False, description="sft: pack several examples into one row.")
-    report_to: list[Literal["tensorboard", "wandb"]] = Field([], description="Where else the metrics go.")
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        [], description="Where else losses and metrics go: tensorboard (the run's folder tensorboard), wandb, trackio."
+    )
 
 
 class Pattern(Section):

@@ -21,7 +21,7 @@ from lily.recipes.trainer.state_files import SPOILED
 
 # Names that a run writes into its folder.
 OWN = ("best", "last", "lora", "checkpoints", "metrics.json", "predictions.json", "progress.json", "recipe.yaml",
-       "samples", "diffusers", "class-images")  # fmt: skip
+       "samples", "diffusers", "class-images", "train.log", "tensorboard")  # fmt: skip
 # Inside a checkpoint; the best adapter is one folder deeper than where transformers looks for adapters to load.
 MOMENT = "progress/moment.json"
 BEST = "progress/best"

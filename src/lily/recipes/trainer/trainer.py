@@ -7,7 +7,6 @@ Schedule, accumulation and logging are theirs.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 
 from lily.analysis.history import RoutingCallback
 from lily.callbacks.health import HealthCallback
@@ -23,6 +23,7 @@ from lily.callbacks.settle import SettleCallback
 from lily.distributed import from_first, rank, save_adapter, world_size
 from lily.errors import LilyError
 from lily.io.atomic import write_text
+from lily.progress.progress import Progress as Told
 from lily.recipes.data.images import Preprocess
 from lily.recipes.data.tasks import Example, Processor
 from lily.recipes.methods.configs import learning_rate
@@ -32,6 +33,7 @@ from lily.recipes.scoring.forgetting import LOSS
 from lily.recipes.spec.base import CLASSIFYING
 from lily.recipes.spec.schema import Recipe
 from lily.recipes.trainer.resumable import Cadence, Resumable
+from lily.recipes.trainer.telling import Telling
 
 Evaluate = Callable[[torch.nn.Module], dict[str, float]]
 
@@ -101,11 +103,12 @@ def build_trainer(
     validation: Sequence[Example],
     output: Path,
     beyond_loss: Evaluate | None,
-    quiet: bool,
+    told: Told,
+    who: str,
 ) -> Any:
     """The recipe's Trainer, with the run's `Progress` as `progress`; `beyond_loss` computes further metrics."""
     names = metric_tools.metrics_of(recipe)
-    arguments = _arguments(recipe, output, quiet)
+    arguments = _arguments(recipe, output, told.verbose)
     images = isinstance(processor, Preprocess)
     common: dict[str, Any] = {"model": model, "processing_class": None if images else processor}
     if recipe.task == "sft":
@@ -114,7 +117,7 @@ def build_trainer(
             from trl import SFTConfig, SFTTrainer
         except ImportError:
             raise LilyError('task: sft needs TRL; pip install "lily-peft[sft]"') from None
-        if quiet:
+        if not told.verbose:
             disable_progress_bars()
         trained = {p: p.data for p in model.parameters() if p.requires_grad}
         config = SFTConfig(
@@ -139,13 +142,18 @@ def build_trainer(
             compute_metrics=lambda out: score(recipe, out.predictions, out.label_ids),
             **common,
         )
-    if quiet:
+    if not told.verbose:
         trainer.remove_callback(PrinterCallback)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(output / "tensorboard")
+    trainer.telling = Telling(told, who, recipe)
+    trainer.add_callback(trainer.telling)
     settle = recipe.lily.settle
     if recipe.method == "lily" and settle is not None:
         trainer.add_callback(SettleCallback(settle.start, settle.end))
     trainer.add_callback(Cadence(recipe.train.evaluate_every, recipe.train.save_every or recipe.train.evaluate_every))
-    trainer.health = HealthCallback(lambda message: print(f"warning: {message}", file=sys.stderr))
+    trainer.health = HealthCallback(lambda message: told.warn(f"warning: {message}"))
     trainer.add_callback(trainer.health)
     if recipe.method == "lily" and settle is None:  # SettleCallback records the routing itself
         trainer.routing = RoutingCallback()
@@ -170,6 +178,7 @@ def _with_best(base: type[Trainer]) -> Any:
         general: Callable[[torch.nn.Module], float] | None = None
         watch: Callable[[Sequence[dict[str, float]]], bool] | None = None
         names: Sequence[str] = ()
+        telling: Telling
 
         def training_step(self, *arguments: Any, **more: Any) -> torch.Tensor:
             loss: torch.Tensor = super().training_step(*arguments, **more)
@@ -178,7 +187,7 @@ def _with_best(base: type[Trainer]) -> Any:
 
         def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
             """Evaluate, and keep the best adapter."""
-            with self.signals.deferred(False):
+            with self.signals.deferred(False), self.telling.told.stage(self.telling.who, "evaluation"):
                 metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
                 metrics["eval_perplexity"] = float(np.exp(min(metrics["eval_loss"], 80.0)))
                 if self.beyond_loss is not None:
@@ -191,15 +200,24 @@ def _with_best(base: type[Trainer]) -> Any:
             # progress of settling, 0 to 1; None: the adapter does not settle, or is static already
             settled = getattr(getattr(self.model, "peft_config", {}).get("default"), "settled", None)
             final = {} if settled is None else {"final": float(settled == 1)}
-            exhausted = self.progress.update(self.model, {"step": step, "epoch": epoch, **values, **final})
+            self.show_callbacks(values)
+            evaluation = {"step": step, "epoch": epoch, **values, **final}
+            exhausted = self.progress.update(self.model, evaluation)
+            self.telling.evaluated(self.state, metrics["eval_loss"], values, self.progress.best is evaluation)
             if exhausted or (self.watch is not None and self.watch(self.progress.history)):
                 self.control.should_training_stop = True
             return metrics
 
+        def show_callbacks(self, values: dict[str, float]) -> None:
+            """Show callbacks, dashboards among them, the metrics that `Trainer.evaluate` does not know."""
+            known = self.state.log_history[-1] if self.state.log_history else {}
+            if more := {f"eval_{name}": value for name, value in values.items() if f"eval_{name}" not in known}:
+                self.callback_handler.on_log(self.args, self.state, self.control, more)
+
     return RecipeTrainer
 
 
-def _arguments(recipe: Recipe, output: Path, quiet: bool) -> dict[str, Any]:
+def _arguments(recipe: Recipe, output: Path, verbose: bool) -> dict[str, Any]:
     t = recipe.train
     precision = precision_of(recipe)
     return {
@@ -221,6 +239,7 @@ def _arguments(recipe: Recipe, output: Path, quiet: bool) -> dict[str, Any]:
         "gradient_checkpointing": t.gradient_checkpointing,
         "gradient_checkpointing_kwargs": {"use_reentrant": False} if t.gradient_checkpointing else None,
         "report_to": list(t.report_to) or "none",
+        "run_name": f"{recipe.name}-{recipe.method}-{recipe.seed}",
         "seed": recipe.seed,
         "data_seed": recipe.seed,
         "use_cpu": not torch.cuda.is_available(),
@@ -229,6 +248,6 @@ def _arguments(recipe: Recipe, output: Path, quiet: bool) -> dict[str, Any]:
         "eval_strategy": "no",
         "save_strategy": "no",
         "logging_steps": 50,
-        "disable_tqdm": quiet,
-        "log_level": "error" if quiet else "passive",
+        "disable_tqdm": True,
+        "log_level": "passive" if verbose else "error",
     }
