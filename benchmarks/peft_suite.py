@@ -51,8 +51,10 @@ Outcomes = dict[str, dict[str, Any]]  # test -> outcome, error, and whether it m
 
 def run(tests: Path, files: list[str], way: str, out: Path, cache: Path, every: int) -> None:
     """Run the tests of which `out` has no outcome. A test that ends the process is in it too."""
-    command = [sys.executable, "-m", "pytest", *(f"test_{name}.py" for name in files), "-q",
-               "-o", "addopts=", "-o", "filterwarnings=", "-p", "peft_suite_plugin", "-p", "no:cacheprovider", "-p", "no:randomly",
+    files = [f"test_{name}.py" for name in files]
+    command = [sys.executable, "-m", "pytest", *files, "-q",
+               "-o", "addopts=", "-o", "filterwarnings=", "-p", "peft_suite_plugin",
+               "-p", "no:cacheprovider", "-p", "no:randomly",
                "--continue-on-collection-errors"]  # fmt: skip
     environment = {
         **os.environ, "PEFT_SUITE_AS": way, "PEFT_SUITE_OUT": str(out), "PEFT_SUITE_EVERY": str(every),

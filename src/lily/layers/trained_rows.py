@@ -19,6 +19,15 @@ from lily.layers.router import Logits, LogitsByAdapter
 class Rows(Logits):
     """The rows (tokens, width) of one adapter; held as its static logits are."""
 
+    @property
+    def requires_grad(self) -> bool:
+        """Of the rows; it can be set, since PEFT's are a parameter."""
+        return self.weight.requires_grad
+
+    @requires_grad.setter
+    def requires_grad(self, learns: bool) -> None:
+        self.weight.requires_grad_(learns)
+
 
 class RowsByAdapter(LogitsByAdapter):
     """Adapter -> its rows; reads as PEFT's `ParameterDict`. Loads the state dicts of earlier versions too."""
