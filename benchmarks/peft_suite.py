@@ -37,14 +37,40 @@ FILES = (
 OURS = ("default", "static")
 WAYS = ("plain", "beside", *OURS)
 
-# A test's name, its error, and why it is so.
+NAMES = "the test reads LoRA's own names (`lora_A`, `lora_alpha`, `LoraModel`)"
+BANK = "the bank is a layer of the tuner, and no layer of the model"
+WORDS = "the same is refused in other words"
+# A test's name, its error, and why it is so; the first that fits counts.
 REASONS: list[tuple[str, str, str]] = [
     (r"\[LilyConfig-", "", "`peft.LilyConfig` is read as this package's configuration, which has more options"),
-    ("layers_to_transform_validation|layer_indexing", "Regex pattern", "the same mistake is refused in other words"),
-    ("test_lora_plus_embedding_lr", "Extra items", "the test lists LoRA's tensors; Lily has routers too"),
+    ("", r"LilyConfig has no ",
+     "variants and starts of LoRA (DoRA, KaSA, PiSSA, a bias of B and others) are refused, with what Lily has instead"),
+    ("", "safe_serialization=False", "pickles are refused: they can run code, and are never loaded"),
+    ("", r"create_lorafa_optimizer is for LoRA", "LoRA-FA is refused: a B of Lily is used with several A"),
     ("test_lora_plus_helper", "6e-05 == 5e-05", "routers and static weights have a group of their own, at A's rate"),
     ("repeated_invocation", "NoTargetError", "a second `get_peft_model` adapts the base model, not the wrapper"),
-]
+    ("irregular_state", "DID NOT WARN", BANK),
+    ("in_features_out_features_exposed", "", BANK),
+    ("", "LilyBank", BANK),
+    ("", "does not belong to a Lily adapter of this configuration",
+     "tensors that the configuration does not train are refused"),
+    ("", "not static|data-dependent|depends on the data", "merging and exporting need static routing"),
+    ("", "but its layers share B", "layers that share B have one rank"),
+    ("", "rank_pattern has the key", "a key of `rank_pattern` that matches no layer is refused"),
+    ("", "target_modules is empty", "an empty `target_modules` is refused"),
+    ("test_valid_target_.*_warns", "DID NOT WARN", "targets that match nothing are refused, where LoRA warns"),
+    ("", "Regex pattern did not match", WORDS),
+    ("test_from_pretrained_config_construction", "", "a configuration that is used again is copied"),
+    ("target_parameters_raises", "DID NOT RAISE", "works, where LoRA refuses it"),
+    ("test_(nb_params|model_with_injected_layers)", "assert [0-9]+ == [0-9]+", "another number of parameters"),
+    ("", "_register_custom_module", "LoRA's registration of layer classes of one's own"),
+    ("", "has a parametrization", "a parameter that has a parametrization is refused"),
+    ("different_ranks_alphas", "one of the same layers", "an adapter is hot-swapped only with one of the same layers"),
+    ("reuses_param_wrapper|classifier_head|test_mha_|missing_keys_warning", "", NAMES),
+    ("", r"'lora' in|lora_|[Ll]ora(Layer|Model)|LORA|lora\.|ParamWrapper|alpha_pattern|Extra items", NAMES),
+    ("", "not found in the base|already marked to be|modules_to_save matches|"
+     "would also be adapted|is not known; choose|is not a list of names", WORDS),
+]  # fmt: skip
 
 Outcomes = dict[str, dict[str, Any]]  # test -> outcome, error, and whether it made a configuration of Lily's
 

@@ -57,7 +57,7 @@ def put_lily_in_loras_place(routing: str | None) -> None:
                 ours["bias"] = "lily_only"
             if routing is not None:
                 ours["routing"] = routing
-            super().__init__(r=r, scaling=given.get("lora_alpha", 8) / scale, **ours)
+            super().__init__(r=r, **{"scaling": given.get("lora_alpha", 8) / scale, **ours})
 
     AsLora.__name__ = AsLora.__qualname__ = "LoraConfig"  # in the names of tests
     peft.LoraConfig = AsLora
