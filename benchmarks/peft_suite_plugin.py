@@ -3,7 +3,7 @@
 `PEFT_SUITE_AS` says what runs: `plain` (PEFT alone), `beside` (after `import lily`), `default` and `static` (every
 `peft.LoraConfig` is a `LilyConfig`). `PEFT_SUITE_OUT` is a file of one JSON object per line: a test's name when it
 starts, then its outcome, its error, and whether a configuration of Lily's was made for it. Tests that are in the file
-do not run again. `PEFT_SUITE_EVERY`: of the tests in files of `SAMPLED`, one of so many runs, and only those for
+do not run again. `PEFT_SUITE_EVERY`: of the tests in files of `SAMPLED`, one in this number runs, and only those for
 methods of `METHODS`. Nothing is fetched from the hub, and a test has `SECONDS`.
 """
 
