@@ -15,13 +15,26 @@ from dataclasses import dataclass
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 # Functions of diffusers that remove adapters from the model which is their first argument.
 REMOVING = ("recurse_remove_peft_layers", "delete_adapter_layers")
 # TRL's trainers that can send an adapter to vLLM without merging it.
 SYNCING = ("async_grpo.async_grpo_trainer", "async_distillation.async_distillation_trainer")
+WATCHED = ("diffusers", "trl")
 PART = "lily_"  # in the name of every tensor of a Lily adapter
+# What is replaced in diffusers and TRL, and why. For models and tensors without Lily each calls the original.
+REPLACED = {
+    "diffusers.utils.peft_utils.recurse_remove_peft_layers": "takes the layers out and does not know the bank",
+    "diffusers.utils.peft_utils.delete_adapter_layers": "deletes an adapter in each layer and does not know the bank",
+    "diffusers.utils.state_dict_utils.convert_state_dict_to_diffusers": "knows LoRA's names: gets the LoRA",
+    "diffusers.loaders.peft.PeftAdapterMixin.save_lora_adapter": "writes the file of a LoRA: writes the LoRA",
+    "diffusers.loaders.peft.PeftAdapterMixin.load_lora_adapter": "`hotswap=True` would delete a Lily adapter: refused",
+    "diffusers.loaders.lora_base.LoraBaseMixin.pack_weights": "writes the file of a LoRA: gets the LoRA",
+    "diffusers.loaders.lora_base.LoraBaseMixin._save_lora_weights": "would read a `LilyConfig` as LoRA's",
+    **{f"trl.experimental.{trainer}.{name}": "sends LoRA's tensors to vLLM: sends the LoRA"
+       for trainer in SYNCING for name in ("validate_lora_for_vllm_sync", "save_lora_adapter")},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,17 +71,60 @@ def after_import(name: str, act: Callable[[], None]) -> None:
         sys.meta_path.insert(0, _Finder(name, act))
 
 
+class _Clients:
+    """What is replaced in diffusers and TRL at the moment."""
+
+    handlers: Handlers | None = None
+    on = False
+    restoring: ClassVar[dict[str, Callable[[], None]]] = {}  # replaced attribute -> puts the original back
+
+
 def watch(handlers: Handlers) -> None:
-    """Register after PEFT's import, and let transformers and diffusers find Lily without importing them here."""
+    """Register after PEFT's import, and let transformers, diffusers and TRL find Lily without importing them here."""
+    _Clients.handlers = handlers
     after_import("peft", handlers.register)
     after_import("transformers.integrations.peft", _import_peft_before_loading)
+<<<<<<< HEAD
     after_import("transformers.models.auto.auto_factory", lambda: _in_auto_classes(handlers))
+=======
+    replace()
+
+
+def replace() -> None:
+    """Replace what is in `REPLACED`: now, or when its module is imported."""
+    handlers = _Clients.handlers
+    if handlers is None or _Clients.on:
+        return
+    _Clients.on = True
+>>>>>>> suite
     after_import("diffusers.utils.peft_utils", lambda: _in_peft_utils(handlers))
     after_import("diffusers.utils.state_dict_utils", lambda: _in_state_dict_utils(handlers))
     after_import("diffusers.loaders.peft", lambda: _in_models(handlers))
     after_import("diffusers.loaders.lora_base", lambda: _in_pipelines(handlers))
     for trainer in SYNCING:
         after_import(name := f"trl.experimental.{trainer}", functools.partial(_in_trainer, name, handlers))
+
+
+def restore() -> None:
+    """Put back what is in `REPLACED`, and watch for it no more."""
+    _Clients.on = False
+    for finder in [f for f in sys.meta_path if isinstance(f, _Finder) and f.name.partition(".")[0] in WATCHED]:
+        sys.meta_path.remove(finder)
+    while _Clients.restoring:
+        _Clients.restoring.popitem()[1]()
+
+
+def replaced() -> set[str]:
+    """The attributes of `REPLACED` whose modules are imported, while they are replaced."""
+    return set(_Clients.restoring)
+
+
+def _put(owner: Any, name: str, ours: Any) -> None:
+    """Replace an attribute of a class or module."""
+    stock = owner.__dict__[name]
+    setattr(owner, name, ours)
+    where = owner.__name__ if isinstance(owner, ModuleType) else f"{owner.__module__}.{owner.__name__}"
+    _Clients.restoring[f"{where}.{name}"] = functools.partial(setattr, owner, name, stock)
 
 
 def _import_peft_before_loading() -> None:
@@ -159,7 +215,8 @@ def _in_models(handlers: Handlers) -> None:
             handlers.refuse_lora(name)
         return stock_load(self, source, prefix, hotswap, **kw)
 
-    mixin.save_lora_adapter, mixin.load_lora_adapter = save_lora_adapter, load_lora_adapter
+    _put(mixin, "save_lora_adapter", save_lora_adapter)
+    _put(mixin, "load_lora_adapter", load_lora_adapter)
 
 
 def _in_pipelines(handlers: Handlers) -> None:
@@ -179,7 +236,8 @@ def _in_pipelines(handlers: Handlers) -> None:
         }
         stock_save(cls, save_directory, lora_layers, plain, *args, **kwargs)
 
-    mixin.pack_weights, mixin._save_lora_weights = staticmethod(pack_weights), classmethod(save)
+    _put(mixin, "pack_weights", staticmethod(pack_weights))
+    _put(mixin, "_save_lora_weights", classmethod(save))
 
 
 def _in_trainer(name: str, handlers: Handlers) -> None:
@@ -200,7 +258,8 @@ def _in_trainer(name: str, handlers: Handlers) -> None:
         ours = _is_ours(model.peft_config[adapter_name])
         (handlers.save_for_sync if ours else stock_save)(model, accelerator, adapter_name, dest_dir)
 
-    module.validate_lora_for_vllm_sync, module.save_lora_adapter = validate, save
+    _put(module, "validate_lora_for_vllm_sync", validate)
+    _put(module, "save_lora_adapter", save)
 
 
 def _is_ours(config: Any) -> bool:
@@ -215,9 +274,14 @@ def _replace_everywhere(home: str, name: str, ours: Callable[..., Any]) -> None:
     """Replace a function of diffusers in the modules that have imported it, by `ours(stock, ...)`."""
     stock = getattr(sys.modules[home], name)
     replacement = functools.wraps(stock)(functools.partial(ours, stock))
-    for module in [module for name, module in list(sys.modules.items()) if name.partition(".")[0] == "diffusers"]:
-        if vars(module).get(name) is stock:
-            setattr(module, name, replacement)
+    _swap_in_diffusers(name, stock, replacement)
+    _Clients.restoring[f"{home}.{name}"] = functools.partial(_swap_in_diffusers, name, replacement, stock)
+
+
+def _swap_in_diffusers(name: str, old: Any, new: Any) -> None:
+    for module in [module for key, module in list(sys.modules.items()) if key.partition(".")[0] == "diffusers"]:
+        if vars(module).get(name) is old:
+            setattr(module, name, new)
 
 
 class _Finder(MetaPathFinder):

@@ -54,6 +54,24 @@ def test_scales_multiply_and_are_restored(routing):
     assert torch.allclose(output(model), base, atol=1e-6)
 
 
+@pytest.mark.parametrize("routing", ["token", "static"])
+def test_an_entry_of_scaling_can_be_assigned_as_on_loras_layers(routing):
+    model, twice = adapted(routing=routing), adapted(routing=routing, scaling=1.0)
+    doubled = output(twice)
+    layers = [layer for layer in model.modules() if isinstance(layer, LilyLayer)]
+    for layer in layers:
+        layer.scaling["default"] *= 2
+    assert torch.allclose(output(model), doubled, atol=1e-5)
+    scales, ranks = layers[0].scaling, layers[0].r
+    assert (dict(scales), dict(ranks)) == ({"default": 1.0}, {"default": 4})
+    with pytest.raises(LilyError, match="no adapter 'other' on this layer"):
+        scales["other"] = 1.0
+    with pytest.raises(LilyError, match="not a finite number"):
+        scales["default"] = float("nan")
+    model.delete_adapter("default")
+    assert (dict(scales), dict(ranks)) == ({}, {})
+
+
 def test_scales_change_the_active_adapters_alone():
     model = adapted()
     model.add_adapter("other", LilyConfig(r=2, num_A=1, num_B=1, target_modules=["q_proj"], scaling=0.25))

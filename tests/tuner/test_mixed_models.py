@@ -176,3 +176,21 @@ def test_convolutions_of_every_kind_are_mixed_with_lora():
         outputs["".join(active)] = model(x).detach()
     assert not torch.allclose(outputs["ab"], outputs["a"])
     assert not torch.allclose(outputs["ab"], outputs["b"])
+
+
+@pytest.mark.parametrize("pair", [("lily", "lora"), ("loha", "lily")], ids="-".join)
+def test_files_of_two_methods_are_loaded_onto_one_model(pair, tmp_path):
+    base = build("llama").state_dict()
+    expected = {name: tensor.clone() for name, tensor in base.items()}
+    for method in pair:
+        alone = randomise(get_peft_model(build("llama"), config(method)))
+        alone.save_pretrained(tmp_path / method)
+        for name, tensor in alone.merge_and_unload().state_dict().items():
+            expected[name] += tensor - base[name]
+    model = PeftMixedModel.from_pretrained(build("llama"), tmp_path / pair[0], pair[0])
+    model.load_adapter(tmp_path / pair[1], pair[1])
+    model.set_adapter(list(pair))
+    merged = model.merge_and_unload().state_dict()
+    assert merged.keys() == expected.keys()
+    assert all(torch.allclose(merged[name], tensor, atol=1e-5) for name, tensor in expected.items())
+    assert any(not torch.equal(merged[name], base[name]) for name in base)

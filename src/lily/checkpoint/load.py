@@ -1,6 +1,6 @@
 """Loading an adapter: every check before the model is touched.
 
-All ways of loading an adapter use these checks (see `lily.tuner.registry`). The file's header is compared with the
+All ways of loading an adapter use these checks (see `lily.tuner.replacements`). The file's header is compared with the
 plan, the tensors are read and checked, and only then PEFT injects layers and copies tensors. An error before that
 leaves the model unchanged.
 """

@@ -191,7 +191,7 @@ class LilyBank(nn.Module, BaseTunerLayer):  # type: ignore[misc]
                     own[number] = nn.Parameter(tensor.to(device or home, dtype), tensor.requires_grad)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """True: the layers decide; `lily.tuner.registry` makes PEFT's conversion skip the bank."""
+        """True: the layers decide; `lily.tuner.to_lora` makes PEFT's conversion skip the bank."""
         return True
 
     def get_delta_weight(self, adapter: str) -> Tensor:

@@ -27,7 +27,7 @@ from lily.layers.mixing import MixingMixin
 from lily.layers.own import Distinction, OwnMixin
 from lily.layers.router import Logits, LogitsByAdapter, Router
 from lily.layers.routing_statistics import RoutingStatistics
-from lily.layers.scales import ScaleMixin
+from lily.layers.scales import Ranks, ScaleMixin
 from lily.layers.sharding import is_here
 from lily.layers.traced import exporting
 from lily.plan.config import LilyConfig
@@ -115,9 +115,9 @@ class LilyLayer(MixingMixin, OwnMixin, FixedShapeMixin, ScaleMixin, MergingMixin
         return self._bank[0]
 
     @property
-    def r(self) -> dict[str, int]:
+    def r(self) -> Ranks:
         """Adapter -> rank, of which diffusers counts the adapters."""
-        return {name: settings.r for name, settings in self.settings.items()}
+        return Ranks(self)
 
     @property
     def base(self) -> nn.Module:

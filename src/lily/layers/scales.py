@@ -3,12 +3,68 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from lily.errors import LilyError
+
+
+class Ranks(Mapping[str, int]):
+    """Adapter -> rank on a layer, now. Of what PEFT's LoRA layers have as a dictionary of their own.
+
+    Args:
+        layer: the adapted layer.
+    """
+
+    def __init__(self, layer: ScaleMixin) -> None:
+        self._layer = layer
+
+    def __getitem__(self, adapter: str) -> int:
+        return self._layer.settings[adapter].r  # type: ignore[no-any-return]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layer.settings)
+
+    def __len__(self) -> int:
+        return len(self._layer.settings)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
+class Scales(MutableMapping[str, float]):
+    """Adapter -> what multiplies its update on a layer now. Assign to an entry to change it, as on LoRA's layers.
+
+    Args:
+        layer: the adapted layer.
+    """
+
+    def __init__(self, layer: ScaleMixin) -> None:
+        self._layer = layer
+
+    def __getitem__(self, adapter: str) -> float:
+        return self._layer.settings[adapter].scaling  # type: ignore[no-any-return]
+
+    def __setitem__(self, adapter: str, scale: float) -> None:
+        if adapter not in self._layer.settings:
+            known = ", ".join(self._layer.settings)
+            raise LilyError(f"no adapter {adapter!r} on this layer, whose scale could be set; there are {known}")
+        self._layer._change_scale(adapter, _number(scale))
+
+    def __delitem__(self, adapter: str) -> None:
+        raise LilyError(f"the scale of adapter {adapter!r} cannot be removed; set it, or call delete_adapter")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layer.settings)
+
+    def __len__(self) -> int:
+        return len(self._layer.settings)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
 
 
 class ScaleMixin(BaseTunerLayer):  # type: ignore[misc]
@@ -23,14 +79,13 @@ class ScaleMixin(BaseTunerLayer):  # type: ignore[misc]
         refill: Any
 
     @property
-    def scaling(self) -> dict[str, float]:
-        """Adapter -> what multiplies its update now. Assign a dictionary to change it."""
-        return {name: settings.scaling for name, settings in self.settings.items()}
+    def scaling(self) -> Scales:
+        """Adapter -> what multiplies its update now. Assign to an entry, or a dictionary, to change it."""
+        return Scales(self)
 
     @scaling.setter
-    def scaling(self, scales: dict[str, float]) -> None:
-        for name, scale in scales.items():
-            self._change_scale(name, _number(scale))
+    def scaling(self, scales: Mapping[str, float]) -> None:
+        self.scaling.update(scales)
 
     def change_settings(self, adapter: str, **changes: Any) -> None:
         """Replace some fields of an adapter's settings."""

@@ -24,7 +24,7 @@ from lily.recipes.by_task import function_for
 from lily.recipes.data.tables import Row
 from lily.recipes.results.adapter import Adapter, batches
 from lily.recipes.results.adapter_folder import AdapterFolder
-from lily.recipes.results.run_files import adapter_path, kept_recipe, within_run
+from lily.recipes.results.run_files import kept_recipe, within_run
 from lily.recipes.scoring.evaluate import Judge
 from lily.recipes.scoring.inference import device_of
 from lily.recipes.spec.schema import Recipe

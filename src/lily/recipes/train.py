@@ -20,7 +20,7 @@ from lily.recipes.data.rows import Splits
 from lily.recipes.methods import other_peft, terms
 from lily.recipes.models.precision import precision_of
 from lily.recipes.preflight import Prepared
-from lily.recipes.results import card, model_card
+from lily.recipes.results import card, data_table, model_card
 from lily.recipes.results.header import header, settings
 from lily.recipes.results.result import Result, output_folder, started
 from lily.recipes.scoring import metrics as metric_tools

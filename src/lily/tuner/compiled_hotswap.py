@@ -1,6 +1,6 @@
 """Prepare a model, before it is compiled, for adapters that replace one another without recompilation.
 
-`lily.tuner.registry` replaces PEFT's function, which knows LoRA alone, by `prepare`.
+`lily.tuner.replacements` replaces PEFT's function, which knows LoRA alone, by `prepare`.
 """
 
 from __future__ import annotations
@@ -120,6 +120,3 @@ def _routing(config: LilyConfig, root: nn.Module) -> str:
         warnings.simplefilter("ignore")
         decide_routing(config, root)
     return "static" if config.settled == 1 else str(config.routing)
-
-
-PATCHES: list[tuple[Any, str, Any, Any]] = [(hotswap, "prepare_model_for_compiled_hotswap", prepare, _stock_prepare)]

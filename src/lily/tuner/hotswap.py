@@ -1,6 +1,6 @@
 """Hot-swapping: an adapter of a model is replaced by another one in place.
 
-PEFT's functions know LoRA alone. `lily.tuner.registry` replaces them by these, which call the originals for LoRA.
+PEFT's functions know LoRA alone. `lily.tuner.replacements` replaces them by these, which call the originals for LoRA.
 `lily.tuner.compiled_hotswap` prepares a model, so that a swap does not recompile it.
 """
 
@@ -220,9 +220,10 @@ def _listed(names: Iterable[str]) -> str:
 
 
 @functools.wraps(_stock_hotswap)
-def _hotswap(
+def hotswap_adapter(
     model: nn.Module, model_name_or_path: str, adapter_name: str, torch_device: str | None = None, **kwargs: Any
 ) -> None:
+    """`hotswap_adapter`, which reads the other adapter from a folder or the hub."""
     folder = load.find(model_name_or_path, load.download_options(kwargs))
     if folder is None:
         _stock_hotswap(model, model_name_or_path, adapter_name, torch_device, **kwargs)
@@ -232,9 +233,10 @@ def _hotswap(
 
 
 @functools.wraps(_stock_hotswap_state)
-def _hotswap_state(
+def hotswap_state(
     model: nn.Module, state_dict: dict[str, Tensor], adapter_name: str, config: Any, *args: Any, **kwargs: Any
 ) -> None:
+    """`hotswap_adapter_from_state_dict`, with the other adapter's tensors and configuration."""
     if not isinstance(config, peft.LilyConfig):
         _stock_hotswap_state(model, state_dict, adapter_name, config, *args, **kwargs)
         return
@@ -257,9 +259,3 @@ def refuse_lora(adapter: str) -> None:
         f"hotswap=True: adapter {adapter!r} is Lily's, and a LoRA cannot take its place; load the LoRA under another "
         "adapter_name, or replace it by a Lily adapter (peft.utils.hotswap.hotswap_adapter)"
     )
-
-
-PATCHES: list[tuple[Any, str, Any, Any]] = [
-    (hotswap, "hotswap_adapter", _hotswap, _stock_hotswap),
-    (hotswap, "hotswap_adapter_from_state_dict", _hotswap_state, _stock_hotswap_state),
-]

@@ -2,29 +2,25 @@
 
 PEFT's `MixedModel` injects each adapter by the code of its method. Here that of Lily is `LilyModel`, on the same base
 model. An adapter on a layer that another method has adapted is put around that method's layer, and the other way round,
-as PEFT does with any two methods. `lily.tuner.registry` installs the replacements.
+as PEFT does with any two methods. `lily.tuner.replacements` lists the replacements.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import peft.mixed_model
-import peft.tuners.mixed
 from peft.tuners.mixed import model as mixed
 from peft.utils import PeftType
 from torch import Tensor, nn
 
 from lily.errors import LilyError
-from lily.layers.bank import LilyBank, banks_in
-from lily.layers.layer import LilyLayer
+from lily.layers.bank import banks_in
 from lily.plan.specs import CONVOLUTIONS, EMBEDDING, LINEAR
 from lily.tuner import call_uncalled
 from lily.tuner.model import LilyModel
 from lily.tuner.removal import remove_if_empty
 
-_stock_model, _stock_types = mixed.MixedModel, mixed.COMPATIBLE_TUNER_TYPES
-_stock_prefixes, _stock_layers = mixed.PREFIXES, mixed.Layers
+_stock_model = mixed.MixedModel
 
 
 class _Inside(LilyModel):
@@ -79,8 +75,9 @@ class LilyMixedModel(_stock_model):  # type: ignore[misc, valid-type]
     def delete_adapter(self, adapter_name: str | list[str]) -> None:
         """Remove adapters; with the last Lily adapter, all that Lily put into the model. See PEFT."""
         super().delete_adapter(adapter_name)
-        call_uncalled.watch(self.model)
-        remove_if_empty(self.model)
+        if banks_in(self.model):
+            call_uncalled.watch(self.model)
+            remove_if_empty(self.model)
 
     def _unload_and_optionally_merge(
         self,
@@ -94,14 +91,3 @@ class LilyMixedModel(_stock_model):  # type: ignore[misc, valid-type]
         super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         remove_if_empty(self.model)
         return self.model  # type: ignore[no-any-return]
-
-
-TYPES = (*_stock_types, PeftType.LILY)
-
-PATCHES: list[tuple[Any, str, Any, Any]] = [
-    (peft.mixed_model, "MixedModel", LilyMixedModel, _stock_model),
-    (peft.tuners.mixed, "COMPATIBLE_TUNER_TYPES", TYPES, _stock_types),
-    (mixed, "COMPATIBLE_TUNER_TYPES", TYPES, _stock_types),
-    (mixed, "PREFIXES", [*_stock_prefixes, LilyModel.prefix], _stock_prefixes),
-    (mixed, "Layers", (*_stock_layers, LilyLayer, LilyBank), _stock_layers),
-]

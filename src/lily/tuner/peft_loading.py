@@ -1,6 +1,6 @@
 """Replacements of PEFT's and transformers' loading functions that load Lily adapters through `lily.checkpoint.load`.
 
-`lily.tuner.registry` installs them. Each calls the original for adapters of other methods.
+`lily.tuner.replacements` lists them. Each calls the original for adapters of other methods.
 """
 
 from __future__ import annotations
@@ -11,15 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import peft
-import peft.functional
-import peft.peft_model
-import peft.utils
 from peft import PeftConfig, PeftModel, inject_adapter_in_model
 from peft.config import PeftConfigMixin
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME, infer_device, save_and_load
-from peft.utils import hotswap as peft_hotswap
-from peft.utils.other import TrainableTokensWrapper, _set_adapter
+from peft.utils.other import _set_adapter
 from torch import Tensor, nn
 from transformers.integrations.peft import PeftAdapterMixin
 
@@ -29,7 +25,6 @@ from lily.checkpoint.format import PREFIX
 from lily.checkpoint.load import Opened
 from lily.errors import LilyError
 from lily.layers.find import refill
-from lily.layers.trained_rows import RowsByAdapter
 from lily.plan.config import LilyConfig
 from lily.plan.wrappers import innermost, plain_names
 from lily.tuner.auto_classes import check_head, with_base
@@ -44,9 +39,7 @@ _stock_from_pretrained = PeftModel.__dict__["from_pretrained"]
 _stock_load_adapter = PeftModel.load_adapter
 _stock_load_weights = save_and_load.load_peft_weights
 _stock_set_state = save_and_load.set_peft_model_state_dict
-_stock_rows_state = TrainableTokensWrapper.adapter_state_dict
-_stock_rows_names = TrainableTokensWrapper.adapter_state_dict_load_map
-_stock_transformers = getattr(PeftAdapterMixin.load_adapter, "lily_stock", PeftAdapterMixin.load_adapter)
+stock_transformers = getattr(PeftAdapterMixin.load_adapter, "lily_stock", PeftAdapterMixin.load_adapter)
 
 
 def _configs(model: Any) -> dict[str, PeftConfig]:
@@ -54,15 +47,17 @@ def _configs(model: Any) -> dict[str, PeftConfig]:
     return dict(getattr(innermost(model), "peft_config", None) or {})
 
 
-def _from_json_file(cls: Any, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+def from_json_file(cls: Any, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
     """`PeftConfig.from_json_file`, through which every `adapter_config.json` is read."""
+    if not (issubclass(cls, LilyConfig) or issubclass(LilyConfig, cls)):  # another method's
+        return _stock_from_json_file.__func__(cls, path_json_file, **kwargs)  # type: ignore[no-any-return]
     values = load.config_values(Path(path_json_file), ours=issubclass(cls, LilyConfig))
     if values is None:
         return with_base(_stock_from_json_file.__func__(cls, path_json_file, **kwargs))
     return with_base(values)
 
 
-def _from_pretrained(cls: type[PeftModel], *args: Any, **kwargs: Any) -> PeftModel:
+def from_pretrained(cls: type[PeftModel], *args: Any, **kwargs: Any) -> PeftModel:
     """`PeftModel.from_pretrained`."""
     stock = _stock_from_pretrained.__func__
     bound = inspect.signature(stock).bind(cls, *args, **kwargs)
@@ -85,7 +80,7 @@ def _from_pretrained(cls: type[PeftModel], *args: Any, **kwargs: Any) -> PeftMod
         return stock(*bound.args, **bound.kwargs)
 
 
-def _load_adapter(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+def load_adapter(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
     """`PeftModel.load_adapter`."""
     if load.current() is not None:  # the second half of `from_pretrained`
         return _stock_load_adapter(self, *args, **kwargs)
@@ -126,7 +121,7 @@ def _check_distinction(folder: Path, config: LilyConfig) -> None:
             )
 
 
-def _load_weights(
+def load_weights(
     model_id: str, device: str | None = None, key_mapping: dict[str, str] | None = None, **options: Any
 ) -> dict[str, Tensor]:
     """`load_peft_weights`: a Lily adapter's tensors are read from safetensors only, and must be finite."""
@@ -140,7 +135,7 @@ def _load_weights(
     return {name: tensor.to("cpu" if device == "mps" else device) for name, tensor in opened.state.items()}
 
 
-def _set_state(
+def set_state(
     model: nn.Module,
     peft_model_state_dict: dict[str, Tensor],
     adapter_name: str = "default",
@@ -167,22 +162,7 @@ def _set_state(
     return result
 
 
-def _rows_state(self: TrainableTokensWrapper, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`TrainableTokensWrapper.adapter_state_dict`, also for an adapter that trains no rows, and for ours."""
-    names = _rows_names(self, adapter_name)
-    return {name: state_dict[here] for name, here in names.items()}
-
-
-def _rows_names(self: TrainableTokensWrapper, adapter_name: str) -> dict[str, str]:
-    """`TrainableTokensWrapper.adapter_state_dict_load_map`, also for an adapter that trains no rows, and for ours."""
-    rows = self.token_adapter.trainable_tokens_delta
-    if adapter_name not in rows:
-        return {}
-    names: dict[str, str] = _stock_rows_names(self, adapter_name)
-    return {name: f"{here}.weight" for name, here in names.items()} if isinstance(rows, RowsByAdapter) else names
-
-
-def _transformers(
+def transformers_load_adapter(
     self: Any,
     peft_model_id: str | None = None,
     adapter_name: str | None = None,
@@ -220,7 +200,7 @@ def _transformers(
     if config is None and folder is not None:
         config = LilyConfig.from_pretrained(str(folder))
     if not isinstance(config, LilyConfig) or (existing is not None) != bool(hotswap):
-        return _stock_transformers(
+        return stock_transformers(
             self, peft_model_id, adapter_name, peft_config, adapter_state_dict, *options, **kwargs
         )
     if folder is not None:
@@ -254,19 +234,4 @@ def _add(model: Any, name: str, config: LilyConfig, opened: Opened) -> Any:
         inject_adapter_in_model(config, model, name)
         _set_adapter(model, name, inference_mode=config.inference_mode)  # saved modules; PEFT switches the layers alone
         model._hf_peft_config_loaded = True
-        return _set_state(model, {key.removeprefix(PREFIX): t for key, t in opened.state.items()}, name)
-
-
-# (owner, attribute, ours, stock); functions that PEFT's modules import from one another are replaced in each.
-PATCHES: list[tuple[Any, str, Any, Any]] = [
-    (PeftConfigMixin, "from_json_file", classmethod(_from_json_file), _stock_from_json_file),  # type: ignore[arg-type]
-    (PeftModel, "from_pretrained", classmethod(_from_pretrained), _stock_from_pretrained),
-    (PeftModel, "load_adapter", _load_adapter, _stock_load_adapter),
-    (PeftAdapterMixin, "load_adapter", _transformers, _stock_transformers),
-    (TrainableTokensWrapper, "adapter_state_dict", _rows_state, _stock_rows_state),
-    (TrainableTokensWrapper, "adapter_state_dict_load_map", _rows_names, _stock_rows_names),
-    *((m, "load_peft_weights", _load_weights, _stock_load_weights)
-      for m in (peft, peft.utils, peft.peft_model, save_and_load, peft_hotswap)),
-    *((m, "set_peft_model_state_dict", _set_state, _stock_set_state)
-      for m in (peft, peft.utils, peft.peft_model, peft.functional, save_and_load)),
-]  # fmt: skip
+        return set_state(model, {key.removeprefix(PREFIX): t for key, t in opened.state.items()}, name)

@@ -1,6 +1,6 @@
 """Replacements of PEFT's optimizers for LoRA, which look for tensors of LoRA's names and find none of Lily's.
 
-`lily.tuner.registry` installs them. Each calls the original for models without a Lily adapter.
+`lily.tuner.replacements` lists them. Each calls the original for models without a Lily adapter.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
-from peft import optimizers
 from peft.optimizers import lorafa, loraplus
 from torch import nn
 from torch.optim import Optimizer
@@ -25,7 +24,7 @@ EMBEDDING_LR = 1e-6  # PEFT's default for the adapters of embeddings
 
 
 @functools.wraps(_stock_loraplus)
-def _create_loraplus(
+def create_loraplus(
     model: nn.Module, optimizer_cls: type[Optimizer], *, lr: float, loraplus_lr_ratio: float, **kwargs: Any
 ) -> Optimizer:
     """`create_loraplus_optimizer`: `lily.optim.create_optimizer` with the ratio for B, and a rate for embeddings."""
@@ -66,7 +65,7 @@ def _of_embeddings(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 @functools.wraps(_stock_lorafa)
-def _create_lorafa(model: nn.Module, *args: Any, **kwargs: Any) -> Optimizer:
+def create_lorafa(model: nn.Module, *args: Any, **kwargs: Any) -> Optimizer:
     """`create_lorafa_optimizer`: refused, since it projects the gradient of each B by the one A that belongs to it."""
     if banks_in(model):
         raise LilyError(
@@ -74,9 +73,3 @@ def _create_lorafa(model: nn.Module, *args: Any, **kwargs: Any) -> Optimizer:
             "lily.optim.create_optimizer(model, torch.optim.AdamW, lr=..., B_lr_ratio=...) instead"
         )
     return _stock_lorafa(model, *args, **kwargs)  # type: ignore[no-any-return]
-
-
-PATCHES: list[tuple[Any, str, Any, Any]] = [
-    *((m, "create_loraplus_optimizer", _create_loraplus, _stock_loraplus) for m in (optimizers, loraplus)),
-    *((m, "create_lorafa_optimizer", _create_lorafa, _stock_lorafa) for m in (optimizers, lorafa)),
-]

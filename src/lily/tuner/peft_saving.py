@@ -1,6 +1,6 @@
 """Replacements of PEFT's saving functions for Lily adapters: names without wrappers, and no file that lacks a tensor.
 
-`lily.tuner.registry` installs them. Each calls the original for adapters of other methods.
+`lily.tuner.replacements` lists them. Each calls the original for adapters of other methods.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+<<<<<<< HEAD
 import peft
 import peft.functional
 import peft.peft_model
 import peft.utils
 from huggingface_hub import ModelCard
+=======
+>>>>>>> suite
 from peft import PeftModel
 from peft.utils import save_and_load
 from torch import Tensor, nn
@@ -61,7 +64,7 @@ class AdapterState(dict[str, Tensor]):
 
 
 @functools.wraps(_stock_save_pretrained)
-def _save_pretrained(self: PeftModel, save_directory: str, *args: Any, **kwargs: Any) -> None:
+def save_pretrained(self: PeftModel, save_directory: str, *args: Any, **kwargs: Any) -> None:
     """`PeftModel.save_pretrained`: a sharded adapter is refused, since stock would wait for the other processes."""
     if not any(isinstance(config, LilyConfig) for config in self.peft_config.values()):
         _stock_save_pretrained(self, save_directory, *args, **kwargs)
@@ -89,7 +92,7 @@ def _save_pretrained(self: PeftModel, save_directory: str, *args: Any, **kwargs:
         _stock_save_pretrained(self, save_directory, *args, **kwargs)
 
 
-def _get_state(
+def get_state(
     model: nn.Module, state_dict: dict[str, Tensor] | None = None, adapter_name: str = "default", **options: Any
 ) -> dict[str, Tensor]:
     """`get_peft_model_state_dict`: complete, and each tensor beside the adapter's own once."""
@@ -132,6 +135,7 @@ def _plain_state(model: nn.Module, given: Mapping[str, Tensor] | None) -> dict[s
     """A state dict, default: the model's, by the tensors' plain names."""
     plain = plain_name(model)
     return {plain(name): tensor for name, tensor in (model.state_dict() if given is None else given).items()}
+<<<<<<< HEAD
 
 
 @functools.wraps(_stock_card)
@@ -152,3 +156,5 @@ PATCHES: list[tuple[Any, str, Any, Any]] = [
     *((m, "get_peft_model_state_dict", _get_state, _stock_get_state)
       for m in (peft, peft.utils, peft.peft_model, peft.functional, save_and_load)),
 ]  # fmt: skip
+=======
+>>>>>>> suite

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import peft
-import torch
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
 from peft.tuners.lily import LilyModel as StockModel
-from peft.tuners.lora import conversion
 from peft.utils import PeftType
 from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
-from torch import Tensor, nn
 
-from lily.layers.bank import LilyBank
+from lily import _after_import
 from lily.plan.config import EXTENDED_TYPE, LilyConfig
+<<<<<<< HEAD
 from lily.tuner import (
     auto_classes,
     compiled_hotswap,
@@ -43,6 +45,10 @@ REPLACING = (
     mixed, hotswap, compiled_hotswap, peft_loading, peft_saving, peft_optimizers, removal, scales, status, auto_classes
 )  # fmt: skip
 PATCHES = [patch for module in REPLACING for patch in module.PATCHES]
+=======
+from lily.tuner.model import LilyModel
+from lily.tuner.replacements import REPLACEMENTS
+>>>>>>> suite
 
 
 def register() -> None:
@@ -50,23 +56,30 @@ def register() -> None:
 
     `get_peft_model`, `PeftModel.from_pretrained`, `inject_adapter_in_model` and their callers then work with
     `lily.LilyConfig`, and a plain `peft.LilyConfig` keeps its meaning (batch routing). `peft.convert_to_lora` works
-    for static adapters, and `create_loraplus_optimizer` for all.
+    for static adapters, and `create_loraplus_optimizer` for all. `lily.tuner.replacements` lists what is replaced.
     """
     PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LILY] = LilyConfig
     PEFT_TYPE_TO_CONFIG_MAPPING[EXTENDED_TYPE] = LilyConfig
     PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LILY] = LilyModel
-    conversion._convert_module_to_lora = _convert_module_to_lora
+    PEFT_TYPE_TO_MIXED_MODEL_MAPPING[PeftType.LILY] = LilyModel
     CONFIG_KEYS_TO_CHECK[PeftType.LILY] = []  # the swap itself checks what must agree
-    for owner, name, ours, _ in PATCHES:
-        setattr(owner, name, ours)
+    for replacement in REPLACEMENTS:
+        for owner in replacement.owners:
+            setattr(owner, replacement.name, replacement.value)
+    _after_import.replace()
 
 
 def unregister() -> None:
-    """Restore stock PEFT's `PeftType.LILY`. Models that already carry our adapters keep working."""
+    """Restore stock PEFT's `PeftType.LILY`, and all that was replaced in PEFT, transformers, diffusers and TRL.
+
+    Models that already carry our adapters keep working.
+    """
     PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LILY] = peft.LilyConfig
     PEFT_TYPE_TO_CONFIG_MAPPING.pop(EXTENDED_TYPE, None)
     PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LILY] = StockModel
-    conversion._convert_module_to_lora = _stock_conversion
+    PEFT_TYPE_TO_MIXED_MODEL_MAPPING.pop(PeftType.LILY, None)
     CONFIG_KEYS_TO_CHECK.pop(PeftType.LILY, None)
-    for owner, name, _, stock in PATCHES:
-        setattr(owner, name, stock)
+    for replacement in REPLACEMENTS:
+        for owner in replacement.owners:
+            setattr(owner, replacement.name, replacement.stock)
+    _after_import.restore()

@@ -1,7 +1,7 @@
 """Give a model its own modules back once its last Lily adapter is gone, whichever library removed it.
 
 PEFT and transformers delete adapters layer by layer and leave the empty layers; diffusers takes the layers out and does
-not know the bank. `lily.tuner.registry` replaces PEFT's function, `lily._after_import` those of diffusers.
+not know the bank. `lily.tuner.replacements` replaces PEFT's function, `lily._after_import` those of diffusers.
 """
 
 from __future__ import annotations
@@ -56,11 +56,8 @@ def unwrap_saved(module: nn.Module) -> None:
 
 
 @functools.wraps(_stock_delete)
-def _delete_adapter(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def delete_adapter(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """`peft.functional.delete_adapter`, which transformers' `delete_adapter` calls."""
     left = _stock_delete(model, *args, **kwargs)
     remove_if_empty(model)
     return left
-
-
-PATCHES: list[tuple[Any, str, Any, Any]] = [(peft.functional, "delete_adapter", _delete_adapter, _stock_delete)]

@@ -1,6 +1,6 @@
 """PEFT's `rescale_adapter_scale`, which knows LoRA's layers alone, for Lily's layers too.
 
-`lily.tuner.registry` installs the replacement. It calls the original for models without a Lily adapter.
+`lily.tuner.replacements` installs the replacement. It calls the original for models without a Lily adapter.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _stock_rescale = helpers.rescale_adapter_scale
 
 @functools.wraps(_stock_rescale)
 @contextmanager
-def _rescale_adapter_scale(model: nn.Module, multiplier: Any) -> Iterator[None]:
+def rescale_adapter_scale(model: nn.Module, multiplier: Any) -> Iterator[None]:
     """`rescale_adapter_scale`: multiply the scale of every adapter, and restore it at the end."""
-    before = {layer: layer.scaling for layer in model.modules() if isinstance(layer, LilyLayer)}
+    before = {layer: dict(layer.scaling) for layer in model.modules() if isinstance(layer, LilyLayer)}
     if not before:
         with _stock_rescale(model, multiplier):
             yield
@@ -42,6 +42,3 @@ def _rescale_adapter_scale(model: nn.Module, multiplier: Any) -> Iterator[None]:
     finally:
         for layer, scales in before.items():
             layer.scaling = {name: scale for name, scale in scales.items() if name in layer.settings}
-
-
-PATCHES: list[tuple[Any, str, Any, Any]] = [(helpers, "rescale_adapter_scale", _rescale_adapter_scale, _stock_rescale)]

@@ -1,6 +1,6 @@
 """PEFT's status of an adapted model, where the bank is no layer: what it holds belongs to the layers.
 
-`lily.tuner.registry` installs the replacement, which calls the original first.
+`lily.tuner.replacements` installs the replacement, which calls the original first.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _stock_status = peft.peft_model.get_layer_status
 
 
 @functools.wraps(_stock_status)
-def _get_layer_status(model: nn.Module) -> list[Any]:
+def get_layer_status(model: nn.Module) -> list[Any]:
     """`get_layer_status`, which `get_model_status` sums up."""
     statuses = _stock_status(model)
     banks = [status for status in statuses if status.name.rpartition(".")[2] == BANK]
@@ -37,8 +37,3 @@ def _with(status: Any, banks: list[Any]) -> Any:
             requires_grad[name] = own if own == shared else "irregular"
             devices[name] = sorted({*devices.get(name, ()), *bank.devices[name]})
     return replace(status, requires_grad=requires_grad, devices=devices)
-
-
-PATCHES: list[tuple[Any, str, Any, Any]] = [
-    (module, "get_layer_status", _get_layer_status, _stock_status) for module in (peft, peft.peft_model)
-]

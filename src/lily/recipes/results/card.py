@@ -13,7 +13,6 @@ from rich.table import Table
 from lily.io import tables
 from lily.recipes import methods
 from lily.recipes.methods.configs import ratios_of
-from lily.recipes.results import data_table
 from lily.recipes.results.review_table import print_review
 from lily.recipes.scoring import test_sets
 from lily.recipes.scoring.metrics import metrics_of, shown
