@@ -22,9 +22,12 @@ REMOVING = ("recurse_remove_peft_layers", "delete_adapter_layers")
 # TRL's trainers that can send an adapter to vLLM without merging it.
 SYNCING = ("async_grpo.async_grpo_trainer", "async_distillation.async_distillation_trainer")
 WATCHED = ("diffusers", "trl")
+AUTO = "transformers.models.auto.auto_factory"
 PART = "lily_"  # in the name of every tensor of a Lily adapter
-# What is replaced in diffusers and TRL, and why. For models and tensors without Lily each calls the original.
+# What is replaced in transformers, diffusers and TRL, and why. Without Lily each calls the original.
 REPLACED = {
+    f"{AUTO}._BaseAutoModelClass.from_pretrained": "an adapter's base model has a name that is no folder or hub id; "
+    "the Auto classes have copies, which are replaced too",
     "diffusers.utils.peft_utils.recurse_remove_peft_layers": "takes the layers out and does not know the bank",
     "diffusers.utils.peft_utils.delete_adapter_layers": "deletes an adapter in each layer and does not know the bank",
     "diffusers.utils.state_dict_utils.convert_state_dict_to_diffusers": "knows LoRA's names: gets the LoRA",
@@ -72,7 +75,7 @@ def after_import(name: str, act: Callable[[], None]) -> None:
 
 
 class _Clients:
-    """What is replaced in diffusers and TRL at the moment."""
+    """What is replaced in transformers, diffusers and TRL at the moment."""
 
     handlers: Handlers | None = None
     on = False
@@ -84,9 +87,6 @@ def watch(handlers: Handlers) -> None:
     _Clients.handlers = handlers
     after_import("peft", handlers.register)
     after_import("transformers.integrations.peft", _import_peft_before_loading)
-<<<<<<< HEAD
-    after_import("transformers.models.auto.auto_factory", lambda: _in_auto_classes(handlers))
-=======
     replace()
 
 
@@ -96,7 +96,7 @@ def replace() -> None:
     if handlers is None or _Clients.on:
         return
     _Clients.on = True
->>>>>>> suite
+    after_import(AUTO, lambda: _in_auto_classes(handlers))
     after_import("diffusers.utils.peft_utils", lambda: _in_peft_utils(handlers))
     after_import("diffusers.utils.state_dict_utils", lambda: _in_state_dict_utils(handlers))
     after_import("diffusers.loaders.peft", lambda: _in_models(handlers))
@@ -108,8 +108,9 @@ def replace() -> None:
 def restore() -> None:
     """Put back what is in `REPLACED`, and watch for it no more."""
     _Clients.on = False
-    for finder in [f for f in sys.meta_path if isinstance(f, _Finder) and f.name.partition(".")[0] in WATCHED]:
-        sys.meta_path.remove(finder)
+    for finder in [f for f in sys.meta_path if isinstance(f, _Finder)]:
+        if finder.name == AUTO or finder.name.partition(".")[0] in WATCHED:
+            sys.meta_path.remove(finder)
     while _Clients.restoring:
         _Clients.restoring.popitem()[1]()
 
@@ -158,7 +159,7 @@ def _is_adapter(folder: Any) -> bool:
 
 def _in_auto_classes(handlers: Handlers) -> None:
     """Replace `from_pretrained` of the base class, and the copies that classes made before have of it."""
-    owners = [sys.modules["transformers.models.auto.auto_factory"]._BaseAutoModelClass]
+    owners = [sys.modules[AUTO]._BaseAutoModelClass]
     for owner in owners:
         owners.extend(owner.__subclasses__())
         if "from_pretrained" in owner.__dict__:
@@ -171,11 +172,12 @@ def _in_auto_class(owner: Any, handlers: Handlers) -> None:
     @functools.wraps(stock)
     def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         folder = pretrained_model_name_or_path
-        if _is_adapter(folder):
+        # a class that is made later copies this function, and keeps it after `restore`
+        if _Clients.on and _is_adapter(folder):
             return handlers.from_auto_class(stock, cls, folder, *args, **kwargs)
         return stock(cls, folder, *args, **kwargs)
 
-    owner.from_pretrained = classmethod(from_pretrained)
+    _put(owner, "from_pretrained", classmethod(from_pretrained))
 
 
 def _in_peft_utils(handlers: Handlers) -> None:

@@ -1,6 +1,6 @@
 """The Auto classes of PEFT and transformers on an adapter's folder: they find its base model, with the right head.
 
-`lily.tuner.registry` installs the replacement of PEFT's, `lily._after_import` that of transformers'.
+`lily.tuner.replacements` has the replacement of PEFT's, `lily._after_import` that of transformers'.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def with_base(values: dict[str, Any]) -> dict[str, Any]:
     return values if found is None else {**values, "base_model_name_or_path": found}
 
 
-def _auto_peft(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+def auto_peft(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
     """`AutoPeftModel.from_pretrained` and those of its subclasses."""
     stock, name = _stock_auto.__func__, str(pretrained_model_name_or_path)
     if (config := _config(name, **load.download_options(kwargs))) is None:
@@ -134,14 +134,14 @@ def _classes(folder: Path, target: str, given: Mapping[str, Any]) -> dict[str, A
 
 
 def check_head(adapter: str, model: nn.Module) -> None:
-    """Refuse an adapter of another method whose saved head has another number of classes than the model's.
+    """Refuse an export whose head has another number of classes than the model's; others get the error of PEFT.
 
     Raises:
         LilyError: names both numbers and the classes.
     """
     folder = Path(adapter)
     file = folder / SAFETENSORS_WEIGHTS_NAME
-    if not file.is_file() or not (folder / CONFIG_NAME).is_file():
+    if not file.is_file() or not (folder / CONFIG_NAME).is_file() or (labels := labels_beside(folder)) is None:
         return
     tensors = {
         f"{name}.{key}": tensor
@@ -151,11 +151,6 @@ def check_head(adapter: str, model: nn.Module) -> None:
     for name, entry in read_header(file).entries.items():
         here = tensors.get(name.removeprefix("base_model.model."))
         if here is not None and tuple(entry.shape) != tuple(here.shape):
-            error = wrong_head(name, entry.shape, here.shape, labels_beside(folder))
+            error = wrong_head(name, entry.shape, here.shape, labels)
             if error is not None:
                 raise blame(file, error)
-
-
-PATCHES: list[tuple[Any, str, Any, Any]] = [
-    (_BaseAutoPeftModel, "from_pretrained", classmethod(_auto_peft), _stock_auto),
-]

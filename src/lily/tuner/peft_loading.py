@@ -50,7 +50,7 @@ def _configs(model: Any) -> dict[str, PeftConfig]:
 def from_json_file(cls: Any, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
     """`PeftConfig.from_json_file`, through which every `adapter_config.json` is read."""
     if not (issubclass(cls, LilyConfig) or issubclass(LilyConfig, cls)):  # another method's
-        return _stock_from_json_file.__func__(cls, path_json_file, **kwargs)  # type: ignore[no-any-return]
+        return with_base(_stock_from_json_file.__func__(cls, path_json_file, **kwargs))
     values = load.config_values(Path(path_json_file), ours=issubclass(cls, LilyConfig))
     if values is None:
         return with_base(_stock_from_json_file.__func__(cls, path_json_file, **kwargs))

@@ -14,14 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-<<<<<<< HEAD
-import peft
-import peft.functional
-import peft.peft_model
-import peft.utils
 from huggingface_hub import ModelCard
-=======
->>>>>>> suite
 from peft import PeftModel
 from peft.utils import save_and_load
 from torch import Tensor, nn
@@ -135,11 +128,10 @@ def _plain_state(model: nn.Module, given: Mapping[str, Tensor] | None) -> dict[s
     """A state dict, default: the model's, by the tensors' plain names."""
     plain = plain_name(model)
     return {plain(name): tensor for name, tensor in (model.state_dict() if given is None else given).items()}
-<<<<<<< HEAD
 
 
 @functools.wraps(_stock_card)
-def _card(self: PeftModel, output_dir: str) -> None:
+def create_or_update_model_card(self: PeftModel, output_dir: str) -> None:
     """`PeftModel.create_or_update_model_card`: the Hub refuses a card whose base model is no hub id."""
     _stock_card(self, output_dir)
     file = Path(output_dir, "README.md")
@@ -148,13 +140,3 @@ def _card(self: PeftModel, output_dir: str) -> None:
         del card.data.base_model
         card.data.tags = [tag for tag in card.data.tags or [] if not tag.startswith("base_model:")]
         card.save(file)
-
-
-PATCHES: list[tuple[Any, str, Any, Any]] = [
-    (PeftModel, "create_or_update_model_card", _card, _stock_card),
-    (PeftModel, "save_pretrained", _save_pretrained, _stock_save_pretrained),
-    *((m, "get_peft_model_state_dict", _get_state, _stock_get_state)
-      for m in (peft, peft.utils, peft.peft_model, peft.functional, save_and_load)),
-]  # fmt: skip
-=======
->>>>>>> suite

@@ -14,41 +14,8 @@ from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
 
 from lily import _after_import
 from lily.plan.config import EXTENDED_TYPE, LilyConfig
-<<<<<<< HEAD
-from lily.tuner import (
-    auto_classes,
-    compiled_hotswap,
-    hotswap,
-    mixed,
-    peft_loading,
-    peft_optimizers,
-    peft_saving,
-    removal,
-    scales,
-    status,
-)
-from lily.tuner.model import LilyModel
-
-_stock_conversion = conversion._convert_module_to_lora
-
-
-def _convert_module_to_lora(
-    module: nn.Module, rank: int | float, adapter_name: str = "default"
-) -> tuple[Tensor, Tensor, int]:
-    """Stock PEFT's, except for the bank, a tuner layer without an update: rank 0 makes PEFT skip it."""
-    if isinstance(module, LilyBank):
-        return torch.zeros(0, 0), torch.zeros(0, 0), 0
-    return _stock_conversion(module, rank, adapter_name)  # type: ignore[no-any-return]
-
-
-REPLACING = (
-    mixed, hotswap, compiled_hotswap, peft_loading, peft_saving, peft_optimizers, removal, scales, status, auto_classes
-)  # fmt: skip
-PATCHES = [patch for module in REPLACING for patch in module.PATCHES]
-=======
 from lily.tuner.model import LilyModel
 from lily.tuner.replacements import REPLACEMENTS
->>>>>>> suite
 
 
 def register() -> None:

@@ -16,6 +16,7 @@ import peft.peft_model
 import peft.tuners.mixed
 import peft.utils
 from peft import PeftModel, helpers, optimizers
+from peft.auto import _BaseAutoPeftModel
 from peft.config import PeftConfigMixin
 from peft.optimizers import lorafa, loraplus
 from peft.tuners.lora import conversion
@@ -26,6 +27,7 @@ from transformers.integrations.peft import PeftAdapterMixin
 from lily.layers.bank import LilyBank
 from lily.layers.layer import LilyLayer
 from lily.tuner import (
+    auto_classes,
     compiled_hotswap,
     mixed,
     peft_loading,
@@ -75,6 +77,8 @@ REPLACEMENTS = (
              "a Lily file's values are checked before one is used"),
     _replace("from_pretrained", (PeftModel,), classmethod(peft_loading.from_pretrained),
              "a Lily file is checked before the model is touched"),
+    _replace("from_pretrained", (_BaseAutoPeftModel,), classmethod(auto_classes.auto_peft),
+             "an adapter's base model has a name that is no folder or hub id, and its head the adapter's classes"),
     _replace("load_adapter", (PeftModel,), peft_loading.load_adapter,
              "a Lily file is checked before the model is touched"),
     _replace("load_adapter", (PeftAdapterMixin,), peft_loading.transformers_load_adapter,
@@ -87,6 +91,8 @@ REPLACEMENTS = (
              "shared tensors without the wrappers' names, all of them, each once"),
     _replace("save_pretrained", (PeftModel,), peft_saving.save_pretrained,
              "no file that lacks a tensor (sharded models), and no pickle, which could not be loaded"),
+    _replace("create_or_update_model_card", (PeftModel,), peft_saving.create_or_update_model_card,
+             "the Hub refuses a card whose base model is no hub id"),
     _replace("hotswap_adapter", (hotswap,), ours.hotswap_adapter, "PEFT's is for LoRA's tensors"),
     _replace("hotswap_adapter_from_state_dict", (hotswap,), ours.hotswap_state, "PEFT's is for LoRA's tensors"),
     _replace("prepare_model_for_compiled_hotswap", (hotswap,), compiled_hotswap.prepare,
