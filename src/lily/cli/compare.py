@@ -162,11 +162,10 @@ def _summary(folders: list[Path]) -> str:
 def _print(comparison: Comparison, console: Console) -> None:
     from lily.compare import tables
 
-    verdicts = [tables.verdict(comparison, entry) for entry in comparison.entries[1:] if entry.test is not None]
-    first, *others = [sentence for sentence in tables.words(comparison) if sentence not in verdicts]
-    console.print(escape(first), soft_wrap=True, highlight=False)
+    console.print(escape(tables.about(comparison)), soft_wrap=True, highlight=False)
     for header, *rows in (tables.quality(comparison), tables.costs(comparison)):
         for table in fitting(header, rows, console.width):
             console.print(table)
-    for line in (*others, "", *verdicts):
+    failed = (f"{run} failed: {why}" for run, why in comparison.failed.items())
+    for line in (*tables.reading(comparison), *failed, "", *tables.verdicts(comparison)):
         console.print(escape(line), soft_wrap=True, highlight=False)
