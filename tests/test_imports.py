@@ -45,7 +45,7 @@ vision_mamba standins
 results
 begun
 loader packages
-document
+document inherit
 checks
 trainer
 scoring
