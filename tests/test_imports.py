@@ -45,7 +45,7 @@ vision_mamba standins
 results
 begun
 loader packages new work
-document
+document inherit
 checks
 trainer
 scoring

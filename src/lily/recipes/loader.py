@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ from pydantic import ValidationError
 from lily.errors import LilyError
 from lily.recipes import checks
 from lily.recipes.document import Document, parse, parse_value
-from lily.recipes.spec import dreambooth, explain, lily_checks, variants
-from lily.recipes.spec.data import SOURCES
+from lily.recipes.inherit import make_way, merged
+from lily.recipes.spec import dreambooth, explain, variants
 from lily.recipes.spec.dreambooth import DreamBooth
 from lily.recipes.spec.locations import Key, KeyLocations
-from lily.recipes.spec.schema import STANDIN, Recipe
+from lily.recipes.spec.schema import Recipe
 
 LIBRARY = Path(__file__).resolve().parent / "library"
 ENDINGS = (".yaml", ".yml")
@@ -27,15 +27,6 @@ TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".gz")
 BASE = "base/"  # the folder of what recipes for own data extend
 MAX_PROBLEMS = 10
 NEAR = 3  # names that are suggested
-SOURCE_DETAILS = ("revision", "format", "header", "delimiter", "encoding", "split", "config", "architecture")
-# A key that is set -> inherited keys that say the same in another way, and give way
-RIVALS: dict[str, tuple[str, ...]] = {
-    "params": lily_checks.SHAPE,
-    "r": ("params", "fewest"),
-    "num_A": ("stride_A", "params", "fewest"),
-    "stride_A": ("num_A", "params", "fewest"),
-    "num_B": ("params", "fewest"),
-}
 
 
 def shipped() -> dict[str, Path]:
@@ -173,7 +164,7 @@ def near_recipes(text: str, known: Mapping[str, Path] | None = None, folder: Pat
 def _one(document: Document, text: str, variant: str | None) -> Document:
     """The whole file, or the variant that `text` ends with."""
     file = text if variant is None else text[: -len(variant) - 1]
-    return Document(*variants.chosen(document.values, document.locations, variant, file, _merge))
+    return Document(*variants.chosen(document.values, document.locations, variant, file, merged))
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -301,40 +292,7 @@ def read(path: str, seen: tuple[Path, ...] = ()) -> Document:
     base = read(str(base_path), (*seen, file))
     if variant is not None:
         base = _one(base, parent, variant)
-    return Document(_merge(base.values, document.values), {**base.locations, **document.locations})
-
-
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        _make_way(merged, key, value)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
-
-
-def _make_way(section: dict[str, Any], key: str, value: Any, kept: Container[str] = ()) -> None:
-    """Remove the inherited keys that a key replaces, except `kept`.
-
-    A source replaces one of another kind and what describes it; a budget replaces the shape, also of groups, and a part
-    of the shape replaces a budget.
-    """
-    if value is None:
-        return
-    kinds = (*SOURCES, STANDIN)
-    if key in kinds and section.get(key) is None:
-        for inherited in (*kinds, *SOURCE_DETAILS):
-            section.pop(inherited, None)
-    gone = {name for name in RIVALS.get(key, ()) if name not in kept}
-    for inherited in gone & section.keys():
-        del section[inherited]
-    groups = section.get("groups")
-    if key == "params" and isinstance(groups, dict):
-        section["groups"] = {
-            name: {k: v for k, v in group.items() if k not in gone} if isinstance(group, dict) else group
-            for name, group in groups.items()
-        }
+    return Document(merged(base.values, document.values), {**base.locations, **document.locations})
 
 
 def _override(document: Document, text: str) -> None:
@@ -345,7 +303,7 @@ def _override(document: Document, text: str) -> None:
     parsed = parse_value(value, path, text, document.locations)
     section = document.values
     for part in path[:-1]:
-        _make_way(section, part, parsed)
+        make_way(section, part, parsed)
         inner = section.get(part)
         if inner is None:
             inner = section[part] = {}
@@ -353,7 +311,7 @@ def _override(document: Document, text: str) -> None:
             raise LilyError(f"override {text!r}: {part} is a value, not a section with keys")
         section = inner
     # What the command line sets too does not give way: two contradicting overrides are an error.
-    _make_way(section, path[-1], parsed, [at[-1] for at in document.overridden if at[:-1] == path[:-1]])
+    make_way(section, path[-1], parsed, [at[-1] for at in document.overridden if at[:-1] == path[:-1]])
     section[path[-1]] = parsed
     document.locations[path] = f"override {text!r}"
     document.overridden.add(path)
