@@ -182,7 +182,8 @@ def test_layers_that_get_no_gradient_are_told_of_once(routing, steps, idle):
 
 def test_a_healthy_run_reports_nothing_and_its_figures_tell_the_routing(tmp_path, encoder, capfd):
     result = train.train(recipe_in(tmp_path, encoder), quiet=True)
-    assert "warning:" not in capfd.readouterr().err
+    # ours begin a line; what another library or a compiler prints may have the word somewhere
+    assert [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning:")] == []
     assert result.router["problems"] == {}
     assert result.router["routers"] == 13  # 6 in each of two layers, and the pooler
     assert 0.5 <= result.router["largest_share"] < 0.98
