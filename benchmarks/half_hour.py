@@ -30,16 +30,15 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "half-hour.md"
 ROWS, NEW = 1200, 5
 WIDTH = "100"
-# Loads the export as a plain LoRA, in a process in which this package cannot be imported.
+# Loads the export in a process in which this package cannot be imported.
 ELSEWHERE = """\
 import sys
 sys.modules["lily"] = None  # as on a machine without this package
 import torch
-from peft import AutoPeftModelForSequenceClassification
-from transformers import AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-model = AutoPeftModelForSequenceClassification.from_pretrained("as-lora").eval()
-tokenizer = AutoTokenizer.from_pretrained("as-lora")
+model = AutoModelForSequenceClassification.from_pretrained("merged").eval()
+tokenizer = AutoTokenizer.from_pretrained("merged")
 with torch.no_grad():
     logits = model(**tokenizer("area man wins award for sitting down", return_tensors="pt")).logits
 print({model.config.id2label[i]: round(float(p), 3) for i, p in enumerate(logits[0].softmax(-1))})
@@ -52,9 +51,9 @@ OWN = (
     "lily plan headlines.yaml",
     "lily train headlines.yaml",
     "lily inspect runs/headlines-lily-0 --report page.html",
-    "lily predict runs/headlines-lily-0 --input new.csv --output predicted.csv",
-    "cat predicted.csv",
-    "lily export runs/headlines-lily-0 --to lora --out as-lora",
+    "lily predict runs/headlines-lily-0 --input new.csv --output predicted.jsonl",
+    "cat predicted.jsonl",
+    "lily export runs/headlines-lily-0 --to merged --out merged",
     "cat elsewhere.py",
     "python elsewhere.py",
 )
