@@ -16,6 +16,7 @@ from typer import Argument, Option
 from lily.cli.meta_model import TASKS, model_from
 from lily.cli.plan_recipe import render_recipe
 from lily.cli.plan_tables import render_plan
+from lily.cli.progress import Verbose, progress
 from lily.cli.train import Overrides
 from lily.errors import LilyError
 
@@ -79,6 +80,7 @@ def plan_command(
     ] = False,
     as_json: Annotated[bool, Option("--json", help="Print the report as one JSON object.")] = False,
     recipe: Annotated[str | None, Option("--recipe", hidden=True, help="Recipe to plan; the same as TARGET.")] = None,
+    verbose: Verbose = False,
 ) -> None:
     """Show what an adapter shares, trains and costs without loading weights; for a recipe, do a dry run."""
     target, overrides = _one_target(target, recipe, overrides or [])
@@ -86,44 +88,47 @@ def plan_command(
 
     for_recipe = recipe is not None or loader.is_recipe(target)
     planned = loader.load_any(target, overrides) if for_recipe else None  # before what takes seconds to import
-    from lily.plan.budget import parse_count
-    from lily.plan.report import PlanRequest, plan_for
-    from lily.recipes.dry_run import RecipeReport, recipe_report
-
     report: PlanReport | RecipeReport
-    parameters = [name.strip() for name in (target_parameters or "").split(",") if name.strip()]
-    values: dict[str, Any] = {
-        "targets": [] if targets is None and parameters else names_or_regex(targets),
-        "target_parameters": parameters or None,
-        "exclude": names_or_regex(exclude),
-        "r": r,
-        "num_A": num_a,
-        "stride_A": stride_a,
-        "num_B": num_b,
-        "parameters": None if params is None else parse_count(params),
-        "match_lora": match_lora,
-        "routing": routing,
-        "distinct": distinct,
-        "gain": gain,
-        "own_r": own_r,
-        "task": None if task is None else task.upper().replace("-", "_"),
-    }
-    options = {name: value for name, value in values.items() if value is not None}
-    if planned is not None:
-        if options:
-            first = next(iter(options))
-            flag = {"parameters": "params"}.get(first, first.lower().replace("_", "-"))
-            raise LilyError(
-                f"--{flag} is for models; change a recipe with key=value, such as lily.r=64 or targets=[q_proj]"
-            )
-        report = recipe_report(planned, batch=batch, tokens=tokens)
-    else:
-        if overrides:
-            raise LilyError(f"{overrides[0]!r} changes a recipe, but {target} is a model; use options such as --r 64")
-        options |= {name: value for name, value in (("batch", batch), ("tokens", tokens)) if value is not None}
-        request = PlanRequest(**options)
-        model, dtype = model_from(target, request.task)
-        report = plan_for(model, request, name=target, dtype=dtype)
+    with progress(verbose=verbose) as told, told.stage("", "planning"):
+        from lily.plan.budget import parse_count
+        from lily.plan.report import PlanRequest, plan_for
+        from lily.recipes.dry_run import RecipeReport, recipe_report
+
+        parameters = [name.strip() for name in (target_parameters or "").split(",") if name.strip()]
+        values: dict[str, Any] = {
+            "targets": [] if targets is None and parameters else names_or_regex(targets),
+            "target_parameters": parameters or None,
+            "exclude": names_or_regex(exclude),
+            "r": r,
+            "num_A": num_a,
+            "stride_A": stride_a,
+            "num_B": num_b,
+            "parameters": None if params is None else parse_count(params),
+            "match_lora": match_lora,
+            "routing": routing,
+            "distinct": distinct,
+            "gain": gain,
+            "own_r": own_r,
+            "task": None if task is None else task.upper().replace("-", "_"),
+        }
+        options = {name: value for name, value in values.items() if value is not None}
+        if planned is not None:
+            if options:
+                first = next(iter(options))
+                flag = {"parameters": "params"}.get(first, first.lower().replace("_", "-"))
+                raise LilyError(
+                    f"--{flag} is for models; change a recipe with key=value, such as lily.r=64 or targets=[q_proj]"
+                )
+            report = recipe_report(planned, batch=batch, tokens=tokens)
+        else:
+            if overrides:
+                raise LilyError(
+                    f"{overrides[0]!r} changes a recipe, but {target} is a model; use options such as --r 64"
+                )
+            options |= {name: value for name, value in (("batch", batch), ("tokens", tokens)) if value is not None}
+            request = PlanRequest(**options)
+            model, dtype = model_from(target, request.task)
+            report = plan_for(model, request, name=target, dtype=dtype)
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
     elif isinstance(report, RecipeReport):
