@@ -40,6 +40,7 @@ SCALE = 2.0  # of LoRA: lora_alpha = 2 r
 CHANCE = math.log(10)
 RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 FAILED = 4  # times the lowest loss
+SHAPES = 7  # of one rate for every shape; a task with fewer has not been measured to the end
 
 Row = dict[str, Any]
 Rows = Mapping[Run, Row]
@@ -241,9 +242,16 @@ def optimum(curve: Mapping[float, float]) -> tuple[float, bool]:
     return (math.exp(b - 0.5 * top / low) if low else rates[i]), True
 
 
+def one_rate(rows: Rows) -> Rows:
+    """The rows of one rate for every shape, of the tasks with all shapes."""
+    own = {run: row for run, row in rows.items() if run.size == 0}
+    shapes = {task: {run.arm for run in own if run.task == task} for task in {run.task for run in own}}
+    return {run: row for run, row in own.items() if len(shapes[run.task]) >= SHAPES}
+
+
 def transfer(rows: Rows) -> str:
     """One rate for every shape: where each shape's lowest loss is, relative to LoRA's."""
-    own = {run: row for run, row in rows.items() if run.size == 0}
+    own = one_rate(rows)
     lines = [
         "| task | shape | scale | best rate | of LoRA's | loss there | loss at LoRA's best rate |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -287,7 +295,10 @@ def capacity(rows: Rows) -> str:
         "| task | size | method | r | scale | parameters | rate | loss | accuracy | drift | seeds | p | seconds |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for task, size in sorted(dict.fromkeys((run.task, run.size) for run in own)):
+    arms = defaultdict(set)
+    for run in own:
+        arms[run.task, run.size].add(run.arm)
+    for task, size in sorted(key for key, names in arms.items() if len(names) > 1):
         lora = chosen(own, task, "LoRA", size)
         for arm in ARMS:
             found = chosen(own, task, arm, size)
@@ -319,7 +330,7 @@ def draw(rows: Rows) -> None:
     """The losses over the learning rate, and, at the best rates, over the number of parameters."""
     rates: Panels = {}
     sizes: Panels = {}
-    for task, arm in dict.fromkeys((run.task, run.arm) for run in rows if not run.size):
+    for task, arm in dict.fromkeys((run.task, run.arm) for run in one_rate(rows)):
         points = by_rate(rows, task, arm, 0)
         curve = [(rate, [score(row) for _, row in found]) for rate, found in points.items()]
         rates.setdefault(task, {})[arm] = curve

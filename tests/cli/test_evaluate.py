@@ -43,7 +43,8 @@ def test_texts_of_an_inspection_are_refused_with_row_and_column(tmp_path, column
 def answered(monkeypatch):
     """The prompts that reach a model."""
     prompts = []
-    used = SimpleNamespace(generate=lambda prompt, streamer: prompts.append(prompt), tokenizer=None)
+    used = SimpleNamespace(generate=lambda prompt, streamer: prompts.append(prompt), tokenizer=None, cut=0)
+    monkeypatch.setattr(evaluate, "located", lambda *_: None)
     monkeypatch.setattr(evaluate, "_adapter", lambda *_: used)
     monkeypatch.setattr("transformers.TextStreamer", lambda *_, **__: None)
     return prompts
@@ -86,6 +87,7 @@ def test_what_is_wrong_with_a_row_names_the_input(tmp_path, monkeypatch, row, me
         {"name": "a", "task": "text-classification", "model": {"path": "m"}, "data": data}
     )
     used._labels = ("a", "b")
+    monkeypatch.setattr(evaluate, "located", lambda *_: None)
     monkeypatch.setattr(evaluate, "_adapter", lambda *_: used)
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(r) + "\n" for r in ({"text": "a"}, row)))

@@ -33,8 +33,8 @@ def test_help_names_every_command_and_python_m_lily_works():
 
 
 def test_a_file_with_brackets_in_its_name_is_called_by_its_name(monkeypatch):
-    adapter = SimpleNamespace(rows=lambda split, file: [{}], judge=lambda rows: {"accuracy": 0.5})
-    monkeypatch.setattr(evaluate, "check_adapter", lambda *_: None)
+    adapter = SimpleNamespace(rows=lambda split, file: [{}], judge=lambda rows: ({"accuracy": 0.5}, None))
+    monkeypatch.setattr(evaluate, "located", lambda *_: None)
     monkeypatch.setattr(evaluate, "_adapter", lambda *_: adapter)
     assert "[v2].csv" in invoke("eval", "run", "--file", "[v2].csv").stdout
 

@@ -38,8 +38,9 @@ def as_begun(recipe: AnyRecipe, folder: Path) -> AnyRecipe:
 
 def _kept(folder: Path) -> Mapping[str, Any] | None:
     """The section `lily` of the recipe of a run, a search, or the first run of a comparison or a sweep."""
-    # `runs` alone, since a folder may be one that is refused later, such as `/`
-    files = (folder / "recipe.yaml", folder / "settings.json", *sorted((folder / "runs").glob("**/recipe.yaml")))
+    # not in every folder, since this one may be refused later, such as `/`
+    runs = [file for part in ("runs", "tuning") for file in sorted((folder / part).glob("**/recipe.yaml"))]
+    files = (folder / "recipe.yaml", folder / "settings.json", *runs)
     return next((found for file in files if (found := _section(file)) is not None), None)
 
 

@@ -48,7 +48,10 @@ def base_found(places: Mapping[str, str]) -> Iterator[None]:
 
 def with_base(values: dict[str, Any]) -> dict[str, Any]:
     """The values of an `adapter_config.json`, within `base_found` with the base model's place."""
-    places, name = _bases.get() or {}, values.get("base_model_name_or_path")
+    places = _bases.get()
+    if places is None or not isinstance(values, dict):  # PEFT says what is wrong with a file of another form
+        return values
+    name = values.get("base_model_name_or_path")
     found = places.get(name) if isinstance(name, str) else None
     return values if found is None else {**values, "base_model_name_or_path": found}
 

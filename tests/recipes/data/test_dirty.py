@@ -110,11 +110,13 @@ def test_a_dirty_file_is_not_trained_in_silence(
         said, ended = said_by(command, path)
         print(said)
         assert refused is None or ended == refused
+        if command == "train" and not ended:  # which shows warnings; the tables are in its log
+            said = f"{said}\n{(tmp_path / 'run' / 'train.log').read_text('utf-8')}"
         for pattern in wanted:
             assert re.search(pattern, said), (command, pattern)
     assert (tmp_path / "run" / "metrics.json").exists() != ended
     if not ended:
-        look = said_by("plan", path)[0].partition("\ndata ─")[2].partition("\nfirst example ─")[0]
+        look = said_by("plan", path)[0].partition("\ndata ─")[2].partition("\ntraining ─")[0]
         assert 3 < len(look.strip().splitlines()) <= 16
         assert json.loads((tmp_path / "run" / "metrics.json").read_text())["data"]["parts"][0]["name"] == "train"
 

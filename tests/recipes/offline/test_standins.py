@@ -187,7 +187,8 @@ def test_a_recipe_names_a_stand_in_and_its_adapter_says_how_to_load_it(tmp_path,
     assert "the stand-in `tiny`" in card
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     found: dict[str, object] = {}
-    exec(code.replace("path/of/this/folder", str(adapter)), found)
+    monkeypatch.chdir(adapter)
+    exec(code, found)
     assert isinstance(found["model"], PeftModel)
 
 

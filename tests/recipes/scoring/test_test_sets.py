@@ -87,7 +87,7 @@ def test_a_run_without_further_test_sets_tells_of_none(made):
     ("changes", "says"),
     [
         (["data.tests.mean={path: x}"], r"data\.tests\.mean: is the name of the mean over the sets"),
-        (["data.tests={'a b': {path: x}}"], r"data\.tests\.a b: string should match pattern"),
+        (["data.tests={'a b': {path: x}}"], r"data\.tests\.a b: expected letters, digits"),
         (["data.tests.c.paht=x"], r"data\.tests\.c\.paht: unknown key; did you mean path"),
         (["data.mix.b={}"], r"data\.mix\.b: give exactly one of path, package and hub"),
         (["data.tests.c={hub: some/set}"], r"data\.tests\.c: needs split: which split of some/set"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -99,9 +100,9 @@ def test_a_plan_says_what_each_part_learns_at(tmp_path, encoder, changes, rates)
     values = json.loads(invoke("plan", tmp_path / "recipe.yaml", "--json", *changes))
     assert values["learning_rates"] == pytest.approx(rates)
     assert list(values["learning_rates"]) == list(rates)
-    text = " ".join(invoke("plan", tmp_path / "recipe.yaml", *changes).split())
-    line = f"Learning rates of the parts: {', '.join(f'{part} {rate:g}' for part, rate in rates.items())}"
-    assert (line in text) if rates else ("Learning rates of the parts" not in text)
+    text = re.sub(r"[\s│]+", " ", invoke("plan", tmp_path / "recipe.yaml", *changes))
+    line = ", ".join(f"{part} {rate:g}" for part, rate in rates.items())
+    assert (line in text) if rates else (", A " not in text)
 
 
 @pytest.mark.parametrize(
