@@ -95,7 +95,8 @@ def test_a_run_with_ratios_is_resumed_to_the_same_bits(tmp_path, encoder):
         ([], {}),
     ],
 )
-def test_a_plan_says_what_each_part_learns_at(tmp_path, encoder, changes, rates):
+def test_a_plan_says_what_each_part_learns_at(tmp_path, encoder, monkeypatch, changes, rates):
+    monkeypatch.setenv("COLUMNS", "300")
     make(classification, tmp_path, encoder)
     values = json.loads(invoke("plan", tmp_path / "recipe.yaml", "--json", *changes))
     assert values["learning_rates"] == pytest.approx(rates)
