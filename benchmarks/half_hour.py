@@ -1,14 +1,12 @@
 """The first half hour, as a page: every command of docs/half-hour.md is run, and what it prints is written below it.
 
-    python benchmarks/half_hour.py               # half an hour on 2 cores, of which `make demo` takes most
-    python benchmarks/half_hour.py --part own    # your own data alone, minutes; the other part stays as it is
+    python benchmarks/half_hour.py    # ten minutes on 2 cores
 
-The own data are 1,200 of the headlines of the package that the quickstart downloads, written as a table.
+The data are 400 of the headlines of the package that the quickstart downloads, written as a table.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import os
@@ -17,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from performance import put
@@ -28,7 +25,7 @@ from lily.recipes.spec.data import Source
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "half-hour.md"
-ROWS, NEW = 1200, 5
+ROWS, NEW = 400, 5
 WIDTH = "100"
 # Loads the export in a process in which this package cannot be imported.
 ELSEWHERE = """\
@@ -43,8 +40,7 @@ with torch.no_grad():
     logits = model(**tokenizer("area man wins award for sitting down", return_tensors="pt")).logits
 print({model.config.id2label[i]: round(float(p), 3) for i, p in enumerate(logits[0].softmax(-1))})
 """
-DEMO = ("make demo",)
-OWN = (
+COMMANDS = (
     "head -4 headlines.csv",
     "lily new headlines.csv",
     "cat headlines.yaml",
@@ -83,25 +79,20 @@ def run(command: str, folder: Path) -> str:
     seconds = time.perf_counter() - started
     if done.returncode:
         sys.exit(f"{command} failed:\n{done.stdout}")
-    shown = re.sub(r"[ \t]+$", "", done.stdout, flags=re.MULTILINE).strip("\n").replace(str(folder), ".")
+    shown = (
+        re.sub(r"[ \t]+$", "", done.stdout, flags=re.MULTILINE)
+        .strip("\n")
+        .replace(str(folder), ".")
+        .replace(str(ROOT), ".")
+    )
     print(f"{command}: {seconds:.0f} s", file=sys.stderr, flush=True)
     return f"```text\n$ {command}\n{shown}\n```\n\n{seconds:.0f} seconds."
 
 
-def part(commands: Sequence[str], folder: Path) -> str:
-    return "\n\n".join(run(command, folder) for command in commands)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", nargs="*", default=["demo", "own"], choices=["demo", "own"])
-    given = parser.parse_args()
-    if "own" in given.part:
-        with tempfile.TemporaryDirectory() as folder:
-            prepare(Path(folder))
-            put(PAGE, "own", part(OWN, Path(folder)))
-    if "demo" in given.part:
-        put(PAGE, "demo", part(DEMO, ROOT))
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(Path(folder))
+        put(PAGE, "half-hour", "\n\n".join(run(command, Path(folder)) for command in COMMANDS))
 
 
 if __name__ == "__main__":
