@@ -159,9 +159,10 @@ class Predicted:
         if self.classes:
             most = ", ".join(f"{count:,} {name}" for name, count in self.classes.most_common(5))
             more = f", and {len(self.classes) - 5} more classes" if len(self.classes) > 5 else ""
+            verb = "has" if self.unsure == 1 else "have"
             return (
-                f"{rows}: {most}{more}. {self.unsure:,} have a score below {UNSURE:g}: look at these first. The score "
-                "is the model's own probability, not how often it is right."
+                f"{rows}: {most}{more}. {self.unsure:,} {verb} a score below {UNSURE:g}: look at these first. The "
+                "score is the model's own probability, not how often it is right."
             )
         if self.rows and math.isfinite(self.lowest):
             mean = self.total / self.rows
