@@ -224,8 +224,9 @@ def write_pages(folder: Path) -> list[Path]:
         if new != text:
             page.write_text(new, "utf-8")
             changed.append(page)
-    FIGURE.parent.mkdir(exist_ok=True)
-    reports.plot(Report.read(folder / "llama.json"), FIGURE)
+    if (folder / "llama.json").is_file():  # the figure is of that setting
+        FIGURE.parent.mkdir(exist_ok=True)
+        reports.plot(Report.read(folder / "llama.json"), FIGURE)
     return changed
 
 
