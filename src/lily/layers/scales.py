@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from lily.errors import LilyError
 
+Value = TypeVar("Value")
 
-class Ranks(Mapping[str, int]):
-    """Adapter -> rank on a layer, now. Of what PEFT's LoRA layers have as a dictionary of their own.
+
+class _Present(Mapping[str, Value]):
+    """Adapter -> one of its settings on a layer, now. Of what PEFT's LoRA layers have as a dictionary of their own.
 
     Args:
         layer: the adapted layer.
@@ -21,9 +23,6 @@ class Ranks(Mapping[str, int]):
 
     def __init__(self, layer: ScaleMixin) -> None:
         self._layer = layer
-
-    def __getitem__(self, adapter: str) -> int:
-        return self._layer.settings[adapter].r  # type: ignore[no-any-return]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._layer.settings)
@@ -35,15 +34,15 @@ class Ranks(Mapping[str, int]):
         return repr(dict(self))
 
 
-class Scales(MutableMapping[str, float]):
-    """Adapter -> what multiplies its update on a layer now. Assign to an entry to change it, as on LoRA's layers.
+class Ranks(_Present[int]):
+    """Adapter -> rank on a layer, now."""
 
-    Args:
-        layer: the adapted layer.
-    """
+    def __getitem__(self, adapter: str) -> int:
+        return self._layer.settings[adapter].r  # type: ignore[no-any-return]
 
-    def __init__(self, layer: ScaleMixin) -> None:
-        self._layer = layer
+
+class Scales(_Present[float], MutableMapping[str, float]):
+    """Adapter -> what multiplies its update on a layer now. Assign to an entry to change it, as on LoRA's layers."""
 
     def __getitem__(self, adapter: str) -> float:
         return self._layer.settings[adapter].scaling  # type: ignore[no-any-return]
@@ -56,15 +55,6 @@ class Scales(MutableMapping[str, float]):
 
     def __delitem__(self, adapter: str) -> None:
         raise LilyError(f"the scale of adapter {adapter!r} cannot be removed; set it, or call delete_adapter")
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._layer.settings)
-
-    def __len__(self) -> int:
-        return len(self._layer.settings)
-
-    def __repr__(self) -> str:
-        return repr(dict(self))
 
 
 class ScaleMixin(BaseTunerLayer):  # type: ignore[misc]

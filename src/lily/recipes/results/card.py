@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lily.io import tables
-from lily.recipes import methods
+from lily.recipes import methods, work
 from lily.recipes.methods.configs import ratios_of
 from lily.recipes.results.review_table import print_review
 from lily.recipes.scoring import test_sets
@@ -103,9 +103,8 @@ def forgetting(result: Result) -> str:
 def title(name: str, recipe: Recipe) -> str:
     """A baseline's name in a table."""
     titles = {
+        **work.BASELINES,
         "majority": "majority" if recipe.task in CLASSIFYING else "mean",
-        "tfidf": "TF-IDF",
-        "frozen": "frozen encoder",
         "lora": "LoRA, equal parameters" if recipe.lora.r == "equal" else "LoRA",
     }
     return titles[name]

@@ -5,20 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lily.recipes.scoring.metrics import LOWER_IS_BETTER, better, shown
+from lily.recipes import work
+from lily.recipes.scoring.metrics import LOWER_IS_BETTER, better, noise, shown
 
 if TYPE_CHECKING:
     from lily.recipes.results.run_files import RunFigures
 
-TITLES = {"lily": "Lily", "lora": "LoRA", "tfidf": "TF-IDF", "frozen": "frozen encoder", "none": "head alone",
-          "rslora": "rsLoRA", "dora": "DoRA"}  # fmt: skip
+TITLES = {**work.BASELINES, "lily": "Lily", "lora": "LoRA", "none": "head alone", "rslora": "rsLoRA", "dora": "DoRA"}
+DESCRIBED = ("majority", "frozen")  # baselines that have no proper name
 GUESS = "majority"  # a baseline that learned nothing
-SHARES = ("accuracy", "accuracy_norm", "exact_match")  # of rows that are right
 
 
 def title_of(name: str) -> str:
     """A method's or a baseline's name for people."""
     return TITLES.get(name, name)
+
+
+def spoken(name: str) -> str:
+    """The same within a sentence."""
+    return f"the {title_of(name)}" if name in DESCRIBED else title_of(name)
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ def _judged(run: RunFigures, own: float, against: list[Rival]) -> str:
 
 
 def _spoken(rival: Rival) -> str:
-    return f"the {rival.name}" if rival.name == TITLES["frozen"] else rival.name
+    return spoken("frozen") if rival.name == title_of("frozen") else rival.name
 
 
 def _named(form: str, names: list[str]) -> list[str]:
@@ -99,7 +104,5 @@ def _size(metric: str, rival: Rival) -> str:
 
 def _rival(name: str, own: float, value: float, metric: str, rows: float) -> Rival:
     ahead = value - own if metric in LOWER_IS_BETTER else own - value
-    margin = 0.0
-    if metric in SHARES and rows:
-        margin = 2 * float((own * (1 - own) + value * (1 - value)) / rows) ** 0.5
-    return Rival(name, value, ahead, abs(ahead) > margin and shown(metric, abs(ahead)) != shown(metric, 0.0))
+    seen = abs(ahead) > noise(metric, own, value, rows)
+    return Rival(name, value, ahead, seen and shown(metric, abs(ahead)) != shown(metric, 0.0))

@@ -8,13 +8,12 @@ from collections.abc import Iterator, Sequence
 
 from lily.recipes.results.card import method_title
 from lily.recipes.results.result import Result, output_folder
-from lily.recipes.scoring.metrics import LOWER_IS_BETTER, better, shown
+from lily.recipes.results.standing import spoken
+from lily.recipes.scoring.metrics import LOWER_IS_BETTER, SHARES, better, noise, shown
 from lily.recipes.spec.dreambooth import DreamBooth
 from lily.recipes.spec.schema import Recipe
 
-SHARES = ("accuracy", "exact_match", "accuracy_norm")  # of rows, so that the number of rows tells their noise
 UNTRAINED = "the untrained model"
-TITLES = {"majority": "the majority", "tfidf": "TF-IDF", "frozen": "the frozen encoder", "lora": "LoRA"}
 WITHOUT = ("majority", "tfidf", "frozen")  # baselines that train no adapter
 
 
@@ -28,7 +27,7 @@ def verdict(result: Result) -> str:
     if result.method == "none" and result.best is None:
         return f"{figure}; nothing was trained."
     others = _others(result)
-    lora = [TITLES["lora"]] if TITLES["lora"] in others else []
+    lora = [spoken("lora")] if spoken("lora") in others else []
     rest = [title for title in others if title not in lora]
     best = rest[:1]
     for title in rest[1:]:
@@ -43,8 +42,9 @@ def _against(result: Result, own: float, title: str, value: float) -> str:
     if own == value:
         return f"equal to {whom}"
     word = "better" if better(result.metric, own, value) else "worse"
-    noise = ", which so few rows cannot tell from chance" if _is_noise(result, own, value) else ""
-    return f"{_difference(result.metric, own, value)} {word} than {whom}{noise}"
+    unsure = abs(own - value) < noise(result.metric, own, value, max(result.rows[result.split], 1))
+    chance = ", which so few rows cannot tell from chance" if unsure else ""
+    return f"{_difference(result.metric, own, value)} {word} than {whom}{chance}"
 
 
 def how_sure(metric: str, value: float, rows: int) -> str:
@@ -60,13 +60,14 @@ def how_sure(metric: str, value: float, rows: int) -> str:
 
 def advice(result: Result, recipe: Recipe, typed: str, changes: Sequence[str]) -> Iterator[str]:
     """What to try, with the command to paste; nothing if nothing is remarkable."""
+    kept = _without_output(changes)
     if still_improving(result):
         yield (
             f"It was still improving: the last evaluation was the best one. More training may help:\n"
             f"  {command('train', typed, [*changes, *_longer(recipe), _elsewhere(recipe, 'longer')])}"
         )
     ahead = [
-        TITLES[name]
+        spoken(name)
         for name in WITHOUT
         if name in result.baselines and _beats(result, result.baselines[name].get(result.metric))
     ]
@@ -75,17 +76,14 @@ def advice(result: Result, recipe: Recipe, typed: str, changes: Sequence[str]) -
         yield (
             f"{' and '.join(ahead)} {verb} better without an adapter: the learning rate or the scale does not suit "
             f"these data, or there are too few rows. Search them:\n"
-            f"  {command('tune', typed, [c for c in changes if not c.startswith('output=')])}"
+            f"  {command('tune', typed, kept)}"
         )
     elif _beats(result, result.before.get(result.metric)):
-        yield (
-            "The training made the model worse: a lower learning rate may help:\n"
-            f"  {command('tune', typed, [c for c in changes if not c.startswith('output=')])}"
-        )
+        yield (f"The training made the model worse: a lower learning rate may help:\n  {command('tune', typed, kept)}")
     if result.method == "lily" and _beats(result, result.baselines.get("lora", {}).get(result.metric)):
         yield (
             "LoRA is ahead in this run. Each method at its own best learning rate and scale, over several seeds:\n"
-            f"  {command('compare', typed, [c for c in changes if not c.startswith('output=')])} --tune"
+            f"  {command('compare', typed, kept)} --tune"
         )
 
 
@@ -117,13 +115,20 @@ def next_commands(
         else:
             yield f"lily export {run} --to lora --out {run}-lora", "a LoRA for PEFT, vLLM and others"
         if not isinstance(recipe, DreamBooth):
-            kept = [change for change in changes if not change.startswith("output=")]
-            yield command("compare", typed, kept), "against LoRA of equal size over three seeds, with tests"
+            yield (
+                command("compare", typed, _without_output(changes)),
+                "against LoRA of equal size over three seeds, with tests",
+            )
 
 
 def command(verb: str, typed: str, changes: Sequence[str]) -> str:
     """A command about the same recipe."""
     return shlex.join(["lily", verb, typed, *changes])
+
+
+def _without_output(changes: Sequence[str]) -> list[str]:
+    """The changes for a command that writes elsewhere."""
+    return [change for change in changes if not change.startswith("output=")]
 
 
 def _longer(recipe: Recipe) -> list[str]:
@@ -142,7 +147,7 @@ def _title(result: Result) -> str:
 
 def _others(result: Result) -> dict[str, float]:
     """What else was judged on the same rows, by title."""
-    judged = {UNTRAINED: result.before, **{TITLES[name]: values for name, values in result.baselines.items()}}
+    judged = {UNTRAINED: result.before, **{spoken(name): values for name, values in result.baselines.items()}}
     values = {title: figures.get(result.metric) for title, figures in judged.items()}
     return {title: value for title, value in values.items() if value is not None and not math.isnan(value)}
 
@@ -156,11 +161,3 @@ def _beats(result: Result, value: float | None) -> bool:
 def _difference(metric: str, one: float, other: float) -> str:
     size = abs(one - other)
     return f"{size:.4f}" if metric in LOWER_IS_BETTER else f"{100 * size:.1f} points"
-
-
-def _is_noise(result: Result, one: float, other: float) -> bool:
-    """Whether two shares of rows differ by less than two standard errors of their difference."""
-    if result.metric not in SHARES:
-        return False
-    rows = max(result.rows[result.split], 1)
-    return abs(one - other) < 2 * math.sqrt((one * (1 - one) + other * (1 - other)) / rows)

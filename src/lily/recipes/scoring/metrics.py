@@ -16,7 +16,8 @@ DEFAULTS: dict[str, list[Metric]] = {
     "text-regression": ["pearson", "spearman"],
     "sft": ["loss", "perplexity"],
 }
-SCORED = ("exact_match", "accuracy", "accuracy_norm")  # of sft, besides those computed from the loss
+SHARES = ("exact_match", "accuracy", "accuracy_norm")  # of rows that are right, so the number of rows tells their noise
+SCORED = SHARES  # of sft, besides those computed from the loss
 LOWER_IS_BETTER = ("loss", "perplexity", "mse")
 
 
@@ -35,6 +36,13 @@ def better(metric: str, a: float, b: float) -> bool:
 def worst(metric: str) -> float:
     """A value worse than every real one."""
     return math.inf if metric in LOWER_IS_BETTER else -math.inf
+
+
+def noise(metric: str, one: float, other: float, rows: float) -> float:
+    """Two standard errors of the difference between two shares of rows; 0 for a metric that is none."""
+    if metric not in SHARES or not rows:
+        return 0.0
+    return 2 * math.sqrt((one * (1 - one) + other * (1 - other)) / rows)
 
 
 def compute(names: Sequence[Metric], predicted: Any, expected: Any) -> dict[str, float]:
