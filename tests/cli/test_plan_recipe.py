@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from recipes_helpers import classification, rows, sft, write_jsonl, write_recipe
 from typer.testing import CliRunner
 
@@ -104,6 +105,13 @@ def test_a_marked_recipe_is_still_the_recipe(mine, tmp_path):
     recipe = loader.load_recipe(mine)
     (tmp_path / "again.yaml").write_text(marked(loader.dump_recipe(recipe), loader.origins(recipe)))
     assert loader.load_recipe(str(tmp_path / "again.yaml")) == recipe
+
+
+@pytest.mark.parametrize("name", ["quickstart", "cola", "chat", "paper/glue-cola"])
+def test_texts_of_several_lines_are_not_cut_by_the_mark(name):
+    recipe = loader.load_any(name)
+    text = loader.dump_recipe(recipe)
+    assert yaml.safe_load(marked(text, loader.origins(recipe))) == yaml.safe_load(text)
 
 
 def test_a_scale_that_nothing_chose_is_warned_of(mine):

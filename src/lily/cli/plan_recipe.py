@@ -117,8 +117,12 @@ def marked(recipe: str, origins: Mapping[Key, str]) -> str:
             if isinstance(value, yaml.MappingNode) and value.value:
                 mark(value, here)
             elif here in origins:
-                number = key.start_mark.line
-                lines[number] = f"{lines[number]:<{MARGIN - len(origins[here])}}  # {origins[here]}"
+                number, said = key.start_mark.line, f"# {origins[here]}"
+                if isinstance(value, yaml.ScalarNode) and value.end_mark.line > number:
+                    # within a text of several lines a comment would end it, or be a part of it
+                    lines[number] = f"{' ' * key.start_mark.column}{said}\n{lines[number]}"
+                else:
+                    lines[number] = f"{lines[number]:<{MARGIN - len(origins[here])}}  {said}"
 
     mark(yaml.compose(recipe, Loader=yaml.SafeLoader), ())
     return "\n".join(lines)
