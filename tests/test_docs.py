@@ -14,7 +14,7 @@ import pytest
 import typer
 import yaml
 from docs_blocks import ALL, PAGES, ROOT, SHELLS, SHOWN, Block, Command, blocks, cells, commands
-from docs_pages import PREPARED, SMALLER, symptoms
+from docs_pages import PREPARED, SMALLER, own_table, symptoms
 from docs_world import World
 from typer.testing import CliRunner
 
@@ -297,6 +297,7 @@ def test_python_m_lily_works():
 def test_commands_run_on_the_real_packages_with_a_few_steps(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("headlines.csv").write_text('input.1.content\n"area man wins award"\n"parliament passes budget"\n')
+    own_table()
     for block in blocks(page):
         if block.file is not None:
             Path(block.file).write_text(block.text)

@@ -76,16 +76,18 @@ def with_batches(**names: Any) -> dict[str, Any]:
     return {"calibration_batches": batches, "held_out_batches": batches, "lily": lily, **names}
 
 
-@before("README.md")
-def readme(world: World) -> dict[str, Any]:
-    rows = [
-        (f"a {word} {thing}", star)
-        for word, star in (("good", 1), ("bad", 0))
-        for thing in ("film", "plot", "actors") * 3
-    ]
+def own_table() -> None:
+    """The table that readers have, and rows to predict."""
+    classes = (("good", 1), ("bad", 0))
+    rows = [(f"a {word} {thing}", star) for word, star in classes for thing in ("film", "plot", "actors") * 3]
     with open("reviews.csv", "w", newline="") as file:
         csv.writer(file).writerows([("review", "stars"), *rows])
     Path("new.csv").write_text("review\nthe film was good\n")
+
+
+@before("README.md")
+def readme(world: World) -> dict[str, Any]:
+    own_table()
     return {}
 
 
