@@ -123,34 +123,47 @@ def tuned(name: str, arms: Sequence[str], sizes: Sequence[float], rates: Sequenc
                 if found is None:
                     continue
                 first = Run(name, arm, size, key(found), rates[0], 0)
-                curve = {run.rate: score(rows[run]) for rate in RATES if (run := replace(first, rate=rate)) in rows}
-                if absent := [rate for rate in rates if rate not in curve]:
-                    yield from (replace(first, rate=rate) for rate in absent)
-                    continue
-                best = min(curve, key=curve.__getitem__)
-                wider = [rate for rate in (best / 2, best * 2) if rate not in curve and RATES[0] <= rate <= RATES[-1]]
-                if wider:
-                    yield from (replace(first, rate=rate) for rate in wider)
-                else:
+                more = list(widened(rows, first, rates))
+                yield from more
+                if not more:
+                    curve = tried(rows, first)
+                    best = min(curve, key=curve.__getitem__)
                     yield from (replace(first, rate=best, seed=seed) for seed in range(1, seeds + 1))
 
     return study
 
 
-def shapes() -> Iterator[Run]:
-    """One learning rate for every shape: LoRA of rank 8, and Lily of many shapes at the default scale."""
-    for name, rates in (("random-labels", (4e-3, 8e-3, 2e-3)), ("headlines", (2e-3, 4e-3, 1e-3, 8e-3)),
-                        ("random-digits", (2e-3, 1e-3, 4e-3)), ("digits", (1e-3, 2e-3, 5e-4))):  # fmt: skip
+def tried(rows: Rows, first: Run) -> dict[float, float]:
+    """The scores of a run at the rates of `RATES`, where there are any."""
+    return {rate: score(rows[run]) for rate in RATES if (run := replace(first, rate=rate)) in rows}
+
+
+def widened(rows: Rows, first: Run, rates: Sequence[float]) -> Iterator[Run]:
+    """A run at the rates of a grid that have no row; after them, at the neighbors of the best one."""
+    curve = tried(rows, first)
+    absent = [rate for rate in rates if rate not in curve]
+    if not absent:
+        best = min(curve, key=curve.__getitem__)
+        absent = [rate for rate in (best / 2, best * 2) if rate not in curve and RATES[0] <= rate <= RATES[-1]]
+    yield from (replace(first, rate=rate) for rate in absent)
+
+
+def shapes(rows: Rows) -> Iterator[Run]:
+    """One learning rate for every shape: LoRA of rank 8, and Lily of many shapes at the default scale.
+
+    A shape whose best rate is at the end of the grid gets the next one too.
+    """
+    for name, rates in (("random-labels", (2e-3, 4e-3)), ("headlines", (2e-3, 4e-3)),
+                        ("random-digits", (1e-3, 2e-3)), ("digits", (1e-3,))):  # fmt: skip
         made: dict[str, dict[str, Any]] = {"LoRA, r=8": {"method": "lora", "r": 8, "lora_alpha": SCALE * 8}}
         for r in (4, 16, 64, 256):
             made[f"r={r}"] = PAIR | {"r": r, "distinct": "permute"}
         made["r=16, 8 experts"] = PAIR | {"r": 16, "num_B": 8, "routing": "sequence", "distinct": "permute"}
         depth = {"encoder": 6, "vision": 12}[tasks.TASKS[name].model]
         made["r=16, an A per layer"] = ROUTED | {"r": 16, "num_A": depth, "distinct": "permute"}
-        for rate in rates:
-            for shape, found in made.items():
-                scale = {} if found["method"] == "lora" else {"scaling": round(default_scaling(found["r"]), 4)}
-                yield Run(name, shape, 0, key(found | scale), rate, 0)
+        for shape, found in made.items():
+            scale = {} if found["method"] == "lora" else {"scaling": round(default_scaling(found["r"]), 4)}
+            yield from widened(rows, Run(name, shape, 0, key(found | scale), rates[0], 0), rates)
 
 
 def powers() -> Iterator[Run]:
@@ -164,7 +177,7 @@ def powers() -> Iterator[Run]:
 MAIN = ["LoRA", "permuted", "permuted, routed", "published, scaled"]
 PROBE, TASK = (2e-3, 4e-3), (1e-3, 2e-3)  # where grids begin; they widen
 STUDIES: dict[str, Study] = {
-    "transfer": lambda _: shapes(),
+    "transfer": shapes,
     "powers": lambda _: powers(),
     "capacity": tuned("random-labels", MAIN, (1, 8), PROBE, 5),
     "below": tuned("random-labels", ["permuted"], (2, 0.5, 0.25), PROBE, 5),
@@ -327,9 +340,10 @@ def capacity(rows: Rows) -> str:
 
 
 def draw(rows: Rows) -> None:
-    """The losses over the learning rate, and, at the best rates, over the number of parameters."""
+    """The losses over the learning rate, at the best rates over the number of parameters, and of seed 0 over drift."""
     rates: Panels = {}
     sizes: Panels = {}
+    drifts: Panels = {}
     for task, arm in dict.fromkeys((run.task, run.arm) for run in one_rate(rows)):
         points = by_rate(rows, task, arm, 0)
         curve = [(rate, [score(row) for _, row in found]) for rate, found in points.items()]
@@ -340,7 +354,16 @@ def draw(rows: Rows) -> None:
         part = "validation" if tasks.TASKS[task].probe else "test"
         point = found[0][0][1]["parameters"], [row[part]["loss"] for _, row in found[0]]
         sizes.setdefault(task, {}).setdefault(arm, []).append(point)
-    for panels, x, name in ((rates, "learning rate", "rates"), (sizes, "trainable parameters", "map")):
+        moved = [
+            (row["drift"], [row[part]["loss"]])
+            for points in by_rate(rows, task, arm, size).values()
+            for run, row in points
+            if run.seed == 0 and "drift" in row and score(row) < tasks.chance(task)
+        ]
+        if len(moved) > 1:
+            drifts.setdefault(f"{task}, size {size:g}", {})[arm] = moved
+    drawn = ((rates, "learning rate", "rates"), (sizes, "trainable parameters", "map"), (drifts, "drift", "forgetting"))
+    for panels, x, name in drawn:
         if panels:
             curves_plot(panels, x, "loss").save(FIGURES / f"structure-{name}.svg", overwrite=True)
 

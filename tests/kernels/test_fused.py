@@ -39,6 +39,7 @@ class Case:
         scaling=0.7,
         seed=0,
         adapter_dtype=None,
+        arranged=False,
     ):
         g = torch.Generator().manual_seed(seed)
 
@@ -51,6 +52,8 @@ class Case:
         self.router = None
         if E > 1 and routing != "uniform":
             self.router = rand(*((E,) if routing == "static" else (E, r)), to=own).requires_grad_()
+        self.rows = torch.randperm(r, generator=g) if arranged else None
+        self.factor = rand(r, to=own).requires_grad_() if arranged else None
         self.weight, self.bias = rand(m, shape[-1]), rand(m).requires_grad_()
         sizes = (3, shape[0] // 3) if len(shape) == 2 else shape[:2]
         self.mask = (torch.rand(sizes, generator=g) > 0.4).long() if masked and routing == "sequence" else None
@@ -59,11 +62,11 @@ class Case:
 
     @property
     def leaves(self):
-        return [t for t in (self.x, self.A, self.B, self.router, self.bias) if t is not None]
+        return [t for t in (self.x, self.A, self.B, self.router, self.bias, self.factor) if t is not None]
 
     @property
     def update(self):
-        return fused.Update(self.A, self.B, self.router, self.how, self.mask)
+        return fused.Update(self.A, self.B, self.router, self.how, self.mask, self.rows, self.factor)
 
     def fast(self):
         weight = self.weight.t().contiguous() if self.how.transposed else self.weight
@@ -78,7 +81,7 @@ class Case:
         router = None if self.router is None else self.router.double()
         update = functional.lily(
             x,
-            A,
+            functional.layer_A(A, self.rows, None, None if self.factor is None else self.factor.double()),
             B.view(self.E, self.r, -1),
             router,
             routing=self.routing,
@@ -113,19 +116,22 @@ def test_values_and_gradients_equal_the_reference(routing, activation, shape, ma
             case = Case(routing, shape, E=E, activation=activation, masked=masked, transposed=transposed)
             assert max(differences(case, case.fast)) < 1e-11
         assert max(differences(case, case.beside)) < 1e-11
+        arranged = Case(routing, shape, E=E, activation=activation, masked=masked, arranged=True)
+        assert max(differences(arranged, arranged.fast)) < 1e-11
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("tokens", [5, 40])
-def test_gradients_pass_gradcheck(routing, tokens):
-    case = Case(routing, shape=(2, tokens, 3), m=2, r=2, masked=True)
+@pytest.mark.parametrize("arranged", [False, True])
+def test_gradients_pass_gradcheck(routing, tokens, arranged):
+    case = Case(routing, shape=(2, tokens, 3), m=2, r=3, masked=True, arranged=arranged)
     run = lambda *t: case.fast()  # noqa: E731 -- the leaves are the case's own
     assert torch.autograd.gradcheck(run, case.leaves)
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_gradients_of_gradients_pass_gradgradcheck(routing):
-    case = Case(routing, shape=(2, 4, 3), m=2, r=2, masked=True, activation="silu")
+    case = Case(routing, shape=(2, 4, 3), m=2, r=2, masked=True, activation="silu", arranged=True)
     assert torch.autograd.gradgradcheck(lambda *t: case.fast(), case.leaves)
 
 
@@ -313,6 +319,16 @@ def test_autocast_multiplies_in_half_precision_and_keeps_no_copy_of_the_input(ro
     assert [t.data_ptr() for t in of_its_size] == [x.data_ptr()]
     out.float().square().sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+
+
+def test_a_layers_arrangement_of_the_shared_A_is_not_kept_for_backward():
+    base = nn.Sequential(*(nn.Linear(48, 48) for _ in range(2)))
+    model = adapted(base, r=6, num_A=1, gain="signs", target_modules="all-linear")
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        model(torch.randn(4, 10, 48))
+    shared = [p for name, p in model.named_parameters() if "lily_A" in name]
+    assert {t.data_ptr() for t in saved if t.shape == shared[0].shape} == {A.data_ptr() for A in shared}
 
 
 def test_a_half_precision_base_is_not_multiplied_in_float32():

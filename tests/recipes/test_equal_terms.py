@@ -69,8 +69,8 @@ def test_what_one_method_has_alone_is_told_with_its_origin(told):
 
 
 def test_what_chose_an_inherited_value_says_nothing_about_ones_own(tmp_path, encoder):
-    def warned(**own):
-        path = write_recipe(tmp_path, {"extends": "quickstart", "name": "mine", **own})
+    def warned(extends="quickstart", **own):
+        path = write_recipe(tmp_path, {"extends": extends, "name": "mine", **own})
         recipe = loader.load_recipe(path)
         others = [recipe.model_copy(update={"method": m}).written_at(recipe.locations) for m in ("lily", "lora")]
         terms = [named(o.method, o, 8, 3.0 if o.lily.scaling and o.method == "lily" else 2.0) for o in others]
@@ -79,6 +79,10 @@ def test_what_chose_an_inherited_value_says_nothing_about_ones_own(tmp_path, enc
     assert warned() == []
     assert warned(lily={"scaling": 3.0}) == ["scales"]
     assert warned(lily={"scaling": 3.0}, chosen_by="my search") == []
+    ours = {"extends": "quickstart", "name": "ours", "lily": {"scaling": 3.0}}
+    between = write_recipe(tmp_path, ours, "between.yaml")
+    assert warned(extends=between) == ["scales"]
+    assert warned(extends=between, chosen_by="my search") == []
 
 
 def test_a_run_is_compared_with_its_baseline_and_another_method_with_the_recipes_lily(tmp_path, encoder, table, capsys):

@@ -21,11 +21,11 @@ from lily.plan.options import ROUTINGS
 FROZEN, LORA, LORA_RANK, STOCK, MERGED = "frozen", "LoRA", "LoRA, equal rank", "stock Lily", "Lily merged"
 NAMES = (FROZEN, LORA, LORA_RANK, STOCK, *(f"Lily {routing}" for routing in ROUTINGS), MERGED)
 # Structures with at most the parameters of the others, by the largest rank; measured when they are named.
-PAIR: dict[str, Any] = {"num_A": 1, "num_B": 1}
+PAIR: dict[str, Any] = {"num_A": 1, "num_B": 1, "distinct": "none"}
 STRUCTURES: dict[str, dict[str, Any]] = {
     "Lily pair": PAIR,
     "Lily permuted": PAIR | {"distinct": "permute"},
-    "Lily gains": PAIR | {"gain": "signs"},
+    "Lily gains": PAIR | {"distinct": "permute", "gain": "signs"},
     "Lily own": PAIR | {"distinct": "permute", "own_r": 2},
 }
 

@@ -4,7 +4,7 @@ Computes the same as `functional`, which its tests compare it with, but faster:
 
 - the update is accumulated into the base layer's output by its matrix product, without a tensor for it;
 - `x` is the only activation saved for backward, which recomputes h and p by one narrow product (saved, they would take
-  more memory than LoRA's narrower h);
+  more memory than LoRA's narrower h); so is a layer's own arrangement of the shared A;
 - the gradients of `x` from the base layer and from A are accumulated in one tensor;
 - half-precision inputs are multiplied in half precision, as under autocast, without a float32 copy.
 
@@ -72,6 +72,8 @@ class Update(NamedTuple):
         router: as in `functional.lily`.
         how: the options.
         mask: (batch, tokens), for `sequence`.
+        rows: (r,), which row of A each rank takes, as of `functional.layer_A`; None: its own.
+        factor: (r,), what its row is multiplied by: signs, a gain, or both; None: 1.
     """
 
     A: Tensor
@@ -79,6 +81,8 @@ class Update(NamedTuple):
     router: Tensor | None
     how: How
     mask: Tensor | None = None
+    rows: Tensor | None = None
+    factor: Tensor | None = None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, update: Update) -> Tensor:
@@ -125,14 +129,14 @@ def _decode(x: Tensor, weight: Tensor, bias: Tensor | None, update: Update) -> T
 
     None for other options.
     """
-    A, B, router, how, mask = update
+    A, B, router, how, mask, rows, factor = update
     alone = how.routing == "sequence" and mask is None and x.ndim > 2 and x.numel() == x.shape[0] * x.shape[-1]
     per_token = (alone or how.routing in ("token", "static")) and how.experts > 1 and router is not None
     plain = not how.transposed and how.activation == "none" and not how.dropout
     if not (per_token and plain and x.dtype == A.dtype == weight.dtype == how.dtype):
         return None
     y = F.linear(x, weight, bias)
-    h = F.linear(x, A)
+    h = F.linear(x, functional.layer_A(A, rows, None, factor))
     logits = router if how.routing == "static" else F.linear(h, router)  # type: ignore[arg-type]
     p = torch.softmax(logits, -1) if how.dtype == torch.float32 else functional.softmax(logits)  # type: ignore[arg-type]
     g = (p.unsqueeze(-1) * h.unsqueeze(-2)).view(-1, B.shape[0])
@@ -143,11 +147,12 @@ def _decode(x: Tensor, weight: Tensor, bias: Tensor | None, update: Update) -> T
 class _Node(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        x, weight, bias, result, A, B, router, how, mask = inputs
-        y, weight, dropped = _forward(x, weight, bias, result, Update(A, B, router, how, mask))
+        x, weight, bias, result, *update = inputs
+        A, B, router, how, mask, rows, factor = update
+        y, weight, dropped = _forward(x, weight, bias, result, Update(*update))
         ctx.how = how
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(x, weight, A, B, router, mask, *dropped)
+        ctx.save_for_backward(x, weight, A, B, router, mask, rows, factor, *dropped)
         return y.detach()  # not a view: autograd would refuse in-place changes of one, as by ReLU(inplace=True)
 
     @staticmethod
@@ -155,13 +160,14 @@ class _Node(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _differentiable_backward(ctx, dy)
         how: How = ctx.how
-        x, weight, A, B, router, mask, *dropped = ctx.saved_tensors
-        wants_x, _, wants_bias, wants_result, wants_A, wants_B, wants_router, *_ = ctx.needs_input_grad
+        x, weight, A, B, router, mask, order, factor, *dropped = ctx.saved_tensors
+        wants_x, _, wants_bias, wants_result, wants_A, wants_B, wants_router, *_, wants_factor = ctx.needs_input_grad
         with _plain_products(x):
             wide = dy.reshape(-1, dy.shape[-1])
             dbias = wide.sum(0).to(ctx.bias_dtype) if wants_bias else None
             wide = wide.to(how.dtype)
-            rows, down = x.reshape(-1, x.shape[-1]).to(how.dtype), A.to(how.dtype)
+            rows = x.reshape(-1, x.shape[-1]).to(how.dtype)
+            down = functional.layer_A(A, order, None, factor).to(how.dtype)
             h, slope = dropped or activate(mm(rows, down.t()), how.activation)
             p = route(h, router, how)
             dh, dw, dB = mix_backward(wide, h, weights(p, how, x, mask), B, how, wants_B)
@@ -169,7 +175,9 @@ class _Node(torch.autograd.Function):
             if dw is not None and p is not None and router is not None:
                 dh, drouter = route_backward(dh, dw, h, p, router, how, x, mask)
             da = dh if slope is None else dh * slope
-            dA = mm(da.t(), rows).to(A.dtype) if wants_A else None
+            dA, dfactor = None, None
+            if wants_A or wants_factor:
+                dA, dfactor = _shared(mm(da.t(), rows).to(A.dtype), A, order, factor, wants_factor)
             dx = None
             if wants_x and weight is None:
                 dx = mm(da, down).view(x.shape).to(x.dtype)
@@ -177,14 +185,14 @@ class _Node(torch.autograd.Function):
                 through_base = mm(wide, weight.t() if how.transposed else weight)
                 dx = plus_mm(through_base, da, down, spare=True).view(x.shape).to(x.dtype)
         dresult = dy if wants_result else None
-        return dx, None, dbias, dresult, dA, dB, drouter if wants_router else None, None, None
+        return dx, None, dbias, dresult, dA, dB, drouter if wants_router else None, None, None, None, dfactor
 
 
 def _forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, result: Tensor | None, update: Update
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
     """The output, the base weight in `how.dtype`, and h and dh/da if dropout prevents recomputing them."""
-    A, B, router, how, mask = update
+    A, B, router, how, mask, order, factor = update
     with _plain_products(x):
         low = x.to(how.dtype)
         if result is None:
@@ -193,11 +201,25 @@ def _forward(
             y = _base(low, weight, None if bias is None else bias.to(how.dtype), how.transposed)
         else:
             y = result
-        a = mm(low.reshape(-1, x.shape[-1]), A.to(how.dtype).t())
+        a = mm(low.reshape(-1, x.shape[-1]), functional.layer_A(A, order, None, factor).to(how.dtype).t())
         h, slope = activate(a, how.activation, how.dropout)
         w = weights(route(h, router, how), how, x, mask)
         rows = mix(y.reshape(-1, y.shape[-1]), h, w, B.to(how.dtype), how, spare=result is None)
         return rows.view(y.shape), weight, (h, cast(Tensor, slope)) if how.dropout else ()
+
+
+def _shared(
+    dA: Tensor, A: Tensor, rows: Tensor | None, factor: Tensor | None, wants_factor: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of the shared A and of the factor, of that of a layer's A: backward of `functional.layer_A`."""
+    dfactor = None
+    if factor is not None:
+        if wants_factor:
+            dfactor = (dA * (A if rows is None else A.index_select(0, rows))).sum(1).to(factor.dtype)
+        dA = factor.to(dA.dtype).unsqueeze(-1) * dA
+    if rows is not None:
+        dA = torch.zeros_like(A).index_add_(0, rows, dA)
+    return dA, dfactor
 
 
 def _base(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
@@ -228,13 +250,13 @@ def activate(a: Tensor, activation: str, dropout: float = 0.0) -> tuple[Tensor, 
 def _differentiable_backward(ctx: Any, dy: Tensor) -> Any:
     """The gradients by the reference, so that they can be differentiated again."""
     how: How = ctx.how
-    x, weight, A, B, router, mask, *_ = ctx.saved_tensors
+    x, weight, A, B, router, mask, order, factor, *_ = ctx.saved_tensors
     if how.dropout:
         raise RuntimeError("Lily's dropout cannot be differentiated twice; set dropout=0 or call eval()")
-    inputs = {"x": x, "A": A, "B": B, "router": router}
+    inputs = {"x": x, "A": A, "B": B, "router": router, "factor": factor}
     wanted = {name: t for name, t in inputs.items() if t is not None and t.requires_grad}
     with _plain_products(x):
-        low_x, low_A, low_B = (t.to(how.dtype) for t in (x, A, B))
+        low_x, low_A, low_B = (t.to(how.dtype) for t in (x, functional.layer_A(A, order, None, factor), B))
         low_router = None if router is None else router.to(how.dtype)
         experts = low_B.view(how.experts, -1, B.shape[1])
         y = functional.lily(
@@ -247,4 +269,5 @@ def _differentiable_backward(ctx: Any, dy: Tensor) -> Any:
     by_name = dict(zip(wanted, grads, strict=True))
     dbias = dy.reshape(-1, dy.shape[-1]).sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
     dresult = dy if ctx.needs_input_grad[3] else None
-    return by_name.get("x"), None, dbias, dresult, *(by_name.get(name) for name in ("A", "B", "router")), None, None
+    shared = (by_name.get(name) for name in ("A", "B", "router"))
+    return by_name.get("x"), None, dbias, dresult, *shared, None, None, None, by_name.get("factor")

@@ -220,7 +220,17 @@ class LilyLayer(MixingMixin, OwnMixin, FixedShapeMixin, ScaleMixin, MergingMixin
         return A, B.view(num_B, B.shape[0] // num_B, B.shape[1])
 
     def _pair(self, adapter: str, device: torch.device | None) -> tuple[Tensor, Tensor]:
-        """A (r, in) and B (experts * r, out), on a device: layers on several devices share one bank."""
+        """The layer's A (r, in) and B (experts * r, out), on a device."""
+        A, B = self._shared_pair(adapter, device)
+        settings = self.settings[adapter]
+        if settings.distinction is not None and is_here(A):
+            A = settings.distinction.apply(A, self._own(adapter, "lily_gain", A.device))
+        if settings.own_r and is_here(A) and is_here(B):
+            A, B = self._with_own(adapter, A, B)
+        return A, B
+
+    def _shared_pair(self, adapter: str, device: torch.device | None) -> tuple[Tensor, Tensor]:
+        """The bank's A (r, in) and B (experts * r, out), on a device: layers on several devices share one bank."""
         bank, settings = self._bank[0], self.settings[adapter]
         A, B = bank.pair(adapter, settings.slot)
         if device is not None and not (A.device == device and B.device == device):
@@ -228,10 +238,6 @@ class LilyLayer(MixingMixin, OwnMixin, FixedShapeMixin, ScaleMixin, MergingMixin
                 onload(bank)
                 A, B = bank.pair(adapter, settings.slot)
             A, B = A.to(device), B.to(device)
-        if settings.distinction is not None and is_here(A):
-            A = settings.distinction.apply(A, self._own(adapter, "lily_gain", A.device))
-        if settings.own_r and is_here(A) and is_here(B):
-            A, B = self._with_own(adapter, A, B)
         return A, B
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -300,16 +306,20 @@ class LilyLayer(MixingMixin, OwnMixin, FixedShapeMixin, ScaleMixin, MergingMixin
             routing, router = self._settled_router(adapter, settled.done)
         if routing == "batch" and (not self.training or settings.batch_scope == "global"):
             return None  # batch routing exists to give stock PEFT's results, to the last bit
-        A, B = self._pair(adapter, x.device)
+        apart = settings.distinction if not settings.own_r else None  # the own pair stands below the rearranged A
+        A, B = self._shared_pair(adapter, x.device) if apart is not None else self._pair(adapter, x.device)
         dtype = fused.product_dtype(x, A, B)
         if dtype is None:
             return None
+        rows, factor = (None, None)
+        if apart is not None:
+            rows, factor = apart.arrangement(A.device, self._own(adapter, "lily_gain", A.device))
         if adapter in self.statistics and routing != "static":
-            self._record(adapter, x, A)
+            self._record(adapter, x, functional.layer_A(A, rows, None, factor))
         dropout = settings.dropout if self.training else 0.0
         how = How(routing, settings.num_B, settings.scaling, dtype, settings.activation, dropout, self.transposed)
         mask = bank.masks.mask_for(x) if routing == "sequence" else None
-        return fused.Update(A, B, router, how, mask)
+        return fused.Update(A, B, router, how, mask, rows, factor)
 
     def is_static(self, adapter: str) -> bool:
         """Whether the adapter's update is one matrix for all data, so that it can be merged and exported."""

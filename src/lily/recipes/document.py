@@ -21,11 +21,12 @@ PLAIN_TAGS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 
 @dataclass
 class Document:
-    """A recipe's raw values and the location of each key ("file:line" or the text of an override)."""
+    """A recipe's raw values, the location of each key ("file:line" or the text of an override), and the files."""
 
     values: dict[str, Any]
     locations: dict[Key, str] = field(default_factory=dict)
     overridden: set[Key] = field(default_factory=set)
+    files: tuple[str, ...] = ()  # the nearest first
 
     def location(self, path: Key) -> str:
         """The location of the key at `path`, or of the nearest key above it, or below: `a.b=1` writes a too."""

@@ -164,7 +164,8 @@ def near_recipes(text: str, known: Mapping[str, Path] | None = None, folder: Pat
 def _one(document: Document, text: str, variant: str | None) -> Document:
     """The whole file, or the variant that `text` ends with."""
     file = text if variant is None else text[: -len(variant) - 1]
-    return Document(*variants.chosen(document.values, document.locations, variant, file, merged))
+    values, locations = variants.chosen(document.values, document.locations, variant, file, merged)
+    return Document(values, locations, files=document.files)
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -203,7 +204,7 @@ def load_any(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe | Dream
     problems = dreambooth.problems(recipe) if isinstance(recipe, DreamBooth) else checks.problems(recipe)
     if lines := _join(document, problems):
         raise LilyError(lines)
-    return recipe.written_at(KeyLocations(document.locations, frozenset(document.overridden), str(file)))
+    return recipe.written_at(KeyLocations(document.locations, frozenset(document.overridden), document.files))
 
 
 def origins(recipe: Recipe | DreamBooth) -> dict[Key, str]:
@@ -283,6 +284,7 @@ def read(path: str, seen: tuple[Path, ...] = ()) -> Document:
     if file in seen:
         raise LilyError(f"{path}: extends itself through {' -> '.join(p.name for p in seen)}; remove one of the links")
     document = parse(path, file)
+    document.files = (path,)
     parent = document.values.pop("extends", None)
     if parent is None:
         return document
@@ -292,7 +294,8 @@ def read(path: str, seen: tuple[Path, ...] = ()) -> Document:
     base = read(str(base_path), (*seen, file))
     if variant is not None:
         base = _one(base, parent, variant)
-    return Document(merged(base.values, document.values), {**base.locations, **document.locations})
+    locations = {**base.locations, **document.locations}
+    return Document(merged(base.values, document.values), locations, files=(path, *base.files))
 
 
 def _override(document: Document, text: str) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,7 +16,6 @@ from lily.errors import LilyError
 from lily.io.atomic import remove_folder, write_text
 from lily.recipes.begun import as_begun
 from lily.recipes.preflight import flat
-from lily.recipes.spec.locations import KeyLocations
 from lily.recipes.spec.schema import Recipe
 
 SETTINGS, LOCK = "settings.json", ".lock"
@@ -128,7 +128,7 @@ def _hold(file: IO[str], folder: Path) -> None:
 def inside(recipe: Recipe, output: Path) -> Recipe:
     """The recipe with `output` set to a folder inside the search's, and without baselines."""
     literal = str(output).replace("{", "{{").replace("}", "}}")  # braces would be placeholders
-    overridden = KeyLocations(recipe.locations.written, recipe.locations.overridden | {("output",)})
+    overridden = replace(recipe.locations, overridden=recipe.locations.overridden | {("output",)})
     return recipe.model_copy(update={"output": literal, "baselines": []}).written_at(overridden)
 
 

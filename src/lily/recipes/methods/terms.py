@@ -142,9 +142,10 @@ def _origin(recipe: Recipe | DreamBooth, key: Key) -> str:
 
 
 def _covered(recipe: Recipe | DreamBooth, keys: Sequence[Key]) -> bool:
-    """Whether `chosen_by` is about these values: one that is inherited is not about what the recipe itself changes."""
+    """Whether `chosen_by` is about these values: an inherited one is not about what nearer files set."""
     if not recipe.chosen_by:
         return False
     where = recipe.locations
-    inherited = where.origin(("chosen_by",)) != where.file
-    return not (inherited and any(where.origin(key) == where.file for key in keys if key in where.written))
+    said = where.origin(("chosen_by",))  # not in `files`: on the command line, about all of them
+    above = where.files[: where.files.index(said)] if said in where.files else ()
+    return not any(where.origin(key) in above for key in keys if key in where.written)

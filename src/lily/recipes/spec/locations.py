@@ -19,12 +19,18 @@ class KeyLocations:
     Attributes:
         written: key -> location.
         overridden: the keys that were set on the command line.
-        file: the recipe's own file; keys from others are inherited. Empty for a recipe that was not read from one.
+        files: the recipe's own file, then the one that it extends, and so on; keys from others are inherited. Empty for
+            a recipe that was not read from a file.
     """
 
     written: Mapping[Key, str] = field(default_factory=dict, compare=False)
     overridden: frozenset[Key] = field(default=frozenset(), compare=False)
-    file: str = field(default="", compare=False)
+    files: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def file(self) -> str:
+        """The recipe's own file; empty for a recipe that was not read from one."""
+        return self.files[0] if self.files else ""
 
     def of(self, key: Key) -> str | None:
         """The location of `key`, or of the nearest key above it; None for a default."""
