@@ -181,14 +181,14 @@ STUDIES: dict[str, Study] = {
     "powers": lambda _: powers(),
     "capacity": tuned("random-labels", MAIN, (1, 8), PROBE, 5),
     "below": tuned("random-labels", ["permuted"], (2, 0.5, 0.25), PROBE, 5),
-    "easy": tuned("headlines", MAIN, (8, 1), TASK, 5),
+    "easy": tuned("headlines", MAIN[:3], (8, 1), TASK, 5),
     "quarter": tuned("headlines", ["permuted", "permuted, routed"], (2,), TASK, 5),
     "ablations": tuned(
-        "random-labels", ["pair", "signs", "gains", "static", "own", "permuted, own", "published"], (8, 1), PROBE, 5
+        "random-labels", ["LoRA", "pair", "permuted, own", "signs", "gains", "static", "published"], (2,), PROBE, 5
     ),
-    "mixed": tuned("mixed", [*MAIN, "permuted, own"], (1, 8), TASK, 5),
+    "mixed": tuned("mixed", MAIN[:3], (1, 8), TASK, 5),
     "long": tuned("headlines-long", ["LoRA", "permuted"], (1, 8, 16), TASK, 3),
-    "vision": tuned("random-digits", MAIN, (1, 8), PROBE, 5),
+    "vision": tuned("random-digits", MAIN[:3], (1,), PROBE, 5),
 }
 
 
