@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -29,6 +30,9 @@ def new_command(
     prompt: Column = None,
     completion: Column = None,
     messages: Column = None,
+    delimiter: Annotated[
+        str | None, Option(help="Separator of a csv, where two would fit: ',', ';', '|' or tab.")
+    ] = None,
 ) -> None:
     """Look at a file of your own and write a short recipe for it."""
     from lily.io.atomic import write_text
@@ -46,10 +50,13 @@ def new_command(
         raise LilyError(f"{target} exists; name another file with --out")
     if not target.parent.is_dir():
         raise LilyError(f"--out {out}: there is no folder {target.parent}; create it first")
-    found = guess(path, task=task, columns={key: name for key, name in given.items() if name is not None})
+    separator = {"tab": "\t", "\\t": "\t"}.get(delimiter or "", delimiter)
+    named = {key: name for key, name in given.items() if name is not None}
+    found = guess(path, task=task, columns=named, delimiter=separator)
     written = recipe_text(found, name_for(target))
     write_text(target, written)
     loader.load_recipe(str(target))
     console = Console()
     console.print(Text(written.rstrip()), soft_wrap=True)
-    console.print(escape(f"\nwritten: {target}; next:\n  lily plan {target}\n  lily train {target}"), soft_wrap=True)
+    shown = shlex.quote(str(target))
+    console.print(escape(f"\nwritten: {target}; next:\n  lily plan {shown}\n  lily train {shown}"), soft_wrap=True)

@@ -10,15 +10,16 @@ from typing import Any
 import yaml
 
 from lily.recipes.by_task import BASES
-from lily.recipes.data.guess import READ, Guess
+from lily.recipes.data.guess import HELD_OUT, Guess
+from lily.recipes.data.sniff import READ
 
 STEPS = 300  # fewer leave a small data set unlearned
 BATCHES = {320: 8, 1280: 16}  # fewer training rows than this -> batch; of more, the base's
 BATCH = 32
-HELD_OUT = 0.15
 MOST_EPOCHS, LEAST_EPOCHS = 20, 3
 CHARACTERS = 3  # in a token, at least; more in most languages with spaces
 SHOWN = 4  # classes and columns in a comment
+READ_AS = {"header": "no line of names was found", "encoding": "not UTF-8: look at the accents in lily plan"}
 
 
 def name_for(path: Path) -> str:
@@ -30,8 +31,9 @@ def name_for(path: Path) -> str:
 
 def recipe_text(found: Guess, name: str) -> str:
     """The YAML of a recipe for what was found, with comments that say why."""
-    source = {"path": str(found.path)} | ({"header": list(found.header)} if found.header else {})
-    data = [f"  train: {_flow(source)}" + ("  # no line of names was found" if found.header else "")]
+    notes = [note for key, note in READ_AS.items() if key in found.how]
+    source = _flow({"path": str(found.path)} | found.how).replace("delimiter: ;", "delimiter: ';'")
+    data = [f"  train: {source}" + (f"  # {'; '.join(notes)}" if notes else "")]
     data += [f"  {part}: {_flow({'path': str(file)})}" for part, file in found.others.items()]
     if found.columns:
         unused = f"  # not used: {_few(found.unused)}" if found.unused else ""
@@ -42,6 +44,7 @@ def recipe_text(found: Guess, name: str) -> str:
         data.append(f"  max_length: {usual}  # tokens; the longest text may have about {length}, and is cut")
     lines = [
         f"# {_what(found)}",
+        *(f"# {sentence}" for sentence in found.told),
         f"extends: {BASES[found.task]}  # model, method and schedule; any of its keys can be set here too",
         f"name: {name}",
         *([f"task: {found.task}"] if found.task == "text-regression" else []),
@@ -60,8 +63,9 @@ def recipe_text(found: Guess, name: str) -> str:
 
 
 def _what(found: Guess) -> str:
-    rows = f"the first {READ:,} rows" if found.rows is None else f"{found.rows:,} rows"
-    rows = "not counted" if found.path.is_file() and found.task == "image-classification" else rows
+    images = found.task == "image-classification"
+    rows = f"the first {READ:,} rows" if found.rows is None else f"{found.rows:,} {'images' if images else 'rows'}"
+    rows = "not counted" if found.rows is None and not found.classes and images else rows
     if found.classes:
         shown = [f"{label!r} {n:,}" for label, n in found.classes.items()]
         return f"{found.path}: {rows}, {len(found.classes)} classes ({_few(shown)})."

@@ -283,7 +283,7 @@ def test_of_a_prompt_and_a_completion_in_messages_the_completion_is_trained(chat
     assert [r["messages"] for r in got.train] == [[ASK, SAY]] * len(got.train)
     with pytest.raises(LilyError, match=r"row 1: messages, tools and a system text need .* data\.chat: false"):
         splits(chat_model, tmp_path, table, {"prompt": "p", "completion": "c"}, chat=False)
-    with pytest.raises(LilyError, match="row 1, message 2: content of the assistant is empty"):
+    with pytest.raises(LilyError, match="column 'c' is empty in 20 of 20 rows"):
         splits(chat_model, tmp_path, [{"p": [ASK], "c": ""}] * 20, {"prompt": "p", "completion": "c"})
 
 

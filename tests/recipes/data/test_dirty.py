@@ -37,7 +37,7 @@ CASES: list[tuple[str, dict[str, Any], list[str], bool | None]] = [
     ("spellings.csv", {"similar_labels": "merge"}, [r"merged into the most frequent", r"pos +18 +6 +6"], False),
     ("booleans.jsonl", {}, [r"'1' \(20 rows\) and 'True' \(10 rows\); '0'.*similar_labels: merge"], True),
     ("missing_values.csv", {}, [r"a class is named 'nan', as missing values are", r"nan +4 +1 +1 +rare"], False),
-    ("empty_label.csv", {}, [r"row 12: label column 'label' holds '', expected a class"], True),
+    ("empty_label.csv", {}, [r"column 'label' is empty in row 12; fill it, or remove the row"], True),
     (
         "rare_classes.csv",
         {},
@@ -51,7 +51,7 @@ CASES: list[tuple[str, dict[str, Any], list[str], bool | None]] = [
         [r"\d+ inputs of test are in train too.*from one of"],
         False,
     ),
-    ("repeats.csv", {}, [r"\d+ inputs of validation, .* are in train too.*data\.deduplicate: true"], False),
+    ("repeats.csv", {}, [r"\d+ inputs of validation and .* are in train too.*data\.deduplicate: true"], False),
     ("repeats.csv", {"deduplicate": True}, [r"Left out of train: 40 repeated \(data\.deduplicate\)"], False),
     (
         "long_texts.jsonl",

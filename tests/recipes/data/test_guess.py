@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from lily.cli.main import app
 from lily.errors import LilyError
 from lily.recipes import loader
 from lily.recipes.data.guess import guess
+from lily.recipes.data.rows import load_splits
 from lily.recipes.new import name_for, recipe_text
 
 WORDS = ("area", "man", "wins", "award", "for", "sitting", "down", "while", "parliament", "passes", "a", "budget")
@@ -98,7 +100,7 @@ def test_a_line_of_names_that_is_missing_is_noticed(tmp_path):
     path = tmp_path / "rows.tsv"
     path.write_text("".join(f"{i}\t{sentence(i)}\t{label(i)}\n" for i in range(60)))
     found = guess(path)
-    assert found.header == ("column1", "column2", "column3")
+    assert found.how == {"header": ["column1", "column2", "column3"]}
     assert found.columns == {"text": "column2", "label": "column3"}
     assert found.rows == 60
 
@@ -121,7 +123,11 @@ def test_what_the_user_names_comes_first(tmp_path):
 @pytest.mark.parametrize(
     ("columns", "given", "said"),
     [
-        ({"text": sentence}, {}, "not clear what to learn from the columns text; name them with --text"),
+        (
+            {"text": sentence},
+            {},
+            "columns text; texts alone have nothing to predict, so add a column with a label or an answer",
+        ),
         ({"a": lambda i: i, "b": lambda i: i}, {}, "not clear what to learn from the columns a, b"),
         ({"text": sentence, "label": label}, {"label": "lable"}, "no column 'lable'; did you mean label?"),
         ({"text": sentence, "label": label}, {"label": "xyz"}, "no column 'xyz'; it has text, label"),
@@ -135,11 +141,137 @@ def test_what_is_not_clear_is_said(tmp_path, columns, given, said):
 def test_a_path_that_is_no_data(tmp_path):
     with pytest.raises(LilyError, match="there is no such file or folder"):
         guess(tmp_path / "none.csv")
-    with pytest.raises(LilyError, match="images of 0 classes; make one folder per class"):
+    with pytest.raises(LilyError, match=r"holds no images .* in folders of classes; make one folder per class"):
         guess(tmp_path)
     (tmp_path / "empty.csv").write_text("text,label\n")
     with pytest.raises(LilyError, match="has no rows"):
         guess(tmp_path / "empty.csv")
+
+
+def pair(i):
+    return [{"role": "user", "content": sentence(i)}, {"role": "assistant", "content": sentence(-i)}]
+
+
+# file name, its text, and what of the guess is expected
+TEXTS = "".join(f"{sentence(i)};{label(i)}\n" for i in range(40))
+AS_FOUND = {
+    "semicolons": ("x.csv", "text;label\n" + TEXTS, {"how": {"delimiter": ";"}}),
+    "an index without a name": (
+        "x.csv",
+        ",text,label\n" + "".join(f"{i},{sentence(i)},{label(i)}\n" for i in range(40)),
+        {"how": {}, "columns": {"text": "text", "label": "label"}, "unused": ()},
+    ),
+    "short lines without a header": ("x.csv", TEXTS, {"how": {"delimiter": ";", "header": ["column1", "column2"]}}),
+    "Windows' letters": (
+        "x.csv",
+        ("text,label\n" + TEXTS.replace(";", " caf\xe9,")).encode("cp1252"),
+        {"how": {"encoding": "cp1252"}},
+    ),
+    "lines of JSON": (
+        "x.json",
+        "".join(json.dumps({"text": sentence(i), "label": i % 2}) + "\n" for i in range(40)),
+        {"how": {"format": "jsonl"}},
+    ),
+    "a text file": ("x.txt", "text\tlabel\n" + TEXTS.replace(";", "\t"), {"how": {"format": "csv", "delimiter": "\t"}}),
+    "nested": (
+        "x.jsonl",
+        "".join(json.dumps({"doc": {"text": sentence(i)}, "meta": {"label": label(i)}}) + "\n" for i in range(40)),
+        {"columns": {"text": "doc.text", "label": "meta.label"}},
+    ),
+    "chats as JSON in a csv": (
+        "x.csv",
+        "id,messages\n" + "".join(f"""{i},"{json.dumps(pair(i)).replace('"', '""')}"\n""" for i in range(9)),
+        {"columns": {"messages": "messages"}},
+    ),
+    "names in capitals": (
+        "x.jsonl",
+        "".join(json.dumps({"Question": sentence(i), "Answer": sentence(-i)}) + "\n" for i in range(40)),
+        {"columns": {"prompt": "Question", "completion": "Answer"}},
+    ),
+    "numbered texts": (
+        "x.csv",
+        "q1,q2,duplicate\n" + "".join(f"{sentence(i)},{sentence(-i)},{i % 2}\n" for i in range(40)),
+        {"columns": {"text": "q1", "text_pair": "q2", "label": "duplicate"}},
+    ),
+    "a price": (
+        "x.csv",
+        "id,text,price\n" + "".join(f"{i},{sentence(i)},{i * 13}\n" for i in range(60)),
+        {"task": "text-regression", "columns": {"text": "text", "label": "price"}},
+    ),
+    "missing numbers": (
+        "x.csv",
+        "text,label\n" + "".join(f"{sentence(i)},{('1', '2', 'nan')[i % 3]}\n" for i in range(60)),
+        {"task": "text-classification"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AS_FOUND)
+def test_files_are_read_as_they_are_found(tmp_path, name):
+    file, text, expected = AS_FOUND[name]
+    path = tmp_path / file
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    found = guess(path)
+    assert {key: getattr(found, key) for key in expected} == expected
+    (tmp_path / "x.yaml").write_text(recipe_text(found, "x"))
+    load_splits(loader.load_recipe(str(tmp_path / "x.yaml")))
+
+
+@pytest.mark.parametrize(
+    ("columns", "told"),
+    [
+        (
+            {"text": sentence, "kind": label, "country": lambda i: ["de", "fr", "it"][i % 3]},
+            "a guess.*--label: country",
+        ),
+        ({"text": lambda i: "" if i == 3 else sentence(i), "label": label}, r"text is empty in 1 row \(4\): fill"),
+        (
+            {"text": sentence, "label": label, "split": lambda i: ["train", "test"][i % 2]},
+            "split says what a row is",
+        ),
+        ({"text": lambda i: f"очень хороший отель {i}", "label": label}, "other scripts"),
+        ({"text": sentence, "label": lambda i: ("a|b", "b|c")[i % 2]}, "labels look like lists"),
+    ],
+)
+def test_what_somebody_should_know_stands_in_the_recipe(tmp_path, columns, told):
+    assert re.search(told, recipe_text(guess(table(tmp_path / "x.csv", columns)), "x"))
+
+
+@pytest.mark.parametrize(
+    ("columns", "n", "said"),
+    [
+        ({"text": sentence, "label": lambda i: "x"}, 60, "'label' is 'x' in every row"),
+        ({"text": sentence, "label": lambda i: f"l{i}"}, 60, "60 different values in 60 rows, so they are no classes"),
+        ({"text": sentence, "score": lambda i: f"{i}%"}, 60, "write them as plain numbers such as 1234.5, not '0%'"),
+        ({"text": sentence, "price": lambda i: f"${i}.5"}, 60, "holds amounts such as '$0.5'"),
+        ({"text": sentence, "label": label}, 5, "has 5 rows .*, too few to hold any out"),
+        ({"prompt": sentence, "chosen": sentence, "rejected": sentence}, 9, "TRL's DPOTrainer.*--completion chosen"),
+    ],
+)
+def test_data_that_cannot_be_learned_say_why(tmp_path, columns, n, said):
+    with pytest.raises(LilyError, match=said.replace("$", r"\$")):
+        guess(table(tmp_path / "x.csv", columns, n))
+
+
+def test_a_folder_may_hold_tables_or_parts(tmp_path):
+    for part in ("train", "val", "test"):
+        for kind in ("cat", "dog"):
+            (tmp_path / "pets" / part / kind).mkdir(parents=True)
+            (tmp_path / "pets" / part / kind / "1.png").touch()
+    found = guess(tmp_path / "pets")
+    assert (found.path, found.rows) == (tmp_path / "pets" / "train", 2)
+    assert found.others == {"validation": tmp_path / "pets" / "val", "test": tmp_path / "pets" / "test"}
+    (tmp_path / "tables").mkdir()
+    table(tmp_path / "tables" / "my_train.csv", {"text": sentence, "label": label})
+    (tmp_path / "tables" / "my_test.csv").write_text("text\nwithout labels\n")
+    found = guess(tmp_path / "tables")
+    assert (found.path.name, found.others) == ("my_train.csv", {})
+    assert "my_test.csv beside it is not used, as it has no column 'label'" in recipe_text(found, "x")
+    table(tmp_path / "tables" / "train2.csv", {"text": sentence, "label": label})
+    (tmp_path / "tables" / "my_train.csv").rename(tmp_path / "tables" / "a.csv")
+    (tmp_path / "tables" / "train2.csv").rename(tmp_path / "tables" / "b.csv")
+    with pytest.raises(LilyError, match=r"holds 3 tables .*; name the one to train on: lily new"):
+        guess(tmp_path / "tables")
 
 
 @pytest.mark.parametrize(
@@ -186,15 +318,14 @@ def test_nothing_is_overwritten(tmp_path):
     assert out.read_text() == "mine"
 
 
-def test_a_start_for_own_data_is_no_recipe_by_itself():
+def test_a_start_for_own_data_is_no_recipe_by_itself(tmp_path):
     assert not any(name.startswith("base/") for name in loader.shipped())
     with pytest.raises(LilyError, match="`lily new FILE` writes a recipe that extends it"):
         loader.load_recipe("base/encoder")
     with pytest.raises(LilyError, match="did you mean base/encoder"):
-        loader.read(str(_written("extends: base/encodr\n")))
+        loader.read(str(_written("extends: base/encodr\n", tmp_path / "typo.yaml")))
 
 
-def _written(text):
-    path = Path("typo.yaml").resolve()
+def _written(text, path):
     path.write_text(text)
     return path

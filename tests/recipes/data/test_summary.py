@@ -54,7 +54,7 @@ def test_rows_classes_and_repeats_are_counted_per_part(encoder, tmp_path):
     assert seen.classes()[1] == [["a", "9", "2", "3", ""], ["b", "2", "1", "0", "rare"], ["c", "1", "0", "0", "rare"]]
     told = " ".join(seen.warnings)
     assert f"2 of 3 classes have fewer than {RARE} rows ('c' 1, 'b' 2)" in told
-    assert "1 inputs of validation, 3 inputs of test are in train too" in told
+    assert "1 input of validation and 3 inputs of test are in train too" in told
     assert re.search(r"1 input has different labels \('[Ff]ilm +3': '[ab]' and '[ab]'\)", told)
 
 

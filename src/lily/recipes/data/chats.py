@@ -114,7 +114,7 @@ def read_messages(value: Any, column: str, where: str, first: int = 1) -> list[M
     Raises:
         LilyError: for the first problem, with its message and key.
     """
-    listed = _from_json(value) if isinstance(value, str) else value
+    listed = from_json(value) if isinstance(value, str) else value
     if not isinstance(listed, list) or not listed or not all(isinstance(message, dict) for message in listed):
         raise LilyError(
             f"{where}: column {column!r} holds {_kind(value)}, expected a list of messages such as "
@@ -145,7 +145,7 @@ def read_message(given: Mapping[str, Any], where: str) -> Message:
     content, thought = _content(_either(given, CONTENT, where), role, where)
     calls: Any = given.get("tool_calls") or ([given["function_call"]] if "function_call" in given else [])
     if calling:
-        found = _from_json(content)
+        found = from_json(content)
         if found is None:
             raise LilyError(f"{where}: the {said} is not JSON, expected {{name, arguments}}: {_kind(content)}")
         calls, content = found if isinstance(found, list) else [found], ""
@@ -237,7 +237,7 @@ def _as_messages(value: Any, role: str) -> Any:
 
 def _untrained(value: Any) -> Any:
     """Messages that are read for what follows them."""
-    listed = _from_json(value) if isinstance(value, str) else value
+    listed = from_json(value) if isinstance(value, str) else value
     if not isinstance(listed, list):
         return value
     return [{**message, "weight": 0} if isinstance(message, dict) else message for message in listed]
@@ -308,7 +308,7 @@ def _joined(parts: list[Any], where: str) -> tuple[str, str]:
 
 def _tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
     """Tool calls with their arguments as an object, which chat templates expect; OpenAI's API has a JSON text."""
-    calls = _from_json(value) if isinstance(value, str) else value
+    calls = from_json(value) if isinstance(value, str) else value
     if not isinstance(calls, list):
         raise LilyError(f"{where}: tool_calls holds {_kind(value)}, expected a list")
     out = []
@@ -320,7 +320,7 @@ def _tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
         if call.get("type", "function") != "function":
             raise LilyError(f"{at} has the type {call['type']!r}; only calls of functions are supported")
         given = function.get("arguments", function.get("parameters"))
-        arguments = (_from_json(given) if given.strip() else {}) if isinstance(given, str) else given
+        arguments = (from_json(given) if given.strip() else {}) if isinstance(given, str) else given
         if not isinstance(arguments, dict) and given is not None:
             raise LilyError(f"{at}.function.arguments is no JSON object: {_kind(given)}")
         named = {"id": call["id"]} if call.get("id") is not None else {}
@@ -351,14 +351,14 @@ def read_tools(value: Any, where: str) -> list[dict[str, Any]] | None:
     Raises:
         LilyError: for the first that is no tool.
     """
-    listed = _from_json(value) if isinstance(value, str) and value.strip() else value
+    listed = from_json(value) if isinstance(value, str) and value.strip() else value
     if not listed:
         if isinstance(value, str) and value.strip() not in ("", "[]", "null", "{}"):
             raise LilyError(f"{where}: tools is not JSON, expected a list of schemas: {_kind(value)}")
         return None
     tools = []
     for i, given in enumerate(listed if isinstance(listed, list) else [listed]):
-        tool = _from_json(given) if isinstance(given, str) else given
+        tool = from_json(given) if isinstance(given, str) else given
         function = tool.get("function", tool) if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise LilyError(
@@ -370,7 +370,7 @@ def read_tools(value: Any, where: str) -> list[dict[str, Any]] | None:
     return tools
 
 
-def _from_json(text: Any) -> Any:
+def from_json(text: Any) -> Any:
     """The value of a JSON text; None if it is none."""
     try:
         return json.loads(text)

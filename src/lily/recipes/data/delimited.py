@@ -78,6 +78,17 @@ def rows(
         ) from None
 
 
+def separator_in(text: TextIO, name: str, kind: str) -> str:
+    """The separator that `rows` finds without being told one.
+
+    Raises:
+        LilyError: if two fit.
+    """
+    head = list(islice(text, SAMPLE))
+    stated = re.fullmatch(r"sep=(.)\r?\n?", head[0]) if head else None
+    return stated[1] if stated else _guessed(head, name, kind, None)
+
+
 def _reader(lines: Iterable[str], kind: str, delimiter: str, strict: bool) -> Any:
     if kind == "tsv" and delimiter == "\t":  # as in GLUE: quotes are ordinary characters
         return csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE)

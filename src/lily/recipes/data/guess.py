@@ -3,36 +3,48 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from lily.errors import LilyError
-from lily.recipes.data import chats, images, tables
+from lily.recipes.data import chats, images, sniff
+from lily.recipes.data.sniff import NUMBER, READ
 from lily.recipes.data.tables import Row
+from lily.recipes.spec.values import is_blank
 
-READ = 20_000  # rows that are looked at
 MANY = 50  # classes; a column with more distinct values is no label unless it is named like one
-NUMBER = re.compile(r"[-+]?\d+([.,]\d+)?")
-LONG_NAME = 60  # characters; longer is a text, not the name of a column
+ROWS_PER_CLASS = 10  # at least, where there are more
+HELD_OUT = 0.15  # share of the rows for validation, and for test
 IMAGE = re.compile(r"\.(jpe?g|png|webp|bmp|gif|tiff?)$", re.IGNORECASE)
 NAMES = {
     "label": ("label", "labels", "class", "category", "target", "sentiment", "intent", "topic", "y", "tag", "stars",
-              "rating", "score", "polarity"),
+              "rating", "score", "polarity", "priority", "similarity"),
     "text": ("text", "sentence", "review", "content", "body", "title", "headline", "comment", "message", "tweet",
              "document", "abstract", "description", "utterance"),
     "image": ("image", "file", "path", "filename", "file_name", "image_path", "img"),
     "messages": ("messages", "conversations", "conversation", "chat", "dialog", "dialogue", "turns"),
+    "input": ("input", "context"),
 }  # fmt: skip
 PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("text_a", "text_b"),
-         ("text1", "text2"), ("query", "passage"))  # fmt: skip
+         ("text1", "text2"), ("query", "passage"), ("question", "sentence"))  # fmt: skip
+NUMBERED = (("1", "2"), ("a", "b"))  # ends of the names of two columns of longer texts that are a pair
 ANSWERS = (("prompt", "completion"), ("prompt", "response"), ("instruction", "output"), ("instruction", "response"),
-           ("question", "answer"), ("prompt", "answer"), ("input", "output"))  # fmt: skip
+           ("question", "answer"), ("question", "response"), ("prompt", "answer"), ("prompt", "output"),
+           ("input", "output"), ("query", "response"), ("query", "answer"), ("user", "assistant"),
+           ("human", "assistant"), ("source", "target"), ("article", "summary"), ("document", "summary"),
+           ("text", "summary"))  # fmt: skip
+AMOUNT = re.compile(r"[^\w-]*-?\d+([.,]\d+)*\W*")
+LISTS = re.compile(r"[\w ]+([,;|][\w ]+)+")
 WORDS = 3.0  # mean words of an answer that is no class
+IDS = re.compile(r"(^|.*_)(id|idx|index|no|nr)|.*id", re.IGNORECASE)
+SHOWN = 12  # columns in a message
+PART_NAMES = {"train", "training", "test", "validation", "valid", "val", "dev"}
 
 
 @dataclass(frozen=True)
@@ -49,7 +61,8 @@ class Guess:
         longest: characters of the longest text, or prompt and answer.
         answer: characters of the longest answer.
         others: `validation` and `test` -> files beside it.
-        header: names that were given to the columns of a file without a header line.
+        how: keys beside the path of the training file: how it is read.
+        told: what somebody should know, in sentences.
     """
 
     path: Path
@@ -61,69 +74,91 @@ class Guess:
     longest: int = 0
     answer: int = 0
     others: dict[str, Path] = field(default_factory=dict)
-    header: tuple[str, ...] = ()
+    how: dict[str, Any] = field(default_factory=dict)
+    told: tuple[str, ...] = ()
 
 
-def guess(path: Path, *, task: str | None = None, columns: dict[str, str] | None = None) -> Guess:
-    """Look at a file, or at a folder of images.
+def guess(
+    path: Path, *, task: str | None = None, columns: dict[str, str] | None = None, delimiter: str | None = None
+) -> Guess:
+    """Look at a file, or at a folder of images or with a table in it.
 
     Args:
         path: csv, tsv, json, jsonl or parquet; a folder with a folder of images per class, or an archive of one.
         task: what the user says it is.
         columns: the columns that the user names, by their key in a recipe.
+        delimiter: between the columns of a csv; None: it is found.
 
     Raises:
         LilyError: if it cannot be read, or no task fits; names the columns that are there.
     """
     if not path.exists():
         raise LilyError(f"{path}: there is no such file or folder; name a table, or a folder with a folder per class")
-    if images.holds_images(path):
+    if path.is_dir():
+        counts = _image_classes(path)
+        if len(counts) < 2 and (table := sniff.table_in(path)) is not None:
+            return guess(table, task=task, columns=columns, delimiter=delimiter)
+    if path.is_dir() or images.is_archive(path) or images.is_list(path):
         if columns:
             raise LilyError(f"{path}: images in folders have no columns; drop --{next(iter(columns))}")
         return _of_images(path)
-    rows, header = _rows(path)
+    opened = sniff.open_table(path, delimiter)
+    rows = opened.rows
     if not rows:
         raise LilyError(f"{path} has no rows; check the file")
     names = list(dict.fromkeys(name for row in rows for name in row))
     for given in (columns or {}).values():
-        if given.partition(".")[0] not in names:
+        if given not in names and given.partition(".")[0] not in names:
             near = difflib.get_close_matches(given, names, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(names)}"
+            hint = f"did you mean {near[0]}?" if near else f"it has {_few(names)}"
             raise LilyError(f"{path} has no column {given!r}; {hint}")
     found = _columns(rows, names, dict(columns or {}), task)
     if found is None:
         raise LilyError(
-            f"{path}: it is not clear what to learn from the columns {', '.join(names)}; name them with --text and "
-            "--label, --prompt and --completion, --messages, or --image and --label"
+            f"{path}: it is not clear what to learn from the columns {_few(names)}; {_reason(rows, names)}"
+            "name them with --text and --label, --prompt and --completion, --messages, or --image and --label"
         )
     kind, chosen = found
-    return replace(_described(path, kind, chosen, rows, names), header=header)
+    seen = _described(path, kind, chosen, rows, names)
+    others, without = _beside(path, chosen, opened.how)
+    told = (*_told(seen, rows, dict(columns or {})), *without)
+    seen = replace(seen, how=opened.how, others=others, told=told)
+    _check_classes(seen, rows)
+    return seen
 
 
-def _rows(path: Path) -> tuple[list[Row], tuple[str, ...]]:
-    """The first rows, and names for the columns of a csv or tsv whose first line is a row too."""
-    rows = list(islice(tables.stream_rows(path), READ))
-    names = list(rows[0]) if rows else []
-    is_table = {".csv", ".tsv"} & {suffix.lower() for suffix in path.suffixes}
-    if is_table and any(not name.strip() or NUMBER.fullmatch(name) or len(name) > LONG_NAME for name in names):
-        header = tuple(f"column{i}" for i in range(1, len(names) + 1))
-        return list(islice(tables.stream_rows(path, header=header), READ)), header
-    return rows, ()
+def _few(names: Sequence[str]) -> str:
+    shown = [name if name.strip() else "(without a name)" for name in names[:SHOWN]]
+    return ", ".join(shown) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+def _image_classes(folder: Path) -> dict[str, int]:
+    """Class -> number of images, in a folder as it is read."""
+    try:
+        return dict(Counter(row["label"] for row in images.read_images(folder)).most_common())
+    except LilyError:
+        return {}
 
 
 def _of_images(path: Path) -> Guess:
-    counts: Counter[str] = Counter()
-    if path.is_dir():
-        for file in path.rglob("*"):
-            if file.suffix.lower() in images.ENDINGS:
-                counts[file.parent.name] += 1
-        if len(counts) < 2:
+    if not path.is_dir():
+        return Guess(path, "image-classification", {})
+    parts = sniff.parts_of(path)
+    train = parts.pop("train", path)
+    counts = _image_classes(train)
+    if len(counts) < 2:
+        texts = next((p for p in train.rglob("*.txt") if p.parent != train), None) if not counts else None
+        if texts is not None:
             raise LilyError(
-                f"{path} holds images of {len(counts)} classes; make one folder per class in it, with its name"
+                f"{path} holds texts in folders, such as {texts}; write them into one table, such as a csv with the "
+                "columns text and label"
             )
-    return Guess(
-        path, "image-classification", {}, rows=sum(counts.values()) or None, classes=dict(counts.most_common())
-    )
+        loose = any(p.suffix.lower() in images.ENDINGS for p in train.iterdir())
+        what = f"no images ({', '.join(images.ENDINGS)}) in folders of classes"
+        what = "images in no folder of a class" if loose else what
+        what = f"images of one class only ({next(iter(counts))})" if counts else what
+        raise LilyError(f"{path} holds {what}; make one folder per class in it, with its name, or name a table")
+    return Guess(train, "image-classification", {}, rows=sum(counts.values()), classes=counts, others=parts)
 
 
 def _columns(
@@ -138,7 +173,7 @@ def _columns(
         names, NAMES["image"], lambda name: all(IMAGE.search(str(row.get(name, ""))) for row in rows[:50])
     )
     free = [name for name in names if name not in given.values()]
-    pair = () if "text" in given else next((p for p in PAIRS if set(p) <= set(names)), ())
+    pair = () if "text" in given else _pair(rows, names)
     text = given.get("text") or (pair[0] if pair else _longest(rows, free))
     label = given.get("label") or _label(rows, [name for name in free if name not in (text, image, *pair)])
     if label is None or (image is None and text is None):
@@ -152,44 +187,103 @@ def _columns(
     return task or ("text-regression" if _measured(values) else "text-classification"), chosen
 
 
+def _pair(rows: Sequence[Row], names: Sequence[str]) -> tuple[str, ...]:
+    """Two columns of texts that are one input: by known names, or by `NUMBERED` ones."""
+    lower = {name.lower().strip(): name for name in reversed(names) if _is_text(rows, name)}
+    for first, second in PAIRS:
+        if first in lower and second in lower:
+            return lower[first], lower[second]
+    longer = {name: own for name, own in lower.items() if _words(rows, own) >= WORDS}
+    for first, second in NUMBERED:
+        for name in longer:
+            other = name[: -len(first)] + second
+            if len(name) > 1 and name.endswith(first) and other in longer:
+                return longer[name], longer[other]
+    return ()
+
+
+def _words(rows: Sequence[Row], name: str) -> float:
+    """Mean number of words in a column."""
+    return sum(len(str(row.get(name, "")).split()) for row in rows) / len(rows)
+
+
 def _chat(rows: Sequence[Row], names: list[str], given: dict[str, str]) -> tuple[str, dict[str, str]] | None:
-    lists = [name for name in names if all(chats.is_chat(row.get(name)) for row in rows[:50])]
+    lists = [name for name in names if all(chats.is_chat(_listed(row.get(name))) for row in rows[:50])]
     messages = given.get("messages") or _first(lists, NAMES["messages"]) or next(iter(lists), None)
     if messages is not None and "prompt" not in given:
         return "sft", {"messages": messages}
-    known = next((p for p in ANSWERS if set(p) <= set(names)), ("", ""))
-    prompt, completion = given.get("prompt") or known[0], given.get("completion") or known[1]
-    if not prompt or not completion:
+    lower = {name.lower().strip(): name for name in reversed(names)}
+    known = next((p for p in ANSWERS if set(p) <= set(lower)), ("", ""))
+    prompt, completion = given.get("prompt") or lower.get(known[0]), given.get("completion") or lower.get(known[1])
+    if not prompt or not completion or (not given and not isinstance(rows[0].get(completion), (str, list))):
         return None
     # a question with few short answers is a classifier's, unless it is called a prompt
-    words = sum(len(str(row.get(completion, "")).split()) for row in rows) / len(rows)
-    if not given and prompt not in ("prompt", "instruction") and words < WORDS:
+    words = _words(rows, completion)
+    spaced = any(" " in str(row.get(prompt, "")) for row in rows)  # not in Chinese or Japanese
+    if not given and known[0] not in ("prompt", "instruction") and words < WORDS and spaced:
         return None
-    more = {"input": "input"} if prompt == "instruction" and "input" in names else {}
-    return "sft", {"prompt": prompt, "completion": completion, **more}
+    more = _first([name for name in names if name not in (prompt, completion)], NAMES["input"])
+    return "sft", {"prompt": prompt, "completion": completion} | (
+        {"input": more} if more is not None and known[0] == "instruction" else {}
+    )
+
+
+def _listed(value: Any) -> Any:
+    """The list of messages in a cell, which may hold it as JSON."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        return chats.from_json(value)
+    return value
 
 
 def _label(rows: Sequence[Row], names: Sequence[str]) -> str | None:
-    """A column named like a label, else the one with the fewest distinct values that repeat."""
+    """A column named like a label, else the likeliest of `_labels`."""
     named = _first(names, NAMES["label"], lambda name: _distinct(rows, name) > 1)
-    if named is not None:
-        return named
-    few = {name: n for name in names if 1 < (n := _distinct(rows, name)) <= min(MANY, len(rows) / 2)}
-    return min(few, key=few.__getitem__) if few else None
+    return named or next(iter(_labels(rows, names)), None)
+
+
+def _labels(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
+    """Columns whose values repeat, the fewest distinct ones first; without any, a single one of numbers."""
+    most = min(max(MANY, len(rows) / ROWS_PER_CLASS), len(rows) / 2)
+    few = {name: n for name in names if 1 < (n := _distinct(rows, name)) <= most and not _is_parts(rows, name)}
+    if few:
+        return sorted(few, key=few.__getitem__)
+    numbers = [name for name in names if _distinct(rows, name) > 1 and not _is_id(rows, name)]
+    numbers = [name for name in numbers if all(_number(row.get(name)) is not None for row in rows)]
+    return numbers if len(numbers) == 1 else []
+
+
+def _is_parts(rows: Sequence[Row], name: str) -> bool:
+    """Whether a column says which part a row belongs to."""
+    values = {str(row.get(name)).lower() for row in rows}
+    return len(values) > 1 and values <= PART_NAMES
+
+
+def _is_id(rows: Sequence[Row], name: str) -> bool:
+    if not name.strip() or IDS.fullmatch(name.strip()):
+        return True
+    values = [_number(row.get(name)) for row in rows]
+    return all(a is not None and b is not None and b - a == 1 for a, b in pairwise(values))
 
 
 def _longest(rows: Sequence[Row], names: Sequence[str]) -> str | None:
     """A column of texts named like one, else the one with the longest texts."""
-    texts = [name for name in names if all(isinstance(row.get(name) or "", str) for row in rows)]
-    varied = [name for name in texts if _distinct(rows, name) > 1]
+    varied = [name for name in names if _is_text(rows, name)]
     named = _first(varied, NAMES["text"])
     lengths = {name: sum(len(row.get(name) or "") for row in rows) for name in varied if name not in NAMES["label"]}
     return named or (max(lengths, key=lengths.__getitem__) if lengths else None)
 
 
-def _first(names: Sequence[str], known: Sequence[str], fits: Any = lambda _: True) -> str | None:
-    """The first of `names` that is called as one of `known`, in the order of these."""
-    lower = {name.lower(): name for name in reversed(names)}
+def _is_text(rows: Sequence[Row], name: str) -> bool:
+    """Whether a column holds texts that differ, and not numbers alone."""
+    values = [row.get(name) or "" for row in rows]
+    if not all(isinstance(value, str) for value in values) or len(set(values)) < 2:
+        return False
+    return any(value and not NUMBER.fullmatch(value.strip()) for value in values)
+
+
+def _first(names: Sequence[str], known: Sequence[str], fits: Callable[[str], bool] = lambda _: True) -> str | None:
+    """The first of `names` that is called as one of `known`, in the order of these; of a dotted name its end counts."""
+    lower = {name.lower().strip().rpartition(".")[2]: name for name in reversed(names)}
     return next((lower[name] for name in known if name in lower and fits(lower[name])), None)
 
 
@@ -197,28 +291,127 @@ def _distinct(rows: Sequence[Row], name: str) -> int:
     return len({str(row.get(name)) for row in rows})
 
 
+def _number(value: Any) -> float | None:
+    """The finite number in a cell."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) and not isinstance(value, bool) else None
+
+
 def _measured(values: Sequence[Any]) -> bool:
     """Whether values are measurements and not classes: numbers with decimals, or too many to be classes."""
-    try:
-        numbers = [float(value) for value in values if value not in (None, "")]
-    except (TypeError, ValueError):
+    numbers = [_number(value) for value in values if value not in (None, "")]
+    known = [number for number in numbers if number is not None]
+    if not known or len(known) < len(numbers):
         return False
-    return bool(numbers) and (any(n != int(n) for n in numbers) or len(set(numbers)) > MANY)
+    return any(n != int(n) for n in known) or len(set(known)) > MANY
+
+
+def _reason(rows: Sequence[Row], names: Sequence[str]) -> str:
+    """Why no task fits, where that is known, as the start of a sentence that says what to do."""
+    lower = {name.lower(): name for name in names}
+    if {"chosen", "rejected"} <= set(lower):
+        prompt = f"--prompt {lower['prompt']} " if "prompt" in lower else ""
+        return (
+            "preferences are for TRL's DPOTrainer with a LilyConfig, not for recipes; to train on the chosen answers "
+            f"alone: {prompt}--completion {lower['chosen']}; else "
+        )
+    own = [name for name in names if not _is_id(rows, name)]
+    texts = [name for name in own if _is_text(rows, name)]
+    for name in own:
+        if name.lower() in NAMES["label"] and _distinct(rows, name) == 1:
+            return f"{name!r} is {str(rows[0].get(name))!r} in every row read, so there is nothing to tell apart; "
+        if name in texts and _amounts(rows, name):
+            return f"{name!r} holds amounts such as {rows[0].get(name)!r}, which are numbers only as 1234.5; else "
+    if len(texts) == len(own) == 1:
+        return "texts alone have nothing to predict, so add a column with a label or an answer for each; "
+    if len(texts) == len(own) == 2:
+        return f"if {texts[1]!r} answers {texts[0]!r}: --prompt {texts[0]} --completion {texts[1]}; else "
+    return "" if texts else "no column holds texts alone; "
+
+
+def _amounts(rows: Sequence[Row], name: str) -> bool:
+    """Whether a column holds numbers that are not written as plain ones: 1,5 or 50% or $3."""
+    amounts = sum(bool(AMOUNT.fullmatch(str(row.get(name)))) for row in rows)
+    return amounts > len(rows) / 2 and any(_number(row.get(name)) is None for row in rows)
+
+
+def _told(found: Guess, rows: Sequence[Row], given: dict[str, str]) -> list[str]:
+    """What somebody should know about rows and columns before training."""
+    told = []
+    label = found.columns.get("label")
+    if label is not None and "label" not in given and label.lower().strip().rpartition(".")[2] not in NAMES["label"]:
+        others = [name for name in _labels(rows, found.unused) if not _is_id(rows, name)][:3]
+        if others:
+            told.append(f"The label is a guess; `lily new` takes another with --label: {', '.join(others)}.")
+    if found.task == "text-classification" and sum(bool(LISTS.fullmatch(name)) for name in found.classes) > 1:
+        told.append("Some labels look like lists: each combination is a class by itself.")
+    for name in found.unused:
+        if _is_parts(rows, name):
+            told.append(f"{name} says what a row is for, but is not used: write a file for each part to keep them.")
+    for key, name in found.columns.items():
+        blank = [i for i, row in enumerate(rows, 1) if row.get(name) is None or is_blank(str(row.get(name)))]
+        if blank and key != "input":
+            shown = ", ".join(map(str, blank[:3])) + (", ..." if len(blank) > 3 else "")
+            told.append(f"{name} is empty in {_rows_n(len(blank))} ({shown}): fill these in or remove them first.")
+    letters = [
+        c for row in rows[:200] for name in found.columns.values() for c in str(row.get(name, "")) if c.isalpha()
+    ]
+    if sum(c > "\u024f" for c in letters) > len(letters) / 4:
+        told.append("The base's model knows English: for other scripts name one that knows yours (model: {hub: ...}).")
+    return told
+
+
+def _rows_n(n: int) -> str:
+    return "1 row" if n == 1 else f"{n:,} rows"
+
+
+def _check_classes(found: Guess, rows: Sequence[Row]) -> None:
+    """That classes repeat, and are enough for rows to be held out.
+
+    Raises:
+        LilyError: if not.
+    """
+    if found.task != "text-classification":
+        return
+    label, n = found.columns["label"], _rows_n(len(rows))
+    if 2 < len(rows) < 2 * len(found.classes):
+        fix = (
+            f"if they are amounts, write them as plain numbers such as 1234.5, not {next(iter(found.classes))!r}"
+            if _amounts(rows, label)
+            else "name the right column with --label, or, if it answers the text, use --prompt and --completion"
+        )
+        raise LilyError(
+            f"{found.path}: label column {label!r} holds {len(found.classes):,} different values in {n}, so they are "
+            f"no classes; {fix}"
+        )
+    if "validation" not in found.others and all(round(HELD_OUT * count) < 1 for count in found.classes.values()):
+        shown = ", ".join(f"{name!r} {count}" for name, count in list(found.classes.items())[:3])
+        raise LilyError(
+            f"{found.path} has {n} ({shown}), too few to hold any out for validation; give 4 rows or more of each "
+            "class, better 50"
+        )
 
 
 def _described(path: Path, task: str, columns: dict[str, str], rows: Sequence[Row], names: list[str]) -> Guess:
-    used = {name.partition(".")[0] for name in columns.values()}
-    counts = Counter(str(row.get(columns["label"])) for row in rows) if task.endswith("classification") else Counter()
+    used = set(columns.values()) | {name.partition(".")[0] for name in columns.values() if name not in names}
+    unused = tuple(name for name in names if name.strip() and name not in used)
+    label = columns.get("label", "")
+    present = [str(row[label]) for row in rows if row.get(label) is not None and not is_blank(str(row[label]))]
+    counts = Counter(present) if task.endswith("classification") else Counter()
     keys = [key for key in ("text", "text_pair", "prompt", "input", "completion", "messages") if key in columns]
     longest = max(sum(len(_plain(row.get(columns[key]))) for key in keys) for row in rows) if keys else 0
     answer = max(len(_answer(row, columns)) for row in rows) if task == "sft" else 0
     return Guess(
-        path, task, columns, tuple(name for name in names if name not in used), len(rows) if len(rows) < READ else None,
-        dict(counts.most_common()), longest, answer, _beside(path),
+        path, task, columns, unused, len(rows) if len(rows) < READ else None,
+        dict(counts.most_common()), longest, answer,
     )  # fmt: skip
 
 
 def _plain(value: Any) -> str:
+    value = _listed(value)
     if chats.is_chat(value):
         return " ".join(str(m.get("content") or m.get("value") or "") for m in value)
     return str(value or "")
@@ -227,20 +420,26 @@ def _plain(value: Any) -> str:
 def _answer(row: Row, columns: dict[str, str]) -> str:
     if "messages" not in columns:
         return str(row.get(columns["completion"]) or "")
-    said = row.get(columns["messages"])
-    texts = [str(m.get("content") or m.get("value") or "") for m in said or () if isinstance(m, dict)]
-    return max(texts[1:], key=len, default="")
+    said = _listed(row.get(columns["messages"]))
+    answers = [m for m in said or () if isinstance(m, dict) and _role(m) == "assistant"]
+    return max((str(m.get("content") or m.get("value") or "") for m in answers), key=len, default="")
 
 
-def _beside(path: Path) -> dict[str, Path]:
-    """Files for validation and test beside a file called train."""
-    found: dict[str, Path] = {}
-    if path.name.lower().startswith("train"):
-        ending = path.name[len("train") :]
-        for part, words in (("validation", ("validation", "valid", "val", "dev")), ("test", ("test",))):
-            file = next(
-                (path.with_name(word + ending) for word in words if path.with_name(word + ending).is_file()), None
-            )
-            if file is not None:
-                found[part] = file
-    return found
+def _role(message: dict[str, Any]) -> str | None:
+    return chats.ALIASES.get(str(message.get("role") or message.get("from")).strip().lower())
+
+
+def _beside(path: Path, columns: dict[str, str], how: dict[str, Any]) -> tuple[dict[str, Path], list[str]]:
+    """Files for validation and test beside a training file, and what is wrong with the others."""
+    found, told = {}, []
+    for part, file in sniff.beside(path).items():
+        try:
+            rows = sniff.open_table(file, how.get("delimiter")).rows
+        except LilyError:
+            rows = []
+        missing = [name for name in columns.values() if not rows or name not in rows[0]]
+        if missing and "header" not in how:
+            told.append(f"{file.name} beside it is not used, as it has no column {missing[0]!r} to judge by.")
+        else:
+            found[part] = file
+    return found, told

@@ -92,7 +92,21 @@ class Preprocess:
 
 def holds_images(path: Path) -> bool:
     """Whether `read_images` reads this path: a folder, an archive or a list, not a table."""
-    return path.is_dir() or path.name.lower().endswith((*ARCHIVES, ".txt"))
+    return path.is_dir() or is_archive(path) or path.name.lower().endswith(".txt")
+
+
+def is_archive(path: Path) -> bool:
+    """Whether a file may be an archive of folders of images."""
+    return path.name.lower().endswith(ARCHIVES)
+
+
+def is_list(path: Path) -> bool:
+    """Whether a text file lists images with their classes, as VTAB-1K's do, by its first line."""
+    if not path.name.lower().endswith(".txt"):
+        return False
+    with path.open("rb") as file:
+        name, _, label = file.readline(1 << 12).decode("utf-8", "replace").strip().rpartition(" ")
+    return bool(label) and name.lower().endswith(ENDINGS)
 
 
 def image_of(value: Any, column: str, where: str, folder: Path | None = None) -> Any:

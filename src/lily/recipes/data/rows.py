@@ -23,6 +23,7 @@ from lily.recipes.spec.base import CLASSIFYING
 from lily.recipes.spec.data import Columns, File
 from lily.recipes.spec.locations import Key, located
 from lily.recipes.spec.schema import Recipe
+from lily.recipes.spec.values import is_blank
 
 T = TypeVar("T")
 
@@ -129,7 +130,7 @@ def _too_few(pool: list[Row], recipe: Recipe) -> str:
     if recipe.task in CLASSIFYING and (classes := {row["label"] for row in pool}) and 2 < len(pool) < 2 * len(classes):
         column = recipe.data.columns.label or "label"
         return f"label column {column!r} holds {len(classes)} classes ({short(pool[0]['label'])}); is it the right one?"
-    return "give more rows or a smaller data.split"
+    return "add rows, or name a file for it under data.validation"
 
 
 def _rows_at(key: Key, recipe: Recipe, note: Note) -> list[Row]:
@@ -185,7 +186,30 @@ def rows_of(file: File, recipe: Recipe, labeled: bool = True, note: Note = lambd
         path = fetch(file)
         if images.holds_images(path):
             return list(images.read_images(path))
-    return [_canonical(row, i, file, recipe, labeled) for i, row in enumerate(read_rows(file, note), 1)]
+    rows = read_rows(file, note)
+    _check_filled(rows, file, recipe, labeled)
+    return [_canonical(row, i, file, recipe, labeled) for i, row in enumerate(rows, 1)]
+
+
+def _check_filled(rows: Sequence[Row], file: File, recipe: Recipe, labeled: bool) -> None:
+    """That no row is empty where the task needs a value: told of all rows at once, since one is seldom alone.
+
+    Raises:
+        LilyError: for the first column with an empty cell, with the numbers of the rows.
+    """
+    for role in ("text", "text_pair", "label", "prompt", "completion"):
+        column = getattr(recipe.data.columns, role)
+        if column is None or (role == "label" and not labeled):
+            continue
+        # of a column that is not there, or a dotted name, more is said where it is read
+        values = [row.get(column, "?") for row in rows]
+        empty = [i for i, v in enumerate(values, 1) if v is None or (isinstance(v, str) and is_blank(v))]
+        if empty:
+            numbers = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
+            which = f"row {numbers}" if len(empty) == 1 else f"{len(empty):,} of {len(rows):,} rows ({numbers})"
+            with located(recipe, "data", "columns", role):
+                fix = "fill it, or remove the row" if len(empty) == 1 else "fill them, or remove the rows"
+                raise LilyError(f"{name_of(file)}: column {column!r} is empty in {which}; {fix}")
 
 
 def check_labels(rows: Iterable[Row], classes: Sequence[str], where: str, merge: bool = False) -> None:

@@ -28,6 +28,7 @@ SHOWN = 8  # classes in the table; of more, the rarest and the most frequent
 CAP = 1000  # rows that are tokenized for their lengths alone
 IMAGES = 5000  # images of a part whose bytes are compared
 CUT = 0.1  # share of truncated rows that is told
+UNKNOWN = 0.05  # share of unknown tokens that is told
 TEXT = 50  # characters of a text in a message
 
 
@@ -177,7 +178,7 @@ def summarize(
         )
         parts.append(part)
         warnings += _about(part, rows, encoded.get(name), recipe)
-    warnings += _across(parts, encoded, recipe)
+    warnings += [*_across(parts, encoded, recipe), *_unknown(splits.train, encoded.get("train"), processor)]
     several = [rows_of for rows_of in targets.values() if len(rows_of) > 1]
     prompts = recipe.task == "sft" and recipe.data.choices is None
     if several and not prompts:
@@ -270,11 +271,32 @@ def _across(parts: Sequence[Part], encoded: Mapping[str, Encoded], recipe: Recip
         )
     leaking = [part for part in parts if part.in_train]
     if leaking:
-        shown = ", ".join(f"{part.in_train:,} inputs of {part.name}" for part in leaking)
+        shown = " and ".join(
+            f"{part.in_train:,} {'input' if part.in_train == 1 else 'inputs'} of {part.name}" for part in leaking
+        )
         carved = not recipe.data.deduplicate and any(getattr(recipe.data, part.name, "") is None for part in leaking)
         fix = "set data.deduplicate: true" if carved else "remove them from one of the files"
-        said.append(f"{shown} are in train too, so results flatter; {fix}")
+        verb = "is" if sum(part.in_train or 0 for part in leaking) == 1 else "are"
+        said.append(f"{shown} {verb} in train too, so results flatter; {fix}")
     return said
+
+
+def _unknown(rows: Sequence[Row], found: Encoded | None, processor: Processor | None) -> list[str]:
+    """Texts that the model cannot read, since its vocabulary lacks their script."""
+    unknown = getattr(processor, "unk_token_id", None)
+    if found is None or unknown is None or unknown == getattr(processor, "eos_token_id", None):
+        return []
+    counts = Counter[bool]()
+    for i, example in zip(found.rows, found.examples, strict=True):
+        foreign = not str(rows[i]).isascii()  # of others, single characters at most are unknown
+        counts.update(foreign and int(token) == unknown for token in example.get("input_ids", ()))
+    share = counts[True] / max(1, counts.total())
+    if share < UNKNOWN:
+        return []
+    return [
+        f"train: {share:.0%} of the tokens are unknown to the model, which reads {getattr(processor, 'unk_token', '')} "
+        "in place of the text; set model to one that was trained on this language"
+    ]
 
 
 def _repeats_prompt(row: Row) -> bool:

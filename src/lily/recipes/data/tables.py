@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import gzip
 import io
 import json
@@ -21,7 +22,8 @@ from lily.recipes.spec.data import File
 
 Row = dict[str, Any]
 
-FORMATS = {".csv": "csv", ".tsv": "tsv", ".json": "json", ".jsonl": "jsonl", ".parquet": "parquet"}
+FORMATS = {".csv": "csv", ".tsv": "tsv", ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+SHEETS = (".xlsx", ".xls", ".xlsm", ".ods", ".numbers")
 
 # Limits of a .gz file, against decompression bombs. Text compresses 5 times, logs 50 times.
 MAX_UNPACKED = 1 << 30
@@ -45,6 +47,12 @@ PACKED = {
     b"PK": "a zip archive, as Excel's .xlsx files are; save the table as CSV UTF-8",
     b"PAR1": "a parquet file; set format: parquet",
 }
+
+
+class EncodingError(LilyError):
+    """Text in another encoding than was expected; `better` is the one that it likely has."""
+
+    better: str | None = None
 
 
 class Bomb(LilyError):
@@ -93,26 +101,46 @@ def stream_rows(
         except UnicodeDecodeError as error:
             raise LilyError(f"standard input: not UTF-8 text ({error.reason})") from None
         return
-    kind = format if format != "auto" else FORMATS.get(Path(name.removesuffix(".gz")).suffix.lower(), "")
+    kind = format if format != "auto" else kind_of(name)
     if not kind:
+        if name.lower().endswith(SHEETS):
+            raise LilyError(f"{name}: spreadsheets are not read; save the sheet as CSV UTF-8")
         raise LilyError(f"{name}: unknown ending; set format: csv, tsv, json, jsonl or parquet")
     if kind == "parquet":
         yield from _parquet(name)
         return
+    with _text(name, encoding) as text:
+        if kind in delimited.USUAL:
+            yield from delimited.rows(text, name, kind, header, delimiter, note)
+        elif kind == "jsonl":
+            yield from _jsonl(text, name)
+        else:
+            yield from _json(text, name)
+
+
+def kind_of(path: Path | str) -> str:
+    """The format that a file's name says: csv, tsv, json, jsonl or parquet; empty: none of them."""
+    return FORMATS.get(Path(str(path).removesuffix(".gz")).suffix.lower(), "")
+
+
+def separator_of(path: Path, kind: str, encoding: str | None) -> str:
+    """The separator that `stream_rows` finds in a csv or tsv."""
+    with _text(str(path), encoding) as text:
+        return delimited.separator_in(text, str(path), kind)
+
+
+@contextlib.contextmanager
+def _text(name: str, encoding: str | None) -> Iterator[TextIO]:
+    """An open text file, unpacked if need be."""
     open_ = _Unpacked if name.endswith(".gz") else open
     try:
         with open_(name, "rb") as raw:
             encoding = _encoding(cast(BinaryIO, raw), name, encoding)
             with io.TextIOWrapper(cast(BinaryIO, raw), encoding, newline="") as text:
-                if kind in delimited.USUAL:
-                    yield from delimited.rows(text, name, kind, header, delimiter, note)
-                elif kind == "jsonl":
-                    yield from _jsonl(text, name)
-                else:
-                    yield from _json(text, name)
+                yield text
     except UnicodeError as error:
         with open_(name, "rb") as raw:
-            raise LilyError(f"{name}: {_not_text(raw.read(MAX_EXAMINED), str(encoding), error)}") from None
+            raise _not_text(raw.read(MAX_EXAMINED), str(encoding), error, name) from None
     except (OSError, EOFError, zlib.error) as error:
         raise LilyError(f"{name}: cannot be read ({error}); check the path and the file") from None
 
@@ -133,30 +161,37 @@ def _encoding(raw: BinaryIO, name: str, stated: str | None) -> str:
         if max(odd, even) < 4 or min(odd, even) > max(odd, even) / 10:
             raise LilyError(f"{name}: holds NUL bytes, which no text has; remove them, or check that it is a table")
         guess = "utf-16-le" if odd > even else "utf-16-be"
-        raise LilyError(f"{name}: holds NUL bytes, as UTF-16 does; set data.encoding: {guess}, or save it as UTF-8")
+        told = EncodingError(
+            f"{name}: holds NUL bytes, as UTF-16 does; set data.encoding: {guess}, or save it as UTF-8"
+        )
+        told.better = guess
+        raise told
     return marked or stated or "utf-8"
 
 
-def _not_text(content: bytes, encoding: str, error: UnicodeError) -> str:
-    """The message about bytes that are no text in an encoding: where, and what they may be."""
+def _not_text(content: bytes, encoding: str, error: UnicodeError, name: str) -> EncodingError:
+    """The error about bytes that are no text in an encoding: where, and what they may be."""
     codec = codecs.lookup(encoding).name
-    said = f"not {codec.upper().removesuffix('-SIG')} text"
+    said = f"{name}: not {codec.upper().removesuffix('-SIG')} text"
+    reason = getattr(error, "reason", error)
     if not codec.startswith("utf-8"):
-        return f"{said} ({getattr(error, 'reason', error)}); remove data.encoding, or set the right one"
+        return EncodingError(f"{said} ({reason}); remove data.encoding, or set the right one")
     try:
         content.decode("utf-8")
-        return f"{said} ({getattr(error, 'reason', error)}); save it as UTF-8"
+        return EncodingError(f"{said} ({reason}); save it as UTF-8")
     except UnicodeDecodeError as first:
         line = content.count(b"\n", 0, first.start) + 1
         around = content[max(0, first.start - 15) : first.start + 15].decode("cp1252", "replace").split("\n")
         said += f" ({first.reason}: byte 0x{content[first.start]:02x} in line {line})"
         if not content[: first.start].isascii():
-            return f"{said}, although what comes before is; mend that line, and save the file as UTF-8"
+            return EncodingError(f"{said}, although what comes before is; mend that line, and save the file as UTF-8")
         shown = max(around, key=len).strip()
-        return (
+        told = EncodingError(
             f"{said}; save it as UTF-8, or set data.encoding: cp1252 if it comes from Windows or Excel "
             f"(that byte is then read so: {shown!r})"
         )
+        told.better = "cp1252"
+        return told
 
 
 class _Unpacked(gzip.GzipFile):
@@ -192,7 +227,8 @@ def _jsonl(text: TextIO, name: str) -> Iterator[Row]:
             hint = LISTED if line.strip() == "{" or line.lstrip().startswith("[") else ""
             raise LilyError(f"{name}:{number}: not valid JSON: {error}{hint}") from None
         if not isinstance(row, dict):
-            hint = LISTED if isinstance(row, list) else ""
+            chat = isinstance(row, list) and any(isinstance(m, dict) and ("role" in m or "from" in m) for m in row)
+            hint = '; write a chat as {"messages": [...]}' if chat else LISTED if isinstance(row, list) else ""
             raise LilyError(f"{name}:{number}: expected an object with named values, got {type(row).__name__}{hint}")
         yield row
 
