@@ -192,7 +192,7 @@ def rows_of(file: File, recipe: Recipe, labeled: bool = True, note: Note = lambd
 
 
 def _check_filled(rows: Sequence[Row], file: File, recipe: Recipe, labeled: bool) -> None:
-    """That no row is empty where the task needs a value: told of all rows at once, since one is seldom alone.
+    """That no row is empty where the task needs a value: all rows are named at once, since one is seldom alone.
 
     Raises:
         LilyError: for the first column with an empty cell, with the numbers of the rows.
