@@ -14,6 +14,8 @@ from lily.cli.evaluate import _write
 from lily.cli.main import app
 from lily.errors import LilyError
 from lily.insight.texts import load_texts
+from lily.recipes.data import tables
+from lily.recipes.spec.data import Data
 
 
 def test_rows_are_written_as_text_that_can_be_encoded():
@@ -60,7 +62,12 @@ def test_a_prompt_is_an_argument_an_option_or_standard_input(answered, typed, gi
 
 @pytest.mark.parametrize(
     ("typed", "message"),
-    [([], "no prompt; write lily generate run"), (["a", "--prompt", "b"], "both name a prompt"), ([" "], "is empty")],
+    [
+        ([], "no prompt; write lily generate run"),
+        (["a", "--prompt", "b"], "both name a prompt"),
+        ([" "], "is empty"),
+        ([""], "is empty"),
+    ],
 )
 def test_no_prompt_and_two_are_refused(answered, typed, message):
     with pytest.raises(LilyError, match=message):
@@ -95,6 +102,26 @@ def test_what_is_wrong_with_a_row_names_the_input(tmp_path, monkeypatch, row, me
     arguments = ["predict", "run", "--input", typed.replace("FILE", str(file))]
     with pytest.raises(LilyError, match=wanted):
         CliRunner().invoke(app, arguments, input=file.read_text(), catch_exceptions=False)
+
+
+def test_predictions_are_csv_where_the_file_is_called_so(tmp_path):
+    rows = [{"text": "a, b", "prediction": "x"}, {"text": 'c "d"', "prediction": "y"}]
+    evaluate._write_file(iter(rows), tmp_path / "out.csv")
+    assert list(tables.stream_rows(tmp_path / "out.csv")) == rows
+    with pytest.raises(LilyError, match=r"row 2 has a column 'more'.*jsonl instead"):
+        evaluate._write_file([{"a": 1}, {"a": 1, "more": 2}], tmp_path / "other.csv")
+    assert not (tmp_path / "other.csv").exists()
+    with pytest.raises(LilyError, match=r"written as csv or jsonl; name a file out\.csv"):
+        CliRunner().invoke(app, ["predict", "run", "--input", "-", "--output", "out.json"], catch_exceptions=False)
+
+
+def test_rows_to_predict_may_be_written_in_another_way_than_those_of_training(tmp_path):
+    train = {"path": "x.csv", "delimiter": ";", "encoding": "cp1252"}
+    data = Data.model_validate({"train": train, "columns": {"text": "text"}})
+    used = SimpleNamespace(recipe=SimpleNamespace(task="text-classification", data=data))
+    for text in ("id,text\n1,caf\xe9\n".encode(), "id;text\n1;caf\xe9\n".encode("cp1252")):
+        (tmp_path / "new.csv").write_bytes(text)
+        assert list(evaluate._rows(used, tmp_path / "new.csv")[0]) == [{"id": "1", "text": "caf\xe9"}]
 
 
 def test_a_misspelt_run_is_looked_for_beside_it(tmp_path):

@@ -6,7 +6,7 @@ import re
 
 import pytest
 from recipes_helpers import CHAT
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast
 
 from lily.deploy.ollama import modelfile, turns_of
@@ -34,9 +34,12 @@ ASKED = [("user", "Who {{are}} you?")]
 TALK = [*ASKED, ("assistant", "Nobody."), ("user", "Why?")]
 
 
-def tokenizer(template):
-    inner = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
-    out = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
+def tokenizer(template, start="<s>", added=True):
+    """A tokenizer with a first token, which it adds to every text or leaves to the template."""
+    inner = Tokenizer(models.WordLevel({"a": 0, start: 1}, unk_token="a"))
+    if added:
+        inner.post_processor = processors.TemplateProcessing(single=f"{start} $A", special_tokens=[(start, 1)])
+    out = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token=start, eos_token="</s>")
     out.chat_template = template
     return out
 
@@ -56,6 +59,11 @@ def go(template, messages):
 def plain(text):
     assert "{{" not in text.replace('{{ "{{" }}', "")
     return text.replace('{{ "{{" }}', "{{")
+
+
+def test_a_first_token_that_nobody_adds_stays_in_the_template():
+    text, _ = modelfile("base.gguf", "adapter.gguf", tokenizer=tokenizer(TEMPLATES["smollm2"], "<|im_start|>", False))
+    assert '{{ if eq .Role "system" }}<|im_start|>system' in text
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

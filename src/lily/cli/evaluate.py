@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
@@ -75,7 +76,7 @@ def predict_command(
             help="Rows to predict: a csv, tsv, json, jsonl or parquet file; - for jsonl on stdin; a folder of images.",
         ),
     ],
-    output: Annotated[str, Option("--output", help="File to write as jsonl; - for stdout.")] = "-",
+    output: Annotated[str, Option("--output", help="File to write: .csv, or jsonl; - for jsonl on stdout.")] = "-",
     recipe: RecipeOption = None,
     prefix: Annotated[str, Option(help="Prefix of the new columns prediction and score, if the rows have these.")] = "",
     overwrite: Annotated[bool, Option("--overwrite", help="Replace the output file if it exists.")] = False,
@@ -85,6 +86,8 @@ def predict_command(
     from lily.recipes.data import sources
 
     target = Path(output).expanduser()
+    if target.suffix.lower() in (".json", ".tsv", ".parquet", ".xlsx"):
+        raise LilyError(f"--output {output}: predictions are written as csv or jsonl; name a file {target.stem}.csv")
     if output != "-" and target.exists() and not overwrite:
         raise LilyError(f"--output {output} exists; name another file, or give --overwrite")
     if not target.parent.is_dir():
@@ -117,8 +120,8 @@ def _write_file(rows: Iterable[dict[str, Any]], target: Path) -> None:
     """Write rows to a file, which appears when it is complete."""
     part = target.with_name(f".{target.name}.part")
     try:
-        with part.open("w", encoding="utf-8") as file:
-            _write(rows, file)
+        with part.open("w", encoding="utf-8", newline="") as file:
+            (_write_csv if target.suffix.lower() == ".csv" else _write)(rows, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, target)
@@ -159,10 +162,12 @@ class Predicted:
         if self.classes:
             most = ", ".join(f"{count:,} {name}" for name, count in self.classes.most_common(5))
             more = f", and {len(self.classes) - 5} more classes" if len(self.classes) > 5 else ""
-            verb = "has" if self.unsure == 1 else "have"
+            which = (
+                f"{self.unsure:,} {'has' if self.unsure == 1 else 'have'} a score below {UNSURE:g}: look at these first"
+            )
             return (
-                f"{rows}: {most}{more}. {self.unsure:,} {verb} a score below {UNSURE:g}: look at these first. The "
-                "score is the model's own probability, not how often it is right."
+                f"{rows}: {most}{more}. {which if self.unsure else f'None has a score below {UNSURE:g}'}. The score is "
+                "the model's own probability, not how often it is right."
             )
         if self.rows and math.isfinite(self.lowest):
             mean = self.total / self.rows
@@ -181,7 +186,7 @@ def generate_command(
     if (prompt is None) == (option is None):
         wrong = "no prompt" if prompt is None else "PROMPT and --prompt both name a prompt"
         raise LilyError(f'{wrong}; write lily generate {adapter} "your question"')
-    text = sys.stdin.read() if prompt == "-" else str(prompt or option)
+    text = sys.stdin.read() if prompt == "-" else str(option if prompt is None else prompt)
     if not text.strip():
         raise LilyError(f'the prompt is empty; write lily generate {adapter} "your question"')
     if SURROGATE.search(text):
@@ -217,7 +222,13 @@ def _rows(used: Any, source: Path | str) -> tuple[Iterable[dict[str, Any]], Path
     if used.recipe.task == "image-classification" and images.holds_images(source):
         return images.rows_below(source, used.recipe.data.columns.image or "image"), None
     like = used.recipe.data.file_at(str(source))
-    return tables.stream_rows(source, "auto", like.header, like.delimiter, like.encoding), source.parent
+    # another program may have written these rows: with commas, or in UTF-8
+    encoding = None if like.encoding is not None and tables.is_utf8(source) else like.encoding
+    delimiter = like.delimiter
+    if delimiter is not None and not like.header:
+        first = next(iter(tables.stream_rows(source, "auto", None, delimiter, encoding)), {})
+        delimiter = delimiter if len(first) > 1 else None
+    return tables.stream_rows(source, "auto", like.header, delimiter, encoding), source.parent
 
 
 def located(folder: str, recipe: str | None) -> AdapterFolder:
@@ -238,6 +249,22 @@ def _adapter(location: AdapterFolder, told: Progress) -> Any:
 
     with told.stage("", "loading"):
         return Adapter(location)
+
+
+def _write_csv(rows: Iterable[dict[str, Any]], file: Any) -> None:
+    """Rows as csv; lists and objects in them as JSON.
+
+    Raises:
+        LilyError: if a row has a column that the first has not.
+    """
+    writer: csv.DictWriter[str] | None = None
+    for number, row in enumerate(rows, 1):
+        if writer is None:
+            writer = csv.DictWriter(file, list(row), lineterminator="\n")
+            writer.writeheader()
+        if more := [name for name in row if name not in writer.fieldnames]:
+            raise LilyError(f"row {number} has a column {more[0]!r} that the first row has not; write .jsonl instead")
+        writer.writerow({key: json.dumps(v) if isinstance(v, (list, dict)) else v for key, v in row.items()})
 
 
 def _write(rows: Iterable[dict[str, Any]], file: Any) -> None:

@@ -99,9 +99,15 @@ def _template(tokenizer: Any, prompt: str | None, chat: bool) -> tuple[str | Non
     return text, system, None
 
 
+def _added_start(tokenizer: Any) -> str:
+    """The first token that the tokenizer adds to any text, and llama.cpp with it; others a template has to write."""
+    token, number = getattr(tokenizer, "bos_token", None), getattr(tokenizer, "bos_token_id", None)
+    return str(token) if token and tokenizer("a")["input_ids"][:1] == [number] else ""
+
+
 def turns_of(tokenizer: Any) -> Turns | None:
     """The chat template of a tokenizer as texts around messages; None: it does more than that."""
-    begin = getattr(tokenizer, "bos_token", None) or ""
+    begin = _added_start(tokenizer)
 
     def render(messages: Messages, answering: bool = True) -> str:
         values = [{"role": role, "content": text} for role, text in messages]

@@ -32,7 +32,10 @@ def result(insight: Insight) -> list[Block]:
     names = list(run.final)
     rows = [
         ["untrained", *values_of(names, run.before), "", "", ""],
-        *([title_of(n), *values_of(names, values), *costs_of(values)] for n, values in run.baselines.items()),
+        *(
+            [title_of(n, run.metric), *values_of(names, values), *costs_of(values)]
+            for n, values in run.baselines.items()
+        ),
     ]
     own = f"{UNNAMED} ({title_of(run.method)})"
     rows.append([own, *values_of(names, run.final), *costs_of(adapter_costs(run))])

@@ -354,14 +354,14 @@ def _baselines(run: Run, splits: Splits, resume: bool) -> dict[str, dict[str, fl
                 continue
             other = recipe.model_copy(update={"method": "lora", "baselines": [], "output": str(output / "lora")})
             begun = resume and processes.on_first((output / "lora" / "recipe.yaml").is_file)
-            lora = train(other, resume=begun, overwrite=not begun, told=told, who=work.TITLES[name])
+            lora = train(other, resume=begun, overwrite=not begun, told=told, who=work.title(name, recipe))
             found[name] = {
                 **lora.final,
                 **card.adapter_costs(lora),
                 **({"forgetting": lora.forgetting["increase"]} if lora.forgetting else {}),
             }
         else:
-            who = work.TITLES[name]
+            who = work.title(name, recipe)
             with told.stage(who, "baseline"):
                 found[name] = processes.on_first(partial(baselines.run, name, recipe, splits))
                 if name != "frozen":

@@ -11,7 +11,7 @@ from lily.recipes.spec.schema import Recipe
 
 Units = dict[str, float]
 BASELINES = {"majority": "majority", "tfidf": "TF-IDF", "frozen": "frozen encoder"}  # their names for people
-TITLES = {**BASELINES, "lora": "lora"}
+OF_NUMBERS = {"majority": "mean"}  # of a regression, where they have another
 
 
 def contestant(recipe: Recipe) -> str:
@@ -19,9 +19,14 @@ def contestant(recipe: Recipe) -> str:
     return str(recipe.peft.peft_type).lower() if recipe.method == "peft" else recipe.method
 
 
+def title(name: str, recipe: Recipe) -> str:
+    """What a baseline is called in lines of progress."""
+    return (OF_NUMBERS if recipe.task == "text-regression" else {}).get(name) or BASELINES.get(name, name)
+
+
 def names_of(recipe: Recipe) -> list[str]:
     """Who will be named in lines of progress: the method and its baselines."""
-    return [contestant(recipe), *(TITLES[name] for name in recipe.baselines if name != recipe.method)]
+    return [contestant(recipe), *(title(name, recipe) for name in recipe.baselines if name != recipe.method)]
 
 
 def steps_of(recipe: Recipe, rows: int) -> int:
@@ -80,5 +85,5 @@ def baselines_of(recipe: Recipe, splits: Splits, own: Mapping[str, Units]) -> Ma
         if name == "lora" and recipe.method != "lora":
             found |= {("lora", stage): units for stage, units in {"loading": {"load": 1.0}, **own}.items()}
         elif name != "lora":
-            found[TITLES[name], "baseline"] = {"judge" if name == "frozen" else "fit": rows}
+            found[title(name, recipe), "baseline"] = {"judge" if name == "frozen" else "fit": rows}
     return found

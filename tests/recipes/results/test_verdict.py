@@ -9,7 +9,8 @@ from recipes_helpers import classification, write_recipe
 
 from lily.recipes import loader
 from lily.recipes.results.result import Result
-from lily.recipes.results.verdict import advice, how_sure, next_commands, still_improving, verdict
+from lily.recipes.results.standing import spoken
+from lily.recipes.results.verdict import advice, command, how_sure, next_commands, still_improving, verdict
 
 
 def result(final, history=(), rows=1000, metric="accuracy", method="lily", **baselines):
@@ -109,3 +110,14 @@ def test_an_evaluation_says_how_far_other_rows_may_be_off():
     )
     assert how_sure("accuracy", 1.0, 4) == "100.0% of 4 rows are right; on other rows of the kind expect 75.0 to 100.0."
     assert how_sure("loss", 0.5, 9) == "On 9 rows; loss: less is better."
+
+
+def test_a_command_to_paste_has_each_key_once():
+    assert command("train", "x.yaml", ["train.epochs=2", "seed=1", "train.epochs=4"]) == (
+        "lily train x.yaml train.epochs=4 seed=1"
+    )
+
+
+def test_the_guess_of_a_regression_is_the_mean():
+    assert spoken("majority", "pearson") == "the mean"
+    assert spoken("majority", "accuracy") == "the majority"

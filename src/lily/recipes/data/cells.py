@@ -56,7 +56,8 @@ def _nested(row: Row, column: str, role: str, where: str, section: str) -> Any:
 def text_in(value: Any, column: str, where: str) -> str:
     """The value as a text that is not empty."""
     if not isinstance(value, str) or is_blank(value):
-        raise LilyError(f"{where}: column {column!r} holds {short(value)}, expected text")
+        fix = "; fill it, or remove the row" if value is None or isinstance(value, str) else ""
+        raise LilyError(f"{where}: column {column!r} holds {short(value)}, expected text{fix}")
     return value
 
 

@@ -269,6 +269,13 @@ def _across(parts: Sequence[Part], encoded: Mapping[str, Encoded], recipe: Recip
             f"answers are left out, because their prompt fills data.max_length={recipe.data.max_length}: {shown}; "
             f"raise it to {max(found.fits for found in dropped.values())} or more"
         )
+    for part in parts:
+        present = [label for label, count in (part.classes or {}).items() if count]
+        if recipe.task in CLASSIFYING and len(present) == 1 and part.name != "train":
+            said.append(
+                f"{part.name}: all rows are of the class {present[0]!r}, so results on them say nothing of the others; "
+                "add rows of these"
+            )
     leaking = [part for part in parts if part.in_train]
     if leaking:
         shown = " and ".join(

@@ -129,6 +129,16 @@ def separator_of(path: Path, kind: str, encoding: str | None) -> str:
         return delimited.separator_in(text, str(path), kind)
 
 
+def is_utf8(path: Path) -> bool:
+    """Whether the start of a file is UTF-8 with letters beyond ASCII."""
+    with (_Unpacked if path.name.endswith(".gz") else open)(path, "rb") as raw:
+        start = cast(BinaryIO, raw).read(1 << 20)
+    try:
+        return not start.isascii() and bool(codecs.getincrementaldecoder("utf-8")().decode(start))
+    except UnicodeDecodeError:
+        return False
+
+
 @contextlib.contextmanager
 def _text(name: str, encoding: str | None) -> Iterator[TextIO]:
     """An open text file, unpacked if need be."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from lily.io import tables
 from lily.recipes import methods, work
@@ -16,7 +17,6 @@ from lily.recipes.methods.configs import ratios_of
 from lily.recipes.results.review_table import print_review
 from lily.recipes.scoring import test_sets
 from lily.recipes.scoring.metrics import metrics_of, shown
-from lily.recipes.spec.base import CLASSIFYING
 from lily.recipes.spec.schema import Recipe
 
 if TYPE_CHECKING:
@@ -62,8 +62,9 @@ def print_result(result: Result, recipe: Recipe, output: Path, console: Console)
         console.print(forgetting(result))
     for sample in result.samples:
         console.print(f"[dim]{escape(sample['prompt'].strip()[-300:])}[/]")
-        answers = ", ".join(f"{k}: {escape(repr(sample[k]))}" for k in ("expected", "before", "after") if k in sample)
-        console.print(f"  {answers}")
+        for name in ("expected", "before", "after"):
+            if name in sample:
+                console.print(Text(f"  {name}: {' '.join(sample[name].split())}"))
     print_review(result.review, console)
     if result.best is not None:
         console.print(f"{epochs(result)}; {result.seconds['total']:.0f} s in all", soft_wrap=True, highlight=False)
@@ -103,11 +104,9 @@ def forgetting(result: Result) -> str:
 def title(name: str, recipe: Recipe) -> str:
     """A baseline's name in a table."""
     titles = {
-        **work.BASELINES,
-        "majority": "majority" if recipe.task in CLASSIFYING else "mean",
         "lora": "LoRA, equal parameters" if recipe.lora.r == "equal" else "LoRA",
     }
-    return titles[name]
+    return titles.get(name) or work.title(name, recipe)
 
 
 def values_of(names: Sequence[str], metrics: Mapping[str, float]) -> list[str]:

@@ -75,8 +75,7 @@ def card(recipe: Recipe, result: Result) -> str:
         "",
         f"# {recipe.name}",
         "",
-        recipe.description.strip(),
-        "",
+        *([recipe.description.strip(), ""] if recipe.description.strip() else []),
         f"{what} ({', '.join(f'{k} {v}' for k, v in result.adapter.items())}) for {described(recipe.model)}{bits}, "
         f"trained on {', '.join(described(file) for file in files)}.",
         "",
@@ -131,8 +130,7 @@ def export_card(
             "",
             f"# {recipe.name}",
             "",
-            recipe.description.strip(),
-            "",
+            *([recipe.description.strip(), ""] if recipe.description.strip() else []),
             f"{NAMES[kind]} for {described(recipe.model)}, made of a Lily adapter that was trained on "
             f"{described(recipe.data.train)}; `lily inspect` says how.",
             "",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lily.recipes import work
-from lily.recipes.scoring.metrics import LOWER_IS_BETTER, better, noise, shown
+from lily.recipes.scoring.metrics import LOWER_IS_BETTER, OF_NUMBERS, better, noise, shown
 
 if TYPE_CHECKING:
     from lily.recipes.results.run_files import RunFigures
@@ -16,14 +16,14 @@ DESCRIBED = ("majority", "frozen")  # baselines that have no proper name
 GUESS = "majority"  # a baseline that learned nothing
 
 
-def title_of(name: str) -> str:
-    """A method's or a baseline's name for people."""
-    return TITLES.get(name, name)
+def title_of(name: str, metric: str = "") -> str:
+    """A method's or a baseline's name for people, beside a metric."""
+    return (work.OF_NUMBERS if metric in OF_NUMBERS else {}).get(name) or TITLES.get(name, name)
 
 
-def spoken(name: str) -> str:
+def spoken(name: str, metric: str = "") -> str:
     """The same within a sentence."""
-    return f"the {title_of(name)}" if name in DESCRIBED else title_of(name)
+    return f"the {title_of(name, metric)}" if name in DESCRIBED else title_of(name, metric)
 
 
 @dataclass(frozen=True)

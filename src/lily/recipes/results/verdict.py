@@ -67,14 +67,15 @@ def advice(result: Result, recipe: Recipe, typed: str, changes: Sequence[str]) -
             f"  {command('train', typed, [*changes, *_longer(recipe), _elsewhere(recipe, 'longer')])}"
         )
     ahead = [
-        spoken(name)
+        spoken(name, result.metric)
         for name in WITHOUT
         if name in result.baselines and _beats(result, result.baselines[name].get(result.metric))
     ]
     if ahead:
         verb = "is" if len(ahead) == 1 else "are"
+        who = " and ".join(ahead)
         yield (
-            f"{' and '.join(ahead)} {verb} better without an adapter: the learning rate or the scale does not suit "
+            f"{who[0].upper()}{who[1:]} {verb} better without an adapter: the learning rate or the scale does not suit "
             f"these data, or there are too few rows. Search them:\n"
             f"  {command('tune', typed, kept)}"
         )
@@ -123,7 +124,8 @@ def next_commands(
 
 def command(verb: str, typed: str, changes: Sequence[str]) -> str:
     """A command about the same recipe."""
-    return shlex.join(["lily", verb, typed, *changes])
+    last = {change.partition("=")[0]: change for change in changes}  # of two with one key the last counts
+    return shlex.join(["lily", verb, typed, *last.values()])
 
 
 def _without_output(changes: Sequence[str]) -> list[str]:
@@ -147,7 +149,8 @@ def _title(result: Result) -> str:
 
 def _others(result: Result) -> dict[str, float]:
     """What else was judged on the same rows, by title."""
-    judged = {UNTRAINED: result.before, **{spoken(name): values for name, values in result.baselines.items()}}
+    named = {spoken(name, result.metric): values for name, values in result.baselines.items()}
+    judged = {UNTRAINED: result.before, **named}
     values = {title: figures.get(result.metric) for title, figures in judged.items()}
     return {title: value for title, value in values.items() if value is not None and not math.isnan(value)}
 

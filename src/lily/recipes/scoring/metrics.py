@@ -18,6 +18,7 @@ DEFAULTS: dict[str, list[Metric]] = {
 }
 SHARES = ("exact_match", "accuracy", "accuracy_norm")  # of rows that are right, so the number of rows tells their noise
 SCORED = SHARES  # of sft, besides those computed from the loss
+OF_NUMBERS = ("pearson", "spearman", "mse")  # of a regression
 LOWER_IS_BETTER = ("loss", "perplexity", "mse")
 
 

@@ -17,6 +17,7 @@ MAX_SHOWN = 200  # characters of a wrong value
 MOST = 3  # keys that are suggested
 SIMILAR = 0.6  # how alike a key of another section must be
 FIRST = "train"  # the section that most changes on a command line are for
+OPTIONS = ("resume", "overwrite", "quiet", "verbose")  # that somebody may take for keys
 ALIASES = {"lr": "learning_rate", "rank": "r", "lora_alpha": "alpha", "bs": "batch_size", "dropout_rate": "dropout"}
 
 SECTION = ("model_type", "model_attributes_type", "dict_type", "dict_attributes_type", "mapping_type")
@@ -142,6 +143,8 @@ def _short(value: Any) -> str:
 def near(path: Key, kind: type[Section]) -> str:
     """The keys that an unknown one may mean: of its section, then of others, `train` first."""
     section, key = path[:-1], ALIASES.get(path[-1], path[-1])
+    if path[-1] in OPTIONS:
+        return f"of the command line, it is --{path[-1]}"
     allowed = list(_fields(section, kind))
     if key in allowed:
         return f"did you mean {key}?"
