@@ -14,8 +14,6 @@ from typer import Argument, Option
 from lily.errors import LilyError
 from lily.recipes.by_task import BASES
 
-Column = Annotated[str | None, Option(help="Column, where the guess is wrong.")]
-
 
 def new_command(
     file: Annotated[
@@ -23,13 +21,17 @@ def new_command(
     ],
     out: Annotated[str | None, Option("--out", help="Recipe to write. Default: named as the file, here.")] = None,
     task: Annotated[str | None, Option(help=f"Task: {', '.join(BASES)}. Default: by the data.")] = None,
-    text: Column = None,
-    text_pair: Column = None,
-    label: Column = None,
-    image: Column = None,
-    prompt: Column = None,
-    completion: Column = None,
-    messages: Column = None,
+    text: Annotated[str | None, Option(help="Column of the texts, where the guess is wrong.")] = None,
+    text_pair: Annotated[
+        str | None, Option(help="Column of second texts, for pairs, where the guess is wrong.")
+    ] = None,
+    label: Annotated[str | None, Option(help="Column of classes or numbers, where the guess is wrong.")] = None,
+    image: Annotated[str | None, Option(help="Column of paths of images, where the guess is wrong.")] = None,
+    prompt: Annotated[str | None, Option(help="Column of prompts, where the guess is wrong.")] = None,
+    completion: Annotated[
+        str | None, Option(help="Column of the answers to prompts, where the guess is wrong.")
+    ] = None,
+    messages: Annotated[str | None, Option(help="Column of chats, where the guess is wrong.")] = None,
     delimiter: Annotated[
         str | None, Option(help="Separator of a csv, where two would fit: ',', ';', '|' or tab.")
     ] = None,

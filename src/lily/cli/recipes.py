@@ -40,7 +40,8 @@ def recipes_command(
 
     if task is not None and task not in TASKS:
         near = difflib.get_close_matches(task, TASKS, n=1)
-        raise LilyError(f"--task {task}: {f'did you mean {near[0]}?' if near else 'choose one of'} {', '.join(TASKS)}")
+        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(TASKS)}"
+        raise LilyError(f"--task {task}: {hint}")
     if name is None and copy is not None:
         raise LilyError("--copy needs the name of a recipe: lily recipes NAME --copy FILE")
     if name is None or task is not None or (copy is None and not _is_known(name)):
