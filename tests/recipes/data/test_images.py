@@ -110,6 +110,12 @@ def test_what_is_no_image_is_named(tmp_path):
         Preprocess(8)(tmp_path / "x.png")
 
 
+def test_a_broken_file_is_found_before_training(tmp_path):
+    (tmp_path / "x.png").write_bytes(b"not an image")
+    with pytest.raises(LilyError, match=r"x\.png: not a readable image \(no format of images\); remove or replace it"):
+        images.digest(str(tmp_path / "x.png"))
+
+
 def test_the_protocol_writes_the_public_layout(folder, tmp_path):
     chosen = vtab.build(folder, tmp_path / "out", train=8, validation=4)
     lists = {name: pairs(tmp_path / "out" / name) for name in ("train8.txt", "val4.txt", "train8val4.txt", "test.txt")}

@@ -212,6 +212,26 @@ def test_classes_that_differ_in_punctuation_only_are_told(encoder, tmp_path, nam
     assert prepared(tmp_path, values, "data.similar_labels=keep").data.warnings == ()
 
 
+def test_parts_of_one_class_are_told(encoder, tmp_path):
+    table = files(
+        tmp_path,
+        train=[*labeled([f"good {i}" for i in range(9)]), *labeled([f"bad {i}" for i in range(9)], "b")],
+        validation=labeled(["so good"]),
+        test=labeled(["very good"]),
+    )
+    values = classification(encoder, "unused", tmp_path)
+    values["data"] |= table
+    (told,) = prepared(tmp_path, values).data.warnings
+    assert told.startswith("validation and test: all rows are of the class 'a', so results say nothing of the others")
+
+
+def test_texts_that_the_model_cannot_read_are_told(encoder, tmp_path):
+    table = [{"text": f"服务很好 {i}", "label": "ab"[i % 2]} for i in range(60)]
+    values = classification(encoder, write_jsonl(tmp_path / "t.jsonl", table), tmp_path)
+    (told,) = prepared(tmp_path, values).data.warnings
+    assert re.search(r"train: \d+% of the tokens are unknown to the model, which reads \[UNK\]", told)
+
+
 def test_a_class_named_as_a_missing_value_of_python_is_told(encoder, tmp_path):
     table = [{"text": f"text {i}", "label": ("None", "pos")[i % 2]} for i in range(60)]
     values = classification(encoder, write_jsonl(tmp_path / "t.jsonl", table), tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import shutil
 import tarfile
 import zipfile
@@ -128,9 +129,22 @@ def image_of(value: Any, column: str, where: str, folder: Path | None = None) ->
 
 
 def digest(image: Any) -> str:
-    """SHA-256 of an image's bytes, by which duplicates are detected."""
-    data = image.tobytes() if hasattr(image, "convert") else Path(image).read_bytes()
-    return hashlib.sha256(data).hexdigest()
+    """SHA-256 of an image's bytes, by which duplicates are detected.
+
+    Raises:
+        LilyError: if a file has no image's header: training would find that out at its first use.
+    """
+    from PIL import Image
+
+    if hasattr(image, "convert"):
+        return hashlib.sha256(image.tobytes()).hexdigest()
+    data = Path(image).read_bytes()
+    try:
+        with Image.open(io.BytesIO(data)):
+            return hashlib.sha256(data).hexdigest()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        what = "it is empty" if not data else "no format of images" if "cannot identify" in str(error) else str(error)
+        raise LilyError(f"{image}: not a readable image ({what}); remove or replace it") from None
 
 
 def read_images(path: Path) -> Iterator[dict[str, Any]]:

@@ -269,13 +269,16 @@ def _across(parts: Sequence[Part], encoded: Mapping[str, Encoded], recipe: Recip
             f"answers are left out, because their prompt fills data.max_length={recipe.data.max_length}: {shown}; "
             f"raise it to {max(found.fits for found in dropped.values())} or more"
         )
-    for part in parts:
+    alone: dict[str, list[str]] = {}
+    for part in parts if recipe.task in CLASSIFYING else ():
         present = [label for label, count in (part.classes or {}).items() if count]
-        if recipe.task in CLASSIFYING and len(present) == 1 and part.name != "train":
-            said.append(
-                f"{part.name}: all rows are of the class {present[0]!r}, so results on them say nothing of the others; "
-                "add rows of these"
-            )
+        if len(present) == 1 and part.name != "train":
+            alone.setdefault(present[0], []).append(part.name)
+    for label, names in alone.items():
+        said.append(
+            f"{' and '.join(names)}: all rows are of the class {label!r}, so results say nothing of the others; add "
+            "rows of these"
+        )
     leaking = [part for part in parts if part.in_train]
     if leaking:
         shown = " and ".join(

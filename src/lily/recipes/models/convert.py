@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +42,19 @@ def _gguf(path: Path, out: Path) -> None:
     except ImportError:
         raise LilyError(f'{path.name}: reading GGUF needs gguf; pip install "lily-peft[sft]"') from None
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
 
+    bar = vars(modeling_gguf_pytorch_utils)["tqdm"]  # tqdm's own, which transformers' switch for bars does not reach
     try:
+        modeling_gguf_pytorch_utils.tqdm = partial(bar, disable=True)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
         read = AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False
         )
     except Exception as error:
         raise LilyError(f"{path}: not a GGUF model that transformers reads: {error}") from None
+    finally:
+        modeling_gguf_pytorch_utils.tqdm = bar
     # The weights are dequantized now; saving fails if the config still has the quantization.
     values = read.config.to_dict()
     values.pop("quantization_config", None)
