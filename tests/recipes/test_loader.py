@@ -215,3 +215,10 @@ def test_a_wrong_value_is_shown_in_short(tmp_path):
         loader.load_recipe(write_recipe(tmp_path, {**MINIMAL, "seed": "x" * 3000}))
     assert "seed: expected a whole number" in str(caught.value)
     assert len(str(caught.value)) < 500
+
+
+def test_an_error_of_a_section_names_what_the_command_line_changed_in_it(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("extends: quickstart\nlily: {r: 8}\n")
+    with pytest.raises(LilyError, match=r"x\.yaml:2 with override 'lily\.r=4' and override 'lily\.params=1M': lily: "):
+        loader.load_recipe(str(path), ["lily.r=4", "lily.params=1M"])

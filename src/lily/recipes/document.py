@@ -29,9 +29,16 @@ class Document:
     files: tuple[str, ...] = ()  # the nearest first
 
     def location(self, path: Key) -> str:
-        """The location of the key at `path`, or of the nearest key above it, or below: `a.b=1` writes a too."""
-        below = (where for key, where in self.locations.items() if key[: len(path)] == path)
-        return KeyLocations(self.locations).of(path) or next(below, "recipe")
+        """The location of the key at `path`, or of the nearest key above it, or below: `a.b=1` writes a too.
+
+        Of a section in a file, what the command line changes in it is named too.
+        """
+        below = {key: where for key, where in self.locations.items() if key[: len(path)] == path and key != path}
+        found = KeyLocations(self.locations).of(path)
+        if found is None:
+            return next(iter(below.values()), "recipe")
+        changes = [where for key, where in below.items() if key in self.overridden] if path else []
+        return f"{found} with {' and '.join(changes)}" if changes and not found.startswith("override") else found
 
 
 def parse(path: str, file: Path) -> Document:

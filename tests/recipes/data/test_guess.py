@@ -139,6 +139,10 @@ def test_what_is_not_clear_is_said(tmp_path, columns, given, said):
 
 
 def test_a_path_that_is_no_data(tmp_path):
+    table(tmp_path / "in$USD.csv", {"text": sentence, "label": label})
+    with pytest.raises(LilyError, match="starts a variable; rename"):
+        guess(tmp_path / "in$USD.csv")
+    (tmp_path / "in$USD.csv").unlink()
     with pytest.raises(LilyError, match="there is no such file or folder"):
         guess(tmp_path / "none.csv")
     with pytest.raises(LilyError, match=r"holds no images .* in folders of classes; make one folder per class"):

@@ -94,6 +94,8 @@ def guess(
     """
     if not path.exists():
         raise LilyError(f"{path}: there is no such file or folder; name a table, or a folder with a folder per class")
+    if re.search(r"\$\{?\w", str(path)):
+        raise LilyError(f"{path}: a $ in a recipe's path starts a variable; rename the file or its folder")
     if path.is_dir():
         counts = _image_classes(path)
         if len(counts) < 2 and (table := sniff.table_in(path)) is not None:
