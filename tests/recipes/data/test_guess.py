@@ -166,6 +166,11 @@ AS_FOUND = {
         {"how": {}, "columns": {"text": "text", "label": "label"}, "unused": ()},
     ),
     "short lines without a header": ("x.csv", TEXTS, {"how": {"delimiter": ";", "header": ["column1", "column2"]}}),
+    "numbers in a first row": (
+        "x.csv",
+        "".join(f"{i % 2},{sentence(i)},{i % 2}\n" for i in range(40)),
+        {"how": {"header": ["column1", "column2", "column3"]}},
+    ),
     "Windows' letters": (
         "x.csv",
         ("text,label\n" + TEXTS.replace(";", " caf\xe9,")).encode("cp1252"),

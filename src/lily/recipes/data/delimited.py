@@ -21,6 +21,14 @@ SWALLOWED = 5  # lines in one field that look like rows
 csv.field_size_limit(1 << 24)
 
 
+class DuplicateNameError(LilyError):
+    """Two columns have one name: `names` are those of the header line, which may be a row."""
+
+    def __init__(self, message: str, names: Sequence[str]) -> None:
+        super().__init__(message)
+        self.names = names
+
+
 def rows(
     text: TextIO, name: str, kind: str, header: Sequence[str] | None, delimiter: str | None, note: Note
 ) -> Iterator[dict[str, str]]:
@@ -55,7 +63,8 @@ def rows(
         # Excel writes commas for empty columns; nothing can ask for a column without a name.
         duplicate = next((column for i, column in enumerate(names) if column and column in names[:i]), None)
         if duplicate is not None:
-            raise LilyError(f"{name}: two columns are named {duplicate!r}; rename one of them")
+            hint = ", or, if the file has no header line, set header: [names]" if looks_like_data(duplicate) else ""
+            raise DuplicateNameError(f"{name}: two columns are named {duplicate!r}; rename one of them{hint}", names)
         start = skipped + reader.line_num + 1
         for fields in reader:
             here, start = start, skipped + reader.line_num + 1
@@ -116,7 +125,9 @@ def _guessed(head: Sequence[str], name: str, kind: str, header: Sequence[str] | 
     whole = [separator for separator, share in fits.items() if share == 1]
     if len(whole) > 1:
         both = " and by ".join(SEPARATORS[separator] for separator in whole[:2])
-        raise LilyError(f"{name} can be separated by {both}; set data.delimiter to the right one")
+        raise LilyError(
+            f"{name} can be separated by {both}; set data.delimiter to the right one (lily new: --delimiter)"
+        )
     return max(fits, key=lambda separator: fits[separator], default=usual)
 
 

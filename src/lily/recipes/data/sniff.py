@@ -64,6 +64,10 @@ def open_table(path: Path, delimiter: str | None = None) -> Opened:
 def _opened(path: Path, how: dict[str, Any]) -> Opened:
     try:
         rows = _rows(path, how)
+    except delimited.DuplicateNameError as error:
+        if not any(NUMBER.fullmatch(name.strip()) for name in error.names):
+            raise
+        return _opened(path, how | {"header": _columns(len(error.names))})
     except EncodingError as error:
         if error.better is None:
             raise
@@ -77,10 +81,14 @@ def _opened(path: Path, how: dict[str, Any]) -> Opened:
         how = how | {"delimiter": separator}
     if rows and len(rows[0]) < 2 and not tables.kind_of(path):
         raise LilyError(f"{path}: is no table with columns")
-    if _is_row(list(rows[0]) if rows else [], rows):
-        how = how | {"header": [f"column{i}" for i in range(1, len(rows[0]) + 1)]}
+    if "header" not in how and _is_row(list(rows[0]) if rows else [], rows):
+        how = how | {"header": _columns(len(rows[0]))}
         rows = _rows(path, how)
     return Opened(rows, how)
+
+
+def _columns(count: int) -> list[str]:
+    return [f"column{i}" for i in range(1, count + 1)]
 
 
 def _rows(path: Path, how: dict[str, Any]) -> list[Row]:
