@@ -20,7 +20,6 @@ import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -212,16 +211,18 @@ def missing(studies: Sequence[str]) -> list[Run]:
 def run_all(runs: Sequence[Run], jobs: int) -> None:
     """Train the runs, each in a process with one thread, and append their rows as they end."""
     ROWS.parent.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, max_tasks_per_child=8) as pool:
-        waiting = {pool.submit(train, run): run for run in runs}
-        for number, future in enumerate(as_completed(waiting), 1):
-            run, found = waiting[future], future.result()
+    # Not ProcessPoolExecutor: with max_tasks_per_child it can stop for good (CPython issue 115634).
+    with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=8) as pool:
+        for number, (run, found) in enumerate(pool.imap_unordered(_trained, runs), 1):
             named = {"task": run.task, "arm": run.arm, "size": run.size, "options": dict(run.options)}
             with ROWS.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(named | {"rate": run.rate, "seed": run.seed} | found) + "\n")
             print(f"{number}/{len(runs)} {run.task} {run.arm} {run.rate:g} seed {run.seed}: {found['validation']}",
                   file=sys.stderr, flush=True)  # fmt: skip
+
+
+def _trained(run: Run) -> tuple[Run, Row]:
+    return run, train(run)
 
 
 def score(row: Row) -> float:
