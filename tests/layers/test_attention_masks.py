@@ -211,6 +211,34 @@ def test_padding_does_not_count_where_the_sequence_has_another_length_than_its_m
         assert (alone - padded).norm() < 1e-4 * alone.norm()
 
 
+@pytest.mark.parametrize("kind", LENGTHS)
+def test_rows_with_different_adapters_have_such_masks_too(kind):
+    config, batch = LENGTHS[kind]
+    torch.manual_seed(0)
+    options = LilyConfig(r=4, num_B=2, target_modules="all-linear")
+    model = get_peft_model(transformers.AutoModel.from_config(config), options).eval()
+    model.add_adapter("other", options)
+    randomise(model)
+    rows = {key: torch.cat((value, value)) for key, value in batch(7).items()}
+    with torch.no_grad():
+        mixed = model(**rows, adapter_names=["default", "other"]).last_hidden_state
+        for i, name in enumerate(("default", "other")):
+            model.set_adapter(name)
+            assert torch.allclose(mixed[i : i + 1], model(**batch(7)).last_hidden_state, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_speech_model_is_compiled_whole_for_any_length():
+    config, batch = LENGTHS["a speech model"]
+    model = transformers.AutoModel.from_config(config)
+    model = randomise(get_peft_model(model, LilyConfig(r=4, num_B=2, target_modules="all-linear"))).eval()
+    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for padding in (7, 3):
+            expected = model(**batch(padding)).last_hidden_state
+            assert torch.allclose(compiled(**batch(padding)).last_hidden_state, expected, atol=1e-5)
+
+
 def test_masks_of_every_form_are_read():
     kept = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]], dtype=torch.bool)
     added = torch.where(kept, 0.0, -1e4)

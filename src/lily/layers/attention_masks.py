@@ -83,28 +83,27 @@ LENGTHS = ("_get_feat_extract_output_lengths", "_get_subsampling_output_length")
 
 
 def _shortened(mask: Tensor, x: Tensor, model: nn.Module | None) -> Tensor | None:
-    """The mask for `x` (batch, fewer tokens, ...) of a speech model, if its own formula gives that length."""
-    if x.ndim < 3 or len(x) != len(mask) or x.shape[1] >= mask.shape[1]:
+    """The mask for `x` (batch, fewer tokens, ...) of a speech model; all tokens count if no formula gives that length.
+
+    The comparison is a tensor, so that nothing waits for it and programs with dynamic shapes have it too.
+    """
+    formulas = _formulas(model)
+    if not formulas or x.ndim < 3 or len(x) != len(mask) or x.shape[1] >= mask.shape[1]:
         return None
-    for way in range(2):  # before and after the layers that some have behind the encoder
-        if _shorter(model, mask.shape[1], way) == x.shape[1]:
-            lengths: Tensor = _formula(model, way)(mask.sum(-1))
-            return torch.arange(x.shape[1], device=mask.device) < lengths.unsqueeze(-1)
-    return None
+    tokens, lengths = x.shape[1], torch.full_like(mask[:, 0], x.shape[1], dtype=torch.long)
+    of_all = torch.full_like(mask[:1, 0], mask.shape[1], dtype=torch.long)
+    for formula in formulas:
+        if isinstance(full := formula(of_all), Tensor):  # some return two
+            lengths = torch.where(full == tokens, formula(mask.sum(-1)).long(), lengths)
+    return torch.arange(tokens, device=mask.device) < lengths.unsqueeze(-1)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _shorter(model: nn.Module | None, tokens: int, way: int) -> int | None:
-    formula = _formula(model, way)
-    length = None if formula is None else formula(torch.tensor(tokens))
-    return int(length) if isinstance(length, Tensor) else None
-
-
-def _formula(model: nn.Module | None, way: int) -> Any:
+def _formulas(model: nn.Module | None) -> list[Any]:
+    """The lengths of sequences in a speech model: before and, in some, behind the layers that follow the encoder."""
     formula = next((getattr(model, name) for name in LENGTHS if hasattr(model, name)), None)
     if formula is None or "add_adapter" not in inspect.signature(formula).parameters:
-        return None if way else formula
-    return functools.partial(formula, add_adapter=bool(way))
+        return [] if formula is None else [formula]
+    return [functools.partial(formula, add_adapter=behind) for behind in (True, False)]
 
 
 def attended(mask: Tensor) -> Tensor:
@@ -194,7 +193,7 @@ class MaskTracker:
 
         crossed = scope.other_address is not None and _address(x) == scope.other_address
         address = _address(own) if crossed else None
-        self.scopes.append(Scope(part(scope.own), part(scope.other), address, inner=part(scope.inner)))
+        self.scopes.append(Scope(part(scope.own), part(scope.other), address, None, scope.model, part(scope.inner)))
         try:
             yield own
         finally:
