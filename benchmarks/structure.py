@@ -20,7 +20,6 @@ import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -40,7 +39,6 @@ SCALE = 2.0  # of LoRA: lora_alpha = 2 r
 CHANCE = math.log(10)
 RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 FAILED = 4  # times the lowest loss
-SHAPES = 7  # of one rate for every shape; a task with fewer has not been measured to the end
 
 Row = dict[str, Any]
 Rows = Mapping[Run, Row]
@@ -149,21 +147,24 @@ def widened(rows: Rows, first: Run, rates: Sequence[float]) -> Iterator[Run]:
 
 
 def shapes(rows: Rows) -> Iterator[Run]:
-    """One learning rate for every shape: LoRA of rank 8, and Lily of many shapes at the default scale.
+    """One learning rate for every shape.
 
     A shape whose best rate is at the end of the grid gets the next one too.
     """
-    for name, rates in (("random-labels", (2e-3, 4e-3)), ("headlines", (2e-3, 4e-3)),
-                        ("random-digits", (1e-3, 2e-3)), ("digits", (1e-3,))):  # fmt: skip
-        made: dict[str, dict[str, Any]] = {"LoRA, r=8": {"method": "lora", "r": 8, "lora_alpha": SCALE * 8}}
-        for r in (4, 16, 64, 256):
-            made[f"r={r}"] = PAIR | {"r": r, "distinct": "permute"}
-        made["r=16, 8 experts"] = PAIR | {"r": 16, "num_B": 8, "routing": "sequence", "distinct": "permute"}
-        depth = {"encoder": 6, "vision": 12}[tasks.TASKS[name].model]
-        made["r=16, an A per layer"] = ROUTED | {"r": 16, "num_A": depth, "distinct": "permute"}
-        for shape, found in made.items():
-            scale = {} if found["method"] == "lora" else {"scaling": round(default_scaling(found["r"]), 4)}
-            yield from widened(rows, Run(name, shape, 0, key(found | scale), rates[0], 0), rates)
+    for name, rates in TRANSFER.items():
+        for shape, found in shapes_of(tasks.TASKS[name].model).items():
+            yield from widened(rows, Run(name, shape, 0, key(found), rates[0], 0), rates)
+
+
+def shapes_of(model: str) -> dict[str, dict[str, Any]]:
+    """LoRA of rank 8, and Lily of many shapes at the default scale, as options."""
+    depth = {"encoder": 6, "vision": 12}[model]
+    made: dict[str, dict[str, Any]] = {f"r={r}": PAIR | {"r": r} for r in (4, 16, 64, 256)}
+    made["r=16, 8 experts"] = PAIR | {"r": 16, "num_B": 8, "routing": "sequence"}
+    made["r=16, an A per layer"] = ROUTED | {"r": 16, "num_A": depth}
+    for found in made.values():
+        found |= {"distinct": "permute", "scaling": round(default_scaling(found["r"]), 4)}
+    return {"LoRA, r=8": {"method": "lora", "r": 8, "lora_alpha": SCALE * 8}} | made
 
 
 def powers() -> Iterator[Run]:
@@ -174,6 +175,13 @@ def powers() -> Iterator[Run]:
             yield Run("random-labels", f"r=48, scale {scale:g}", 0, key(made), rate, 0)
 
 
+# Of one rate for every shape: where grids begin.
+TRANSFER = {
+    "random-labels": (2e-3, 4e-3),
+    "headlines": (2e-3, 4e-3),
+    "random-digits": (1e-3, 2e-3),
+    "digits": (1e-3,),
+}
 MAIN = ["LoRA", "permuted", "permuted, routed", "published, scaled"]
 PROBE, TASK = (2e-3, 4e-3), (1e-3, 2e-3)  # where grids begin; they widen
 STUDIES: dict[str, Study] = {
@@ -212,16 +220,18 @@ def missing(studies: Sequence[str]) -> list[Run]:
 def run_all(runs: Sequence[Run], jobs: int) -> None:
     """Train the runs, each in a process with one thread, and append their rows as they end."""
     ROWS.parent.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, max_tasks_per_child=8) as pool:
-        waiting = {pool.submit(train, run): run for run in runs}
-        for number, future in enumerate(as_completed(waiting), 1):
-            run, found = waiting[future], future.result()
+    # Not ProcessPoolExecutor: with max_tasks_per_child it can stop for good (CPython issue 115634).
+    with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=8) as pool:
+        for number, (run, found) in enumerate(pool.imap_unordered(_trained, runs), 1):
             named = {"task": run.task, "arm": run.arm, "size": run.size, "options": dict(run.options)}
             with ROWS.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(named | {"rate": run.rate, "seed": run.seed} | found) + "\n")
             print(f"{number}/{len(runs)} {run.task} {run.arm} {run.rate:g} seed {run.seed}: {found['validation']}",
                   file=sys.stderr, flush=True)  # fmt: skip
+
+
+def _trained(run: Run) -> tuple[Run, Row]:
+    return run, train(run)
 
 
 def score(row: Row) -> float:
@@ -257,9 +267,9 @@ def optimum(curve: Mapping[float, float]) -> tuple[float, bool]:
 
 def one_rate(rows: Rows) -> Rows:
     """The rows of one rate for every shape, of the tasks with all shapes."""
-    own = {run: row for run, row in rows.items() if run.size == 0}
-    shapes = {task: {run.arm for run in own if run.task == task} for task in {run.task for run in own}}
-    return {run: row for run, row in own.items() if len(shapes[run.task]) >= SHAPES}
+    wanted = {task: shapes_of(tasks.TASKS[task].model) for task in TRANSFER}
+    own = {run: row for run, row in rows.items() if run.size == 0 and run.arm in wanted.get(run.task, {})}
+    return {run: row for run, row in own.items() if {r.arm for r in own if r.task == run.task} == set(wanted[run.task])}
 
 
 def transfer(rows: Rows) -> str:
@@ -358,7 +368,7 @@ def draw(rows: Rows) -> None:
             (row["drift"], [row[part]["loss"]])
             for points in by_rate(rows, task, arm, size).values()
             for run, row in points
-            if run.seed == 0 and "drift" in row and score(row) < tasks.chance(task)
+            if run.seed == 0 and "drift" in row
         ]
         if len(moved) > 1:
             drifts.setdefault(f"{task}, size {size:g}", {})[arm] = moved

@@ -198,7 +198,8 @@ ORDERS = [
     # transformers is the first to need PEFT.
     "import lily; from transformers import PreTrainedModel\n"
     "try: PreTrainedModel.load_adapter(None)\n"
-    "except Exception as e: assert '_transformers' in [f.name for f in traceback.extract_tb(e.__traceback__)], e\n"
+    "except Exception as e:\n"
+    "  assert 'transformers_load_adapter' in [f.name for f in traceback.extract_tb(e.__traceback__)], e\n"
     "else: raise AssertionError",
     "import lily; import importlib.util as u; u.find_spec('peft'); import peft",
     # Using Lily imports nothing but its own modules, a few of PEFT's and those of the optimizers that it replaces.

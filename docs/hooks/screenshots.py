@@ -1,19 +1,23 @@
 """Pictures of a page of `lily inspect` for the docs: `python docs/hooks/screenshots.py PAGE.html [SECTION]`.
 
-Writes docs/figures/insight-light.png (the page's beginning) and insight-dark.png (from SECTION on, by default `rank`).
-Needs Chromium (Debian: apt-get install chromium).
+Writes docs/figures/insight-light.png (the page's beginning), insight-dark.png (from SECTION on, by default `rank`), and
+insight.json, by which a test sees that pages look different by now. Needs Chromium (Debian: apt-get install chromium).
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 FIGURES = Path(__file__).resolve().parents[1] / "figures"
-WIDTH, HEIGHT = 900, 1150
+WIDTH, HEIGHT = 1000, 1150
 SCHEMES = {"light": "1", "dark": "0"}
 
 
@@ -34,6 +38,16 @@ def main(page: str, section: str = "rank") -> None:
                  copy.as_uri()],
                 check=True, capture_output=True, timeout=180,
             )  # fmt: skip
+    (FIGURES / "insight.json").write_text(json.dumps(looks(text), indent=1) + "\n", "utf-8")
+
+
+def looks(text: str) -> dict[str, Any]:
+    """What decides how a page looks, beside its run: the titles of its sections, and its style."""
+    style = "".join(re.findall(r"<style>.*?</style>", text, re.S))
+    return {
+        "sections": re.findall(r"<h2[^>]*>(.*?)</h2>", text, re.S),
+        "style": hashlib.sha256(style.encode()).hexdigest(),
+    }
 
 
 def _only_from(section: str) -> str:

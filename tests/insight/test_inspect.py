@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import shutil
 from html import escape
 from html.parser import HTMLParser
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,6 +87,13 @@ def test_a_run_is_shown_with_its_metrics_its_routing_over_held_out_rows_and_the_
     assert analysis["history"]["steps"][0] == 2  # the routers are checked in the steps between
     assert analysis["notes"] == []
     assert insight(str(run / "best"), rows=0).lora is not None
+
+
+def test_the_pictures_of_the_docs_show_a_page_as_it_is_written_now(run, tmp_path):
+    hooks = Path(__file__).parents[2] / "docs" / "hooks" / "screenshots.py"
+    looks = runpy.run_path(str(hooks))["looks"]
+    shown = json.loads((hooks.parents[1] / "figures" / "insight.json").read_text("utf-8"))
+    assert looks(page_of(run, tmp_path)) == shown, "docs/insight.md, Results on the quickstart, has the commands"
 
 
 def test_no_layers_name_is_cut_in_a_terminal_of_80_columns(run, monkeypatch):

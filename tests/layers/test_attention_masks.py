@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import build, inputs, logits, randomise
+import transformers
+from helpers import build, inputs, logits, predict, randomise
 from peft import get_peft_model
 from torch import nn
 
 from lily import LilyConfig
-from lily.layers.attention_masks import Scope, fits
+from lily.layers.attention_masks import Scope, attended, fits
 from lily.layers.bank import bank_of
 
 
@@ -32,7 +34,7 @@ def test_only_sequence_routing_installs_hooks():
     model = get_peft_model(model, LilyConfig(routing="token", target_modules=["query"]))
     assert hooks(model) == []
     model.add_adapter("s", LilyConfig(routing="sequence", target_modules=["value"]))
-    assert len(hooks(model)) == 4  # in and out of the classifier model and of the encoder inside it
+    assert len(hooks(model)) == 6  # in and out of the classifier model, of the one inside it, and of its encoder
 
 
 def test_scopes_close_after_an_exception():
@@ -113,3 +115,135 @@ def test_a_class_changes_only_while_its_model_is_watched():
     model = model.unload()
     assert {name: type(m) for name, m in model.named_modules()} == before
     assert not any("lily_hooks" in vars(m) for m in model.modules())
+
+
+def test_threads_have_masks_of_their_own():
+    config = LilyConfig(r=4, num_B=2, routing="sequence", target_modules="all-linear")
+    model = randomise(get_peft_model(build("bert"), config)).eval()
+    batches = [inputs("bert", batch=2, tokens=40, seed=i) for i in range(2)]
+    for i, batch in enumerate(batches):
+        batch["attention_mask"][:, 5 + 20 * i :] = 0
+    expected, wrong = [predict(model, batch) for batch in batches], []
+    here = threading.Barrier(2)
+
+    def meet(*_):
+        here.wait()
+
+    model.base_model.model.bert.encoder.register_forward_pre_hook(meet)
+
+    def serve(i):
+        if not torch.allclose(predict(model, batches[i]), expected[i], atol=1e-5):
+            wrong.append(i)
+
+    threads = [threading.Thread(target=serve, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+AUDIO = {
+    "conv_dim": (16, 16), "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2, "feat_extract_norm": "layer",
+    "do_stable_layer_norm": True, "layerdrop": 0.0, "mask_time_prob": 0.0,
+}  # fmt: skip
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+TEXT = {**SIZES, "vocab_size": 61, "max_position_embeddings": 64, "pad_token_id": 0}
+
+
+def speech(padding):
+    wave = torch.randn(1, 800, generator=torch.Generator().manual_seed(0))
+    return {
+        "input_values": F.pad(wave, (0, padding * 40)),
+        "attention_mask": F.pad(torch.ones(1, 800), (0, padding * 40)),
+    }
+
+
+def text(padding, **more):
+    ids = torch.randint(3, 60, (1, 8), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": F.pad(ids, (0, padding)), "attention_mask": F.pad(torch.ones_like(ids), (0, padding)), **more}
+
+
+def page(padding):
+    image = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    return text(padding, pixel_values=image, bbox=torch.zeros(1, 8 + padding, 4, dtype=torch.long))
+
+
+LENGTHS = {
+    "a speech model": (transformers.Wav2Vec2Config(**SIZES, **AUDIO), speech),
+    "one with pixels behind the text": (
+        transformers.LayoutLMv3Config(
+            **TEXT, coordinate_size=4, shape_size=8, max_2d_position_embeddings=64, input_size=8, patch_size=4
+        ),
+        page,
+    ),
+    "one that pads to a window": (transformers.LongformerConfig(**TEXT, attention_window=4), text),
+}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", LENGTHS)
+def test_padding_does_not_count_where_the_sequence_has_another_length_than_its_mask(kind, checkpointing):
+    config, batch = LENGTHS[kind]
+    torch.manual_seed(0)
+    model = transformers.AutoModel.from_config(config)
+    if checkpointing and not model.supports_gradient_checkpointing:
+        pytest.skip("the model has no checkpointing")
+    model = randomise(get_peft_model(model, LilyConfig(r=4, num_B=2, target_modules="all-linear"))).eval()
+    assert model.peft_config["default"].routing == "sequence"
+    if checkpointing:
+        model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+            vars(module).update(
+                {k: 0.0 for k in ("dropout", "attention_dropout") if isinstance(vars(module).get(k), float)}
+            )
+    found, kept = [], 8 if "input_ids" in batch(0) else 70
+    for padding in (0, 7):
+        model.zero_grad()
+        out = model(**batch(padding)).last_hidden_state[:, :kept]
+        (out * torch.linspace(-1, 1, 32)).sin().sum().backward()
+        found.append((out.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+    for alone, padded in zip(*found, strict=True):
+        assert (alone - padded).norm() < 1e-4 * alone.norm()
+
+
+@pytest.mark.parametrize("kind", LENGTHS)
+def test_rows_with_different_adapters_have_such_masks_too(kind):
+    config, batch = LENGTHS[kind]
+    torch.manual_seed(0)
+    options = LilyConfig(r=4, num_B=2, target_modules="all-linear")
+    model = get_peft_model(transformers.AutoModel.from_config(config), options).eval()
+    model.add_adapter("other", options)
+    randomise(model)
+    rows = {key: torch.cat((value, value)) for key, value in batch(7).items()}
+    with torch.no_grad():
+        mixed = model(**rows, adapter_names=["default", "other"]).last_hidden_state
+        for i, name in enumerate(("default", "other")):
+            model.set_adapter(name)
+            assert torch.allclose(mixed[i : i + 1], model(**batch(7)).last_hidden_state, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_speech_model_is_compiled_whole_for_any_length():
+    config, batch = LENGTHS["a speech model"]
+    model = transformers.AutoModel.from_config(config)
+    model = randomise(get_peft_model(model, LilyConfig(r=4, num_B=2, target_modules="all-linear"))).eval()
+    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for padding in (7, 3):
+            expected = model(**batch(padding)).last_hidden_state
+            assert torch.allclose(compiled(**batch(padding)).last_hidden_state, expected, atol=1e-5)
+
+
+def test_masks_of_every_form_are_read():
+    kept = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]], dtype=torch.bool)
+    added = torch.where(kept, 0.0, -1e4)
+    for mask in (kept, kept.long(), kept.float(), added, added.half(), torch.where(kept, 0.0, -torch.inf)):
+        assert torch.equal(attended(mask), kept)
+        assert torch.equal(attended(mask[:, None, None].expand(2, 3, 4, 4)), kept)
+    assert attended(torch.zeros(2, 4)).all()  # nothing is added: there is no padding
+    assert torch.equal(attended(torch.tensor([[0.0, 3e38, -3e38]])), torch.tensor([[True, True, False]]))  # Longformer

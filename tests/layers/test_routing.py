@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from helpers import VOCAB, build, logits, randomise
 from peft import get_peft_model
+from torch import nn
 
 from lily import LilyConfig
+from lily.layers.find import layers_of
 
 TOLERANCE = 1e-5  # float32, logits of order 1 after four layers
 
@@ -169,3 +172,44 @@ def test_beam_search_and_left_padded_batches_generate():
             input_ids=a, attention_mask=torch.ones_like(a), num_beams=3, max_new_tokens=8, do_sample=False
         )
     assert torch.equal(beams[:, 12:], alone[:, 8:])
+
+
+SMALL = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+TOKENS_FIRST = {
+    "XLNet": (
+        transformers.XLNetConfig(vocab_size=61, d_model=32, n_layer=2, n_head=4, d_inner=48),
+        {"layer_1", "layer_2"},
+    ),
+    "Longformer": (transformers.LongformerConfig(**SMALL, attention_window=4), {"query", "value", "key"}),
+}
+
+
+@pytest.mark.parametrize("kind", TOKENS_FIRST)
+def test_samples_do_not_mix_where_a_module_works_on_tokens_first(kind):
+    config, expected = TOKENS_FIRST[kind]
+    torch.manual_seed(0)
+    model = transformers.AutoModel.from_config(config)
+    model = randomise(
+        get_peft_model(model, LilyConfig(r=4, num_B=2, routing="sequence", target_modules="all-linear"))
+    ).eval()
+    layers = layers_of(model.base_model.model)
+    by_token = {
+        name.rpartition(".")[2] for name, layer in layers.items() if layer.settings["default"].routing == "token"
+    }
+    assert by_token >= expected
+    tokens = ids(3, 8)
+    with torch.no_grad():
+        together, alone = model(input_ids=tokens)[0], model(input_ids=tokens[:1])[0]
+    assert torch.allclose(together[:1], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_samples_do_not_mix_in_torchs_encoder_whichever_dimension_is_first(batch_first):
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=batch_first)
+    config = LilyConfig(r=4, num_B=2, routing="sequence", target_modules="all-linear")
+    model = randomise(get_peft_model(nn.Sequential(layer), config)).eval()
+    x = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
+    x, first = (x, x[:1]) if batch_first else (x.transpose(0, 1), x[:1].transpose(0, 1))
+    with torch.no_grad():
+        together, alone = model(x), model(first)
+    assert torch.allclose(together[:1] if batch_first else together[:, :1], alone, atol=1e-5)

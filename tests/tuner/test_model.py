@@ -12,6 +12,7 @@ from adapters import adapted, config_for
 from helpers import build, inputs, logits, predict, randomise
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
+from transformers import BloomConfig, BloomModel, LlamaForTokenClassification
 
 from lily import LilyConfig, LilyError
 from lily.layers.bank import LilyBank, bank_of
@@ -332,6 +333,37 @@ def test_the_default_routing_follows_the_model_when_the_task_is_not_said():
     assert (
         get_peft_model(build("vit"), LilyConfig(target_modules=["q_proj"])).peft_config["default"].routing == "sequence"
     )
+
+
+class Inside(nn.Module):
+    """A language model of one's own around the decoder of another."""
+
+    def __init__(self):
+        super().__init__()
+        self.decoder, self.head = build("llama").model, nn.Linear(32, 7)
+
+    def forward(self, input_ids):
+        return self.head(self.decoder(input_ids=input_ids).last_hidden_state)
+
+
+HOLD_A_DECODER = {
+    "alone": lambda: build("llama").model,
+    "of an older model": lambda: BloomModel(BloomConfig(vocab_size=61, hidden_size=32, n_layer=2, n_head=4)),
+    "under a head": lambda: LlamaForTokenClassification(build("llama").config),
+    "inside another module": Inside,
+}
+
+
+@pytest.mark.parametrize("kind", HOLD_A_DECODER)
+def test_by_default_no_token_of_a_decoder_depends_on_later_ones(kind):
+    model = get_peft_model(HOLD_A_DECODER[kind](), LilyConfig(r=4, num_B=2, target_modules="all-linear"))
+    randomise(model).eval()
+    ids = torch.randint(3, 60, (1, 8), generator=torch.Generator().manual_seed(0))
+    other = torch.cat((ids[:, :4], ids[:, :4]), 1)
+    with torch.no_grad():
+        states = [model(input_ids=tokens) for tokens in (ids, other)]
+    first, second = (out if isinstance(out, torch.Tensor) else out[0] for out in states)
+    assert torch.equal(first[:, :4], second[:, :4])
 
 
 @pytest.mark.filterwarnings("default")

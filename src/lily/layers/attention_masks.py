@@ -6,6 +6,10 @@ linear layer cannot recognize, so forward hooks read it where it still is (batch
 Code that calls `model.forward(...)` runs no hooks, so the class of such a model becomes a subclass whose `forward` does
 what they do, as FSDP2 and `torch.nn.utils.parametrize` change classes.
 
+Inside a model the sequence can have another length than its mask: speech models shorten it, others add pixels or
+padding of their own. Such a model makes a mask of that length, in any form, and calls its encoder with it; hooks there
+read which tokens somebody attends to. Before and after its encoder, a speech model's own formula gives the length.
+
 Under gradient checkpointing layers run again during backward, when the model's forward has ended and another one (such
 as the second half of a contrastive pair) may have left its mask. So a gradient hook on a model's outputs restores its
 masks: autograd works in reverse order, so it finishes one forward's graph, recomputation included, before it reaches
@@ -16,12 +20,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
@@ -44,6 +50,7 @@ class Scope:
         other_address: memory address of that sequence's hidden states, to recognize layers that read them.
         other_states: these hidden states where they have no address because the model is being exported.
         model: the model.
+        inner: (batch, tokens) of the sequence that the encoder inside the model has, where that is another one.
     """
 
     own: Tensor | None
@@ -51,6 +58,7 @@ class Scope:
     other_address: Address | None = None
     other_states: Tensor | None = None
     model: nn.Module | None = None
+    inner: Tensor | None = None
 
     def fit(self, x: Tensor) -> Tensor | None:
         """The mask for a layer's input `x`, or None where all tokens count."""
@@ -58,7 +66,10 @@ class Scope:
             return self.other
         if self.other_states is not None and x is self.other_states:
             return self.other
-        return self.own if self.own is not None and fits(self.own, x) else None
+        for mask in (self.own, self.inner):
+            if mask is not None and fits(mask, x):
+                return mask
+        return None if self.own is None else _shortened(self.own, x, self.model)
 
 
 def fits(mask: Tensor, x: Tensor) -> bool:
@@ -68,22 +79,92 @@ def fits(mask: Tensor, x: Tensor) -> bool:
     return x.ndim == 2 and x.shape[0] == mask.numel() and x.shape[0] != mask.shape[0]
 
 
+LENGTHS = ("_get_feat_extract_output_lengths", "_get_subsampling_output_length")  # methods of speech models
+
+
+def _shortened(mask: Tensor, x: Tensor, model: nn.Module | None) -> Tensor | None:
+    """The mask for `x` (batch, fewer tokens, ...) of a speech model; all tokens count if no formula gives that length.
+
+    The comparison is a tensor, so that nothing waits for it and programs with dynamic shapes have it too.
+    """
+    formulas = _formulas(model)
+    if not formulas or x.ndim < 3 or len(x) != len(mask) or x.shape[1] >= mask.shape[1]:
+        return None
+    tokens, lengths = x.shape[1], torch.full_like(mask[:, 0], x.shape[1], dtype=torch.long)
+    of_all = torch.full_like(mask[:1, 0], mask.shape[1], dtype=torch.long)
+    for formula in formulas:
+        if isinstance(full := formula(of_all), Tensor):  # some return two
+            lengths = torch.where(full == tokens, formula(mask.sum(-1)).long(), lengths)
+    return torch.arange(tokens, device=mask.device) < lengths.unsqueeze(-1)
+
+
+def _formulas(model: nn.Module | None) -> list[Any]:
+    """The lengths of sequences in a speech model: before and, in some, behind the layers that follow the encoder."""
+    formula = next((getattr(model, name) for name in LENGTHS if hasattr(model, name)), None)
+    if formula is None or "add_adapter" not in inspect.signature(formula).parameters:
+        return [] if formula is None else [formula]
+    return [functools.partial(formula, add_adapter=behind) for behind in (True, False)]
+
+
+def attended(mask: Tensor) -> Tensor:
+    """Which tokens (batch, tokens) a mask of any form lets somebody attend to.
+
+    Args:
+        mask: (batch, tokens) or (batch, ..., queries, tokens); True or 1 where a token counts, or what is added to the
+            scores, which is very negative where one does not.
+    """
+    kept = mask
+    if mask.dtype != torch.bool:
+        added = ((mask != 0) & (mask != 1)).any() | (mask == 0).all()
+        kept = torch.where(added, mask > -1e3, mask != 0)
+    return kept.flatten(1, -2).any(1) if mask.ndim > 2 else kept
+
+
 def _address(x: Tensor) -> Address | None:
     # A traced or meta tensor has none; the layer then takes the mask that fits its shape.
     return None if torch.compiler.is_compiling() or x.device.type == "meta" else (x.data_ptr(), x.shape)
 
 
-class MaskTracker:
-    """The masks of the forward that is running; one per adapted model, shared by its layers and the hooks.
-
-    Attributes:
-        scopes: masks of the models that are running, outermost first.
-        backward: the scope whose graph autograd is traversing.
-    """
+class _OfThread(threading.local):
+    """What a thread runs: a server's, or one of `nn.DataParallel` for its replica. Not copied with a model."""
 
     def __init__(self) -> None:
         self.scopes: list[Scope] = []
         self.backward: Scope | None = None
+
+    def __reduce__(self) -> Any:
+        return _OfThread, ()
+
+
+class MaskTracker:
+    """The masks of the forward that is running; one per adapted model, shared by its layers and the hooks.
+
+    autograd has a thread for each device, so it need not be the one that ran the forward.
+    """
+
+    def __init__(self) -> None:
+        self._mine = _OfThread()
+        self._backward: Scope | None = None
+        self._trained_in: set[int] = set()
+
+    @property
+    def scopes(self) -> list[Scope]:
+        """Masks of the models that this thread is running, outermost first."""
+        return self._mine.scopes
+
+    @property
+    def backward(self) -> Scope | None:
+        """The scope whose graph autograd is traversing: in this thread, if several have run the model."""
+        return self._mine.backward if len(self._trained_in) > 1 else self._backward
+
+    def in_backward(self, scope: Scope) -> Callable[[Tensor], None]:
+        """A gradient hook by which autograd tells that it comes to the graph of a forward of this thread."""
+        self._trained_in.add(threading.get_ident())
+
+        def reopen(_: Tensor) -> None:
+            self._backward = self._mine.backward = scope
+
+        return reopen
 
     def mask_for(self, x: Tensor) -> Tensor | None:
         """The mask that fits the input `x` of a layer, on its device; None: all tokens count."""
@@ -111,7 +192,8 @@ class MaskTracker:
             return mask[rows.to(mask.device)] if mask is not None and len(mask) == len(x) else None
 
         crossed = scope.other_address is not None and _address(x) == scope.other_address
-        self.scopes.append(Scope(part(scope.own), part(scope.other), _address(own) if crossed else None))
+        address = _address(own) if crossed else None
+        self.scopes.append(Scope(part(scope.own), part(scope.other), address, None, scope.model, part(scope.inner)))
         try:
             yield own
         finally:
@@ -156,13 +238,27 @@ class ModelHooks:
         scope = tracker.scopes.pop()
         if torch.compiler.is_compiling() or exporting():
             return
-
-        def reopen(_: Tensor) -> None:
-            tracker.backward = scope
-
+        reopen = tracker.in_backward(scope)
         for tensor in _tensors(output):
             if tensor.requires_grad:
                 tensor.register_hook(reopen)  # type: ignore[no-untyped-call]
+
+
+class EncoderHooks(ModelHooks):
+    """Forward hooks of a module inside a model that is called with a mask: in force besides the model's own."""
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Open the model's scope again, with what the mask says of a sequence of another length."""
+        mask = {**dict(zip(self.names, args, strict=False)), **kwargs}.get("attention_mask")
+        tracker = self.tracker
+        scopes = tracker.scopes
+        # A checkpointed module runs again when no scope is open.
+        scope = scopes[-1] if scopes else tracker.backward or Scope(None)
+        if isinstance(mask, Tensor) and mask.ndim >= 2 and (scope.own is None or scope.own.shape[1] != mask.shape[-1]):
+            scope = replace(scope, inner=attended(mask))
+            # The models around it may return what it returns, so that backward comes to their scopes last.
+            scopes[:] = [outer if outer.inner is not None else replace(outer, inner=scope.inner) for outer in scopes]
+        scopes.append(scope)
 
 
 class Watched(nn.Module):
@@ -205,6 +301,11 @@ def _restored(cls: type[nn.Module]) -> nn.Module:
 def _has_mask(module: nn.Module) -> bool:
     """Whether a module is called with the mask of its input, which is (batch, tokens, ...)."""
     return isinstance(module, PreTrainedModel) or (isinstance(module, TORCH_LAYERS) and _is_batch_first(module))
+
+
+def _takes_mask(module: nn.Module) -> bool:
+    """Whether a module that is no adapted layer is called with an attention mask of whatever form."""
+    return not isinstance(module, BaseTunerLayer) and "attention_mask" in inspect.signature(module.forward).parameters
 
 
 def _is_batch_first(layer: nn.Module) -> bool:
@@ -263,12 +364,24 @@ def watch(model: nn.Module, layers: Iterable[str], tracker: MaskTracker) -> list
     Returns:
         Handles of the hooks.
     """
-    names = {""}
+    names, encoders = {""}, set()
     for layer in layers:
         parts = layer.split(".")
-        above = (".".join(parts[:i]) for i in range(1, len(parts)))
-        names.update(name for name in above if _has_mask(model.get_submodule(name)))
+        outside = True
+        for name in (".".join(parts[:i]) for i in range(1, len(parts))):
+            module = model.get_submodule(name)
+            if _has_mask(module):
+                names.add(name)
+                outside = True
+            elif outside and _takes_mask(module):
+                encoders.add(name)
+                outside = False
     handles: list[Any] = []
+    for name in sorted(encoders):
+        module = model.get_submodule(name)
+        inside = EncoderHooks(tracker, module)
+        handles.append(module.register_forward_pre_hook(inside.enter, with_kwargs=True))
+        handles.append(module.register_forward_hook(inside.leave, always_call=True))
     for name in sorted(names):
         module = model.get_submodule(name)
         hooks = ModelHooks(tracker, module)

@@ -9,6 +9,7 @@ adapter is written into the same memory. The bank keeps what is trained, saved, 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -57,9 +58,9 @@ class Shape(NamedTuple):
         return None
 
 
-def shape_of(group: Group, config: LilyConfig) -> Shape:
-    """The shape of an adapter's layers of a group, without room for more."""
-    routing = "static" if config.settled == 1 or group.kind in PARAMETERS else str(config.routing)
+def shape_of(group: Group, config: LilyConfig, routing_for: Callable[[str], str]) -> Shape:
+    """The shape of an adapter's layer of a group, which has `LilyLayer.routing_for`, without room for more."""
+    routing = "static" if config.settled == 1 or group.kind in PARAMETERS else routing_for(str(config.routing))
     return Shape(group.r + group.own_r, group.num_B, routing, config.options_of(group.name).activation)
 
 

@@ -83,6 +83,8 @@ class LilyLayer(MixingMixin, OwnMixin, FixedShapeMixin, ScaleMixin, MergingMixin
         lily_logits: adapter -> `Logits` (experts,), for static routing and while a routing settles.
         lily_gain: adapter -> gain (r,), with `gain`; lily_own_A, lily_own_B: its own pair, with `own_r`.
         statistics: adapter -> recorder of its routing; empty unless something records it.
+        tokens_first: whether its input is (tokens, batch, ...), where `sequence` routing would average over a batch;
+            it has `token` routing then.
     """
 
     adapter_layer_names: tuple[str, ...] = ("lily_router", "lily_logits", "lily_gain", "lily_own_A", "lily_own_B")
@@ -100,6 +102,7 @@ class LilyLayer(MixingMixin, OwnMixin, FixedShapeMixin, ScaleMixin, MergingMixin
         self.lily_gain, self.lily_own_A, self.lily_own_B = (nn.ModuleDict({}) for _ in range(3))
         self.fixed_shapes = nn.ModuleDict({})
         self.statistics: dict[str, RoutingStatistics] = {}
+        self.tokens_first = False
         self.merged_as, self.rounding, self.merged_adapters = {}, {}, []
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
@@ -174,7 +177,7 @@ class LilyLayer(MixingMixin, OwnMixin, FixedShapeMixin, ScaleMixin, MergingMixin
         own = config.options_of(group.name)
         scaling = config.scaling_of(group.name, group.layers[slot.place])
         self.settings[adapter] = Settings(
-            slot, group.r, group.num_B, group.stride, scaling, scaling, str(config.routing),
+            slot, group.r, group.num_B, group.stride, scaling, scaling, self.routing_for(str(config.routing)),
             config.batch_scope, own.activation, own.dropout, self._add_own(adapter, group, slot, config), group.own_r,
         )  # fmt: skip
         if group.num_B > 1 and config.routing in DYNAMIC and not config.shared_router:
@@ -185,6 +188,10 @@ class LilyLayer(MixingMixin, OwnMixin, FixedShapeMixin, ScaleMixin, MergingMixin
             # Random, not zero: with equal weights all experts get equal gradients and would stay equal forever.
             self.lily_logits[adapter] = Logits(torch.randn(group.logits_shape))
         self._move_adapter_to_device_of_base_layer(adapter, device)
+
+    def routing_for(self, routing: str) -> str:
+        """The routing that a configuration's is on this layer."""
+        return "token" if routing == "sequence" and self.tokens_first else routing
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter, from the bank too: transformers calls this on each layer, but not on the bank."""

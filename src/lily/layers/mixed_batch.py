@@ -82,6 +82,8 @@ def rows_of(model: nn.Module, names: Sequence[str], copies: int = 1) -> Iterator
 def _forward(layer: LilyLayer, ways: dict[int, list[str]], *args: Any, **kwargs: Any) -> Any:
     out = layer.base_layer(*args, **kwargs)
     x = args[0] if args else kwargs[next(iter(kwargs))]
+    turned = layer.tokens_first and x.ndim > 2
+    x = x.transpose(0, 1) if turned else x
     if len(x) not in ways:
         raise LilyError(
             f"adapter_names has {min(ways)} names, and a {type(layer.base).__name__} got {len(x)} rows; give one name "
@@ -89,12 +91,14 @@ def _forward(layer: LilyLayer, ways: dict[int, list[str]], *args: Any, **kwargs:
         )
     names = ways[len(x)]
     result = out[0] if isinstance(out, tuple) else out
+    result = result.transpose(0, 1) if turned else result
     x = x.to(result.device)  # accelerate may run the base layer on another device than its input's
     for adapter in dict.fromkeys(name for name in names if name in layer.settings):
         rows = torch.tensor([i for i, name in enumerate(names) if name == adapter], device=result.device)
         with layer.bank.masks.of_rows(x, rows) as own:
             updated = _updated(layer, result[rows], own, adapter)
         result = result.index_copy(0, rows, updated.to(result.dtype))
+    result = result.transpose(0, 1) if turned else result
     return (result, *out[1:]) if isinstance(out, tuple) else result
 
 

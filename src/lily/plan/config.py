@@ -71,9 +71,9 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
             of each layer, so that LoRA's learning rate at `lora_alpha = 2 r` serves every shape (see
             `lily.functional.default_scaling`); a configuration from a file without the key means 1, as in stock PEFT.
         routing: what the expert weights depend on: `token`, `sequence`, `batch`, `static` or `uniform`. Default:
-            `token` for causal models (`task_type` CAUSAL_LM or SEQ_2_SEQ_LM, or a model that is causal or a
-            state-space model), else `sequence`; with `target_parameters`, `static`. A configuration written by stock
-            PEFT has no such key and means `batch`, as does a plain `peft.LilyConfig`.
+            `token` for `task_type` CAUSAL_LM and SEQ_2_SEQ_LM, for state-space models and for a model that is or
+            holds a causal one, under any head; else `sequence`; with `target_parameters`, `static`. A configuration
+            written by stock PEFT has no such key and means `batch`, as does a plain `peft.LilyConfig`.
         batch_scope: what `batch` routing averages over when several processes train: `local`, the rows of each
             process, as in stock PEFT; or `global`, the rows of all processes, by an all-reduce. For training only;
             not written to files.

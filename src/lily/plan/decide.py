@@ -12,7 +12,7 @@ from lily.plan.config import LilyConfig
 from lily.plan.select import select_targets
 from lily.plan.sharing_plan import SharingPlan, build_plan
 from lily.plan.specs import ModuleSpec
-from lily.plan.walk import is_causal
+from lily.plan.walk import has_causal_part
 
 if TYPE_CHECKING:
     from torch import nn
@@ -65,7 +65,7 @@ def decide(
     with errors("targets"):
         selected = LilyConfig(**config)
         modules = select_targets(model, selected)  # replaces all-linear by the names it stands for
-    causal = selected.routing_is_default and is_causal(model)
+    causal = selected.routing_is_default and has_causal_part(model)
     routing = selected.default_routing(True) if causal else str(selected.routing)
     fewest = shape.get("fewest")
     with errors("shape"):

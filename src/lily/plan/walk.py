@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -12,6 +13,8 @@ from torch import nn
 from lily.errors import LilyError
 from lily.plan.attention import IN, InProjection, has_in_projection
 from lily.plan.specs import base_of
+
+CAUSAL = re.compile("Causal[A-Za-z]*(Attention|LM|Transformer)")
 
 
 class NoTargetError(LilyError, NoMatchingPeftModuleError):  # type: ignore[misc]
@@ -62,6 +65,27 @@ def is_causal(model: nn.Module) -> bool:
     if name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
         return True
     return bool(getattr(config, "is_decoder", False)) or bool(getattr(config, "is_encoder_decoder", False))
+
+
+def has_causal_part(model: nn.Module) -> bool:
+    """Whether something in a model reads from left to right: a causal model, or attention that is, under any head.
+
+    The states of a decoder under a classification head, or in a model of one's own, must not depend on later tokens
+    either; and those of its tokens are often read without a mask, since later padding does not matter.
+    """
+    from transformers.models.auto import modeling_auto as auto
+
+    causal, masked = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    for module in model.modules():
+        if getattr(module, "is_causal", False) is True or CAUSAL.search(type(module).__name__):
+            return True
+        if hasattr(module, "get_input_embeddings"):  # a model of transformers
+            if is_causal(module):
+                return True
+            model_type = getattr(getattr(module, "config", None), "model_type", None)
+            if model_type in causal and model_type not in masked:
+                return True
+    return is_causal(model)
 
 
 def suggest(targets: Sequence[str], names: Sequence[str]) -> tuple[str, str]:

@@ -91,7 +91,7 @@ def _shapes_to_fix(
         raise LilyError(f"the routing of adapter {adapter!r} is settling; prepare the model when it has settled")
     for name in plan.slots:
         group = plan.group_of(name)
-        own = shape_of(group, config)
+        own = shape_of(group, config, layers[name].routing_for)
         if group.conv_groups > 1:
             raise LilyError(
                 f"{name} is a convolution with groups={group.conv_groups}, which divide the ranks, so they cannot be "
@@ -101,7 +101,7 @@ def _shapes_to_fix(
             raise LilyError(f"target_rank={target_rank} is below the rank {own.r} of adapter {adapter!r} on {name}")
         options = [(own.num_B, own.routing)]
         if group.kind not in PARAMETERS:
-            options += [(c.options_of(group.name).num_B, _routing(c, root)) for c in wanted]
+            options += [(c.options_of(group.name).num_B, layers[name].routing_for(_routing(c, root))) for c in wanted]
         dynamic = [(num_B, routing) for num_B, routing in options if num_B > 1 and routing in DYNAMIC]
         routings = sorted({routing for _, routing in dynamic})
         if len(routings) > 1:

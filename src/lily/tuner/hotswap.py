@@ -161,8 +161,8 @@ def _check_beside(model: nn.Module, adapter: str, old: LilyConfig, new: LilyConf
 def _check_shapes(layers: dict[str, LilyLayer], adapter: str, plan: SharingPlan, config: LilyConfig) -> None:
     for name in plan.slots:
         fixed = layers[name].fixed_shapes
-        group = plan.group_of(name)
-        why = fixed[adapter].shape.refusal(*shape_of(group, config)) if adapter in fixed else None
+        shape = shape_of(plan.group_of(name), config, layers[name].routing_for)
+        why = fixed[adapter].shape.refusal(*shape) if adapter in fixed else None
         if why is not None:
             raise LilyError(f"the other adapter {why} ({name}), so it cannot replace {adapter!r} without recompilation")
         if adapter in fixed and config.settled not in (None, 1):

@@ -41,6 +41,7 @@ from lily.plan.config import LilyConfig
 from lily.plan.select import select_targets
 from lily.plan.sharing_plan import SharingPlan, build_plan
 from lily.plan.specs import CONVOLUTIONS, EMBEDDING, LINEAR, PARALLEL_MODULE, PARAMETERS, ModuleSpec
+from lily.plan.tokens_first import is_tokens_first
 from lily.plan.wrappers import innermost, plain_names
 from lily.tuner import call_uncalled, data_start
 from lily.tuner.adapter_names import rows_by_name
@@ -225,6 +226,7 @@ class LilyModel(WeightedMixin, FilesMixin, ModelMergingMixin):
         group, slot, device = plan.group_of(current_key), plan.slots[current_key], self._placements[current_key][0]
         existing = _in_chain(target)
         layer: Any = existing or LAYERS[group.kind](target, bank)
+        layer.tokens_first = is_tokens_first(self.model, current_key)
         layer.update_layer(adapter_name, group, slot, peft_config, device)
         if existing is None:
             self._put(layer, adapter_name, parent, target_name)
@@ -245,6 +247,7 @@ class LilyModel(WeightedMixin, FilesMixin, ModelMergingMixin):
         with context():
             bank = self._bank(adapter_name, peft_config)
             layer = existing or kind(target, bank, part)
+            layer.tokens_first = is_tokens_first(self.model, path)
             group, slot, device = self._plan.group_of(name), self._plan.slots[name], self._placements[name][0]
             layer.update_layer(adapter_name, group, slot, peft_config, device)
         if existing is None:

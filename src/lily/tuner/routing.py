@@ -7,15 +7,14 @@ import warnings
 from torch import nn
 
 from lily.plan.config import CAUSAL_TASKS, LilyConfig
-from lily.plan.walk import is_causal
+from lily.plan.walk import has_causal_part, is_causal
 
 
 def decide_routing(config: LilyConfig, model: nn.Module) -> None:
     """Choose the default routing of the model, and warn of one that lets a causal model see later tokens."""
-    causal = is_causal(model)
     if config.routing_is_default:
-        config.routing = config.default_routing(causal or config.task_type in CAUSAL_TASKS)
-    if causal and config.num_B > 1 and config.routing in ("batch", "sequence"):
+        config.routing = config.default_routing(config.task_type in CAUSAL_TASKS or has_causal_part(model))
+    if is_causal(model) and config.num_B > 1 and config.routing in ("batch", "sequence"):
         leaked = "later tokens and padding" + (
             " and the other samples of the batch" if config.routing == "batch" else ""
         )

@@ -64,7 +64,7 @@ def advice(result: Result, recipe: Recipe, typed: str, changes: Sequence[str]) -
     if still_improving(result):
         yield (
             f"It was still improving: the last evaluation was the best one. More training may help:\n"
-            f"  {command('train', typed, [*changes, *_longer(recipe), _elsewhere(recipe, 'longer')])}"
+            f"  {command('train', typed, _instead(changes, *_longer(recipe), _elsewhere(recipe, 'longer')))}"
         )
     ahead = [
         spoken(name, result.metric)
@@ -133,13 +133,19 @@ def _without_output(changes: Sequence[str]) -> list[str]:
     return [change for change in changes if not change.startswith("output=")]
 
 
+def _instead(changes: Sequence[str], *new: str) -> list[str]:
+    """Changes with others in the place of those of the same keys."""
+    keys = {change.partition("=")[0] for change in new}
+    return [*(change for change in changes if change.partition("=")[0] not in keys), *new]
+
+
 def _longer(recipe: Recipe) -> list[str]:
     t = recipe.train
     return [f"train.max_steps={2 * t.max_steps}"] if t.max_steps else [f"train.epochs={2 * t.epochs:g}"]
 
 
 def _elsewhere(recipe: Recipe, word: str) -> str:
-    """A change of the output folder; given last, it counts."""
+    """A change of the output folder."""
     return f"output={output_folder(recipe)}-{word}"
 
 
