@@ -180,7 +180,6 @@ TRANSFER = {
     "random-labels": (2e-3, 4e-3),
     "headlines": (2e-3, 4e-3),
     "random-digits": (1e-3, 2e-3),
-    "digits": (1e-3,),
 }
 MAIN = ["LoRA", "permuted", "permuted, routed", "published, scaled"]
 PROBE, TASK = (2e-3, 4e-3), (1e-3, 2e-3)  # where grids begin; they widen
