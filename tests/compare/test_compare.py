@@ -296,6 +296,8 @@ def test_no_cell_of_the_terminals_tables_is_cut_or_wrapped(done, width):
 
 def test_one_seed_has_no_standard_deviation_and_several_have_one(done):
     found = read(done[0] / "tiny")
+    # a fast machine trains in 0 seconds
+    found = replace(found, entries=tuple(replace(e, seconds=7.0) for e in found.entries))
     one = written(found)
     assert "tandard deviation</th>" in one
     for said in ("Bars:", "see the standard deviation", "Standard deviation over the seeds", 'class="number">0<'):

@@ -103,7 +103,7 @@ def test_what_is_wrong_with_a_sets_rows_names_its_line(made, tmp_path):
     with pytest.raises(LilyError, match=r"override .*nowhere\.jsonl does not exist"):
         data.load_splits(made("data.tests.c.path=nowhere.jsonl"))
     recipe = made("data.tests.c.path=" + str(write_jsonl(tmp_path / "d.jsonl", [{"question": "a", "answer": ""}])))
-    with pytest.raises(LilyError, match=r"d\.jsonl, row 1: column 'answer' holds '', expected text"):
+    with pytest.raises(LilyError, match=r"d\.jsonl: column 'answer' is empty in row 1"):
         data.load_splits(recipe)
 
 
