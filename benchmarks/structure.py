@@ -39,6 +39,7 @@ SCALE = 2.0  # of LoRA: lora_alpha = 2 r
 CHANCE = math.log(10)
 RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 FAILED = 4  # times the lowest loss
+NEAR = 1.05  # times the lowest loss of seed 0
 
 Row = dict[str, Any]
 Rows = Mapping[Run, Row]
@@ -104,7 +105,9 @@ def options(model: str, arm: str, size: float) -> dict[str, Any] | None:
 
 
 def tuned(name: str, arms: Sequence[str], sizes: Sequence[float], rates: Sequence[float], seeds: int) -> Study:
-    """Arms of equal size: seed 0 chooses each arm's rate, in a grid that grows until it is inside; others compare.
+    """Arms of equal size: seed 0 chooses rates, in a grid that grows until the best is inside; others compare.
+
+    Those compare at the best rate and at each that is as good by seed 0 (`NEAR`): one seed would choose by chance.
 
     Args:
         name: the task.
@@ -125,8 +128,8 @@ def tuned(name: str, arms: Sequence[str], sizes: Sequence[float], rates: Sequenc
                 yield from more
                 if not more:
                     curve = tried(rows, first)
-                    best = min(curve, key=curve.__getitem__)
-                    yield from (replace(first, rate=best, seed=seed) for seed in range(1, seeds + 1))
+                    good = [rate for rate, loss in curve.items() if loss <= NEAR * min(curve.values())]
+                    yield from (replace(first, rate=rate, seed=seed) for rate in good for seed in range(1, seeds + 1))
 
     return study
 
@@ -298,14 +301,21 @@ def transfer(rows: Rows) -> str:
 
 
 def chosen(rows: Rows, task: str, arm: str, size: float) -> tuple[list[tuple[Run, Row]], bool] | None:
-    """An arm's runs at the rate that seed 0 chose, without seed 0 if there are others; and if it is inside the grid."""
+    """An arm's runs at its best rate, and whether that is inside the grid.
+
+    The rate is that of the lowest mean loss on validation rows over the seeds without 0, among the rates that have
+    them; of seed 0 alone if no rate has others.
+    """
     points = by_rate(rows, task, arm, size)
     curve = {rate: score(row) for rate, found in points.items() for run, row in found if run.seed == 0}
     if not curve:
         return None
-    best = min(curve, key=curve.__getitem__)
-    runs = sorted(points[best], key=lambda pair: pair[0].seed)
-    return runs[1:] or runs, best not in (min(curve), max(curve))
+    compared = {rate: [pair for pair in found if pair[0].seed] for rate, found in points.items()}
+    most = max(map(len, compared.values()))
+    means = {r: statistics.fmean(score(row) for _, row in f) for r, f in compared.items() if most and len(f) == most}
+    best = min(means or curve, key=(means or curve).__getitem__)
+    runs = sorted(compared[best] or points[best], key=lambda pair: pair[0].seed)
+    return runs, best not in (min(curve), max(curve))
 
 
 def capacity(rows: Rows) -> str:
