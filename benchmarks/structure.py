@@ -152,11 +152,16 @@ def widened(rows: Rows, first: Run, rates: Sequence[float]) -> Iterator[Run]:
 def shapes(rows: Rows) -> Iterator[Run]:
     """One learning rate for every shape.
 
-    A shape whose best rate is at the end of the grid gets the next one too.
+    A shape whose best rate is at the end of the grid gets the next one too; then other seeds train at LoRA's best rate.
     """
     for name, rates in TRANSFER.items():
-        for shape, found in shapes_of(tasks.TASKS[name].model).items():
-            yield from widened(rows, Run(name, shape, 0, key(found), rates[0], 0), rates)
+        firsts = [Run(name, shape, 0, key(o), rates[0], 0) for shape, o in shapes_of(tasks.TASKS[name].model).items()]
+        more = [run for first in firsts for run in widened(rows, first, rates)]
+        yield from more
+        if not more:
+            curve = tried(rows, firsts[0])
+            best = min(curve, key=curve.__getitem__)
+            yield from (replace(first, rate=best, seed=seed) for seed in (1, 2) for first in firsts)
 
 
 def shapes_of(model: str) -> dict[str, dict[str, Any]]:
@@ -180,9 +185,9 @@ def powers() -> Iterator[Run]:
 
 # Of one rate for every shape: where grids begin.
 TRANSFER = {
-    "random-labels": (2e-3, 4e-3),
     "headlines": (2e-3, 4e-3),
     "random-digits": (1e-3, 2e-3),
+    "random-labels": (2e-3, 4e-3),
 }
 MAIN = ["LoRA", "permuted", "permuted, routed", "published, scaled"]
 PROBE, TASK = (2e-3, 4e-3), (1e-3, 2e-3)  # where grids begin; they widen
@@ -275,11 +280,11 @@ def one_rate(rows: Rows) -> Rows:
 
 
 def transfer(rows: Rows) -> str:
-    """One rate for every shape: where each shape's lowest loss is, relative to LoRA's."""
+    """One rate for every shape: where each shape's lowest loss is by seed 0, and its loss at LoRA's best rate."""
     own = one_rate(rows)
     lines = [
-        "| task | shape | scale | best rate | of LoRA's | loss there | loss at LoRA's best rate |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| task | shape | scale | best rate | of LoRA's | loss there | loss at LoRA's best rate | seeds |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for task in dict.fromkeys(run.task for run in own):
         shapes = list(dict.fromkeys(run.arm for run in own if run.task == task))
@@ -287,15 +292,16 @@ def transfer(rows: Rows) -> str:
         usual = None
         for shape in shapes:
             points = by_rate(own, task, shape, 0)
-            curve = {rate: statistics.fmean(score(row) for _, row in found) for rate, found in points.items()}
+            curve = {rate: score(row) for rate, found in points.items() for run, row in found if run.seed == 0}
             best, inside = optimum(curve)
             usual = usual or (best, min(curve, key=curve.__getitem__))
             chosen = dict(next(iter(points.values()))[0][0].options)
             scale = chosen.get("scaling", SCALE)
-            at = f"{curve[usual[1]]:.3f}" if usual[1] in curve else "-"
+            there = [score(row) for _, row in points.get(usual[1], [])]
+            at = _spread(there, 3) if there else "-"
             lines.append(
                 f"| {task} | {shape} | {scale:g} | {best:.2g}{'' if inside else ' (end of the grid)'} "
-                f"| {best / usual[0]:.2f} | {min(curve.values()):.3f} | {at} |"
+                f"| {best / usual[0]:.2f} | {min(curve.values()):.3f} | {at} | {len(there)} |"
             )
     return "\n".join(lines)
 
