@@ -60,7 +60,9 @@ CPU = {
     "llama": Setting(Shape(768, 12, 4, 128), ("step", "memory", "prefill", "decode", "files")),
     "vit": Setting(Shape(384, 12, 8), ("step", "memory", "prefill"), model="vit"),
     "llama-pytorch-products": Setting(Shape(768, 12, 4, 128), ("step",), names=SHORT, rounds=7, onednn=False),
-    "structures": Setting(Shape(768, 12, 4, 128), ("step", "memory"), names=("LoRA", *STRUCTURES), rounds=5),
+    "structures": Setting(
+        Shape(768, 12, 4, 128), ("step", "memory"), names=("LoRA", *STRUCTURES), rounds=7, onednn=False
+    ),
     "rank-16": Setting(Shape(768, 12, 4, 128), ("step",), {"r": 16, "num_A": 2, "num_B": 2}, SHORT, rounds=3),
     "rank-64": Setting(Shape(768, 12, 4, 128), ("step",), {"r": 64, "num_A": 2, "num_B": 2}, SHORT, rounds=3),
     "rank-128": Setting(Shape(768, 12, 4, 128), ("step",), {"r": 128, "num_A": 2, "num_B": 2}, SHORT, rounds=3),

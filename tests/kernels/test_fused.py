@@ -54,6 +54,9 @@ class Case:
             self.router = rand(*((E,) if routing == "static" else (E, r)), to=own).requires_grad_()
         self.rows = torch.randperm(r, generator=g) if arranged else None
         self.factor = rand(r, to=own).requires_grad_() if arranged else None
+        self.own = [rand(2, size, to=own).requires_grad_() for size in (shape[-1], m)] if arranged else [None, None]
+        if self.router is not None and arranged and routing != "static":
+            self.router = nn.functional.pad(self.router.detach(), (0, 2)).requires_grad_()
         self.weight, self.bias = rand(m, shape[-1]), rand(m).requires_grad_()
         sizes = (3, shape[0] // 3) if len(shape) == 2 else shape[:2]
         self.mask = (torch.rand(sizes, generator=g) > 0.4).long() if masked and routing == "sequence" else None
@@ -62,11 +65,11 @@ class Case:
 
     @property
     def leaves(self):
-        return [t for t in (self.x, self.A, self.B, self.router, self.bias, self.factor) if t is not None]
+        return [t for t in (self.x, self.A, self.B, self.router, self.bias, self.factor, *self.own) if t is not None]
 
     @property
     def update(self):
-        return fused.Update(self.A, self.B, self.router, self.how, self.mask, self.rows, self.factor)
+        return fused.Update(self.A, self.B, self.router, self.how, self.mask, self.rows, self.factor, *self.own)
 
     def fast(self):
         weight = self.weight.t().contiguous() if self.how.transposed else self.weight
@@ -78,11 +81,14 @@ class Case:
 
     def reference(self):
         x, A, B = (t.double() for t in (self.x, self.A, self.B))
+        A, B = functional.layer_A(A, self.rows, None, self.factor), B.view(self.E, self.r, -1)
+        if self.own[0] is not None:
+            A, B = functional.with_own(A, B, *self.own)
         router = None if self.router is None else self.router.double()
         update = functional.lily(
             x,
-            functional.layer_A(A, self.rows, None, None if self.factor is None else self.factor.double()),
-            B.view(self.E, self.r, -1),
+            A,
+            B,
             router,
             routing=self.routing,
             scaling=self.scaling,
@@ -323,10 +329,13 @@ def test_autocast_multiplies_in_half_precision_and_keeps_no_copy_of_the_input(ro
 
 def test_a_layers_arrangement_of_the_shared_A_is_not_kept_for_backward():
     base = nn.Sequential(*(nn.Linear(48, 48) for _ in range(2)))
-    model = adapted(base, r=6, num_A=1, gain="signs", target_modules="all-linear")
+    model = adapted(base, r=6, num_A=1, gain="signs", own_r=2, target_modules="all-linear")
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         model(torch.randn(4, 10, 48))
+    assert not [
+        t for t in saved if t.ndim == 2 and len(t) in (6 + 2, 3 * (6 + 2))
+    ]  # what the own pair is stacked below
     shared = [p for name, p in model.named_parameters() if "lily_A" in name]
     assert {t.data_ptr() for t in saved if t.shape == shared[0].shape} == {A.data_ptr() for A in shared}
 

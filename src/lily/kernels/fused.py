@@ -74,6 +74,8 @@ class Update(NamedTuple):
         mask: (batch, tokens), for `sequence`.
         rows: (r,), which row of A each rank takes, as of `functional.layer_A`; None: its own.
         factor: (r,), what its row is multiplied by: signs, a gain, or both; None: 1.
+        own_A: (own_r, in), as of `functional.with_own`; None: there is no own pair.
+        own_B: (own_r, out).
     """
 
     A: Tensor
@@ -83,6 +85,35 @@ class Update(NamedTuple):
     mask: Tensor | None = None
     rows: Tensor | None = None
     factor: Tensor | None = None
+    own_A: Tensor | None = None
+    own_B: Tensor | None = None
+
+    @property
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """A (r + own_r, in) and B (E * (r + own_r), out) of the layer."""
+        A = functional.layer_A(self.A, self.rows, None, self.factor)
+        if self.own_A is None or self.own_B is None:
+            return A, self.B
+        A, B = functional.with_own(A, self.B.view(self.how.experts, -1, self.B.shape[1]), self.own_A, self.own_B)
+        return A, B.flatten(0, 1)
+
+    def shared(self, dA: Tensor, dB: Tensor | None, factor: bool) -> tuple[Tensor | None, ...]:
+        """The gradients of A, B, factor (if it is wanted), own_A and own_B, of those of `pair`."""
+        dfactor, down, up = None, None, None
+        r = self.A.shape[0]
+        if self.own_A is not None:
+            dA, down = dA[:r], dA[r:].to(self.own_A.dtype)
+            if dB is not None:
+                by_expert = dB.view(self.how.experts, -1, dB.shape[1])
+                dB, up = by_expert[:, :r].reshape(self.B.shape), by_expert[:, r:].sum(0)
+        if self.factor is not None:
+            if factor:
+                taken = self.A if self.rows is None else self.A.index_select(0, self.rows)
+                dfactor = (dA * taken).sum(1).to(self.factor.dtype)
+            dA = self.factor.to(dA.dtype).unsqueeze(-1) * dA
+        if self.rows is not None:
+            dA = torch.zeros_like(self.A).index_add_(0, self.rows, dA)
+        return dA, dB, dfactor, down, up
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, update: Update) -> Tensor:
@@ -129,14 +160,15 @@ def _decode(x: Tensor, weight: Tensor, bias: Tensor | None, update: Update) -> T
 
     None for other options.
     """
-    A, B, router, how, mask, rows, factor = update
+    router, how, mask = update.router, update.how, update.mask
     alone = how.routing == "sequence" and mask is None and x.ndim > 2 and x.numel() == x.shape[0] * x.shape[-1]
     per_token = (alone or how.routing in ("token", "static")) and how.experts > 1 and router is not None
     plain = not how.transposed and how.activation == "none" and not how.dropout
-    if not (per_token and plain and x.dtype == A.dtype == weight.dtype == how.dtype):
+    if not (per_token and plain and x.dtype == update.A.dtype == weight.dtype == how.dtype):
         return None
+    A, B = update.pair
     y = F.linear(x, weight, bias)
-    h = F.linear(x, functional.layer_A(A, rows, None, factor))
+    h = F.linear(x, A)
     logits = router if how.routing == "static" else F.linear(h, router)  # type: ignore[arg-type]
     p = torch.softmax(logits, -1) if how.dtype == torch.float32 else functional.softmax(logits)  # type: ignore[arg-type]
     g = (p.unsqueeze(-1) * h.unsqueeze(-2)).view(-1, B.shape[0])
@@ -148,11 +180,11 @@ class _Node(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         x, weight, bias, result, *update = inputs
-        A, B, router, how, mask, rows, factor = update
         y, weight, dropped = _forward(x, weight, bias, result, Update(*update))
+        A, B, router, how, mask, *apart = update
         ctx.how = how
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(x, weight, A, B, router, mask, rows, factor, *dropped)
+        ctx.save_for_backward(x, weight, A, B, router, mask, *apart, *dropped)
         return y.detach()  # not a view: autograd would refuse in-place changes of one, as by ReLU(inplace=True)
 
     @staticmethod
@@ -160,24 +192,27 @@ class _Node(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _differentiable_backward(ctx, dy)
         how: How = ctx.how
-        x, weight, A, B, router, mask, order, factor, *dropped = ctx.saved_tensors
-        wants_x, _, wants_bias, wants_result, wants_A, wants_B, wants_router, *_, wants_factor = ctx.needs_input_grad
+        x, weight, update, dropped = _saved(ctx)
+        router, mask, (A, B) = update.router, update.mask, update.pair
+        wants_x, _, wants_bias, wants_result, wants_A, wants_B, wants_router = ctx.needs_input_grad[:7]
+        wants_apart = ctx.needs_input_grad[10:]  # factor, own_A, own_B
         with _plain_products(x):
             wide = dy.reshape(-1, dy.shape[-1])
             dbias = wide.sum(0).to(ctx.bias_dtype) if wants_bias else None
             wide = wide.to(how.dtype)
             rows = x.reshape(-1, x.shape[-1]).to(how.dtype)
-            down = functional.layer_A(A, order, None, factor).to(how.dtype)
+            down = A.to(how.dtype)
             h, slope = dropped or activate(mm(rows, down.t()), how.activation)
             p = route(h, router, how)
-            dh, dw, dB = mix_backward(wide, h, weights(p, how, x, mask), B, how, wants_B)
+            dh, dw, dB = mix_backward(wide, h, weights(p, how, x, mask), B, how, wants_B or any(wants_apart))
             drouter = None
             if dw is not None and p is not None and router is not None:
                 dh, drouter = route_backward(dh, dw, h, p, router, how, x, mask)
             da = dh if slope is None else dh * slope
-            dA, dfactor = None, None
-            if wants_A or wants_factor:
-                dA, dfactor = _shared(mm(da.t(), rows).to(A.dtype), A, order, factor, wants_factor)
+            dA: Tensor | None = None
+            dapart: list[Tensor | None] = [None, None, None]
+            if wants_A or any(wants_apart):
+                dA, dB, *dapart = update.shared(mm(da.t(), rows).to(A.dtype), dB, wants_apart[0])
             dx = None
             if wants_x and weight is None:
                 dx = mm(da, down).view(x.shape).to(x.dtype)
@@ -185,14 +220,15 @@ class _Node(torch.autograd.Function):
                 through_base = mm(wide, weight.t() if how.transposed else weight)
                 dx = plus_mm(through_base, da, down, spare=True).view(x.shape).to(x.dtype)
         dresult = dy if wants_result else None
-        return dx, None, dbias, dresult, dA, dB, drouter if wants_router else None, None, None, None, dfactor
+        return dx, None, dbias, dresult, dA, dB, drouter if wants_router else None, None, None, None, *dapart
 
 
 def _forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, result: Tensor | None, update: Update
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
     """The output, the base weight in `how.dtype`, and h and dh/da if dropout prevents recomputing them."""
-    A, B, router, how, mask, order, factor = update
+    router, how, mask = update.router, update.how, update.mask
+    A, B = update.pair
     with _plain_products(x):
         low = x.to(how.dtype)
         if result is None:
@@ -201,25 +237,17 @@ def _forward(
             y = _base(low, weight, None if bias is None else bias.to(how.dtype), how.transposed)
         else:
             y = result
-        a = mm(low.reshape(-1, x.shape[-1]), functional.layer_A(A, order, None, factor).to(how.dtype).t())
+        a = mm(low.reshape(-1, x.shape[-1]), A.to(how.dtype).t())
         h, slope = activate(a, how.activation, how.dropout)
         w = weights(route(h, router, how), how, x, mask)
         rows = mix(y.reshape(-1, y.shape[-1]), h, w, B.to(how.dtype), how, spare=result is None)
         return rows.view(y.shape), weight, (h, cast(Tensor, slope)) if how.dropout else ()
 
 
-def _shared(
-    dA: Tensor, A: Tensor, rows: Tensor | None, factor: Tensor | None, wants_factor: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The gradients of the shared A and of the factor, of that of a layer's A: backward of `functional.layer_A`."""
-    dfactor = None
-    if factor is not None:
-        if wants_factor:
-            dfactor = (dA * (A if rows is None else A.index_select(0, rows))).sum(1).to(factor.dtype)
-        dA = factor.to(dA.dtype).unsqueeze(-1) * dA
-    if rows is not None:
-        dA = torch.zeros_like(A).index_add_(0, rows, dA)
-    return dA, dfactor
+def _saved(ctx: Any) -> tuple[Tensor, Any, Update, list[Tensor]]:
+    """The input, the base weight or None, the update, and what dropout made necessary to keep."""
+    x, weight, A, B, router, mask, rows, factor, own_A, own_B, *dropped = ctx.saved_tensors
+    return x, weight, Update(A, B, router, ctx.how, mask, rows, factor, own_A, own_B), dropped
 
 
 def _base(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
@@ -250,15 +278,17 @@ def activate(a: Tensor, activation: str, dropout: float = 0.0) -> tuple[Tensor, 
 def _differentiable_backward(ctx: Any, dy: Tensor) -> Any:
     """The gradients by the reference, so that they can be differentiated again."""
     how: How = ctx.how
-    x, weight, A, B, router, mask, order, factor, *_ = ctx.saved_tensors
+    x, weight, update, _ = _saved(ctx)
+    router, mask = update.router, update.mask
     if how.dropout:
         raise RuntimeError("Lily's dropout cannot be differentiated twice; set dropout=0 or call eval()")
-    inputs = {"x": x, "A": A, "B": B, "router": router, "factor": factor}
+    names = ("A", "B", "factor", "own_A", "own_B")
+    inputs: dict[str, Tensor | None] = {"x": x, "router": router, **{name: getattr(update, name) for name in names}}
     wanted = {name: t for name, t in inputs.items() if t is not None and t.requires_grad}
     with _plain_products(x):
-        low_x, low_A, low_B = (t.to(how.dtype) for t in (x, functional.layer_A(A, order, None, factor), B))
+        low_x, low_A, low_B = (t.to(how.dtype) for t in (x, *update.pair))
         low_router = None if router is None else router.to(how.dtype)
-        experts = low_B.view(how.experts, -1, B.shape[1])
+        experts = low_B.view(how.experts, -1, low_B.shape[1])
         y = functional.lily(
             low_x, low_A, experts, low_router, routing=how.routing, scaling=how.scaling, activation=how.activation,
             mask=mask,
@@ -269,5 +299,5 @@ def _differentiable_backward(ctx: Any, dy: Tensor) -> Any:
     by_name = dict(zip(wanted, grads, strict=True))
     dbias = dy.reshape(-1, dy.shape[-1]).sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
     dresult = dy if ctx.needs_input_grad[3] else None
-    shared = (by_name.get(name) for name in ("A", "B", "router"))
-    return by_name.get("x"), None, dbias, dresult, *shared, None, None, None, by_name.get("factor")
+    dx, dA, dB, drouter, *dapart = (by_name.get(n) for n in ("x", "A", "B", "router", "factor", "own_A", "own_B"))
+    return dx, None, dbias, dresult, dA, dB, drouter, None, None, None, *dapart

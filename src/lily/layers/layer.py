@@ -313,20 +313,21 @@ class LilyLayer(MixingMixin, OwnMixin, FixedShapeMixin, ScaleMixin, MergingMixin
             routing, router = self._settled_router(adapter, settled.done)
         if routing == "batch" and (not self.training or settings.batch_scope == "global"):
             return None  # batch routing exists to give stock PEFT's results, to the last bit
-        apart = settings.distinction if not settings.own_r else None  # the own pair stands below the rearranged A
-        A, B = self._shared_pair(adapter, x.device) if apart is not None else self._pair(adapter, x.device)
+        A, B = self._shared_pair(adapter, x.device)
         dtype = fused.product_dtype(x, A, B)
         if dtype is None:
             return None
-        rows, factor = (None, None)
-        if apart is not None:
-            rows, factor = apart.arrangement(A.device, self._own(adapter, "lily_gain", A.device))
-        if adapter in self.statistics and routing != "static":
-            self._record(adapter, x, functional.layer_A(A, rows, None, factor))
+        gain, own_A, own_B = (self._own(adapter, f"lily_{part}", A.device) for part in ("gain", "own_A", "own_B"))
+        rows, factor = (None, gain)
+        if settings.distinction is not None:
+            rows, factor = settings.distinction.arrangement(A.device, gain)
         dropout = settings.dropout if self.training else 0.0
         how = How(routing, settings.num_B, settings.scaling, dtype, settings.activation, dropout, self.transposed)
         mask = bank.masks.mask_for(x) if routing == "sequence" else None
-        return fused.Update(A, B, router, how, mask, rows, factor)
+        update = fused.Update(A, B, router, how, mask, rows, factor, own_A, own_B)
+        if adapter in self.statistics and routing != "static":
+            self._record(adapter, x, update.pair[0])
+        return update
 
     def is_static(self, adapter: str) -> bool:
         """Whether the adapter's update is one matrix for all data, so that it can be merged and exported."""
