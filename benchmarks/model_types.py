@@ -151,9 +151,9 @@ def rows(only: list[str] | None = None) -> Iterator[Row]:
             yield row | compare(model)
 
 
-def stored() -> list[Row]:
+def stored(path: Path = ROWS) -> list[Row]:
     """The committed rows."""
-    return [json.loads(line) for line in ROWS.read_text("utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 def verdict(row: Row, how: str) -> str:
@@ -188,22 +188,24 @@ def table(found: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def command(
+    about: str, path: Path, rows: Callable[[list[str] | None], Iterator[Row]], table: Callable[[list[Row]], str]
+) -> None:
+    """Command line of a script that makes rows of model types, keeps them in a file and prints a table of them."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", help="model types, or classes of diffusers; writes nothing")
     parser.add_argument("--show", action="store_true", help="print the table of the committed rows")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.ERROR)
-    if not given.show:
-        found = []
-        for row in rows(given.only):
-            found.append(row)
-            print(json.dumps(row), file=sys.stderr, flush=True)
-        if not given.only:
-            ROWS.write_text("".join(json.dumps(row) + "\n" for row in found), "utf-8")
-    print(table(stored() if given.show else found))
+    found = stored(path) if given.show else []
+    for row in () if given.show else rows(given.only):
+        found.append(row)
+        print(json.dumps(row), file=sys.stderr, flush=True)
+    if not (given.show or given.only):
+        path.write_text("".join(json.dumps(row) + "\n" for row in found), "utf-8")
+    print(table(found))
 
 
 if __name__ == "__main__":
-    main()
+    command(__doc__ or "", ROWS, rows, table)

@@ -168,8 +168,8 @@ def pool(p: Tensor, routing: str, mask: Tensor | None = None) -> Tensor:
     Args:
         p: expert weights per token, (batch, tokens, E) or any other leading shape.
         routing: `token`, `sequence` or `batch`.
-        mask: (batch, tokens), nonzero where a token counts; for `sequence` only. With `p` of shape
-            (batch * tokens, E) the rows are regrouped by sample first.
+        mask: (batch, tokens), or more of `p`'s leading dimensions, nonzero where a token counts; for `sequence` only.
+            With `p` of shape (batch * tokens, E) the rows are regrouped by sample first.
 
     Returns:
         `token`: p itself. `sequence`: (batch, 1, E), broadcastable to p; p itself if a sample is one row.
@@ -187,10 +187,10 @@ def pool(p: Tensor, routing: str, mask: Tensor | None = None) -> Tensor:
     if mask is None:
         return p.mean(dim=tuple(range(1, p.ndim - 1)), keepdim=True)
     m = (mask != 0).to(p.dtype)  # (batch, tokens)
-    m = m / m.sum(dim=1, keepdim=True).clamp(min=1)  # a row of padding alone gets weight 0, not NaN
+    m = m / m.flatten(1).sum(1).clamp(min=1).view(-1, *([1] * (m.ndim - 1)))  # a row of padding alone: 0, not NaN
     m = m.reshape(*m.shape, *([1] * (p.ndim - m.ndim)))  # (batch, tokens, 1...)
-    if p.ndim > 3:
-        m = m / p[0, 0, ..., 0].numel()
+    if p.ndim > mask.ndim + 1:
+        m = m / p.shape[mask.ndim : -1].numel()
     return (p * m).sum(dim=tuple(range(1, p.ndim - 1)), keepdim=True)
 
 

@@ -239,6 +239,33 @@ def test_a_speech_model_is_compiled_whole_for_any_length():
             assert torch.allclose(compiled(**batch(padding)).last_hidden_state, expected, atol=1e-5)
 
 
+class Gates(nn.Module):
+    """A layer that reads (batch, heads, tokens, in), as the gates of WavLM's relative positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(8, 8)
+
+    def forward(self, states, attention_mask):
+        return self.gate(states.unflatten(-1, (4, 8)).transpose(1, 2))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_padding_does_not_count_in_a_layer_that_reads_heads(training):
+    config = LilyConfig(r=4, num_B=2, routing="sequence", target_modules=["gate"], dropout=1e-9 if training else 0.0)
+    model = randomise(get_peft_model(Gates(), config)).train(training)  # dropout takes the reference path
+    states = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(0))
+    found = []
+    for padding in (0, 3):
+        model.zero_grad()
+        mask = F.pad(torch.ones(2, 6), (0, padding))
+        out = model(F.pad(states, (0, 0, 0, padding), value=3.0), attention_mask=mask)[:, :, :6]
+        out.square().sum().backward()
+        found.append([out.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    for alone, padded in zip(*found, strict=True):
+        torch.testing.assert_close(alone, padded, rtol=1e-4, atol=1e-4)
+
+
 def test_masks_of_every_form_are_read():
     kept = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]], dtype=torch.bool)
     added = torch.where(kept, 0.0, -1e4)

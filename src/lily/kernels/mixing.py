@@ -67,9 +67,9 @@ def _shares(x: Tensor, how: How, mask: Tensor | None, p: Tensor) -> Tensor | Non
     if mask is None or how.routing != "sequence":
         return None
     tokens = _samples(x, how, mask)[1]
-    m = (mask != 0).to(p.dtype)
+    m = (mask != 0).to(p.dtype).flatten(1)
     m = m / m.sum(1, keepdim=True).clamp(min=1)  # a row of padding alone gets weight 0, not NaN
-    repeats = tokens // mask.shape[1]
+    repeats = tokens // m.shape[1]
     return m if repeats == 1 else (m / repeats).repeat_interleave(repeats, 1)
 
 

@@ -69,6 +69,8 @@ class Scope:
         for mask in (self.own, self.inner):
             if mask is not None and fits(mask, x):
                 return mask
+            if mask is not None and x.ndim == 4 and (x.shape[0], x.shape[2]) == mask.shape:
+                return mask.unsqueeze(1).expand(x.shape[:3])  # (batch, heads, tokens, in), as WavLM's position gates
         return None if self.own is None else _shortened(self.own, x, self.model)
 
 
