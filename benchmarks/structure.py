@@ -336,7 +336,7 @@ def capacity(rows: Rows) -> str:
     arms = defaultdict(set)
     for run in own:
         arms[run.task, run.size].add(run.arm)
-    for task, size in sorted(key for key, names in arms.items() if len(names) > 1):
+    for task, size in sorted(key for key, names in arms.items() if len(names) > 1 or key[1] < 1):
         lora = chosen(own, task, "LoRA", size)
         for arm in ARMS:
             found = chosen(own, task, arm, size)
