@@ -388,7 +388,8 @@ def draw(rows: Rows) -> None:
         if len(moved) > 1:
             drifts.setdefault(f"{task}, size {size:g}", {})[arm] = moved
     drawn = ((rates, "learning rate", "rates"), (sizes, "trainable parameters", "map"), (drifts, "drift", "forgetting"))
-    for panels, x, name in drawn:
+    for every, x, name in drawn:
+        panels = {title: arms for title, arms in sorted(every.items()) if len(arms) > 1}
         if panels:
             curves_plot(panels, x, "loss").save(FIGURES / f"structure-{name}.svg", overwrite=True)
 
