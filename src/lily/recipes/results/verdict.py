@@ -64,7 +64,7 @@ def advice(result: Result, recipe: Recipe, typed: str, changes: Sequence[str]) -
     if still_improving(result):
         yield (
             f"It was still improving: the last evaluation was the best one. More training may help:\n"
-            f"  {command('train', typed, _instead(changes, *_longer(recipe), _elsewhere(recipe, 'longer')))}"
+            f"  {command('train', typed, [*changes, *_longer(recipe), _elsewhere(recipe, 'longer')])}"
         )
     ahead = [
         spoken(name, result.metric)
@@ -131,12 +131,6 @@ def command(verb: str, typed: str, changes: Sequence[str]) -> str:
 def _without_output(changes: Sequence[str]) -> list[str]:
     """The changes for a command that writes elsewhere."""
     return [change for change in changes if not change.startswith("output=")]
-
-
-def _instead(changes: Sequence[str], *new: str) -> list[str]:
-    """Changes with others in the place of those of the same keys."""
-    keys = {change.partition("=")[0] for change in new}
-    return [*(change for change in changes if change.partition("=")[0] not in keys), *new]
 
 
 def _longer(recipe: Recipe) -> list[str]:
