@@ -84,8 +84,15 @@ def default_scaling(r: int) -> float:
 def layer_A(A: Tensor, rows: Tensor | None, signs: Tensor | None, gain: Tensor | None) -> Tensor:
     """The A (r, in) of one layer, of the shared one: `(signs * gain)[:, None] * A[rows]`."""
     A = A if rows is None else A.index_select(0, rows)
-    factor = gain if signs is None else signs.to(A.dtype) if gain is None else signs.to(gain.dtype) * gain
+    factor = row_factor(signs, gain)
     return A if factor is None else factor.to(A.dtype).unsqueeze(-1) * A
+
+
+def row_factor(signs: Tensor | None, gain: Tensor | None) -> Tensor | None:
+    """`signs * gain` (r,), of what there is of them; None: nothing."""
+    if signs is None or gain is None:
+        return signs if gain is None else gain
+    return signs.to(gain.dtype) * gain
 
 
 def with_own(A: Tensor, B: Tensor, own_A: Tensor, own_B: Tensor) -> tuple[Tensor, Tensor]:

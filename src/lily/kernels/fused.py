@@ -204,7 +204,7 @@ class _Node(torch.autograd.Function):
             down = A.to(how.dtype)
             h, slope = dropped or activate(mm(rows, down.t()), how.activation)
             p = route(h, router, how)
-            dh, dw, dB = mix_backward(wide, h, weights(p, how, x, mask), B, how, wants_B or any(wants_apart))
+            dh, dw, dB = mix_backward(wide, h, weights(p, how, x, mask), B, how, wants_B or wants_apart[2])
             drouter = None
             if dw is not None and p is not None and router is not None:
                 dh, drouter = route_backward(dh, dw, h, p, router, how, x, mask)

@@ -33,9 +33,9 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from lily.layers.traced import exporting
+from lily.plan.tokens_first import TORCH_LAYERS
 
 Address = tuple[int, torch.Size]
-TORCH_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 PADDING = ("src_key_padding_mask", "tgt_key_padding_mask")  # arguments of torch's encoder and decoder layers
 UNCHANGED = (torch.jit.ScriptModule, torch.fx.GraphModule, FSDPModule)
 
@@ -214,9 +214,12 @@ class ModelHooks:
         self.tracker = tracker
         self.names = list(inspect.signature(module.forward).parameters)
 
+    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        return {**dict(zip(self.names, args, strict=False)), **kwargs}
+
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Open a scope. If the mask has an unsupported form, the outer one stays in force."""
-        arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        arguments = self._named(args, kwargs)
         scopes = self.tracker.scopes
         own = arguments.get("attention_mask")
         if own is None and isinstance(module, TORCH_LAYERS):
@@ -251,7 +254,7 @@ class EncoderHooks(ModelHooks):
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Open the model's scope again, with what the mask says of a sequence of another length."""
-        mask = {**dict(zip(self.names, args, strict=False)), **kwargs}.get("attention_mask")
+        mask = self._named(args, kwargs).get("attention_mask")
         tracker = self.tracker
         scopes = tracker.scopes
         # A checkpointed module runs again when no scope is open.

@@ -317,10 +317,12 @@ class LilyLayer(MixingMixin, OwnMixin, FixedShapeMixin, ScaleMixin, MergingMixin
         dtype = fused.product_dtype(x, A, B)
         if dtype is None:
             return None
-        gain, own_A, own_B = (self._own(adapter, f"lily_{part}", A.device) for part in ("gain", "own_A", "own_B"))
-        rows, factor = (None, gain)
+        rows, factor, own_A, own_B = None, None, None, None
         if settings.distinction is not None:
+            gain = self._own(adapter, "lily_gain", A.device)
             rows, factor = settings.distinction.arrangement(A.device, gain)
+        if settings.own_r:
+            own_A, own_B = (self._own(adapter, part, A.device) for part in ("lily_own_A", "lily_own_B"))
         dropout = settings.dropout if self.training else 0.0
         how = How(routing, settings.num_B, settings.scaling, dtype, settings.activation, dropout, self.transposed)
         mask = bank.masks.mask_for(x) if routing == "sequence" else None

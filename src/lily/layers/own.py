@@ -52,9 +52,7 @@ class Distinction:
     def arrangement(self, device: torch.device, gain: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """The rows (r,) and the factor (r,), signs times gain, by which a layer's A is made of the shared one."""
         rows, signs = self.on(device)
-        if gain is None or signs is None:
-            return rows, signs if gain is None else gain
-        return rows, signs.to(gain.dtype) * gain
+        return rows, functional.row_factor(signs, gain)
 
     def apply(self, A: Tensor, gain: Tensor | None) -> Tensor:
         """The rows of A as the layer sees them: see `functional.layer_A`."""
