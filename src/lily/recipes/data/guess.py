@@ -16,7 +16,7 @@ from lily.errors import LilyError
 from lily.recipes.data import chats, images, sniff
 from lily.recipes.data.sniff import NUMBER, READ
 from lily.recipes.data.tables import Row
-from lily.recipes.spec.values import is_blank
+from lily.recipes.spec.values import is_empty
 
 MANY = 50  # classes; a column with more distinct values is no label unless it is named like one
 ROWS_PER_CLASS = 10  # at least, where there are more
@@ -354,7 +354,7 @@ def _told(found: Guess, rows: Sequence[Row], given: dict[str, str]) -> list[str]
         if _is_parts(rows, name):
             told.append(f"{name} says what a row is for, but is not used: write a file for each part to keep them.")
     for key, name in found.columns.items():
-        blank = [i for i, row in enumerate(rows, 1) if row.get(name) is None or is_blank(str(row.get(name)))]
+        blank = [i for i, row in enumerate(rows, 1) if is_empty(row.get(name))]
         if blank and key != "input":
             shown = ", ".join(map(str, blank[:3])) + (", ..." if len(blank) > 3 else "")
             told.append(f"{name} is empty in {_rows_n(len(blank))} ({shown}): fill these in or remove them first.")
@@ -401,7 +401,7 @@ def _described(path: Path, task: str, columns: dict[str, str], rows: Sequence[Ro
     used = set(columns.values()) | {name.partition(".")[0] for name in columns.values() if name not in names}
     unused = tuple(name for name in names if name.strip() and name not in used)
     label = columns.get("label", "")
-    present = [str(row[label]) for row in rows if row.get(label) is not None and not is_blank(str(row[label]))]
+    present = [str(row[label]) for row in rows if not is_empty(row.get(label))]
     counts = Counter(present) if task.endswith("classification") else Counter()
     keys = [key for key in ("text", "text_pair", "prompt", "input", "completion", "messages") if key in columns]
     longest = max(sum(len(_plain(row.get(columns[key]))) for key in keys) for row in rows) if keys else 0

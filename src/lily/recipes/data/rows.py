@@ -23,7 +23,7 @@ from lily.recipes.spec.base import CLASSIFYING
 from lily.recipes.spec.data import Columns, File
 from lily.recipes.spec.locations import Key, located
 from lily.recipes.spec.schema import Recipe
-from lily.recipes.spec.values import is_blank
+from lily.recipes.spec.values import is_empty
 
 T = TypeVar("T")
 
@@ -203,7 +203,7 @@ def _check_filled(rows: Sequence[Row], file: File, recipe: Recipe, labeled: bool
             continue
         # of a column that is not there, or a dotted name, more is said where it is read
         values = [row.get(column, "?") for row in rows]
-        empty = [i for i, v in enumerate(values, 1) if v is None or (isinstance(v, str) and is_blank(v))]
+        empty = [i for i, v in enumerate(values, 1) if is_empty(v)]
         if empty:
             numbers = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
             which = f"row {numbers}" if len(empty) == 1 else f"{len(empty):,} of {len(rows):,} rows ({numbers})"

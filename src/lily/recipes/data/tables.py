@@ -52,7 +52,9 @@ PACKED = {
 class EncodingError(LilyError):
     """Text in another encoding than was expected; `better` is the one that it likely has."""
 
-    better: str | None = None
+    def __init__(self, message: str, better: str | None = None) -> None:
+        super().__init__(message)
+        self.better = better
 
 
 class Bomb(LilyError):
@@ -131,25 +133,29 @@ def separator_of(path: Path, kind: str, encoding: str | None) -> str:
 
 def is_utf8(path: Path) -> bool:
     """Whether the start of a file is UTF-8 with letters beyond ASCII."""
-    with (_Unpacked if path.name.endswith(".gz") else open)(path, "rb") as raw:
-        start = cast(BinaryIO, raw).read(1 << 20)
+    with _bytes_of(str(path)) as raw:
+        start = raw.read(1 << 20)
     try:
         return not start.isascii() and bool(codecs.getincrementaldecoder("utf-8")().decode(start))
     except UnicodeDecodeError:
         return False
 
 
+def _bytes_of(name: str) -> BinaryIO:
+    """An open file, unpacked if need be."""
+    return cast(BinaryIO, (_Unpacked if name.endswith(".gz") else open)(name, "rb"))
+
+
 @contextlib.contextmanager
 def _text(name: str, encoding: str | None) -> Iterator[TextIO]:
     """An open text file, unpacked if need be."""
-    open_ = _Unpacked if name.endswith(".gz") else open
     try:
-        with open_(name, "rb") as raw:
-            encoding = _encoding(cast(BinaryIO, raw), name, encoding)
-            with io.TextIOWrapper(cast(BinaryIO, raw), encoding, newline="") as text:
+        with _bytes_of(name) as raw:
+            encoding = _encoding(raw, name, encoding)
+            with io.TextIOWrapper(raw, encoding, newline="") as text:
                 yield text
     except UnicodeError as error:
-        with open_(name, "rb") as raw:
+        with _bytes_of(name) as raw:
             raise _not_text(raw.read(MAX_EXAMINED), str(encoding), error, name) from None
     except (OSError, EOFError, zlib.error) as error:
         raise LilyError(f"{name}: cannot be read ({error}); check the path and the file") from None
@@ -171,11 +177,9 @@ def _encoding(raw: BinaryIO, name: str, stated: str | None) -> str:
         if max(odd, even) < 4 or min(odd, even) > max(odd, even) / 10:
             raise LilyError(f"{name}: holds NUL bytes, which no text has; remove them, or check that it is a table")
         guess = "utf-16-le" if odd > even else "utf-16-be"
-        told = EncodingError(
-            f"{name}: holds NUL bytes, as UTF-16 does; set data.encoding: {guess}, or save it as UTF-8"
+        raise EncodingError(
+            f"{name}: holds NUL bytes, as UTF-16 does; set data.encoding: {guess}, or save it as UTF-8", guess
         )
-        told.better = guess
-        raise told
     return marked or stated or "utf-8"
 
 
@@ -196,12 +200,11 @@ def _not_text(content: bytes, encoding: str, error: UnicodeError, name: str) -> 
         if not content[: first.start].isascii():
             return EncodingError(f"{said}, although what comes before is; mend that line, and save the file as UTF-8")
         shown = max(around, key=len).strip()
-        told = EncodingError(
+        return EncodingError(
             f"{said}; save it as UTF-8, or set data.encoding: cp1252 if it comes from Windows or Excel "
-            f"(that byte is then read so: {shown!r})"
+            f"(that byte is then read so: {shown!r})",
+            "cp1252",
         )
-        told.better = "cp1252"
-        return told
 
 
 class _Unpacked(gzip.GzipFile):

@@ -32,6 +32,11 @@ def is_blank(text: str) -> bool:
     return BLANK.fullmatch(text) is not None
 
 
+def is_empty(value: Any) -> bool:
+    """Whether a cell of a table shows nothing."""
+    return value is None or (isinstance(value, str) and is_blank(value))
+
+
 def is_text(tag: str, text: str) -> bool:
     """Whether unquoted text stays text, although YAML 1.1 reads it with this tag."""
     return tag in PLAIN and re.fullmatch(PLAIN[tag], text) is None
