@@ -6,7 +6,7 @@
 Each data set is written as a user would have it: a csv file, a folder of images, a jsonl file, with test rows beside
 the training rows. `lily new` writes the recipe, and Lily and LoRA train it with the recipe's settings, with half and
 twice its learning rate, and twice as long. The best of these by its validation rows (the short search) and the defaults
-train with two more seeds; the test rows compare the two. Finished runs are not repeated. Keeps the figures in
+train with more seeds; the test rows compare the two. Finished runs are not repeated. Keeps the figures in
 benchmarks/results/defaults.json and writes the table into docs/results.md.
 """
 
@@ -42,7 +42,6 @@ RESULTS = ROOT / "benchmarks" / "results" / "defaults.json"
 PAGE = ROOT / "docs" / "results.md"
 MARKER = "defaults"
 METHODS = {"Lily": "lily", "LoRA": "lora"}
-SEEDS = 3
 COLUMNS = (
     "data",
     "rows",
@@ -70,7 +69,6 @@ class Own:
         test: test rows.
         changes: of the recipe, so that a run takes minutes on one thread.
         tries: (factor of the learning rate, factor of the epochs), besides the defaults.
-        seeds: that compare.
     """
 
     kind: str
@@ -79,7 +77,6 @@ class Own:
     test: int = 1000
     changes: tuple[str, ...] = ()
     tries: tuple[tuple[float, float], ...] = ((0.5, 1), (2, 1), (1, 2))
-    seeds: int = SEEDS
 
 
 SETS = {
@@ -89,7 +86,7 @@ SETS = {
     "headlines-3000": Own("texts", "headlines", 3000),
     "digits-500": Own("images", "digits", 500, changes=("data.image.size=28",)),
     "cifar10-600": Own("images", "cifar10", 600, changes=("data.image.size=42",)),
-    "chat-160": Own("prompts", "headlines", 160, 100, ("generation.samples=0",), ((0.5, 1), (2, 1)), 1),
+    "chat-160": Own("prompts", "headlines", 160, 100, ("generation.samples=0",), ((0.5, 1), (2, 1))),
 }
 
 
@@ -177,7 +174,7 @@ def train(name: str, trials: Iterable[Trial], out: Path, jobs: int) -> dict[Tria
     }
 
 
-def study(name: str, out: Path, jobs: int) -> dict[str, Any]:
+def study(name: str, out: Path, jobs: int, seeds: int) -> dict[str, Any]:
     """A data set's figures: for each method the defaults, and the settings that the search chose."""
     own = SETS[name]
     first = [Trial(method, *at) for method in METHODS for at in ((1, 1), *own.tries)]
@@ -187,7 +184,7 @@ def study(name: str, out: Path, jobs: int) -> dict[str, Any]:
         mine = {trial: figures for trial, figures in found.items() if trial.method == method}
         chosen[method] = max(mine, key=lambda trial: validation(mine[trial]))
     compared = {
-        (method, which): [Trial(method, trial.rate, trial.epochs, seed) for seed in range(own.seeds)]
+        (method, which): [Trial(method, trial.rate, trial.epochs, seed) for seed in range(seeds)]
         for method in METHODS
         for which, trial in (("default", Trial(method)), ("search", chosen[method]))
     }
@@ -240,7 +237,8 @@ def table(found: dict[str, Any]) -> str:
             cells = [
                 name, f"{one['rows']['train']:,}", one["metric"], method, f"{mine['parameters']:,}",
                 f"{mine['scale']:.3g}", f"{one['learning_rate']:g}", f"{one['epochs']:g}",
-                _spread(one, mine["default"]), _spread(one, mine["search"]), f"{rate:g}, {epochs:g} epochs", p,
+                _spread(one, mine["default"]), _spread(one, mine["search"]),
+                f"{rate:g}, {epochs:g} epochs", str(len(mine["default"])), p,
             ]  # fmt: skip
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -255,12 +253,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/defaults"))
     parser.add_argument("--sets", nargs="*", default=list(SETS), choices=list(SETS))
+    parser.add_argument("--seeds", type=int, default=3, help="That compare; the search has the first alone.")
     parser.add_argument("--jobs", type=int, default=1, help="Runs at a time.")
     parser.add_argument("--pages", action="store_true", help="Train nothing; print and write the table.")
     given = parser.parse_args()
     found = json.loads(RESULTS.read_text("utf-8")) if RESULTS.is_file() else {}
     for name in [] if given.pages else given.sets:
-        found[name] = study(name, given.out.resolve(), given.jobs)
+        found[name] = study(name, given.out.resolve(), given.jobs, given.seeds)
         ordered = {name: found[name] for name in SETS if name in found}
         write_text(RESULTS, json.dumps(ordered, indent=1) + "\n")
     written = table(found)

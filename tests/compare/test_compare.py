@@ -149,7 +149,9 @@ def test_the_table_follows_from_the_runs_files_alone(done):
     (out / "tiny/comparison.json").unlink()
     shutil.rmtree(out / "tiny/runs/lily/0/best")
     assert invoke("--summary", out).output.strip() == whole
-    assert whole.splitlines()[0] == "| task | metric | rows | seeds | untrained | Lily | LoRA | parameters (Lily) |"
+    head = "| task | metric | rows | seeds | untrained | Lily | LoRA | rate (scale) | parameters (Lily) |"
+    assert whole.splitlines()[0] == head
+    assert "| 0.02 (4), 0.02 (2) |" in whole.splitlines()[2]
     assert whole.splitlines()[2].startswith("| tiny | accuracy | 12 | 1 | ")
 
 

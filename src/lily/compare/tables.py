@@ -164,15 +164,18 @@ def summary(comparisons: Sequence[Comparison]) -> str:
     """Several comparisons as one Markdown table: a row for each task, a column for each method.
 
     Where a task has further test sets, their mean is shown instead of the held-out rows. p belongs to the paired test
-    against the first method, on the held-out rows.
+    against the first method, on the held-out rows. `rate (scale)` has the learning rate and what multiplies the update
+    of each method, in the order of the columns.
     """
     titles = list(dict.fromkeys(_column(entry) for comparison in comparisons for entry in comparison.entries))
-    head = ["task", "metric", "rows", "seeds", UNTRAINED, *titles, "parameters (Lily)"]
+    head = ["task", "metric", "rows", "seeds", UNTRAINED, *titles, "rate (scale)", "parameters (Lily)"]
     lines = []
     for comparison in comparisons:
         by_sets = MEAN in comparison.untrained_tests
-        cells = {}
+        cells, terms = {}, {}
         for entry in comparison.entries:
+            scale = "" if entry.factor is None else f" ({entry.factor:.3g})"
+            terms[_column(entry)] = f"{entry.learning_rate:g}{scale}"
             values = entry.tests[MEAN] if by_sets else entry.values
             p = "" if entry.test is None or by_sets else f" (p {entry.test.p:.2g})"
             cells[_column(entry)] = with_spread(comparison.metric, values[comparison.metric]) + p
@@ -185,7 +188,7 @@ def summary(comparisons: Sequence[Comparison]) -> str:
         rows = f"{len(comparison.untrained_tests) - 1} sets" if by_sets else f"{comparison.rows:,}"
         lines.append(
             [comparison.name, comparison.metric, rows, str(seeds), before, *(cells.get(t, "") for t in titles),
-             f"{lily.parameters:,}"]
+             ", ".join(terms[t] for t in titles if t in terms), f"{lily.parameters:,}"]
         )  # fmt: skip
     return text_tables.markdown(head, lines)
 
