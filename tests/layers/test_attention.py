@@ -157,6 +157,14 @@ def test_untrained_it_is_the_base_model_and_has_loras_parameters_and_names():
     assert not [key for key in fresh.state_dict() if "in_proj.base_layer" in key]
 
 
+@pytest.mark.parametrize("bias", ["all", "lily_only"])
+def test_the_biases_that_train_are_those_of_the_file(bias):
+    config = LilyConfig(r=4, num_B=1, target_modules=["attn"], bias=bias)
+    model = get_peft_model(Attending(batch_first=True), config)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and name.endswith("bias")}
+    assert trained == {name for name in peft.get_peft_model_state_dict(model) if name.endswith("bias")} != set()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.filterwarnings("ignore:merging rounded")
 def test_merging_computes_the_same_and_unmerging_restores_every_bit(dtype):

@@ -27,7 +27,7 @@ from lily.layers.bank import BANK, LilyBank, Settled, bank_of
 from lily.layers.conv import Conv
 from lily.layers.devices import onload, placement_of
 from lily.layers.embedding import Embedding
-from lily.layers.find import watch_masks
+from lily.layers.find import layers_of, watch_masks
 from lily.layers.layer import LilyLayer
 from lily.layers.linear import Linear
 from lily.layers.parallel_module import ParallelModule
@@ -37,6 +37,7 @@ from lily.layers.quantized import keep_differentiable
 from lily.layers.sharding import engine_in
 from lily.layers.slice import Slice
 from lily.layers.trained_rows import name_rows
+from lily.plan.attention import InProjection
 from lily.plan.config import LilyConfig
 from lily.plan.select import select_targets
 from lily.plan.sharing_plan import SharingPlan, build_plan
@@ -278,6 +279,14 @@ class LilyModel(WeightedMixin, FilesMixin, ModelMergingMixin):
             if peft_config.settled is not None:
                 bank.settled[adapter_name] = Settled(peft_config.settled)
         return bank
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        super()._mark_only_adapters_as_trainable(model)
+        for layer in layers_of(model).values():
+            base = layer.get_base_layer()
+            # PEFT trains what a layer has as `bias`, and saves what is named so: the attention's is `in_proj_bias`.
+            if isinstance(base, InProjection) and base.bias is not None:
+                base.bias.requires_grad_(False)
 
     def _put(self, layer: nn.Module, adapter_name: str, parent: nn.Module, target_name: str) -> None:
         if adapter_name not in self.active_adapters:
