@@ -6,8 +6,8 @@
 Each data set is written as a user would have it: a csv file, a folder of images, a jsonl file, with test rows beside
 the training rows. `lily new` writes the recipe, and Lily and LoRA train it with the recipe's settings, and with half
 and twice its learning rate. The best of the three by its validation rows (the short search) and the defaults train with
-more seeds; the test rows compare the two. Finished runs are not repeated. Keeps the figures in
-benchmarks/results/defaults.json and writes the table into docs/results.md.
+more seeds; the test rows compare the two. Every run has a row in benchmarks/results/defaults.jsonl and is not repeated.
+Writes the table into docs/results.md.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import random
 import statistics
 import tarfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,13 +38,14 @@ from lily.search import folder
 from lily.search.runner import Job, run, side_by_side
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "defaults.json"
+ROWS = ROOT / "benchmarks" / "results" / "defaults.jsonl"
 PAGE = ROOT / "docs" / "results.md"
 MARKER = "defaults"
 METHODS = {"Lily": "lily", "LoRA": "lora"}
 RATES = (1, 0.5, 2)  # times the recipe's learning rate
-COLUMNS = ("data", "rows", "metric", "method", "parameters", "scale", "rate", "epochs", "default", "best of three",
-           "its rate", "seeds", "p")  # fmt: skip
+COLUMNS = ("data", "rows", "metric", "method", "parameters", "scale", "rate")
+
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -141,96 +142,98 @@ def recipe_of(name: str, out: Path) -> Path:
     return written
 
 
-def train(name: str, trials: Iterable[Trial], out: Path, jobs: int) -> dict[Trial, dict[str, Any]]:
-    """The figures of trials, after training those that are missing; one that fails has none."""
+def train(name: str, trials: Iterable[Trial], out: Path, jobs: int) -> None:
+    """Train the trials that have no row, and append their rows; one that fails has none."""
+    known = {trial for found, trial in stored() if found == name}
     written = recipe_of(name, out)
     changes = SETS[name].changes
     base = loader.load_recipe(str(written), changes)
     runs = {}
-    for trial in trials:
+    for trial in (one for one in dict.fromkeys(trials) if one not in known):
         recipe = loader.load_recipe(str(written), [*changes, *trial.changes(base)])
         at = out / name / "search" / "runs" / trial.name
         runs[trial] = Job(trial.name, folder.inside(recipe, at), at)
+    if not runs:
+        return
     count, threads = side_by_side(jobs)
     with folder.opened(out / name / "search", "benchmarks/defaults.py", ("runs", "recipes", "logs")) as lock:
         run(list(runs.values()), out / name / "search", count, threads, lock, partial(print, flush=True))
-    return {
-        trial: json.loads((job.folder / "metrics.json").read_text("utf-8")) for trial, job in runs.items() if job.done
-    }
+    with ROWS.open("a", encoding="utf-8") as file:
+        for trial in (trial for trial, job in runs.items() if job.done):
+            figures = json.loads((runs[trial].folder / "metrics.json").read_text("utf-8"))
+            file.write(json.dumps({"set": name, **asdict(trial)} | row(figures, base)) + "\n")
 
 
-def study(name: str, out: Path, jobs: int, seeds: int) -> dict[str, Any]:
-    """A data set's figures: for each method the defaults, and the settings that the search chose."""
-    own = SETS[name]
-    first = [Trial(method, rate) for method in METHODS for rate in RATES]
-    found = train(name, first, out, jobs)
-    chosen = {}
-    for method in METHODS:
-        mine = {trial: figures for trial, figures in found.items() if trial.method == method}
-        chosen[method] = max(mine, key=lambda trial: validation(mine[trial]))
-    compared = {
-        (method, which): [Trial(method, trial.rate, seed) for seed in range(seeds)]
-        for method in METHODS
-        for which, trial in (("default", Trial(method)), ("search", chosen[method]))
-    }
-    found |= train(name, dict.fromkeys(trial for trials in compared.values() for trial in trials), out, jobs)
-    some = next(iter(found.values()))
-    metric = some["metric"]
-    base = loader.load_recipe(str(recipe_of(name, out)), own.changes)
+def row(figures: dict[str, Any], base: Any) -> dict[str, Any]:
+    """What is kept of a run."""
+    metric, adapter = figures["metric"], figures["adapter"]
     return {
-        "metric": metric, "rows": some["rows"], "device": some["device"],
-        "learning_rate": base.train.learning_rate, "epochs": base.train.epochs,
-        "trials": {trial.name: {"validation": validation(figures)[0], "test": figures["final"][metric]}
-                   for trial, figures in found.items()},
-        "methods": {
-            method: {
-                "parameters": found[Trial(method)]["parameters"]["adapter"],
-                "scale": scale(found[Trial(method)]),
-                "chosen": chosen[method].rate,
-                **{which: [found[trial]["final"][metric] for trial in compared[method, which]]
-                   for which in ("default", "search")},
-            }
-            for method in METHODS
-        },
+        "learning_rate": base.train.learning_rate, "epochs": base.train.epochs, "batch": base.train.batch_size,
+        "rows": figures["rows"], "metric": metric, "validation": figures["best"]["value"],
+        "best_epoch": figures["best"]["epoch"],
+        "test": figures["final"][metric], "parameters": figures["parameters"]["adapter"],
+        "scale": adapter["scaling"] if "scaling" in adapter else adapter["lora_alpha"] / adapter["r"],
+        "seconds": round(figures["seconds"]["train"]), "device": figures["device"],
     }  # fmt: skip
 
 
-def validation(figures: dict[str, Any]) -> tuple[float, float]:
-    """What a search chooses by, larger is better: the main metric on the validation rows, and minus the loss there."""
-    value = figures["best"]["value"]
-    losses = [one["loss"] for one in figures["history"] if "loss" in one]
-    return (-value if figures["metric"] in LOWER_IS_BETTER else value), -min(losses, default=0.0)
+def stored() -> dict[tuple[str, Trial], Row]:
+    """The committed rows."""
+    found = {}
+    for line in ROWS.read_text("utf-8").splitlines() if ROWS.is_file() else []:
+        one = json.loads(line)
+        found[one.pop("set"), Trial(one.pop("method"), one.pop("rate"), one.pop("seed"))] = one
+    return found
 
 
-def scale(figures: dict[str, Any]) -> float:
-    """What multiplies the method's update."""
-    adapter = figures["adapter"]
-    return float(adapter["scaling"] if "scaling" in adapter else adapter["lora_alpha"] / adapter["r"])
+def chosen(rows: dict[tuple[str, Trial], Row], name: str, method: str) -> float | None:
+    """The factor of the best rate by the validation rows of seed 0: of several the first of `RATES`."""
+    found = {rate: rows.get((name, Trial(method, rate))) for rate in RATES}
+    scores = {
+        rate: (-1 if one["metric"] in LOWER_IS_BETTER else 1) * one["validation"] for rate, one in found.items() if one
+    }
+    return max(scores, key=scores.__getitem__) if len(scores) == len(RATES) else None
 
 
-def table(found: dict[str, Any]) -> str:
-    """The figures as Markdown."""
+def study(name: str, out: Path, jobs: int, seeds: int) -> None:
+    """Train the search of a data set, then what compares."""
+    train(name, [Trial(method, rate) for method in METHODS for rate in RATES], out, jobs)
+    rates = {method: {1, chosen(stored(), name, method) or 1} for method in METHODS}
+    train(name, [Trial(m, rate, seed) for m in METHODS for rate in rates[m] for seed in range(seeds)], out, jobs)
+
+
+def table(rows: dict[tuple[str, Trial], Row]) -> str:
+    """The rows as Markdown."""
     from scipy.stats import ttest_rel
 
-    lines = [f"| {' | '.join(COLUMNS)} |", "|" + " --- |" * len(COLUMNS)]
-    for name, one in found.items():
-        for method, mine in one["methods"].items():
-            p = "-"
-            if len(mine["default"]) > 1 and mine["default"] != mine["search"]:
-                p = f"{ttest_rel(mine['default'], mine['search']).pvalue:.2g}"
-            cells = [
-                name, f"{one['rows']['train']:,}", one["metric"], method, f"{mine['parameters']:,}",
-                f"{mine['scale']:.3g}", f"{one['learning_rate']:g}", f"{one['epochs']:g}",
-                _spread(one, mine["default"]), _spread(one, mine["search"]),
-                f"{one['learning_rate'] * mine['chosen']:g}", str(len(mine["default"])), p,
-            ]  # fmt: skip
-            lines.append(f"| {' | '.join(cells)} |")
+    factors = sorted(RATES)
+    head = [*COLUMNS, *(f"rate x {factor:g}" for factor in factors), "chosen", "seeds", "p"]
+    lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
+    for name, method in ((name, method) for name in SETS for method in METHODS):
+        best = chosen(rows, name, method)
+        if best is None:
+            continue
+        some = rows[name, Trial(method)]
+        mine = {trial: one["test"] for (of, trial), one in rows.items() if (of, trial.method) == (name, method)}
+        by_rate = {f: {trial.seed: test for trial, test in mine.items() if trial.rate == f} for f in factors}
+        default, searched = by_rate[1], by_rate[best]
+        both = sorted(default.keys() & searched.keys())
+        p = "-"
+        if best != 1 and len(both) > 1:
+            p = f"{ttest_rel([default[s] for s in both], [searched[s] for s in both]).pvalue:.2g}"
+        cells = [
+            name, f"{some['rows']['train']:,}", some["metric"], method, f"{some['parameters']:,}",
+            f"{some['scale']:.3g}", f"{some['learning_rate']:g}",
+            *(_spread(some["metric"], list(by_rate[factor].values())) for factor in factors),
+            f"{best:g}", str(len(default)), p,
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _spread(one: dict[str, Any], values: list[float]) -> str:
-    more = f" ± {shown(one['metric'], statistics.stdev(values))}" if len(values) > 1 else ""
-    return shown(one["metric"], statistics.fmean(values)) + more
+def _spread(metric: str, values: list[float]) -> str:
+    more = f" ± {shown(metric, statistics.stdev(values))}" if len(values) > 1 else ""
+    return shown(metric, statistics.fmean(values)) + more
 
 
 def main() -> None:
@@ -241,12 +244,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="Runs at a time.")
     parser.add_argument("--pages", action="store_true", help="Train nothing; print and write the table.")
     given = parser.parse_args()
-    found = json.loads(RESULTS.read_text("utf-8")) if RESULTS.is_file() else {}
     for name in [] if given.pages else given.sets:
-        found[name] = study(name, given.out.resolve(), given.jobs, given.seeds)
-        ordered = {name: found[name] for name in SETS if name in found}
-        write_text(RESULTS, json.dumps(ordered, indent=1) + "\n")
-    written = table(found)
+        study(name, given.out.resolve(), given.jobs, given.seeds)
+    written = table(stored())
     put(PAGE, MARKER, written)
     print(written)
 
