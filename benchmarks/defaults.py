@@ -4,10 +4,9 @@
     python benchmarks/defaults.py --pages          # the table of the committed figures
 
 Each data set is written as a user would have it: a csv file, a folder of images, a jsonl file, with test rows beside
-the training rows. `lily new` writes the recipe, and Lily and LoRA train it with the recipe's settings, and with half
-and twice its learning rate. The best of the three by its validation rows (the short search) and the defaults train with
-more seeds; the test rows compare the two. Every run has a row in benchmarks/results/defaults.jsonl and is not repeated.
-Writes the table into docs/results.md.
+the training rows. `lily new` writes the recipe, and Lily and LoRA train it at three learning rates, of which one is the
+recipe's. It and the best by the validation rows (the short search) train with more seeds. Every run has a row in
+benchmarks/results/defaults.jsonl and is not repeated. Writes the table into docs/results.md.
 """
 
 from __future__ import annotations
@@ -42,8 +41,8 @@ ROWS = ROOT / "benchmarks" / "results" / "defaults.jsonl"
 PAGE = ROOT / "docs" / "results.md"
 MARKER = "defaults"
 METHODS = {"Lily": "lily", "LoRA": "lora"}
-RATES = (1, 0.5, 2)  # times the recipe's learning rate
-COLUMNS = ("data", "rows", "metric", "method", "parameters", "scale", "rate")
+RATES = {"texts": (7e-4, 1e-3, 1.4e-3), "images": (5e-4, 1e-3, 2e-3), "prompts": (5e-4, 1e-3, 2e-3)}
+COLUMNS = ("data", "rows", "metric", "method", "parameters", "scale")
 
 Row = dict[str, Any]
 
@@ -80,23 +79,21 @@ SETS = {
 
 @dataclass(frozen=True)
 class Trial:
-    """A run: a method with the recipe's learning rate multiplied by a factor."""
+    """A run: a method at a learning rate."""
 
     method: str
-    rate: float = 1
+    rate: float
     seed: int = 0
 
     @property
     def name(self) -> str:
         return f"{METHODS[self.method]}-rate{self.rate:g}-{self.seed}"
 
-    def changes(self, recipe: Any) -> list[str]:
-        return [
-            f"method={METHODS[self.method]}",
-            f"train.learning_rate={self.rate * recipe.train.learning_rate:g}",
-            f"seed={self.seed}",
-            "baselines=[]",
-        ]
+    @property
+    def changes(self) -> list[str]:
+        """Of the recipe."""
+        rate = f"train.learning_rate={self.rate:g}"
+        return [f"method={METHODS[self.method]}", rate, f"seed={self.seed}", "baselines=[]"]
 
 
 def write(own: Own, at: Path) -> Path:
@@ -147,10 +144,9 @@ def train(name: str, trials: Iterable[Trial], out: Path, jobs: int) -> None:
     known = {trial for found, trial in stored() if found == name}
     written = recipe_of(name, out)
     changes = SETS[name].changes
-    base = loader.load_recipe(str(written), changes)
     runs = {}
     for trial in (one for one in dict.fromkeys(trials) if one not in known):
-        recipe = loader.load_recipe(str(written), [*changes, *trial.changes(base)])
+        recipe = loader.load_recipe(str(written), [*changes, *trial.changes])
         at = out / name / "search" / "runs" / trial.name
         runs[trial] = Job(trial.name, folder.inside(recipe, at), at)
     if not runs:
@@ -161,14 +157,14 @@ def train(name: str, trials: Iterable[Trial], out: Path, jobs: int) -> None:
     with ROWS.open("a", encoding="utf-8") as file:
         for trial in (trial for trial, job in runs.items() if job.done):
             figures = json.loads((runs[trial].folder / "metrics.json").read_text("utf-8"))
-            file.write(json.dumps({"set": name, **asdict(trial)} | row(figures, base)) + "\n")
+            file.write(json.dumps({"set": name, **asdict(trial)} | row(figures, runs[trial].recipe)) + "\n")
 
 
-def row(figures: dict[str, Any], base: Any) -> dict[str, Any]:
+def row(figures: dict[str, Any], recipe: Any) -> dict[str, Any]:
     """What is kept of a run."""
     metric, adapter = figures["metric"], figures["adapter"]
     return {
-        "learning_rate": base.train.learning_rate, "epochs": base.train.epochs, "batch": base.train.batch_size,
+        "epochs": recipe.train.epochs, "batch": recipe.train.batch_size,
         "rows": figures["rows"], "metric": metric, "validation": figures["best"]["value"],
         "best_epoch": figures["best"]["epoch"],
         "test": figures["final"][metric], "parameters": figures["parameters"]["adapter"],
@@ -186,46 +182,38 @@ def stored() -> dict[tuple[str, Trial], Row]:
     return found
 
 
-def chosen(rows: dict[tuple[str, Trial], Row], name: str, method: str) -> float | None:
-    """The factor of the best rate by the validation rows of seed 0: of several the first of `RATES`."""
-    found = {rate: rows.get((name, Trial(method, rate))) for rate in RATES}
-    scores = {
-        rate: (-1 if one["metric"] in LOWER_IS_BETTER else 1) * one["validation"] for rate, one in found.items() if one
-    }
-    return max(scores, key=scores.__getitem__) if len(scores) == len(RATES) else None
+def chosen(rows: dict[tuple[str, Trial], Row], name: str, method: str) -> float:
+    """The best rate by the validation rows of seed 0: of several the lowest."""
+    mine = {trial.rate: one for (of, trial), one in rows.items() if (of, trial.method, trial.seed) == (name, method, 0)}
+    return max(
+        sorted(mine), key=lambda rate: mine[rate]["validation"] * (-1 if mine[rate]["metric"] in LOWER_IS_BETTER else 1)
+    )
 
 
 def study(name: str, out: Path, jobs: int, seeds: int) -> None:
     """Train the search of a data set, then what compares."""
-    train(name, [Trial(method, rate) for method in METHODS for rate in RATES], out, jobs)
-    rates = {method: {1, chosen(stored(), name, method) or 1} for method in METHODS}
+    train(name, [Trial(method, rate) for method in METHODS for rate in RATES[SETS[name].kind]], out, jobs)
+    default = loader.load_recipe(str(recipe_of(name, out))).train.learning_rate
+    rates = {method: {default, chosen(stored(), name, method)} for method in METHODS}
     train(name, [Trial(m, rate, seed) for m in METHODS for rate in rates[m] for seed in range(seeds)], out, jobs)
 
 
 def table(rows: dict[tuple[str, Trial], Row]) -> str:
     """The rows as Markdown."""
-    from scipy.stats import ttest_rel
-
-    factors = sorted(RATES)
-    head = [*COLUMNS, *(f"rate x {factor:g}" for factor in factors), "chosen", "seeds", "p"]
+    rates = sorted({trial.rate for _, trial in rows})
+    head = [*COLUMNS, *(f"{rate:.1e}" for rate in rates), "chosen", "seeds"]
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
-    for name, method in ((name, method) for name in SETS for method in METHODS):
-        best = chosen(rows, name, method)
-        if best is None:
-            continue
-        some = rows[name, Trial(method)]
-        mine = {trial: one["test"] for (of, trial), one in rows.items() if (of, trial.method) == (name, method)}
-        by_rate = {f: {trial.seed: test for trial, test in mine.items() if trial.rate == f} for f in factors}
-        default, searched = by_rate[1], by_rate[best]
-        both = sorted(default.keys() & searched.keys())
-        p = "-"
-        if best != 1 and len(both) > 1:
-            p = f"{ttest_rel([default[s] for s in both], [searched[s] for s in both]).pvalue:.2g}"
+    for name, method in dict.fromkeys(
+        (name, method) for name in SETS for of, trial in rows if of == name for method in METHODS
+    ):
+        mine = {trial: one for (of, trial), one in rows.items() if (of, trial.method) == (name, method)}
+        some = next(iter(mine.values()))
+        by_rate = {rate: [one["test"] for trial, one in mine.items() if trial.rate == rate] for rate in rates}
         cells = [
             name, f"{some['rows']['train']:,}", some["metric"], method, f"{some['parameters']:,}",
-            f"{some['scale']:.3g}", f"{some['learning_rate']:g}",
-            *(_spread(some["metric"], list(by_rate[factor].values())) for factor in factors),
-            f"{best:g}", str(len(default)), p,
+            f"{some['scale']:.3g}",
+            *(_spread(some["metric"], by_rate[rate]) if by_rate[rate] else "" for rate in rates),
+            f"{chosen(rows, name, method):g}", str(max(map(len, by_rate.values()))),
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
