@@ -22,6 +22,7 @@ from lily.recipes.results import card as report
 from lily.recipes.results import model_card
 from lily.recipes.results.adapter import Adapter
 from lily.recipes.scoring import evaluate
+from lily.recipes.scoring.answer_lengths import Answer
 
 
 @pytest.mark.parametrize("method", ["lily", "lora", "none"])
@@ -330,6 +331,15 @@ def test_generate_answers_a_prompt(chat_run):
     run = CliRunner().invoke(app, ["generate", str(chat_run.run), "question the film was good"])
     assert run.exit_code == 0
     assert run.stdout.strip()
+
+
+def test_a_system_message_stands_before_the_prompt(chat_run):
+    command = ["generate", str(chat_run.run), "question the film was good", "--system"]
+    seen, answer = [], Answer("yes", 1, False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lily.recipes.results.adapter.answers", lambda m, t, turns, *_: seen.extend(turns) or [answer])
+        assert CliRunner().invoke(app, [*command, "be kind"]).exit_code == 0
+    assert [message["role"] for message in seen[0].messages] == ["system", "user"]
 
 
 def test_the_model_card_says_how_to_load(finished):

@@ -160,7 +160,10 @@ class Predicted:
         """What the predictions are."""
         rows = f"{self.rows:,} {'row' if self.rows == 1 else 'rows'} predicted"
         if self.classes:
-            most = ", ".join(f"{count:,} {name}" for name, count in self.classes.most_common(5))
+            most = ", ".join(
+                f"{count:,} {'' if name[:1].isalpha() else 'of class '}{name}"
+                for name, count in self.classes.most_common(5)
+            )
             more = f", and {len(self.classes) - 5} more classes" if len(self.classes) > 5 else ""
             which = (
                 f"{self.unsure:,} {'has' if self.unsure == 1 else 'have'} a score below {UNSURE:g}: look at these first"
@@ -179,6 +182,9 @@ def generate_command(
     adapter: Folder,
     prompt: Annotated[str | None, Argument(metavar="PROMPT", help="Prompt to answer; - reads standard input.")] = None,
     option: Annotated[str | None, Option("--prompt", help="The same as PROMPT.")] = None,
+    system: Annotated[
+        str | None, Option(help="System message before the prompt, as in the chats that the adapter was trained on.")
+    ] = None,
     recipe: RecipeOption = None,
     verbose: Verbose = False,
 ) -> None:
@@ -196,7 +202,7 @@ def generate_command(
         used = _adapter(location, told)
     from transformers import TextStreamer
 
-    used.generate(text, TextStreamer(used.tokenizer, skip_prompt=True, skip_special_tokens=True))
+    used.generate(text, TextStreamer(used.tokenizer, skip_prompt=True, skip_special_tokens=True), system)
     _warn_of_cut(used)
 
 

@@ -23,6 +23,7 @@ NAMES = {
     "image": ("image", "file", "path", "filename", "file_name", "image_path", "img"),
     "messages": ("messages", "conversations", "conversation", "chat", "dialog", "dialogue", "turns"),
     "input": ("input", "context"),
+    "system": ("system", "system_prompt"),
 }  # fmt: skip
 PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("text_a", "text_b"),
          ("text1", "text2"), ("query", "passage"), ("question", "sentence"))  # fmt: skip
@@ -86,8 +87,10 @@ def _words(rows: Sequence[Row], name: str) -> float:
 def _chat(rows: Sequence[Row], names: list[str], given: dict[str, str]) -> tuple[str, dict[str, str]] | None:
     lists = [name for name in names if all(chats.is_chat(listed(row.get(name))) for row in rows[:50])]
     messages = given.get("messages") or _first(lists, NAMES["messages"]) or next(iter(lists), None)
+    system = _first(names, NAMES["system"], lambda name: all(isinstance(row.get(name) or "", str) for row in rows))
+    more = {} if system is None else {"system": system}
     if messages is not None and "prompt" not in given:
-        return "sft", {"messages": messages}
+        return "sft", {"messages": messages} | more
     lower = {name.lower().strip(): name for name in reversed(names)}
     known = next((p for p in ANSWERS if set(p) <= set(lower)), ("", ""))
     prompt, completion = given.get("prompt") or lower.get(known[0]), given.get("completion") or lower.get(known[1])
@@ -98,10 +101,10 @@ def _chat(rows: Sequence[Row], names: list[str], given: dict[str, str]) -> tuple
     spaced = any(" " in str(row.get(prompt, "")) for row in rows)  # not in Chinese or Japanese
     if not given and known[0] not in ("prompt", "instruction") and words < WORDS and spaced:
         return None
-    more = _first([name for name in names if name not in (prompt, completion)], NAMES["input"])
-    return "sft", {"prompt": prompt, "completion": completion} | (
-        {"input": more} if more is not None and known[0] == "instruction" else {}
-    )
+    context = _first([name for name in names if name not in (prompt, completion)], NAMES["input"])
+    if context is not None and known[0] == "instruction":
+        more = {"input": context} | more
+    return "sft", {"prompt": prompt, "completion": completion} | more
 
 
 def listed(value: Any) -> Any:
@@ -113,13 +116,14 @@ def listed(value: Any) -> Any:
 
 def _label(rows: Sequence[Row], names: Sequence[str]) -> str | None:
     """A column named like a label, else the likeliest of `_labels`."""
-    named = _first(names, NAMES["label"], lambda name: distinct(rows, name) > 1)
+    named = _first(names, NAMES["label"], lambda name: distinct(rows, name) > 1 and not is_nested(rows, name))
     return named or next(iter(labels(rows, names)), None)
 
 
 def labels(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
     """Columns whose values repeat, the fewest distinct ones first; without any, a single one of numbers."""
     most = min(max(MANY, len(rows) / ROWS_PER_CLASS), len(rows) / 2)
+    names = [name for name in names if not is_nested(rows, name)]
     few = {name: n for name in names if 1 < (n := distinct(rows, name)) <= most and not is_parts(rows, name)}
     if few:
         return sorted(few, key=few.__getitem__)
@@ -160,8 +164,18 @@ def is_text(rows: Sequence[Row], name: str) -> bool:
 
 def _first(names: Sequence[str], known: Sequence[str], fits: Callable[[str], bool] = lambda _: True) -> str | None:
     """The first of `names` that is called as one of `known`, in the order of these; of a dotted name its end counts."""
-    lower = {name.lower().strip().rpartition(".")[2]: name for name in reversed(names)}
+    lower = {called(name): name for name in reversed(names)}
     return next((lower[name] for name in known if name in lower and fits(lower[name])), None)
+
+
+def called(name: str) -> str:
+    """What a column is called: the end of a dotted name, without the numbers of places in lists."""
+    return re.sub(r"(\.\d+)+$", "", name.lower().strip()).rpartition(".")[2]
+
+
+def is_nested(rows: Sequence[Row], name: str) -> bool:
+    """Whether a column holds lists or objects."""
+    return any(isinstance(row.get(name), (list, dict)) for row in rows)
 
 
 def distinct(rows: Sequence[Row], name: str) -> int:

@@ -1,9 +1,11 @@
-"""What a file of somebody's own data is for, and what somebody should know about it."""
+"""What a file of somebody's own data is for."""
 
 from __future__ import annotations
 
 import difflib
+import json
 import re
+import zipfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -11,26 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from lily.errors import LilyError
-from lily.recipes.data import chats, images, sniff
-from lily.recipes.data.columns import (
-    NAMES,
-    distinct,
-    is_id,
-    is_parts,
-    is_text,
-    labels,
-    listed,
-    number_of,
-    task_and_columns,
-)
+from lily.recipes.data import chats, images, remarks, sniff
+from lily.recipes.data.columns import listed, task_and_columns
 from lily.recipes.data.sniff import READ
 from lily.recipes.data.tables import Row
 from lily.recipes.spec.values import is_empty
 
+BESIDE = ("tools", "functions")  # columns that are read beside chats without being named
 HELD_OUT = 0.15  # share of the rows for validation, and for test
-AMOUNT = re.compile(r"[^\w-]*-?\d+([.,]\d+)*\W*")
-LISTS = re.compile(r"[\w ]+([,;|][\w ]+)+")
-SHOWN = 12  # columns in a message
 
 
 @dataclass(frozen=True)
@@ -98,26 +88,22 @@ def guess(
     for given in (columns or {}).values():
         if given not in names and given.partition(".")[0] not in names:
             near = difflib.get_close_matches(given, names, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it has {_few(names)}"
+            hint = f"did you mean {near[0]}?" if near else f"it has {remarks.few(names)}"
             raise LilyError(f"{path} has no column {given!r}; {hint}")
     found = task_and_columns(rows, names, dict(columns or {}), task)
     if found is None:
         raise LilyError(
-            f"{path}: it is not clear what to learn from the columns {_few(names)}; {_reason(rows, names)}"
+            f"{path}: it is not clear what to learn from the columns {remarks.few(names)}; "
+            f"{remarks.reason(rows, names)}"
             "name them with --text and --label, --prompt and --completion, --messages, or --image and --label"
         )
     kind, chosen = found
     seen = _described(path, kind, chosen, rows, names)
     others, without = _beside(path, chosen, opened.how)
-    told = (*_told(seen, rows, dict(columns or {})), *without)
-    seen = replace(seen, how=opened.how, others=others, told=told)
-    _check_classes(seen, rows)
-    return seen
-
-
-def _few(names: Sequence[str]) -> str:
-    shown = [name if name.strip() else "(without a name)" for name in names[:SHOWN]]
-    return ", ".join(shown) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+    if kind == "text-classification":
+        remarks.check_classes(path, chosen["label"], seen.classes, rows, None if "validation" in others else HELD_OUT)
+    told = (*remarks.told(chosen, seen.unused, seen.classes, rows, dict(columns or {})), *without)
+    return replace(seen, how=opened.how, others=others, told=told)
 
 
 def _image_classes(folder: Path) -> dict[str, int]:
@@ -130,6 +116,10 @@ def _image_classes(folder: Path) -> dict[str, int]:
 
 def _of_images(path: Path) -> Guess:
     if not path.is_dir():
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if not any(name.lower().endswith(images.ENDINGS) for name in archive.namelist()):
+                    raise LilyError(f"{path} holds no images; of a zip with a table in it, unpack and name the table")
         return Guess(path, "image-classification", {})
     parts = sniff.parts_of(path)
     train = parts.pop("train", path)
@@ -149,94 +139,10 @@ def _of_images(path: Path) -> Guess:
     return Guess(train, "image-classification", {}, rows=sum(counts.values()), classes=counts, others=parts)
 
 
-def _reason(rows: Sequence[Row], names: Sequence[str]) -> str:
-    """Why no task fits, where that is known, as the start of a sentence that says what to do."""
-    lower = {name.lower(): name for name in names}
-    if {"chosen", "rejected"} <= set(lower):
-        prompt = f"--prompt {lower['prompt']} " if "prompt" in lower else ""
-        return (
-            "preferences are for TRL's DPOTrainer with a LilyConfig, not for recipes; to train on the chosen answers "
-            f"alone: {prompt}--completion {lower['chosen']}; else "
-        )
-    own = [name for name in names if not is_id(rows, name)]
-    texts = [name for name in own if is_text(rows, name)]
-    for name in own:
-        if name.lower() in NAMES["label"] and distinct(rows, name) == 1:
-            return f"{name!r} is {str(rows[0].get(name))!r} in every row read, so there is nothing to tell apart; "
-        if name in texts and _amounts(rows, name):
-            return f"{name!r} holds amounts such as {rows[0].get(name)!r}, which are numbers only as 1234.5; else "
-    if len(texts) == len(own) == 1:
-        return "texts alone have nothing to predict, so add a column with a label or an answer for each; "
-    if len(texts) == len(own) == 2:
-        return f"if {texts[1]!r} answers {texts[0]!r}: --prompt {texts[0]} --completion {texts[1]}; else "
-    return "" if texts else "no column holds texts alone; "
-
-
-def _amounts(rows: Sequence[Row], name: str) -> bool:
-    """Whether a column holds numbers that are not written as plain ones: 1,5 or 50% or $3."""
-    amounts = sum(bool(AMOUNT.fullmatch(str(row.get(name)))) for row in rows)
-    return amounts > len(rows) / 2 and any(number_of(row.get(name)) is None for row in rows)
-
-
-def _told(found: Guess, rows: Sequence[Row], given: dict[str, str]) -> list[str]:
-    """What somebody should know about rows and columns before training."""
-    told = []
-    label = found.columns.get("label")
-    if label is not None and "label" not in given and label.lower().strip().rpartition(".")[2] not in NAMES["label"]:
-        others = [name for name in labels(rows, found.unused) if not is_id(rows, name)][:3]
-        if others:
-            told.append(f"The label is a guess; `lily new` takes another with --label: {', '.join(others)}.")
-    if found.task == "text-classification" and sum(bool(LISTS.fullmatch(name)) for name in found.classes) > 1:
-        told.append("Some labels look like lists: each combination is a class by itself.")
-    for name in found.unused:
-        if is_parts(rows, name):
-            told.append(f"{name} says what a row is for, but is not used: write a file for each part to keep them.")
-    for key, name in found.columns.items():
-        blank = [i for i, row in enumerate(rows, 1) if is_empty(row.get(name))]
-        if blank and key != "input":
-            shown = ", ".join(map(str, blank[:3])) + (", ..." if len(blank) > 3 else "")
-            told.append(f"{name} is empty in {_rows_n(len(blank))} ({shown}): fill these in or remove them first.")
-    letters = [
-        c for row in rows[:200] for name in found.columns.values() for c in str(row.get(name, "")) if c.isalpha()
-    ]
-    if sum(c > "\u024f" for c in letters) > len(letters) / 4:
-        told.append("The base's model knows English: for other scripts name one that knows yours (model: {hub: ...}).")
-    return told
-
-
-def _rows_n(n: int) -> str:
-    return "1 row" if n == 1 else f"{n:,} rows"
-
-
-def _check_classes(found: Guess, rows: Sequence[Row]) -> None:
-    """That classes repeat, and are enough for rows to be held out.
-
-    Raises:
-        LilyError: if not.
-    """
-    if found.task != "text-classification":
-        return
-    label, n = found.columns["label"], _rows_n(len(rows))
-    if 2 < len(rows) < 2 * len(found.classes):
-        fix = (
-            f"if they are amounts, write them as plain numbers such as 1234.5, not {next(iter(found.classes))!r}"
-            if _amounts(rows, label)
-            else "name the right column with --label, or, if it answers the text, use --prompt and --completion"
-        )
-        raise LilyError(
-            f"{found.path}: label column {label!r} holds {len(found.classes):,} different values in {n}, so they are "
-            f"no classes; {fix}"
-        )
-    if "validation" not in found.others and all(round(HELD_OUT * count) < 1 for count in found.classes.values()):
-        shown = ", ".join(f"{name!r} {count}" for name, count in list(found.classes.items())[:3])
-        raise LilyError(
-            f"{found.path} has {n} ({shown}), too few to hold any out for validation; give 4 rows or more of each "
-            "class, better 50"
-        )
-
-
 def _described(path: Path, task: str, columns: dict[str, str], rows: Sequence[Row], names: list[str]) -> Guess:
-    used = set(columns.values()) | {name.partition(".")[0] for name in columns.values() if name not in names}
+    used = {*columns.values(), *(BESIDE if "messages" in columns else ())} | {
+        name.partition(".")[0] for name in columns.values() if name not in names
+    }
     unused = tuple(name for name in names if name.strip() and name not in used)
     label = columns.get("label", "")
     present = [str(row[label]) for row in rows if not is_empty(row.get(label))]
@@ -253,8 +159,15 @@ def _described(path: Path, task: str, columns: dict[str, str], rows: Sequence[Ro
 def _plain(value: Any) -> str:
     value = listed(value)
     if chats.is_chat(value):
-        return " ".join(str(m.get("content") or m.get("value") or "") for m in value)
+        return " ".join(map(_said, value))
     return str(value or "")
+
+
+def _said(message: dict[str, Any]) -> str:
+    """What a message says, with its calls of tools."""
+    calls = [message[key] for key in ("tool_calls", "function_call") if message.get(key)]
+    text = str(message.get("content") or message.get("value") or "")
+    return text + "".join(json.dumps(call, ensure_ascii=False) for call in calls)
 
 
 def _answer(row: Row, columns: dict[str, str]) -> str:
@@ -262,7 +175,7 @@ def _answer(row: Row, columns: dict[str, str]) -> str:
         return str(row.get(columns["completion"]) or "")
     said = listed(row.get(columns["messages"]))
     answers = [m for m in said or () if isinstance(m, dict) and _role(m) == "assistant"]
-    return max((str(m.get("content") or m.get("value") or "") for m in answers), key=len, default="")
+    return max((_said(m) for m in answers), key=len, default="")
 
 
 def _role(message: dict[str, Any]) -> str | None:

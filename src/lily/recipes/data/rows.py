@@ -355,9 +355,11 @@ def _labels(train: list[Row], parts: dict[Key, list[Row]], recipe: Recipe) -> tu
         unknown = sorted({row["label"] for row in rows} - classes)
         if unknown and recipe.task != "image-classification":
             with located(recipe, "data", *key):
+                count = sum(row["label"] == unknown[0] for row in rows)
+                which = "its row" if count == 1 else f"its {count:,} rows"
                 raise LilyError(
-                    f"data.{'.'.join(key)} has the label {short(unknown[0])}, which no training row has; training rows "
-                    f"have {_listed(classes)}"
+                    f"data.{'.'.join(key)} has the label {short(unknown[0])}, which no training row has; correct or "
+                    f"remove {which}; training rows have {_listed(classes)}"
                 )
     classes |= {row["label"] for rows in parts.values() for row in rows}
     if len(classes) > 1000:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -154,11 +155,19 @@ class Adapter:
             chosen.append((self.labels[int(p.argmax())], round(float(p.max()), 6)))
         return chosen
 
-    def generate(self, prompt: str, streamer: Any = None) -> str:
-        """The answer to one prompt; `streamer` receives it token by token."""
+    def generate(self, prompt: str, streamer: Any = None, system: str | None = None) -> str:
+        """The answer to one prompt; `streamer` receives it token by token, `system` is the text of a system message.
+
+        Raises:
+            LilyError: if the adapter generates nothing, or the recipe has no chat template for a system message.
+        """
         if self.recipe.task != "sft":
             raise LilyError(f"{self.path} is an adapter for {self.recipe.task}; `lily predict` uses it")
         turn = format_prompt(prompt, self.recipe, self.tokenizer)
+        if system is not None:
+            if isinstance(turn, str):
+                raise LilyError("--system needs a chat template, and this recipe trains without one; drop --system")
+            turn = replace(turn, messages=[{"role": "system", "content": system}, *turn.messages])
         (answer,) = answers(self.model, self.tokenizer, [turn], self.recipe, streamer)
         self.answered, self.cut = self.answered + 1, self.cut + answer.cut
         return answer.text
