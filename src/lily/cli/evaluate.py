@@ -73,7 +73,8 @@ def predict_command(
         str,
         Option(
             "--input",
-            help="Rows to predict: a csv, tsv, json, jsonl or parquet file; - for jsonl on stdin; a folder of images.",
+            help="Rows to predict: a csv, tsv, json, jsonl or parquet file; - for jsonl on stdin; an image, or a "
+            "folder of images.",
         ),
     ],
     output: Annotated[str, Option("--output", help="File to write: .csv, or jsonl; - for jsonl on stdout.")] = "-",
@@ -225,7 +226,7 @@ def _rows(used: Any, source: Path | str) -> tuple[Iterable[dict[str, Any]], Path
 
     if isinstance(source, str):
         return tables.stream_rows(source), None
-    if used.recipe.task == "image-classification" and images.holds_images(source):
+    if used.recipe.task == "image-classification" and (images.holds_images(source) or images.is_image(source)):
         return images.rows_below(source, used.recipe.data.columns.image or "image"), None
     like = used.recipe.data.file_at(str(source))
     # another program may have written these rows: with commas, or in UTF-8

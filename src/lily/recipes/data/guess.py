@@ -15,6 +15,7 @@ from typing import Any
 from lily.errors import LilyError
 from lily.recipes.data import chats, images, remarks, sniff
 from lily.recipes.data.columns import listed, task_and_columns
+from lily.recipes.data.delimited import Note
 from lily.recipes.data.sniff import READ
 from lily.recipes.data.tables import Row
 from lily.recipes.spec.values import is_empty
@@ -106,10 +107,10 @@ def guess(
     return replace(seen, how=opened.how, others=others, told=told)
 
 
-def _image_classes(folder: Path) -> dict[str, int]:
+def _image_classes(folder: Path, note: Note = lambda _: None) -> dict[str, int]:
     """Class -> number of images, in a folder as it is read."""
     try:
-        return dict(Counter(row["label"] for row in images.read_images(folder)).most_common())
+        return dict(Counter(row["label"] for row in images.read_images(folder, note)).most_common())
     except LilyError:
         return {}
 
@@ -123,7 +124,8 @@ def _of_images(path: Path) -> Guess:
         return Guess(path, "image-classification", {})
     parts = sniff.parts_of(path)
     train = parts.pop("train", path)
-    counts = _image_classes(train)
+    told: list[str] = []
+    counts = _image_classes(train, told.append)
     if len(counts) < 2:
         texts = next((p for p in train.rglob("*.txt") if p.parent != train), None) if not counts else None
         if texts is not None:
@@ -136,7 +138,8 @@ def _of_images(path: Path) -> Guess:
         what = "images in no folder of a class" if loose else what
         what = f"images of one class only ({next(iter(counts))})" if counts else what
         raise LilyError(f"{path} holds {what}; make one folder per class in it, with its name, or name a table")
-    return Guess(train, "image-classification", {}, rows=sum(counts.values()), classes=counts, others=parts)
+    rows = sum(counts.values())
+    return Guess(train, "image-classification", {}, rows=rows, classes=counts, others=parts, told=tuple(told))
 
 
 def _described(path: Path, task: str, columns: dict[str, str], rows: Sequence[Row], names: list[str]) -> Guess:

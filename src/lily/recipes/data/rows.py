@@ -185,7 +185,7 @@ def rows_of(file: File, recipe: Recipe, labeled: bool = True, note: Note = lambd
     if recipe.task == "image-classification" and file.hub is None:
         path = fetch(file)
         if images.holds_images(path):
-            return list(images.read_images(path))
+            return list(images.read_images(path, note))
     rows = read_rows(file, note)
     _check_filled(rows, file, recipe, labeled)
     return [_canonical(row, i, file, recipe, labeled) for i, row in enumerate(rows, 1)]

@@ -108,7 +108,8 @@ def stream_rows(
     if not kind:
         if name.lower().endswith(SHEETS):
             raise LilyError(f"{name}: spreadsheets are not read; save the sheet as CSV UTF-8")
-        raise LilyError(f"{name}: unknown ending; set format: csv, tsv, json, jsonl or parquet")
+        endings = ".csv, .tsv, .json, .jsonl or .parquet"
+        raise LilyError(f"{name}: unknown ending; name it {endings}, or set format in the recipe")
     if kind == "parquet":
         yield from _parquet(name)
         return
