@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import re
@@ -296,6 +297,20 @@ def input_key(row: Row) -> str:
     else:
         inputs = [v for k, v in sorted(row.items()) if k not in ("label", "completion", "choices")]
     return json.dumps([" ".join(text.casefold().split()) for text in inputs])
+
+
+def fingerprints(splits: Splits) -> dict[str, str]:
+    """Part -> SHA-256 of its rows in their order, by which other rows under the same name are noticed."""
+    return {
+        name: hashlib.sha256(json.dumps([_plain(row) for row in rows], sort_keys=True).encode()).hexdigest()
+        for name, rows in splits.parts.items()
+        if rows
+    }
+
+
+def _plain(row: Row) -> Row:
+    """What of a row is the same wherever its file is; an image that is no file counts by its size."""
+    return {key: str(v.size) if hasattr(v, "convert") else v for key, v in row.items() if key != "where"}
 
 
 def _carve(

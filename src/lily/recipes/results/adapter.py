@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -19,6 +20,7 @@ from lily.recipes.data.tables import Row
 from lily.recipes.data.tasks import Processor, collate, encode, encode_inputs, format_prompt, text_processor
 from lily.recipes.models.precision import precision_of
 from lily.recipes.results.adapter_folder import AdapterFolder
+from lily.recipes.results.run_files import changed_rows
 from lily.recipes.scoring.evaluate import Judge, answers, head_outputs
 from lily.recipes.scoring.inference import by_length, place, to_device
 from lily.recipes.scoring.review import Review
@@ -65,6 +67,12 @@ class Adapter:
         """The recipe's data."""
         if self._splits is None:
             self._splits = data.load_splits(self.recipe)
+            if other := changed_rows(self._splits, self.path.parent):
+                warnings.warn(
+                    f"the rows of {', '.join(other)} are not those of the run, so rows that it was trained on may be "
+                    "among those that judge it; bring its files back, or judge it on a file of new rows",
+                    stacklevel=2,
+                )
         return self._splits
 
     @property

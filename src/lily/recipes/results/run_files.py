@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lily.errors import LilyError
 
 if TYPE_CHECKING:
+    from lily.recipes.data.rows import Splits
     from lily.recipes.scoring.review import Review
 
 METRICS = "metrics.json"
@@ -93,6 +94,17 @@ class RunFigures:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return asdict(self)
+
+
+def changed_rows(splits: Splits, run: Path) -> list[str]:
+    """The parts whose rows are not those with which a run began; none if its folder does not tell."""
+    from lily.recipes.data.rows import fingerprints
+    from lily.recipes.trainer.checkpoints import ROWS
+
+    if not (run / ROWS).is_file():
+        return []
+    then, now = json_object(run / ROWS), fingerprints(splits)
+    return [f"data.{name}" for name in sorted(then.keys() | now.keys()) if then.get(name) != now.get(name)]
 
 
 def run_of(folder: Path) -> Path | None:
