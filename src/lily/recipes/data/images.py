@@ -181,7 +181,7 @@ def read_images(path: Path, note: Note = lambda _: None) -> Iterator[dict[str, A
     Args:
         path: a folder with one folder per class; an archive of one (unpacked once, into the cache); or a list of
             files as VTAB-1K has them, `images/x.jpg 12` in each line, relative to the list's folder.
-        note: is told of images in a folder that cannot be read.
+        note: called with a sentence about images in a folder that cannot be read.
 
     Yields:
         `image` (the file's path) and `label`.
