@@ -45,7 +45,7 @@ def test_texts_of_an_inspection_are_refused_with_row_and_column(tmp_path, column
 def answered(monkeypatch):
     """The prompts that reach a model."""
     prompts = []
-    used = SimpleNamespace(generate=lambda prompt, streamer: prompts.append(prompt), tokenizer=None, cut=0)
+    used = SimpleNamespace(generate=lambda prompt, streamer, system: prompts.append(prompt), tokenizer=None, cut=0)
     monkeypatch.setattr(evaluate, "located", lambda *_: None)
     monkeypatch.setattr(evaluate, "_adapter", lambda *_: used)
     monkeypatch.setattr("transformers.TextStreamer", lambda *_, **__: None)
@@ -73,6 +73,15 @@ def test_no_prompt_and_two_are_refused(answered, typed, message):
     with pytest.raises(LilyError, match=message):
         CliRunner().invoke(app, ["generate", "run", *typed], catch_exceptions=False)
     assert answered == []
+
+
+@pytest.mark.parametrize(
+    ("names", "said"), [(["bad", "good", "bad"], "2 bad, 1 good"), (["1", "0", "1"], "2 of class 1, 1 of class 0")]
+)
+def test_classes_that_are_numbers_are_not_mistaken_for_counts(names, said):
+    seen = evaluate.Predicted("prediction", "score")
+    list(seen.watched({"prediction": name, "score": 0.9} for name in names))
+    assert seen.sentence().startswith(f"3 rows predicted: {said}.")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import subprocess
@@ -16,6 +17,8 @@ from typer.testing import CliRunner
 
 from lily.cli import evaluate
 from lily.cli import main as cli
+from lily.errors import LilyError
+from lily.recipes.data.tables import stream_rows
 from lily.recipes.spec.schema import Recipe
 
 COMMANDS = ("new", "plan", "train", "eval", "predict", "generate", "recipes", "schema")
@@ -30,6 +33,36 @@ def test_help_names_every_command_and_python_m_lily_works():
     for name in COMMANDS:
         assert f" {name} " in run.stdout
         assert invoke(name, "--help").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["train", "quickstart", "--epochs", "3"], "train.epochs=..."),
+        (["train", "quickstart", "--train.epochs=3"], "train.epochs=..."),
+        (["plan", "quickstart", "--lr", "3"], "train.learning_rate=..."),
+        (["train", "quickstart", "--max-steps", "3"], "train.max_steps=..."),
+        (["compare", "quickstart", "--method", "lora"], "--methods"),
+    ],
+)
+def test_a_key_that_is_written_as_an_option_is_named(typed, said):
+    result = invoke(*typed)
+    assert result.exit_code == 2
+    words = " ".join(result.output.replace("│", " ").split())
+    assert said in words
+    assert ("A recipe's keys have no dashes" in words) == ("=" in said)
+
+
+def test_short_help_is_help():
+    assert invoke("train", "-h").stdout == invoke("train", "--help").stdout
+
+
+def test_standard_input_that_is_no_jsonl_is_told(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("text\nhi\n"))
+    with pytest.raises(
+        LilyError, match=r"standard input:1: not valid JSON: .* it is read as jsonl: one object in each"
+    ):
+        list(stream_rows("-"))
 
 
 def test_a_file_with_brackets_in_its_name_is_called_by_its_name(monkeypatch):

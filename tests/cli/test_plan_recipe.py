@@ -47,6 +47,13 @@ def mine(tmp_path, encoder, monkeypatch):
     return write_recipe(tmp_path, own, "mine.yaml")
 
 
+def test_nothing_is_cut_in_a_narrow_terminal(mine):
+    text = CliRunner().invoke(app, ["plan", "mine.yaml"], env={"COLUMNS": "50"}).stdout
+    assert "\u2026" not in text
+    assert "truncated" in text
+    assert max(map(len, text.splitlines()[1:20])) <= 50
+
+
 @pytest.mark.parametrize("more", [(), ("--all",)])
 def test_what_a_person_decides_on_is_there_with_its_origin_in_80_columns(mine, more):
     text = shown("mine.yaml", "train.max_steps=30", *more)

@@ -333,7 +333,7 @@ def test_a_dynamic_adapter_is_refused_and_nothing_is_written(writer, tmp_path):
 def test_a_folder_is_never_overwritten_unless_asked(writer, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("x")
-    with pytest.raises(LilyError, match="exists; name another folder, or give overwrite"):
+    with pytest.raises(LilyError, match="exists; name another folder, or give --overwrite"):
         WRITERS[writer](adapted("llama", routing="static"), tmp_path / "out")
     assert [p.name for p in tmp_path.rglob("*")] == ["out", "precious"]
     WRITERS[writer](adapted("llama", routing="static"), tmp_path / "out", overwrite=True)

@@ -19,6 +19,7 @@ from peft import LoraConfig, get_peft_model
 from recipes_helpers import classification, rows, write_jsonl
 from runs import invoke, make
 
+from lily import LilyConfig
 from lily.analysis.routing import routing_report
 from lily.errors import LilyError
 from lily.insight.gather import insight
@@ -317,6 +318,13 @@ def test_a_chat_models_page_has_no_classes(tmp_path, chat_run):
         for name in ("prompt", "expected", "before", "after"):
             assert f"<p>{escape(sample[name])}</p>" in answers
     assert f"generation.max_new_tokens is {metrics['review']['answers']['limit']}" in answers
+
+
+@pytest.mark.parametrize(("num_B", "said"), [(1, "one B, nothing is routed"), (2, "sequence routing")])
+def test_the_page_names_a_routing_only_where_something_is_routed(tmp_path, num_B, said):
+    config = LilyConfig(r=2, num_A=1, num_B=num_B, routing="sequence", target_modules=["query"])
+    get_peft_model(build("bert"), config).save_pretrained(tmp_path / "lily")
+    assert f"LILY adapter, {said}: " in page_of(tmp_path / "lily", tmp_path)
 
 
 def test_a_lora_and_an_adapter_without_its_base_are_shown_as_far_as_possible(alone, tmp_path):

@@ -132,6 +132,7 @@ SCHEMA: list[tuple[dict[str, Any], str]] = [
 # wrong only with this data or this model
 WORLD: list[tuple[dict[str, Any], str]] = [
     ({"data.train.path": "/nowhere/rows.jsonl"}, "/nowhere/rows.jsonl does not exist"),
+    ({"data.train.path": "nowhere/rows.jsonl"}, ", where relative paths start"),
     ({"data.train.path": "FOLDER/row.jsonl"}, "does not exist; did you mean rows.jsonl"),
     (
         {"data.columns.text": "texts"},

@@ -66,6 +66,19 @@ def test_the_recipe_may_be_named_by_an_option_too(tmp_path, encoder):
     assert "--recipe" not in CliRunner().invoke(app, ["plan", "--help"]).stdout
 
 
+def test_memory_is_that_of_the_longest_example_and_not_of_what_would_be_cut(tmp_path, encoder):
+    table = write_jsonl(tmp_path / "t.jsonl", rows())
+    path = write_recipe(tmp_path, classification(encoder, table, tmp_path))
+    longest = max(part["lengths"]["longest"] for part in planned(path)["data"]["parts"])
+    assert planned(path, "data.max_length=64")["plan"]["tokens"] == longest < 64
+    assert planned(path, "data.max_length=4")["plan"]["tokens"] == 4
+    assert planned(path, "--tokens", "30")["plan"]["tokens"] == 30
+
+
+def planned(path, *more):
+    return json.loads(CliRunner().invoke(app, ["plan", path, "--json", *more]).stdout)
+
+
 def test_a_dry_run_writes_nothing(tmp_path, encoder):
     path = write_recipe(tmp_path, classification(encoder, write_jsonl(tmp_path / "t.jsonl", rows()), tmp_path))
     before = sorted(tmp_path.rglob("*"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from lily.recipes.results import card as report
 from lily.recipes.results import model_card
 from lily.recipes.results.adapter import Adapter
 from lily.recipes.scoring import evaluate
+from lily.recipes.scoring.answer_lengths import Answer
 
 
 @pytest.mark.parametrize("method", ["lily", "lora", "none"])
@@ -330,6 +332,34 @@ def test_generate_answers_a_prompt(chat_run):
     run = CliRunner().invoke(app, ["generate", str(chat_run.run), "question the film was good"])
     assert run.exit_code == 0
     assert run.stdout.strip()
+
+
+def test_other_rows_under_the_same_name_are_noticed(tmp_path, encoder):
+    table = tmp_path / "t.jsonl"
+    path = write_recipe(tmp_path, classification(encoder, write_jsonl(table, rows()), tmp_path))
+    recipe = loader.load_recipe(path, ["train.max_steps=1", "baselines=[]"])
+    train.train(recipe, quiet=True)
+    run = tmp_path / "run"
+    train.train(recipe, resume=True, quiet=True)  # the same rows
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        Adapter(str(run)).rows()
+    write_jsonl(table, rows()[:-6])
+    with pytest.raises(LilyError, match=r"--resume: the rows of data\.\w+.* may have been trained on"):
+        train.train(recipe, resume=True, quiet=True)
+    with pytest.warns(UserWarning, match="rows that it was trained on may be among those"):
+        Adapter(str(run)).rows()
+    (run / "rows.json").unlink()  # a run of an earlier version
+    train.train(recipe, resume=True, quiet=True)
+
+
+def test_a_system_message_stands_before_the_prompt(chat_run):
+    command = ["generate", str(chat_run.run), "question the film was good", "--system"]
+    seen, answer = [], Answer("yes", 1, False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lily.recipes.results.adapter.answers", lambda m, t, turns, *_: seen.extend(turns) or [answer])
+        assert CliRunner().invoke(app, [*command, "be kind"]).exit_code == 0
+    assert [message["role"] for message in seen[0].messages] == ["system", "user"]
 
 
 def test_the_model_card_says_how_to_load(finished):

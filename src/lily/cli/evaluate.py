@@ -73,7 +73,8 @@ def predict_command(
         str,
         Option(
             "--input",
-            help="Rows to predict: a csv, tsv, json, jsonl or parquet file; - for jsonl on stdin; a folder of images.",
+            help="Rows to predict: a csv, tsv, json, jsonl or parquet file; - for jsonl on stdin; an image, or a "
+            "folder of images.",
         ),
     ],
     output: Annotated[str, Option("--output", help="File to write: .csv, or jsonl; - for jsonl on stdout.")] = "-",
@@ -160,7 +161,10 @@ class Predicted:
         """What the predictions are."""
         rows = f"{self.rows:,} {'row' if self.rows == 1 else 'rows'} predicted"
         if self.classes:
-            most = ", ".join(f"{count:,} {name}" for name, count in self.classes.most_common(5))
+            most = ", ".join(
+                f"{count:,} {'' if name[:1].isalpha() else 'of class '}{name}"
+                for name, count in self.classes.most_common(5)
+            )
             more = f", and {len(self.classes) - 5} more classes" if len(self.classes) > 5 else ""
             which = (
                 f"{self.unsure:,} {'has' if self.unsure == 1 else 'have'} a score below {UNSURE:g}: look at these first"
@@ -179,6 +183,9 @@ def generate_command(
     adapter: Folder,
     prompt: Annotated[str | None, Argument(metavar="PROMPT", help="Prompt to answer; - reads standard input.")] = None,
     option: Annotated[str | None, Option("--prompt", help="The same as PROMPT.")] = None,
+    system: Annotated[
+        str | None, Option(help="System message before the prompt, as in the chats that the adapter was trained on.")
+    ] = None,
     recipe: RecipeOption = None,
     verbose: Verbose = False,
 ) -> None:
@@ -196,7 +203,7 @@ def generate_command(
         used = _adapter(location, told)
     from transformers import TextStreamer
 
-    used.generate(text, TextStreamer(used.tokenizer, skip_prompt=True, skip_special_tokens=True))
+    used.generate(text, TextStreamer(used.tokenizer, skip_prompt=True, skip_special_tokens=True), system)
     _warn_of_cut(used)
 
 
@@ -219,7 +226,7 @@ def _rows(used: Any, source: Path | str) -> tuple[Iterable[dict[str, Any]], Path
 
     if isinstance(source, str):
         return tables.stream_rows(source), None
-    if used.recipe.task == "image-classification" and images.holds_images(source):
+    if used.recipe.task == "image-classification" and (images.holds_images(source) or images.is_image(source)):
         return images.rows_below(source, used.recipe.data.columns.image or "image"), None
     like = used.recipe.data.file_at(str(source))
     # another program may have written these rows: with commas, or in UTF-8

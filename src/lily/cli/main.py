@@ -18,6 +18,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from lily._version import __version__
 from lily.cli import bench, compare, deploy, evaluate, inspect, new, plan, recipes, train, tune
+from lily.cli.recipe_command import RecipeCommand
 from lily.errors import ElsewhereError, LilyError
 from lily.io.atomic import disk_error
 
@@ -26,6 +27,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
 )
 
 
@@ -45,17 +47,17 @@ def options(
 
 
 app.command("new")(new.new_command)
-app.command("plan")(plan.plan_command)
-app.command("train")(train.train_command)
-app.command("tune")(tune.tune_command)
-app.command("sweep")(tune.sweep_command)
+app.command("plan", cls=RecipeCommand)(plan.plan_command)
+app.command("train", cls=RecipeCommand)(train.train_command)
+app.command("tune", cls=RecipeCommand)(tune.tune_command)
+app.command("sweep", cls=RecipeCommand)(tune.sweep_command)
 app.command("eval")(evaluate.eval_command)
 app.command("predict")(evaluate.predict_command)
 app.command("generate")(evaluate.generate_command)
 app.command("collapse")(deploy.collapse_command)
 app.command("export")(deploy.export_command)
 app.command("inspect")(inspect.inspect_command)
-app.command("compare")(compare.compare_command)
+app.command("compare", cls=RecipeCommand)(compare.compare_command)
 app.command("bench")(bench.bench_command)
 app.command("recipes")(recipes.recipes_command)
 app.command("schema")(recipes.schema_command)

@@ -48,6 +48,8 @@ def new_command(
              "completion": completion, "messages": messages}  # fmt: skip
     path = Path(file).expanduser()
     target = Path(out).expanduser() if out is not None else Path(f"{name_for(path)}.yaml")
+    if target.suffix.lower() not in (".yaml", ".yml"):
+        raise LilyError(f"--out {out}: a recipe's name ends with .yaml; write --out {target.with_suffix('.yaml')}")
     if target.exists():
         raise LilyError(f"{target} exists; name another file with --out")
     if not target.parent.is_dir():

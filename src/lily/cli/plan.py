@@ -70,7 +70,8 @@ def plan_command(
     own_r: Annotated[int | None, Option(help="Rank of an A and B of each layer's own. Default: 0.")] = None,
     task: Annotated[str | None, Option(help=f"Task: {', '.join(TASKS)}. Default: by the model's architecture.")] = None,
     tokens: Annotated[
-        int | None, Option(min=1, help="Tokens per sample, for the estimates. Default: 512, or the recipe's.")
+        int | None,
+        Option(min=1, help="Tokens per sample, for the estimates. Default: 512, or a recipe's longest example."),
     ] = None,
     batch: Annotated[
         int | None, Option(min=1, help="Samples per step, for the estimates. Default: 8, or the recipe's.")

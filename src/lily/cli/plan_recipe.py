@@ -44,7 +44,7 @@ def render_recipe(report: RecipeReport, console: Console, *, everything: bool = 
     console.rule("training", align="left")
     table = Table(box=None, pad_edge=False, show_header=True)
     table.add_column("", no_wrap=True)
-    table.add_column("", ratio=1)
+    table.add_column("", ratio=1, overflow="fold")
     table.add_column("from", overflow="fold", max_width=20)
     for what, value, keys in _decisions(report):
         table.add_row(what, escape(value), escape(_from(keys, origins) if keys else ""))

@@ -15,8 +15,9 @@ def page(insight: Insight) -> str:
     """The page as HTML; sections without data are left out."""
     facts, run = insight.facts, insight.run
     name = run.name if run is not None else facts["folder"]
-    routing = facts.get("config", {}).get("routing")
-    kind = f"{facts['kind']}, {routing} routing" if routing else facts["kind"]
+    config = facts.get("config", {})
+    routing = "one B, nothing is routed" if config.get("num_B") == 1 else f"{config.get('routing')} routing"
+    kind = f"{facts['kind']}, {routing}" if config.get("routing") else facts["kind"]
     measured = f"; routing measured on {insight.read}" if insight.read else ""
     lead = "" if run is None else standing(run)
     if not lead and insight.rank is not None:

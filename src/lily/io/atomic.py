@@ -84,7 +84,11 @@ def new_folder(folder: str | os.PathLike[str], overwrite: bool = False) -> Itera
     """
     path = Path(folder).expanduser().absolute()
     if path.exists() and not (overwrite and path.is_dir()):
-        what = "exists; name another folder, or give overwrite" if path.is_dir() else "is a file; name a folder"
+        what = (
+            "exists; name another folder, or give --overwrite (in Python overwrite=True)"
+            if path.is_dir()
+            else "is a file; name a folder"
+        )
         raise LilyError(f"{folder} {what}")
     if not path.parent.is_dir():
         raise LilyError(f"{folder}: there is no folder {path.parent}; make it first")
@@ -149,7 +153,7 @@ def new_file(file: str | os.PathLike[str], overwrite: bool = False) -> Iterator[
     if path.is_dir():
         raise LilyError(f"{file} is a folder; name a file")
     if path.exists() and not overwrite:
-        raise LilyError(f"{file} exists; name another file, or give overwrite")
+        raise LilyError(f"{file} exists; name another file, or give --overwrite (in Python overwrite=True)")
     if not path.parent.is_dir():
         raise LilyError(f"{file}: there is no folder {path.parent}; make it first")
     with naming(path), _scratch(path) as scratch:

@@ -38,13 +38,26 @@ def terminal(
     return table
 
 
+def narrowest(header: Sequence[str], rows: Rows) -> int:
+    """Characters of a line of the table without a cut word, where names of columns may be on several lines."""
+    lines = list(rows)
+    words = [[*name.split(), *(line[i] for line in lines)] for i, name in enumerate(header)]
+    return sum(max(map(cell_len, column), default=0) + 2 for column in words)
+
+
 def fitting(
-    header: Sequence[str], rows: Rows, width: int, *, title: str | None = None, numbers: bool = True
+    header: Sequence[str],
+    rows: Rows,
+    width: int,
+    *,
+    title: str | None = None,
+    numbers: bool = True,
+    **options: Any,
 ) -> list[Table]:
     """A table for the terminal without a cut or wrapped cell: several below one another where it is wider.
 
     Each has the first column, which names the row, and as many of the others as fit into `width` characters; the first
-    has the title. `numbers` is as in `terminal`.
+    has the title. `numbers` and `options` are as in `terminal`.
     """
     lines = [list(row) for row in rows]
     edges = [max(cell_len(line[i]) for line in (header, *lines)) + 3 for i in range(len(header))]
@@ -61,6 +74,7 @@ def fitting(
             no_wrap=True,
             title=title if number == 0 else None,
             title_justify="left",
+            **options,
         )
         for number, part in enumerate(parts)
     ]

@@ -24,7 +24,7 @@ from lily.recipes.by_task import function_for
 from lily.recipes.data.tables import Row
 from lily.recipes.results.adapter import Adapter, batches
 from lily.recipes.results.adapter_folder import AdapterFolder
-from lily.recipes.results.run_files import kept_recipe, within_run
+from lily.recipes.results.run_files import kept_recipe, unfinished, within_run
 from lily.recipes.scoring.evaluate import Judge
 from lily.recipes.scoring.inference import device_of
 from lily.recipes.spec.schema import Recipe
@@ -228,7 +228,8 @@ def describe(folder: str) -> dict[str, Any]:
     elif weights:
         facts["kind"] = "weights"
     else:
-        raise LilyError(f"{folder} holds neither an adapter (adapter_config.json) nor a model (config.json)")
+        what = unfinished(path) or "holds neither an adapter (adapter_config.json) nor a model (config.json)"
+        raise LilyError(f"{folder} {what}")
     if (path / REPORT).is_file():
         facts["collapse"] = read_json(path / REPORT)
     origin = provenance(path)

@@ -78,7 +78,7 @@ def recipe_report(recipe: Recipe | DreamBooth, *, batch: int | None = None, toke
     Args:
         recipe: from `lily.recipes.loader.load_any`.
         batch: samples per step, for the estimates; default: the recipe's.
-        tokens: tokens per sample, for the estimates; default: the recipe's.
+        tokens: tokens per sample, for the estimates; default: the longest example's, at most the recipe's.
 
     Raises:
         LilyError: if the recipe's data or its model is not valid.
@@ -111,6 +111,7 @@ def text_report(recipe: Recipe, batch: int | None, tokens: int | None) -> Recipe
         prepared = preflight.prepare(recipe)
         model = prepared.meta
         seen, no_data = prepared.data, ""
+        tokens = tokens or _longest(recipe, prepared.data)
         preview = tasks.preview(recipe, prepared.processor, prepared.first)
         schedule, work = schedule_of(recipe, len(prepared.train)), _work(recipe, prepared)
     dtype = dtype_of(model.config) if recipe.model.dtype == "auto" else str(recipe.model.dtype)
@@ -133,6 +134,12 @@ def _work(recipe: Recipe, prepared: Prepared) -> Work | None:
     shapes = [(layer.in_features, layer.out_features) for layer in linear_layers(prepared.meta)]
     rank = int(getattr(prepared.config, "r", 0) or 1)
     return pace.work_of(prepared.meta.config, shapes, rank, tokens, precision_of(recipe))
+
+
+def _longest(recipe: Recipe, data: Summary) -> int | None:
+    """Tokens of the longest example, as it is cut: a batch is no longer than that. None: images, or packed rows."""
+    longest = [part.lengths.longest for part in data.parts if part.lengths is not None]
+    return None if recipe.train.packing or not longest else min(max(longest), recipe.data.max_length)
 
 
 def _described_data(recipe: Recipe) -> tuple[Summary | None, str]:

@@ -142,7 +142,7 @@ def _not_found(text: str, known: Mapping[str, Path], child: Path | None) -> str:
         return f"{text} is a folder; {fix if held else f'`lily new {text}` writes a recipe for images in it'}"
     folder = path.parent if child is None else child.parent / path.parent
     near = near_recipes(text, known, folder)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"shipped recipes: {', '.join(known)}"
+    hint = f"did you mean {' or '.join(near)}?" if near else "`lily recipes` lists these, `lily new` writes one"
     return f"no recipe {text!r}: neither a file nor a shipped recipe; {hint}"
 
 

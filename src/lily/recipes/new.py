@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ def name_for(path: Path) -> str:
     """A recipe's name from a file's: lower case, with dashes."""
     stem = path.name.partition(".")[0] or path.resolve().name
     stem = path.resolve().parent.name if stem.lower() == "train" else stem
-    return re.sub(r"[^a-z0-9._-]+", "-", stem.lower()).strip("-._") or "mine"
+    plain = unicodedata.normalize("NFKD", stem.lower()).encode("ascii", "ignore").decode() if stem.strip() else ""
+    return re.sub(r"[^a-z0-9._-]+", "-", plain).strip("-._") or "mine"
 
 
 def recipe_text(found: Guess, name: str) -> str:

@@ -14,6 +14,7 @@ from lily.recipes.begun import as_begun
 from lily.recipes.data.images import Preprocess
 from lily.recipes.data.rows import Splits
 from lily.recipes.packages import check_packages
+from lily.recipes.results.run_files import changed_rows
 from lily.recipes.scoring import answers
 from lily.recipes.scoring.metrics import metrics_of
 from lily.recipes.spec.locations import located
@@ -213,6 +214,19 @@ def check_folder(recipe: Recipe | DreamBooth, output: Path, resume: bool, overwr
             raise LilyError(
                 f"--resume: {'; '.join(changed)}. Give the same recipe again, or start again with --overwrite"
             )
+
+
+def check_rows(splits: Splits, output: Path) -> None:
+    """Check that a run that is resumed has the rows with which it began, if its folder tells.
+
+    Raises:
+        LilyError: if not: rows that it was trained on could be among those that judge it.
+    """
+    if other := changed_rows(splits, output):
+        raise LilyError(
+            f"--resume: the rows of {', '.join(other)} are not those with which {output} began, so held-out rows may "
+            "have been trained on; bring the files back, or start again with --overwrite"
+        )
 
 
 def changes(then: Recipe | DreamBooth, now: Recipe | DreamBooth, free_keys: Sequence[str] = FREE) -> Iterator[str]:

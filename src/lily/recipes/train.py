@@ -16,7 +16,7 @@ from lily.progress.display import standard
 from lily.progress.progress import Progress
 from lily.recipes import loader, models, preflight, work
 from lily.recipes.begun import as_begun
-from lily.recipes.data.rows import Splits
+from lily.recipes.data.rows import Splits, fingerprints
 from lily.recipes.methods import other_peft, terms
 from lily.recipes.models.precision import precision_of
 from lily.recipes.preflight import Prepared
@@ -90,6 +90,8 @@ def train(
         processes.check(recipe)
         preflight.check_folder(recipe, output, resume, overwrite)
         prepared = preflight.prepare(recipe)
+        if resume:
+            preflight.check_rows(prepared.splits, output)
         if processes.is_first():
             for warning in prepared.data.warnings:
                 told.warn(f"warning: {warning}")
@@ -104,6 +106,7 @@ def train(
             checkpoints.clear(output)
         output.mkdir(parents=True, exist_ok=True)
         write_text(output / "recipe.yaml", loader.dump_recipe(recipe))
+        write_text(output / checkpoints.ROWS, json.dumps(fingerprints(prepared.splits)))
         checkpoints.restore(output, checkpoint)
         told.log_to(output / LOG)
         return checkpoint

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -192,6 +193,21 @@ AS_FOUND = {
         "id,messages\n" + "".join(f"""{i},"{json.dumps(pair(i)).replace('"', '""')}"\n""" for i in range(9)),
         {"columns": {"messages": "messages"}},
     ),
+    "labels in lists of one": (
+        "x.jsonl",
+        "".join(json.dumps({"text": sentence(i), "label": [label(i)]}) + "\n" for i in range(40)),
+        {"columns": {"text": "text", "label": "label.0"}, "classes": {"bad": 20, "good": 20}},
+    ),
+    "a system prompt beside prompts": (
+        "x.csv",
+        "prompt,completion,system_prompt\n" + "".join(f"{sentence(i)},{sentence(-i)},be kind\n" for i in range(9)),
+        {"columns": {"prompt": "prompt", "completion": "completion", "system": "system_prompt"}, "unused": ()},
+    ),
+    "tools beside chats": (
+        "x.jsonl",
+        "".join(json.dumps({"messages": pair(i), "tools": []}) + "\n" for i in range(9)),
+        {"columns": {"messages": "messages"}, "unused": ()},
+    ),
     "names in capitals": (
         "x.jsonl",
         "".join(json.dumps({"Question": sentence(i), "Answer": sentence(-i)}) + "\n" for i in range(40)),
@@ -262,6 +278,59 @@ def test_data_that_cannot_be_learned_say_why(tmp_path, columns, n, said):
         guess(table(tmp_path / "x.csv", columns, n))
 
 
+@pytest.mark.parametrize(
+    ("file", "value", "said"),
+    [
+        ("x.json", {"text": ["a b"] * 9, "label": ["x"] * 9}, "not one of columns or of rows by name (text, label)"),
+        ("x.json", {str(i): {"text": sentence(i), "label": label(i)} for i in range(9)}, "pandas writes a list with"),
+        ("x.json", [pair(i) for i in range(9)], 'write each chat as {"messages": [...]}'),
+        ("x.json", {"a text": "x", "b text": "y"}, 'one for each row, such as [{"text": "...", "label": "..."}]'),
+        ("x.jsonl", [{"text": sentence(i), "labels": ["a", "b"][: i % 2 + 1]} for i in range(9)], "'labels' holds ['a"),
+        ("x.jsonl", [{"text": sentence(i), "messages": [{"who": "me"}]} for i in range(9)], "'messages' holds no mess"),
+        ("x.jsonl", [{"text": f"<|im_start|>user\n{i}"} for i in range(9)], "'text' holds whole chats as texts"),
+        ("x.jsonl", [{"text": "a b c", "label": "x"}], "it has one row, and nothing is learned from that"),
+    ],
+)
+def test_other_shapes_of_json_are_named(tmp_path, file, value, said):
+    lines = [value] if file == "x.json" else value
+    (tmp_path / file).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(LilyError) as caught:
+        guess(tmp_path / file)
+    assert said in str(caught.value)
+
+
+def test_lists_are_no_classes_though_somebody_names_them(tmp_path):
+    path = jsonl(tmp_path / "x.jsonl", [{"text": sentence(i), "kind": ["a", "b"]} for i in range(9)])
+    with pytest.raises(LilyError, match="a class is one text or number"):
+        guess(path, columns={"label": "kind"})
+
+
+def test_calls_of_tools_count_as_answers(tmp_path):
+    call = {"type": "function", "function": {"name": "look", "arguments": json.dumps({"what": sentence(1) * 3})}}
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    found = guess(jsonl(tmp_path / "x.jsonl", [{"messages": chat}] * 9))
+    assert found.answer > len(json.dumps(call["function"]["arguments"]))
+
+
+def test_an_archive_or_a_folder_that_holds_no_images_or_table_says_so(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("x.csv", "text,label\n")
+    with pytest.raises(LilyError, match=r"holds no images; .* unpack and name the table"):
+        guess(tmp_path / "x.zip")
+    (tmp_path / "saved").mkdir()
+    for name in ("dataset_info.json", "state.json"):
+        (tmp_path / "saved" / name).write_text("{}")
+    with pytest.raises(LilyError, match=r"save_to_disk writes; .*to_parquet"):
+        guess(tmp_path / "saved")
+
+
+def test_the_name_of_a_new_recipe_is_that_of_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    table(tmp_path / "x.csv", {"text": sentence, "label": label})
+    with pytest.raises(LilyError, match=r"ends with .yaml; write --out x.yaml"):
+        CliRunner().invoke(app, ["new", "x.csv", "--out", "x.txt"], catch_exceptions=False)
+
+
 def test_a_folder_may_hold_tables_or_parts(tmp_path):
     for part in ("train", "val", "test"):
         for kind in ("cat", "dog"):
@@ -289,7 +358,8 @@ def test_a_folder_may_hold_tables_or_parts(tmp_path):
         ("Reviews 2024.csv", "reviews-2024"),
         ("data/My.Set/train.jsonl.gz", "my.set"),
         ("pets/", "pets"),
-        ("é.csv", "mine"),
+        ("Kunden März.csv", "kunden-marz"),
+        ("日.csv", "mine"),
     ],
 )
 def test_names_of_recipes(path, name):

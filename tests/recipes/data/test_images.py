@@ -8,6 +8,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -102,6 +103,39 @@ def test_preprocessing_normalises_and_squeezes_or_crops(tmp_path):
     assert (cropped[2] < -0.9).all()
     mean = Preprocess(10)(tmp_path / "x.png")[1, 5, 9]
     assert mean == pytest.approx((0 - 0.456) / 0.224, abs=1e-4)
+
+
+@pytest.mark.parametrize(("bits", "mode", "dtype"), [(16, "I;16", "uint16"), (16, "I", "int32"), (8, "F", "float32")])
+def test_a_gray_image_of_more_bits_is_read_as_that_of_eight(tmp_path, bits, mode, dtype):
+    gray = np.linspace(3, 250, 64).round().astype("uint8").reshape(8, 8)
+    Image.fromarray(gray).save(tmp_path / "eight.png")
+    more = Image.fromarray((gray.astype("uint32") << (bits - 8)).astype(dtype))
+    assert more.mode == mode
+    more.save(tmp_path / "more.tif")
+    read = Preprocess(size=8, norm="half")
+    assert torch.equal(read(str(tmp_path / "more.tif")), read(str(tmp_path / "eight.png")))
+
+
+@pytest.mark.parametrize("values", [np.linspace(0, 1, 64), np.linspace(-5, 200, 64), np.linspace(0, 1e5, 64)])
+def test_values_of_no_known_range_are_refused(tmp_path, values):
+    Image.fromarray(values.astype("float32").reshape(8, 8)).save(tmp_path / "x.tif")
+    with pytest.raises(LilyError, match="expected 8 or 16 bits"):
+        Preprocess(size=8)(str(tmp_path / "x.tif"))
+
+
+def test_images_that_cannot_be_read_are_counted(folder):
+    (first,) = {Path(row["image"]).parent for row in list(read_images(folder))[:1]}
+    Image.new("P", (4, 4)).save(first / "moving.gif")
+    (first / "phone.HEIC").write_bytes(b"x")
+    (first / "notes.txt").write_text("x")
+    said = []
+    assert str(first / "moving.gif") in [row["image"] for row in read_images(folder, said.append)]
+    assert [text.partition(" (")[2] for text in said] == ["1 .heic); convert them to .jpg or .png"]
+
+
+def test_a_single_image_is_a_row(folder):
+    first = next(read_images(folder))["image"]
+    assert list(images.rows_below(Path(first), "picture")) == [{"picture": first}]
 
 
 def test_what_is_no_image_is_named(tmp_path):

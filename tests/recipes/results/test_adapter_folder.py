@@ -35,6 +35,24 @@ def test_a_run_is_entered_at_its_best_and_else_at_its_last_adapter(run):
         AdapterFolder.of(str(run.parent / "elsewhere"))
 
 
+@pytest.mark.parametrize(
+    ("made", "named", "said"),
+    [
+        (["cut/recipe.yaml", "cut/checkpoints/x"], "cut", "run without an adapter yet; the command that began it"),
+        (["mine.yaml"], "mine.yaml", "is a recipe, not an adapter; name the folder of its run"),
+        ([], ".", "holds runs, and is none; did you mean run?"),
+    ],
+)
+def test_what_is_named_in_the_place_of_a_run_is_told(run, monkeypatch, made, named, said):
+    monkeypatch.chdir(run.parent)
+    for name in made:
+        (run.parent / name).parent.mkdir(exist_ok=True, parents=True)
+        (run.parent / name).write_text("")
+    with pytest.raises(LilyError) as caught:
+        AdapterFolder.of(named)
+    assert said in str(caught.value)
+
+
 def test_the_recipe_says_which_base_model_unless_another_is_named(run, tmp_path, encoder):
     keep_recipe(tmp_path, run, encoder, task="text-regression")
     model, task = AdapterFolder.of(str(run)).base_model()

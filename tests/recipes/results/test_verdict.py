@@ -11,6 +11,7 @@ from lily.recipes import loader
 from lily.recipes.results.result import Result
 from lily.recipes.results.standing import spoken
 from lily.recipes.results.verdict import advice, command, how_sure, next_commands, still_improving, verdict
+from lily.recipes.scoring.review import Classes, ClassScore, Review
 
 
 def result(final, history=(), rows=1000, metric="accuracy", method="lily", **baselines):
@@ -86,11 +87,31 @@ def test_a_baseline_that_is_better_is_told_with_the_search_that_may_help(recipe)
     (said,) = advice(result(0.79, tfidf=0.98, frozen=0.85, majority=0.5), recipe, "mine.yaml", ["output=x", "seed=1"])
     assert said.startswith("TF-IDF and the frozen encoder are better without an adapter")
     assert said.endswith("  lily tune mine.yaml seed=1")
+    (said,) = advice(result(0.79, tfidf=0.98), recipe, "mine.yaml", ["train.learning_rate=1", "seed=1"])
+    assert said.endswith("  lily tune mine.yaml seed=1")
     (said,) = advice(result(0.79, lora=0.88, majority=0.5), recipe, "mine.yaml", [])
     assert said.endswith("  lily compare mine.yaml --tune")
     (said,) = advice(result(0.4), recipe, "mine.yaml", [])
     assert said.startswith("The training made the model worse")
     assert list(advice(result(0.99, lora=0.88, tfidf=0.6), recipe, "mine.yaml", [])) == []
+
+
+def test_training_that_the_command_line_cut_short_says_so_and_nothing_else(recipe):
+    found = result(0.4, tfidf=0.9)
+    found.last = {"epoch": 0.25, "value": 0.4}
+    (said,) = advice(found, recipe, "mine.yaml", ["train.max_steps=6", "seed=1"])
+    assert said.startswith("The training ended after 25% of the training rows")
+    assert said.endswith(f"  lily train mine.yaml seed=1 output={recipe.output}-whole")
+    assert "TF-IDF is better" in next(advice(found, recipe, "mine.yaml", ["seed=1"]))
+
+
+def test_a_classifier_that_predicts_one_class_alone_is_told(recipe):
+    found = result(0.5)
+    scores = [ClassScore("a", 0.5, 1.0, 0.67, 5, 10), ClassScore("b", None, 0.0, 0.0, 5, 0)]
+    found.review = Review(Classes(tuple(scores), None, ()))
+    said = list(advice(found, recipe, "mine.yaml", []))
+    assert said[0] == "It predicts 'a' for every row, so it tells no classes apart."
+    assert said[1].endswith("lily tune mine.yaml")
 
 
 def test_what_comes_next_depends_on_the_adapter(recipe):

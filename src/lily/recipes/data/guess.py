@@ -1,50 +1,27 @@
-"""What a file of somebody's own data is for: the task, and which column is what."""
+"""What a file of somebody's own data is for."""
 
 from __future__ import annotations
 
 import difflib
-import math
+import json
 import re
+import zipfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from lily.errors import LilyError
-from lily.recipes.data import chats, images, sniff
-from lily.recipes.data.sniff import NUMBER, READ
+from lily.recipes.data import chats, images, remarks, sniff
+from lily.recipes.data.columns import listed, task_and_columns
+from lily.recipes.data.delimited import Note
+from lily.recipes.data.sniff import READ
 from lily.recipes.data.tables import Row
 from lily.recipes.spec.values import is_empty
 
-MANY = 50  # classes; a column with more distinct values is no label unless it is named like one
-ROWS_PER_CLASS = 10  # at least, where there are more
+BESIDE = ("tools", "functions")  # columns that are read beside chats without being named
 HELD_OUT = 0.15  # share of the rows for validation, and for test
-IMAGE = re.compile(r"\.(jpe?g|png|webp|bmp|gif|tiff?)$", re.IGNORECASE)
-NAMES = {
-    "label": ("label", "labels", "class", "category", "target", "sentiment", "intent", "topic", "y", "tag", "stars",
-              "rating", "score", "polarity", "priority", "similarity"),
-    "text": ("text", "sentence", "review", "content", "body", "title", "headline", "comment", "message", "tweet",
-             "document", "abstract", "description", "utterance"),
-    "image": ("image", "file", "path", "filename", "file_name", "image_path", "img"),
-    "messages": ("messages", "conversations", "conversation", "chat", "dialog", "dialogue", "turns"),
-    "input": ("input", "context"),
-}  # fmt: skip
-PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("text_a", "text_b"),
-         ("text1", "text2"), ("query", "passage"), ("question", "sentence"))  # fmt: skip
-NUMBERED = (("1", "2"), ("a", "b"))  # ends of the names of two columns of longer texts that are a pair
-ANSWERS = (("prompt", "completion"), ("prompt", "response"), ("instruction", "output"), ("instruction", "response"),
-           ("question", "answer"), ("question", "response"), ("prompt", "answer"), ("prompt", "output"),
-           ("input", "output"), ("query", "response"), ("query", "answer"), ("user", "assistant"),
-           ("human", "assistant"), ("source", "target"), ("article", "summary"), ("document", "summary"),
-           ("text", "summary"))  # fmt: skip
-AMOUNT = re.compile(r"[^\w-]*-?\d+([.,]\d+)*\W*")
-LISTS = re.compile(r"[\w ]+([,;|][\w ]+)+")
-WORDS = 3.0  # mean words of an answer that is no class
-IDS = re.compile(r"(^|.*_)(id|idx|index|no|nr)|.*id", re.IGNORECASE)
-SHOWN = 12  # columns in a message
-PART_NAMES = {"train", "training", "test", "validation", "valid", "val", "dev"}
 
 
 @dataclass(frozen=True)
@@ -112,42 +89,43 @@ def guess(
     for given in (columns or {}).values():
         if given not in names and given.partition(".")[0] not in names:
             near = difflib.get_close_matches(given, names, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it has {_few(names)}"
+            hint = f"did you mean {near[0]}?" if near else f"it has {remarks.few(names)}"
             raise LilyError(f"{path} has no column {given!r}; {hint}")
-    found = _columns(rows, names, dict(columns or {}), task)
+    found = task_and_columns(rows, names, dict(columns or {}), task)
     if found is None:
         raise LilyError(
-            f"{path}: it is not clear what to learn from the columns {_few(names)}; {_reason(rows, names)}"
+            f"{path}: it is not clear what to learn from the columns {remarks.few(names)}; "
+            f"{remarks.reason(rows, names)}"
             "name them with --text and --label, --prompt and --completion, --messages, or --image and --label"
         )
     kind, chosen = found
     seen = _described(path, kind, chosen, rows, names)
     others, without = _beside(path, chosen, opened.how)
-    told = (*_told(seen, rows, dict(columns or {})), *without)
-    seen = replace(seen, how=opened.how, others=others, told=told)
-    _check_classes(seen, rows)
-    return seen
+    if kind == "text-classification":
+        remarks.check_classes(path, chosen["label"], seen.classes, rows, None if "validation" in others else HELD_OUT)
+    told = (*remarks.told(chosen, seen.unused, seen.classes, rows, dict(columns or {})), *without)
+    return replace(seen, how=opened.how, others=others, told=told)
 
 
-def _few(names: Sequence[str]) -> str:
-    shown = [name if name.strip() else "(without a name)" for name in names[:SHOWN]]
-    return ", ".join(shown) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
-
-
-def _image_classes(folder: Path) -> dict[str, int]:
+def _image_classes(folder: Path, note: Note = lambda _: None) -> dict[str, int]:
     """Class -> number of images, in a folder as it is read."""
     try:
-        return dict(Counter(row["label"] for row in images.read_images(folder)).most_common())
+        return dict(Counter(row["label"] for row in images.read_images(folder, note)).most_common())
     except LilyError:
         return {}
 
 
 def _of_images(path: Path) -> Guess:
     if not path.is_dir():
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if not any(name.lower().endswith(images.ENDINGS) for name in archive.namelist()):
+                    raise LilyError(f"{path} holds no images; of a zip with a table in it, unpack and name the table")
         return Guess(path, "image-classification", {})
     parts = sniff.parts_of(path)
     train = parts.pop("train", path)
-    counts = _image_classes(train)
+    told: list[str] = []
+    counts = _image_classes(train, told.append)
     if len(counts) < 2:
         texts = next((p for p in train.rglob("*.txt") if p.parent != train), None) if not counts else None
         if texts is not None:
@@ -160,245 +138,14 @@ def _of_images(path: Path) -> Guess:
         what = "images in no folder of a class" if loose else what
         what = f"images of one class only ({next(iter(counts))})" if counts else what
         raise LilyError(f"{path} holds {what}; make one folder per class in it, with its name, or name a table")
-    return Guess(train, "image-classification", {}, rows=sum(counts.values()), classes=counts, others=parts)
-
-
-def _columns(
-    rows: Sequence[Row], names: list[str], given: dict[str, str], task: str | None
-) -> tuple[str, dict[str, str]] | None:
-    """The task and the section `columns`; None: nothing fits."""
-    if "messages" in given or "prompt" in given or task == "sft":
-        return _chat(rows, names, given)
-    if not given and task is None and (chat := _chat(rows, names, given)) is not None:
-        return chat
-    image = given.get("image") or _first(
-        names, NAMES["image"], lambda name: all(IMAGE.search(str(row.get(name, ""))) for row in rows[:50])
-    )
-    free = [name for name in names if name not in given.values()]
-    pair = () if "text" in given else _pair(rows, names)
-    text = given.get("text") or (pair[0] if pair else _longest(rows, free))
-    label = given.get("label") or _label(rows, [name for name in free if name not in (text, image, *pair)])
-    if label is None or (image is None and text is None):
-        return None
-    if image is not None and "text" not in given and task in (None, "image-classification"):
-        return "image-classification", {"image": image, "label": label}
-    assert text is not None
-    chosen = {"text": text} | ({"text_pair": pair[1]} if pair else {}) | {"label": label}
-    chosen |= {key: name for key, name in given.items() if key == "text_pair"}
-    values = [row.get(label) for row in rows]
-    return task or ("text-regression" if _measured(values) else "text-classification"), chosen
-
-
-def _pair(rows: Sequence[Row], names: Sequence[str]) -> tuple[str, ...]:
-    """Two columns of texts that are one input: by known names, or by `NUMBERED` ones."""
-    lower = {name.lower().strip(): name for name in reversed(names) if _is_text(rows, name)}
-    for first, second in PAIRS:
-        if first in lower and second in lower:
-            return lower[first], lower[second]
-    longer = {name: own for name, own in lower.items() if _words(rows, own) >= WORDS}
-    for first, second in NUMBERED:
-        for name in longer:
-            other = name[: -len(first)] + second
-            if len(name) > 1 and name.endswith(first) and other in longer:
-                return longer[name], longer[other]
-    return ()
-
-
-def _words(rows: Sequence[Row], name: str) -> float:
-    """Mean number of words in a column."""
-    return sum(len(str(row.get(name, "")).split()) for row in rows) / len(rows)
-
-
-def _chat(rows: Sequence[Row], names: list[str], given: dict[str, str]) -> tuple[str, dict[str, str]] | None:
-    lists = [name for name in names if all(chats.is_chat(_listed(row.get(name))) for row in rows[:50])]
-    messages = given.get("messages") or _first(lists, NAMES["messages"]) or next(iter(lists), None)
-    if messages is not None and "prompt" not in given:
-        return "sft", {"messages": messages}
-    lower = {name.lower().strip(): name for name in reversed(names)}
-    known = next((p for p in ANSWERS if set(p) <= set(lower)), ("", ""))
-    prompt, completion = given.get("prompt") or lower.get(known[0]), given.get("completion") or lower.get(known[1])
-    if not prompt or not completion or (not given and not isinstance(rows[0].get(completion), (str, list))):
-        return None
-    # a question with few short answers is a classifier's, unless it is called a prompt
-    words = _words(rows, completion)
-    spaced = any(" " in str(row.get(prompt, "")) for row in rows)  # not in Chinese or Japanese
-    if not given and known[0] not in ("prompt", "instruction") and words < WORDS and spaced:
-        return None
-    more = _first([name for name in names if name not in (prompt, completion)], NAMES["input"])
-    return "sft", {"prompt": prompt, "completion": completion} | (
-        {"input": more} if more is not None and known[0] == "instruction" else {}
-    )
-
-
-def _listed(value: Any) -> Any:
-    """The list of messages in a cell, which may hold it as JSON."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        return chats.from_json(value)
-    return value
-
-
-def _label(rows: Sequence[Row], names: Sequence[str]) -> str | None:
-    """A column named like a label, else the likeliest of `_labels`."""
-    named = _first(names, NAMES["label"], lambda name: _distinct(rows, name) > 1)
-    return named or next(iter(_labels(rows, names)), None)
-
-
-def _labels(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
-    """Columns whose values repeat, the fewest distinct ones first; without any, a single one of numbers."""
-    most = min(max(MANY, len(rows) / ROWS_PER_CLASS), len(rows) / 2)
-    few = {name: n for name in names if 1 < (n := _distinct(rows, name)) <= most and not _is_parts(rows, name)}
-    if few:
-        return sorted(few, key=few.__getitem__)
-    numbers = [name for name in names if _distinct(rows, name) > 1 and not _is_id(rows, name)]
-    numbers = [name for name in numbers if all(_number(row.get(name)) is not None for row in rows)]
-    return numbers if len(numbers) == 1 else []
-
-
-def _is_parts(rows: Sequence[Row], name: str) -> bool:
-    """Whether a column says which part a row belongs to."""
-    values = {str(row.get(name)).lower() for row in rows}
-    return len(values) > 1 and values <= PART_NAMES
-
-
-def _is_id(rows: Sequence[Row], name: str) -> bool:
-    if not name.strip() or IDS.fullmatch(name.strip()):
-        return True
-    values = [_number(row.get(name)) for row in rows]
-    return all(a is not None and b is not None and b - a == 1 for a, b in pairwise(values))
-
-
-def _longest(rows: Sequence[Row], names: Sequence[str]) -> str | None:
-    """A column of texts named like one, else the one with the longest texts."""
-    varied = [name for name in names if _is_text(rows, name)]
-    named = _first(varied, NAMES["text"])
-    lengths = {name: sum(len(row.get(name) or "") for row in rows) for name in varied if name not in NAMES["label"]}
-    return named or (max(lengths, key=lengths.__getitem__) if lengths else None)
-
-
-def _is_text(rows: Sequence[Row], name: str) -> bool:
-    """Whether a column holds texts that differ, and not numbers alone."""
-    values = [row.get(name) or "" for row in rows]
-    if not all(isinstance(value, str) for value in values) or len(set(values)) < 2:
-        return False
-    return any(value and not NUMBER.fullmatch(value.strip()) for value in values)
-
-
-def _first(names: Sequence[str], known: Sequence[str], fits: Callable[[str], bool] = lambda _: True) -> str | None:
-    """The first of `names` that is called as one of `known`, in the order of these; of a dotted name its end counts."""
-    lower = {name.lower().strip().rpartition(".")[2]: name for name in reversed(names)}
-    return next((lower[name] for name in known if name in lower and fits(lower[name])), None)
-
-
-def _distinct(rows: Sequence[Row], name: str) -> int:
-    return len({str(row.get(name)) for row in rows})
-
-
-def _number(value: Any) -> float | None:
-    """The finite number in a cell."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return None
-    return number if math.isfinite(number) and not isinstance(value, bool) else None
-
-
-def _measured(values: Sequence[Any]) -> bool:
-    """Whether values are measurements and not classes: numbers with decimals, or too many to be classes."""
-    numbers = [_number(value) for value in values if value not in (None, "")]
-    known = [number for number in numbers if number is not None]
-    if not known or len(known) < len(numbers):
-        return False
-    return any(n != int(n) for n in known) or len(set(known)) > MANY
-
-
-def _reason(rows: Sequence[Row], names: Sequence[str]) -> str:
-    """Why no task fits, where that is known, as the start of a sentence that says what to do."""
-    lower = {name.lower(): name for name in names}
-    if {"chosen", "rejected"} <= set(lower):
-        prompt = f"--prompt {lower['prompt']} " if "prompt" in lower else ""
-        return (
-            "preferences are for TRL's DPOTrainer with a LilyConfig, not for recipes; to train on the chosen answers "
-            f"alone: {prompt}--completion {lower['chosen']}; else "
-        )
-    own = [name for name in names if not _is_id(rows, name)]
-    texts = [name for name in own if _is_text(rows, name)]
-    for name in own:
-        if name.lower() in NAMES["label"] and _distinct(rows, name) == 1:
-            return f"{name!r} is {str(rows[0].get(name))!r} in every row read, so there is nothing to tell apart; "
-        if name in texts and _amounts(rows, name):
-            return f"{name!r} holds amounts such as {rows[0].get(name)!r}, which are numbers only as 1234.5; else "
-    if len(texts) == len(own) == 1:
-        return "texts alone have nothing to predict, so add a column with a label or an answer for each; "
-    if len(texts) == len(own) == 2:
-        return f"if {texts[1]!r} answers {texts[0]!r}: --prompt {texts[0]} --completion {texts[1]}; else "
-    return "" if texts else "no column holds texts alone; "
-
-
-def _amounts(rows: Sequence[Row], name: str) -> bool:
-    """Whether a column holds numbers that are not written as plain ones: 1,5 or 50% or $3."""
-    amounts = sum(bool(AMOUNT.fullmatch(str(row.get(name)))) for row in rows)
-    return amounts > len(rows) / 2 and any(_number(row.get(name)) is None for row in rows)
-
-
-def _told(found: Guess, rows: Sequence[Row], given: dict[str, str]) -> list[str]:
-    """What somebody should know about rows and columns before training."""
-    told = []
-    label = found.columns.get("label")
-    if label is not None and "label" not in given and label.lower().strip().rpartition(".")[2] not in NAMES["label"]:
-        others = [name for name in _labels(rows, found.unused) if not _is_id(rows, name)][:3]
-        if others:
-            told.append(f"The label is a guess; `lily new` takes another with --label: {', '.join(others)}.")
-    if found.task == "text-classification" and sum(bool(LISTS.fullmatch(name)) for name in found.classes) > 1:
-        told.append("Some labels look like lists: each combination is a class by itself.")
-    for name in found.unused:
-        if _is_parts(rows, name):
-            told.append(f"{name} says what a row is for, but is not used: write a file for each part to keep them.")
-    for key, name in found.columns.items():
-        blank = [i for i, row in enumerate(rows, 1) if is_empty(row.get(name))]
-        if blank and key != "input":
-            shown = ", ".join(map(str, blank[:3])) + (", ..." if len(blank) > 3 else "")
-            told.append(f"{name} is empty in {_rows_n(len(blank))} ({shown}): fill these in or remove them first.")
-    letters = [
-        c for row in rows[:200] for name in found.columns.values() for c in str(row.get(name, "")) if c.isalpha()
-    ]
-    if sum(c > "\u024f" for c in letters) > len(letters) / 4:
-        told.append("The base's model knows English: for other scripts name one that knows yours (model: {hub: ...}).")
-    return told
-
-
-def _rows_n(n: int) -> str:
-    return "1 row" if n == 1 else f"{n:,} rows"
-
-
-def _check_classes(found: Guess, rows: Sequence[Row]) -> None:
-    """That classes repeat, and are enough for rows to be held out.
-
-    Raises:
-        LilyError: if not.
-    """
-    if found.task != "text-classification":
-        return
-    label, n = found.columns["label"], _rows_n(len(rows))
-    if 2 < len(rows) < 2 * len(found.classes):
-        fix = (
-            f"if they are amounts, write them as plain numbers such as 1234.5, not {next(iter(found.classes))!r}"
-            if _amounts(rows, label)
-            else "name the right column with --label, or, if it answers the text, use --prompt and --completion"
-        )
-        raise LilyError(
-            f"{found.path}: label column {label!r} holds {len(found.classes):,} different values in {n}, so they are "
-            f"no classes; {fix}"
-        )
-    if "validation" not in found.others and all(round(HELD_OUT * count) < 1 for count in found.classes.values()):
-        shown = ", ".join(f"{name!r} {count}" for name, count in list(found.classes.items())[:3])
-        raise LilyError(
-            f"{found.path} has {n} ({shown}), too few to hold any out for validation; give 4 rows or more of each "
-            "class, better 50"
-        )
+    rows = sum(counts.values())
+    return Guess(train, "image-classification", {}, rows=rows, classes=counts, others=parts, told=tuple(told))
 
 
 def _described(path: Path, task: str, columns: dict[str, str], rows: Sequence[Row], names: list[str]) -> Guess:
-    used = set(columns.values()) | {name.partition(".")[0] for name in columns.values() if name not in names}
+    used = {*columns.values(), *(BESIDE if "messages" in columns else ())} | {
+        name.partition(".")[0] for name in columns.values() if name not in names
+    }
     unused = tuple(name for name in names if name.strip() and name not in used)
     label = columns.get("label", "")
     present = [str(row[label]) for row in rows if not is_empty(row.get(label))]
@@ -413,18 +160,25 @@ def _described(path: Path, task: str, columns: dict[str, str], rows: Sequence[Ro
 
 
 def _plain(value: Any) -> str:
-    value = _listed(value)
+    value = listed(value)
     if chats.is_chat(value):
-        return " ".join(str(m.get("content") or m.get("value") or "") for m in value)
+        return " ".join(map(_said, value))
     return str(value or "")
+
+
+def _said(message: dict[str, Any]) -> str:
+    """What a message says, with its calls of tools."""
+    calls = [message[key] for key in ("tool_calls", "function_call") if message.get(key)]
+    text = str(message.get("content") or message.get("value") or "")
+    return text + "".join(json.dumps(call, ensure_ascii=False) for call in calls)
 
 
 def _answer(row: Row, columns: dict[str, str]) -> str:
     if "messages" not in columns:
         return str(row.get(columns["completion"]) or "")
-    said = _listed(row.get(columns["messages"]))
+    said = listed(row.get(columns["messages"]))
     answers = [m for m in said or () if isinstance(m, dict) and _role(m) == "assistant"]
-    return max((str(m.get("content") or m.get("value") or "") for m in answers), key=len, default="")
+    return max((_said(m) for m in answers), key=len, default="")
 
 
 def _role(message: dict[str, Any]) -> str | None:

@@ -7,18 +7,22 @@ import io
 import shutil
 import tarfile
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from lily.errors import LilyError
+from lily.recipes.data.delimited import Note
 from lily.recipes.data.sources import building, cache_folder
 
 if TYPE_CHECKING:
+    import PIL.Image
     from torch import Tensor
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".gif", ".tif", ".tiff")
+UNREAD = (".heic", ".heif", ".avif", ".jxl", ".svg", ".psd", ".dng", ".cr2", ".nef")  # images, but not Pillow's
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".zip")
 
 # Mean and standard deviation per channel that pretrained image models expect.
@@ -71,10 +75,10 @@ class Preprocess:
 
         try:
             if isinstance(source, Image.Image):
-                image = source.convert("RGB")
+                image = _rgb(source)
             else:
                 with Image.open(source) as file:
-                    image = file.convert("RGB")
+                    image = _rgb(file)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise LilyError(f"{source}: not a readable image ({error}); remove or replace it") from None
         width, height = image.size
@@ -91,9 +95,33 @@ class Preprocess:
         return (pixels - mean) / std
 
 
+def _rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """An image with 8 bits for each color. Pillow cuts larger values off at 255: a photograph of 16 bits turns white.
+
+    Raises:
+        ValueError: if its values have no known range.
+    """
+    import numpy as np
+    from PIL import Image
+
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image)
+        low, high = values.min(), values.max()
+        if low < 0 or high > 0xFFFF or (image.mode == "F" and (high > 0xFF or high <= 1)):
+            raise ValueError(f"values from {low:g} to {high:g}, expected 8 or 16 bits")
+        if image.mode != "F" and (image.mode != "I" or high > 0xFF):
+            image = Image.fromarray((values >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
 def holds_images(path: Path) -> bool:
     """Whether `read_images` reads this path: a folder, an archive or a list, not a table."""
     return path.is_dir() or is_archive(path) or path.name.lower().endswith(".txt")
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file is called like an image."""
+    return path.is_file() and path.suffix.lower() in ENDINGS
 
 
 def is_archive(path: Path) -> bool:
@@ -147,12 +175,13 @@ def digest(image: Any) -> str:
         raise LilyError(f"{image}: not a readable image ({what}); remove or replace it") from None
 
 
-def read_images(path: Path) -> Iterator[dict[str, Any]]:
+def read_images(path: Path, note: Note = lambda _: None) -> Iterator[dict[str, Any]]:
     """Rows of images and their classes, sorted by path.
 
     Args:
         path: a folder with one folder per class; an archive of one (unpacked once, into the cache); or a list of
             files as VTAB-1K has them, `images/x.jpg 12` in each line, relative to the list's folder.
+        note: called with a sentence about images in a folder that cannot be read.
 
     Yields:
         `image` (the file's path) and `label`.
@@ -161,6 +190,10 @@ def read_images(path: Path) -> Iterator[dict[str, Any]]:
         LilyError: if there are no images, or a listed file is missing.
     """
     if path.is_dir():
+        unread = Counter(p.suffix.lower() for p in path.rglob("*") if p.suffix.lower() in UNREAD)
+        if unread:
+            kinds = ", ".join(f"{count:,} {kind}" for kind, count in unread.most_common())
+            note(f"{path}: images of other formats are left out ({kinds}); convert them to .jpg or .png")
         yield from _by_class(path)
     elif path.name.lower().endswith(ARCHIVES):
         yield from _by_class(unpacked(path))
@@ -169,16 +202,18 @@ def read_images(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def rows_below(path: Path, column: str) -> Iterator[dict[str, Any]]:
-    """Rows of the images anywhere below a folder, or in an archive or a list: `column` -> path, without classes.
+    """Rows of an image, of those anywhere below a folder, or in an archive or a list: `column` -> path, no classes.
 
     Raises:
         LilyError: if there are no images.
     """
-    if path.is_file() and not path.name.lower().endswith(ARCHIVES):
+    if is_image(path):
+        files = [str(path)]
+    elif path.is_file() and not path.name.lower().endswith(ARCHIVES):
         files = [row["image"] for row in _listed(path)]
     else:
         top = path if path.is_dir() else unpacked(path)
-        files = sorted(str(p) for p in top.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
+        files = sorted(str(p) for p in top.rglob("*") if is_image(p))
     if not files:
         raise LilyError(f"{path}: there are no images ({', '.join(ENDINGS)})")
     yield from ({column: file} for file in files)
@@ -199,7 +234,7 @@ def _by_class(folder: Path) -> Iterator[dict[str, Any]]:
 
 def _classes(folder: Path) -> Iterator[tuple[str, list[Path]]]:
     for below in sorted(p for p in folder.iterdir() if p.is_dir()):
-        files = sorted(p for p in below.iterdir() if p.suffix.lower() in ENDINGS and p.is_file())
+        files = sorted(p for p in below.iterdir() if is_image(p))
         if files:
             yield below.name, files
 

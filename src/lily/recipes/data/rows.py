@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import re
@@ -185,7 +186,7 @@ def rows_of(file: File, recipe: Recipe, labeled: bool = True, note: Note = lambd
     if recipe.task == "image-classification" and file.hub is None:
         path = fetch(file)
         if images.holds_images(path):
-            return list(images.read_images(path))
+            return list(images.read_images(path, note))
     rows = read_rows(file, note)
     _check_filled(rows, file, recipe, labeled)
     return [_canonical(row, i, file, recipe, labeled) for i, row in enumerate(rows, 1)]
@@ -298,6 +299,20 @@ def input_key(row: Row) -> str:
     return json.dumps([" ".join(text.casefold().split()) for text in inputs])
 
 
+def fingerprints(splits: Splits) -> dict[str, str]:
+    """Part -> SHA-256 of its rows in their order, by which other rows under the same name are noticed."""
+    return {
+        name: hashlib.sha256(json.dumps([_plain(row) for row in rows], sort_keys=True).encode()).hexdigest()
+        for name, rows in splits.parts.items()
+        if rows
+    }
+
+
+def _plain(row: Row) -> Row:
+    """What of a row is the same wherever its file is; an image that is no file counts by its size."""
+    return {key: str(v.size) if hasattr(v, "convert") else v for key, v in row.items() if key != "where"}
+
+
 def _carve(
     rows: list[Row], shares: dict[str, float], seed: int, stratify: bool
 ) -> tuple[list[Row], dict[str, list[Row]]]:
@@ -355,9 +370,11 @@ def _labels(train: list[Row], parts: dict[Key, list[Row]], recipe: Recipe) -> tu
         unknown = sorted({row["label"] for row in rows} - classes)
         if unknown and recipe.task != "image-classification":
             with located(recipe, "data", *key):
+                count = sum(row["label"] == unknown[0] for row in rows)
+                which = "its row" if count == 1 else f"its {count:,} rows"
                 raise LilyError(
-                    f"data.{'.'.join(key)} has the label {short(unknown[0])}, which no training row has; training rows "
-                    f"have {_listed(classes)}"
+                    f"data.{'.'.join(key)} has the label {short(unknown[0])}, which no training row has; correct or "
+                    f"remove {which}; training rows have {_listed(classes)}"
                 )
     classes |= {row["label"] for rows in parts.values() for row in rows}
     if len(classes) > 1000:

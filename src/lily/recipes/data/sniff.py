@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -75,7 +76,9 @@ def _opened(path: Path, how: dict[str, Any]) -> Opened:
         rows = _rows(path, how)
     kind = how.get("format") or tables.kind_of(path)
     if kind not in delimited.USUAL:
-        return Opened([dict(_flat(row)) for row in rows], how)
+        if how.get("format") == "jsonl" and len(rows) == 1 and tables.kind_of(path) == "json":
+            raise LilyError(f"{path}: is one object")  # what is wrong with it as json comes first
+        return Opened(_without_single_lists([dict(_flat(row)) for row in rows]), how)
     separator = how.get("delimiter") or tables.separator_of(path, kind, how.get("encoding"))
     if separator != delimited.USUAL[kind]:
         how = how | {"delimiter": separator}
@@ -116,6 +119,16 @@ def _flat(row: Row, before: str = "", depth: int = 0) -> Iterator[tuple[str, Any
             yield before + name, value
 
 
+def _without_single_lists(rows: list[Row]) -> list[Row]:
+    """Columns that hold a list of one value in every row, as annotation tools write labels, named by that value."""
+    single = {name for row in rows[:1] for name in row if all(_is_single(row.get(name)) for row in rows)}
+    return [{f"{k}.0" if k in single else k: v[0] if k in single else v for k, v in row.items()} for row in rows]
+
+
+def _is_single(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 1 and isinstance(value[0], (str, int, float))
+
+
 def beside(path: Path) -> dict[str, Path]:
     """Files for validation and test beside a file with `train` in its name."""
     found: dict[str, Path] = {}
@@ -137,7 +150,13 @@ def table_in(folder: Path) -> Path | None:
     training = [file for file in files if TRAIN.search(file.name)]
     if len(files) > 1 and len(training) != 1:
         shown = ", ".join(file.name for file in files[:4]) + (", ..." if len(files) > 4 else "")
-        raise LilyError(f"{folder} holds {len(files)} tables ({shown}); name the one to train on: lily new {files[0]}")
+        if (folder / "dataset_info.json").is_file():
+            raise LilyError(
+                f"{folder} is what datasets' save_to_disk writes; write a table: "
+                f'datasets.load_from_disk("{folder}").to_parquet("{folder.name}.parquet"), for each split'
+            )
+        fix = f"name the one to train on: lily new {shlex.quote(str(files[0]))}"
+        raise LilyError(f"{folder} holds {len(files)} tables ({shown}); {fix}")
     return next(iter(training or files), None)
 
 

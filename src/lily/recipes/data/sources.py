@@ -66,7 +66,8 @@ def local_path(text: str) -> Path:
     beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, beside, n=2)
     unset = " (LILY_DATA is not set)" if "LILY_DATA" in text and "LILY_DATA" not in os.environ else ""
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    where = "" if path.is_absolute() else f" in {Path.cwd()}, where relative paths start"
+    hint = f"; did you mean {' or '.join(near)}?" if near else where
     raise LilyError(f"{path} does not exist{unset}{hint}")
 
 

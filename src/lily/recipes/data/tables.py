@@ -39,6 +39,7 @@ MARKS = {
     codecs.BOM_UTF16_BE: "utf-16",
 }
 
+STDIN = "standard input"
 LISTED = "; jsonl has one object in each line; for one list of objects set format: json"
 
 # First bytes of files that are no text, whatever they are called
@@ -99,15 +100,16 @@ def stream_rows(
     name = str(path)
     if name == "-":
         try:
-            yield from _jsonl(sys.stdin, "standard input")
+            yield from _jsonl(sys.stdin, STDIN)
         except UnicodeDecodeError as error:
-            raise LilyError(f"standard input: not UTF-8 text ({error.reason})") from None
+            raise LilyError(f"{STDIN}: not UTF-8 text ({error.reason})") from None
         return
     kind = format if format != "auto" else kind_of(name)
     if not kind:
         if name.lower().endswith(SHEETS):
             raise LilyError(f"{name}: spreadsheets are not read; save the sheet as CSV UTF-8")
-        raise LilyError(f"{name}: unknown ending; set format: csv, tsv, json, jsonl or parquet")
+        endings = ".csv, .tsv, .json, .jsonl or .parquet"
+        raise LilyError(f"{name}: unknown ending; name it {endings}, or set format in the recipe")
     if kind == "parquet":
         yield from _parquet(name)
         return
@@ -178,7 +180,8 @@ def _encoding(raw: BinaryIO, name: str, stated: str | None) -> str:
             raise LilyError(f"{name}: holds NUL bytes, which no text has; remove them, or check that it is a table")
         guess = "utf-16-le" if odd > even else "utf-16-be"
         raise EncodingError(
-            f"{name}: holds NUL bytes, as UTF-16 does; set data.encoding: {guess}, or save it as UTF-8", guess
+            f"{name}: holds NUL bytes, as UTF-16 does; set data.encoding: {guess} in the recipe, or save it as UTF-8",
+            guess,
         )
     return marked or stated or "utf-8"
 
@@ -201,7 +204,7 @@ def _not_text(content: bytes, encoding: str, error: UnicodeError, name: str) -> 
             return EncodingError(f"{said}, although what comes before is; mend that line, and save the file as UTF-8")
         shown = max(around, key=len).strip()
         return EncodingError(
-            f"{said}; save it as UTF-8, or set data.encoding: cp1252 if it comes from Windows or Excel "
+            f"{said}; save it as UTF-8, or set data.encoding: cp1252 in the recipe if it comes from Windows or Excel "
             f"(that byte is then read so: {shown!r})",
             "cp1252",
         )
@@ -230,6 +233,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and ("role" in value or "from" in value)
+
+
 def _jsonl(text: TextIO, name: str) -> Iterator[Row]:
     for number, line in enumerate(text, 1):
         if not line.strip():
@@ -238,9 +245,12 @@ def _jsonl(text: TextIO, name: str) -> Iterator[Row]:
             row = json.loads(line, object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:
             hint = LISTED if line.strip() == "{" or line.lstrip().startswith("[") else ""
-            raise LilyError(f"{name}:{number}: not valid JSON: {error}{hint}") from None
+            hint = hint or ("; it is read as jsonl: one object in each line" if name == STDIN else "")
+            # of a line by itself, the number of the line would always be 1 or 2
+            said = f"{error.msg} (character {error.pos + 1})" if isinstance(error, json.JSONDecodeError) else error
+            raise LilyError(f"{name}:{number}: not valid JSON: {said}{hint}") from None
         if not isinstance(row, dict):
-            chat = isinstance(row, list) and any(isinstance(m, dict) and ("role" in m or "from" in m) for m in row)
+            chat = isinstance(row, list) and any(map(_is_message, row))
             hint = '; write a chat as {"messages": [...]}' if chat else LISTED if isinstance(row, list) else ""
             raise LilyError(f"{name}:{number}: expected an object with named values, got {type(row).__name__}{hint}")
         yield row
@@ -257,8 +267,18 @@ def _json(text: TextIO, name: str) -> Iterator[Row]:
         lists = [v for v in value.values() if isinstance(v, list)]
         value = lists[0] if len(lists) == 1 else value
     if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
-        raise LilyError(f"{name}: expected a list of objects, or an object with one such list")
+        raise LilyError(f"{name}: expected a list of objects, or an object with one such list{_other_shape(value)}")
     yield from value
+
+
+def _other_shape(value: Any) -> str:
+    """What JSON that is no list of objects holds instead, and how it becomes one, as the end of a message."""
+    if isinstance(value, list) and any(isinstance(row, list) and any(map(_is_message, row)) for row in value):
+        return '; write each chat as {"messages": [...]}'
+    if isinstance(value, dict) and value and all(isinstance(inner, (list, dict)) for inner in value.values()):
+        shown = ", ".join(list(value)[:2]) + (", ..." if len(value) > 2 else "")
+        return f", and not one of columns or of rows by name ({shown}); pandas writes a list with orient='records'"
+    return ', one for each row, such as [{"text": "...", "label": "..."}]'
 
 
 def _parquet(name: str) -> Iterator[Row]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,7 @@ from lily.recipes.data.tables import Row
 from lily.recipes.data.tasks import Processor, collate, encode, encode_inputs, format_prompt, text_processor
 from lily.recipes.models.precision import precision_of
 from lily.recipes.results.adapter_folder import AdapterFolder
+from lily.recipes.results.run_files import changed_rows
 from lily.recipes.scoring.evaluate import Judge, answers, head_outputs
 from lily.recipes.scoring.inference import by_length, place, to_device
 from lily.recipes.scoring.review import Review
@@ -64,6 +67,12 @@ class Adapter:
         """The recipe's data."""
         if self._splits is None:
             self._splits = data.load_splits(self.recipe)
+            if other := changed_rows(self._splits, self.path.parent):
+                warnings.warn(
+                    f"the rows of {', '.join(other)} are not those of the run, so rows that it was trained on may be "
+                    "among those that judge it; bring its files back, or judge it on a file of new rows",
+                    stacklevel=2,
+                )
         return self._splits
 
     @property
@@ -154,11 +163,19 @@ class Adapter:
             chosen.append((self.labels[int(p.argmax())], round(float(p.max()), 6)))
         return chosen
 
-    def generate(self, prompt: str, streamer: Any = None) -> str:
-        """The answer to one prompt; `streamer` receives it token by token."""
+    def generate(self, prompt: str, streamer: Any = None, system: str | None = None) -> str:
+        """The answer to one prompt; `streamer` receives it token by token, `system` is the text of a system message.
+
+        Raises:
+            LilyError: if the adapter generates nothing, or the recipe has no chat template for a system message.
+        """
         if self.recipe.task != "sft":
             raise LilyError(f"{self.path} is an adapter for {self.recipe.task}; `lily predict` uses it")
         turn = format_prompt(prompt, self.recipe, self.tokenizer)
+        if system is not None:
+            if isinstance(turn, str):
+                raise LilyError("--system needs a chat template, and this recipe trains without one; drop --system")
+            turn = replace(turn, messages=[{"role": "system", "content": system}, *turn.messages])
         (answer,) = answers(self.model, self.tokenizer, [turn], self.recipe, streamer)
         self.answered, self.cut = self.answered + 1, self.cut + answer.cut
         return answer.text

@@ -76,7 +76,7 @@ def epochs(result: Result) -> str:
     if result.best is None or result.last is None:
         return ""
     best, last = (shown(result.metric, evaluation["value"]) for evaluation in (result.best, result.last))
-    when = f"after epoch {result.best['epoch']:g}"
+    when = f"after epoch {result.best['epoch']:.3g}"
     return f"best {result.metric} on validation {best} {when}, after the last epoch {last}"
 
 

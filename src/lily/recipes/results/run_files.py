@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 from lily.errors import LilyError
 
 if TYPE_CHECKING:
+    from lily.recipes.data.rows import Splits
     from lily.recipes.scoring.review import Review
 
 METRICS = "metrics.json"
+SHOWN = 2  # runs in a message
 
 
 def within_run(path: Path) -> Path:
@@ -31,6 +33,14 @@ def adapter_path(folder: str) -> Path:
     """
     path = within_run(Path(folder).expanduser())
     if not (path / "adapter_config.json").is_file():
+        if begun := unfinished(path):
+            raise LilyError(f"{folder} {begun}")
+        if path.suffix.lower() in (".yaml", ".yml") and path.is_file():
+            raise LilyError(f"{folder} is a recipe, not an adapter; name the folder of its run, below runs/ by default")
+        inside = [p for p in sorted(path.iterdir()) if within_run(p) != p] if path.is_dir() else []
+        if inside:
+            shown = " or ".join(map(str, inside[:SHOWN])) + (f" and {len(inside) - SHOWN} more" * (len(inside) > SHOWN))
+            raise LilyError(f"{folder} holds runs, and is none; did you mean {shown}?")
         beside = Path(folder).expanduser().parent
         names = [p.name for p in beside.iterdir() if p.is_dir()] if beside.is_dir() else []
         near = difflib.get_close_matches(Path(folder).name, [n for n in names if n != Path(folder).name], n=2)
@@ -41,6 +51,13 @@ def adapter_path(folder: str) -> Path:
         )
         raise LilyError(f"{folder} holds no adapter (adapter_config.json); {hint}")
     return path
+
+
+def unfinished(folder: Path) -> str | None:
+    """What to say of the folder of a run that was interrupted before its first evaluation; None: it is none."""
+    if (folder / "checkpoints").is_dir() and (folder / "recipe.yaml").is_file() and within_run(folder) == folder:
+        return "is a run without an adapter yet; the command that began it continues it with --resume"
+    return None
 
 
 def kept_recipe(path: Path) -> Path | None:
@@ -77,6 +94,17 @@ class RunFigures:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return asdict(self)
+
+
+def changed_rows(splits: Splits, run: Path) -> list[str]:
+    """The parts whose rows are not those with which a run began; none if its folder does not tell."""
+    from lily.recipes.data.rows import fingerprints
+    from lily.recipes.trainer.checkpoints import ROWS
+
+    if not (run / ROWS).is_file():
+        return []
+    then, now = json_object(run / ROWS), fingerprints(splits)
+    return [f"data.{name}" for name in sorted(then.keys() | now.keys()) if then.get(name) != now.get(name)]
 
 
 def run_of(folder: Path) -> Path | None:

@@ -14,6 +14,7 @@ from lily.recipes.spec.dreambooth import DreamBooth
 from lily.recipes.spec.schema import Recipe
 
 UNTRAINED = "the untrained model"
+SEARCHED = ("train.learning_rate", "lily.scaling", "lora.alpha")  # around the recipe's own, not what did not do
 WITHOUT = ("majority", "tfidf", "frozen")  # baselines that train no adapter
 
 
@@ -61,11 +62,21 @@ def how_sure(metric: str, value: float, rows: int) -> str:
 def advice(result: Result, recipe: Recipe, typed: str, changes: Sequence[str]) -> Iterator[str]:
     """What to try, with the command to paste; nothing if nothing is remarkable."""
     kept = _without_output(changes)
+    searched = [change for change in kept if change.partition("=")[0] not in SEARCHED]
+    if (share := _cut_short(result, changes)) is not None:
+        whole = [change for change in changes if not change.startswith("train.max_steps=")]
+        yield (
+            f"The training ended after {share:.0%} of the training rows (train.max_steps), so these figures say "
+            f"little. All of it:\n  {command('train', typed, [*whole, _elsewhere(recipe, 'whole')])}"
+        )
+        return
     if still_improving(result):
         yield (
             f"It was still improving: the last evaluation was the best one. More training may help:\n"
             f"  {command('train', typed, [*changes, *_longer(recipe), _elsewhere(recipe, 'longer')])}"
         )
+    if (only := _only_class(result)) is not None:
+        yield f"It predicts {only!r} for every row, so it tells no classes apart."
     ahead = [
         spoken(name, result.metric)
         for name in WITHOUT
@@ -77,15 +88,30 @@ def advice(result: Result, recipe: Recipe, typed: str, changes: Sequence[str]) -
         yield (
             f"{who[0].upper()}{who[1:]} {verb} better without an adapter: the learning rate or the scale does not suit "
             f"these data, or there are too few rows. Search them:\n"
-            f"  {command('tune', typed, kept)}"
+            f"  {command('tune', typed, searched)}"
         )
-    elif _beats(result, result.before.get(result.metric)):
-        yield (f"The training made the model worse: a lower learning rate may help:\n  {command('tune', typed, kept)}")
+    elif only is not None or _beats(result, result.before.get(result.metric)):
+        worse = "The training made the model worse: a" if only is None else "A"
+        yield f"{worse} lower learning rate may help:\n  {command('tune', typed, searched)}"
     if result.method == "lily" and _beats(result, result.baselines.get("lora", {}).get(result.metric)):
         yield (
             "LoRA is ahead in this run. Each method at its own best learning rate and scale, over several seeds:\n"
             f"  {command('compare', typed, kept)} --tune"
         )
+
+
+def _cut_short(result: Result, changes: Sequence[str]) -> float | None:
+    """The share of the training rows that were seen, where the command line ended the training before all were."""
+    asked = any(change.startswith("train.max_steps=") for change in changes)
+    epoch = result.last["epoch"] if asked and result.last is not None else 1
+    return epoch if epoch < 1 else None
+
+
+def _only_class(result: Result) -> str | None:
+    """The class that is predicted for every row, though rows are of several."""
+    scores = result.review.classes.scores if result.review is not None and result.review.classes is not None else ()
+    predicted = [score.name for score in scores if score.predicted]
+    return predicted[0] if len(predicted) == 1 < sum(score.support > 0 for score in scores) else None
 
 
 def still_improving(result: Result) -> bool:

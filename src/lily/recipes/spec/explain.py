@@ -118,7 +118,7 @@ def _together(several: Sequence[Any], path: Key, kind: type[Section]) -> str:
     if isinstance(value, str) and kinds & {*SECTION} and "path" in _fields(path, kind):
         text += f"; write {{path: {value}}}"
     elif isinstance(value, str) and "list_type" in kinds:
-        text += f"; write [{value}]"
+        text += "; write [] for none" if value.lower() == "none" else f"; write [{value}]"
     choices = [name for e in several if "expected" in e.get("ctx", {}) for name in _choices(e)]
     close = difflib.get_close_matches(value, choices, n=1, cutoff=0.5) if isinstance(value, str) else []
     return f"{text}; did you mean {close[0]}?" if close else text
@@ -162,9 +162,18 @@ def near(path: Key, kind: type[Section]) -> str:
     return f"did you mean {' or '.join(own)}?" if own else f"keys of this section: {', '.join(allowed)}"
 
 
+def keys_like(path: Key, kind: type[Section]) -> list[Key]:
+    """The keys that are called as the end of `path`, `train` first; `path` itself, if it is one."""
+    known, name = list(_everywhere(kind)), ALIASES.get(path[-1], path[-1])
+    return [path] if path in known else _ordered([at for at in known if at[-1] == name])
+
+
 def _suggested(keys: Sequence[Key]) -> str:
-    ordered = sorted(keys, key=lambda at: (at[0] != FIRST, len(at)))
-    return f"did you mean {' or '.join('.'.join(at) for at in ordered[:MOST])}?"
+    return f"did you mean {' or '.join('.'.join(at) for at in _ordered(keys))}?"
+
+
+def _ordered(keys: Sequence[Key]) -> list[Key]:
+    return sorted(keys, key=lambda at: (at[0] != FIRST, len(at)))[:MOST]
 
 
 def _everywhere(kind: type[Section], at: Key = ()) -> Iterator[Key]:

@@ -19,8 +19,10 @@ from lily.errors import LilyError
 from lily.io.atomic import naming, new_folder, publish, remove_folder, write_text
 from lily.recipes.trainer.state_files import SPOILED
 
+ROWS = "rows.json"  # fingerprints of the rows of each part
+
 # Names that a run writes into its folder.
-OWN = ("best", "last", "lora", "checkpoints", "metrics.json", "predictions.json", "progress.json", "recipe.yaml",
+OWN = ("best", "last", "lora", "checkpoints", "metrics.json", "predictions.json", "progress.json", "recipe.yaml", ROWS,
        "samples", "diffusers", "class-images", "train.log", "tensorboard")  # fmt: skip
 # Inside a checkpoint; the best adapter is one folder deeper than where transformers looks for adapters to load.
 MOMENT = "progress/moment.json"

@@ -1,0 +1,201 @@
+"""Which column of a table is what, and what task they are for: by their names, and by what is in them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+from lily.recipes.data import chats
+from lily.recipes.data.sniff import NUMBER
+from lily.recipes.data.tables import Row
+
+MANY = 50  # classes; a column with more distinct values is no label unless it is named like one
+ROWS_PER_CLASS = 10  # at least, where there are more
+IMAGE = re.compile(r"\.(jpe?g|png|webp|bmp|gif|tiff?)$", re.IGNORECASE)
+NAMES = {
+    "label": ("label", "labels", "class", "category", "target", "sentiment", "intent", "topic", "y", "tag", "stars",
+              "rating", "score", "polarity", "priority", "similarity"),
+    "text": ("text", "sentence", "review", "content", "body", "title", "headline", "comment", "message", "tweet",
+             "document", "abstract", "description", "utterance"),
+    "image": ("image", "file", "path", "filename", "file_name", "image_path", "img"),
+    "messages": ("messages", "conversations", "conversation", "chat", "dialog", "dialogue", "turns"),
+    "input": ("input", "context"),
+    "system": ("system", "system_prompt"),
+}  # fmt: skip
+PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("text_a", "text_b"),
+         ("text1", "text2"), ("query", "passage"), ("question", "sentence"))  # fmt: skip
+NUMBERED = (("1", "2"), ("a", "b"))  # ends of the names of two columns of longer texts that are a pair
+ANSWERS = (("prompt", "completion"), ("prompt", "response"), ("instruction", "output"), ("instruction", "response"),
+           ("question", "answer"), ("question", "response"), ("prompt", "answer"), ("prompt", "output"),
+           ("input", "output"), ("query", "response"), ("query", "answer"), ("user", "assistant"),
+           ("human", "assistant"), ("source", "target"), ("article", "summary"), ("document", "summary"),
+           ("text", "summary"))  # fmt: skip
+WORDS = 3.0  # mean words of an answer that is no class
+IDS = re.compile(r"(^|.*_)(id|idx|index|no|nr)|.*id", re.IGNORECASE)
+PART_NAMES = {"train", "training", "test", "validation", "valid", "val", "dev"}
+
+
+def task_and_columns(
+    rows: Sequence[Row], names: list[str], given: dict[str, str], task: str | None
+) -> tuple[str, dict[str, str]] | None:
+    """The task and the section `columns`; None: nothing fits."""
+    if "messages" in given or "prompt" in given or task == "sft":
+        return _chat(rows, names, given)
+    if not given and task is None and (chat := _chat(rows, names, given)) is not None:
+        return chat
+    image = given.get("image") or _first(
+        names, NAMES["image"], lambda name: all(IMAGE.search(str(row.get(name, ""))) for row in rows[:50])
+    )
+    free = [name for name in names if name not in given.values()]
+    pair = () if "text" in given else _pair(rows, names)
+    text = given.get("text") or (pair[0] if pair else _longest(rows, free))
+    label = given.get("label") or _label(rows, [name for name in free if name not in (text, image, *pair)])
+    if label is None or (image is None and text is None):
+        return None
+    if image is not None and "text" not in given and task in (None, "image-classification"):
+        return "image-classification", {"image": image, "label": label}
+    assert text is not None
+    chosen = {"text": text} | ({"text_pair": pair[1]} if pair else {}) | {"label": label}
+    chosen |= {key: name for key, name in given.items() if key == "text_pair"}
+    values = [row.get(label) for row in rows]
+    return task or ("text-regression" if _measured(values) else "text-classification"), chosen
+
+
+def _pair(rows: Sequence[Row], names: Sequence[str]) -> tuple[str, ...]:
+    """Two columns of texts that are one input: by known names, or by `NUMBERED` ones."""
+    lower = {name.lower().strip(): name for name in reversed(names) if is_text(rows, name)}
+    for first, second in PAIRS:
+        if first in lower and second in lower:
+            return lower[first], lower[second]
+    longer = {name: own for name, own in lower.items() if _words(rows, own) >= WORDS}
+    for first, second in NUMBERED:
+        for name in longer:
+            other = name[: -len(first)] + second
+            if len(name) > 1 and name.endswith(first) and other in longer:
+                return longer[name], longer[other]
+    return ()
+
+
+def _words(rows: Sequence[Row], name: str) -> float:
+    """Mean number of words in a column."""
+    return sum(len(str(row.get(name, "")).split()) for row in rows) / len(rows)
+
+
+def _chat(rows: Sequence[Row], names: list[str], given: dict[str, str]) -> tuple[str, dict[str, str]] | None:
+    lists = [name for name in names if all(chats.is_chat(listed(row.get(name))) for row in rows[:50])]
+    messages = given.get("messages") or _first(lists, NAMES["messages"]) or next(iter(lists), None)
+    system = _first(names, NAMES["system"], lambda name: all(isinstance(row.get(name) or "", str) for row in rows))
+    more = {} if system is None else {"system": system}
+    if messages is not None and "prompt" not in given:
+        return "sft", {"messages": messages} | more
+    lower = {name.lower().strip(): name for name in reversed(names)}
+    known = next((p for p in ANSWERS if set(p) <= set(lower)), ("", ""))
+    prompt, completion = given.get("prompt") or lower.get(known[0]), given.get("completion") or lower.get(known[1])
+    if not prompt or not completion or (not given and not isinstance(rows[0].get(completion), (str, list))):
+        return None
+    # a question with few short answers is a classifier's, unless it is called a prompt
+    words = _words(rows, completion)
+    spaced = any(" " in str(row.get(prompt, "")) for row in rows)  # not in Chinese or Japanese
+    if not given and known[0] not in ("prompt", "instruction") and words < WORDS and spaced:
+        return None
+    context = _first([name for name in names if name not in (prompt, completion)], NAMES["input"])
+    if context is not None and known[0] == "instruction":
+        more = {"input": context} | more
+    return "sft", {"prompt": prompt, "completion": completion} | more
+
+
+def listed(value: Any) -> Any:
+    """The list of messages in a cell, which may hold it as JSON."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        return chats.from_json(value)
+    return value
+
+
+def _label(rows: Sequence[Row], names: Sequence[str]) -> str | None:
+    """A column named like a label, else the likeliest of `_labels`."""
+    named = _first(names, NAMES["label"], lambda name: distinct(rows, name) > 1 and not is_nested(rows, name))
+    return named or next(iter(labels(rows, names)), None)
+
+
+def labels(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
+    """Columns whose values repeat, the fewest distinct ones first; without any, a single one of numbers."""
+    most = min(max(MANY, len(rows) / ROWS_PER_CLASS), len(rows) / 2)
+    names = [name for name in names if not is_nested(rows, name)]
+    few = {name: n for name in names if 1 < (n := distinct(rows, name)) <= most and not is_parts(rows, name)}
+    if few:
+        return sorted(few, key=few.__getitem__)
+    numbers = [name for name in names if distinct(rows, name) > 1 and not is_id(rows, name)]
+    numbers = [name for name in numbers if all(number_of(row.get(name)) is not None for row in rows)]
+    return numbers if len(numbers) == 1 else []
+
+
+def is_parts(rows: Sequence[Row], name: str) -> bool:
+    """Whether a column says which part a row belongs to."""
+    values = {str(row.get(name)).lower() for row in rows}
+    return len(values) > 1 and values <= PART_NAMES
+
+
+def is_id(rows: Sequence[Row], name: str) -> bool:
+    """Whether a column numbers the rows, or is called like one that does."""
+    if not name.strip() or IDS.fullmatch(name.strip()):
+        return True
+    values = [number_of(row.get(name)) for row in rows]
+    return all(a is not None and b is not None and b - a == 1 for a, b in pairwise(values))
+
+
+def _longest(rows: Sequence[Row], names: Sequence[str]) -> str | None:
+    """A column of texts named like one, else the one with the longest texts."""
+    varied = [name for name in names if is_text(rows, name)]
+    named = _first(varied, NAMES["text"])
+    lengths = {name: sum(len(row.get(name) or "") for row in rows) for name in varied if name not in NAMES["label"]}
+    return named or (max(lengths, key=lengths.__getitem__) if lengths else None)
+
+
+def is_text(rows: Sequence[Row], name: str) -> bool:
+    """Whether a column holds texts that differ, and not numbers alone."""
+    values = [row.get(name) or "" for row in rows]
+    if not all(isinstance(value, str) for value in values) or len(set(values)) < 2:
+        return False
+    return any(value and not NUMBER.fullmatch(value.strip()) for value in values)
+
+
+def _first(names: Sequence[str], known: Sequence[str], fits: Callable[[str], bool] = lambda _: True) -> str | None:
+    """The first of `names` that is called as one of `known`, in the order of these; of a dotted name its end counts."""
+    lower = {called(name): name for name in reversed(names)}
+    return next((lower[name] for name in known if name in lower and fits(lower[name])), None)
+
+
+def called(name: str) -> str:
+    """What a column is called: the end of a dotted name, without the numbers of places in lists."""
+    return re.sub(r"(\.\d+)+$", "", name.lower().strip()).rpartition(".")[2]
+
+
+def is_nested(rows: Sequence[Row], name: str) -> bool:
+    """Whether a column holds lists or objects."""
+    return any(isinstance(row.get(name), (list, dict)) for row in rows)
+
+
+def distinct(rows: Sequence[Row], name: str) -> int:
+    """How many different values a column has."""
+    return len({str(row.get(name)) for row in rows})
+
+
+def number_of(value: Any) -> float | None:
+    """The finite number in a cell."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) and not isinstance(value, bool) else None
+
+
+def _measured(values: Sequence[Any]) -> bool:
+    """Whether values are measurements and not classes: numbers with decimals, or too many to be classes."""
+    numbers = [number_of(value) for value in values if value not in (None, "")]
+    known = [number for number in numbers if number is not None]
+    if not known or len(known) < len(numbers):
+        return False
+    return any(n != int(n) for n in known) or len(set(known)) > MANY

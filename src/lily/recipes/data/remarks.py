@@ -1,0 +1,149 @@
+"""What is said about a file of somebody's own data: why no task fits it, and what to know before training."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from lily.errors import LilyError
+from lily.recipes.data.cells import short
+from lily.recipes.data.columns import NAMES, called, distinct, is_id, is_nested, is_parts, is_text, labels, number_of
+from lily.recipes.data.tables import Row
+from lily.recipes.spec.values import is_empty
+
+AMOUNT = re.compile(r"[^\w-]*-?\d+([.,]\d+)*\W*")
+LISTS = re.compile(r"[\w ]+([,;|][\w ]+)+")
+CHAT = re.compile(r"<\|im_start\|>|<\|start_header_id\|>|\[INST\]|^\W*(human|user)\s*:", re.IGNORECASE)
+SHOWN = 12  # columns in a message
+
+
+def few(names: Sequence[str]) -> str:
+    """The first columns, in a message."""
+    shown = [name if name.strip() else "(without a name)" for name in names[:SHOWN]]
+    return ", ".join(shown) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+def reason(rows: Sequence[Row], names: Sequence[str]) -> str:
+    """Why no task fits, where that is known, as the start of a sentence that says what to do."""
+    lower = {name.lower(): name for name in names}
+    if {"chosen", "rejected"} <= set(lower):
+        prompt = f"--prompt {lower['prompt']} " if "prompt" in lower else ""
+        return (
+            "preferences are for TRL's DPOTrainer with a LilyConfig, not for recipes; to train on the chosen answers "
+            f"alone: {prompt}--completion {lower['chosen']}; else "
+        )
+    if len(rows) == 1:
+        return "it has one row, and nothing is learned from that; add rows, or "
+    own = [name for name in names if not is_id(rows, name)]
+    texts = [name for name in own if is_text(rows, name)]
+    for name in own:
+        if called(name) in (*NAMES["label"], *NAMES["messages"]) and is_nested(rows, name):
+            return _about_lists(rows, name)
+        if name.lower() in NAMES["label"] and distinct(rows, name) == 1:
+            return f"{name!r} is {str(rows[0].get(name))!r} in every row read, so there is nothing to tell apart; "
+        if name in texts and _amounts(rows, name):
+            return f"{name!r} holds amounts such as {rows[0].get(name)!r}, which are numbers only as 1234.5; else "
+    if marked := next((name for name in texts if CHAT.search(str(rows[0].get(name)))), None):
+        return (
+            f"{marked!r} holds whole chats as texts; write the messages of each as a list, "
+            '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}; else '
+        )
+    if len(texts) == len(own) == 1:
+        return "texts alone have nothing to predict, so add a column with a label or an answer for each; "
+    if len(texts) == len(own) == 2:
+        return f"if {texts[1]!r} answers {texts[0]!r}: --prompt {texts[0]} --completion {texts[1]}; else "
+    if nested := next((name for name in own if is_nested(rows, name)), None):
+        return _about_lists(rows, nested)
+    return "" if texts else "no column holds texts alone; "
+
+
+def _about_lists(rows: Sequence[Row], name: str) -> str:
+    """What a column of lists or objects lacks, as the start of a sentence that says what to do."""
+    value = next(row[name] for row in rows if isinstance(row.get(name), (list, dict)))
+    if called(name) in NAMES["messages"]:
+        return (
+            f"{name!r} holds no messages, such as "
+            '[{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]; write it so, or '
+        )
+    return (
+        f"{name!r} holds {short(value)}, but a class is one text or number; write one into each row (Label Studio "
+        "exports it as CSV or JSON-MIN), or "
+    )
+
+
+def _amounts(rows: Sequence[Row], name: str) -> bool:
+    """Whether a column holds numbers that are not written as plain ones: 1,5 or 50% or $3."""
+    amounts = sum(bool(AMOUNT.fullmatch(str(row.get(name)))) for row in rows)
+    return amounts > len(rows) / 2 and any(number_of(row.get(name)) is None for row in rows)
+
+
+def told(
+    columns: Mapping[str, str],
+    unused: Sequence[str],
+    classes: Mapping[str, int],
+    rows: Sequence[Row],
+    given: Mapping[str, str],
+) -> list[str]:
+    """What somebody should know about rows and columns before training, in sentences.
+
+    Args:
+        columns: the section `data.columns`.
+        unused: columns that are not used.
+        classes: class -> rows; empty: no classes.
+        rows: all that were read.
+        given: the columns that the user named.
+    """
+    said = []
+    label = columns.get("label")
+    if label is not None and "label" not in given and called(label) not in NAMES["label"]:
+        others = [name for name in labels(rows, unused) if not is_id(rows, name)][:3]
+        if others:
+            said.append(f"The label is a guess; `lily new` takes another with --label: {', '.join(others)}.")
+    if sum(bool(LISTS.fullmatch(name)) for name in classes) > 1:
+        said.append("Some labels look like lists: each combination is a class by itself.")
+    for name in unused:
+        if is_parts(rows, name):
+            said.append(f"{name} says what a row is for, but is not used: write a file for each part to keep them.")
+    for key, name in columns.items():
+        blank = [i for i, row in enumerate(rows, 1) if is_empty(row.get(name))]
+        if blank and key not in ("input", "system"):
+            shown = ", ".join(map(str, blank[:3])) + (", ..." if len(blank) > 3 else "")
+            said.append(f"{name} is empty in {_rows_n(len(blank))} ({shown}): fill these in or remove them first.")
+    letters = [c for row in rows[:200] for name in columns.values() for c in str(row.get(name, "")) if c.isalpha()]
+    if sum(c > "\u024f" for c in letters) > len(letters) / 4:
+        said.append("The base's model knows English: for other scripts name one that knows yours (model: {hub: ...}).")
+    return said
+
+
+def _rows_n(n: int) -> str:
+    return "1 row" if n == 1 else f"{n:,} rows"
+
+
+def check_classes(
+    path: Path, label: str, classes: Mapping[str, int], rows: Sequence[Row], held_out: float | None
+) -> None:
+    """That classes repeat, and are enough for a share of the rows to be held out (None: none is).
+
+    Raises:
+        LilyError: if not.
+    """
+    n = _rows_n(len(rows))
+    if is_nested(rows, label):
+        raise LilyError(f"{path}: {_about_lists(rows, label)}name another column with --label")
+    if 2 < len(rows) < 2 * len(classes):
+        fix = (
+            f"if they are amounts, write them as plain numbers such as 1234.5, not {next(iter(classes))!r}"
+            if _amounts(rows, label)
+            else "name the right column with --label, or, if it answers the text, use --prompt and --completion"
+        )
+        raise LilyError(
+            f"{path}: label column {label!r} holds {len(classes):,} different values in {n}, so they are "
+            f"no classes; {fix}"
+        )
+    if held_out is not None and all(round(held_out * count) < 1 for count in classes.values()):
+        shown = ", ".join(f"{name!r} {count}" for name, count in list(classes.items())[:3])
+        raise LilyError(
+            f"{path} has {n} ({shown}), too few to hold any out for validation; give 4 rows or more of each "
+            "class, better 50"
+        )
