@@ -135,6 +135,17 @@ def test_the_same_command_again_trains_nothing_and_finds_the_same(done, monkeypa
     assert (out / "tiny/comparison.json").read_bytes() == before
 
 
+def test_runs_on_other_rows_under_the_same_name_are_not_counted(done):
+    out, path, _ = done
+    data = Path(path).parent / "rows.jsonl"
+    before = data.read_text("utf-8")
+    data.write_text("".join(reversed(before.splitlines(keepends=True))), "utf-8")
+    again = invoke(path, "train.learning_rate=0.02", "--methods", "lily,lora", "--seeds", 1, "--output", out)
+    data.write_text(before, "utf-8")
+    assert isinstance(again.exception, LilyError)
+    assert "has other rows of data." in str(again.exception)
+
+
 def test_runs_of_another_recipe_are_neither_counted_nor_replaced(done):
     out, path, _ = done
     other = invoke(path, "--methods", "lily", "--seeds", 1, "--output", out)
