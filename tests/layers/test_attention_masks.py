@@ -16,8 +16,9 @@ from peft import get_peft_model
 from torch import nn
 
 from lily import LilyConfig
-from lily.layers.attention_masks import Scope, attended, fits
+from lily.layers.attention_masks import Scope, fits
 from lily.layers.bank import bank_of
+from lily.layers.mask_forms import attended
 
 
 def encoder():

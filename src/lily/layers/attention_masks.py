@@ -32,6 +32,16 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
+from lily.layers.mask_forms import (
+    MASKS,
+    attended,
+    is_denoiser,
+    kept_tokens,
+    length,
+    masks_of_call,
+    text_mask,
+    with_other_lengths,
+)
 from lily.layers.traced import exporting
 from lily.plan.tokens_first import TORCH_LAYERS
 
@@ -51,6 +61,7 @@ class Scope:
         other_states: these hidden states where they have no address because the model is being exported.
         model: the model.
         inner: (batch, tokens) of the sequence that the encoder inside the model has, where that is another one.
+        more: of each sequence in a denoiser.
     """
 
     own: Tensor | None
@@ -59,6 +70,7 @@ class Scope:
     other_states: Tensor | None = None
     model: nn.Module | None = None
     inner: Tensor | None = None
+    more: tuple[Tensor, ...] = ()
 
     def fit(self, x: Tensor) -> Tensor | None:
         """The mask for a layer's input `x`, or None where all tokens count."""
@@ -66,7 +78,7 @@ class Scope:
             return self.other
         if self.other_states is not None and x is self.other_states:
             return self.other
-        for mask in (self.own, self.inner):
+        for mask in (self.own, self.inner, *self.more):
             if mask is not None and fits(mask, x):
                 return mask
             if mask is not None and x.ndim == 4 and (x.shape[0], x.shape[2]) == mask.shape:
@@ -106,20 +118,6 @@ def _formulas(model: nn.Module | None) -> list[Any]:
     if formula is None or "add_adapter" not in inspect.signature(formula).parameters:
         return [] if formula is None else [formula]
     return [functools.partial(formula, add_adapter=behind) for behind in (True, False)]
-
-
-def attended(mask: Tensor) -> Tensor:
-    """Which tokens (batch, tokens) a mask of any form lets somebody attend to.
-
-    Args:
-        mask: (batch, tokens) or (batch, ..., queries, tokens); True or 1 where a token counts, or what is added to the
-            scores, which is very negative where one does not.
-    """
-    kept = mask
-    if mask.dtype != torch.bool:
-        added = ((mask != 0) & (mask != 1)).any() | (mask == 0).all()
-        kept = torch.where(added, mask > -1e3, mask != 0)
-    return kept.flatten(1, -2).any(1) if mask.ndim > 2 else kept
 
 
 def _address(x: Tensor) -> Address | None:
@@ -195,7 +193,8 @@ class MaskTracker:
 
         crossed = scope.other_address is not None and _address(x) == scope.other_address
         address = _address(own) if crossed else None
-        self.scopes.append(Scope(part(scope.own), part(scope.other), address, None, scope.model, part(scope.inner)))
+        masks = (part(scope.own), part(scope.other), address, None, scope.model, part(scope.inner))
+        self.scopes.append(Scope(*masks, tuple(mask for mask in map(part, scope.more) if mask is not None)))
         try:
             yield own
         finally:
@@ -266,6 +265,28 @@ class EncoderHooks(ModelHooks):
         scopes.append(scope)
 
 
+class DenoiserHooks(ModelHooks):
+    """Forward hooks of a denoiser of diffusers and of the modules inside it that are called with masks."""
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Open a scope; of the masks around a module, one as long as its own sequence may be for the other one."""
+        arguments = self._named(args, kwargs)
+        tracker = self.tracker
+        outer = Scope(None)
+        if not is_denoiser(module):  # a checkpointed module runs again when no scope is open
+            outer = tracker.scopes[-1] if tracker.scopes else tracker.backward or outer
+        own, text, states = length(arguments, "hidden_states", "x"), text_mask(arguments), None
+        if text is not None:
+            states = arguments["encoder_hidden_states"]
+        address = None if states is None else _address(states)
+        held = states if states is not None and address is None and exporting() else None
+        masks = tuple(masks_of_call(arguments))
+        if not is_denoiser(module):  # what the denoiser makes of a sequence that it pads is read by layers behind too
+            tracker.scopes[:] = [replace(scope, more=with_other_lengths(scope.more, masks)) for scope in tracker.scopes]
+        kept = (mask for mask in outer.more if mask.shape[1] != own)
+        tracker.scopes.append(Scope(None, text, address, held, module, None, (*masks, *kept)))
+
+
 class Watched(nn.Module):
     """Base of the classes that watched models have while they are watched; see `watched_class`."""
 
@@ -305,12 +326,19 @@ def _restored(cls: type[nn.Module]) -> nn.Module:
 
 def _has_mask(module: nn.Module) -> bool:
     """Whether a module is called with the mask of its input, which is (batch, tokens, ...)."""
-    return isinstance(module, PreTrainedModel) or (isinstance(module, TORCH_LAYERS) and _is_batch_first(module))
+    if isinstance(module, PreTrainedModel) or is_denoiser(module):
+        return True
+    return isinstance(module, TORCH_LAYERS) and _is_batch_first(module)
 
 
-def _takes_mask(module: nn.Module) -> bool:
+def _kind(model: nn.Module) -> type[ModelHooks]:
+    return DenoiserHooks if is_denoiser(model) else ModelHooks
+
+
+def _takes_mask(module: nn.Module, names: Iterable[str]) -> bool:
     """Whether a module that is no adapted layer is called with an attention mask of whatever form."""
-    return not isinstance(module, BaseTunerLayer) and "attention_mask" in inspect.signature(module.forward).parameters
+    taken = inspect.signature(module.forward).parameters
+    return not isinstance(module, BaseTunerLayer) and any(name in taken for name in names)
 
 
 def _is_batch_first(layer: nn.Module) -> bool:
@@ -336,11 +364,6 @@ class _ClassChange:
         if Watched in made.__bases__:
             self.module.__class__ = made.__mro__[2]
             del vars(self.module)["lily_hooks"]
-
-
-def kept_tokens(padding: Tensor) -> Tensor:
-    """The mask that belongs to torch's padding mask, which is True, or -inf, where a token does not count."""
-    return ~(padding if padding.dtype == torch.bool else padding.isneginf())
 
 
 def _readable(mask: object) -> bool:
@@ -369,28 +392,23 @@ def watch(model: nn.Module, layers: Iterable[str], tracker: MaskTracker) -> list
     Returns:
         Handles of the hooks.
     """
-    names, encoders = {""}, set()
+    models, inner = {"": _kind(model)}, {}
     for layer in layers:
-        parts = layer.split(".")
-        outside = True
+        parts, kind, outside = layer.split("."), models[""], True
         for name in (".".join(parts[:i]) for i in range(1, len(parts))):
             module = model.get_submodule(name)
             if _has_mask(module):
-                names.add(name)
+                kind = models[name] = _kind(module)
                 outside = True
-            elif outside and _takes_mask(module):
-                encoders.add(name)
+            elif outside and _takes_mask(module, MASKS if kind is DenoiserHooks else MASKS[:1]):
+                inner[name] = kind if kind is DenoiserHooks else EncoderHooks
                 outside = False
     handles: list[Any] = []
-    for name in sorted(encoders):
+    for name, hooks in sorted(inner.items()) + sorted(models.items()):
         module = model.get_submodule(name)
-        inside = EncoderHooks(tracker, module)
-        handles.append(module.register_forward_pre_hook(inside.enter, with_kwargs=True))
-        handles.append(module.register_forward_hook(inside.leave, always_call=True))
-    for name in sorted(names):
-        module = model.get_submodule(name)
-        hooks = ModelHooks(tracker, module)
-        handles.append(module.register_forward_pre_hook(hooks.enter, with_kwargs=True))
-        handles.append(module.register_forward_hook(hooks.leave, always_call=True))
-        handles.append(_ClassChange(module, hooks))
+        made = hooks(tracker, module)
+        handles.append(module.register_forward_pre_hook(made.enter, with_kwargs=True))
+        handles.append(module.register_forward_hook(made.leave, always_call=True))
+        if name in models:
+            handles.append(_ClassChange(module, made))
     return handles
