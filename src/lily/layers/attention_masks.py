@@ -21,7 +21,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -47,6 +47,8 @@ from lily.plan.tokens_first import TORCH_LAYERS
 
 Address = tuple[int, torch.Size]
 PADDING = ("src_key_padding_mask", "tgt_key_padding_mask")  # arguments of torch's encoder and decoder layers
+# (batch, tokens) of a model's input: of SigLIP 2's patches, and of timm's NaFlexViT's
+OWN_MASKS = ("attention_mask", "pixel_attention_mask", "patch_valid")
 UNCHANGED = (torch.jit.ScriptModule, torch.fx.GraphModule, FSDPModule)
 
 
@@ -214,13 +216,15 @@ class ModelHooks:
         self.names = list(inspect.signature(module.forward).parameters)
 
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        return {**dict(zip(self.names, args, strict=False)), **kwargs}
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        inputs = given.get(self.names[0]) if self.names else None
+        return {**inputs, **given} if isinstance(inputs, Mapping) else given
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Open a scope. If the mask has an unsupported form, the outer one stays in force."""
         arguments = self._named(args, kwargs)
         scopes = self.tracker.scopes
-        own = arguments.get("attention_mask")
+        own = next((mask for name in OWN_MASKS if (mask := arguments.get(name)) is not None), None)
         if own is None and isinstance(module, TORCH_LAYERS):
             padding = [arguments[name] for name in PADDING if _readable(arguments.get(name))]
             if not (padding and _is_batch_first(module)):  # that of the model stays
@@ -253,7 +257,8 @@ class EncoderHooks(ModelHooks):
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Open the model's scope again, with what the mask says of a sequence of another length."""
-        mask = self._named(args, kwargs).get("attention_mask")
+        arguments = self._named(args, kwargs)
+        mask = arguments.get("attention_mask", arguments.get("attn_mask") if _is_timms(module) else None)
         tracker = self.tracker
         scopes = tracker.scopes
         # A checkpointed module runs again when no scope is open.
@@ -335,8 +340,14 @@ def _kind(model: nn.Module) -> type[ModelHooks]:
     return DenoiserHooks if is_denoiser(model) else ModelHooks
 
 
-def _takes_mask(module: nn.Module, names: Iterable[str]) -> bool:
-    """Whether a module that is no adapted layer is called with an attention mask of whatever form."""
+def _is_timms(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("timm.")
+
+
+def _takes_mask(module: nn.Module, model: type[ModelHooks]) -> bool:
+    """Whether a module inside a model is no adapted layer and is called with an attention mask of whatever form."""
+    # an `attn_mask` of torch's own modules says which tokens do not count
+    names = MASKS if model is DenoiserHooks else MASKS[:2] if _is_timms(module) else MASKS[:1]
     taken = inspect.signature(module.forward).parameters
     return not isinstance(module, BaseTunerLayer) and any(name in taken for name in names)
 
@@ -400,7 +411,7 @@ def watch(model: nn.Module, layers: Iterable[str], tracker: MaskTracker) -> list
             if _has_mask(module):
                 kind = models[name] = _kind(module)
                 outside = True
-            elif outside and _takes_mask(module, MASKS if kind is DenoiserHooks else MASKS[:1]):
+            elif outside and _takes_mask(module, kind):
                 inner[name] = kind if kind is DenoiserHooks else EncoderHooks
                 outside = False
     handles: list[Any] = []
