@@ -104,7 +104,7 @@ def _shortened(mask: Tensor, x: Tensor, model: nn.Module | None) -> Tensor | Non
     The comparison is a tensor, so that nothing waits for it and programs with dynamic shapes have it too.
     """
     formulas = _formulas(model)
-    if not formulas or x.ndim < 3 or len(x) != len(mask) or x.shape[1] >= mask.shape[1]:
+    if not formulas or x.ndim < 3 or x.shape[0] != mask.shape[0] or x.shape[1] >= mask.shape[1]:
         return None
     tokens, lengths = x.shape[1], torch.full_like(mask[:, 0], x.shape[1], dtype=torch.long)
     of_all = torch.full_like(mask[:1, 0], mask.shape[1], dtype=torch.long)

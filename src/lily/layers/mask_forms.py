@@ -33,8 +33,13 @@ def attended(mask: Tensor) -> Tensor:
     kept = mask
     if mask.dtype != torch.bool:
         added = ((mask != 0) & (mask != 1)).any() | (mask == 0).all()
-        kept = torch.where(added, mask > -1e3, mask != 0)
+        kept = either(added, mask > -1e3, mask != 0)
     return kept.flatten(1, -2).any(1) if mask.ndim > 2 else kept
+
+
+def either(condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:
+    """`torch.where` of truth values, for which ONNX Runtime has none."""
+    return (condition & yes) | (~condition & no)
 
 
 def kept_tokens(padding: Tensor) -> Tensor:
@@ -65,7 +70,7 @@ def masks_of_call(arguments: Mapping[str, Any]) -> Iterator[Tensor]:
         elif kept.shape[1] == own + text:
             yield kept
             if own != text:  # the image has no padding
-                yield torch.where(kept[:, text:].all(), kept[:, :text], kept[:, own:])
+                yield either(kept[:, text:].all(), kept[:, :text], kept[:, own:])
         elif own != text:
             yield kept
 
