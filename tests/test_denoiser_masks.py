@@ -149,3 +149,11 @@ def test_a_mask_that_is_as_long_as_image_and_text_is_for_the_text_that_is_attend
     DenoiserHooks(tracker, block).enter(block, (), same)
     assert torch.equal(tracker.mask_for(same["encoder_hidden_states"]), mask)
     assert tracker.mask_for(same["hidden_states"]) is None
+
+
+def test_layers_are_stored_in_less_precision_than_they_compute_in():
+    model, given, name = adapted(qwen_image)
+    expected = sample(model, inputs(given, name))
+    model.base_model.model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    found = sample(model, inputs(given, name))
+    assert (found - expected).abs().max() <= 0.1 * expected.abs().max()  # the weights are rounded to 8 bits
