@@ -330,6 +330,17 @@ def test_a_dynamic_adapter_is_refused_with_what_to_do_and_warned_of_before_train
     assert not list(tmp_path.glob("new/*"))
 
 
+def test_a_pipeline_moves_the_tensors_of_one_adapter():
+    from peft import LoraConfig
+
+    model, made = lily("unet"), LilyConfig(r=4, num_B=2, target_modules=["to_q"], routing="static")
+    model.add_adapter(made, adapter_name="other")
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), adapter_name="lora")
+    pipeline("unet", model).set_lora_device(["other", "lora"], "meta")
+    moved = {name for name, p in model.named_parameters() if p.is_meta}
+    assert moved == {name for name, _ in model.named_parameters() if ".other." in name or ".lora." in name}
+
+
 def test_saving_a_pickle_is_refused(tmp_path):
     with pytest.raises(LilyError, match="safe_serialization=False writes a pickle"):
         lily("unet").save_lora_adapter(tmp_path, safe_serialization=False)

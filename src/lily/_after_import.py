@@ -24,17 +24,20 @@ SYNCING = ("async_grpo.async_grpo_trainer", "async_distillation.async_distillati
 WATCHED = ("diffusers", "trl")
 AUTO = "transformers.models.auto.auto_factory"
 PART = "lily_"  # in the name of every tensor of a Lily adapter
+BANK = "lily_bank"  # as in `lily.layers.bank`
 # What is replaced in transformers, diffusers and TRL, and why. Without Lily each calls the original.
 REPLACED = {
     f"{AUTO}._BaseAutoModelClass.from_pretrained": "an adapter's base model has a name that is no folder or hub id; "
     "the Auto classes have copies, which are replaced too",
     "diffusers.utils.peft_utils.recurse_remove_peft_layers": "takes the layers out and does not know the bank",
     "diffusers.utils.peft_utils.delete_adapter_layers": "deletes an adapter in each layer and does not know the bank",
+    "diffusers.utils.peft_utils.set_weights_and_activate_adapters": "splits layers' names, and the bank's has one part",
     "diffusers.utils.state_dict_utils.convert_state_dict_to_diffusers": "knows LoRA's names: gets the LoRA",
     "diffusers.loaders.peft.PeftAdapterMixin.save_lora_adapter": "writes the file of a LoRA: writes the LoRA",
     "diffusers.loaders.peft.PeftAdapterMixin.load_lora_adapter": "`hotswap=True` would delete a Lily adapter: refused",
     "diffusers.loaders.lora_base.LoraBaseMixin.pack_weights": "writes the file of a LoRA: gets the LoRA",
     "diffusers.loaders.lora_base.LoraBaseMixin._save_lora_weights": "would read a `LilyConfig` as LoRA's",
+    "diffusers.loaders.lora_base.LoraBaseMixin.set_lora_device": "moves LoRA's tensors by their names",
     **{f"trl.experimental.{trainer}.{name}": "sends LoRA's tensors to vLLM: sends the LoRA"
        for trainer in SYNCING for name in ("validate_lora_for_vllm_sync", "save_lora_adapter")},
 }  # fmt: skip
@@ -186,8 +189,14 @@ def _in_peft_utils(handlers: Handlers) -> None:
         handlers.removed(model)
         return result
 
+    def weighting(stock: Callable[..., Any], model: Any, adapter_names: Any, weights: Any) -> Any:
+        # diffusers takes the first key that is in a layer's name
+        weights = [{**weight, BANK: 1.0} if isinstance(weight, dict) else weight for weight in weights]
+        return stock(model, adapter_names, weights)
+
     for name in REMOVING:
         _replace_everywhere("diffusers.utils.peft_utils", name, removing)
+    _replace_everywhere("diffusers.utils.peft_utils", "set_weights_and_activate_adapters", weighting)
 
 
 def _in_state_dict_utils(handlers: Handlers) -> None:
@@ -238,6 +247,20 @@ def _in_pipelines(handlers: Handlers) -> None:
         }
         stock_save(cls, save_directory, lora_layers, plain, *args, **kwargs)
 
+    stock_device = mixin.set_lora_device
+
+    @functools.wraps(stock_device)
+    def set_lora_device(self: Any, adapter_names: Any, device: Any) -> None:
+        parts = [part for name in self._lora_loadable_modules if (part := getattr(self, name, None)) is not None]
+        layers = [layer for part in parts for layer in part.modules() if hasattr(layer, "adapter_layer_names")]
+        if not any(PART + "A" in layer.adapter_layer_names for layer in layers):
+            stock_device(self, adapter_names, device)
+            return
+        for holder in [getattr(layer, name) for layer in layers for name in layer.adapter_layer_names]:
+            for adapter in [adapter for adapter in adapter_names if adapter in holder]:
+                holder[adapter].to(device)
+
+    _put(mixin, "set_lora_device", set_lora_device)
     _put(mixin, "pack_weights", staticmethod(pack_weights))
     _put(mixin, "_save_lora_weights", classmethod(save))
 

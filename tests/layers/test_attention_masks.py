@@ -16,8 +16,9 @@ from peft import get_peft_model
 from torch import nn
 
 from lily import LilyConfig
-from lily.layers.attention_masks import Scope, attended, fits
+from lily.layers.attention_masks import Scope, fits
 from lily.layers.bank import bank_of
+from lily.layers.mask_forms import attended
 
 
 def encoder():
@@ -274,3 +275,55 @@ def test_masks_of_every_form_are_read():
         assert torch.equal(attended(mask[:, None, None].expand(2, 3, 4, 4)), kept)
     assert attended(torch.zeros(2, 4)).all()  # nothing is added: there is no padding
     assert torch.equal(attended(torch.tensor([[0.0, 3e38, -3e38]])), torch.tensor([[True, True, False]]))  # Longformer
+
+
+def test_patches_that_pad_an_image_do_not_count():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.Siglip2VisionConfig(**sizes, num_patches=16, patch_size=4)
+    torch.manual_seed(0)
+    model = get_peft_model(transformers.Siglip2VisionModel(config), LilyConfig(r=4, target_modules="all-linear"))
+    randomise(model).eval()
+    patches = {"pixel_values": torch.randn(2, 9, 48), "spatial_shapes": torch.tensor([[2, 3], [3, 3]])}
+    mask = (torch.arange(9) < torch.tensor([[6], [9]])).long()
+    padded = {**patches, "pixel_values": torch.cat((patches["pixel_values"], torch.randn(2, 4, 48)), 1)}
+    with torch.no_grad():
+        expected = model(**patches, pixel_attention_mask=mask).pooler_output
+        found = model(**padded, pixel_attention_mask=F.pad(mask, (0, 4))).pooler_output
+    assert torch.allclose(found, expected, atol=1e-5 * float(expected.abs().max()))
+
+
+class Timms(nn.Module):
+    """A transformer as timm's NaFlexViT: inputs in a dictionary, a class token, and a mask made for its blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(6, 8)
+        self.block = Timms.Block()
+
+    def forward(self, x, patch_valid=None):
+        h, valid = self.embed(x["patches"]), x["patch_valid"]
+        h = F.pad(h, (0, 0, 1, 0), value=1.0)
+        valid = F.pad(valid, (1, 0), value=True)
+        h = self.block(h, attn_mask=(valid.unsqueeze(1) & valid.unsqueeze(2)).unsqueeze(1))
+        return h[:, 0]
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv = nn.Linear(8, 24)
+
+        def forward(self, x, attn_mask=None):
+            q, k, v = self.qkv(x).unsqueeze(1).chunk(3, -1)
+            return x + F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask).squeeze(1)
+
+
+def test_patches_that_pad_an_image_do_not_count_in_timms_models(monkeypatch):
+    monkeypatch.setattr(Timms.Block, "__module__", "timm.models.naflexvit")
+    torch.manual_seed(0)
+    model = randomise(get_peft_model(Timms(), LilyConfig(r=4, num_B=2, target_modules=["embed", "qkv"]))).eval()
+    patches, valid = torch.randn(2, 5, 6), torch.arange(5) < torch.tensor([[3], [5]])
+    padded = {"patches": torch.cat((patches, torch.randn(2, 4, 6)), 1), "patch_valid": F.pad(valid, (0, 4))}
+    with torch.no_grad():
+        expected = model({"patches": patches, "patch_valid": valid})
+        assert torch.allclose(model(padded), expected, atol=1e-5)
+        assert not torch.allclose(model({"patches": patches, "patch_valid": valid | True}), expected, atol=1e-3)

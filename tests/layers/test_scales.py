@@ -146,6 +146,9 @@ def test_diffusers_scales_by_its_own_arguments():
     assert torch.allclose(painted(model), doubled, atol=1e-5)
     model.set_adapters("a", 1.0)
     assert torch.equal(painted(model), before)
+    model.set_adapters("a", {"down": 0.0, "mid": 0.0, "up": 0.0})  # weights by block
+    assert torch.equal(painted(model), painted(unet().eval().requires_grad_(False)))
+    model.set_adapters("a", 1.0)
     model.fuse_lora(lora_scale=2.0)
     assert torch.allclose(painted(model), doubled, atol=1e-4)
     model.unfuse_lora()

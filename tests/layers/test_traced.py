@@ -18,6 +18,7 @@ from without_lily import Runner
 
 import lily
 from lily.kernels import matmul
+from lily.layers.mask_forms import attended
 from lily.layers.traced import exporting
 
 ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
@@ -203,6 +204,22 @@ def test_models_of_transformers_are_exported_as_with_lora(base, method, kind, tm
     compare(Program(tiny(base, OF[method](TARGETS[base]))), kind, tmp_path, elsewhere)
 
 
+class Attended(nn.Module):
+    def forward(self, mask: Tensor) -> Tensor:
+        return attended(mask)
+
+
+@needs_onnx
+def test_onnx_runtime_reads_masks_that_are_added_to_the_scores(tmp_path):
+    import onnxruntime
+
+    mask = torch.zeros(2, 1, 3, 3).masked_fill(torch.tensor([False, False, True]), torch.finfo(torch.float32).min)
+    torch.onnx.export(Attended(), (mask,), tmp_path / "program.onnx", dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "program.onnx")
+    (found,) = session.run(None, {session.get_inputs()[0].name: mask.numpy()})
+    assert found.tolist() == [[True, True, False]] * 2
+
+
 @slow
 def test_a_strict_export_is_the_same(tmp_path, elsewhere):
     compare(Program(every_kind(of_a_sequence("linear", "embed"))), "pt2", tmp_path, elsewhere, strict=True)
@@ -292,3 +309,29 @@ def test_an_export_leaves_nothing_behind():
 def test_compiling_is_no_export():
     compiled = torch.compile(lambda x: x + exporting(), backend="eager", fullgraph=True)
     assert compiled(torch.zeros(())) == 0
+
+
+class Speech(nn.Module):
+    """Reads tenfold fewer tokens than its mask has, as speech models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(10, 8)
+
+    def _get_feat_extract_output_lengths(self, lengths: Tensor) -> Tensor:
+        return lengths // 10
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        found: Tensor = self.linear(input_ids.unfold(1, 10, 10))
+        return found
+
+
+def test_a_program_of_a_shortened_sequence_takes_any_number_of_samples():
+    torch.manual_seed(0)
+    model = Program(randomise(get_peft_model(Speech(), of_a_sequence("linear"))).eval())
+    masks = [(torch.arange(40) < torch.tensor([[40], [20], [30]])).long(), torch.ones(2, 60, dtype=torch.long)]
+    inputs = [(torch.randn(mask.shape), mask) for mask in masks]
+    sizes = {0: Dim("samples"), 1: 10 * Dim("tokens", min=2)}
+    program = torch.export.export(model, inputs[0], dynamic_shapes=(sizes, sizes)).module()
+    for given in inputs:
+        assert torch.allclose(program(*given), model(*given), atol=1e-5)

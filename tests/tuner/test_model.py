@@ -150,6 +150,31 @@ def test_adapters_can_be_added_switched_combined_and_deleted():
     assert not any("lily_" in name for name, _ in model.named_parameters())
 
 
+class Nested(nn.Module):
+    """Twenty layers, of which one has as its full name the last name of others."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Linear(4, 4)
+        self.blocks = nn.ModuleList(nn.ModuleDict({"conv1": nn.Linear(4, 4)}) for _ in range(19))
+
+    def forward(self, x):
+        x = self.conv1(x)
+        for block in self.blocks:
+            x = x + block["conv1"](x)
+        return x
+
+
+def test_layers_that_are_listed_by_their_full_names_are_saved_and_loaded(tmp_path):
+    torch.manual_seed(0)
+    base, x = Nested(), torch.randn(2, 3, 4)
+    names = [name for name, module in base.named_modules() if isinstance(module, nn.Linear)]
+    model = randomise(get_peft_model(copy.deepcopy(base), LilyConfig(r=2, num_B=2, target_modules=names))).eval()
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(PeftModel.from_pretrained(base, tmp_path).eval()(x), model(x))
+
+
 def test_one_adapter_is_saved_without_the_other(tmp_path):
     model = adapted("llama")
     model.add_adapter("other", config_for("llama", r=2, routing="static"))

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lily.layers.attention_masks import kept_tokens
 from lily.layers.layer import LilyLayer
+from lily.layers.mask_forms import kept_tokens
 from lily.plan.attention import IN, OUT, has_in_projection
 
 

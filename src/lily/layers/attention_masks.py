@@ -21,7 +21,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -32,11 +32,23 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
+from lily.layers.mask_forms import (
+    MASKS,
+    attended,
+    is_denoiser,
+    kept_tokens,
+    length,
+    masks_of_call,
+    text_mask,
+    with_other_lengths,
+)
 from lily.layers.traced import exporting
 from lily.plan.tokens_first import TORCH_LAYERS
 
 Address = tuple[int, torch.Size]
 PADDING = ("src_key_padding_mask", "tgt_key_padding_mask")  # arguments of torch's encoder and decoder layers
+# (batch, tokens) of a model's input: of SigLIP 2's patches, and of timm's NaFlexViT's
+OWN_MASKS = ("attention_mask", "pixel_attention_mask", "patch_valid")
 UNCHANGED = (torch.jit.ScriptModule, torch.fx.GraphModule, FSDPModule)
 
 
@@ -51,6 +63,7 @@ class Scope:
         other_states: these hidden states where they have no address because the model is being exported.
         model: the model.
         inner: (batch, tokens) of the sequence that the encoder inside the model has, where that is another one.
+        more: of each sequence in a denoiser.
     """
 
     own: Tensor | None
@@ -59,6 +72,7 @@ class Scope:
     other_states: Tensor | None = None
     model: nn.Module | None = None
     inner: Tensor | None = None
+    more: tuple[Tensor, ...] = ()
 
     def fit(self, x: Tensor) -> Tensor | None:
         """The mask for a layer's input `x`, or None where all tokens count."""
@@ -66,7 +80,7 @@ class Scope:
             return self.other
         if self.other_states is not None and x is self.other_states:
             return self.other
-        for mask in (self.own, self.inner):
+        for mask in (self.own, self.inner, *self.more):
             if mask is not None and fits(mask, x):
                 return mask
             if mask is not None and x.ndim == 4 and (x.shape[0], x.shape[2]) == mask.shape:
@@ -90,7 +104,7 @@ def _shortened(mask: Tensor, x: Tensor, model: nn.Module | None) -> Tensor | Non
     The comparison is a tensor, so that nothing waits for it and programs with dynamic shapes have it too.
     """
     formulas = _formulas(model)
-    if not formulas or x.ndim < 3 or len(x) != len(mask) or x.shape[1] >= mask.shape[1]:
+    if not formulas or x.ndim < 3 or x.shape[0] != mask.shape[0] or x.shape[1] >= mask.shape[1]:
         return None
     tokens, lengths = x.shape[1], torch.full_like(mask[:, 0], x.shape[1], dtype=torch.long)
     of_all = torch.full_like(mask[:1, 0], mask.shape[1], dtype=torch.long)
@@ -106,20 +120,6 @@ def _formulas(model: nn.Module | None) -> list[Any]:
     if formula is None or "add_adapter" not in inspect.signature(formula).parameters:
         return [] if formula is None else [formula]
     return [functools.partial(formula, add_adapter=behind) for behind in (True, False)]
-
-
-def attended(mask: Tensor) -> Tensor:
-    """Which tokens (batch, tokens) a mask of any form lets somebody attend to.
-
-    Args:
-        mask: (batch, tokens) or (batch, ..., queries, tokens); True or 1 where a token counts, or what is added to the
-            scores, which is very negative where one does not.
-    """
-    kept = mask
-    if mask.dtype != torch.bool:
-        added = ((mask != 0) & (mask != 1)).any() | (mask == 0).all()
-        kept = torch.where(added, mask > -1e3, mask != 0)
-    return kept.flatten(1, -2).any(1) if mask.ndim > 2 else kept
 
 
 def _address(x: Tensor) -> Address | None:
@@ -195,7 +195,8 @@ class MaskTracker:
 
         crossed = scope.other_address is not None and _address(x) == scope.other_address
         address = _address(own) if crossed else None
-        self.scopes.append(Scope(part(scope.own), part(scope.other), address, None, scope.model, part(scope.inner)))
+        masks = (part(scope.own), part(scope.other), address, None, scope.model, part(scope.inner))
+        self.scopes.append(Scope(*masks, tuple(mask for mask in map(part, scope.more) if mask is not None)))
         try:
             yield own
         finally:
@@ -215,13 +216,15 @@ class ModelHooks:
         self.names = list(inspect.signature(module.forward).parameters)
 
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        return {**dict(zip(self.names, args, strict=False)), **kwargs}
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        inputs = given.get(self.names[0]) if self.names else None
+        return {**inputs, **given} if isinstance(inputs, Mapping) else given
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Open a scope. If the mask has an unsupported form, the outer one stays in force."""
         arguments = self._named(args, kwargs)
         scopes = self.tracker.scopes
-        own = arguments.get("attention_mask")
+        own = next((mask for name in OWN_MASKS if (mask := arguments.get(name)) is not None), None)
         if own is None and isinstance(module, TORCH_LAYERS):
             padding = [arguments[name] for name in PADDING if _readable(arguments.get(name))]
             if not (padding and _is_batch_first(module)):  # that of the model stays
@@ -254,7 +257,8 @@ class EncoderHooks(ModelHooks):
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Open the model's scope again, with what the mask says of a sequence of another length."""
-        mask = self._named(args, kwargs).get("attention_mask")
+        arguments = self._named(args, kwargs)
+        mask = arguments.get("attention_mask", arguments.get("attn_mask") if _is_timms(module) else None)
         tracker = self.tracker
         scopes = tracker.scopes
         # A checkpointed module runs again when no scope is open.
@@ -264,6 +268,28 @@ class EncoderHooks(ModelHooks):
             # The models around it may return what it returns, so that backward comes to their scopes last.
             scopes[:] = [outer if outer.inner is not None else replace(outer, inner=scope.inner) for outer in scopes]
         scopes.append(scope)
+
+
+class DenoiserHooks(ModelHooks):
+    """Forward hooks of a denoiser of diffusers and of the modules inside it that are called with masks."""
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Open a scope; of the masks around a module, one as long as its own sequence may be for the other one."""
+        arguments = self._named(args, kwargs)
+        tracker = self.tracker
+        outer = Scope(None)
+        if not is_denoiser(module):  # a checkpointed module runs again when no scope is open
+            outer = tracker.scopes[-1] if tracker.scopes else tracker.backward or outer
+        own, text, states = length(arguments, "hidden_states", "x"), text_mask(arguments), None
+        if text is not None:
+            states = arguments["encoder_hidden_states"]
+        address = None if states is None else _address(states)
+        held = states if states is not None and address is None and exporting() else None
+        masks = tuple(masks_of_call(arguments))
+        if not is_denoiser(module):  # what the denoiser makes of a sequence that it pads is read by layers behind too
+            tracker.scopes[:] = [replace(scope, more=with_other_lengths(scope.more, masks)) for scope in tracker.scopes]
+        kept = (mask for mask in outer.more if mask.shape[1] != own)
+        tracker.scopes.append(Scope(None, text, address, held, module, None, (*masks, *kept)))
 
 
 class Watched(nn.Module):
@@ -305,12 +331,25 @@ def _restored(cls: type[nn.Module]) -> nn.Module:
 
 def _has_mask(module: nn.Module) -> bool:
     """Whether a module is called with the mask of its input, which is (batch, tokens, ...)."""
-    return isinstance(module, PreTrainedModel) or (isinstance(module, TORCH_LAYERS) and _is_batch_first(module))
+    if isinstance(module, PreTrainedModel) or is_denoiser(module):
+        return True
+    return isinstance(module, TORCH_LAYERS) and _is_batch_first(module)
 
 
-def _takes_mask(module: nn.Module) -> bool:
-    """Whether a module that is no adapted layer is called with an attention mask of whatever form."""
-    return not isinstance(module, BaseTunerLayer) and "attention_mask" in inspect.signature(module.forward).parameters
+def _kind(model: nn.Module) -> type[ModelHooks]:
+    return DenoiserHooks if is_denoiser(model) else ModelHooks
+
+
+def _is_timms(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("timm.")
+
+
+def _takes_mask(module: nn.Module, model: type[ModelHooks]) -> bool:
+    """Whether a module inside a model is no adapted layer and is called with an attention mask of whatever form."""
+    # an `attn_mask` of torch's own modules says which tokens do not count
+    names = MASKS if model is DenoiserHooks else MASKS[:2] if _is_timms(module) else MASKS[:1]
+    taken = inspect.signature(module.forward).parameters
+    return not isinstance(module, BaseTunerLayer) and any(name in taken for name in names)
 
 
 def _is_batch_first(layer: nn.Module) -> bool:
@@ -336,11 +375,6 @@ class _ClassChange:
         if Watched in made.__bases__:
             self.module.__class__ = made.__mro__[2]
             del vars(self.module)["lily_hooks"]
-
-
-def kept_tokens(padding: Tensor) -> Tensor:
-    """The mask that belongs to torch's padding mask, which is True, or -inf, where a token does not count."""
-    return ~(padding if padding.dtype == torch.bool else padding.isneginf())
 
 
 def _readable(mask: object) -> bool:
@@ -369,28 +403,23 @@ def watch(model: nn.Module, layers: Iterable[str], tracker: MaskTracker) -> list
     Returns:
         Handles of the hooks.
     """
-    names, encoders = {""}, set()
+    models, inner = {"": _kind(model)}, {}
     for layer in layers:
-        parts = layer.split(".")
-        outside = True
+        parts, kind, outside = layer.split("."), models[""], True
         for name in (".".join(parts[:i]) for i in range(1, len(parts))):
             module = model.get_submodule(name)
             if _has_mask(module):
-                names.add(name)
+                kind = models[name] = _kind(module)
                 outside = True
-            elif outside and _takes_mask(module):
-                encoders.add(name)
+            elif outside and _takes_mask(module, kind):
+                inner[name] = kind if kind is DenoiserHooks else EncoderHooks
                 outside = False
     handles: list[Any] = []
-    for name in sorted(encoders):
+    for name, hooks in sorted(inner.items()) + sorted(models.items()):
         module = model.get_submodule(name)
-        inside = EncoderHooks(tracker, module)
-        handles.append(module.register_forward_pre_hook(inside.enter, with_kwargs=True))
-        handles.append(module.register_forward_hook(inside.leave, always_call=True))
-    for name in sorted(names):
-        module = model.get_submodule(name)
-        hooks = ModelHooks(tracker, module)
-        handles.append(module.register_forward_pre_hook(hooks.enter, with_kwargs=True))
-        handles.append(module.register_forward_hook(hooks.leave, always_call=True))
-        handles.append(_ClassChange(module, hooks))
+        made = hooks(tracker, module)
+        handles.append(module.register_forward_pre_hook(made.enter, with_kwargs=True))
+        handles.append(module.register_forward_hook(made.leave, always_call=True))
+        if name in models:
+            handles.append(_ClassChange(module, made))
     return handles

@@ -71,6 +71,7 @@ class LilyBank(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     weight = None
     bias = None
 
+    cast_input_dtype_enabled = True  # as the layers have it
     adapter_layer_names: tuple[str, ...] = ("lily_A", "lily_B", "lily_R")
     other_param_names: tuple[str, ...] = ("plans", "placements", "settled", "awaiting")
 

@@ -87,6 +87,7 @@ class LilyLayer(MixingMixin, OwnMixin, FixedShapeMixin, ScaleMixin, MergingMixin
             it has `token` routing then.
     """
 
+    cast_input_dtype_enabled = True  # PEFT's `disable_input_dtype_casting` changes it
     adapter_layer_names: tuple[str, ...] = ("lily_router", "lily_logits", "lily_gain", "lily_own_A", "lily_own_B")
     other_param_names: tuple[str, ...] = ("settings", "statistics", "rounding", "fixed_shapes")
 

@@ -40,7 +40,7 @@ from lily.layers.trained_rows import name_rows
 from lily.plan.attention import InProjection
 from lily.plan.config import LilyConfig
 from lily.plan.select import select_targets
-from lily.plan.sharing_plan import SharingPlan, build_plan
+from lily.plan.sharing_plan import SharingPlan, build_plan, target_name
 from lily.plan.specs import CONVOLUTIONS, EMBEDDING, LINEAR, PARALLEL_MODULE, PARAMETERS, ModuleSpec
 from lily.plan.tokens_first import is_tokens_first
 from lily.plan.wrappers import innermost, plain_names
@@ -129,6 +129,8 @@ class LilyModel(WeightedMixin, FilesMixin, ModelMergingMixin):
         with plain_names(self):
             model = innermost(model)
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+            if any(target_name(n, self._targets) != target_name(n, config.target_modules) for n in self._plan.slots):
+                config.target_modules = self._targets  # PEFT shortens a long list to names that group otherwise
             name_rows(model)
         if not config.inference_mode:
             keep_differentiable(model)
@@ -162,6 +164,7 @@ class LilyModel(WeightedMixin, FilesMixin, ModelMergingMixin):
         check_beside(model, peft_config, specs)
         decide_routing(peft_config, model)
         self._plan = self._plan_of_copied(specs) or build_plan(specs, peft_config)
+        self._targets = peft_config.target_modules
         peft_config.resolve_scaling(self._plan.ranks)
         self._placements = {spec.name: placement_of(model, spec) for spec in specs}
         self._parts: dict[str, list[str]] = {}

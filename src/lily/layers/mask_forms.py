@@ -1,0 +1,94 @@
+"""What masks of other forms than (batch, tokens) say, and those that the denoisers of diffusers are called with.
+
+A denoiser has two sequences, of an image (a video, a sound) and of text, and usually a mask of the text alone. Its
+layers read one of them, or both in one sequence, for which the denoiser makes a mask that it calls its blocks with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+TEXT_MASKS = (
+    "encoder_attention_mask",
+    "encoder_attention_mask_2",
+    "encoder_hidden_states_mask",
+    "encoder_mask",
+    "text_embedding_mask",
+    "text_embedding_mask_t5",
+)
+MASKS = ("attention_mask", "attn_mask", *TEXT_MASKS)
+
+
+def attended(mask: Tensor) -> Tensor:
+    """Which tokens (batch, tokens) a mask of any form lets somebody attend to.
+
+    Args:
+        mask: (batch, tokens) or (batch, ..., queries, tokens); True or 1 where a token counts, or what is added to the
+            scores, which is very negative where one does not.
+    """
+    kept = mask
+    if mask.dtype != torch.bool:
+        added = ((mask != 0) & (mask != 1)).any() | (mask == 0).all()
+        kept = either(added, mask > -1e3, mask != 0)
+    return kept.flatten(1, -2).any(1) if mask.ndim > 2 else kept
+
+
+def either(condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:
+    """`torch.where` of truth values, for which ONNX Runtime has none."""
+    return (condition & yes) | (~condition & no)
+
+
+def kept_tokens(padding: Tensor) -> Tensor:
+    """The mask that belongs to torch's padding mask, which is True, or -inf, where a token does not count."""
+    return ~(padding if padding.dtype == torch.bool else padding.isneginf())
+
+
+def is_denoiser(module: nn.Module) -> bool:
+    """Whether a module is a model of diffusers; asked without importing it."""
+    names = ((cls.__module__, cls.__name__) for cls in type(module).__mro__)
+    return ("diffusers.models.modeling_utils", "ModelMixin") in names
+
+
+def masks_of_call(arguments: Mapping[str, Any]) -> Iterator[Tensor]:
+    """The masks (batch, tokens) that a denoiser, or a module inside it, is called with, for what it and its text read.
+
+    A mask of both sequences also gives that of the text. One that is as long as either sequence gives none, because
+    its length does not say which of them it is for.
+    """
+    own, text = length(arguments, "hidden_states", "x"), length(arguments, "encoder_hidden_states")
+    for name in MASKS:
+        mask = arguments.get(name)
+        if not isinstance(mask, Tensor) or mask.ndim < 2:
+            continue
+        kept = attended(mask)
+        if own is None or text is None:
+            yield kept
+        elif kept.shape[1] == own + text:
+            yield kept
+            if own != text:  # the image has no padding
+                yield either(kept[:, text:].all(), kept[:, :text], kept[:, own:])
+        elif own != text:
+            yield kept
+
+
+def length(arguments: Mapping[str, Any], *names: str) -> int | None:
+    """The number of tokens of the sequence (batch, tokens, in) that an argument is; None: there is no such argument."""
+    found = (arguments.get(name) for name in names)
+    return next((x.shape[1] for x in found if isinstance(x, Tensor) and x.ndim == 3), None)
+
+
+def text_mask(arguments: Mapping[str, Any]) -> Tensor | None:
+    """The mask of the text `encoder_hidden_states`, if a denoiser or a module inside it is called with one."""
+    masks = (arguments.get(name) for name in TEXT_MASKS)
+    kept = (attended(mask) for mask in masks if isinstance(mask, Tensor) and mask.ndim >= 2)
+    return next((mask for mask in kept if mask.shape[1] == length(arguments, "encoder_hidden_states")), None)
+
+
+def with_other_lengths(masks: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """`masks` and those of `new` that have another number of tokens."""
+    lengths = {mask.shape[1] for mask in masks}
+    return (*masks, *(mask for mask in new if mask.shape[1] not in lengths))
