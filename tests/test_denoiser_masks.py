@@ -157,3 +157,6 @@ def test_layers_are_stored_in_less_precision_than_they_compute_in():
     model.base_model.model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
     found = sample(model, inputs(given, name))
     assert (found - expected).abs().max() <= 0.1 * expected.abs().max()  # the weights are rounded to 8 bits
+    stored = {parameter.dtype for name, parameter in model.named_parameters() if "lily_" in name}
+    assert stored == {torch.float32}  # as LoRA's, routers too
+    assert "_skip_layerwise_casting_patterns" not in vars(model.base_model.model)

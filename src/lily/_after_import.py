@@ -24,6 +24,7 @@ SYNCING = ("async_grpo.async_grpo_trainer", "async_distillation.async_distillati
 WATCHED = ("diffusers", "trl")
 AUTO = "transformers.models.auto.auto_factory"
 PART = "lily_"  # in the name of every tensor of a Lily adapter
+SKIPPED = "_skip_layerwise_casting_patterns"
 BANK = "lily_bank"  # as in `lily.layers.bank`
 # What is replaced in transformers, diffusers and TRL, and why. Without Lily each calls the original.
 REPLACED = {
@@ -35,6 +36,8 @@ REPLACED = {
     "diffusers.utils.state_dict_utils.convert_state_dict_to_diffusers": "knows LoRA's names: gets the LoRA",
     "diffusers.loaders.peft.PeftAdapterMixin.save_lora_adapter": "writes the file of a LoRA: writes the LoRA",
     "diffusers.loaders.peft.PeftAdapterMixin.load_lora_adapter": "`hotswap=True` would delete a Lily adapter: refused",
+    "diffusers.models.modeling_utils.ModelMixin.enable_layerwise_casting": "would store routers in few bits: it leaves "
+    "LoRA's tensors out by their names",
     "diffusers.loaders.lora_base.LoraBaseMixin.pack_weights": "writes the file of a LoRA: gets the LoRA",
     "diffusers.loaders.lora_base.LoraBaseMixin._save_lora_weights": "would read a `LilyConfig` as LoRA's",
     "diffusers.loaders.lora_base.LoraBaseMixin.set_lora_device": "moves LoRA's tensors by their names",
@@ -104,6 +107,7 @@ def replace() -> None:
     after_import("diffusers.utils.state_dict_utils", lambda: _in_state_dict_utils(handlers))
     after_import("diffusers.loaders.peft", lambda: _in_models(handlers))
     after_import("diffusers.loaders.lora_base", lambda: _in_pipelines(handlers))
+    after_import("diffusers.models.modeling_utils", _in_layerwise_casting)
     for trainer in SYNCING:
         after_import(name := f"trl.experimental.{trainer}", functools.partial(_in_trainer, name, handlers))
 
@@ -228,6 +232,27 @@ def _in_models(handlers: Handlers) -> None:
 
     _put(mixin, "save_lora_adapter", save_lora_adapter)
     _put(mixin, "load_lora_adapter", load_lora_adapter)
+
+
+def _in_layerwise_casting() -> None:
+    mixin = sys.modules["diffusers.models.modeling_utils"].ModelMixin
+    stock = mixin.enable_layerwise_casting
+
+    @functools.wraps(stock)
+    def enable_layerwise_casting(self: Any, *args: Any, **kwargs: Any) -> None:
+        if kwargs.get("skip_modules_pattern", args[2] if len(args) > 2 else None) is not None:
+            stock(self, *args, **kwargs)
+            return
+        own = vars(self).get(SKIPPED)
+        setattr(self, SKIPPED, (*(getattr(self, SKIPPED) or ()), PART))
+        try:
+            stock(self, *args, **kwargs)
+        finally:
+            delattr(self, SKIPPED)
+            if own is not None:
+                setattr(self, SKIPPED, own)
+
+    _put(mixin, "enable_layerwise_casting", enable_layerwise_casting)
 
 
 def _in_pipelines(handlers: Handlers) -> None:

@@ -142,8 +142,8 @@ def test_runs_on_other_rows_under_the_same_name_are_not_counted(done):
     data.write_text("".join(reversed(before.splitlines(keepends=True))), "utf-8")
     again = invoke(path, "train.learning_rate=0.02", "--methods", "lily,lora", "--seeds", 1, "--output", out)
     data.write_text(before, "utf-8")
-    assert isinstance(again.exception, LilyError)
-    assert "has other rows of data." in str(again.exception)
+    assert again.exit_code == 1
+    assert "runs/lily/0 has other rows of data.test, data.train, data.validation" in again.output
 
 
 def test_runs_of_another_recipe_are_neither_counted_nor_replaced(done):
