@@ -15,9 +15,10 @@ from lily.recipes.data.guess import HELD_OUT, Guess
 from lily.recipes.data.sniff import READ
 
 STEPS = 300  # fewer leave a small data set unlearned
+CHAT_STEPS = 60  # a causal model needs fewer, and repeats answers that it has seen often
 BATCHES = {320: 8, 1280: 16}  # fewer training rows than this -> batch; of more, the base's
-BATCH = 32
-MOST_EPOCHS, LEAST_EPOCHS = 20, 3
+BATCH, CHAT_BATCH = 32, 16  # of the base recipes
+MOST_EPOCHS, MOST_CHAT_EPOCHS, LEAST_EPOCHS = 20, 10, 3
 CHARACTERS = 3  # in a token, at least; more in most languages with spaces
 SHOWN = 4  # classes and columns in a comment
 READ_AS = {"header": "no line of names was found", "encoding": "not UTF-8: look at the accents in lily plan"}
@@ -55,13 +56,20 @@ def recipe_text(found: Guess, name: str) -> str:
     ]
     if found.task == "sft":
         lines.append(f"generation: {{max_new_tokens: {_answer_tokens(found.answer)}}}  # the longest answer, with room")
-    elif found.rows is not None:
-        rows = _trained(found)
-        batch = next((size for most, size in BATCHES.items() if rows < most), BATCH)
-        epochs = min(max(math.ceil(STEPS / math.ceil(rows / batch)), LEAST_EPOCHS), MOST_EPOCHS)
-        schedule = {"epochs": epochs} | ({"batch_size": batch} if batch != BATCH else {})
-        lines.append(f"train: {_flow(schedule)}  # about {epochs * math.ceil(rows / batch)} steps of {batch} rows")
+    if found.rows is not None:
+        lines.append(_schedule(_trained(found), found.task == "sft"))
     return "\n".join(lines) + "\n"
+
+
+def _schedule(rows: int, chat: bool) -> str:
+    """The section `train` for a number of training rows: smaller batches and more epochs where there are few."""
+    usual = CHAT_BATCH if chat else BATCH
+    batch = min(usual, next((size for most, size in BATCHES.items() if rows < most), usual))
+    per_epoch = math.ceil(rows / batch)
+    steps, most = (CHAT_STEPS, MOST_CHAT_EPOCHS) if chat else (STEPS, MOST_EPOCHS)
+    epochs = min(max(math.ceil(steps / per_epoch), LEAST_EPOCHS), most)
+    section = {"epochs": epochs} | ({"batch_size": batch} if batch != usual else {})
+    return f"train: {_flow(section)}  # about {epochs * per_epoch} steps of {batch} rows"
 
 
 def _what(found: Guess) -> str:

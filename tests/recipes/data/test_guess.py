@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from docs_blocks import blocks
 from typer.testing import CliRunner
 
@@ -408,3 +409,14 @@ def test_a_start_for_own_data_is_no_recipe_by_itself(tmp_path):
 def _written(text, path):
     path.write_text(text)
     return path
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [(40, {"epochs": 10, "batch_size": 8}), (400, {"epochs": 3, "batch_size": 8}), (4000, {"epochs": 3})],
+)
+def test_few_chats_are_seen_more_often(tmp_path, rows, expected):
+    asked = [{"prompt": f"what is {i} and {i} more", "completion": f"that is {2 * i} in all"} for i in range(rows)]
+    (tmp_path / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked), "utf-8")
+    written = yaml.safe_load(recipe_text(guess(tmp_path / "talks.jsonl"), "talks"))
+    assert written["train"] == expected
