@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from recipes_helpers import classification, write_recipe
@@ -45,6 +46,10 @@ def test_a_search_ends_with_a_table_and_a_recipe_that_gives_what_its_trial_gave(
     again = lily(*command)
     assert again.exit_code == 0
     assert json.loads((tmp_path / "found" / "tune.json").read_text()) == found
+    data = Path(loader.load_recipe(source).data.train.path)
+    data.write_text("".join(reversed(data.read_text("utf-8").splitlines(keepends=True))), "utf-8")
+    with pytest.raises(LilyError, match=r"trials/000 has other rows of data\.test, data\.train"):
+        lily(*command)
 
 
 @pytest.mark.parametrize(

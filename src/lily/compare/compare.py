@@ -86,6 +86,7 @@ def compare(
     with folder.opened(out, COMMAND, WRITTEN, options.overwrite) as lock:
         (out / "logs").mkdir(exist_ok=True)
         current().log_to(out / "logs" / "compare.log")
+        folder.check_rows(out, recipe)
         setting: dict[str, Any] = {
             "methods": [method.name for method in methods], "equal": options.equal, "tune": options.tune,
             "seeds": _seeds(recipe, options), "jobs": options.jobs, "threads": options.threads,

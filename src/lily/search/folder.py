@@ -15,8 +15,11 @@ from pydantic import ValidationError
 from lily.errors import LilyError
 from lily.io.atomic import remove_folder, write_text
 from lily.recipes.begun import as_begun
+from lily.recipes.data.rows import load_splits
 from lily.recipes.preflight import flat
+from lily.recipes.results.run_files import changed_rows
 from lily.recipes.spec.schema import Recipe
+from lily.recipes.trainer.checkpoints import ROWS
 
 SETTINGS, LOCK = "settings.json", ".lock"
 # Keys that may change when a search is resumed, because no trial depends on them.
@@ -99,6 +102,22 @@ def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
             f"--output {folder} was begun with other settings: {'; '.join(changed[:5])}. Repeat the earlier settings "
             "to continue, start over with --overwrite, or name another folder"
         )
+
+
+def check_rows(folder: Path, recipe: Recipe) -> None:
+    """Refuse to count or resume runs, anywhere in a folder, whose rows have changed since; their data are the recipe's.
+
+    Raises:
+        LilyError: names the first one. A run of an earlier version does not tell its rows.
+    """
+    begun = sorted(file.parent for file in folder.rglob(ROWS))
+    splits = load_splits(recipe) if begun else None
+    for run in begun:
+        if splits is not None and (other := changed_rows(splits, run)):
+            raise LilyError(
+                f"{run} has other rows of {', '.join(other)} than the files have now; bring them back, name another "
+                "folder with --output, or start over with --overwrite"
+            )
 
 
 def _hold(file: IO[str], folder: Path) -> None:

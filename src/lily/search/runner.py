@@ -88,22 +88,6 @@ class Outcome:
         return best["value"] if best else None
 
 
-def _check_rows(jobs: Sequence[Job]) -> None:
-    """Refuse to count or resume a run whose rows have changed since; the data of all jobs are the same."""
-    from lily.recipes.data.rows import load_splits
-    from lily.recipes.results.run_files import changed_rows
-    from lily.recipes.trainer.checkpoints import ROWS
-
-    begun = [job for job in jobs if (job.folder / ROWS).is_file()]  # a run of an earlier version does not tell
-    splits = load_splits(begun[0].recipe) if begun else None
-    for job in begun:
-        if splits is not None and (other := changed_rows(splits, job.folder)):
-            raise LilyError(
-                f"{job.folder} has other rows of {', '.join(other)} than the files have now; bring them back, name "
-                "another folder with --output, or start over with --overwrite"
-            )
-
-
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -135,7 +119,6 @@ def run(jobs: Sequence[Job], out: Path, count: int, threads: int, lock: Any, ann
         Name of each job -> how it ended. A run that fails does not stop the others.
 
     Raises:
-        LilyError: if a run that is there was trained by another recipe, or on other rows.
         KeyboardInterrupt: at Ctrl-C, and SystemExit at SIGTERM, when every run has written its checkpoint and ended.
     """
     outcomes: dict[str, Outcome] = {}
@@ -147,7 +130,6 @@ def run(jobs: Sequence[Job], out: Path, count: int, threads: int, lock: Any, ann
 
     for job in jobs:
         job.check()
-    _check_rows(jobs)
     for job in jobs:
         if job.done:
             ended(job, _outcome(job))

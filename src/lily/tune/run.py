@@ -208,6 +208,7 @@ def tune(
     with folder.opened(output, "lily tune", WRITTEN, overwrite, settings):
         told = current()
         told.log_to(output / LOG)
+        folder.check_rows(output, recipe)
         study = Study(output, space, metric, recipe.seed)
         names = [_named(number) for number in range(study.finished, options.trials)]
         told.announce(names)

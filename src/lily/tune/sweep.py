@@ -218,6 +218,7 @@ def sweep(
     with folder.opened(output, "lily sweep", WRITTEN, overwrite, settings) as lock:
         (output / "logs").mkdir(exist_ok=True)
         current().log_to(output / "logs" / "sweep.log")
+        folder.check_rows(output, recipe)
         search(propose, run_rung)
         listed = [*shapes, *([prepared.lora] if prepared.lora else [])]
         entries = tuple(_read(shape, prepared, output, failed.get(prepared.name_of(shape), ())) for shape in listed)
