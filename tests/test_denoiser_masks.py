@@ -8,8 +8,9 @@ from helpers import randomise
 from peft import get_peft_model
 
 from lily import LilyConfig
-from lily.layers.attention_masks import DenoiserHooks, MaskTracker
+from lily.layers.attention_masks import MaskTracker
 from lily.layers.mask_forms import masks_of_call
+from lily.layers.mask_hooks import DenoiserHooks
 
 diffusers = pytest.importorskip("diffusers", reason='diffusers is not installed: pip install "lily-peft[diffusion]"')
 

@@ -11,8 +11,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from lily.layers.attention_masks import MaskTracker, watch
+from lily.layers.attention_masks import MaskTracker
 from lily.layers.devices import Placement
+from lily.layers.mask_hooks import watch
 from lily.layers.starts import kaiming, orthonormal
 from lily.plan.sharing_plan import Group, SharingPlan, Slot
 from lily.plan.specs import EMBEDDING
