@@ -19,11 +19,11 @@ import statistics
 import tarfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import structure_tasks as tasks
+from grid import run_all
 from performance import put
 
 from lily.io.atomic import write_text
@@ -34,7 +34,7 @@ from lily.recipes.new import recipe_text
 from lily.recipes.offline.standins import digits
 from lily.recipes.scoring.metrics import LOWER_IS_BETTER, shown
 from lily.search import folder
-from lily.search.runner import Job, run, side_by_side
+from lily.search.runner import Job
 
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "benchmarks" / "results" / "defaults.jsonl"
@@ -151,9 +151,7 @@ def train(name: str, trials: Iterable[Trial], out: Path, jobs: int) -> None:
         runs[trial] = Job(trial.name, folder.inside(recipe, at), at)
     if not runs:
         return
-    count, threads = side_by_side(jobs)
-    with folder.opened(out / name / "search", "benchmarks/defaults.py", ("runs", "recipes", "logs")) as lock:
-        run(list(runs.values()), out / name / "search", count, threads, lock, partial(print, flush=True))
+    run_all(list(runs.values()), out / name / "search", jobs)
     with ROWS.open("a", encoding="utf-8") as file:
         for trial in (trial for trial, job in runs.items() if job.done):
             figures = json.loads((runs[trial].folder / "metrics.json").read_text("utf-8"))

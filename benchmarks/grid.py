@@ -64,7 +64,12 @@ def train(base: Recipe, rank: int, settings: Sequence[Setting], out: Path, jobs:
     listed = {s: out / "runs" / s.name for s in settings}
     runs = [Job(s.name, folder.inside(s.recipe(base, rank), at), at, trial=True) for s, at in listed.items()]
     if jobs:
-        count, threads = side_by_side(jobs)
-        with folder.opened(out, "benchmarks/grid.py", ("runs", "recipes", "logs")) as lock:
-            run(runs, out, count, threads, lock, partial(print, flush=True))
+        run_all(runs, out, jobs)
     return {s: at for (s, at), job in zip(listed.items(), runs, strict=True) if job.done}
+
+
+def run_all(runs: Sequence[Job], out: Path, jobs: int) -> None:
+    """Train the runs that are not finished, `jobs` at a time."""
+    count, threads = side_by_side(jobs)
+    with folder.opened(out, "a benchmark", ("runs", "recipes", "logs")) as lock:
+        run(runs, out, count, threads, lock, partial(print, flush=True))

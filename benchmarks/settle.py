@@ -31,16 +31,20 @@ WAYS = {
 SEEDS = range(3)
 
 
-def finished(task: str, way: str, seed: int, out: Path) -> Path | None:
-    """The folder of a run that is finished."""
-    folder = out / f"{task}-{way}-{seed}"
-    return folder if (folder / "metrics.json").is_file() else None
+def folder_of(task: str, way: str, seed: int, out: Path) -> Path:
+    """Where a run is."""
+    return out / f"{task}-{way}-{seed}"
+
+
+def finished(task: str, way: str, seed: int, out: Path) -> bool:
+    """Whether a run is finished."""
+    return (folder_of(task, way, seed, out) / "metrics.json").is_file()
 
 
 def run(task: str, way: str, seed: int, out: Path) -> dict[str, Any]:
     """The figures of one run, trained now if it is missing."""
-    folder = out / f"{task}-{way}-{seed}"
-    if finished(task, way, seed, out) is None:
+    folder = folder_of(task, way, seed, out)
+    if not finished(task, way, seed, out):
         command = [sys.executable, "-m", "lily", "train", task, *TASKS[task], *WAYS[way], f"seed={seed}"]
         subprocess.run([*command, "--output", str(folder), "--overwrite", "--quiet"], check=True)
     found: dict[str, Any] = json.loads((folder / "metrics.json").read_text("utf-8"))
@@ -51,7 +55,7 @@ def collapsed(task: str, seed: int, out: Path, refit_steps: int = 0) -> dict[str
     """The report of collapsing the run that never settles, made now if it is missing."""
     from lily.recipes.deploy import collapse_adapter
 
-    source = out / f"{task}-sequence-{seed}"
+    source = folder_of(task, "sequence", seed, out)
     folder = source.with_name(f"{source.name}-collapsed{f'-refit{refit_steps}' if refit_steps else ''}")
     if not (folder / "collapse.json").is_file():
         collapse_adapter(str(source), str(folder), refit_steps=refit_steps)
