@@ -2,8 +2,8 @@
 
 Models pass the mask down in many forms that a linear layer cannot recognize, so forward hooks read it where it still is
 (batch, tokens): at the models inside a model (the model itself, an encoder stack, a decoder stack). Code that calls
-`model.forward(...)` runs no hooks, so the class of such a model becomes a subclass whose `forward` does what they do, as
-FSDP2 and `torch.nn.utils.parametrize` change classes.
+`model.forward(...)` runs no hooks, so the class of such a model becomes a subclass whose `forward` does what they do,
+as FSDP2 and `torch.nn.utils.parametrize` change classes.
 
 Inside a model the sequence can have another length than its mask: speech models shorten it, others add pixels or
 padding of their own. Such a model makes a mask of that length, in any form, and calls its encoder with it; hooks there
