@@ -1,6 +1,6 @@
 """Whether a sample's outputs depend on its batch with the default routing, beside LoRA, on tiny models of many types.
 
-    python benchmarks/batch_independence.py              # every type of MODELS; a minute on one core
+    python benchmarks/batch_independence.py              # every type of MODELS; two minutes on one core
     python benchmarks/batch_independence.py --only bert wav2vec2
     python benchmarks/batch_independence.py --show       # the table of the committed rows, also into the docs
 
@@ -89,14 +89,16 @@ BOXES = {"bbox": (8, 4)}
 MODELS = (
     (
         "albert bert big_bird camembert canine clip_text_model convbert data2vec-text deberta deberta-v2 distilbert "
-        "electra ernie esm eurobert flaubert fnet funnel jina_embeddings_v3 longformer luke markuplm megatron-bert "
-        "mobilebert modernbert mpnet nomic_bert nystromformer rembert roberta roberta-prelayernorm roc_bert roformer "
-        "splinter tapas xlm xlm-roberta xlm-roberta-xl xlnet xmod yoso layoutlm",
+        "electra ernie esm esmc eurobert flaubert fnet funnel gte jina_embeddings_v3 longformer luke markuplm "
+        "megatron-bert mobilebert modernbert mpnet nomic_bert nystromformer rembert roberta roberta-prelayernorm "
+        "roc_bert roformer splinter tapas tipsv2_text_model ultrabert xlm xlm-roberta xlm-roberta-xl xlnet "
+        "xmod yoso layoutlm",
         TEXT,
     ),
     (
-        "biogpt bloom codegen cohere ctrl falcon gemma gemma2 gpt2 gpt_bigcode gpt_neo gpt_neox gptj granite llama "
-        "mistral mixtral mpt olmo2 openai-gpt opt persimmon phi phi3 qwen2 qwen3 qwen3_moe stablelm starcoder2 xglm",
+        "biogpt bloom codegen cohere ctrl falcon gemma gemma2 gpt2 gpt_bigcode gpt_neo gpt_neox gptj granite "
+        "imagegpt llama mistral mixtral mpt olmo2 openai-gpt opt persimmon phi phi3 qwen2 qwen3 qwen3_moe stablelm "
+        "starcoder2 xglm",
         TEXT,
     ),
     ("bart bigbird_pegasus blenderbot fsmt led m2m_100 marian mbart mt5 pegasus prophetnet t5 umt5", TEXT | TARGET),
@@ -104,9 +106,18 @@ MODELS = (
     ("layoutlmv3", TEXT | BOXES | {"pixel_values": (3, 8, 8)}),
     ("visual_bert", TEXT | {"visual_embeds": (3, BINS), "visual_attention_mask": (3,)}),
     ("lxmert", TEXT | {"visual_feats": (4, BINS), "visual_pos": (4, 4)}),
-    ("altclip blip bridgetower chinese_clip clip flava groupvit owlvit siglip vilt", TEXT | PIXELS),
+    (
+        "altclip blip bridgetower chinese_clip clip clipseg flava groupvit metaclip_2 owlv2 owlvit siglip tipsv2 vilt",
+        TEXT | PIXELS,
+    ),
     (f"sew sew-d {WAVES}", WAVE),
-    ("parakeet_encoder wav2vec2-bert", SPEECH),
+    (
+        "lasr_ctc lasr_encoder nemotron3_5_transcribe_asr_audio nemotron3_diarization_audio "
+        "nemotron_asr_streaming_encoder parakeet_ctc parakeet_encoder wav2vec2-bert",
+        SPEECH,
+    ),
+    ("gemma4_audio", SPEECH | {"input_features": (160, 128)}),
+    ("granite_speech5_encoder", SPEECH | {"input_features": (160, 64)}),
     ("speech_to_text", SPEECH | TARGET),
     ("whisper", {"input_features": (BINS, 40)} | TARGET),
     ("audio-spectrogram-transformer", {"input_values": (64, BINS)}),

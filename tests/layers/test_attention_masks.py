@@ -212,6 +212,55 @@ def test_padding_does_not_count_where_the_sequence_has_another_length_than_its_m
         assert (alone - padded).norm() < 1e-4 * alone.norm()
 
 
+MASK = torch.arange(160).lt(torch.tensor([[160], [81]]))  # 160 frames and 81
+HALF = torch.arange(80).lt(torch.tensor([[80], [40]]))
+
+
+@pytest.mark.parametrize(
+    ("scope", "tokens", "lengths"),
+    [
+        ({}, 20, [20, 11]),  # a token for 8 frames
+        ({}, 41, [41, 41]),  # for no whole number of them
+        ({"inner": HALF}, 128, [80, 40]),  # attention by blocks, behind a layer that halves the sequence
+        ({}, 256, [160, 81]),
+    ],
+)
+def test_a_sequence_of_frames_has_a_mask_inside_the_model_at_every_length(scope, tokens, lengths):
+    model = nn.Identity()
+    model.main_input_name = "input_features"
+    found = Scope(MASK, model=model, **scope).fit(torch.zeros(2, tokens, 8))
+    assert found.sum(1).tolist() == lengths
+    assert all(row[:n].all() for row, n in zip(found, lengths, strict=True))
+
+
+def test_a_shorter_sequence_of_another_kind_has_no_mask():
+    model = nn.Identity()
+    model.main_input_name = "input_ids"
+    assert Scope(MASK, model=model).fit(torch.zeros(2, 20, 8)) is None  # as queries beside a text
+    model.main_input_name = "input_values"  # samples of sound, not frames
+    assert Scope(MASK, model=model).fit(torch.zeros(2, 20, 8)).all()
+    assert Scope(MASK, model=model).fit(torch.zeros(1, 20, 8)) is None
+
+
+def test_a_layer_that_reads_positions_does_not_average_over_them():
+    config = transformers.Wav2Vec2BertConfig(
+        **SIZES, feature_projection_input_dim=8, position_embeddings_type="relative", conv_depthwise_kernel_size=3
+    )
+    torch.manual_seed(0)
+    model = transformers.Wav2Vec2BertModel(config)
+    model = randomise(get_peft_model(model, LilyConfig(r=4, num_B=2, target_modules=["linear_q", "linear_pos"]))).eval()
+    attention = model.base_model.model.encoder.layers[0].self_attn
+    routings = [getattr(attention, name).settings["default"].routing for name in ("linear_q", "linear_pos")]
+    assert routings == ["sequence", "token"]
+    x = torch.randn(1, 20, 8)
+    with torch.no_grad():
+        alone = model(input_features=x, attention_mask=torch.ones(1, 20)).last_hidden_state
+        padded = model(
+            input_features=F.pad(x, (0, 0, 0, 30)), attention_mask=F.pad(torch.ones(1, 20), (0, 30))
+        ).last_hidden_state
+    assert torch.allclose(alone, padded[:, :20], atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", LENGTHS)
 def test_rows_with_different_adapters_have_such_masks_too(kind):
     config, batch = LENGTHS[kind]

@@ -12,7 +12,7 @@ from adapters import adapted, config_for
 from helpers import build, inputs, logits, predict, randomise
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
-from transformers import BloomConfig, BloomModel, LlamaForTokenClassification
+from transformers import BloomConfig, BloomModel, ImageGPTConfig, ImageGPTModel, LlamaForTokenClassification
 
 from lily import LilyConfig, LilyError
 from lily.layers.bank import LilyBank, bank_of
@@ -371,11 +371,31 @@ class Inside(nn.Module):
         return self.head(self.decoder(input_ids=input_ids).last_hidden_state)
 
 
+class Triangle(nn.Module):
+    """A decoder of one's own without a name that says it: its mask is a buffer."""
+
+    def __init__(self, mask):
+        super().__init__()
+        self.embed, self.qkv, self.out = nn.Embedding(61, 32), nn.Linear(32, 96), nn.Linear(32, 61)
+        self.register_buffer("mask", mask)
+
+    def forward(self, input_ids):
+        q, k, v = self.qkv(self.embed(input_ids)).chunk(3, -1)
+        scores = q @ k.mT
+        hidden = ~self.mask if self.mask.dtype == torch.bool else self.mask.isneginf()
+        n = input_ids.shape[1]
+        return self.out(scores.masked_fill(hidden[:n, :n], -torch.inf).softmax(-1) @ v)
+
+
+IMAGE_GPT = {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4}
 HOLD_A_DECODER = {
     "alone": lambda: build("llama").model,
     "of an older model": lambda: BloomModel(BloomConfig(vocab_size=61, hidden_size=32, n_layer=2, n_head=4)),
     "under a head": lambda: LlamaForTokenClassification(build("llama").config),
     "inside another module": Inside,
+    "of an image's colors": lambda: ImageGPTModel(ImageGPTConfig(**IMAGE_GPT)),
+    "with a mask of ones": lambda: Triangle(torch.ones(16, 16, dtype=torch.bool).tril()),
+    "with a mask of -inf": lambda: Triangle(torch.full((16, 16), -torch.inf).triu(1)),
 }
 
 

@@ -3,7 +3,8 @@
 `sequence` routing averages over the unmasked tokens of each sample. Hooks (`mask_hooks`) note the masks that models are
 called with; a layer looks up the one that fits the shape of its input.
 
-Before and after its encoder, a speech model's own formula gives the length of a sequence.
+Before and after its encoder, a speech model's own formula gives the length of a sequence, or the number of frames of a
+token.
 
 Under gradient checkpointing layers run again during backward, when the model's forward has ended and another one (such
 as the second half of a contrastive pair) may have left its mask. So a gradient hook on a model's outputs restores its
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lily.layers.traced import exporting
@@ -62,7 +64,12 @@ class Scope:
                 return mask
             if mask is not None and x.ndim == 4 and (x.shape[0], x.shape[2]) == mask.shape:
                 return mask.unsqueeze(1).expand(x.shape[:3])  # (batch, heads, tokens, in), as WavLM's position gates
-        return None if self.own is None else _shortened(self.own, x, self.model)
+        if self.own is None or not _hears(self.model) or x.ndim < 3 or x.shape[0] != self.own.shape[0]:
+            return None
+        mask = self.own if self.inner is None else self.inner
+        if x.shape[1] > mask.shape[1]:
+            return F.pad(mask, (0, x.shape[1] - mask.shape[1]))  # attention by blocks of one length
+        return _shortened(self.own, x, self.model)
 
 
 def fits(mask: Tensor, x: Tensor) -> bool:
@@ -72,31 +79,41 @@ def fits(mask: Tensor, x: Tensor) -> bool:
     return x.ndim == 2 and x.shape[0] == mask.numel() and x.shape[0] != mask.shape[0]
 
 
+FRAMES, WAVE = "input_features", "input_values"  # what speech models call their input
 LENGTHS = ("_get_feat_extract_output_lengths", "_get_subsampling_output_length")  # methods of speech models
 
 
-def _shortened(mask: Tensor, x: Tensor, model: nn.Module | None) -> Tensor | None:
+def _hears(model: nn.Module | None) -> bool:
+    """Whether a model reads speech, whose sequences get shorter inside it and are padded there at their end."""
+    return getattr(model, "main_input_name", None) in (FRAMES, WAVE) or any(hasattr(model, name) for name in LENGTHS)
+
+
+def _shortened(mask: Tensor, x: Tensor, model: nn.Module | None) -> Tensor:
     """The mask for `x` (batch, fewer tokens, ...) of a speech model; all tokens count if no formula gives that length.
 
     The comparison is a tensor, so that nothing waits for it and programs with dynamic shapes have it too.
     """
-    formulas = _formulas(model)
-    if not formulas or x.ndim < 3 or x.shape[0] != mask.shape[0] or x.shape[1] >= mask.shape[1]:
-        return None
     tokens, lengths = x.shape[1], torch.full_like(mask[:, 0], x.shape[1], dtype=torch.long)
     of_all = torch.full_like(mask[:1, 0], mask.shape[1], dtype=torch.long)
-    for formula in formulas:
+    for formula in _formulas(model, (mask.shape[1] + tokens // 2) // tokens):  # the last that fits
         if isinstance(full := formula(of_all), Tensor):  # some return two
             lengths = torch.where(full == tokens, formula(mask.sum(-1)).long(), lengths)
     return torch.arange(tokens, device=mask.device) < lengths.unsqueeze(-1)
 
 
-def _formulas(model: nn.Module | None) -> list[Any]:
-    """The lengths of sequences in a speech model: before and, in some, behind the layers that follow the encoder."""
+def _formulas(model: nn.Module | None, stride: int) -> list[Any]:
+    """The lengths of sequences in a speech model, by several formulas.
+
+    Where it reads frames, a token may be `stride` of them, those left over none or one; its own formula says it before
+    and, in some models, behind the layers that follow the encoder.
+    """
+    made: list[Any] = []
+    if getattr(model, "main_input_name", None) == FRAMES:
+        made = [lambda lengths: lengths // stride, lambda lengths: (lengths + stride - 1) // stride]
     formula = next((getattr(model, name) for name in LENGTHS if hasattr(model, name)), None)
     if formula is None or "add_adapter" not in inspect.signature(formula).parameters:
-        return [] if formula is None else [formula]
-    return [functools.partial(formula, add_adapter=behind) for behind in (True, False)]
+        return made if formula is None else [*made, formula]
+    return [*made, *(functools.partial(formula, add_adapter=behind) for behind in (True, False))]
 
 
 def _address(x: Tensor) -> Address | None:

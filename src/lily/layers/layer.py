@@ -83,8 +83,9 @@ class LilyLayer(MixingMixin, OwnMixin, FixedShapeMixin, ScaleMixin, MergingMixin
         lily_logits: adapter -> `Logits` (experts,), for static routing and while a routing settles.
         lily_gain: adapter -> gain (r,), with `gain`; lily_own_A, lily_own_B: its own pair, with `own_r`.
         statistics: adapter -> recorder of its routing; empty unless something records it.
-        tokens_first: whether its input is (tokens, batch, ...), where `sequence` routing would average over a batch;
-            it has `token` routing then.
+        tokens_first: whether its input is (tokens, batch, ...), where `sequence` routing would average over a batch.
+        reads_positions: whether its input is positions, where it would average over as many as the batch has tokens;
+            it has `token` routing in both cases.
     """
 
     cast_input_dtype_enabled = True  # PEFT's `disable_input_dtype_casting` changes it
@@ -103,7 +104,7 @@ class LilyLayer(MixingMixin, OwnMixin, FixedShapeMixin, ScaleMixin, MergingMixin
         self.lily_gain, self.lily_own_A, self.lily_own_B = (nn.ModuleDict({}) for _ in range(3))
         self.fixed_shapes = nn.ModuleDict({})
         self.statistics: dict[str, RoutingStatistics] = {}
-        self.tokens_first = False
+        self.tokens_first = self.reads_positions = False
         self.merged_as, self.rounding, self.merged_adapters = {}, {}, []
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
@@ -192,7 +193,7 @@ class LilyLayer(MixingMixin, OwnMixin, FixedShapeMixin, ScaleMixin, MergingMixin
 
     def routing_for(self, routing: str) -> str:
         """The routing that a configuration's is on this layer."""
-        return "token" if routing == "sequence" and self.tokens_first else routing
+        return "token" if routing == "sequence" and (self.tokens_first or self.reads_positions) else routing
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter, from the bank too: transformers calls this on each layer, but not on the bank."""

@@ -1,4 +1,7 @@
-"""Modules that work on (tokens, batch, ...): a layer in them cannot average over the tokens of a sample."""
+"""Layers whose input is not (batch, tokens, ...) of samples, so that they cannot average over a sample's tokens.
+
+Modules work on (tokens, batch, ...), or a layer projects positions, of which there are as many as the batch has tokens.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ TOKENS_FIRST = (
     "XLNetModel",
 )
 BATCH_FIRST = ("Mask2FormerAttention", "OneFormerAttention", "MultiheadAttention")  # they transpose for their layers
+POSITIONS = ("linear_pos", "relative_k_proj")  # layers of Conformers, in transformers, NeMo and ESPnet
 TORCH_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
@@ -28,6 +32,11 @@ def is_tokens_first(model: nn.Module, path: str) -> bool:
         module = module.get_submodule(part)
         found = _changes(module, found)
     return found
+
+
+def reads_positions(path: str) -> bool:
+    """Whether the layer at `path` projects relative positions."""
+    return path.rpartition(".")[2] in POSITIONS
 
 
 def _changes(module: nn.Module, outside: bool) -> bool:

@@ -6,15 +6,17 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.error import NoMatchingPeftModuleError
-from torch import nn
+from torch import Tensor, nn
 
 from lily.errors import LilyError
 from lily.plan.attention import IN, InProjection, has_in_projection
 from lily.plan.specs import base_of
 
-CAUSAL = re.compile("Causal[A-Za-z]*(Attention|LM|Transformer)")
+# Of attention, of whole models, and of convolutions beside attention whose window ends at the token.
+CAUSAL = re.compile("Causal|Streaming")
 
 
 class NoTargetError(LilyError, NoMatchingPeftModuleError):  # type: ignore[misc]
@@ -79,6 +81,8 @@ def has_causal_part(model: nn.Module) -> bool:
     for module in model.modules():
         if getattr(module, "is_causal", False) is True or CAUSAL.search(type(module).__name__):
             return True
+        if any(map(_is_causal_mask, module.buffers(recurse=False))):
+            return True
         if hasattr(module, "get_input_embeddings"):  # a model of transformers
             if is_causal(module):
                 return True
@@ -86,6 +90,18 @@ def has_causal_part(model: nn.Module) -> bool:
             if model_type in causal and model_type not in masked:
                 return True
     return is_causal(model)
+
+
+def _is_causal_mask(buffer: Tensor) -> bool:
+    """Whether a buffer lets each token attend to itself and earlier ones: 1 there and 0 elsewhere, or 0 and -inf."""
+    n = buffer.shape[-1] if buffer.ndim >= 2 else 0
+    if n < 2 or buffer.shape[-2] != n or buffer.numel() != n * n:
+        return False
+    if buffer.device.type == "meta":
+        return buffer.dtype == torch.bool and buffer.ndim == 4
+    lower = torch.ones(n, n, dtype=torch.bool, device=buffer.device).tril()
+    kept = buffer.reshape(n, n) != 0
+    return torch.equal(kept, lower) or torch.equal(~kept, lower)
 
 
 def suggest(targets: Sequence[str], names: Sequence[str]) -> tuple[str, str]:

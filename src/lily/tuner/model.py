@@ -42,7 +42,7 @@ from lily.plan.config import LilyConfig
 from lily.plan.select import select_targets
 from lily.plan.sharing_plan import SharingPlan, build_plan, target_name
 from lily.plan.specs import CONVOLUTIONS, EMBEDDING, LINEAR, PARALLEL_MODULE, PARAMETERS, ModuleSpec
-from lily.plan.tokens_first import is_tokens_first
+from lily.plan.tokens_first import is_tokens_first, reads_positions
 from lily.plan.wrappers import innermost, plain_names
 from lily.tuner import call_uncalled, data_start
 from lily.tuner.adapter_names import rows_by_name
@@ -231,6 +231,7 @@ class LilyModel(WeightedMixin, FilesMixin, ModelMergingMixin):
         existing = _in_chain(target)
         layer: Any = existing or LAYERS[group.kind](target, bank)
         layer.tokens_first = is_tokens_first(self.model, current_key)
+        layer.reads_positions = reads_positions(current_key)
         layer.update_layer(adapter_name, group, slot, peft_config, device)
         if existing is None:
             self._put(layer, adapter_name, parent, target_name)
