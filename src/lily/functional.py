@@ -176,16 +176,22 @@ def pool(p: Tensor, routing: str, mask: Tensor | None = None) -> Tensor:
         p: expert weights per token, (batch, tokens, E) or any other leading shape.
         routing: `token`, `sequence` or `batch`.
         mask: (batch, tokens), or more of `p`'s leading dimensions, nonzero where a token counts; for `sequence` only.
-            With `p` of shape (batch * tokens, E) the rows are regrouped by sample first.
+            With `p` of shape (batch * tokens, E) the rows are regrouped by sample first. (batch, tokens, samples) where
+            a row has several samples: nonzero where a token is of a sample.
 
     Returns:
-        `token`: p itself. `sequence`: (batch, 1, E), broadcastable to p; p itself if a sample is one row.
+        `token`: p itself. `sequence`: (batch, 1, E), broadcastable to p; p itself if a sample is one row; of p's shape
+        where a row has several samples.
         `batch`: (E,).
     """
     if routing == "token":
         return p
     if routing == "batch":
         return p.reshape(-1, p.shape[-1]).mean(dim=0)
+    if mask is not None and mask.ndim == 3 and p.ndim <= 3:
+        m = (mask != 0).to(p.dtype)
+        means = (m / m.sum(1, keepdim=True).clamp(min=1)).mT @ p.view(*mask.shape[:2], -1)  # (batch, samples, E)
+        return (m @ means).view(p.shape)
     if mask is not None and p.ndim == 2:
         per_sample = pool(p.view(*mask.shape, -1), "sequence", mask)  # (batch, 1, E)
         return per_sample.expand(*mask.shape, -1).reshape(p.shape)

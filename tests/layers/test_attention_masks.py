@@ -18,7 +18,7 @@ from torch import nn
 from lily import LilyConfig
 from lily.layers.attention_masks import Scope, fits
 from lily.layers.bank import bank_of
-from lily.layers.mask_forms import attended
+from lily.layers.mask_forms import attended, packed
 
 
 def encoder():
@@ -210,6 +210,72 @@ def test_padding_does_not_count_where_the_sequence_has_another_length_than_its_m
         found.append((out.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
     for alone, padded in zip(*found, strict=True):
         assert (alone - padded).norm() < 1e-4 * alone.norm()
+
+
+PACKED = {
+    "the ends of texts": ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
+    "their numbers": ("seq_idx",),
+    "positions": ("position_ids",),
+}
+
+
+def rows_of_texts():
+    """Texts of 5, 3 and 1 tokens, and one row of all as transformers makes it."""
+    ids = torch.randint(3, 60, (9,), generator=torch.Generator().manual_seed(0))
+    texts = [ids[:5], ids[5:8], ids[8:]]
+    made = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
+    return texts, made([{"input_ids": text} for text in texts], return_tensors="pt")
+
+
+@pytest.mark.parametrize("said", PACKED)
+@pytest.mark.parametrize("inside", [False, True])
+def test_texts_in_one_row_are_routed_one_by_one(said, inside):
+    torch.manual_seed(0)
+    bert = transformers.BertModel(transformers.BertConfig(**TEXT))
+    targets = ["query", "output.dense"]
+    model = nn.Sequential(bert) if inside else bert
+    model = randomise(get_peft_model(model, LilyConfig(r=4, num_B=2, target_modules=targets))).eval()
+    layers = model.base_model.model[0] if inside else model.base_model.model
+    first = layers.encoder.layer[0].attention.self.query  # before attention, by which the base model may mix texts
+    seen, (texts, row) = [], rows_of_texts()
+    first.register_forward_hook(lambda module, args, output: seen.append(output))
+    with torch.no_grad():
+        layers(input_ids=row["input_ids"], **{name: row[name] for name in ("position_ids", *PACKED[said])})
+        for text in texts:
+            layers(input_ids=text.unsqueeze(0))
+    assert torch.allclose(seen[0], torch.cat(seen[1:], 1), atol=1e-5)
+
+
+def test_a_row_of_texts_has_the_gradients_of_texts_alone():
+    torch.manual_seed(0)
+    layer = get_peft_model(
+        nn.Sequential(nn.Linear(8, 6)), LilyConfig(r=4, num_B=2, routing="sequence", target_modules=["0"])
+    )
+    randomise(layer).double()
+    masks, x = bank_of(layer.base_model.model).masks, torch.randn(1, 9, 8, dtype=torch.double)
+    numbers = torch.tensor([[0] * 5 + [1] * 3 + [2]])
+    found = []
+    for alone in (False, True):
+        layer.zero_grad()
+        if alone:
+            outputs = [layer(part) for part in x.split([5, 3, 1], 1)]
+        else:
+            with masks.of_tokens(numbers.unsqueeze(-1) == torch.arange(3)):
+                outputs = [layer(x)]
+        torch.cat(outputs, 1).sin().sum().backward()
+        found.append([p.grad for p in layer.parameters() if p.grad is not None])
+    assert len(found[0]) == 3  # A, B and the router
+    for row, alone in zip(*found, strict=True):
+        assert torch.allclose(row, alone)
+
+
+def test_positions_that_a_mask_explains_are_of_one_text():
+    positions = torch.tensor([[1, 1, 0, 1, 2, 3]])
+    assert packed({"input_ids": positions, "position_ids": positions, "attention_mask": positions > 1}) is None
+    assert packed({"input_ids": positions, "position_ids": torch.arange(6).unsqueeze(0)}) is None
+    assert packed({"input_ids": positions}) is None
+    found = packed({"input_ids": positions, "position_ids": torch.tensor([[2, 3, 4, 2, 2, 3]])})
+    assert found.long().argmax(-1).tolist() == [[0, 0, 0, 1, 2, 2]]
 
 
 MASK = torch.arange(160).lt(torch.tensor([[160], [81]]))  # 160 frames and 81

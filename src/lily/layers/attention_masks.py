@@ -36,7 +36,8 @@ class Scope:
     """The masks that one model was called with.
 
     Attributes:
-        own: (batch, tokens) of the model's input sequence; None: all its tokens count.
+        own: (batch, tokens) of the model's input sequence; None: all its tokens count. (batch, tokens, samples) where a
+            row has several samples: which tokens are of which.
         other: (batch, tokens) of the sequence that it attends to (cross-attention).
         other_address: memory address of that sequence's hidden states, to recognize layers that read them.
         other_states: these hidden states where they have no address because the model is being exported.
@@ -53,6 +54,11 @@ class Scope:
     inner: Tensor | None = None
     more: tuple[Tensor, ...] = ()
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether a row of the model's input has several samples."""
+        return self.own is not None and self.own.ndim == 3
+
     def fit(self, x: Tensor) -> Tensor | None:
         """The mask for a layer's input `x`, or None where all tokens count."""
         if self.other_address is not None and _address(x) == self.other_address:
@@ -64,7 +70,13 @@ class Scope:
                 return mask
             if mask is not None and x.ndim == 4 and (x.shape[0], x.shape[2]) == mask.shape:
                 return mask.unsqueeze(1).expand(x.shape[:3])  # (batch, heads, tokens, in), as WavLM's position gates
-        if self.own is None or not _hears(self.model) or x.ndim < 3 or x.shape[0] != self.own.shape[0]:
+        if (
+            self.own is None
+            or self.is_packed
+            or not _hears(self.model)
+            or x.ndim < 3
+            or x.shape[0] != self.own.shape[0]
+        ):
             return None
         mask = self.own if self.inner is None else self.inner
         if x.shape[1] > mask.shape[1]:
@@ -74,9 +86,10 @@ class Scope:
 
 def fits(mask: Tensor, x: Tensor) -> bool:
     """Whether `x` is (batch, tokens, ..., in) or (batch * tokens, in) with the (batch, tokens) of the mask."""
+    batch, tokens = mask.shape[:2]
     if x.ndim >= 3:
-        return x.shape[:2] == mask.shape
-    return x.ndim == 2 and x.shape[0] == mask.numel() and x.shape[0] != mask.shape[0]
+        return x.shape[:2] == (batch, tokens) and (mask.ndim == 2 or x.ndim == 3)
+    return x.ndim == 2 and x.shape[0] == batch * tokens and x.shape[0] != batch
 
 
 FRAMES, WAVE = "input_features", "input_values"  # what speech models call their input

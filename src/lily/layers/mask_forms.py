@@ -7,10 +7,13 @@ layers read one of them, or both in one sequence, for which the denoiser makes a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lily.layers.traced import exporting
 
 TEXT_MASKS = (
     "encoder_attention_mask",
@@ -20,6 +23,7 @@ TEXT_MASKS = (
     "text_embedding_mask",
     "text_embedding_mask_t5",
 )
+TOKENS = ("input_ids", "inputs_embeds", "hidden_states", "position_ids")  # (batch, tokens, ...)
 MASKS = ("attention_mask", "attn_mask", *TEXT_MASKS)
 
 
@@ -35,6 +39,34 @@ def attended(mask: Tensor) -> Tensor:
         added = ((mask != 0) & (mask != 1)).any() | (mask == 0).all()
         kept = either(added, mask > -1e3, mask != 0)
     return kept.flatten(1, -2).any(1) if mask.ndim > 2 else kept
+
+
+def packed(arguments: Mapping[str, Any]) -> Tensor | None:
+    """Which tokens are of which sample, (batch, tokens, samples), where a model is called with several in a row.
+
+    As transformers' `DataCollatorWithFlattening` does for attention without padding, and sentence-transformers where it
+    can: `cu_seq_lens_q` has the ends of samples, `seq_idx` their numbers, or positions begin again where no mask says
+    that they are padding.
+    """
+    tokens = next((arguments[name].shape[1] for name in TOKENS if isinstance(arguments.get(name), Tensor)), 0)
+    ends, numbers, positions = (arguments.get(name) for name in ("cu_seq_lens_q", "seq_idx", "position_ids"))
+    if isinstance(ends, Tensor) and ends.ndim == 1 and tokens:
+        places = torch.arange(tokens, device=ends.device).unsqueeze(-1)
+        return ((places >= ends[:-1]) & (places < ends[1:])).unsqueeze(0)
+    if torch.compiler.is_compiling() or exporting():  # how many samples there are, the data say
+        return None
+    if not _is_matrix(numbers):
+        if arguments.get("attention_mask") is not None or not _is_matrix(positions) or positions.device.type == "meta":
+            return None
+        begins = positions.diff(dim=1) <= 0
+        if not begins.any():
+            return None
+        numbers = F.pad(begins.cumsum(1), (1, 0))
+    return torch.eq(numbers.unsqueeze(-1), torch.unique(numbers))
+
+
+def _is_matrix(value: object) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and value.ndim == 2
 
 
 def either(condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:

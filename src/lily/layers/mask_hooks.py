@@ -32,6 +32,7 @@ from lily.layers.mask_forms import (
     kept_tokens,
     length,
     masks_of_call,
+    packed,
     text_mask,
     with_other_lengths,
 )
@@ -74,6 +75,10 @@ class ModelHooks:
             own = kept_tokens(padding[0])
         if own is not None and not _readable(own):
             own = scopes[-1].own if scopes else None
+        samples = packed(arguments)
+        if samples is None and own is None and scopes and scopes[-1].is_packed:
+            samples = scopes[-1].own  # a model inside need not be told
+        own = own if samples is None else samples
         other, states = arguments.get("encoder_attention_mask"), arguments.get("encoder_hidden_states")
         scopes.append(Scope(own, other if _readable(other) else None, *recognized(states), module))
 

@@ -20,7 +20,8 @@ def per_token(w: Tensor, h: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor
     Args:
         w: the weights used: (E,), (batch, 1, E) or (..., E).
         h: (..., r); its leading dimensions are the tokens.
-        mask: (batch, tokens), nonzero where a token counts; None: all do.
+        mask: (batch, tokens), nonzero where a token counts, or of samples in a row as for `functional.pool`; None: all
+            do.
 
     Returns:
         Weights (..., E) and counts (...), 1 where a token counts and else 0, with h's leading dimensions.
@@ -28,7 +29,7 @@ def per_token(w: Tensor, h: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor
     w = w.detach().double().expand(*h.shape[:-1], -1)
     counts = w.new_ones(h.shape[:-1])
     if mask is not None:
-        m = (mask != 0).double()
+        m = (mask.any(-1) if mask.ndim == 3 and h.ndim <= 3 else mask != 0).double()
         m = m.reshape(-1) if h.ndim == 2 else m.reshape(*m.shape, *([1] * (h.ndim - 1 - m.ndim)))
         counts = counts * m
     return w, counts
