@@ -8,13 +8,12 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
-from lily.recipes.data import chats
+from lily.recipes.data import chats, images
 from lily.recipes.data.sniff import NUMBER
 from lily.recipes.data.tables import Row
 
 MANY = 50  # classes; a column with more distinct values is no label unless it is named like one
 ROWS_PER_CLASS = 10  # at least, where there are more
-IMAGE = re.compile(r"\.(jpe?g|png|webp|bmp|gif|tiff?)$", re.IGNORECASE)
 NAMES = {
     "label": ("label", "labels", "class", "category", "target", "sentiment", "intent", "topic", "y", "tag", "stars",
               "rating", "score", "polarity", "priority", "similarity"),
@@ -47,7 +46,9 @@ def task_and_columns(
     if not given and task is None and (chat := _chat(rows, names, given)) is not None:
         return chat
     image = given.get("image") or _first(
-        names, NAMES["image"], lambda name: all(IMAGE.search(str(row.get(name, ""))) for row in rows[:50])
+        names,
+        NAMES["image"],
+        lambda name: all(str(row.get(name, "")).lower().endswith(images.ENDINGS) for row in rows[:50]),
     )
     free = [name for name in names if name not in given.values()]
     pair = () if "text" in given else _pair(rows, names)
