@@ -18,7 +18,7 @@ from torch import nn
 from lily import LilyConfig
 from lily.layers.attention_masks import Scope, fits
 from lily.layers.bank import bank_of
-from lily.layers.mask_forms import attended, packed
+from lily.layers.mask_forms import attended, blocks, packed
 
 
 def encoder():
@@ -276,6 +276,29 @@ def test_positions_that_a_mask_explains_are_of_one_text():
     assert packed({"input_ids": positions}) is None
     found = packed({"input_ids": positions, "position_ids": torch.tensor([[2, 3, 4, 2, 2, 3]])})
     assert found.long().argmax(-1).tolist() == [[0, 0, 0, 1, 2, 2]]
+
+
+def test_images_in_one_row_are_routed_one_by_one():
+    torch.manual_seed(0)
+    config = transformers.PixtralVisionConfig(**SIZES, image_size=32, patch_size=8)
+    model = transformers.PixtralVisionModel(config)
+    model = randomise(get_peft_model(model, LilyConfig(r=4, num_B=2, target_modules="all-linear"))).eval()
+    assert model.peft_config["default"].routing == "sequence"
+    images, sizes = torch.randn(2, 3, 32, 32), torch.full((2, 2), 32)
+    with torch.no_grad():
+        both = model(pixel_values=images, image_sizes=sizes)[0].reshape(2, 16, -1)
+        for image, size, found in zip(images.split(1), sizes.split(1), both, strict=True):
+            assert torch.allclose(model(pixel_values=image, image_sizes=size)[0].reshape(16, -1), found, atol=1e-5)
+
+
+def test_blocks_of_a_mask_are_samples_only_if_there_are_as_many():
+    two = torch.block_diag(torch.ones(3, 3), torch.ones(2, 2))[None, None]
+    assert blocks(two, 2).long().argmax(-1).tolist() == [[0, 0, 0, 1, 1]]
+    assert torch.equal(blocks(torch.where(two == 1, 0.0, -torch.inf), 2), blocks(two, 2))
+    assert blocks(two, 1) is None  # windows of one sample
+    assert blocks(two, 3) is None
+    assert blocks(two.expand(2, -1, -1, -1), 2) is None
+    assert blocks(torch.ones(1, 1, 5, 5).tril(), 2) is None
 
 
 MASK = torch.arange(160).lt(torch.tensor([[160], [81]]))  # 160 frames and 81

@@ -42,8 +42,9 @@ class Scope:
         other_address: memory address of that sequence's hidden states, to recognize layers that read them.
         other_states: these hidden states where they have no address because the model is being exported.
         model: the model.
-        inner: (batch, tokens) of the sequence that the encoder inside the model has, where that is another one.
+        inner: as `own`, of the sequence that the encoder inside the model has, where that is another one.
         more: of each sequence in a denoiser.
+        samples: in the model's input.
     """
 
     own: Tensor | None
@@ -53,6 +54,7 @@ class Scope:
     model: nn.Module | None = None
     inner: Tensor | None = None
     more: tuple[Tensor, ...] = ()
+    samples: int = 0
 
     @property
     def is_packed(self) -> bool:

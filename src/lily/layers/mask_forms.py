@@ -34,11 +34,32 @@ def attended(mask: Tensor) -> Tensor:
         mask: (batch, tokens) or (batch, ..., queries, tokens); True or 1 where a token counts, or what is added to the
             scores, which is very negative where one does not.
     """
-    kept = mask
-    if mask.dtype != torch.bool:
-        added = ((mask != 0) & (mask != 1)).any() | (mask == 0).all()
-        kept = either(added, mask > -1e3, mask != 0)
+    kept = _kept(mask)
     return kept.flatten(1, -2).any(1) if mask.ndim > 2 else kept
+
+
+def _kept(mask: Tensor) -> Tensor:
+    """A mask of any form as truth values: True where a token counts."""
+    if mask.dtype == torch.bool:
+        return mask
+    added = ((mask != 0) & (mask != 1)).any() | (mask == 0).all()
+    return either(added, mask > -1e3, mask != 0)
+
+
+def blocks(mask: Tensor, samples: int) -> Tensor | None:
+    """Which tokens are of which sample, (1, tokens, samples), where a model has put all samples into one row.
+
+    Pixtral does so with the images of a batch, and calls its encoder with a mask (1, ..., tokens, tokens) of blocks.
+    One sample may have blocks too, of windows, so that their number must be that of the samples.
+    """
+    if not _can_ask(mask) or samples < 2 or mask.ndim < 3 or mask.shape[0] != 1 or mask.shape[-1] != mask.shape[-2]:
+        return None
+    seen = _kept(mask).flatten(0, -3)[0]
+    first = seen.int().argmax(-1)
+    found = torch.unique(first)
+    if len(found) != samples or not torch.equal(seen, first.unsqueeze(-1) == first):
+        return None
+    return torch.eq(first.unsqueeze(-1), found).unsqueeze(0)
 
 
 def packed(arguments: Mapping[str, Any]) -> Tensor | None:
@@ -53,16 +74,22 @@ def packed(arguments: Mapping[str, Any]) -> Tensor | None:
     if isinstance(ends, Tensor) and ends.ndim == 1 and tokens:
         places = torch.arange(tokens, device=ends.device).unsqueeze(-1)
         return ((places >= ends[:-1]) & (places < ends[1:])).unsqueeze(0)
-    if torch.compiler.is_compiling() or exporting():  # how many samples there are, the data say
-        return None
     if not _is_matrix(numbers):
-        if arguments.get("attention_mask") is not None or not _is_matrix(positions) or positions.device.type == "meta":
+        masked = arguments.get("attention_mask") is not None
+        if masked or not _is_matrix(positions) or not _can_ask(positions):
             return None
         begins = positions.diff(dim=1) <= 0
         if not begins.any():
             return None
         numbers = F.pad(begins.cumsum(1), (1, 0))
+    if not _can_ask(numbers):
+        return None
     return torch.eq(numbers.unsqueeze(-1), torch.unique(numbers))
+
+
+def _can_ask(data: Tensor) -> bool:
+    """Whether data may decide, as of how many samples there are: not in programs that are made once for all data."""
+    return not (torch.compiler.is_compiling() or exporting() or data.device.type == "meta")
 
 
 def _is_matrix(value: object) -> TypeGuard[Tensor]:

@@ -28,6 +28,7 @@ from lily.layers.attention_masks import MaskTracker, Scope, recognized
 from lily.layers.mask_forms import (
     MASKS,
     attended,
+    blocks,
     is_denoiser,
     kept_tokens,
     length,
@@ -80,7 +81,9 @@ class ModelHooks:
             samples = scopes[-1].own  # a model inside need not be told
         own = own if samples is None else samples
         other, states = arguments.get("encoder_attention_mask"), arguments.get("encoder_hidden_states")
-        scopes.append(Scope(own, other if _readable(other) else None, *recognized(states), module))
+        rows = next((value.shape[0] for value in arguments.values() if isinstance(value, Tensor) and value.ndim > 1), 0)
+        other = other if _readable(other) else None
+        scopes.append(Scope(own, other, *recognized(states), module, samples=rows))
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """Close the scope, also after a forward that raised, and restore it in backward."""
@@ -108,7 +111,8 @@ class EncoderHooks(ModelHooks):
         # A checkpointed module runs again when no scope is open.
         scope = scopes[-1] if scopes else tracker.backward or Scope(None)
         if isinstance(mask, Tensor) and mask.ndim >= 2 and (scope.own is None or scope.own.shape[1] != mask.shape[-1]):
-            scope = replace(scope, inner=attended(mask))
+            samples = blocks(mask, scope.samples)
+            scope = replace(scope, inner=attended(mask) if samples is None else samples)
             # The models around it may return what it returns, so that backward comes to their scopes last.
             scopes[:] = [outer if outer.inner is not None else replace(outer, inner=scope.inner) for outer in scopes]
         scopes.append(scope)
