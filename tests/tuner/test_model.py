@@ -411,6 +411,64 @@ def test_by_default_no_token_of_a_decoder_depends_on_later_ones(kind):
     assert torch.equal(first[:, :4], second[:, :4])
 
 
+def torch_layer():
+    return nn.TransformerEncoderLayer(32, 4, 48, batch_first=True)
+
+
+def torch_encoder():
+    return nn.TransformerEncoder(torch_layer(), 1)
+
+
+class OwnAttention(nn.Module):
+    """A decoder of one's own whose attention is told at each call what it may see."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+
+    def forward(self, x, **told):
+        return self.attention(x, x, x, need_weights=False, **told)[0]
+
+
+TRIANGLE = nn.Transformer.generate_square_subsequent_mask(5)
+TOLD = {
+    "an encoder by its mask": (torch_encoder, {"mask": TRIANGLE}),
+    "a layer by a mask": (torch_layer, {"src_mask": TRIANGLE}),
+    "a layer": (torch_layer, {"src_mask": TRIANGLE, "is_causal": True}),
+    "an attention": (OwnAttention, {"attn_mask": TRIANGLE}),
+    "an attention by a mask of truth values": (OwnAttention, {"attn_mask": TRIANGLE != 0}),
+}
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("kind", TOLD)
+def test_attention_that_is_told_to_be_causal_warns_once_with_sequence_routing(kind):
+    make, told = TOLD[kind]
+    for routing, warned in (("sequence", 1), ("token", 0)):
+        model = get_peft_model(make(), LilyConfig(r=4, num_B=2, routing=routing, target_modules="all-linear")).eval()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                model(torch.randn(2, 5, 32), **told)
+            model(torch.randn(2, 5, 32))
+        assert len([w for w in caught if "routing='token'" in str(w.message)]) == warned
+
+
+def test_no_warning_of_a_window_or_of_padding():
+    model = get_peft_model(OwnAttention(), LilyConfig(r=4, num_B=2, target_modules="all-linear"))
+    assert model.peft_config["default"].routing == "sequence"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(torch.randn(2, 5, 32), attn_mask=torch.ones(5, 5, dtype=torch.bool).triu(2))
+        model(torch.randn(2, 5, 32), key_padding_mask=torch.tensor([[False] * 4 + [True]] * 2))
+
+
+def test_torchs_decoder_reads_from_left_to_right_by_default():
+    decoder = nn.TransformerDecoderLayer(32, 4, 48, batch_first=True)
+    model = get_peft_model(nn.Sequential(decoder), LilyConfig(num_B=2, target_modules=["linear1"]))
+    assert model.peft_config["default"].routing == "token"
+
+
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize(("chosen", "said"), [("batch", "other samples of the batch"), ("sequence", "later tokens")])
 def test_a_routing_that_sees_ahead_warns_on_a_causal_model_and_says_why(chosen, said):

@@ -51,12 +51,14 @@ class CallingAttention(nn.MultiheadAttention):
             )
         if is_causal and attn_mask is None:
             raise RuntimeError("is_causal=True is a hint about attn_mask, so attn_mask is needed too")
+        masks = adapted[0].bank.masks
+        if any(layer.routes_by_sequence for layer in adapted):
+            masks.ask(self, attn_mask, is_causal)
         spans = _spans(query, key, value)
         batched, padding = query.dim() == 3, key_padding_mask
         if padding is not None:
             padding = padding if batched else padding.unsqueeze(0)
         kept = None if padding is None else kept_tokens(padding)
-        masks = adapted[0].bank.masks
         projected: list[Tensor] = []
         for x, first, end in spans:
             x = x.unsqueeze(0) if not batched else x if self.batch_first else x.transpose(0, 1)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lily.layers.mask_forms import is_told_to_be_causal
 from lily.layers.traced import exporting
 
 Address = tuple[int, torch.Size]
@@ -165,6 +167,8 @@ class MaskTracker:
         self._mine = _OfThread()
         self._backward: Scope | None = None
         self._trained_in: set[int] = set()
+        self._asked: set[int] = set()
+        self._warned = False
 
     @property
     def scopes(self) -> list[Scope]:
@@ -184,6 +188,19 @@ class MaskTracker:
             self._backward = self._mine.backward = scope
 
         return reopen
+
+    def ask(self, module: nn.Module, *said: object) -> None:
+        """Warn once if a module's first call says, by a mask or `is_causal`, that no token may see later ones."""
+        if torch.compiler.is_compiling() or self._warned or id(module) in self._asked:
+            return
+        self._asked.add(id(module))
+        if is_told_to_be_causal(*said):
+            self._warned = True
+            warnings.warn(
+                f"routing='sequence', but {type(module).__name__} attends to earlier tokens alone: with this routing "
+                "its outputs depend on later tokens. Use routing='token' (see docs/routing.md)",
+                stacklevel=2,
+            )
 
     def mask_for(self, x: Tensor) -> Tensor | None:
         """The mask that fits the input `x` of a layer, on its device; None: all tokens count."""

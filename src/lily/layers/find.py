@@ -36,8 +36,8 @@ def masked_layers(model: nn.Module) -> list[str]:
 
 
 def _uses_masks(layer: LilyLayer) -> bool:
-    pooled = any(s.routing == "sequence" and s.num_B > 1 for s in layer.settings.values())
-    return bool(layer.statistics) or pooled or any(f.shape.routing == "sequence" for f in layer.fixed_shapes.values())
+    fixed = any(f.shape.routing == "sequence" for f in layer.fixed_shapes.values())
+    return bool(layer.statistics) or layer.routes_by_sequence or fixed
 
 
 def watch_masks(model: nn.Module) -> None:

@@ -191,6 +191,11 @@ class LilyLayer(MixingMixin, OwnMixin, FixedShapeMixin, ScaleMixin, MergingMixin
             self.lily_logits[adapter] = Logits(torch.randn(group.logits_shape))
         self._move_adapter_to_device_of_base_layer(adapter, device)
 
+    @property
+    def routes_by_sequence(self) -> bool:
+        """Whether an adapter averages over the tokens of a sample."""
+        return any(s.routing == "sequence" and s.num_B > 1 for s in self.settings.values())
+
     def routing_for(self, routing: str) -> str:
         """The routing that a configuration's is on this layer."""
         return "token" if routing == "sequence" and (self.tokens_first or self.reads_positions) else routing

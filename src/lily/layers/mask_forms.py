@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lily.layers.traced import exporting
+from lily.plan.walk import is_causal_mask
 
 TEXT_MASKS = (
     "encoder_attention_mask",
@@ -104,6 +105,11 @@ def either(condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:
 def kept_tokens(padding: Tensor) -> Tensor:
     """The mask that belongs to torch's padding mask, which is True, or -inf, where a token does not count."""
     return ~(padding if padding.dtype == torch.bool else padding.isneginf())
+
+
+def is_told_to_be_causal(*said: object) -> bool:
+    """Whether a mask or an `is_causal` of a call lets each token attend to earlier ones alone."""
+    return any(_can_ask(one) and is_causal_mask(one) if isinstance(one, Tensor) else one is True for one in said)
 
 
 def is_denoiser(module: nn.Module) -> bool:

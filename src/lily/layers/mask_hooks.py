@@ -41,6 +41,7 @@ from lily.layers.traced import exporting
 from lily.plan.tokens_first import TORCH_LAYERS
 
 PADDING = ("src_key_padding_mask", "tgt_key_padding_mask")  # arguments of torch's encoder and decoder layers
+CAUSAL = ("src_mask", "tgt_mask", "is_causal", "tgt_is_causal")
 # (batch, tokens) of a model's input: of SigLIP 2's patches, and of timm's NaFlexViT's
 OWN_MASKS = ("attention_mask", "pixel_attention_mask", "patch_valid")
 UNCHANGED = (torch.jit.ScriptModule, torch.fx.GraphModule, FSDPModule)
@@ -68,6 +69,8 @@ class ModelHooks:
         arguments = self._named(args, kwargs)
         scopes = self.tracker.scopes
         own = next((mask for name in OWN_MASKS if (mask := arguments.get(name)) is not None), None)
+        if isinstance(module, TORCH_LAYERS):
+            self.tracker.ask(module, *(arguments.get(name) for name in CAUSAL))
         if own is None and isinstance(module, TORCH_LAYERS):
             padding = [arguments[name] for name in PADDING if _readable(arguments.get(name))]
             if not (padding and _is_batch_first(module)):  # that of the model stays

@@ -79,9 +79,11 @@ def has_causal_part(model: nn.Module) -> bool:
 
     causal, masked = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
     for module in model.modules():
+        if isinstance(base_of(module), nn.TransformerDecoderLayer):
+            return True
         if getattr(module, "is_causal", False) is True or CAUSAL.search(type(module).__name__):
             return True
-        if any(map(_is_causal_mask, module.buffers(recurse=False))):
+        if any(map(is_causal_mask, module.buffers(recurse=False))):
             return True
         if hasattr(module, "get_input_embeddings"):  # a model of transformers
             if is_causal(module):
@@ -92,15 +94,15 @@ def has_causal_part(model: nn.Module) -> bool:
     return is_causal(model)
 
 
-def _is_causal_mask(buffer: Tensor) -> bool:
-    """Whether a buffer lets each token attend to itself and earlier ones: 1 there and 0 elsewhere, or 0 and -inf."""
-    n = buffer.shape[-1] if buffer.ndim >= 2 else 0
-    if n < 2 or buffer.shape[-2] != n or buffer.numel() != n * n:
+def is_causal_mask(mask: Tensor) -> bool:
+    """Whether a mask lets each token attend to itself and earlier ones: 1 there and 0 elsewhere, or 0 and -inf."""
+    n = mask.shape[-1] if mask.ndim >= 2 else 0
+    if n < 2 or mask.shape[-2] != n or mask.numel() != n * n:
         return False
-    if buffer.device.type == "meta":
-        return buffer.dtype == torch.bool and buffer.ndim == 4
-    lower = torch.ones(n, n, dtype=torch.bool, device=buffer.device).tril()
-    kept = buffer.reshape(n, n) != 0
+    if mask.device.type == "meta":
+        return mask.dtype == torch.bool and mask.ndim == 4
+    lower = torch.ones(n, n, dtype=torch.bool, device=mask.device).tril()
+    kept = mask.reshape(n, n) != 0
     return torch.equal(kept, lower) or torch.equal(~kept, lower)
 
 
