@@ -74,13 +74,9 @@ class Scope:
                 return mask
             if mask is not None and x.ndim == 4 and (x.shape[0], x.shape[2]) == mask.shape:
                 return mask.unsqueeze(1).expand(x.shape[:3])  # (batch, heads, tokens, in), as WavLM's position gates
-        if (
-            self.own is None
-            or self.is_packed
-            or not _hears(self.model)
-            or x.ndim < 3
-            or x.shape[0] != self.own.shape[0]
-        ):
+        if self.own is None or self.is_packed or not _hears(self.model):
+            return None
+        if x.ndim < 3 or x.shape[0] != self.own.shape[0]:
             return None
         mask = self.own if self.inner is None else self.inner
         if x.shape[1] > mask.shape[1]:

@@ -24,7 +24,7 @@ TEXT_MASKS = (
     "text_embedding_mask",
     "text_embedding_mask_t5",
 )
-TOKENS = ("input_ids", "inputs_embeds", "hidden_states", "position_ids")  # (batch, tokens, ...)
+TOKENS = ("input_ids", "inputs_embeds")  # (batch, tokens, ...)
 MASKS = ("attention_mask", "attn_mask", *TEXT_MASKS)
 
 
@@ -71,8 +71,10 @@ def packed(arguments: Mapping[str, Any]) -> Tensor | None:
     that they are padding.
     """
     tokens = next((arguments[name].shape[1] for name in TOKENS if isinstance(arguments.get(name), Tensor)), 0)
+    if not tokens:
+        return None
     ends, numbers, positions = (arguments.get(name) for name in ("cu_seq_lens_q", "seq_idx", "position_ids"))
-    if isinstance(ends, Tensor) and ends.ndim == 1 and tokens:
+    if isinstance(ends, Tensor) and ends.ndim == 1:
         places = torch.arange(tokens, device=ends.device).unsqueeze(-1)
         return ((places >= ends[:-1]) & (places < ends[1:])).unsqueeze(0)
     if not _is_matrix(numbers):
