@@ -30,7 +30,7 @@ SMALLER: dict[str | tuple[str, str], tuple[str, ...]] = {
     "train": (PRECISION, FEW_STEPS),
     "tune": (PRECISION, FEW_STEPS, "--trials", "1"),
     "compare": (PRECISION, "--seeds", "1"),
-    "sweep": (PRECISION, "lily.r=4", "--points", "2", "--seeds", "1", "--overwrite"),
+    "sweep": (PRECISION, "lily.r=24", "--points", "2", "--seeds", "1", "--overwrite"),
     "bench": ("--width", "64", "--depth", "2", "--tokens", "16", "--rounds", "1", "--batch", "1", "--params", "30k"),
     ("docs/tutorials/vision.md", "train"): (PRECISION, FEW_STEPS),
     ("docs/tutorials/diffusion.md", "train"): (
