@@ -202,7 +202,7 @@ STUDIES: dict[str, Study] = {
         "random-labels", ["LoRA", "pair", "permuted, own", "signs", "gains", "static", "published"], (2,), PROBE, 5
     ),
     "mixed": tuned("mixed", MAIN[:3], (1,), TASK, 5),
-    "long": tuned("headlines-long", ["LoRA", "permuted"], (1, 8, 16), TASK, 3),
+    "long": tuned("headlines-long", ["LoRA", "permuted"], (1, 2), TASK, 3),
     "vision": tuned("random-digits", MAIN[:3], (1,), PROBE, 5),
 }
 
