@@ -169,6 +169,14 @@ def route(h: Tensor, R: Tensor) -> Tensor:
     return softmax(h @ R.T)
 
 
+def is_of_samples(mask: Tensor, x: Tensor) -> bool:
+    """Whether a mask is (batch, tokens, samples), for rows with several samples; for x (batch, tokens, ...) or flat.
+
+    With more dimensions of x, a mask of three is (batch, heads, tokens).
+    """
+    return mask.ndim == 3 and x.ndim <= 3
+
+
 def pool(p: Tensor, routing: str, mask: Tensor | None = None) -> Tensor:
     """Turn `p` (..., E) per token into the mixing weights of a data-dependent routing.
 
@@ -188,7 +196,7 @@ def pool(p: Tensor, routing: str, mask: Tensor | None = None) -> Tensor:
         return p
     if routing == "batch":
         return p.reshape(-1, p.shape[-1]).mean(dim=0)
-    if mask is not None and mask.ndim == 3 and p.ndim <= 3:
+    if mask is not None and is_of_samples(mask, p):
         m = (mask != 0).to(p.dtype)
         means = (m / m.sum(1, keepdim=True).clamp(min=1)).mT @ p.view(*mask.shape[:2], -1)  # (batch, samples, E)
         return (m @ means).view(p.shape)

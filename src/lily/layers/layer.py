@@ -333,8 +333,8 @@ class LilyLayer(MixingMixin, OwnMixin, FixedShapeMixin, ScaleMixin, MergingMixin
         dropout = settings.dropout if self.training else 0.0
         how = How(routing, settings.num_B, settings.scaling, dtype, settings.activation, dropout, self.transposed)
         mask = bank.masks.mask_for(x) if routing == "sequence" else None
-        if mask is not None and mask.ndim == 3 and x.ndim <= 3:
-            return None  # several samples in a row
+        if mask is not None and functional.is_of_samples(mask, x):
+            return None
         update = fused.Update(A, B, router, how, mask, rows, factor, own_A, own_B)
         if adapter in self.statistics and routing != "static":
             self._record(adapter, x, update.pair[0])

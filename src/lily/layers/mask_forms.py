@@ -77,9 +77,9 @@ def packed(arguments: Mapping[str, Any]) -> Tensor | None:
     if isinstance(ends, Tensor) and ends.ndim == 1:
         places = torch.arange(tokens, device=ends.device).unsqueeze(-1)
         return ((places >= ends[:-1]) & (places < ends[1:])).unsqueeze(0)
-    if not _is_matrix(numbers):
+    if not is_matrix(numbers):
         masked = arguments.get("attention_mask") is not None
-        if masked or not _is_matrix(positions) or not _can_ask(positions):
+        if masked or not is_matrix(positions) or not _can_ask(positions):
             return None
         begins = positions.diff(dim=1) <= 0
         if not begins.any():
@@ -95,7 +95,8 @@ def _can_ask(data: Tensor) -> bool:
     return not (torch.compiler.is_compiling() or exporting() or data.device.type == "meta")
 
 
-def _is_matrix(value: object) -> TypeGuard[Tensor]:
+def is_matrix(value: object) -> TypeGuard[Tensor]:
+    """Whether an argument is a tensor (batch, tokens)."""
     return isinstance(value, Tensor) and value.ndim == 2
 
 

@@ -30,6 +30,7 @@ from lily.layers.mask_forms import (
     attended,
     blocks,
     is_denoiser,
+    is_matrix,
     kept_tokens,
     length,
     masks_of_call,
@@ -72,12 +73,12 @@ class ModelHooks:
         if isinstance(module, TORCH_LAYERS):
             self.tracker.ask(module, *(arguments.get(name) for name in CAUSAL))
         if own is None and isinstance(module, TORCH_LAYERS):
-            padding = [arguments[name] for name in PADDING if _readable(arguments.get(name))]
+            padding = [arguments[name] for name in PADDING if is_matrix(arguments.get(name))]
             if not (padding and _is_batch_first(module)):  # that of the model stays
                 scopes.append(replace(scopes[-1] if scopes else Scope(None), model=module))
                 return
             own = kept_tokens(padding[0])
-        if own is not None and not _readable(own):
+        if own is not None and not is_matrix(own):
             own = scopes[-1].own if scopes else None
         samples = packed(arguments)
         if samples is None and own is None and scopes and scopes[-1].is_packed:
@@ -85,7 +86,7 @@ class ModelHooks:
         own = own if samples is None else samples
         other, states = arguments.get("encoder_attention_mask"), arguments.get("encoder_hidden_states")
         rows = next((value.shape[0] for value in arguments.values() if isinstance(value, Tensor) and value.ndim > 1), 0)
-        other = other if _readable(other) else None
+        other = other if is_matrix(other) else None
         scopes.append(Scope(own, other, *recognized(states), module, samples=rows))
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -223,10 +224,6 @@ class _ClassChange:
         if Watched in made.__bases__:
             self.module.__class__ = made.__mro__[2]
             del vars(self.module)["lily_hooks"]
-
-
-def _readable(mask: object) -> bool:
-    return isinstance(mask, Tensor) and mask.ndim == 2
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

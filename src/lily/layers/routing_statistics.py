@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lily import functional
+
 TINY = 1e-30  # weight of an expert that no token chose; its logit stays finite
 # An expert is dead if its mean weight is below this part of an equal one. Its gradient is proportional to its weight,
 # so it learns a hundred times slower than under equal weights; a larger bound would count experts for rare tokens.
@@ -29,7 +31,7 @@ def per_token(w: Tensor, h: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor
     w = w.detach().double().expand(*h.shape[:-1], -1)
     counts = w.new_ones(h.shape[:-1])
     if mask is not None:
-        m = (mask.any(-1) if mask.ndim == 3 and h.ndim <= 3 else mask != 0).double()
+        m = (mask.any(-1) if functional.is_of_samples(mask, h) else mask != 0).double()
         m = m.reshape(-1) if h.ndim == 2 else m.reshape(*m.shape, *([1] * (h.ndim - 1 - m.ndim)))
         counts = counts * m
     return w, counts
