@@ -139,6 +139,7 @@ def build(
     if unknown := {label for _, label in chosen.test} - set(labels):
         raise LilyError(f"{test} has the class {min(unknown)!r}, but {source} has not; remove its images")
     numbers = {label: i for i, label in enumerate(labels)}
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
     with new_folder(out) as folder:
         copies: dict[str, tuple[tuple[str, str], ...]] = {}
         for part in ("train", "validation", "test"):

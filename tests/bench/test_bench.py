@@ -41,9 +41,9 @@ def test_contestants_share_the_frozen_weights_and_lora_has_no_more_parameters(su
     assert type(ours.model.base_model).__module__.startswith("lily.")
 
 
-def test_structures_are_measured_at_no_more_parameters_than_lily_has(subject):
-    made = {c.name: c for c in contestants(subject, {"r": 16, "num_A": 2, "num_B": 2}, ["Lily token", *STRUCTURES])}
-    budget = made.pop("Lily token").parameters
+def test_structures_are_measured_at_no_more_parameters_than_lora_has(subject):
+    made = {c.name: c for c in contestants(subject, {"r": 16, "num_A": 2, "num_B": 2}, [LORA, *STRUCTURES])}
+    budget = made.pop(LORA).parameters
     assert list(made) == list(STRUCTURES)
     assert all(0.85 * budget < c.parameters <= budget for c in made.values())
     assert made["Lily pair"].rank == made["Lily permuted"].rank > made["Lily own"].rank

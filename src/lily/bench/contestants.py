@@ -15,12 +15,12 @@ from torch import Tensor, nn
 import lily
 from lily.bench.subjects import Subject
 from lily.errors import LilyError
-from lily.plan.budget import choose, equal_lora_rank
+from lily.plan.budget import choose, equal_lora_rank, lora_parameters
 from lily.plan.options import ROUTINGS
 
 FROZEN, LORA, LORA_RANK, STOCK, MERGED = "frozen", "LoRA", "LoRA, equal rank", "stock Lily", "Lily merged"
 NAMES = (FROZEN, LORA, LORA_RANK, STOCK, *(f"Lily {routing}" for routing in ROUTINGS), MERGED)
-# Structures with at most the parameters of the others, by the largest rank; measured when they are named.
+# Structures with at most the parameters of LoRA, by the largest rank; measured when they are named.
 PAIR: dict[str, Any] = {"num_A": 1, "num_B": 1, "distinct": "none"}
 STRUCTURES: dict[str, dict[str, Any]] = {
     "Lily pair": PAIR,
@@ -67,10 +67,11 @@ def contestants(subject: Subject, options: dict[str, Any], names: Sequence[str] 
         STOCK: (rank, partial(_stock, options, targets)),
         **{f"Lily {routing}": (rank, partial(_ours, options, targets, routing)) for routing in ROUTINGS},
     }
+    budget = min(plan.parameters.total, lora_parameters(modules, equal))
     for name in (name for name in names if name in STRUCTURES):
         made = STRUCTURES[name]
         shape = {"gain": "gain" in made, "own_r": made.get("own_r", 0), "num_A": 1, "num_B": 1}
-        largest = choose(modules, parameters=plan.parameters.total, routing="static", targets=targets, **shape).r
+        largest = choose(modules, parameters=budget, routing="static", targets=targets, **shape).r
         makers[name] = (largest + shape["own_r"], partial(_ours, {**made, "r": largest}, targets, "static"))
     built = []
     for name in names:
