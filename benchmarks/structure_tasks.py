@@ -113,7 +113,7 @@ def _mixed(count: int) -> Rows:
 TASKS = {
     "headlines": Task("encoder", headlines, 2000, 2),
     "random-labels": Task("encoder", lambda n: _random_labels(headlines(n)), 384, 12, probe=True),
-    "headlines-long": Task("encoder", headlines, 6000, 4),
+    "headlines-long": Task("encoder", headlines, 4000, 3),
     "mixed": Task("encoder", _mixed, 3000, 2),
     "cola": Task("encoder", functools.partial(_glue, "CoLA"), 3000, 2),
     "sst2": Task("encoder", functools.partial(_glue, "SST-2"), 3000, 2),
