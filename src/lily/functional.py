@@ -69,7 +69,7 @@ def first_gain(start: str, r: int, place: int, seed: int) -> list[float]:
 
 
 def default_scaling(r: int) -> float:
-    """The scale under which LoRA's learning rate serves every rank: `2 * (8 / r) ** SCALING_POWER`.
+    """The scale under which LoRA's learning rate is a good start for every rank: `2 * (8 / r) ** SCALING_POWER`.
 
     It is 2 at rank 8, the scale of LoRA with `lora_alpha = 2 r`. A step of Adam changes every entry of B by the
     learning rate, so at a fixed scale the output moves further the more ranks there are; the power was measured
@@ -279,7 +279,7 @@ def lily(
         activation: `none`, `relu`, `gelu` or `silu`, between A and B.
         dropout: probability, on h.
         training: whether dropout acts.
-        mask: (batch, tokens), nonzero where a token counts; for `sequence`.
+        mask: for `sequence`, nonzero where a token counts, (batch, tokens); other shapes: see `pool`.
 
     Returns:
         (..., out), of the dtype of the matrix products.

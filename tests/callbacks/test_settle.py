@@ -266,6 +266,24 @@ def test_ones_own_loop_settles_every_dynamic_routing(routing):
     assert torch.isfinite(predict(model.eval(), inputs("llama"))).all()
 
 
+@pytest.mark.parametrize(("num_B", "other"), [(2, 1), (1, 2)])
+def test_groups_with_one_B_stay_as_they_are(num_B, other):
+    targets = ["q_proj", "v_proj"]
+    options = {"num_B": num_B, "group_options": {"v_proj": {"num_B": other}}, "target_modules": targets}
+    model = randomise(fresh(routing="token", **options)).train()
+    LilyConfig(settled=0.5, task_type="CAUSAL_LM", **options)  # as a checkpoint of the middle has it
+    settling = lily.Settling(model, total_steps=10, start=0.3, end=0.6)
+    routed = "q_proj" if num_B > 1 else "v_proj"
+    assert len(settling.logits) == sum(routed in name for name in layers(model))
+    for step in range(10):
+        settling.step(step)
+        model(**inputs("llama", seed=step))
+    settling.finish()
+    expected = predict(model.eval(), inputs("llama"))
+    model.merge_adapter()
+    assert torch.allclose(predict(model, inputs("llama")), expected, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_a_compiled_model_is_not_compiled_again_at_every_step():
     model = adapted("plain", routing="token", settled=0.0)

@@ -45,7 +45,8 @@ def test_below_a_lora_of_rank_4_one_A_is_for_about_14_layers(layers, large, smal
     assert choose(modules, match_lora=4).num_B == large
     below = choose(modules, parameters=lora_parameters(modules, 4) - 1)
     assert (below.num_A, below.num_B) == (small, small)
-    assert ("a larger rank of fewer A and B" in str(below.reason)) == (layers > 2)
+    # the reason of a small budget is given only where it decided
+    assert ("a larger rank of fewer A and B" in str(below.reason)) == (small < large)
     assert choose(modules, match_lora=2, fewest=2).num_A == max(large, 1)
     assert choose(modules).num_A == large  # without a budget
 

@@ -66,14 +66,16 @@ class Settling:
         self.start, self.end, self.total_steps = start, end, total_steps
         self.adapted: Adapted = find(model, adapter)
         config, name = self.adapted.config, self.adapted.name
-        if config.num_B == 1 or config.routing not in DYNAMIC:
+        # Groups may differ in `num_B`; with one B there is nothing to mix.
+        self.layers = [layer for layer in self.adapted.layers.values() if layer.settings[name].num_B > 1]
+        if not self.layers or config.routing not in DYNAMIC:
             raise LilyError(
                 f"adapter {name!r} (routing={config.routing!r}, num_B={config.num_B}) is static already; "
                 "there is nothing to settle"
             )
         if config.settled is None:
             config.settled = 0.0
-        for layer in self.adapted.layers.values():
+        for layer in self.layers:
             if name not in layer.lily_logits:
                 router = layer.router_of(name)
                 assert router is not None  # the routing depends on data
@@ -82,13 +84,13 @@ class Settling:
 
     @property
     def logits(self) -> list[nn.Parameter]:
-        """The learned vectors, one per layer; the optimizer must contain them."""
-        return [layer.logits_of(self.adapted.name) for layer in self.adapted.layers.values()]
+        """The learned vectors, one per layer with several experts; the optimizer must contain them."""
+        return [layer.logits_of(self.adapted.name) for layer in self.layers]
 
     @property
     def recording(self) -> bool:
         """Whether the routing is being recorded."""
-        return any(self.adapted.name in layer.statistics for layer in self.adapted.layers.values())
+        return any(self.adapted.name in layer.statistics for layer in self.layers)
 
     def step(self, step: int) -> None:
         """Interpolate according to the progress of training.
@@ -133,7 +135,7 @@ class Settling:
     def _record(self, wanted: bool) -> None:
         if wanted == self.recording:
             return
-        for layer in self.adapted.layers.values():
+        for layer in self.layers:
             if wanted:
                 # Not in eval mode: evaluation rows would leak into what is learned, and a resumed run, which does not
                 # repeat the evaluation, would give another result.
@@ -146,7 +148,7 @@ class Settling:
     @torch.no_grad()
     def _note(self, age: int, window: int) -> None:
         """Update each layer's running mean with the last step's statistics, the same on all processes."""
-        name, layers = self.adapted.name, list(self.adapted.layers.values())
+        name, layers = self.adapted.name, self.layers
         seen = [layer.statistics[name] for layer in layers]
         # One tensor for all layers: one reduction and one device synchronization.
         packed = torch.cat([t.to(layers[0].logits_of(name).device) for s in seen for t in (s.total, s.count)])

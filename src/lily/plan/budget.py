@@ -322,7 +322,7 @@ def _why_sharing(
     sentences = [f"{', '.join(kept)}: as given."] if kept else []
     if free and n == usual:
         why = "too few layers to share more finely"
-        if depth >= 2 * FEWEST and fewest < FEWEST:
+        if depth >= 2 * FEWEST and usual < FEWEST:
             why = (
                 f"one for about {LAYERS_PER_A} layers and at most {MOST}: at fewer parameters than LoRA of rank "
                 f"{SMALL} has, a larger rank of fewer A and B learned more"

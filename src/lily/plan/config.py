@@ -68,7 +68,7 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
         num_A: how many A per group; instead of `stride_A`, which is then `ceil(layers / num_A)`.
         num_B: experts per group; all layers of the group share them. 1 means one shared B and no router.
         scaling: multiplies the update directly (there is no `alpha / r`). Finite and not zero. Default: by the rank
-            of each layer, so that LoRA's learning rate at `lora_alpha = 2 r` serves every shape (see
+            of each layer, so that LoRA's learning rate at `lora_alpha = 2 r` is a good start for every shape (see
             `lily.functional.default_scaling`); a configuration from a file without the key means 1, as in stock PEFT.
         routing: what the expert weights depend on: `token`, `sequence`, `batch`, `static` or `uniform`. Default:
             `token` for `task_type` CAUSAL_LM and SEQ_2_SEQ_LM, for state-space models and for a model that is or

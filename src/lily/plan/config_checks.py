@@ -35,9 +35,6 @@ def check(c: Any) -> None:
         _check_number("settled", c.settled)
         if not 0 <= c.settled <= 1:
             raise LilyError(f"settled={c.settled} is not a share; give a number from 0 (dynamic) to 1 (static)")
-        if c.num_B == 1 or c.routing not in DYNAMIC:
-            why = "num_B=1 has no router" if c.num_B == 1 else f"routing={c.routing!r} is static already"
-            raise LilyError(f"settled={c.settled}: {why}, so there is nothing to settle; remove settled")
     if c.adapted_layers is not None and not (
         isinstance(c.adapted_layers, dict) and all(type(n) is int for n in c.adapted_layers.values())
     ):
@@ -57,6 +54,7 @@ def check(c: Any) -> None:
     _check_slices(c)
     _check_parallel(c)
     _check_group_options(c)
+    _check_settled(c)
     _check_layers(c)
     _check_pattern(c, "rank_pattern", 16, partial(_check_int, expected="a positive integer such as 16"))
     _check_pattern(c, "scaling_pattern", 1.0, _check_scaling)
@@ -194,6 +192,15 @@ def _check_group_options(c: Any) -> None:
         except LilyError as error:
             raise LilyError(f"group_options[{key!r}]: {error}") from None
     c.group_options = {key: dict(own) for key, own in c.group_options.items()} or None
+
+
+def _check_settled(c: Any) -> None:
+    if c.settled is None:
+        return
+    one_B = c.num_B == 1 and all(own.get("num_B", 1) == 1 for own in (c.group_options or {}).values())
+    if one_B or c.routing not in DYNAMIC:
+        why = "num_B=1 has no router" if one_B else f"routing={c.routing!r} is static already"
+        raise LilyError(f"settled={c.settled}: {why}, so there is nothing to settle; remove settled")
 
 
 def _check_options(c: Any) -> None:

@@ -143,10 +143,12 @@ def _method(recipe: Recipe) -> Iterator[Problem]:
     settle = recipe.lily.settle
     if settle is not None and settle.start >= settle.end:
         yield ("lily", "settle"), f"start {settle.start:g} must come before end {settle.end:g}"
-    if settle is not None and (recipe.lily.routing in ("static", "uniform") or recipe.lily.num_B == 1):
-        what = "num_B=1 has no router" if recipe.lily.num_B == 1 else f"routing {recipe.lily.routing} is static"
+    groups = (recipe.lily.groups or {}).values()
+    one_B = recipe.lily.num_B == 1 and not any((group.num_B or 1) > 1 for group in groups)
+    if settle is not None and (recipe.lily.routing in ("static", "uniform") or one_B):
+        what = "num_B=1 has no router" if one_B else f"routing {recipe.lily.routing} is static"
         yield ("lily", "settle"), f"{what}, so there is nothing to settle; remove one of them"
-    activations = [recipe.lily.activation, *(group.activation for group in (recipe.lily.groups or {}).values())]
+    activations = [recipe.lily.activation, *(group.activation for group in groups)]
     if settle is not None and set(activations) - {"none", None}:
         yield (
             ("lily", "settle"),

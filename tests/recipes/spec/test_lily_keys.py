@@ -163,6 +163,8 @@ def test_two_names_of_one_router_and_other_contradictions_are_told_before_the_mo
             "lily.settle: gives each layer separate weights",
         ),
         ({"groups": {"mlp": {"activation": "relu"}}, "settle": {}}, "lily.settle: an adapter with an activation"),
+        ({"num_B": 1, "groups": {"mlp": {"num_B": 1}}, "settle": {}}, "lily.settle: num_B=1 has no router"),
+        ({"num_B": 1, "groups": {"mlp": {"num_B": 2}}, "settle": {}}, "targets: is empty; name modules such as"),
         ({}, "targets: is empty; name modules such as"),
     ]:
         with pytest.raises(LilyError) as caught:
