@@ -100,6 +100,8 @@ def guess(
         )
     kind, chosen = found
     seen = _described(path, kind, chosen, rows, names)
+    if "messages" in chosen and not seen.answer:
+        raise remarks.no_answers(path, chosen["messages"], rows)
     others, without = _beside(path, chosen, opened.how)
     if kind == "text-classification":
         remarks.check_classes(path, chosen["label"], seen.classes, rows, None if "validation" in others else HELD_OUT)
