@@ -62,6 +62,10 @@ CSV = {
                                     {"prompt": "question", "completion": "answer"}),
     "questions with classes": ({"question": sentence, "answer": label}, "text-classification",
                                {"text": "question", "label": "answer"}),
+    "paths of images under another name": ({"image_id": lambda i: f"{i}.jpg", "breed": label}, "image-classification",
+                                           {"image": "image_id", "label": "breed"}),
+    "a text beside a path of an image": ({"body": sentence, "thumbnail": lambda i: f"{i}.jpg", "kind": label},
+                                         "text-classification", {"text": "body", "label": "kind"}),
     "a question, an answer, and whether it fits": (
         {"question": sentence, "answer": lambda i: sentence(i + 500), "label": lambda i: i % 2}, "text-classification",
         {"text": "question", "text_pair": "answer", "label": "label"}),
@@ -114,6 +118,14 @@ def test_a_folder_of_images_has_its_classes(tmp_path):
             (tmp_path / "pets" / kind / f"{i}.JPG").touch()
     found = guess(tmp_path / "pets")
     assert (found.task, found.rows, found.classes) == ("image-classification", 5, {"cat": 3, "dog": 2})
+
+
+def test_images_further_down_are_named(tmp_path):
+    for part in ("Train", "Test"):
+        (tmp_path / "pets" / "data" / part / "cat").mkdir(parents=True)
+        (tmp_path / "pets" / "data" / part / "cat" / "1.png").touch()
+    with pytest.raises(LilyError, match=r"holds no images .* in folders of classes, but \S*pets/data does; name that"):
+        guess(tmp_path / "pets")
 
 
 def test_a_line_of_names_that_is_missing_is_noticed(tmp_path):
@@ -300,6 +312,8 @@ def test_what_somebody_should_know_stands_in_the_recipe(tmp_path, columns, told)
         ({"text": sentence, "label": lambda i: f"l{i}"}, 60, "60 different values in 60 rows, so they are no classes"),
         ({"text": sentence, "score": lambda i: f"{i}%"}, 60, "write them as plain numbers such as 1234.5, not '0%'"),
         ({"text": sentence, "price": lambda i: f"${i}.5"}, 60, "holds amounts such as '$0.5'"),
+        ({"id": lambda i: f"a{i}b", "breed": label}, 60, "'breed' holds classes, but no column beside it texts"),
+        ({"file_name": lambda i: f"{i}.png", "caption": sentence}, 60, "no classes of the images of 'file_name'"),
         ({"text": sentence, "price": lambda i: f'"{i},{50 - i % 9}"'}, 60, "holds amounts such as '0,50'"),
         ({"text": sentence, "label": label}, 5, "has 5 rows .*, too few to hold any out"),
         ({"prompt": sentence, "chosen": sentence, "rejected": sentence}, 9, "TRL's DPOTrainer.*--completion chosen"),

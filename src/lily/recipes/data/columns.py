@@ -48,24 +48,28 @@ def task_and_columns(
         return _chat(rows, names, given)
     if not given and task is None and (chat := _chat(rows, names, given)) is not None:
         return chat
-    image = given.get("image") or _first(
-        names,
-        NAMES["image"],
-        lambda name: all(str(row.get(name, "")).lower().endswith(images.ENDINGS) for row in rows[:50]),
-    )
     free = [name for name in names if name not in given.values()]
+    if "text" not in given and task in (None, "image-classification"):
+        image = given.get("image") or _image(rows, free)
+        if image is not None:
+            label = given.get("label") or _label(rows, [name for name in free if name != image])
+            return None if label is None else ("image-classification", {"image": image, "label": label})
     pair = () if "text" in given else _pair(rows, names) or _answered(rows, free)
     text = given.get("text") or (pair[0] if pair else _longest(rows, free))
-    label = given.get("label") or _label(rows, [name for name in free if name not in (text, image, *pair)])
-    if label is None or (image is None and text is None):
+    label = given.get("label") or _label(rows, [name for name in free if name not in (text, *pair)])
+    if text is None or label is None:
         return None
-    if image is not None and "text" not in given and task in (None, "image-classification"):
-        return "image-classification", {"image": image, "label": label}
-    assert text is not None
     chosen = {"text": text} | ({"text_pair": pair[1]} if pair else {}) | {"label": label}
     chosen |= {key: name for key, name in given.items() if key == "text_pair"}
     values = [row.get(label) for row in rows]
     return task or ("text-regression" if _measured(values) else "text-classification"), chosen
+
+
+def _image(rows: Sequence[Row], names: Sequence[str]) -> str | None:
+    """A column of paths of images: one called so, or any where no column of longer texts is beside it."""
+    paths = [name for name in names if is_image(rows, name)]
+    longer = any(is_text(rows, name) and _words(rows, name) >= WORDS for name in names if name not in paths)
+    return _first(paths, NAMES["image"]) or (None if longer else next(iter(paths), None))
 
 
 def _pair(rows: Sequence[Row], names: Sequence[str]) -> tuple[str, ...]:
@@ -188,8 +192,9 @@ def is_id(rows: Sequence[Row], name: str) -> bool:
 
 
 def _longest(rows: Sequence[Row], names: Sequence[str]) -> str | None:
-    """A column of texts named like one, else the one with the longest texts."""
-    varied = [name for name in names if is_text(rows, name)]
+    """A column of texts named like one, else the one with the longest texts that are no ids and no paths of images."""
+    varied = [name for name in names if is_text(rows, name) and not is_image(rows, name)]
+    varied = [name for name in varied if _words(rows, name) > 1 or not is_id(rows, name)]
     named = _first(varied, NAMES["text"])
     lengths = {name: sum(len(row.get(name) or "") for row in rows) for name in varied if name not in NAMES["label"]}
     return named or (max(lengths, key=lengths.__getitem__) if lengths else None)
@@ -212,6 +217,11 @@ def _first(names: Sequence[str], known: Sequence[str], fits: Callable[[str], boo
 def called(name: str) -> str:
     """What a column is called: the end of a dotted name, without the numbers of places in lists."""
     return re.sub(r"(\.\d+)+$", "", name.lower().strip()).rpartition(".")[2]
+
+
+def is_image(rows: Sequence[Row], name: str) -> bool:
+    """Whether a column holds paths of images."""
+    return all(str(row.get(name) or "").lower().endswith(images.ENDINGS) for row in rows[:50])
 
 
 def is_nested(rows: Sequence[Row], name: str) -> bool:

@@ -15,6 +15,7 @@ from lily.recipes.data.columns import (
     distinct,
     is_aside,
     is_id,
+    is_image,
     is_nested,
     is_parts,
     is_text,
@@ -48,7 +49,7 @@ def reason(rows: Sequence[Row], names: Sequence[str]) -> str:
     if len(rows) == 1:
         return "it has one row, and nothing is learned from that; add rows, or "
     own = [name for name in names if not is_id(rows, name)]
-    texts = [name for name in own if is_text(rows, name)]
+    texts = [name for name in own if is_text(rows, name) and not is_image(rows, name)]
     for name in own:
         if called(name) in (*NAMES["label"], *NAMES["messages"]) and is_nested(rows, name):
             return _about_lists(rows, name)
@@ -61,6 +62,13 @@ def reason(rows: Sequence[Row], names: Sequence[str]) -> str:
         return (
             f"{marked!r} holds whole chats as texts; write the messages of each as a list, "
             '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}; else '
+        )
+    if (pictures := [name for name in own if is_image(rows, name)]) and texts:
+        return f"{texts[0]!r} holds no classes of the images of {pictures[0]!r}, and other texts are not learned; "
+    if len(texts) == len(own) == 1 and labels(rows, texts):
+        return (
+            f"{texts[0]!r} holds classes, but no column beside it texts, or paths of images with their endings, such "
+            "as a1.jpg; "
         )
     if len(texts) == len(own) == 1:
         return "texts alone have nothing to predict, so add a column with a label or an answer for each; "
