@@ -51,7 +51,7 @@ def folded(header: Sequence[str], rows: Rows, width: int) -> list[str] | None:
 
 
 def _folded(name: str, most: int) -> str:
-    """A name on at most so many lines, none longer than it must be."""
+    """A name on at most `most` lines, none longer than it must be."""
     least = max(map(len, name.split()), default=1)
     return next(("\n".join(lines) for w in range(least, len(name)) if len(lines := wrap(name, w)) <= most), name)
 
