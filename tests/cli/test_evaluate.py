@@ -45,7 +45,12 @@ def test_texts_of_an_inspection_are_refused_with_row_and_column(tmp_path, column
 def answered(monkeypatch):
     """The prompts that reach a model."""
     prompts = []
-    used = SimpleNamespace(generate=lambda prompt, streamer, system: prompts.append(prompt), tokenizer=None, cut=0)
+
+    def generate(prompt, streamer, system):
+        prompts.append(prompt)
+        return " \n" if prompt == "say nothing" else "because"
+
+    used = SimpleNamespace(generate=generate, tokenizer=None, cut=0)
     monkeypatch.setattr(evaluate, "located", lambda *_: None)
     monkeypatch.setattr(evaluate, "_adapter", lambda *_: used)
     monkeypatch.setattr("transformers.TextStreamer", lambda *_, **__: None)
@@ -58,6 +63,15 @@ def answered(monkeypatch):
 def test_a_prompt_is_an_argument_an_option_or_standard_input(answered, typed, given):
     assert CliRunner().invoke(app, ["generate", "run", *typed], input=given).exit_code == 0
     assert answered == ["why?"]
+
+
+def test_answers_without_text_are_told(answered):
+    said = CliRunner().invoke(app, ["generate", "run", "say nothing"]).stderr
+    assert said == "warning: the answer is empty\n"
+    assert not CliRunner().invoke(app, ["generate", "run", "why?"]).stderr
+    seen = evaluate.Predicted("prediction", "score")
+    list(seen.watched({"prediction": text} for text in ("a", "", " ")))
+    assert seen.sentence() == "3 rows predicted; 2 of the answers are empty."
 
 
 @pytest.mark.parametrize(

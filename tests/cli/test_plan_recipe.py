@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from types import SimpleNamespace
 
@@ -9,10 +10,12 @@ import pytest
 import torch
 import yaml
 from recipes_helpers import classification, rows, sft, write_jsonl, write_recipe
+from rich.console import Console
 from typer.testing import CliRunner
 
 from lily.cli.main import app
 from lily.cli.plan_recipe import duration, marked
+from lily.io import tables
 from lily.recipes import loader, pace
 from lily.recipes.pace import Work, measure, work_of
 from lily.recipes.schedule import schedule_of
@@ -52,6 +55,19 @@ def test_nothing_is_cut_in_a_narrow_terminal(mine):
     assert "\u2026" not in text
     assert "truncated" in text
     assert max(map(len, text.splitlines()[1:20])) <= 50
+
+
+@pytest.mark.parametrize("width", range(60, 100))
+def test_no_name_of_a_column_is_cut_where_the_numbers_are_long(width):
+    header = ["", "rows", "tokens: median", "95%", "longest", "truncated", "repeated", "also in train"]
+    lines = [["validation", "14", "30,002", "30,002", "30,002", "100%", "0", "0"]]
+    names = tables.folded(header, lines, width)
+    assert (names is None) == (width < 72)
+    if names is not None:
+        console = Console(width=width, file=io.StringIO())
+        console.print(tables.terminal(names, lines, numbers=True, no_wrap=True, box=None, pad_edge=False))
+        text = console.file.getvalue()
+        assert {*text.split()} == {*" ".join([*header, *lines[0]]).split()}
 
 
 @pytest.mark.parametrize("more", [(), ("--all",)])

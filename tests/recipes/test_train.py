@@ -267,6 +267,10 @@ def test_eval_gives_the_figures_of_the_run(finished):
     table = write_jsonl(folder / "more.jsonl", rows(10))
     run = CliRunner().invoke(app, ["eval", str(folder / "run" / "best"), "--file", str(table), "--json"])
     assert 0 <= json.loads(run.stdout)["accuracy"] <= 1
+    assert "was trained on" not in run.stderr
+    own = loader.load_recipe(str(folder / "run" / "recipe.yaml")).data.train.path
+    run = CliRunner().invoke(app, ["eval", str(folder / "run" / "best"), "--file", own, "--json"])
+    assert f"{own} is what the adapter was trained on, so results flatter" in run.stderr
     with pytest.raises(LilyError, match="exclude each other"):
         CliRunner().invoke(app, ["eval", str(folder / "run"), "--file", "x", "--split", "test"], catch_exceptions=False)
 

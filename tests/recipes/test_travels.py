@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from huggingface_hub import ModelCard
 from paths import ROOT
 from peft import AutoPeftModelForSequenceClassification, PeftModel
@@ -151,6 +152,22 @@ def test_an_adapter_that_names_a_cache_of_another_machine_is_found_by_its_recipe
     (folder / "recipe.yaml").unlink()
     with pytest.raises(LilyError, match=r"for the base model /home/jane/.*, a folder of the machine where it was"):
         lily.base_model(folder)
+
+
+def test_a_folder_is_named_so_that_it_is_found_from_any_working_directory(runs, tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert reference(Model(path="./mine")) == (str(tmp_path / "mine"), None)
+    # an adapter of an earlier version
+    folder = moved(runs["lora"], tmp_path)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "mine"}))
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "model": {"path": "mine"}}))
+    assert lily.base_model("moved") == "mine"
+    monkeypatch.chdir(folder)
+    with pytest.raises(LilyError, match=r"base model mine: mine does not exist in .*, where relative paths start; "):
+        lily.base_model(".")
 
 
 def test_the_card_has_the_hubs_metadata(runs):

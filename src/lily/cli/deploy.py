@@ -243,7 +243,7 @@ def _print_lora(lora: Any, model: Any, rank: int | None, console: Console) -> No
     own = 4 * find(model).plan.parameters.total
     console.print(
         f"LoRA of rank {lora.rank} on {len(lora.layers)} layers: {lora.size / 1e6:.2f} MB "
-        f"(the Lily adapter: {own / 1e6:.2f} MB; a LoRA repeats what layers share)"
+        f"(the Lily adapter: {own / 1e6:.2f} MB{'; a LoRA repeats what layers share' if lora.size > own else ''})"
     )
     if rank is not None:
         print_energies(lora.energies, console)

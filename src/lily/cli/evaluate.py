@@ -140,7 +140,7 @@ class Predicted:
 
     def __init__(self, prediction: str, score: str) -> None:
         self.names = (prediction, score)
-        self.rows, self.unsure = 0, 0
+        self.rows, self.unsure, self.empty = 0, 0, 0
         self.classes: Counter[str] = Counter()
         self.lowest, self.highest, self.total = math.inf, -math.inf, 0.0
 
@@ -155,6 +155,8 @@ class Predicted:
             elif isinstance(value, float):
                 self.lowest, self.highest = min(self.lowest, value), max(self.highest, value)
                 self.total += value
+            elif isinstance(value, str) and not value.strip():
+                self.empty += 1
             yield row
 
     def sentence(self) -> str:
@@ -176,7 +178,7 @@ class Predicted:
         if self.rows and math.isfinite(self.lowest):
             mean = self.total / self.rows
             return f"{rows}: from {self.lowest:.3g} to {self.highest:.3g}, mean {mean:.3g}."
-        return f"{rows}."
+        return f"{rows}; {self.empty:,} of the answers are empty." if self.empty else f"{rows}."
 
 
 def generate_command(
@@ -203,7 +205,9 @@ def generate_command(
         used = _adapter(location, told)
     from transformers import TextStreamer
 
-    used.generate(text, TextStreamer(used.tokenizer, skip_prompt=True, skip_special_tokens=True), system)
+    answer = used.generate(text, TextStreamer(used.tokenizer, skip_prompt=True, skip_special_tokens=True), system)
+    if not answer.strip():
+        print("warning: the answer is empty", file=sys.stderr)
     _warn_of_cut(used)
 
 

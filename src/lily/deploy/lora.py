@@ -198,7 +198,8 @@ def _as_lora(
         worst = min(poor, key=poor.__getitem__)
         raise LilyError(
             f"rank {rank} keeps too little of {len(poor)} of {len(layers)} layers (least: {poor[worst]:.1%} of the "
-            f"energy of {worst}; the tolerance is {1 - tolerance:.1%}); give a larger rank, or force"
+            f"energy of {worst}; tolerance {tolerance:g} asks for {1 - tolerance:.1%}); give a larger rank or "
+            "tolerance, or force=True (--force)"
         )
     largest = max(layer.rank for layer in layers.values())
     rank_to = padded_rank(largest, target, wanted)

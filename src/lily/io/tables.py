@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from textwrap import wrap
 from typing import Any
 
 from rich.cells import cell_len
@@ -38,11 +39,21 @@ def terminal(
     return table
 
 
-def narrowest(header: Sequence[str], rows: Rows) -> int:
-    """Characters of a line of the table without a cut word, where names of columns may be on several lines."""
+def folded(header: Sequence[str], rows: Rows, width: int) -> list[str] | None:
+    """Names of columns on as few lines as let a table without a box fit into `width` characters; None: it does not."""
     lines = list(rows)
-    words = [[*name.split(), *(line[i] for line in lines)] for i, name in enumerate(header)]
-    return sum(max(map(cell_len, column), default=0) + 2 for column in words)
+    for most in range(1, max(len(name.split()) for name in header) + 1):
+        names = [_folded(name, most) for name in header]
+        columns = [[*name.split("\n"), *(line[i] for line in lines)] for i, name in enumerate(names)]
+        if sum(max(map(cell_len, column)) + 2 for column in columns) <= width:
+            return names
+    return None
+
+
+def _folded(name: str, most: int) -> str:
+    """A name on at most `most` lines, none longer than it must be."""
+    least = max(map(len, name.split()), default=1)
+    return next(("\n".join(lines) for w in range(least, len(name)) if len(lines := wrap(name, w)) <= most), name)
 
 
 def fitting(

@@ -62,6 +62,28 @@ CSV = {
                                     {"prompt": "question", "completion": "answer"}),
     "questions with classes": ({"question": sentence, "answer": label}, "text-classification",
                                {"text": "question", "label": "answer"}),
+    "paths of images under another name": ({"image_id": lambda i: f"{i}.jpg", "breed": label}, "image-classification",
+                                           {"image": "image_id", "label": "breed"}),
+    "a text beside a path of an image": ({"body": sentence, "thumbnail": lambda i: f"{i}.jpg", "kind": label},
+                                         "text-classification", {"text": "body", "label": "kind"}),
+    "a question, an answer, and whether it fits": (
+        {"question": sentence, "answer": lambda i: sentence(i + 500), "label": lambda i: i % 2}, "text-classification",
+        {"text": "question", "text_pair": "answer", "label": "label"}),
+    "a review with a summary and stars": (
+        {"UserId": lambda i: f"A{i % 3}", "Score": lambda i: i % 5, "Summary": sentence, "Text": sentence},
+        "text-classification", {"text": "Text", "label": "Score"}),
+    "prompts with a mark": (
+        {"prompt": sentence, "completion": lambda i: sentence(i + 500), "label": lambda i: i % 2 == 0}, "sft",
+        {"prompt": "prompt", "completion": "completion"}),
+    "ids and dates that repeat": (
+        {"customer_id": lambda i: 1000 + i % 3, "day": lambda i: f"2026-01-{i % 2 + 1:02}", "body": sentence,
+         "team": lambda i: "abcdef"[i % 6]}, "text-classification", {"text": "body", "label": "team"}),
+    "a language beside a label": (
+        {"lang": label, "body": sentence, "gold_label": lambda i: "abc"[i % 3]}, "text-classification",
+        {"text": "body", "label": "gold_label"}),
+    "numbers within the names of two texts": (
+        {"Quality": lambda i: i % 2, "#1 String": sentence, "#2 String": lambda i: sentence(-i - 1)},
+        "text-classification", {"text": "#1 String", "text_pair": "#2 String", "label": "Quality"}),
     "paths of images": ({"file": lambda i: f"x/{i}.png", "label": label}, "image-classification",
                         {"image": "file", "label": "label"}),
 }  # fmt: skip
@@ -96,6 +118,14 @@ def test_a_folder_of_images_has_its_classes(tmp_path):
             (tmp_path / "pets" / kind / f"{i}.JPG").touch()
     found = guess(tmp_path / "pets")
     assert (found.task, found.rows, found.classes) == ("image-classification", 5, {"cat": 3, "dog": 2})
+
+
+def test_images_further_down_are_named(tmp_path):
+    for part in ("Train", "Test"):
+        (tmp_path / "pets" / "data" / part / "cat").mkdir(parents=True)
+        (tmp_path / "pets" / "data" / part / "cat" / "1.png").touch()
+    with pytest.raises(LilyError, match=r"holds no images .* in folders of classes, but \S*pets/data does; name that"):
+        guess(tmp_path / "pets")
 
 
 def test_a_line_of_names_that_is_missing_is_noticed(tmp_path):
@@ -209,6 +239,11 @@ AS_FOUND = {
         "".join(json.dumps({"messages": pair(i), "tools": []}) + "\n" for i in range(9)),
         {"columns": {"messages": "messages"}, "unused": ()},
     ),
+    "prompts and completions of messages": (
+        "x.jsonl",
+        "".join(json.dumps({"prompt": pair(i)[:1], "completion": pair(i)[1:]}) + "\n" for i in range(9)),
+        {"columns": {"prompt": "prompt", "completion": "completion"}},
+    ),
     "names in capitals": (
         "x.jsonl",
         "".join(json.dumps({"Question": sentence(i), "Answer": sentence(-i)}) + "\n" for i in range(40)),
@@ -257,6 +292,13 @@ def test_files_are_read_as_they_are_found(tmp_path, name):
         ),
         ({"text": lambda i: f"очень хороший отель {i}", "label": label}, "other scripts"),
         ({"text": sentence, "label": lambda i: ("a|b", "b|c")[i % 2]}, "labels look like lists"),
+        ({"text": sentence, "label": lambda i: ("a", "b", "NA")[i % 3]}, "'NA' may stand for a missing .* its 20 rows"),
+        ({"text": sentence, "author_id": label}, "author_id may be an id or a date"),
+        ({"word": lambda i: f"w{i}", "tag": label}, "do not train NER"),
+        (
+            {"prompt": sentence, "completion": lambda i: sentence(-i), "label": lambda i: i % 2},
+            "label is not used, and every answer is learned",
+        ),
     ],
 )
 def test_what_somebody_should_know_stands_in_the_recipe(tmp_path, columns, told):
@@ -270,6 +312,9 @@ def test_what_somebody_should_know_stands_in_the_recipe(tmp_path, columns, told)
         ({"text": sentence, "label": lambda i: f"l{i}"}, 60, "60 different values in 60 rows, so they are no classes"),
         ({"text": sentence, "score": lambda i: f"{i}%"}, 60, "write them as plain numbers such as 1234.5, not '0%'"),
         ({"text": sentence, "price": lambda i: f"${i}.5"}, 60, "holds amounts such as '$0.5'"),
+        ({"id": lambda i: f"a{i}b", "breed": label}, 60, "'breed' holds classes, but no column beside it texts"),
+        ({"file_name": lambda i: f"{i}.png", "caption": sentence}, 60, "no classes of the images of 'file_name'"),
+        ({"text": sentence, "price": lambda i: f'"{i},{50 - i % 9}"'}, 60, "holds amounts such as '0,50'"),
         ({"text": sentence, "label": label}, 5, "has 5 rows .*, too few to hold any out"),
         ({"prompt": sentence, "chosen": sentence, "rejected": sentence}, 9, "TRL's DPOTrainer.*--completion chosen"),
     ],
@@ -289,6 +334,20 @@ def test_data_that_cannot_be_learned_say_why(tmp_path, columns, n, said):
         ("x.jsonl", [{"text": sentence(i), "labels": ["a", "b"][: i % 2 + 1]} for i in range(9)], "'labels' holds ['a"),
         ("x.jsonl", [{"text": sentence(i), "messages": [{"who": "me"}]} for i in range(9)], "'messages' holds no mess"),
         ("x.jsonl", [{"text": f"<|im_start|>user\n{i}"} for i in range(9)], "'text' holds whole chats as texts"),
+        (
+            "x.jsonl",
+            [{"messages": pair(i)[:1]} for i in range(9)],
+            "'messages' holds no answer; its first row ends",
+        ),
+        ("x.jsonl", [{"contents": [{"role": "model", "parts": [{"text": "x"}]}]}] * 9, "'contents' holds no answer"),
+        (
+            "x.jsonl",
+            [{"chosen": pair(i), "rejected": pair(-i)} for i in range(9)],
+            "alone: --messages chosen",
+        ),
+        ("x.jsonl", [{"prompt": "x", "chosen": pair(i), "rejected": pair(-i)} for i in range(9)], "--messages chosen"),
+        ("x.jsonl", [{"chosen": "Human: x", "rejected": "Human: y"}] * 9, "not for recipes; else name them"),
+        ("x.jsonl", [{"tokens": ["a", "b"], "ner_tags": [0, i]} for i in range(9)], "classes of single words (NER)"),
         ("x.jsonl", [{"text": "a b c", "label": "x"}], "it has one row, and nothing is learned from that"),
     ],
 )

@@ -133,6 +133,25 @@ def test_images_that_cannot_be_read_are_counted(folder):
     assert [text.partition(" (")[2] for text in said] == ["1 .heic); convert them to .jpg or .png"]
 
 
+def test_what_programs_put_beside_images_is_left_out(folder, tmp_path):
+    before = list(read_images(folder))
+    kind = Path(before[0]["image"]).parent
+    for junk in (
+        kind / "._1.png",
+        folder / ".ipynb_checkpoints" / "1.png",
+        folder / "__MACOSX" / kind.name / "._1.png",
+    ):
+        junk.parent.mkdir(parents=True, exist_ok=True)
+        junk.write_bytes(Path(before[0]["image"]).read_bytes() if "checkpoints" in str(junk) else b"Mac OS X")
+    assert list(read_images(folder)) == before
+    assert len(list(images.rows_below(folder, "image"))) == len(before)
+    with zipfile.ZipFile(tmp_path / "mac.zip", "w") as bundle:
+        for file in folder.rglob("*.*"):
+            bundle.write(file, Path("mine" if "__MACOSX" not in file.parts else "", file.relative_to(folder)))
+    found = list(read_images(tmp_path / "mac.zip"))
+    assert [row["label"] for row in found] == [row["label"] for row in before]
+
+
 def test_a_single_image_is_a_row(folder):
     first = next(read_images(folder))["image"]
     assert list(images.rows_below(Path(first), "picture")) == [{"picture": first}]

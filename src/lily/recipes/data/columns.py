@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import pairwise, permutations
 from typing import Any
 
 from lily.recipes.data import chats, images
@@ -26,14 +26,17 @@ NAMES = {
 }  # fmt: skip
 PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("text_a", "text_b"),
          ("text1", "text2"), ("query", "passage"), ("question", "sentence"))  # fmt: skip
-NUMBERED = (("1", "2"), ("a", "b"))  # ends of the names of two columns of longer texts that are a pair
+NUMBERED = (("1", "2"), ("a", "b"))  # what the names of two columns of longer texts that are a pair differ in
 ANSWERS = (("prompt", "completion"), ("prompt", "response"), ("instruction", "output"), ("instruction", "response"),
            ("question", "answer"), ("question", "response"), ("prompt", "answer"), ("prompt", "output"),
            ("input", "output"), ("query", "response"), ("query", "answer"), ("user", "assistant"),
            ("human", "assistant"), ("source", "target"), ("article", "summary"), ("document", "summary"),
            ("text", "summary"))  # fmt: skip
+CHATS = ("prompt", "instruction")  # who calls a column so wants answers
+VERDICTS = ("label", "labels", "class", "target", "y")  # what says of a text and its answer whether they fit
 WORDS = 3.0  # mean words of an answer that is no class
 IDS = re.compile(r"(^|.*_)(id|idx|index|no|nr)|.*id", re.IGNORECASE)
+DATE = re.compile(r"\d{4}[-/.]\d\d?[-/.]\d\d?.*|\d\d?[-/.]\d\d?[-/.](\d\d){1,2}(\D.*)?")
 PART_NAMES = {"train", "training", "test", "validation", "valid", "val", "dev"}
 
 
@@ -45,24 +48,28 @@ def task_and_columns(
         return _chat(rows, names, given)
     if not given and task is None and (chat := _chat(rows, names, given)) is not None:
         return chat
-    image = given.get("image") or _first(
-        names,
-        NAMES["image"],
-        lambda name: all(str(row.get(name, "")).lower().endswith(images.ENDINGS) for row in rows[:50]),
-    )
     free = [name for name in names if name not in given.values()]
-    pair = () if "text" in given else _pair(rows, names)
+    if "text" not in given and task in (None, "image-classification"):
+        image = given.get("image") or _image(rows, free)
+        if image is not None:
+            label = given.get("label") or _label(rows, [name for name in free if name != image])
+            return None if label is None else ("image-classification", {"image": image, "label": label})
+    pair = () if "text" in given else _pair(rows, names) or _answered(rows, free)
     text = given.get("text") or (pair[0] if pair else _longest(rows, free))
-    label = given.get("label") or _label(rows, [name for name in free if name not in (text, image, *pair)])
-    if label is None or (image is None and text is None):
+    label = given.get("label") or _label(rows, [name for name in free if name not in (text, *pair)])
+    if text is None or label is None:
         return None
-    if image is not None and "text" not in given and task in (None, "image-classification"):
-        return "image-classification", {"image": image, "label": label}
-    assert text is not None
     chosen = {"text": text} | ({"text_pair": pair[1]} if pair else {}) | {"label": label}
     chosen |= {key: name for key, name in given.items() if key == "text_pair"}
     values = [row.get(label) for row in rows]
     return task or ("text-regression" if _measured(values) else "text-classification"), chosen
+
+
+def _image(rows: Sequence[Row], names: Sequence[str]) -> str | None:
+    """A column of paths of images: one called so, or any where no column of longer texts is beside it."""
+    paths = [name for name in names if is_image(rows, name)]
+    longer = any(is_text(rows, name) and _words(rows, name) >= WORDS for name in names if name not in paths)
+    return _first(paths, NAMES["image"]) or (None if longer else next(iter(paths), None))
 
 
 def _pair(rows: Sequence[Row], names: Sequence[str]) -> tuple[str, ...]:
@@ -72,12 +79,24 @@ def _pair(rows: Sequence[Row], names: Sequence[str]) -> tuple[str, ...]:
         if first in lower and second in lower:
             return lower[first], lower[second]
     longer = {name: own for name, own in lower.items() if _words(rows, own) >= WORDS}
-    for first, second in NUMBERED:
-        for name in longer:
-            other = name[: -len(first)] + second
-            if len(name) > 1 and name.endswith(first) and other in longer:
-                return longer[name], longer[other]
+    for name, other in permutations(longer, 2):
+        changed = [(a, b) for a, b in zip(name, other, strict=False) if a != b]
+        if len(name) == len(other) > 1 and len(changed) == 1 and changed[0] in NUMBERED:
+            return longer[name], longer[other]
     return ()
+
+
+def _answered(rows: Sequence[Row], names: Sequence[str]) -> tuple[str, ...]:
+    """Two columns of longer texts of which the second answers the first: what a label beside them is about."""
+    first, second = _known_answers(names)
+    return (first, second) if first and all(_words(rows, name) >= WORDS for name in (first, second)) else ()
+
+
+def _known_answers(names: Sequence[str]) -> tuple[str, str]:
+    """The first pair of `ANSWERS` that is there; two empty texts: none. A summary is no second text of a pair."""
+    lower = {name.lower().strip(): name for name in reversed(names)}
+    known = next((p for p in ANSWERS if set(p) <= set(lower) and p[1] != "summary"), None)
+    return ("", "") if known is None else (lower[known[0]], lower[known[1]])
 
 
 def _words(rows: Sequence[Row], name: str) -> float:
@@ -86,26 +105,36 @@ def _words(rows: Sequence[Row], name: str) -> float:
 
 
 def _chat(rows: Sequence[Row], names: list[str], given: dict[str, str]) -> tuple[str, dict[str, str]] | None:
+    lower = {name.lower().strip(): name for name in reversed(names)}
+    known = next((p for p in ANSWERS if set(p) <= set(lower)), ("", ""))
+    if not given and ({"chosen", "rejected"} <= set(lower) or _is_judged(rows, names, known)):
+        return None
     lists = [name for name in names if all(chats.is_chat(listed(row.get(name))) for row in rows[:50])]
-    messages = given.get("messages") or _first(lists, NAMES["messages"]) or next(iter(lists), None)
+    others = [name for name in lists if name.lower().strip() not in known]
+    messages = given.get("messages") or _first(others, NAMES["messages"]) or next(iter(others), None)
     system = _first(names, NAMES["system"], lambda name: all(isinstance(row.get(name) or "", str) for row in rows))
     more = {} if system is None else {"system": system}
     if messages is not None and "prompt" not in given:
         return "sft", {"messages": messages} | more
-    lower = {name.lower().strip(): name for name in reversed(names)}
-    known = next((p for p in ANSWERS if set(p) <= set(lower)), ("", ""))
     prompt, completion = given.get("prompt") or lower.get(known[0]), given.get("completion") or lower.get(known[1])
     if not prompt or not completion or (not given and not isinstance(rows[0].get(completion), (str, list))):
         return None
     # a question with few short answers is a classifier's, unless it is called a prompt
     words = _words(rows, completion)
     spaced = any(" " in str(row.get(prompt, "")) for row in rows)  # not in Chinese or Japanese
-    if not given and known[0] not in ("prompt", "instruction") and words < WORDS and spaced:
+    if not given and known[0] not in CHATS and words < WORDS and spaced:
         return None
     context = _first([name for name in names if name not in (prompt, completion)], NAMES["input"])
     if context is not None and known[0] == "instruction":
         more = {"input": context} | more
     return "sft", {"prompt": prompt, "completion": completion} | more
+
+
+def _is_judged(rows: Sequence[Row], names: Sequence[str], known: tuple[str, str]) -> bool:
+    """Whether a label beside texts and their answers or summaries is what there is to learn."""
+    found = NAMES["label"] if known[1] == "summary" else VERDICTS
+    free = [name for name in labels(rows, names) if name.lower().strip() not in known]
+    return bool(known[0]) and known[0] not in CHATS and any(called(name) in found for name in free)
 
 
 def listed(value: Any) -> Any:
@@ -116,21 +145,36 @@ def listed(value: Any) -> Any:
 
 
 def _label(rows: Sequence[Row], names: Sequence[str]) -> str | None:
-    """A column named like a label, else the likeliest of `_labels`."""
+    """A column named like a label, else the likeliest of `labels`."""
     named = _first(names, NAMES["label"], lambda name: distinct(rows, name) > 1 and not is_nested(rows, name))
     return named or next(iter(labels(rows, names)), None)
 
 
 def labels(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
-    """Columns whose values repeat, the fewest distinct ones first; without any, a single one of numbers."""
+    """Columns whose values repeat; without any, a single one of numbers.
+
+    Those with a word for labels in their names come first, ids and dates last, and of each the fewest distinct ones.
+    """
     most = min(max(MANY, len(rows) / ROWS_PER_CLASS), len(rows) / 2)
     names = [name for name in names if not is_nested(rows, name)]
     few = {name: n for name in names if 1 < (n := distinct(rows, name)) <= most and not is_parts(rows, name)}
     if few:
-        return sorted(few, key=few.__getitem__)
+        return sorted(few, key=lambda name: (is_aside(rows, name), not is_named(name), few[name]))
     numbers = [name for name in names if distinct(rows, name) > 1 and not is_id(rows, name)]
     numbers = [name for name in numbers if all(number_of(row.get(name)) is not None for row in rows)]
     return numbers if len(numbers) == 1 else []
+
+
+def is_named(name: str) -> bool:
+    """Whether one of the words of a column's name is a label's: gold_label, or class_id."""
+    return not set(re.findall(r"[a-z]+", name.lower())).isdisjoint(NAMES["label"])
+
+
+def is_aside(rows: Sequence[Row], name: str) -> bool:
+    """Whether a column holds ids or dates, which repeat without being classes."""
+    if is_named(name):
+        return False
+    return is_id(rows, name) or all(DATE.fullmatch(str(row.get(name) or "").strip()) for row in rows)
 
 
 def is_parts(rows: Sequence[Row], name: str) -> bool:
@@ -148,8 +192,9 @@ def is_id(rows: Sequence[Row], name: str) -> bool:
 
 
 def _longest(rows: Sequence[Row], names: Sequence[str]) -> str | None:
-    """A column of texts named like one, else the one with the longest texts."""
-    varied = [name for name in names if is_text(rows, name)]
+    """A column of texts named like one, else the one with the longest texts that are no ids and no paths of images."""
+    varied = [name for name in names if is_text(rows, name) and not is_image(rows, name)]
+    varied = [name for name in varied if _words(rows, name) > 1 or not is_id(rows, name)]
     named = _first(varied, NAMES["text"])
     lengths = {name: sum(len(row.get(name) or "") for row in rows) for name in varied if name not in NAMES["label"]}
     return named or (max(lengths, key=lengths.__getitem__) if lengths else None)
@@ -172,6 +217,11 @@ def _first(names: Sequence[str], known: Sequence[str], fits: Callable[[str], boo
 def called(name: str) -> str:
     """What a column is called: the end of a dotted name, without the numbers of places in lists."""
     return re.sub(r"(\.\d+)+$", "", name.lower().strip()).rpartition(".")[2]
+
+
+def is_image(rows: Sequence[Row], name: str) -> bool:
+    """Whether a column holds paths of images."""
+    return all(str(row.get(name) or "").lower().endswith(images.ENDINGS) for row in rows[:50])
 
 
 def is_nested(rows: Sequence[Row], name: str) -> bool:

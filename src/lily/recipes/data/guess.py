@@ -14,7 +14,7 @@ from typing import Any
 
 from lily.errors import LilyError
 from lily.recipes.data import chats, images, remarks, sniff
-from lily.recipes.data.columns import listed, task_and_columns
+from lily.recipes.data.columns import PART_NAMES, listed, task_and_columns
 from lily.recipes.data.delimited import Note
 from lily.recipes.data.sniff import READ
 from lily.recipes.data.tables import Row
@@ -100,6 +100,8 @@ def guess(
         )
     kind, chosen = found
     seen = _described(path, kind, chosen, rows, names)
+    if "messages" in chosen and not seen.answer:
+        raise remarks.no_answers(path, chosen["messages"], rows)
     others, without = _beside(path, chosen, opened.how)
     if kind == "text-classification":
         remarks.check_classes(path, chosen["label"], seen.classes, rows, None if "validation" in others else HELD_OUT)
@@ -137,6 +139,11 @@ def _of_images(path: Path) -> Guess:
         what = f"no images ({', '.join(images.ENDINGS)}) in folders of classes"
         what = "images in no folder of a class" if loose else what
         what = f"images of one class only ({next(iter(counts))})" if counts else what
+        below = next((p for p in sorted(train.rglob("*")) if p.suffix.lower() in images.ENDINGS), None)
+        if not counts and below is not None and not loose:
+            folder = below.parent.parent
+            folder = folder.parent if folder.name.lower() in PART_NAMES else folder
+            raise LilyError(f"{path} holds {what}, but {folder} does; name that")
         raise LilyError(f"{path} holds {what}; make one folder per class in it, with its name, or name a table")
     rows = sum(counts.values())
     return Guess(train, "image-classification", {}, rows=rows, classes=counts, others=parts, told=tuple(told))

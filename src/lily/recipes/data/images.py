@@ -121,7 +121,12 @@ def holds_images(path: Path) -> bool:
 
 def is_image(path: Path) -> bool:
     """Whether a file is called like an image."""
-    return path.is_file() and path.suffix.lower() in ENDINGS
+    return path.suffix.lower() in ENDINGS and not is_stray(path.name) and path.is_file()
+
+
+def is_stray(name: str) -> bool:
+    """Whether a program put a file or folder of this name beside the data, as macOS and Jupyter do."""
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def is_archive(path: Path) -> bool:
@@ -213,7 +218,8 @@ def rows_below(path: Path, column: str) -> Iterator[dict[str, Any]]:
         files = [row["image"] for row in _listed(path)]
     else:
         top = path if path.is_dir() else unpacked(path)
-        files = sorted(str(p) for p in top.rglob("*") if is_image(p))
+        below = (p for p in top.rglob("*") if not any(map(is_stray, p.relative_to(top).parts)))
+        files = sorted(str(p) for p in below if is_image(p))
     if not files:
         raise LilyError(f"{path}: there are no images ({', '.join(ENDINGS)})")
     yield from ({column: file} for file in files)
@@ -222,7 +228,7 @@ def rows_below(path: Path, column: str) -> Iterator[dict[str, Any]]:
 def _by_class(folder: Path) -> Iterator[dict[str, Any]]:
     top, seen = folder, set()
     while not any(_classes(top)):  # an archive often has one folder around the classes
-        below = [p for p in top.iterdir() if p.is_dir() and not p.name.startswith(".")]
+        below = [p for p in top.iterdir() if p.is_dir() and not is_stray(p.name)]
         if len(below) != 1 or below[0] in seen:
             raise LilyError(f"{folder}: no folders of images; make one folder per class, with its name")
         top = below[0]
@@ -233,7 +239,7 @@ def _by_class(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _classes(folder: Path) -> Iterator[tuple[str, list[Path]]]:
-    for below in sorted(p for p in folder.iterdir() if p.is_dir()):
+    for below in sorted(p for p in folder.iterdir() if p.is_dir() and not is_stray(p.name)):
         files = sorted(p for p in below.iterdir() if is_image(p))
         if files:
             yield below.name, files
@@ -293,7 +299,7 @@ def _is_image(archive: Path, name: str) -> bool:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\\" in name:
         raise LilyError(f"{archive}: {name!r} points outside of the archive's folder; remove it from the archive")
-    return path.suffix.lower() in ENDINGS
+    return path.suffix.lower() in ENDINGS and not any(map(is_stray, path.parts))
 
 
 def _copy(source: Any, target: Path) -> None:

@@ -8,13 +8,30 @@ from pathlib import Path
 
 from lily.errors import LilyError
 from lily.recipes.data.cells import short
-from lily.recipes.data.columns import NAMES, called, distinct, is_id, is_nested, is_parts, is_text, labels, number_of
+from lily.recipes.data.columns import (
+    NAMES,
+    VERDICTS,
+    called,
+    distinct,
+    is_aside,
+    is_id,
+    is_image,
+    is_nested,
+    is_parts,
+    is_text,
+    labels,
+    listed,
+    number_of,
+)
 from lily.recipes.data.tables import Row
 from lily.recipes.spec.values import is_empty
 
 AMOUNT = re.compile(r"[^\w-]*-?\d+([.,]\d+)*\W*")
 LISTS = re.compile(r"[\w ]+([,;|][\w ]+)+")
 CHAT = re.compile(r"<\|im_start\|>|<\|start_header_id\|>|\[INST\]|^\W*(human|user)\s*:", re.IGNORECASE)
+WORD = ("word", "words", "token", "tokens")  # what a column of single words is called
+MISSING = ("NA", "N/A", "n/a", "#N/A", "nan", "NaN", "NULL", "null", "None", "-", "?")  # written for no class
+JUDGED = (*VERDICTS, "score", "rating", "stars")  # what a column about an answer is called
 SHOWN = 12  # columns in a message
 
 
@@ -28,26 +45,30 @@ def reason(rows: Sequence[Row], names: Sequence[str]) -> str:
     """Why no task fits, where that is known, as the start of a sentence that says what to do."""
     lower = {name.lower(): name for name in names}
     if {"chosen", "rejected"} <= set(lower):
-        prompt = f"--prompt {lower['prompt']} " if "prompt" in lower else ""
-        return (
-            "preferences are for TRL's DPOTrainer with a LilyConfig, not for recipes; to train on the chosen answers "
-            f"alone: {prompt}--completion {lower['chosen']}; else "
-        )
+        return "preferences are for TRL's DPOTrainer with a LilyConfig, not for recipes; " + _chosen(rows, lower)
     if len(rows) == 1:
         return "it has one row, and nothing is learned from that; add rows, or "
     own = [name for name in names if not is_id(rows, name)]
-    texts = [name for name in own if is_text(rows, name)]
+    texts = [name for name in own if is_text(rows, name) and not is_image(rows, name)]
     for name in own:
         if called(name) in (*NAMES["label"], *NAMES["messages"]) and is_nested(rows, name):
             return _about_lists(rows, name)
         if name.lower() in NAMES["label"] and distinct(rows, name) == 1:
             return f"{name!r} is {str(rows[0].get(name))!r} in every row read, so there is nothing to tell apart; "
-        if name in texts and _amounts(rows, name):
-            return f"{name!r} holds amounts such as {rows[0].get(name)!r}, which are numbers only as 1234.5; else "
+        if _amounts(rows, name):
+            shown = next(row[name] for row in rows if number_of(row.get(name)) is None)
+            return f"{name!r} holds amounts such as {shown!r}, which are numbers only as 1234.5; else "
     if marked := next((name for name in texts if CHAT.search(str(rows[0].get(name)))), None):
         return (
             f"{marked!r} holds whole chats as texts; write the messages of each as a list, "
             '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}; else '
+        )
+    if (pictures := [name for name in own if is_image(rows, name)]) and texts:
+        return f"{texts[0]!r} holds no classes of the images of {pictures[0]!r}, and other texts are not learned; "
+    if len(texts) == len(own) == 1 and labels(rows, texts):
+        return (
+            f"{texts[0]!r} holds classes, but no column beside it texts, or paths of images with their endings, such "
+            "as a1.jpg; "
         )
     if len(texts) == len(own) == 1:
         return "texts alone have nothing to predict, so add a column with a label or an answer for each; "
@@ -58,9 +79,26 @@ def reason(rows: Sequence[Row], names: Sequence[str]) -> str:
     return "" if texts else "no column holds texts alone; "
 
 
+def _chosen(rows: Sequence[Row], names: Mapping[str, str]) -> str:
+    """How to train on the chosen ones of preferences, as the start of a sentence."""
+    chosen = listed(rows[0].get(names["chosen"]))
+    if isinstance(chosen, list) and ("prompt" not in names or len(chosen) > 1):
+        option = f"--messages {names['chosen']}"
+    elif "prompt" in names:
+        option = f"--prompt {names['prompt']} --completion {names['chosen']}"
+    else:
+        return "else "
+    return f"to train on the chosen answers alone: {option}; else "
+
+
 def _about_lists(rows: Sequence[Row], name: str) -> str:
     """What a column of lists or objects lacks, as the start of a sentence that says what to do."""
     value = next(row[name] for row in rows if isinstance(row.get(name), (list, dict)))
+    if (words := _tagged(rows, name)) is not None:
+        return (
+            f"{name!r} holds a list as long as that of {words!r}, as classes of single words (NER) are written, which "
+            'recipes do not train; use transformers\' Trainer with LilyConfig(task_type="TOKEN_CLS"), or '
+        )
     if called(name) in NAMES["messages"]:
         return (
             f"{name!r} holds no messages, such as "
@@ -70,6 +108,18 @@ def _about_lists(rows: Sequence[Row], name: str) -> str:
         f"{name!r} holds {short(value)}, but a class is one text or number; write one into each row (Label Studio "
         "exports it as CSV or JSON-MIN), or "
     )
+
+
+def _tagged(rows: Sequence[Row], name: str) -> str | None:
+    """Another column whose lists are as long, in every row."""
+    lists = [other for other in rows[0] if other != name and all(isinstance(row.get(other), list) for row in rows)]
+    alike = (o for o in lists if all(len(row.get(name) or ()) == len(row[o]) for row in rows))
+    return next(alike, None) if any(len(row.get(name) or ()) > 1 for row in rows) else None
+
+
+def _yes_or_no(rows: Sequence[Row], name: str) -> bool:
+    """Whether a column holds truth values."""
+    return {str(row.get(name)).lower() for row in rows} in ({"0", "1"}, {"true", "false"}, {"yes", "no"})
 
 
 def _amounts(rows: Sequence[Row], name: str) -> bool:
@@ -100,6 +150,16 @@ def told(
         others = [name for name in labels(rows, unused) if not is_id(rows, name)][:3]
         if others:
             said.append(f"The label is a guess; `lily new` takes another with --label: {', '.join(others)}.")
+        elif is_aside(rows, label):
+            said.append(f"{label} may be an id or a date and no class; `lily new` takes another column with --label.")
+    if "completion" in columns and not given:
+        beside = [name for name in labels(rows, unused) if called(name) in JUDGED or _yes_or_no(rows, name)]
+        said += [f"{name} is not used, and every answer is learned. To predict it instead: --label {name}; where it "
+                 "marks unwanted answers, remove these rows first." for name in beside[:1]]  # fmt: skip
+    if called(columns.get("text", "")) in WORD:
+        said.append("Each row is one word, and is classified without its sentence; recipes do not train NER.")
+    if missing := next((name for name in classes if name.strip() in MISSING), None):
+        said.append(f"Class {missing!r} may stand for a missing label; if so, remove its {_rows_n(classes[missing])}.")
     if sum(bool(LISTS.fullmatch(name)) for name in classes) > 1:
         said.append("Some labels look like lists: each combination is a class by itself.")
     for name in unused:
@@ -114,6 +174,16 @@ def told(
     if sum(c > "\u024f" for c in letters) > len(letters) / 4:
         said.append("The base's model knows English: for other scripts name one that knows yours (model: {hub: ...}).")
     return said
+
+
+def no_answers(path: Path, column: str, rows: Sequence[Row]) -> LilyError:
+    """What is wrong with chats in which no row has an answer."""
+    chat = listed(rows[0].get(column))
+    last = short(chat[-1]) if isinstance(chat, list) and chat else short(chat)
+    return LilyError(
+        f"{path}: {column!r} holds no answer; its first row ends with {last}, and a chat ends with "
+        '{"role": "assistant", "content": "..."}'
+    )
 
 
 def _rows_n(n: int) -> str:

@@ -1,8 +1,8 @@
 """How an adapter's files name its base model: by a name that means the same on every machine.
 
-A hub id stays one. A model of a Python package is named by a package URL (`pkg:pypi/NAME@VERSION?...#MEMBER`), which
-says what to download, a stand-in by `lily:standin/NAME`. Where these are cached on the training machine is never
-written.
+A hub id stays one, and a folder is named by its absolute path. A model of a Python package is named by a package URL
+(`pkg:pypi/NAME@VERSION?...#MEMBER`), which says what to download, a stand-in by `lily:standin/NAME`. Where these are
+cached on the training machine is never written.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def reference(model: Model) -> tuple[str, str | None]:
     if model.hub is not None:
         return model.hub, model.revision
     path = local_path(cast(str, model.path))
-    return snapshot(path) or (str(path), None)
+    return snapshot(path) or (str(path.absolute()), None)  # found from any working directory
 
 
 def on_hub(model: Model) -> tuple[str, str | None] | None:

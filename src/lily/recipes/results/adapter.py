@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ from peft import PeftModel
 from lily.checkpoint.beside import resize_to_file
 from lily.errors import LilyError
 from lily.recipes import data, models
+from lily.recipes.data.sources import local_path
 from lily.recipes.data.tables import Row
 from lily.recipes.data.tasks import Processor, collate, encode, encode_inputs, format_prompt, text_processor
 from lily.recipes.models.precision import precision_of
@@ -104,6 +106,12 @@ class Adapter:
     def rows(self, split: str | None = None, file: str | None = None) -> Sequence[Row]:
         """The rows of a split or file; see `evaluate`."""
         if file is not None:
+            if self._is_training_file(file):
+                warnings.warn(
+                    f"{file} is what the adapter was trained on, so results flatter; judge it without --file on the "
+                    "rows that were held out, or on new rows",
+                    stacklevel=2,
+                )
             rows = data.rows_of(self.recipe.data.file_at(file), self.recipe)
         else:
             rows = self.splits.held_out if split is None else getattr(self.splits, split)
@@ -112,6 +120,12 @@ class Adapter:
         if self.labels is not None:
             data.check_labels(rows, self.labels, str(file or split), self.recipe.data.similar_labels == "merge")
         return rows
+
+    def _is_training_file(self, file: str) -> bool:
+        with contextlib.suppress(LilyError):  # the training file is not here, or is no file
+            path = self.recipe.data.train.path
+            return path is not None and local_path(path).resolve() == local_path(file).resolve()
+        return False
 
     def predict(
         self, rows: Iterable[Row], prefix: str = "", folder: Path | None = None, source: str = ""

@@ -41,8 +41,8 @@ def base_model(adapter: str | Path) -> str:
 def located(name: str, adapter: Path) -> str:
     """`base_model` for the name that the adapter in this folder has recorded.
 
-    Adapters of earlier versions name a folder in the cache of the machine where they were trained: where it is not
-    here, the recipe beside the adapter says which model that was.
+    Adapters of earlier versions name a folder in the cache of the machine where they were trained, or one relative to
+    the working directory: where it is not here, the recipe beside the adapter says which model that was.
 
     Raises:
         LilyError: see `base_model`.
@@ -52,12 +52,14 @@ def located(name: str, adapter: Path) -> str:
         return _here(model, name)
     if path.is_file() and path.suffix in FORMATS:
         return _here(Model.model_validate({"path": str(path), "format": FORMATS[path.suffix]}), name)
-    if path.exists() or not path.is_absolute():
+    if path.exists():
         return name
-    if (kept := kept_recipe(adapter)) is not None:
-        recipe = loader.load_any(str(kept))
-        if isinstance(recipe, Recipe):
-            return _here(recipe.model, recipe.model.path or name)
+    kept = kept_recipe(adapter)
+    recipe = None if kept is None else loader.load_any(str(kept))
+    if isinstance(recipe, Recipe) and (path.is_absolute() or Path(recipe.model.path or "") == path):
+        return _here(recipe.model, recipe.model.path or name)
+    if not path.is_absolute():
+        return name
     raise LilyError(
         f"{adapter} is for the base model {name}, a folder of the machine where it was trained; name that model's "
         "folder here with --base, or load it yourself and give it to PeftModel.from_pretrained"

@@ -15,8 +15,8 @@ from lily.recipes.data.summary import Summary
 def print_data(summary: Summary, console: Console) -> None:
     """Print the tables, and what surely nobody means."""
     for header, lines in _tables(summary):
-        if tables.narrowest(header, lines) <= console.width:
-            console.print(tables.terminal(header, lines, numbers=True, no_wrap=True, box=None, pad_edge=False))
+        if (names := tables.folded(header, lines, console.width)) is not None:
+            console.print(tables.terminal(names, lines, numbers=True, no_wrap=True, box=None, pad_edge=False))
         else:
             for table in tables.fitting(header, lines, console.width, box=None, pad_edge=False):
                 console.print(table)

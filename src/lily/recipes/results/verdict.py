@@ -86,13 +86,13 @@ def advice(result: Result, recipe: Recipe, typed: str, changes: Sequence[str]) -
         verb = "is" if len(ahead) == 1 else "are"
         who = " and ".join(ahead)
         yield (
-            f"{who[0].upper()}{who[1:]} {verb} better without an adapter: the learning rate or the scale does not suit "
+            f"{who[0].upper()}{who[1:]} {verb} ahead without an adapter: the learning rate or the scale does not suit "
             f"these data, or there are too few rows. Search them:\n"
             f"  {command('tune', typed, searched)}"
         )
     elif only is not None or _beats(result, result.before.get(result.metric)):
-        worse = "The training made the model worse: a" if only is None else "A"
-        yield f"{worse} lower learning rate may help:\n  {command('tune', typed, searched)}"
+        why = "The training made the model worse: a lower learning rate" if only is None else "Another learning rate"
+        yield f"{why} may help:\n  {command('tune', typed, searched)}"
     if result.method == "lily" and _beats(result, result.baselines.get("lora", {}).get(result.metric)):
         yield (
             "LoRA is ahead in this run. Each method at its own best learning rate and scale, over several seeds:\n"
