@@ -114,13 +114,15 @@ def _compare(
     for recipe, compared in resolved:
         comparing.check(recipe, compared, options, out / recipe.name)
     for recipe, compared in resolved:
-        told.tell(
-            f"{recipe.name}  {recipe.task}, {len(compared)} methods, seeds {recipe.seed} to {recipe.seed + seeds - 1}"
-        )
+        last = recipe.seed + seeds - 1
+        which = f"seeds {recipe.seed} to {last}" if seeds > 1 else f"seed {last}"
+        told.tell(f"{recipe.name}  {recipe.task}, {len(compared)} methods, {which}")
         for c in compared:
             size = f"  {c.name:<12}  {c.parameters:,} parameters" + (f", r {c.rank}" if c.rank else "")
             told.tell(f"{size}, {c.terms.settings}" if c.trains else size)
-        told.tell(f"  into {out / recipe.name}; {count} runs at the same time")
+        told.tell(
+            f"  into {out / recipe.name}; " + (f"{count} runs at the same time" if count > 1 else "one run at a time")
+        )
         for warning in () if tune else unchosen(recipe, [method.terms for method in compared if method.trains]):
             told.warn(f"warning: {recipe.name}: {warning}")
     errors: list[str] = []

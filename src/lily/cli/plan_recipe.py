@@ -148,8 +148,10 @@ def _decisions(report: RecipeReport) -> Iterator[Row]:
 
         pace = measure(report.work, source.train.batch_size)
     if (schedule := report.schedule) is not None:
-        epochs = "" if schedule.per_epoch is None else f" = {schedule.steps / schedule.per_epoch:.3g} epochs of "
-        epochs += "" if schedule.per_epoch is None else f"{schedule.per_epoch:,}"
+        epochs = ""
+        if schedule.per_epoch is not None:
+            number = f"{schedule.steps / schedule.per_epoch:.3g}"
+            epochs = f" = {number} {'epoch' if number == '1' else 'epochs'} of {schedule.per_epoch:,}"
         keys = [("train", name) for name in ("epochs", "max_steps", "batch_size", "gradient_accumulation")]
         yield "steps", f"{schedule.steps:,}{epochs}, of {schedule.batch} rows each", keys
         yield "evaluations", _evaluations(report, schedule.evaluations), [("train", "evaluate_every"), ("metrics",)]
