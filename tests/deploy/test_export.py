@@ -192,6 +192,15 @@ def test_only_what_rounds_nothing_is_called_exact(dtype):
     assert not export.as_lora(model, dtype=dtype).provenance["exact"]
 
 
+@pytest.mark.parametrize("options", [{"scaling": 2}, {"scaling_pattern": {"q_proj": 2, "v_proj": 2}}])
+def test_scales_may_be_integers(options):
+    model = adapted("llama", routing="static", **options)
+    assert export.as_lora(model).config.lora_alpha == 2 * 4
+    for layer in layers(model).values():
+        layer.scaling["default"] = 3
+    assert export.as_lora(model).config.lora_alpha == 3 * 4
+
+
 def test_an_export_knows_where_it_came_from(tmp_path):
     model = adapted("llama", routing="static")
     lora = export.as_lora(model, provenance={"trained_on": "rows"})

@@ -218,7 +218,7 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
         patterns = self.scaling_pattern or {}
         scaling = patterns.get(get_pattern_key(patterns.keys(), layer), self.options_of(group).scaling)
         assert scaling is not None
-        return scaling
+        return float(scaling)
 
     def _own_of(self, group: str) -> dict[str, Any]:
         own = self.group_options or {}
