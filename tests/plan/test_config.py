@@ -188,6 +188,16 @@ def test_the_default_scale_is_that_of_each_group_where_names_do_not_tell_them_ap
             assert [c.scaling_of(name, layer) for layer in layers] == [default_scaling(rank)] * len(layers)
 
 
+def test_a_file_keeps_the_order_of_patterns_of_which_the_first_that_fits_counts(tmp_path):
+    config = LilyConfig(
+        r=8, scaling=1.0, scaling_pattern={"v_proj": 3.0, ".*_proj": 0.5}, rank_pattern={"v": 2, "a": 3}
+    )
+    config.save_pretrained(tmp_path)
+    again = LilyConfig.from_pretrained(tmp_path)
+    assert list(again.rank_pattern) == ["v", "a"]
+    assert [again.scaling_of(name, f"layers.0.{name}") for name in ("v_proj", "q_proj")] == [3.0, 0.5]
+
+
 def test_a_given_scale_is_kept_for_every_rank():
     config = LilyConfig(r=32, scaling=1.0, group_options={"v_proj": {"scaling": 0.5}})
     config.resolve_scaling(of(q_proj=32, v_proj=8))

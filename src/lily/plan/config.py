@@ -319,7 +319,9 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
         values = self.file_dict()
         if (mapping := kwargs.get("auto_mapping_dict")) is not None:
             values["auto_mapping"] = mapping
-        write_text(os.path.join(save_directory, CONFIG_NAME), json.dumps(values, indent=2, sort_keys=True))
+        # Not `sort_keys`: in the patterns the first key that fits a layer counts.
+        in_order = {key: values[key] for key in sorted(values)}
+        write_text(os.path.join(save_directory, CONFIG_NAME), json.dumps(in_order, indent=2))
 
 
 def _fits(key: str, group: str) -> bool:
