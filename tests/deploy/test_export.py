@@ -192,6 +192,33 @@ def test_only_what_rounds_nothing_is_called_exact(dtype):
     assert not export.as_lora(model, dtype=dtype).provenance["exact"]
 
 
+@pytest.mark.parametrize("options", [{"scaling": 2}, {"scaling_pattern": {"q_proj": 2, "v_proj": 2}}])
+def test_scales_may_be_integers(options):
+    model = adapted("llama", routing="static", **options)
+    assert export.as_lora(model).config.lora_alpha == 2 * 4
+    for layer in layers(model).values():
+        layer.scaling["default"] = 3
+    assert export.as_lora(model).config.lora_alpha == 3 * 4
+
+
+@pytest.mark.parametrize("options", [{"scaling_pattern": {"^up": 3.0}}, {"rank_pattern": {"^up": 2}}])
+def test_a_layer_whose_name_others_end_with_has_its_own_rank_and_scale(options, tmp_path):
+    def base():
+        torch.manual_seed(0)
+        inner = nn.Sequential()
+        inner.add_module("up", nn.Linear(6, 6))
+        outer = nn.Sequential()
+        outer.add_module("inner", inner)
+        outer.add_module("up", nn.Linear(6, 9))
+        return outer
+
+    model = get_peft_model(base(), LilyConfig(r=4, num_B=1, scaling=1.0, target_modules=["up"], **options))
+    x = torch.randn(5, 6)
+    expected = randomise(model).eval()(x)
+    export.write_lora(export.as_lora(model), tmp_path / "lora")
+    assert close(PeftModel.from_pretrained(base(), tmp_path / "lora").eval()(x), expected, torch.float32)
+
+
 def test_an_export_knows_where_it_came_from(tmp_path):
     model = adapted("llama", routing="static")
     lora = export.as_lora(model, provenance={"trained_on": "rows"})

@@ -155,8 +155,8 @@ def test_a_convolution_is_the_formula_with_a_kernel_for_a(name, routing):
     h = narrow(base, A, x)
     expected = base(x) + written_out(h, R, dense(B, base.groups), routing, 1.5, logits).movedim(-1, 1)
     assert torch.allclose(model(x), expected, atol=1e-12)
-    patches = layer.inputs_of_A(x).view(2, base.groups, -1, A.shape[1])
-    seen = (patches @ A.view(base.groups, -1, A.shape[1]).mT).transpose(1, 2)
+    patches = layer.inputs_of_A(x)  # (..., groups, in)
+    seen = torch.einsum("...gi,gri->...gr", patches, A.view(base.groups, -1, A.shape[1]))
     assert torch.allclose(seen.reshape(h.shape), h, atol=1e-12)
 
 

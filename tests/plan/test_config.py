@@ -155,23 +155,55 @@ def test_every_option_has_the_help_text_of_the_docstring():
     assert stock["stride_A"].metadata["help"] != described["stride_A"]  # PEFT's class is unchanged
 
 
+def of(**ranks):
+    """As `SharingPlan.ranks`, with one layer in each group."""
+    return [(name, (f"layers.0.{name}",), rank) for name, rank in ranks.items()]
+
+
 def test_the_default_scale_is_that_of_lora_at_rank_8_and_follows_the_rank():
     assert default_scaling(8) == 2  # lora_alpha / r of LoRA's usual alpha
     assert default_scaling(32) < default_scaling(16) < 2 < default_scaling(4)
     config = LilyConfig(r=32, own_r=4, rank_pattern={"v_proj": 4})
     assert config.scaling is None
-    config.resolve_scaling({"q_proj": 36, "v_proj": 8})
+    config.resolve_scaling(of(q_proj=36, v_proj=8))
     assert (config.scaling, config.options_of("v_proj").scaling) == (default_scaling(36), 2)
-    config.resolve_scaling({"q_proj": 1})
+    config.resolve_scaling(of(q_proj=1))
     assert config.scaling == default_scaling(36)  # a number stays
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        [("fc", ("fc",), 8), ("fc", ("0.fc", "1.fc"), 2), ("fc", ("2.fc",), 32)],  # several shapes
+        [("qkv.k", ("0.qkv.k", "1.qkv.k"), 8), ("k", ("2.k", "3.k"), 2)],  # a slice, and a layer
+        [("k", ("k",), 8), ("qkv.k", ("0.qkv.k", "1.qkv.k"), 2)],
+    ],
+)
+def test_the_default_scale_is_that_of_each_group_where_names_do_not_tell_them_apart(groups, tmp_path):
+    config = LilyConfig(r=8)
+    config.resolve_scaling(groups)
+    config.save_pretrained(tmp_path)
+    for c in (config, LilyConfig.from_pretrained(tmp_path)):
+        for name, layers, rank in groups:
+            assert [c.scaling_of(name, layer) for layer in layers] == [default_scaling(rank)] * len(layers)
+
+
+def test_a_file_keeps_the_order_of_patterns_of_which_the_first_that_fits_counts(tmp_path):
+    config = LilyConfig(
+        r=8, scaling=1.0, scaling_pattern={"v_proj": 3.0, ".*_proj": 0.5}, rank_pattern={"v": 2, "a": 3}
+    )
+    config.save_pretrained(tmp_path)
+    again = LilyConfig.from_pretrained(tmp_path)
+    assert list(again.rank_pattern) == ["v", "a"]
+    assert [again.scaling_of(name, f"layers.0.{name}") for name in ("v_proj", "q_proj")] == [3.0, 0.5]
 
 
 def test_a_given_scale_is_kept_for_every_rank():
     config = LilyConfig(r=32, scaling=1.0, group_options={"v_proj": {"scaling": 0.5}})
-    config.resolve_scaling({"q_proj": 32, "v_proj": 8})
+    config.resolve_scaling(of(q_proj=32, v_proj=8))
     assert (config.scaling, config.group_options) == (1.0, {"v_proj": {"scaling": 0.5}})
     config = LilyConfig(r=32, group_options={"v_proj": {"scaling": 0.5}})
-    config.resolve_scaling({"q_proj": 32, "v_proj": 32})
+    config.resolve_scaling(of(q_proj=32, v_proj=32))
     assert (config.options_of("q_proj").scaling, config.options_of("v_proj").scaling) == (default_scaling(32), 0.5)
 
 

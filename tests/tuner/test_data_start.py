@@ -18,6 +18,7 @@ from torch import nn
 import lily
 from lily import LilyConfig, LilyError, initialize_from_data
 from lily.tuner.adapter import find
+from lily.tuner.base_inputs import base_inputs
 
 ROUTINGS = ["token", "sequence", "batch", "static", "uniform"]
 MODULES = {"linear": "linear", "Conv1D": "transposed", "conv": "conv", "slice": "fused", "parallel": "side"}
@@ -157,6 +158,43 @@ def test_padding_does_not_count(routing):
         assert torch.allclose(span(A), V.T @ V, atol=2e-3)
         everything = directions(seen[name].flatten(0, 1), 4)
         assert not torch.allclose(span(A), everything.T @ everything, atol=2e-2)
+
+
+class Read(nn.Module):
+    """Convolutions over the positions of texts."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, 6)
+        self.one = nn.Conv1d(6, 6, 3, padding=1)
+        self.divided = nn.Conv1d(6, 6, 3, padding=1, groups=2)
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.divided(self.one(self.embed(input_ids).mT)).mT
+
+
+@pytest.mark.parametrize("tokens", [5, 6])  # as many as channels, too
+def test_padding_of_a_convolution_does_not_count(tokens):
+    model = get_peft_model(Read(), LilyConfig(r=2, num_B=1, target_modules=["one", "divided"], init_weights="data"))
+    mask = torch.ones(2, tokens, dtype=torch.long)
+    mask[1, 3:] = 0
+    seen = {}
+    with base_inputs(model, find(model, None), lambda name, rows: seen.update({name: len(rows)})):
+        model(input_ids=torch.ones(2, tokens, dtype=torch.long), attention_mask=mask)
+    assert seen == {"one": tokens + 3, "divided": 2 * (tokens + 3)}
+
+
+def test_rows_of_several_texts_count_once():
+    model = get_peft_model(
+        build("llama"), LilyConfig(r=2, num_B=1, target_modules=["q_proj"], init_weights="data", task_type="CAUSAL_LM")
+    )
+    packed = {"input_ids": torch.arange(7)[None], "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2]])}
+    seen = {}
+    with base_inputs(model, find(model, None), lambda name, rows: seen.update({name: len(rows)})):
+        model(**packed)
+    assert set(seen.values()) == {7}
+    assert initialize_from_data(model, [packed]).batches == 1
+    assert lily.null_space(model, [packed], rank=1).residual() < 1e-5
 
 
 def test_the_directions_are_those_of_pefts_eva_where_the_inputs_have_mean_zero():

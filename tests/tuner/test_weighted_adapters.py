@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from every_kind import KINDS, base, lily_config, output
@@ -243,6 +245,62 @@ def test_adapters_of_other_layers_add_up_as_loras_do(kind):
         model.add_weighted_adapter(["a", "b"], WEIGHTS, "new", kind)
     assert torch.allclose(with_adapter(lily, "new"), with_adapter(lora, "new"), atol=2e-4)
     assert len(find(lily, "new").layers) == 8
+
+
+class Stages(nn.Sequential):
+    """Layers of one name and several shapes, and one of another name."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        sizes = [(8, 8), (8, 16), (16, 16)]
+        stages = [nn.Sequential() for _ in sizes]
+        for stage, size in zip(stages, sizes, strict=True):
+            stage.add_module("fc", nn.Linear(*size))
+        super().__init__(*stages, nn.Sequential(OrderedDict(out=nn.Linear(16, 4))))
+
+
+OF_STAGES = {"r": 4, "num_A": 1, "num_B": 1, "routing": "static", "target_modules": ["fc"]}
+
+
+def two_of_stages(**options: object) -> PeftModel:
+    model = get_peft_model(Stages(), LilyConfig(**OF_STAGES), adapter_name="a")
+    model.add_adapter("b", LilyConfig(**{**OF_STAGES, **options}))
+    return randomise(model, scale=0.3).eval()
+
+
+@pytest.mark.parametrize("kind", ["cat", "svd"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["1.fc"]},
+        {"target_modules": ["1.fc", "out"], "num_B": 2, "own_r": 2},
+        {"rank_pattern": {"1.fc": 2}},
+    ],
+)
+def test_layers_of_one_name_have_several_shapes(kind, options, tmp_path):
+    model = two_of_stages(**options)
+    expected = weighted_sum(model, ["a", "b"], WEIGHTS)
+    # a rank above the inputs of some layers, as of adapters with several times LoRA's
+    model.add_weighted_adapter(["a", "b"], WEIGHTS, "new", combination_type=kind, svd_rank=12)
+    assert_same(updates(model, "new"), expected)
+    model.save_pretrained(tmp_path, selected_adapters=["new"])
+    assert_same(updates(PeftModel.from_pretrained(Stages(), tmp_path / "new"), "default"), expected)
+
+
+def test_routed_adapters_that_differ_between_shapes_are_refused():
+    model = two_of_stages(target_modules=["1.fc"], num_B=2, routing="token")
+    with pytest.raises(LilyError, match="layers called fc have several shapes"):
+        model.add_weighted_adapter(["a", "b"], WEIGHTS, "new", combination_type="cat")
+    assert list(model.peft_config) == ["a", "b"]
+
+
+def test_adapters_with_equal_ranks_where_they_meet_are_added_up():
+    model = two_of_stages(target_modules=["1.fc", "out"], rank_pattern={"out": 6})
+    both = updates(model, "a"), updates(model, "b")
+    model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "new", combination_type="linear")
+    new = updates(model, "new")
+    assert torch.allclose(new["0.fc"], both[0]["0.fc"], atol=1e-6)
+    assert torch.allclose(new["3.out"], both[1]["3.out"], atol=1e-6)
 
 
 def test_what_trains_and_what_is_active_are_as_with_lora(pair):

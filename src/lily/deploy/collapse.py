@@ -191,7 +191,7 @@ def _add_logits(adapted: Adapted, logits: Mapping[str, Tensor]) -> None:
         layer = adapted.layers[name]
         like = layer.router_of(adapted.name)
         assert like is not None
-        value = value.to(like.device, torch.float32)
+        value = value.to(like.device, torch.promote_types(like.dtype, torch.float32))
         layer.lily_logits[adapted.name] = Logits(value, like.requires_grad)
     adapted.bank.settled[adapted.name] = Settled(0.0)
 

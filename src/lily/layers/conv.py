@@ -59,7 +59,7 @@ class Conv(LilyLayer):
         return functional.down_conv(self._cast_input_dtype(x, A.dtype), A, self._conv)
 
     def inputs_of_A(self, x: Tensor) -> Tensor | None:
-        """The patches (batch, pixels * groups, in) that the kernel covers; see `LilyLayer.inputs_of_A`."""
+        """The patches (batch, *output size, groups, in) that the kernel covers; see `LilyLayer.inputs_of_A`."""
         conv, mode = self._conv, self._conv.padding_mode
         n = len(conv.kernel_size)
         x = F.pad(
@@ -69,15 +69,15 @@ class Conv(LilyLayer):
         )
         for i, (size, step, d) in enumerate(zip(conv.kernel_size, conv.stride, conv.dilation, strict=True), 2):
             x = x.unfold(i, (size - 1) * d + 1, step)[..., ::d]  # (batch, channels, *output size, *kernel so far)
-        x = torch.unflatten(x, 1, (conv.groups, -1)).movedim(2, n + 2)  # (batch, groups, *output size, ...)
-        return x.flatten(n + 2).flatten(1, n + 1)
+        x = torch.unflatten(x, 1, (conv.groups, -1)).movedim((1, 2), (n + 1, n + 2))
+        return x.flatten(n + 2)
 
     def _out(self, update: Tensor, x: Tensor) -> Tensor:
         return update.movedim(-1, 1)
 
     def _mask(self, x: Tensor, h: Tensor) -> Tensor | None:
         # An attention mask covers tokens: the positions of a one-dimensional convolution that keeps their number.
-        return self.bank.masks.mask_for(h) if h.ndim == 3 else None
+        return self.bank.masks.mask_for(h.flatten(2)) if len(self._conv.kernel_size) == 1 else None
 
     def factors(self, adapter: str) -> Factors:
         """See `LilyLayer.factors`; of a convolution with groups, one update per group."""

@@ -109,4 +109,4 @@ class ScaleMixin(BaseTunerLayer):  # type: ignore[misc]
 def _number(scale: Any) -> float:
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
         raise LilyError(f"the scale {scale!r} of an adapter is not a finite number; give one such as 0.5")
-    return scale
+    return float(scale)

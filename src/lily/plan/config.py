@@ -7,7 +7,7 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
@@ -22,7 +22,7 @@ from lily.functional import default_scaling
 from lily.io.atomic import write_text
 from lily.plan import lora_options
 from lily.plan.config_checks import check
-from lily.plan.options import DYNAMIC, OPTIONS, PAPER, PATTERNS, Options, sharing
+from lily.plan.options import DYNAMIC, OPTIONS, PAPER, PATTERNS, Options, layer_pattern, sharing
 
 # Written as the peft_type of adapters whose mathematics stock PEFT cannot express: PEFT without this package then
 # refuses them (it names the missing method) where it would otherwise ignore unknown keys and compute batch routing.
@@ -218,11 +218,11 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
         patterns = self.scaling_pattern or {}
         scaling = patterns.get(get_pattern_key(patterns.keys(), layer), self.options_of(group).scaling)
         assert scaling is not None
-        return scaling
+        return float(scaling)
 
     def _own_of(self, group: str) -> dict[str, Any]:
         own = self.group_options or {}
-        fitting = [key for key in own if group == key or group.endswith(f".{key}")]
+        fitting = [key for key in own if _fits(key, group)]
         return own[max(fitting, key=len)] if fitting else {}
 
     @classmethod
@@ -239,18 +239,27 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
         """
         return cls(**{**PAPER, **options})
 
-    def resolve_scaling(self, ranks: Mapping[str, int]) -> None:
+    def resolve_scaling(self, ranks: Sequence[tuple[str, Sequence[str], int]]) -> None:
         """Replace the default scale by numbers, which files keep.
 
         Args:
-            ranks: group -> rank of its layers' updates, own ranks included.
+            ranks: (name, layers, rank of their updates) of each group, own ranks included.
         """
         if self.scaling is not None:
             return
-        open_ = [name for name in ranks if self.options_of(name).scaling is None]
-        self.scaling = default_scaling(ranks[open_[0]] if open_ else self.r + self.own_r)
-        for name in open_:
-            if (own := default_scaling(ranks[name])) != self.scaling:
+        open_ = [
+            (name, layers, default_scaling(rank))
+            for name, layers, rank in ranks
+            if self.options_of(name).scaling is None
+        ]
+        self.scaling = open_[0][2] if open_ else default_scaling(self.r + self.own_r)
+        every = [layer for _, layers, _ in ranks for layer in layers]
+        for name, layers, own in open_:
+            alike = {other for key, _, other in open_ if _fits(name, key)}
+            if len(alike) > 1:  # groups of other shapes and ranks, whose options the name would set too
+                keys = [layer_pattern(layer, every) for layer in layers]
+                self.scaling_pattern = {**(self.scaling_pattern or {}), **dict.fromkeys(keys, own)}
+            elif own != self.scaling:
                 mine = self.group_options or {}
                 self.group_options = {**mine, name: {**(self._own_of(name)), "scaling": own}}
 
@@ -310,7 +319,14 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
         values = self.file_dict()
         if (mapping := kwargs.get("auto_mapping_dict")) is not None:
             values["auto_mapping"] = mapping
-        write_text(os.path.join(save_directory, CONFIG_NAME), json.dumps(values, indent=2, sort_keys=True))
+        # Not `sort_keys`: in the patterns the first key that fits a layer counts.
+        in_order = {key: values[key] for key in sorted(values)}
+        write_text(os.path.join(save_directory, CONFIG_NAME), json.dumps(in_order, indent=2))
+
+
+def _fits(key: str, group: str) -> bool:
+    """Whether options under a key are those of a group."""
+    return group == key or group.endswith(f".{key}")
 
 
 def stock_refusal(config: LilyConfig) -> str | None:

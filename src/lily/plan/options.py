@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,16 @@ class Options:
     distinct: str
     gain: str
     own_r: int
+
+
+def layer_pattern(layer: str, layers: Iterable[str]) -> str:
+    """The key of one layer in a pattern, which holds for every layer whose name ends with it.
+
+    Args:
+        layer: its full name.
+        layers: those of all adapted layers.
+    """
+    return f"^{re.escape(layer)}" if any(other.endswith(f".{layer}") for other in layers) else layer
 
 
 def sharing(own: Mapping[str, Any]) -> dict[str, Any]:

@@ -214,9 +214,9 @@ class SharingPlan:
         )
 
     @property
-    def ranks(self) -> dict[str, int]:
-        """Group -> rank of its layers' updates, own ranks included."""
-        return {g.name: g.r + g.own_r for g in self.groups}
+    def ranks(self) -> list[tuple[str, tuple[str, ...], int]]:
+        """(name, layers, rank of their updates) of each group, own ranks included; several can have one name."""
+        return [(g.name, g.layers, g.r + g.own_r) for g in self.groups]
 
     def routers_of(self, group: Group) -> int:
         """Parameters of a group's routers."""

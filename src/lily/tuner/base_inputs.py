@@ -66,7 +66,9 @@ def _look(see: See, name: str, layer: LilyLayer, args: tuple[Any, ...], kwargs: 
     rows = layer.inputs_of_A(x)
     if rows is None:
         return
-    mask = layer._mask(x, x)
+    mask = layer._mask(x, rows)
     if mask is not None:
+        if mask.ndim == 3 and mask.shape != rows.shape[:3]:  # of several samples in a row
+            mask = mask.any(-1)
         rows = rows.reshape(*mask.shape, -1, rows.shape[-1])[mask != 0]
     see(name, rows.reshape(-1, rows.shape[-1]).detach())

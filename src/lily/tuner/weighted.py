@@ -19,6 +19,7 @@ from lily.checkpoint.format import KEY
 from lily.errors import LilyError
 from lily.plan.config import LilyConfig
 from lily.plan.config_checks import check
+from lily.plan.options import layer_pattern
 from lily.plan.select import select_targets
 from lily.plan.sharing_plan import Group, build_plan
 from lily.plan.specs import PARALLEL_MODULE, PARAMETERS, SLICE
@@ -26,7 +27,7 @@ from lily.plan.wrappers import plain_names
 from lily.tuner.adapter import find
 from lily.tuner.weighted_cat import exact_sum
 from lily.tuner.weighted_pairs import combined_pairs
-from lily.tuner.weighted_terms import KINDS, PRUNING, SIGN_METHODS, Combined, How, NotSharedError, Term
+from lily.tuner.weighted_terms import KINDS, PRUNING, SIGN_METHODS, Combined, How, NotSharedError, Shape, Term
 
 
 class WeightedMixin:
@@ -63,7 +64,7 @@ class WeightedMixin:
             combination_type: one of `weighted_terms.KINDS`.
             svd_rank: as for the next ones, see PEFT.
             svd_clamp: for kinds with svd.
-            svd_full_matrices: for kinds with svd.
+            svd_full_matrices: without effect: the vectors that are taken are the same.
             svd_driver: for kinds with svd.
             density: kept share, for kinds that prune.
             majority_sign_method: `total` or `frequency`, for kinds with ties.
@@ -195,10 +196,25 @@ def _shape(config: LilyConfig, groups: Sequence[Group], combined: Combined) -> N
             name: {key: value for key, value in vars(shape).items() if key != "r" and value is not None}
             for name, shape in by_name.items()
         }
-    if any(shape.r != first.r for shape in by_name.values()):
-        longest_first = sorted(by_name, key=len, reverse=True)
-        config.rank_pattern = {name: by_name[name].r for name in longest_first}
+    if any(shape.r != first.r for shape in combined.shapes):
+        ranks = _ranks(groups, combined.shapes)
+        config.rank_pattern = {key: ranks[key] for key in sorted(ranks, key=len, reverse=True)}  # the first that fits
     check(config)
+
+
+def _ranks(groups: Sequence[Group], shapes: Sequence[Shape]) -> dict[str, int]:
+    """The ranks by the groups' names; by each layer's where groups of one name have several."""
+    every = [layer for group in groups for layer in group.layers]
+    of_name: dict[str, set[int]] = {}
+    for group, shape in zip(groups, shapes, strict=True):
+        of_name.setdefault(group.name, set()).add(shape.r)
+    return {
+        key: shape.r
+        for group, shape in zip(groups, shapes, strict=True)
+        for key in (
+            [group.name] if len(of_name[group.name]) == 1 else [layer_pattern(layer, every) for layer in group.layers]
+        )
+    }
 
 
 def _beside(root: nn.Module, config: LilyConfig, terms: Sequence[Term]) -> dict[str, Tensor]:

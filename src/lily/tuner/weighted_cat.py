@@ -15,7 +15,7 @@ A layer's distinction acts on all ranks of one adapter; where layers that share 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -163,6 +163,11 @@ def exact_sum(groups: Sequence[Group], terms: Sequence[Term]) -> Combined:
     for group in groups:
         shares = [share for t in terms if (share := _share(group, t, bool(routed))) is not None]
         shapes.append(_add_group(state, group, shares, bool(routed), common_router))
+    options: dict[str, Shape] = {}
+    for group, shape in zip(groups, shapes, strict=True):
+        first = options.setdefault(group.name, shape)
+        if replace(shape, r=first.r) != first:  # a configuration has options by name
+            raise NotSharedError(f"layers called {group.name} have several shapes, and other options in each")
     return Combined(shapes, str(next(iter(routings), "static")), state, common_router)
 
 

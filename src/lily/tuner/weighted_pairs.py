@@ -84,9 +84,9 @@ def _by_lora(
     model = nn.ModuleList(_frame(updates, name) for name, _ in places)
     lora: LoraModel | None = None
     with torch.random.fork_rng(devices=[]):
+        r = max(f.A.shape[-2] for layers in updates.values() for f in layers.values())  # of all: PEFT compares them
         for adapter, layers in updates.items():
             ranks = {str(n): layers[name].A.shape[-2] for n, (name, _) in enumerate(places) if name in layers}
-            r = max(ranks.values())
             rank_pattern = {n: rank for n, rank in ranks.items() if rank != r}
             config = LoraConfig(r=r, target_modules=list(ranks), rank_pattern=rank_pattern)
             if lora is None:
@@ -102,7 +102,9 @@ def _by_lora(
                 layer.lora_A[adapter].weight.data, layer.lora_B[adapter].weight.data = A, B.mT
                 layer.scaling[adapter] = f.scaling
     assert lora is not None
-    lora.add_weighted_adapter([t.name for t in terms], [t.weight for t in terms], NEW, **vars(how))
+    # The leading singular vectors are the same ones, and with all of them PEFT fails at a rank above a layer's inputs.
+    options = {**vars(how), "svd_full_matrices": False}
+    lora.add_weighted_adapter([t.name for t in terms], [t.weight for t in terms], NEW, **options)
     layers_of_lora: list[Any] = [model.get_submodule(str(n)) for n in range(len(places))]
     return [(m.lora_A[NEW].weight.data, m.lora_B[NEW].weight.data.mT) for m in layers_of_lora]
 

@@ -191,7 +191,12 @@ def decide(recipe: Recipe | DreamBooth, model: nn.Module) -> Decided:
         "settled": None if lily.settle is None else 0.0,
         "modules_to_save": heads,
         "group_options": {name: group.options for name, group in groups.items() if group.options} or None,
-        "rank_pattern": {re.escape(name): group.r for name, group in groups.items() if group.r is not None},
+        # The first key that fits counts there; of `group_options` the longest.
+        "rank_pattern": {
+            re.escape(name): groups[name].r
+            for name in sorted(groups, key=len, reverse=True)
+            if groups[name].r is not None
+        },
     }
     budget: Key = ("lily",) if lily.params is None else ("lily", "params")
     with located(recipe, *budget):
