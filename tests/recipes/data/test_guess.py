@@ -384,6 +384,24 @@ def test_an_archive_or_a_folder_that_holds_no_images_or_table_says_so(tmp_path):
         guess(tmp_path / "saved")
 
 
+def test_an_archive_of_images_is_looked_into(tmp_path, monkeypatch):
+    monkeypatch.setenv("LILY_CACHE", str(tmp_path / "cache"))
+    for name, folders in {
+        "classes": ("cat", "dog"),
+        "parts": ("train/cat", "train/dog", "test/cat"),
+        "one": ("cat",),
+    }.items():
+        with zipfile.ZipFile(tmp_path / f"{name}.zip", "w") as archive:
+            for number, folder in enumerate((*folders, folders[0])):
+                archive.writestr(f"{name}/{folder}/{number}.png", "")
+    found = guess(tmp_path / "classes.zip")
+    assert (found.rows, found.classes) == (3, {"cat": 2, "dog": 1})
+    with pytest.raises(LilyError, match=r"a folder for each part \(train, test\).*unpack it and name that"):
+        guess(tmp_path / "parts.zip")
+    with pytest.raises(LilyError, match=r"one class only \(cat\)"):
+        guess(tmp_path / "one.zip")
+
+
 def test_the_name_of_a_new_recipe_is_that_of_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     table(tmp_path / "x.csv", {"text": sentence, "label": label})

@@ -119,11 +119,7 @@ def _image_classes(folder: Path, note: Note = lambda _: None) -> dict[str, int]:
 
 def _of_images(path: Path) -> Guess:
     if not path.is_dir():
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if not any(name.lower().endswith(images.ENDINGS) for name in archive.namelist()):
-                    raise LilyError(f"{path} holds no images; of a zip with a table in it, unpack and name the table")
-        return Guess(path, "image-classification", {})
+        return _of_packed_images(path)
     parts = sniff.parts_of(path)
     train = parts.pop("train", path)
     told: list[str] = []
@@ -147,6 +143,28 @@ def _of_images(path: Path) -> Guess:
         raise LilyError(f"{path} holds {what}; make one folder per class in it, with its name, or name a table")
     rows = sum(counts.values())
     return Guess(train, "image-classification", {}, rows=rows, classes=counts, others=parts, told=tuple(told))
+
+
+def _of_packed_images(path: Path) -> Guess:
+    """Of an archive of folders of images, or of a list of images."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if not any(name.lower().endswith(images.ENDINGS) for name in archive.namelist()):
+                raise LilyError(f"{path} holds no images; of a zip with a table in it, unpack and name the table")
+    try:
+        counts = dict(Counter(row["label"] for row in images.read_images(path)).most_common())
+    except LilyError:
+        top = images.unpacked(path) if images.is_archive(path) else None
+        below = [] if top is None else [top, *(p for p in top.iterdir() if p.is_dir())]
+        if not (parts := next(filter(None, map(sniff.parts_of, below)), {})):
+            raise
+        raise LilyError(
+            f"{path} holds a folder for each part ({', '.join(parts)}), and parts are found in a folder only; unpack "
+            "it and name that"
+        ) from None
+    if len(counts) == 1:
+        raise LilyError(f"{path} holds images of one class only ({next(iter(counts))}); a classifier needs two")
+    return Guess(path, "image-classification", {}, rows=sum(counts.values()), classes=counts)
 
 
 def _described(path: Path, task: str, columns: dict[str, str], rows: Sequence[Row], names: list[str]) -> Guess:
