@@ -31,7 +31,6 @@ RECIPES = {
     "sst2": ["data.max_train=3000", "train.epochs=2"],
     "offline/cifar10": [],
     "offline/vtab-cifar10": [],
-    "offline/vim-cifar10": [],
 }
 
 
