@@ -135,7 +135,8 @@ def _compare(
                 comparison = comparing.compare(recipe, compared, options, out / recipe.name, announce)
             except LilyError as error:  # continue with the other recipes
                 errors.append(f"{recipe.name}: {error}")
-                announce(f"failed: {error}")
+                if len(resolved) > 1:  # the end may be hours away
+                    announce(f"failed: {error}")
                 continue
             finished.append((comparison, out / recipe.name))
     except (KeyboardInterrupt, SystemExit):
