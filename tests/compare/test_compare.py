@@ -126,6 +126,17 @@ def test_the_verdict_is_a_sentence(done, metric, difference, p, said):
     assert verdict(replace(found, metric=metric), lora) == said
 
 
+def test_a_method_alone_is_compared_with_nothing(done):
+    found = read(done[0] / "tiny")
+    alone = replace(found, entries=found.entries[:1])
+    console = Console(width=200, file=StringIO())
+    _print(alone, console)
+    for text in (console.file.getvalue(), written(alone)):
+        assert "Only Lily (sequence) has results: there is nothing to compare it with." in text
+        for absent in ("against Lily", "at equal parameters", "this differs most"):
+            assert absent not in text
+
+
 def test_the_same_command_again_trains_nothing_and_finds_the_same(done, monkeypatch):
     out, path, _ = done
     before = (out / "tiny/comparison.json").read_bytes()

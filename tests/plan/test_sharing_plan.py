@@ -139,6 +139,35 @@ def test_a_layer_index_that_chooses_nothing_is_refused(indices):
         select_modules(build("llama"), config)
 
 
+class AtTheRoot(nn.Module):
+    """A list of layers at the root of a model."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleDict({"fc": nn.Linear(8, 8)}) for _ in range(3))
+        self.inner = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"fc": nn.Linear(8, 8)})])})
+
+
+def test_layers_of_a_list_at_the_root_are_found_by_its_name():
+    with pytest.raises(NoTargetError, match=r"no module in layers \[1\]; give layers_pattern='blocks', .*the root"):
+        plan_of(AtTheRoot(), target_modules=["fc"], layers_to_transform=[1])
+    with pytest.raises(LilyError, match=r"index 2, but no layer .*; give layers_pattern='blocks', .*the root"):
+        plan_of(AtTheRoot(), target_modules=["fc"], layers_to_transform=[0, 2])
+    plan = plan_of(AtTheRoot(), target_modules=["fc"], layers_to_transform=[1], layers_pattern="blocks")
+    assert list(plan.slots) == ["blocks.1.fc"]
+
+
+def test_layers_that_match_are_named_where_none_has_the_number():
+    with pytest.raises(NoTargetError, match=r"in layers 9; layers that match: 0, 1, 2 in blocks; 0 in layers$"):
+        plan_of(AtTheRoot(), target_modules=["fc"], layers_to_transform=9)
+    with pytest.raises(NoTargetError, match=r"no module in layers \[0\]; give layers_pattern='layers', where .* are$"):
+        plan_of(build("llama"), target_modules=["q_proj"], layers_to_transform=[0], layers_pattern="h")
+    with pytest.raises(NoTargetError, match=r"layers that match: bert.pooler.dense, which have no number$"):
+        plan_of(build("bert"), target_modules=["pooler.dense"], layers_to_transform=[0])
+    with pytest.raises(NoTargetError, match="matches no module; did you mean q_proj"):
+        plan_of(build("llama"), target_modules=["qproj"], layers_to_transform=[0])
+
+
 def test_a_rank_for_a_name_that_no_layer_has_is_refused():
     config = LilyConfig(target_modules=["q_proj", "v_proj"], rank_pattern={"q_proj": 8, "v_prj": 4})
     modules = select_modules(build("llama"), config)

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from lily.cli.main import app
 from lily.errors import LilyError
 from lily.recipes import loader, packages, work
+from lily.recipes.results.header import _steps
 
 
 def invoke(*arguments):
@@ -46,6 +47,19 @@ def test_a_run_says_what_it_trains_and_a_line_for_every_evaluation_of_every_cont
     for name in ("majority", "TF-IDF", "frozen encoder", "lora"):
         assert [line for line in lines if re.match(rf"{name} +test rows +accuracy", line)], name
     assert str(run) in said.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["train.epochs=1"], "1 epoch in batches of 4, evaluated every epoch"),
+        (["train.epochs=0.5", "train.evaluate_every=3"], "0.5 epochs in batches of 4, evaluated every 3 steps"),
+        (["train.max_steps=1", "train.evaluate_every=1"], "1 step in batches of 4, evaluated every step"),
+        (["train.max_steps=1200"], "1,200 steps in batches of 4, evaluated every epoch"),
+    ],
+)
+def test_numbers_of_steps_agree_with_their_nouns(changes, said):
+    assert _steps(loader.load_recipe("quickstart", [*changes, "train.batch_size=4"])) == said
 
 
 def test_what_is_said_to_a_file_has_no_escape_codes_and_no_carriage_returns(spoken):

@@ -68,6 +68,26 @@ def test_a_budget_of_ones_own_leaves_out_what_costs_more(make, space):
     assert all(8100 <= shape.parameters <= 9000 for shape in found.shapes)
 
 
+def test_own_values_that_are_left_out_are_named(make, space):
+    recipe = make("lily.r=16", "lily.num_B=1")
+    assert space(recipe).without == ()
+    assert space(recipe, ranges={"learning_rate": (0.005, 0.02)}).without == ()
+    found = space(recipe, ranges={"learning_rate": (0.02, 0.04)}, budget=space(recipe).shapes[0].parameters - 1)
+    assert found.start["learning_rate"] == 0.02
+    assert found.without == ("learning_rate", "shape")
+    assert found.notes == ("no trial has the recipe's own learning_rate, shape, which --range or --params leaves out",)
+
+
+def test_the_only_shape_of_a_smaller_budget_takes_the_place_of_the_recipes_own(make, space, monkeypatch):
+    recipe = make("lily.r=16", "lily.num_B=1")
+    monkeypatch.setattr(spaces, "COUNTS", (1,))
+    assert space(recipe).shapes == ()
+    meta = models.meta_model(recipe.model, recipe.task)
+    found = space(recipe, budget=methods.decide(recipe, meta).plan.parameters.total // 2)
+    assert [shape.r for shape in found.shapes] == [8]
+    assert found.without == ("shape",)
+
+
 def test_a_sharing_said_as_layers_per_a_stays_said_so(make, space):
     recipe = make("lily.num_A=null", "lily.stride_A=2")
     found = space(recipe)

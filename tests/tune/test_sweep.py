@@ -162,6 +162,14 @@ def test_the_table_and_the_picture_tell_every_shape(trained, tmp_path):
     assert ET.parse(tmp_path / "a.svg").getroot().tag.endswith("svg")
 
 
+def test_shapes_that_are_equal_have_no_best_one(trained):
+    found = trained(FakeRuns())
+    equal = replace(found, entries=tuple(replace(entry, held_out=(0.5,)) for entry in found.entries))
+    assert sweep_report.verdict(equal) == (
+        f"All shapes have the same accuracy (50.0) on {found.rows} test rows, so nothing here tells which is better."
+    )
+
+
 def test_shapes_that_were_given_up_are_not_drawn_beside_complete_ones(trained):
     found = trained(halving=True, grid=True, most=8, lora=True)
     complete = [e for e in found.entries if e.held_out]

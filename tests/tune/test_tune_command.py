@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from lily.cli.main import app
 from lily.cli.tune import parse_time
 from lily.errors import LilyError
 from lily.recipes import loader, train
-from lily.tune.report import print_tuned
+from lily.tune.report import print_tuned, verdict
 from lily.tune.run import TuneResult
 from lily.tune.space import Range, Space
 from lily.tune.study import TrialResult
@@ -66,6 +67,27 @@ def test_it_is_said_whether_rows_are_left_to_test_the_choice_on(tmp_path, tested
     assert said in text
     for name in ("best.yaml", "tune.json"):
         assert str(tmp_path / "[v2]" / name) in text
+
+
+@pytest.mark.parametrize(
+    ("metric", "own", "best", "words"),
+    [
+        ("accuracy", (0.5, None), (0.75, None), "accuracy 75.0, 25.0 points better than the recipe's own values"),
+        ("loss", (0.5, None), (0.25, None), "loss 0.2500, 0.2500 better than the recipe's own values"),
+        ("accuracy", (0.75, 0.4), (0.5, 0.1), "accuracy 50.0, 25.0 points worse than the recipe's own values, which"),
+        ("loss", (0.25, 0.4), (0.5, 0.1), "loss 0.5000, 0.2500 worse than the recipe's own values, which forget more"),
+        ("accuracy", (0.5, 0.4), (0.5, 0.1), "accuracy 50.0, as have the recipe's own values, which forget more."),
+    ],
+)
+def test_the_best_trial_is_compared_with_the_recipes_own_values(metric, own, best, words):
+    space = Space("lily", {"scaling": Range(0.5, 2.0, 1.0)})
+    trials = tuple(
+        TrialResult(number, "complete", {"scaling": 1.0}, value, forgetting=forgetting)
+        for number, (value, forgetting) in enumerate([own, best])
+    )
+    found = TuneResult("a", "lily", metric, 12, True, space, trials, trials[1])
+    assert words in verdict(found)
+    assert verdict(replace(found, space=replace(space, without=("scaling",)))).endswith(f" {words.split()[1][:-1]}.")
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90m", 5400), ("1.5h", 5400), ("7", 7), ("7s", 7)])

@@ -116,7 +116,8 @@ def _compare(
     for recipe, compared in resolved:
         last = recipe.seed + seeds - 1
         which = f"seeds {recipe.seed} to {last}" if seeds > 1 else f"seed {last}"
-        told.tell(f"{recipe.name}  {recipe.task}, {len(compared)} methods, {which}")
+        many = f"{len(compared)} methods" if len(compared) > 1 else "one method"
+        told.tell(f"{recipe.name}  {recipe.task}, {many}, {which}")
         for c in compared:
             size = f"  {c.name:<12}  {c.parameters:,} parameters" + (f", r {c.rank}" if c.rank else "")
             told.tell(f"{size}, {c.terms.settings}" if c.trains else size)
@@ -134,7 +135,8 @@ def _compare(
                 comparison = comparing.compare(recipe, compared, options, out / recipe.name, announce)
             except LilyError as error:  # continue with the other recipes
                 errors.append(f"{recipe.name}: {error}")
-                announce(f"failed: {error}")
+                if len(resolved) > 1:  # the end may be hours away
+                    announce(f"failed: {error}")
                 continue
             finished.append((comparison, out / recipe.name))
     except (KeyboardInterrupt, SystemExit):

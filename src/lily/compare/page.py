@@ -123,7 +123,7 @@ def _scatter(comparison: Comparison, label: str, of: Callable[[Entry], float], w
             points.append(Point(entry.title, _style(i), of(entry), mean, mean - spread, mean + spread))
             shown_spread = "-" if deviation is None else f"{spread:.2g}"  # one seed has none
             rows.append([entry.title, f"{of(entry):,.0f}", f"{mean:.4g}", shown_spread])
-    if not points:
+    if len(points) < 2:
         return None
     better = "lower" if lower else "higher"
     caption = f"{comparison.metric} by {label}; {better} is better, and further left is cheaper. {why}"

@@ -17,11 +17,12 @@ Table = list[list[str]]  # the first line is the header
 
 
 def quality(comparison: Comparison) -> Table:
-    """The metrics: a row for the untrained model, then a row per method."""
+    """The metrics: a row for the untrained model, then a row per method; columns of tests where there are several."""
     forgot = any(entry.forgetting for entry in comparison.entries)
-    lines = [["", *comparison.metrics, f"against {comparison.entries[0].title}", "p", *["forgetting"] * forgot]]
+    tested = [f"against {comparison.entries[0].title}", "p"] if len(comparison.entries) > 1 else []
+    lines = [["", *comparison.metrics, *tested, *["forgetting"] * forgot]]
     untrained = [with_spread(m, comparison.untrained[m]) for m in comparison.metrics]
-    lines.append([UNTRAINED, *untrained, "", "", *[""] * forgot])
+    lines.append([UNTRAINED, *untrained, *[""] * len(tested), *[""] * forgot])
     for entry in comparison.entries:
         test = entry.test
         against = ["", ""] if entry is comparison.entries[0] else ["-", "-"]
@@ -32,7 +33,7 @@ def quality(comparison: Comparison) -> Table:
             ]
         values = [with_spread(m, entry.values[m]) for m in comparison.metrics]
         forgetting = with_spread("loss", entry.forgetting) if entry.forgetting else ""
-        lines.append([entry.title, *values, *against, *[forgetting] * forgot])
+        lines.append([entry.title, *values, *against[: len(tested)], *[forgetting] * forgot])
     return lines
 
 
@@ -91,7 +92,9 @@ def scores(comparison: Comparison) -> str:
 
 
 def verdicts(comparison: Comparison) -> list[str]:
-    """How each method that was tested compares with the first."""
+    """How each method that was tested compares with the first; that there is nothing to compare, where one is left."""
+    if len(comparison.entries) == 1:
+        return [f"Only {comparison.entries[0].title} has results: there is nothing to compare it with."]
     return [verdict(comparison, entry) for entry in comparison.entries[1:] if entry.test is not None]
 
 
@@ -110,6 +113,8 @@ def about(comparison: Comparison) -> str:
     seeds = sorted({seed for entry in comparison.entries for seed in entry.seeds})
     budget = {"params": "at equal parameters: each method has the largest rank with no more of them than Lily",
               "rank": "at equal rank"}.get(str(comparison.setting.get("equal")), "")  # fmt: skip
+    if len(comparison.entries) == 1:
+        budget = ""
     if any("/" in entry.name for entry in comparison.entries):
         budget += "; 1/N: an N-th of these parameters"
     text = f"{comparison.name} ({comparison.task}): {comparison.rows:,} {comparison.split} rows, "

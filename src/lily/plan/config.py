@@ -98,7 +98,8 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
         shared_router: one router for all layers of a group, instead of one per layer (the paper's Vim). With
             data-dependent routing only.
         layers_to_transform: layer indices to adapt; with names in `target_modules` only.
-        layers_pattern: name of the layer list, with `layers_to_transform`.
+        layers_pattern: name of the layer list, with `layers_to_transform`; needed where the list is at the root of the
+            model (`blocks.1.x`).
         rank_pattern: rank for modules that match a name or regular expression. Ranks inside one group must agree.
         scaling_pattern: scale for modules that match a name or regular expression, single layers too; in place of
             `scaling` and that of `group_options`. What `alpha_pattern` is for LoRA.

@@ -6,8 +6,9 @@ Only names and sizes are read, so a model on the meta device is enough.
 from __future__ import annotations
 
 import copy
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
@@ -143,8 +144,8 @@ def select_modules(model: nn.Module, config: LilyConfig) -> list[ModuleSpec]:
             )
         specs.append(layer_spec(name, module))
     if not specs:
-        raise _no_target(config, modules)
-    _check_layer_indices(specs, config, attentions)
+        raise _no_target(config, modules, attentions)
+    _check_layer_indices(specs, config, modules, attentions)
     return specs
 
 
@@ -162,16 +163,49 @@ def matched(model: nn.Module, config: LilyConfig) -> set[str]:
     return {name for name, _ in own_modules(model) if check_target_module_exists(config, name)}
 
 
-def _check_layer_indices(specs: Sequence[ModuleSpec], config: LilyConfig, attentions: set[str]) -> None:
-    asked = config.layers_to_transform
-    for index in asked if isinstance(asked, (list, tuple)) else [] if asked is None else [asked]:
+def _check_layer_indices(
+    specs: Sequence[ModuleSpec], config: LilyConfig, modules: Collection[str], attentions: set[str]
+) -> None:
+    for index in _layer_indices(config):
         alone = copy.copy(config)
         alone.layers_to_transform = [index]
         if not any(_is_target(alone, m.name, attentions) for m in specs):
             raise LilyError(
                 f"layers_to_transform has the index {index}, but no layer of that number matches target_modules="
-                f"{sorted(config.target_modules or ())}; remove it"
+                f"{sorted(config.target_modules or ())}; {_other_layers(alone, modules, attentions) or 'remove it'}"
             )
+
+
+def _layer_indices(config: LilyConfig) -> Sequence[int]:
+    asked = config.layers_to_transform
+    return asked if isinstance(asked, (list, tuple)) else [] if asked is None else [asked]
+
+
+def _other_layers(config: LilyConfig, modules: Collection[str], attentions: set[str]) -> str:
+    """What to do where `target_modules` matches layers, but none that `layers_to_transform` asks for.
+
+    Without `layers_pattern`, PEFT reads the number after a list that is inside a module (`model.layers.1.x`), not one
+    after a list at the root of the model (`blocks.1.x`).
+
+    Returns:
+        "" where `target_modules` matches no layer at any number.
+    """
+    anywhere = copy.copy(config)
+    anywhere.layers_to_transform = anywhere.layers_pattern = None
+    names = [name for name in modules if _is_target(anywhere, name, attentions)]
+    if not names:
+        return ""
+    numbers: dict[str, set[int]] = {}  # name of a list -> its layers that match
+    for name in names:
+        if found := re.match(r"(?:^|.*?\.)([^.]+)\.(\d+)\.", name):
+            numbers.setdefault(found[1], set()).add(int(found[2]))
+    lists = [name for name, those in numbers.items() if those & set(_layer_indices(config))]
+    if lists:
+        root = "" if config.layers_pattern else "; a list at the root of the model is found by its name alone"
+        pattern = lists[0] if len(lists) == 1 else lists
+        return f"give layers_pattern={pattern!r}, where layers of that number are{root}"
+    where = "; ".join(f"{', '.join(map(str, sorted(those)[:SHOWN]))} in {name}" for name, those in numbers.items())
+    return f"layers that match: {where or ', '.join(names[:SHOWN]) + ', which have no number'}"
 
 
 def _check_inside(model: nn.Module, config: LilyConfig, all_linear: bool) -> None:
@@ -188,7 +222,7 @@ def _check_inside(model: nn.Module, config: LilyConfig, all_linear: bool) -> Non
                 )
 
 
-def _no_target(config: LilyConfig, modules: dict[str, nn.Module]) -> NoTargetError:
+def _no_target(config: LilyConfig, modules: dict[str, nn.Module], attentions: set[str]) -> NoTargetError:
     if not config.target_modules:
         return NoTargetError(
             "target_modules='all-linear' matches no layer: the model has no linear layers besides its output layer and "
@@ -209,9 +243,8 @@ def _no_target(config: LilyConfig, modules: dict[str, nn.Module]) -> NoTargetErr
                 f"every module that target_modules={wanted} matches is excluded by exclude_modules="
                 f"{config.exclude_modules} or modules_to_save={config.modules_to_save}; relax one of them"
             )
+    matches = f"target_modules={wanted if len(wanted) > 1 else repr(wanted[0])} matches no module"
+    if config.layers_to_transform is not None and (hint := _other_layers(config, modules, attentions)):
+        return NoTargetError(f"{matches} in layers {config.layers_to_transform}; {hint}")
     hint, shown = suggest(wanted, known)
-    where = f" in layers {config.layers_to_transform}" if config.layers_to_transform is not None else ""
-    return NoTargetError(
-        f"target_modules={wanted if len(wanted) > 1 else repr(wanted[0])} matches no module{where}; {hint}"
-        f"linear layers of this model: {shown}"
-    )
+    return NoTargetError(f"{matches}; {hint}linear layers of this model: {shown}")

@@ -139,7 +139,7 @@ def run(jobs: Sequence[Job], out: Path, count: int, threads: int, lock: Any, ann
         told.expect(job.name, STAGE, {"run": 1.0})
     running: list[tuple[Job, subprocess.Popen[bytes]]] = []
     followed = {job.name: Followed(job.name, _events(out, job)) for job in waiting}
-    with Signals(), told.stage("", f"{len(waiting)} runs"):
+    with Signals(), told.stage("", "1 run" if len(waiting) == 1 else f"{len(waiting)} runs"):
         try:
             while waiting or running:
                 while waiting and len(running) < count:

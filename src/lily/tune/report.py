@@ -19,7 +19,7 @@ def print_tuned(result: TuneResult, output: Path, console: Console) -> None:
     """The closing table, best trial first."""
     measured = any(trial.forgetting is not None for trial in result.trials)
     knobs = result.space.knobs
-    title = f"{result.name}, {result.method}: {len(result.trials)} trials on {result.rows:,} validation rows"
+    title = f"{result.name}, {result.method}: {_trials(len(result.trials))} on {result.rows:,} validation rows"
     more = ["forgetting"] if measured else []
     rows = [
         [
@@ -36,8 +36,9 @@ def print_tuned(result: TuneResult, output: Path, console: Console) -> None:
     for table in fitting(heads, rows, console.width, title=escape(title), numbers=False):
         console.print(table)
     if failed := sum(trial.state == "failed" for trial in result.trials):
-        console.print(escape(f"{failed} trials failed; see the reasons in {output / 'tune.json'}"), soft_wrap=True)
-    console.print("own: the recipe's own values", highlight=False)
+        console.print(escape(f"{_trials(failed)} failed; see the reasons in {output / 'tune.json'}"), soft_wrap=True)
+    if _own(result) is not None:
+        console.print("own: the recipe's own values", highlight=False)
     if result.importance:
         shares = ", ".join(f"{name} {share:.0%}" for name, share in result.importance.items())
         console.print(
@@ -56,21 +57,35 @@ def print_tuned(result: TuneResult, output: Path, console: Console) -> None:
 
 def verdict(result: TuneResult) -> str:
     """How the best trial does against the recipe's own values, in a sentence."""
-    best, own = result.best, next((trial for trial in result.trials if trial.number == 0), None)
+    best, own = result.best, _own(result)
     assert best is not None
     said = f"Trial {best.number + 1} is the best: {result.metric} {shown(result.metric, best.value)}"
     if own is None or own.value is None or best.value is None or own is best:
         return f"{said}, the recipe's own values." if own is best else f"{said}."
-    size = abs(best.value - own.value)
-    by = f"{size:.4f}" if result.metric in LOWER_IS_BETTER else f"{100 * size:.1f} points"
+    lower = result.metric in LOWER_IS_BETTER
+    gained = own.value - best.value if lower else best.value - own.value
+    by = f"{abs(gained):.4f}" if lower else f"{100 * abs(gained):.1f} points"
+    if gained < 0:
+        return f"{said}, {by} worse than the recipe's own values, which forget more than --max-forgetting allows."
+    if gained == 0:
+        return f"{said}, as have the recipe's own values, which forget more."
     return (
         f"{said}, {by} better than the recipe's own values on these {result.rows:,} rows. The best of many trials on "
         "few rows scores too high: other rows and seeds decide."
     )
 
 
+def _own(result: TuneResult) -> TrialResult | None:
+    """The trial with the recipe's own values; None: they are not searched, or not tried yet."""
+    return None if result.space.without else next((trial for trial in result.trials if trial.number == 0), None)
+
+
+def _trials(count: int) -> str:
+    return f"{count} trial" if count == 1 else f"{count} trials"
+
+
 def _state(trial: TrialResult, result: TuneResult) -> str:
-    own = "own" if trial.number == 0 else ""
+    own = "own" if trial is _own(result) else ""
     best = "best" if result.best is not None and trial.number == result.best.number else ""
     state = {"complete": "", "failed": f"failed: {trial.reason}"}.get(trial.state, trial.state)
     return ", ".join(part for part in (best, own, state) if part)

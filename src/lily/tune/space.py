@@ -40,7 +40,7 @@ class Range:
 
     low: float  # smallest value
     high: float  # largest value
-    start: float  # the recipe's own value, tried first
+    start: float  # tried first: the recipe's own value, or the nearest between the bounds
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ class Space:
     ranges: Mapping[str, Range]  # knob -> range of its values
     shapes: tuple[AdapterShape, ...] = ()  # to choose from, the recipe's own first; empty: the shape is not searched
     notes: tuple[str, ...] = field(default=(), compare=False)  # what is not searched, and why
+    without: tuple[str, ...] = field(default=(), compare=False)  # knobs whose own value in the recipe is not searched
 
     @property
     def knobs(self) -> tuple[str, ...]:
@@ -76,7 +77,7 @@ class Space:
 
     @property
     def start(self) -> Values:
-        """The recipe's own values."""
+        """The values of the first trial: the recipe's own, where they are searched."""
         own: Values = {name: knob.start for name, knob in self.ranges.items()}
         return own | ({"shape": self.shapes[0].name} if self.shapes else {})
 
@@ -127,18 +128,24 @@ def space_of(
         raise LilyError(f"--range {unused[0]}: {unused[0]} is not searched between two bounds; remove the range")
     if budget is not None and "shape" not in chosen:
         raise LilyError("--params is a budget for Lily's shape, which is not searched here; remove it")
-    searched = {name: _range(name, recipe, config, bounds.get(name)) for name in chosen if name != "shape"}
+    own = {name: _own(name, recipe, config) for name in chosen if name != "shape"}
+    searched = {name: _range(name, value, recipe, bounds.get(name)) for name, value in own.items()}
+    without = [name for name, knob in searched.items() if knob.start != rounded(own[name])]
     shapes: tuple[AdapterShape, ...] = ()
     notes: tuple[str, ...] = ()
     if "shape" in chosen and recipe.lily.groups:
         notes = ("the shape is not searched, because lily.groups sets the shape of some groups",)
     elif "shape" in chosen:
         shapes = shapes_of(recipe, decided, budget, grid=grid)
-        if len(shapes) == 1:
+        if shapes == (_own_shape(decided),):
             shapes, notes = (), ("the shape is not searched, because the budget allows no other",)
+        elif shapes[0] != _own_shape(decided):
+            without.append("shape")
     if not searched and not shapes:
         raise LilyError(f"nothing is left to search: {'; '.join(notes)}")
-    return Space(recipe.method, searched, shapes, notes)
+    if without:
+        notes += (f"no trial has the recipe's own {', '.join(without)}, which --range or --params leaves out",)
+    return Space(recipe.method, searched, shapes, notes, tuple(without))
 
 
 def shapes_of(
@@ -155,8 +162,7 @@ def shapes_of(
     Raises:
         LilyError: if no shape fits.
     """
-    choice = decided.choice
-    own = AdapterShape(choice.r, choice.num_A, choice.stride_A, choice.num_B, decided.plan.parameters.total)
+    own = _own_shape(decided)
     most = own.parameters if budget is None else parse_count(budget)
     depth = max(len(group.members) for group in decided.plan.groups)
     counts = [n for n in COUNTS if n <= depth]
@@ -184,12 +190,22 @@ def shapes_of(
     return (*first, *(s for s in bought if not first or (s.r, s.parameters, s.num_B) != same))
 
 
-def _range(name: str, recipe: Recipe, config: Any, bounds: tuple[float, float] | None) -> Range:
-    own = {
+def _own_shape(decided: Decided) -> AdapterShape:
+    """The recipe's own shape."""
+    choice = decided.choice
+    return AdapterShape(choice.r, choice.num_A, choice.stride_A, choice.num_B, decided.plan.parameters.total)
+
+
+def _own(name: str, recipe: Recipe, config: Any) -> float:
+    """The recipe's own value of a knob."""
+    return {
         "learning_rate": lambda: learning_rate(recipe),
         "scaling": lambda: float(config.scaling),
         "alpha": lambda: float(config.lora_alpha),
     }[name]()
+
+
+def _range(name: str, own: float, recipe: Recipe, bounds: tuple[float, float] | None) -> Range:
     low, high = bounds or (own / WITHIN[name], own * WITHIN[name])
     least = recipe.train.min_learning_rate
     if name == "learning_rate" and least is not None and low <= least:

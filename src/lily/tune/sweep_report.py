@@ -42,7 +42,8 @@ def print_sweep(sweep: Granularity, output: Path, console: Console) -> None:
         console.print(table)
     failed = sum(len(entry.failed) for entry in sweep.entries)
     if failed:
-        console.print(escape(f"{failed} runs failed; see {output / 'logs'}"), soft_wrap=True)
+        runs = "1 run" if failed == 1 else f"{failed} runs"
+        console.print(escape(f"{runs} failed; see {output / 'logs'}"), soft_wrap=True)
     seeds = "one seed" if len(sweep.seeds) == 1 else f"{len(sweep.seeds)} seeds, mean and standard deviation"
     console.print(escape(f"{seeds}; figures: {output / 'granularity.json'}"), soft_wrap=True)
     console.print(escape(verdict(sweep)), soft_wrap=True, highlight=False)
@@ -58,6 +59,11 @@ def verdict(sweep: Granularity) -> str:
     sign = -1.0 if sweep.metric in LOWER_IS_BETTER else 1.0
     first, *_, last = sorted(means, key=lambda name: -sign * means[name])
     deviations = [value for entry in sweep.entries if (value := spread(entry.held_out)) is not None]
+    if means[first] == means[last]:
+        return (
+            f"All shapes have the same {sweep.metric} ({shown(sweep.metric, means[first])}) on {sweep.rows:,} "
+            f"{sweep.split} rows, so nothing here tells which is better."
+        )
     said = (
         f"Best shape: {first} ({shown(sweep.metric, means[first])}); worst: {last} "
         f"({shown(sweep.metric, means[last])}), on {sweep.rows:,} {sweep.split} rows of {sweep.metric}."

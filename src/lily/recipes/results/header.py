@@ -73,8 +73,9 @@ def _trained(result: Result) -> str:
 
 def _steps(recipe: Recipe) -> str:
     t = recipe.train
-    length = f"{t.max_steps:,} steps" if t.max_steps else f"{t.epochs:g} epochs"
+    length = f"{t.max_steps:,} step" if t.max_steps else f"{t.epochs:g} epoch"
+    plural = "" if (t.max_steps or t.epochs) == 1 else "s"
     batch = f"batches of {t.batch_size}" + (f" x {t.gradient_accumulation}" if t.gradient_accumulation > 1 else "")
-    every = "every epoch" if t.evaluate_every == "epoch" else f"every {t.evaluate_every} steps"
+    every = "epoch" if t.evaluate_every == "epoch" else "step" if t.evaluate_every == 1 else f"{t.evaluate_every} steps"
     stop = f", stops after {t.early_stopping} without improvement" if t.early_stopping else ""
-    return f"{length} in {batch}, evaluated {every}{stop}"
+    return f"{length}{plural} in {batch}, evaluated every {every}{stop}"
