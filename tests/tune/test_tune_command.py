@@ -76,7 +76,7 @@ def test_it_is_said_whether_rows_are_left_to_test_the_choice_on(tmp_path, tested
         ("loss", (0.5, None), (0.25, None), "loss 0.2500, 0.2500 better than the recipe's own values"),
         ("accuracy", (0.75, 0.4), (0.5, 0.1), "accuracy 50.0, 25.0 points worse than the recipe's own values, which"),
         ("loss", (0.25, 0.4), (0.5, 0.1), "loss 0.5000, 0.2500 worse than the recipe's own values, which forget more"),
-        ("accuracy", (0.5, 0.4), (0.5, 0.1), "accuracy 50.0, as have the recipe's own values, which forget more."),
+        ("accuracy", (0.5, 0.4), (0.5, 0.1), "accuracy 50.0, the same as the recipe's own values, which forget more."),
     ],
 )
 def test_the_best_trial_is_compared_with_the_recipes_own_values(metric, own, best, words):

@@ -68,7 +68,7 @@ def verdict(result: TuneResult) -> str:
     if gained < 0:
         return f"{said}, {by} worse than the recipe's own values, which forget more than --max-forgetting allows."
     if gained == 0:
-        return f"{said}, as have the recipe's own values, which forget more."
+        return f"{said}, the same as the recipe's own values, which forget more."
     return (
         f"{said}, {by} better than the recipe's own values on these {result.rows:,} rows. The best of many trials on "
         "few rows scores too high: other rows and seeds decide."
