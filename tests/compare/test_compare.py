@@ -28,7 +28,7 @@ from lily.compare import compare as comparing
 from lily.compare.contestants import parse, resolve
 from lily.compare.page import page as written
 from lily.compare.result import read
-from lily.compare.tables import costs, quality, summary, verdict
+from lily.compare.tables import costs, quality, summary, verdict, verdicts
 from lily.errors import LilyError
 from lily.recipes import loader, preflight
 from lily.search import runner
@@ -135,6 +135,21 @@ def test_a_method_alone_is_compared_with_nothing(done):
         assert "Only Lily (sequence) has results: there is nothing to compare it with." in text
         for absent in ("against Lily", "at equal parameters", "this differs most"):
             assert absent not in text
+
+
+def test_a_method_that_predicts_one_class_is_told_beside_the_verdict(done):
+    out, _, _ = done
+    (out / "tiny/comparison.json").unlink()  # which names the seeds
+    absent = {"precision": None, "recall": 0.0, "f1": 0.0, "support": 4, "predicted": 0}
+    scores = [{**absent, "name": "a"}, {**absent, "name": "b", "predicted": 8}]
+    one = {"classes": {"scores": scores, "confusion": None, "confused": []}, "mistakes": []}
+    change(out, "lora", 0, review={**one, "classes": {**one["classes"], "scores": scores[:1]}})
+    for method, seeds in (("lily", (0,)), ("lora", (1,))):
+        for seed in seeds:
+            change(out, method, seed, review=one)
+    said = " ".join(verdicts(read(out / "tiny")))
+    assert "Lily (sequence) predicts one class for every row, so it tells no classes apart." in said
+    assert "LoRA predicts one class for every row with 1 of 2 seeds, so it tells no classes apart." in said
 
 
 def test_the_same_command_again_trains_nothing_and_finds_the_same(done, monkeypatch):

@@ -53,4 +53,6 @@ def test_a_finished_comparison_of_an_earlier_version_is_read_and_trains_nothing(
     assert table_of(folder / "comparison.md") == table
     again = json.loads((folder / "comparison.json").read_text())
     del figures["setting"]["threads"], again["setting"]["threads"]  # the machine's
+    for entry in figures["entries"]:
+        entry["one_class"] = 0  # a key that came later
     assert again == figures

@@ -14,6 +14,7 @@ from lily.compare.paired import Items, Paired, compare
 from lily.errors import LilyError
 from lily.recipes.results.card import lily_title
 from lily.recipes.results.run_files import json_object
+from lily.recipes.scoring.review import ClassScore, only_class
 from lily.recipes.spec.schema import Metric
 from lily.search.runner import METRICS, PREDICTIONS
 
@@ -47,6 +48,7 @@ class Entry:
     peak_bytes: float  # of memory
     adapter_bytes: float  # size of the adapter's file
     test: Paired | None = None  # paired test against the first method, on the same rows
+    one_class: int = 0  # number of seeds whose adapter predicts one class for every row, though rows are of several
 
     @property
     def factor(self) -> float | None:
@@ -206,7 +208,13 @@ def _entry(name: str, figures: Sequence[dict[str, Any]]) -> Entry:
         seconds=statistics.fmean(f["seconds"].get("train", 0.0) for f in figures),
         peak_bytes=max(float(f.get("peak_bytes", 0)) for f in figures),
         adapter_bytes=float(one["adapter_bytes"]),
+        one_class=sum(_predicts_one_class(f) for f in figures),
     )
+
+
+def _predicts_one_class(figures: dict[str, Any]) -> bool:
+    classes = (figures.get("review") or {}).get("classes") or {}
+    return only_class([ClassScore(**score) for score in classes.get("scores", [])]) is not None
 
 
 def _tests(figures: Sequence[dict[str, Any]], when: str) -> dict[str, dict[str, tuple[float, ...]]]:

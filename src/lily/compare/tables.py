@@ -92,10 +92,18 @@ def scores(comparison: Comparison) -> str:
 
 
 def verdicts(comparison: Comparison) -> list[str]:
-    """How each method that was tested compares with the first; that there is nothing to compare, where one is left."""
-    if len(comparison.entries) == 1:
-        return [f"Only {comparison.entries[0].title} has results: there is nothing to compare it with."]
-    return [verdict(comparison, entry) for entry in comparison.entries[1:] if entry.test is not None]
+    """How each method that was tested compares with the first; what there is not to compare."""
+    entries = comparison.entries
+    if len(entries) == 1:
+        said = [f"Only {entries[0].title} has results: there is nothing to compare it with."]
+    else:
+        said = [verdict(comparison, entry) for entry in entries[1:] if entry.test is not None]
+    return said + [_one_class(entry) for entry in entries if entry.one_class]
+
+
+def _one_class(entry: Entry) -> str:
+    of = "" if entry.one_class == len(entry.seeds) else f" with {entry.one_class} of {len(entry.seeds)} seeds"
+    return f"{entry.title} predicts one class for every row{of}, so it tells no classes apart."
 
 
 def words(comparison: Comparison) -> list[str]:

@@ -10,6 +10,7 @@ from lily.recipes.results.card import method_title
 from lily.recipes.results.result import Result, output_folder
 from lily.recipes.results.standing import spoken
 from lily.recipes.scoring.metrics import LOWER_IS_BETTER, SHARES, better, noise, shown
+from lily.recipes.scoring.review import only_class
 from lily.recipes.spec.dreambooth import DreamBooth
 from lily.recipes.spec.schema import Recipe
 
@@ -75,7 +76,8 @@ def advice(result: Result, recipe: Recipe, typed: str, changes: Sequence[str]) -
             f"It was still improving: the last evaluation was the best one. More training may help:\n"
             f"  {command('train', typed, [*changes, *_longer(recipe), _elsewhere(recipe, 'longer')])}"
         )
-    if (only := _only_class(result)) is not None:
+    classes = None if result.review is None else result.review.classes
+    if (only := None if classes is None else only_class(classes.scores)) is not None:
         yield f"It predicts {only!r} for every row, so it tells no classes apart."
     ahead = [
         spoken(name, result.metric)
@@ -105,13 +107,6 @@ def _cut_short(result: Result, changes: Sequence[str]) -> float | None:
     asked = any(change.startswith("train.max_steps=") for change in changes)
     epoch = result.last["epoch"] if asked and result.last is not None else 1
     return epoch if epoch < 1 else None
-
-
-def _only_class(result: Result) -> str | None:
-    """The class that is predicted for every row, though rows are of several."""
-    scores = result.review.classes.scores if result.review is not None and result.review.classes is not None else ()
-    predicted = [score.name for score in scores if score.predicted]
-    return predicted[0] if len(predicted) == 1 < sum(score.support > 0 for score in scores) else None
 
 
 def still_improving(result: Result) -> bool:

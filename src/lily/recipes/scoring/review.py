@@ -66,6 +66,12 @@ class Classes:
         return sorted((score for score in self.scores if score.support), key=lambda score: score.f1 or 0.0)
 
 
+def only_class(scores: Sequence[ClassScore]) -> str | None:
+    """The class that is predicted for every row, though rows are of several."""
+    predicted = [score.name for score in scores if score.predicted]
+    return predicted[0] if len(predicted) == 1 < sum(score.support > 0 for score in scores) else None
+
+
 @dataclass(frozen=True)
 class Mistake:
     """A row that is wrong.
