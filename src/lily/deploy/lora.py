@@ -26,7 +26,7 @@ from lily.deploy.shared_experts import MODULES, shared_outer
 from lily.errors import LilyError
 from lily.layers.layer import NESTED
 from lily.layers.merging import Factors
-from lily.plan.options import layer_pattern
+from lily.plan.options import layer_patterns
 from lily.plan.select_parts import select_parameters
 from lily.plan.sharing_plan import Group
 from lily.plan.specs import CONVOLUTIONS, EMBEDDING, EXPERTS, PARAMETERS, SLICE, layer_spec
@@ -273,13 +273,14 @@ def _lora_config(adapted: Adapted, layers: Mapping[str, Layer], names: Mapping[s
     ranks = {attention_of(name, names): layer.rank for name, layer in layers.items()}
     alphas = {attention_of(name, names): round(layer.scale * layer.rank) for name, layer in layers.items()}
     alpha = alphas[next(n for n, r in ranks.items() if r == rank)]
+    keys = layer_patterns(ranks)
     return LoraConfig(
         r=rank,
         lora_alpha=alpha,
         target_modules=_target_modules(adapted, names),
         target_parameters=_target_parameters(adapted),
-        rank_pattern={layer_pattern(n, ranks): r for n, r in ranks.items() if r != rank},
-        alpha_pattern={layer_pattern(n, alphas): a for n, a in alphas.items() if a != alpha},
+        rank_pattern={keys[n]: r for n, r in ranks.items() if r != rank},
+        alpha_pattern={keys[n]: a for n, a in alphas.items() if a != alpha},
         fan_in_fan_out=any(type(m.get_base_layer()).__name__ == "Conv1D" for m in adapted.layers.values()),
         bias={"lily_only": "lora_only"}.get(config.bias, config.bias),
         modules_to_save=saved_modules(config),

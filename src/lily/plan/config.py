@@ -22,7 +22,7 @@ from lily.functional import default_scaling
 from lily.io.atomic import write_text
 from lily.plan import lora_options
 from lily.plan.config_checks import check
-from lily.plan.options import DYNAMIC, OPTIONS, PAPER, PATTERNS, Options, layer_pattern, sharing
+from lily.plan.options import DYNAMIC, OPTIONS, PAPER, PATTERNS, Options, layer_patterns, sharing
 
 # Written as the peft_type of adapters whose mathematics stock PEFT cannot express: PEFT without this package then
 # refuses them (it names the missing method) where it would otherwise ignore unknown keys and compute batch routing.
@@ -254,12 +254,11 @@ class LilyConfig(peft.LilyConfig):  # type: ignore[misc]
             if self.options_of(name).scaling is None
         ]
         self.scaling = open_[0][2] if open_ else default_scaling(self.r + self.own_r)
-        every = [layer for _, layers, _ in ranks for layer in layers]
+        keys = layer_patterns(layer for _, layers, _ in ranks for layer in layers)
         for name, layers, own in open_:
             alike = {other for key, _, other in open_ if _fits(name, key)}
             if len(alike) > 1:  # groups of other shapes and ranks, whose options the name would set too
-                keys = [layer_pattern(layer, every) for layer in layers]
-                self.scaling_pattern = {**(self.scaling_pattern or {}), **dict.fromkeys(keys, own)}
+                self.scaling_pattern = {**(self.scaling_pattern or {}), **{keys[layer]: own for layer in layers}}
             elif own != self.scaling:
                 mine = self.group_options or {}
                 self.group_options = {**mine, name: {**(self._own_of(name)), "scaling": own}}

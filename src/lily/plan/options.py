@@ -37,14 +37,15 @@ class Options:
     own_r: int
 
 
-def layer_pattern(layer: str, layers: Iterable[str]) -> str:
-    """The key of one layer in a pattern, which holds for every layer whose name ends with it.
+def layer_patterns(layers: Iterable[str]) -> dict[str, str]:
+    """Layer -> its own key in a pattern, where a name holds for every layer whose name ends with it.
 
     Args:
-        layer: its full name.
-        layers: those of all adapted layers.
+        layers: full names of all adapted layers.
     """
-    return f"^{re.escape(layer)}" if any(other.endswith(f".{layer}") for other in layers) else layer
+    names = list(layers)
+    ends = {".".join(parts[i:]) for name in names for parts in (name.split("."),) for i in range(1, len(parts))}
+    return {name: f"^{re.escape(name)}" if name in ends else name for name in names}
 
 
 def sharing(own: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lily import functional
 from lily.errors import LilyError
 from lily.layers.find import layers_of
 from lily.layers.layer import LilyLayer
@@ -68,7 +69,6 @@ def _look(see: See, name: str, layer: LilyLayer, args: tuple[Any, ...], kwargs: 
         return
     mask = layer._mask(x, rows)
     if mask is not None:
-        if mask.ndim == 3 and mask.shape != rows.shape[:3]:  # of several samples in a row
-            mask = mask.any(-1)
-        rows = rows.reshape(*mask.shape, -1, rows.shape[-1])[mask != 0]
+        counts = mask.any(-1) if functional.is_of_samples(mask, x) else mask != 0
+        rows = rows.reshape(*counts.shape, -1, rows.shape[-1])[counts]
     see(name, rows.reshape(-1, rows.shape[-1]).detach())

@@ -19,7 +19,7 @@ from lily.checkpoint.format import KEY
 from lily.errors import LilyError
 from lily.plan.config import LilyConfig
 from lily.plan.config_checks import check
-from lily.plan.options import layer_pattern
+from lily.plan.options import layer_patterns
 from lily.plan.select import select_targets
 from lily.plan.sharing_plan import Group, build_plan
 from lily.plan.specs import PARALLEL_MODULE, PARAMETERS, SLICE
@@ -204,16 +204,14 @@ def _shape(config: LilyConfig, groups: Sequence[Group], combined: Combined) -> N
 
 def _ranks(groups: Sequence[Group], shapes: Sequence[Shape]) -> dict[str, int]:
     """The ranks by the groups' names; by each layer's where groups of one name have several."""
-    every = [layer for group in groups for layer in group.layers]
+    keys = layer_patterns(layer for group in groups for layer in group.layers)
     of_name: dict[str, set[int]] = {}
     for group, shape in zip(groups, shapes, strict=True):
         of_name.setdefault(group.name, set()).add(shape.r)
     return {
         key: shape.r
         for group, shape in zip(groups, shapes, strict=True)
-        for key in (
-            [group.name] if len(of_name[group.name]) == 1 else [layer_pattern(layer, every) for layer in group.layers]
-        )
+        for key in ([group.name] if len(of_name[group.name]) == 1 else [keys[layer] for layer in group.layers])
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import pairwise, permutations
 from typing import Any
 
@@ -74,7 +74,7 @@ def _image(rows: Sequence[Row], names: Sequence[str]) -> str | None:
 
 def _pair(rows: Sequence[Row], names: Sequence[str]) -> tuple[str, ...]:
     """Two columns of texts that are one input: by known names, or by `NUMBERED` ones."""
-    lower = {name.lower().strip(): name for name in reversed(names) if is_text(rows, name)}
+    lower = _by_lower([name for name in names if is_text(rows, name)])
     for first, second in PAIRS:
         if first in lower and second in lower:
             return lower[first], lower[second]
@@ -88,15 +88,19 @@ def _pair(rows: Sequence[Row], names: Sequence[str]) -> tuple[str, ...]:
 
 def _answered(rows: Sequence[Row], names: Sequence[str]) -> tuple[str, ...]:
     """Two columns of longer texts of which the second answers the first: what a label beside them is about."""
-    first, second = _known_answers(names)
-    return (first, second) if first and all(_words(rows, name) >= WORDS for name in (first, second)) else ()
+    lower = _by_lower(names)
+    pair = tuple(lower[name] for name in _known(lower, [p for p in ANSWERS if p[1] != "summary"]) if name)
+    return pair if all(_words(rows, name) >= WORDS for name in pair) else ()
 
 
-def _known_answers(names: Sequence[str]) -> tuple[str, str]:
-    """The first pair of `ANSWERS` that is there; two empty texts: none. A summary is no second text of a pair."""
-    lower = {name.lower().strip(): name for name in reversed(names)}
-    known = next((p for p in ANSWERS if set(p) <= set(lower) and p[1] != "summary"), None)
-    return ("", "") if known is None else (lower[known[0]], lower[known[1]])
+def _by_lower(names: Sequence[str]) -> dict[str, str]:
+    """Name in lower case -> column, the first of several."""
+    return {name.lower().strip(): name for name in reversed(names)}
+
+
+def _known(lower: Collection[str], pairs: Sequence[tuple[str, str]] = ANSWERS) -> tuple[str, str]:
+    """The first pair of names that are there; two empty texts: none."""
+    return next((pair for pair in pairs if set(pair) <= set(lower)), ("", ""))
 
 
 def _words(rows: Sequence[Row], name: str) -> float:
@@ -105,8 +109,8 @@ def _words(rows: Sequence[Row], name: str) -> float:
 
 
 def _chat(rows: Sequence[Row], names: list[str], given: dict[str, str]) -> tuple[str, dict[str, str]] | None:
-    lower = {name.lower().strip(): name for name in reversed(names)}
-    known = next((p for p in ANSWERS if set(p) <= set(lower)), ("", ""))
+    lower = _by_lower(names)
+    known = _known(lower)
     if not given and ({"chosen", "rejected"} <= set(lower) or _is_judged(rows, names, known)):
         return None
     lists = [name for name in names if all(chats.is_chat(listed(row.get(name))) for row in rows[:50])]

@@ -112,9 +112,13 @@ def guess(
 def _image_classes(folder: Path, note: Note = lambda _: None) -> dict[str, int]:
     """Class -> number of images, in a folder as it is read."""
     try:
-        return dict(Counter(row["label"] for row in images.read_images(folder, note)).most_common())
+        return _counted(folder, note)
     except LilyError:
         return {}
+
+
+def _counted(path: Path, note: Note = lambda _: None) -> dict[str, int]:
+    return dict(Counter(row["label"] for row in images.read_images(path, note)).most_common())
 
 
 def _of_images(path: Path) -> Guess:
@@ -152,7 +156,7 @@ def _of_packed_images(path: Path) -> Guess:
             if not any(name.lower().endswith(images.ENDINGS) for name in archive.namelist()):
                 raise LilyError(f"{path} holds no images; of a zip with a table in it, unpack and name the table")
     try:
-        counts = dict(Counter(row["label"] for row in images.read_images(path)).most_common())
+        counts = _counted(path)
     except LilyError:
         top = images.unpacked(path) if images.is_archive(path) else None
         below = [] if top is None else [top, *(p for p in top.iterdir() if p.is_dir())]
