@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from lily.io.words import some
 from lily.layers.bank import banks_in
 from lily.layers.find import layers_of
 from lily.layers.layer import LilyLayer
@@ -88,9 +89,8 @@ def idle_message(idle: Sequence[str], total: int, steps: int) -> str:
         total: number of adapted layers.
         steps: number of steps inspected.
     """
-    shown = ", ".join(idle[:3]) + (f" and {len(idle) - 3} more" if len(idle) > 3 else "")
     return (
-        f"{len(idle)} of {total} adapted layers got no gradient in {steps} steps: {shown}. Their parent reads the "
+        f"{len(idle)} of {total} adapted layers got no gradient in {steps} steps: {some(idle)}. Their parent reads the "
         "weight without calling the layer, or the loss does not use their output, so an adapter there does nothing; "
         "remove them from the targets (experts that received no token are not a fault)"
     )

@@ -23,6 +23,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lily.callbacks.gradient_watch import IdleWatch
 from lily.callbacks.router_watch import RouterWatch
 from lily.errors import DivergedError
+from lily.io.words import some
 from lily.plan.wrappers import plain_name
 
 # float16: consecutive steps that may overflow. Some do while the gradient scaler searches for its scale.
@@ -152,8 +153,7 @@ def _which(what: str, model: Any, tensors: Mapping[nn.Parameter, Tensor]) -> str
     bad = [names.get(p, "a parameter") for p, t in tensors.items() if not torch.isfinite(t).all()]
     if not bad:
         return f"{what} in another process is not finite"
-    shown = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
-    return f"{what} of {shown} is not finite"
+    return f"{what} of {some(bad)} is not finite"
 
 
 def _diverged(args: TrainingArguments, step: int, what: str, optimizer: Any) -> DivergedError:

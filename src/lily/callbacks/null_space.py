@@ -24,6 +24,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lily.errors import LilyError
 from lily.io.atomic import write_bytes
 from lily.io.untrusted import read_header, read_tensors
+from lily.io.words import some
 from lily.layers.sharding import is_sharded
 from lily.plan.sharing_plan import SharingPlan
 from lily.plan.specs import UNSEEN
@@ -264,10 +265,9 @@ def _warn_of_unprojected(adapted: Adapted, spans: Mapping[int, Tensor]) -> None:
             "are not vectors that A reads, or the calibration set never reaches them"
         )
     if left:
-        shown = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
         warnings.warn(
-            f"{len(left)} of {len(plan.slots)} adapted layers are not projected: {shown}. Embeddings and parameters "
-            "(target_parameters) have no input vectors, and the others got none from the calibration set",
+            f"{len(left)} of {len(plan.slots)} adapted layers are not projected: {some(left)}. Embeddings and "
+            "parameters (target_parameters) have no input vectors, and the others got none from the calibration set",
             stacklevel=4,
         )
 

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from lily.io.words import some
 from lily.layers.bank import banks_in
 from lily.layers.find import layers_of, watch_masks
 from lily.layers.layer import LilyLayer
@@ -91,9 +92,8 @@ def problem_message(step: int, problems: Mapping[str, Routing], layers: int) -> 
     ):
         names = [name for name, routing in problems.items() if routing.problem == problem]
         if names:
-            shown = ", ".join(f"{name} ({problems[name]})" for name in names[:3])
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            parts.append(f"{len(names)} of {layers} routers {meaning}: {shown}{more}")
+            shown = some(f"{name} ({problems[name]})" for name in names)
+            parts.append(f"{len(names)} of {layers} routers {meaning}: {shown}")
     return (
         f"step {step}: {'; '.join(parts)}. Lower the learning rate or scaling, or use fewer experts (num_B); "
         "routing uniform or static needs no router"

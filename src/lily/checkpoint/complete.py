@@ -10,9 +10,8 @@ from typing import Any
 from torch import nn
 
 from lily.errors import LilyError
+from lily.io.words import some
 from lily.layers.find import names_of_parameters
-
-SHOWN = 3  # names in a message
 
 # A tensor that PEFT or Lily trains for one adapter.
 OWN = re.compile(
@@ -46,7 +45,7 @@ def check_complete(model: nn.Module, configs: Mapping[str, Any], adapter: str, s
     if missing:
         raise LilyError(
             f"the file of adapter {adapter!r} would lack {len(missing)} of its tensors, which nothing could restore: "
-            f"{_shown(missing)}. Either the state_dict that was given lacks them, or a module around them was replaced "
+            f"{some(missing)}. Either the state_dict that was given lacks them, or a module around them was replaced "
             "or wrapped after the adapter was added, so that their names changed: wrap before get_peft_model, or take "
             "the wrapper out before saving"
         )
@@ -54,12 +53,7 @@ def check_complete(model: nn.Module, configs: Mapping[str, Any], adapter: str, s
     if base := [name for name in base if not (biases and name.endswith(".bias"))]:
         warnings.warn(
             f"tensors of the base model are trainable, but no part of adapter {adapter!r}, so its file does not hold "
-            f"them ({len(base)}: {_shown(base)}). Name their modules in modules_to_save, or freeze them; or save the "
+            f"them ({len(base)}: {some(base)}). Name their modules in modules_to_save, or freeze them; or save the "
             "base model too",
             stacklevel=4,
         )
-
-
-def _shown(names: list[str]) -> str:
-    more = len(names) - SHOWN
-    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")

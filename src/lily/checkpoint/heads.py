@@ -8,6 +8,7 @@ from pathlib import Path
 from lily.checkpoint.format import PREFIX
 from lily.errors import LilyError
 from lily.io.untrusted import blame, check_inside, read_json
+from lily.io.words import counted, some
 from lily.plan.sharing_plan import SAVED_HEADS
 
 LABELS = "labels.json"
@@ -50,10 +51,8 @@ def wrong_head(name: str, saved: Sequence[int], here: Sequence[int], labels: Seq
     count = saved[0]
     classes = ""
     if labels is not None and len(labels) == count:
-        more = f" and {count - SHOWN} more" if count > SHOWN else ""
-        classes = f" ({', '.join(labels[:SHOWN])}{more})"
-    kind = "class" if count == 1 else "classes"
+        classes = f" ({some(labels, SHOWN)})"
     return LilyError(
-        f"the adapter's head has {count} {kind}{classes}, and the model's has {here[0]}: {name!r} has shape "
-        f"{tuple(saved)}, and the model's {tuple(here)}; load the base model with num_labels={count}"
+        f"the adapter's head has {counted(count, 'class', 'classes')}{classes}, and the model's has {here[0]}: "
+        f"{name!r} has shape {tuple(saved)}, and the model's {tuple(here)}; load the base model with num_labels={count}"
     )

@@ -19,6 +19,7 @@ from typer import Argument, Option
 from lily.cli.progress import Verbose, progress
 from lily.errors import LilyError
 from lily.io.tables import terminal
+from lily.io.words import counted
 from lily.recipes.spec.values import SURROGATE
 
 if TYPE_CHECKING:
@@ -161,16 +162,14 @@ class Predicted:
 
     def sentence(self) -> str:
         """What the predictions are."""
-        rows = f"{self.rows:,} {'row' if self.rows == 1 else 'rows'} predicted"
+        rows = f"{counted(self.rows, 'row')} predicted"
         if self.classes:
             most = ", ".join(
                 f"{count:,} {'' if name[:1].isalpha() else 'of class '}{name}"
                 for name, count in self.classes.most_common(5)
             )
             more = f", and {len(self.classes) - 5} more classes" if len(self.classes) > 5 else ""
-            which = (
-                f"{self.unsure:,} {'has' if self.unsure == 1 else 'have'} a score below {UNSURE:g}: look at these first"
-            )
+            which = f"{counted(self.unsure, 'has', 'have')} a score below {UNSURE:g}: look at these first"
             return (
                 f"{rows}: {most}{more}. {which if self.unsure else f'None has a score below {UNSURE:g}'}. The score is "
                 "the model's own probability, not how often it is right."

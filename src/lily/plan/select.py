@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import (
 from torch import nn
 
 from lily.errors import LilyError
+from lily.io.words import some
 from lily.plan.attention import IN, OUT, InProjection, check_attention
 from lily.plan.config import LilyConfig
 from lily.plan.select_parts import select_parallel_modules, select_parameters, select_slices
@@ -116,10 +117,8 @@ def select_modules(model: nn.Module, config: LilyConfig) -> list[ModuleSpec]:
     if all_linear and isinstance(config.target_modules, set):
         if left_out := sorted(config.target_modules & inert.keys()):
             warnings.warn(
-                f"target_modules='all-linear' leaves out {', '.join(left_out[:SHOWN])}"
-                + (f" and {len(left_out) - SHOWN} more" if len(left_out) > SHOWN else "")
-                + f": {inert[left_out[0]].parent} reads the weight {inert[left_out[0]].why}, so an adapter there would "
-                "do nothing",
+                f"target_modules='all-linear' leaves out {some(left_out)}: {inert[left_out[0]].parent} reads "
+                f"the weight {inert[left_out[0]].why}, so an adapter there would do nothing",
                 stacklevel=2,
             )
         config.target_modules -= inert.keys() | {n for n, m in modules.items() if isinstance(base_of(m), InProjection)}

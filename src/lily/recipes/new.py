@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from lily.io.words import counted, some
 from lily.recipes.by_task import BASES
 from lily.recipes.data.guess import HELD_OUT, Guess
 from lily.recipes.data.sniff import READ
@@ -39,7 +40,7 @@ def recipe_text(found: Guess, name: str) -> str:
     data = [f"  train: {source}" + (f"  # {'; '.join(notes)}" if notes else "")]
     data += [f"  {part}: {_flow({'path': str(file)})}" for part, file in found.others.items()]
     if found.columns:
-        unused = f"  # not used: {_few(found.unused)}" if found.unused else ""
+        unused = f"  # not used: {some(found.unused, SHOWN)}" if found.unused else ""
         data.append(f"  columns: {_flow(found.columns)}{unused}")
     if shares := _shares(found):
         data.append(f"  split: {_flow(shares)}  # taken from the training file; the same rows each time")
@@ -74,11 +75,11 @@ def _schedule(rows: int, chat: bool) -> str:
 
 def _what(found: Guess) -> str:
     images = found.task == "image-classification"
-    rows = f"the first {READ:,} rows" if found.rows is None else f"{found.rows:,} {'images' if images else 'rows'}"
+    rows = f"the first {READ:,} rows" if found.rows is None else f"{counted(found.rows, 'image' if images else 'row')}"
     rows = "not counted" if found.rows is None and not found.classes and images else rows
     if found.classes:
         shown = [f"{label!r} {n:,}" for label, n in found.classes.items()]
-        return f"{found.path}: {rows}, {len(found.classes)} classes ({_few(shown)})."
+        return f"{found.path}: {rows}, {len(found.classes)} classes ({some(shown, SHOWN)})."
     chats = "chats" if "messages" in found.columns else "prompts and answers"
     kind = {"sft": chats, "text-regression": "texts with numbers"}.get(found.task, "images")
     return f"{found.path}: {kind}, {rows}."
@@ -100,11 +101,6 @@ def _tokens(characters: int) -> int:
 def _answer_tokens(characters: int) -> int:
     """A round number of tokens that the longest answer fits into."""
     return min(1024, max(16, 1 << math.ceil(math.log2(_tokens(characters) + 8))))
-
-
-def _few(names: Any) -> str:
-    listed = list(names)
-    return ", ".join(listed[:SHOWN]) + (f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else "")
 
 
 def _flow(values: dict[str, Any]) -> str:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lily.io.words import counted
+
 if TYPE_CHECKING:
     import torch
 
@@ -89,7 +91,7 @@ def measure(work: Work, batch: int) -> Pace:
 
 
 def _cpu(threads: int) -> str:
-    return f"CPU, {threads} thread{'' if threads == 1 else 's'}"
+    return f"CPU, {counted(threads, 'thread')}"
 
 
 def _timed(inputs: int, outputs: int, work: Work, batch: int, device: torch.device) -> tuple[float, float]:

@@ -19,6 +19,7 @@ from typing import Any
 
 from lily.errors import LilyError
 from lily.io.atomic import write_text
+from lily.io.words import counted
 from lily.progress.display import read_events
 from lily.progress.progress import Progress, current
 from lily.recipes import loader, preflight
@@ -139,7 +140,7 @@ def run(jobs: Sequence[Job], out: Path, count: int, threads: int, lock: Any, ann
         told.expect(job.name, STAGE, {"run": 1.0})
     running: list[tuple[Job, subprocess.Popen[bytes]]] = []
     followed = {job.name: Followed(job.name, _events(out, job)) for job in waiting}
-    with Signals(), told.stage("", "1 run" if len(waiting) == 1 else f"{len(waiting)} runs"):
+    with Signals(), told.stage("", counted(len(waiting), "run")):
         try:
             while waiting or running:
                 while waiting and len(running) < count:

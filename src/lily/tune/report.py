@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from lily.io.tables import fitting
+from lily.io.words import counted
 from lily.recipes.scoring.metrics import LOWER_IS_BETTER, shown
 from lily.tune.run import TuneResult, ranked_trials
 from lily.tune.study import TrialResult
@@ -19,7 +20,7 @@ def print_tuned(result: TuneResult, output: Path, console: Console) -> None:
     """The closing table, best trial first."""
     measured = any(trial.forgetting is not None for trial in result.trials)
     knobs = result.space.knobs
-    title = f"{result.name}, {result.method}: {_trials(len(result.trials))} on {result.rows:,} validation rows"
+    title = f"{result.name}, {result.method}: {counted(len(result.trials), 'trial')} on {result.rows:,} validation rows"
     more = ["forgetting"] if measured else []
     rows = [
         [
@@ -36,7 +37,9 @@ def print_tuned(result: TuneResult, output: Path, console: Console) -> None:
     for table in fitting(heads, rows, console.width, title=escape(title), numbers=False):
         console.print(table)
     if failed := sum(trial.state == "failed" for trial in result.trials):
-        console.print(escape(f"{_trials(failed)} failed; see the reasons in {output / 'tune.json'}"), soft_wrap=True)
+        console.print(
+            escape(f"{counted(failed, 'trial')} failed; see the reasons in {output / 'tune.json'}"), soft_wrap=True
+        )
     if _own(result) is not None:
         console.print("own: the recipe's own values", highlight=False)
     if result.importance:
@@ -78,10 +81,6 @@ def verdict(result: TuneResult) -> str:
 def _own(result: TuneResult) -> TrialResult | None:
     """The trial with the recipe's own values; None: they are not searched, or not tried yet."""
     return None if result.space.without else next((trial for trial in result.trials if trial.number == 0), None)
-
-
-def _trials(count: int) -> str:
-    return f"{count} trial" if count == 1 else f"{count} trials"
 
 
 def _state(trial: TrialResult, result: TuneResult) -> str:

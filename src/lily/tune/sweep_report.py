@@ -14,6 +14,7 @@ from lily.analysis.plots import Picture, quality_plot
 from lily.analysis.seeds import spread
 from lily.compare.tables import with_spread
 from lily.io.tables import fitting
+from lily.io.words import counted
 from lily.recipes.scoring.metrics import LOWER_IS_BETTER, shown
 from lily.tune.sweep import LORA, Granularity, ShapeResult
 
@@ -42,8 +43,7 @@ def print_sweep(sweep: Granularity, output: Path, console: Console) -> None:
         console.print(table)
     failed = sum(len(entry.failed) for entry in sweep.entries)
     if failed:
-        runs = "1 run" if failed == 1 else f"{failed} runs"
-        console.print(escape(f"{runs} failed; see {output / 'logs'}"), soft_wrap=True)
+        console.print(escape(f"{counted(failed, 'run')} failed; see {output / 'logs'}"), soft_wrap=True)
     seeds = "one seed" if len(sweep.seeds) == 1 else f"{len(sweep.seeds)} seeds, mean and standard deviation"
     console.print(escape(f"{seeds}; figures: {output / 'granularity.json'}"), soft_wrap=True)
     console.print(escape(verdict(sweep)), soft_wrap=True, highlight=False)

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lily.errors import LilyError
+from lily.io.words import some
 from lily.layers.bank import BANK, LilyBank
 from lily.layers.layer import LilyLayer
 from lily.layers.sharding import from_first, is_sharded, world_size
@@ -201,20 +202,16 @@ def _write(
     if random:
         warnings.warn(
             f"init_weights='data': {len(random)} layers keep the default start, because their inputs are indices, not "
-            f"visible (parameters), zero, or they were not called: {_listed(random)}",
+            f"visible (parameters), zero, or they were not called: {some(random)}",
             stacklevel=4,
         )
     if short:
         warnings.warn(
             "init_weights='data': the inputs have fewer directions than A has rows; the others stay random and "
-            f"orthogonal to them: {_listed(short)}",
+            f"orthogonal to them: {some(short)}",
             stacklevel=4,
         )
     return explained
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 class Awaiting:

@@ -10,7 +10,7 @@ import copy
 import functools
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import peft
@@ -27,6 +27,7 @@ from lily.checkpoint.format import PREFIX
 from lily.checkpoint.load import Opened
 from lily.checkpoint.stock import decide_file_format
 from lily.errors import LilyError
+from lily.io.words import some
 from lily.layers.bank import Settled, banks_in
 from lily.layers.devices import placement_of
 from lily.layers.find import layers_of, masked_layers, watch_masks
@@ -41,8 +42,6 @@ from lily.tuner.routing import decide_routing
 
 _stock_hotswap = hotswap.hotswap_adapter
 _stock_hotswap_state = hotswap.hotswap_adapter_from_state_dict
-
-SHOWN = 3  # names in a message
 
 
 def swap(model: nn.Module, adapter: str, config: peft.LilyConfig, opened: Opened) -> Any:
@@ -130,8 +129,8 @@ def _plan(root: nn.Module, config: LilyConfig, old: SharingPlan) -> SharingPlan:
     for which, names in (("adapts", wanted.keys() - here), ("does not adapt", here.keys() - wanted)):
         if names:
             raise LilyError(
-                f"an adapter can be replaced by one of the same layers only; the other one {which} {_listed(names)}; "
-                "load it under another adapter name"
+                f"an adapter can be replaced by one of the same layers only; the other one {which} "
+                f"{some(sorted(names))}; load it under another adapter name"
             )
     if (name := next((name for name in here if here[name] != wanted[name]), None)) is not None:
         raise LilyError(f"the other adapter adapts {name} in another way: {wanted[name]}, and not {here[name]}")
@@ -212,11 +211,6 @@ def _places(root: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Module, str
 
 def _parameters(root: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
     return {name: owner.get_parameter(key) for name, owner, key in _places(root, adapter)}
-
-
-def _listed(names: Iterable[str]) -> str:
-    ordered = sorted(names)
-    return ", ".join(ordered[:SHOWN]) + (f" and {len(ordered) - SHOWN} more" if len(ordered) > SHOWN else "")
 
 
 @functools.wraps(_stock_hotswap)

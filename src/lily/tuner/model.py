@@ -23,6 +23,7 @@ from lily.checkpoint.beside import tied_modules
 from lily.checkpoint.load import current
 from lily.checkpoint.stock import decide_file_format
 from lily.errors import LilyError
+from lily.io.words import some
 from lily.layers.bank import BANK, LilyBank, Settled, bank_of
 from lily.layers.conv import Conv
 from lily.layers.devices import onload, placement_of
@@ -340,8 +341,7 @@ def _in_chain(target: nn.Module) -> LilyLayer | None:
 def _warn_of_surplus(named: set[str], plan: SharingPlan) -> None:
     surplus = sorted(named - set(plan.slots))
     if surplus or not named:
-        more = f" and {len(surplus) - 3} more" if len(surplus) > 3 else ""
-        tensors = f"tensors for {', '.join(surplus[:3])}{more}, which the configuration does not adapt"
+        tensors = f"tensors for {some(surplus)}, which the configuration does not adapt"
         warnings.warn(
             f"the state_dict has {tensors if named else 'no tensor of a Lily adapter'}; correct target_modules, or "
             "leave it out to adapt the layers that the state_dict names",

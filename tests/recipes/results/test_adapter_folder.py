@@ -40,7 +40,7 @@ def test_a_run_is_entered_at_its_best_and_else_at_its_last_adapter(run):
     [
         (["cut/recipe.yaml", "cut/checkpoints/x"], "cut", "run without an adapter yet; the command that began it"),
         (["mine.yaml"], "mine.yaml", "is a recipe, not an adapter; name the folder of its run"),
-        ([], ".", "holds runs, and is none; did you mean run?"),
+        ([], ".", "holds runs, and is none; name one of them: run"),
     ],
 )
 def test_what_is_named_in_the_place_of_a_run_is_told(run, monkeypatch, made, named, said):

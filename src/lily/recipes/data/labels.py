@@ -7,6 +7,8 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 
+from lily.io.words import counted, joined
+
 # Marks above and below a line have a meaning of their own: m² is not m2.
 MEANINGFUL = ("<super>", "<sub>", "<fraction>")
 BOOLEANS = {"true": "1", "false": "0"}
@@ -58,8 +60,8 @@ def families(labels: Iterable[str], form: Callable[[str], str] = alike) -> list[
 def named(family: Iterable[str], counts: Mapping[str, int]) -> str:
     """Labels with their numbers of rows; with escapes where two would look the same."""
     shown = [(label, repr(label) if unicodedata.is_normalized("NFKC", label) else ascii(label)) for label in family]
-    parts = [f"{text} ({counts[label]} {'row' if counts[label] == 1 else 'rows'})" for label, text in shown]
-    return f"{', '.join(parts[:-1])} and {parts[-1]}"
+    parts = [f"{text} ({counted(counts[label], 'row')})" for label, text in shown]
+    return joined(parts)
 
 
 def looks_missing(label: str) -> bool:

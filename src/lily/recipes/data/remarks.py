@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lily.errors import LilyError
+from lily.io.words import counted, some
 from lily.recipes.data.cells import short
 from lily.recipes.data.columns import (
     NAMES,
@@ -37,8 +38,7 @@ SHOWN = 12  # columns in a message
 
 def few(names: Sequence[str]) -> str:
     """The first columns, in a message."""
-    shown = [name if name.strip() else "(without a name)" for name in names[:SHOWN]]
-    return ", ".join(shown) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+    return some((name if name.strip() else "(without a name)" for name in names), SHOWN)
 
 
 def reason(rows: Sequence[Row], names: Sequence[str]) -> str:
@@ -159,7 +159,9 @@ def told(
     if called(columns.get("text", "")) in WORD:
         said.append("Each row is one word, and is classified without its sentence; recipes do not train NER.")
     if missing := next((name for name in classes if name.strip() in MISSING), None):
-        said.append(f"Class {missing!r} may stand for a missing label; if so, remove its {_rows_n(classes[missing])}.")
+        said.append(
+            f"Class {missing!r} may stand for a missing label; if so, remove its {counted(classes[missing], 'row')}."
+        )
     if sum(bool(LISTS.fullmatch(name)) for name in classes) > 1:
         said.append("Some labels look like lists: each combination is a class by itself.")
     for name in unused:
@@ -169,7 +171,9 @@ def told(
         blank = [i for i, row in enumerate(rows, 1) if is_empty(row.get(name))]
         if blank and key not in ("input", "system"):
             shown = ", ".join(map(str, blank[:3])) + (", ..." if len(blank) > 3 else "")
-            said.append(f"{name} is empty in {_rows_n(len(blank))} ({shown}): fill these in or remove them first.")
+            said.append(
+                f"{name} is empty in {counted(len(blank), 'row')} ({shown}): fill these in or remove them first."
+            )
     letters = [c for row in rows[:200] for name in columns.values() for c in str(row.get(name, "")) if c.isalpha()]
     if sum(c > "\u024f" for c in letters) > len(letters) / 4:
         said.append("The base's model knows English: for other scripts name one that knows yours (model: {hub: ...}).")
@@ -186,10 +190,6 @@ def no_answers(path: Path, column: str, rows: Sequence[Row]) -> LilyError:
     )
 
 
-def _rows_n(n: int) -> str:
-    return "1 row" if n == 1 else f"{n:,} rows"
-
-
 def check_classes(
     path: Path, label: str, classes: Mapping[str, int], rows: Sequence[Row], held_out: float | None
 ) -> None:
@@ -198,7 +198,7 @@ def check_classes(
     Raises:
         LilyError: if not.
     """
-    n = _rows_n(len(rows))
+    n = counted(len(rows), "row")
     if is_nested(rows, label):
         raise LilyError(f"{path}: {_about_lists(rows, label)}name another column with --label")
     if 2 < len(rows) < 2 * len(classes):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lily.errors import LilyError
+from lily.io.words import counted, some
 from lily.recipes.data import chats, images, labels
 from lily.recipes.data.cells import class_in, get, number_in, short, text_in
 from lily.recipes.data.chat_template import Chat
@@ -349,9 +350,7 @@ def drawn(rows: list[T], count: int | None, seed: int = 0) -> list[T]:
 
 def _listed(names: Iterable[str]) -> str:
     """Names of classes in a message, which a column of texts would fill."""
-    ordered = sorted(names)
-    more = f" and {len(ordered) - NAMED:,} more" if len(ordered) > NAMED else ""
-    return ", ".join(name if len(name) <= 40 else short(name) for name in ordered[:NAMED]) + more
+    return some((name if len(name) <= 40 else short(name) for name in sorted(names)), NAMED)
 
 
 def _labels(train: list[Row], parts: dict[Key, list[Row]], recipe: Recipe) -> tuple[str, ...]:
@@ -371,10 +370,9 @@ def _labels(train: list[Row], parts: dict[Key, list[Row]], recipe: Recipe) -> tu
         if unknown and recipe.task != "image-classification":
             with located(recipe, "data", *key):
                 count = sum(row["label"] == unknown[0] for row in rows)
-                which = "its row" if count == 1 else f"its {count:,} rows"
                 raise LilyError(
                     f"data.{'.'.join(key)} has the label {short(unknown[0])}, which no training row has; correct or "
-                    f"remove {which}; training rows have {_listed(classes)}"
+                    f"remove its {counted(count, 'row')}; training rows have {_listed(classes)}"
                 )
     classes |= {row["label"] for rows in parts.values() for row in rows}
     if len(classes) > 1000:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lily.io.words import counted
 from lily.recipes.data import labels
 from lily.recipes.data.rows import Splits, drawn, input_key
 from lily.recipes.data.sft import completion_of
@@ -218,8 +219,9 @@ def _about(part: Part, rows: Sequence[Row], found: Encoded | None, recipe: Recip
     name, said = part.name, list[str]()
     if found is not None and found.empty:
         said.append(
-            f"{name}: {len(found.empty):,} answers are empty but for special tokens such as the end token, which have "
-            f"all of the loss (the first answers {_short(rows[found.empty[0]])}); fill or remove them"
+            f"{name}: {counted(len(found.empty), 'answer is', 'answers are')} empty but for special tokens such as the "
+            f"end token, which have all of the loss (the first answers {_short(rows[found.empty[0]])}); fill or remove "
+            "them"
         )
     if name == "train" and part.lengths is not None and part.lengths.truncated >= CUT:
         said.append(
@@ -246,10 +248,8 @@ def _about(part: Part, rows: Sequence[Row], found: Encoded | None, recipe: Recip
             said.append(f"a class is named {label!r}, as missing values are; remove these rows if they have no label")
     echoes = [row for row in rows if _repeats_prompt(row)] if recipe.task == "sft" else []
     if echoes:
-        said.append(
-            f"{name}: {len(echoes):,} answers are the same text as their prompt ({_short(echoes[0])}); correct "
-            "data.columns or these rows"
-        )
+        same = counted(len(echoes), "answer is the same text as its", "answers are the same text as their")
+        said.append(f"{name}: {same} prompt ({_short(echoes[0])}); correct data.columns or these rows")
     damaged = [row for row in rows if _damaged(str(row.get("text", row.get("prompt", ""))))]
     if damaged:
         said.append(
@@ -281,9 +281,7 @@ def _across(parts: Sequence[Part], encoded: Mapping[str, Encoded], recipe: Recip
         )
     leaking = [part for part in parts if part.in_train]
     if leaking:
-        shown = " and ".join(
-            f"{part.in_train:,} {'input' if part.in_train == 1 else 'inputs'} of {part.name}" for part in leaking
-        )
+        shown = " and ".join(f"{counted(part.in_train or 0, 'input')} of {part.name}" for part in leaking)
         carved = not recipe.data.deduplicate and any(getattr(recipe.data, part.name, "") is None for part in leaking)
         fix = "set data.deduplicate: true" if carved else "remove them from one of the files"
         verb = "is" if sum(part.in_train or 0 for part in leaking) == 1 else "are"
@@ -331,7 +329,7 @@ def _contradiction(several: Sequence[Mapping[str, Row]]) -> str:
     first = several[0]
     row, targets = next(iter(first.values())), list(first)
     return (
-        f"{len(several):,} {'input has' if len(several) == 1 else 'inputs have'} different labels ({_short(row)}: "
+        f"{counted(len(several), 'input has', 'inputs have')} different labels ({_short(row)}: "
         f"{' and '.join(map(repr, targets[:3]))}); correct them, or remove all but one"
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lily.io.words import counted
 from lily.recipes.results.card import method_title
 from lily.recipes.results.result import Result
 from lily.recipes.spec.schema import Recipe
@@ -73,9 +74,8 @@ def _trained(result: Result) -> str:
 
 def _steps(recipe: Recipe) -> str:
     t = recipe.train
-    length = f"{t.max_steps:,} step" if t.max_steps else f"{t.epochs:g} epoch"
-    plural = "" if (t.max_steps or t.epochs) == 1 else "s"
+    length = counted(t.max_steps, "step") if t.max_steps else counted(t.epochs, "epoch")
     batch = f"batches of {t.batch_size}" + (f" x {t.gradient_accumulation}" if t.gradient_accumulation > 1 else "")
     every = "epoch" if t.evaluate_every == "epoch" else "step" if t.evaluate_every == 1 else f"{t.evaluate_every} steps"
     stop = f", stops after {t.early_stopping} without improvement" if t.early_stopping else ""
-    return f"{length}{plural} in {batch}, evaluated every {every}{stop}"
+    return f"{length} in {batch}, evaluated every {every}{stop}"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lily.errors import LilyError
+from lily.io.words import some
 
 if TYPE_CHECKING:
     from lily.recipes.data.rows import Splits
@@ -39,8 +40,8 @@ def adapter_path(folder: str) -> Path:
             raise LilyError(f"{folder} is a recipe, not an adapter; name the folder of its run, below runs/ by default")
         inside = [p for p in sorted(path.iterdir()) if within_run(p) != p] if path.is_dir() else []
         if inside:
-            shown = " or ".join(map(str, inside[:SHOWN])) + (f" and {len(inside) - SHOWN} more" * (len(inside) > SHOWN))
-            raise LilyError(f"{folder} holds runs, and is none; did you mean {shown}?")
+            shown = some(map(str, inside), SHOWN)
+            raise LilyError(f"{folder} holds runs, and is none; name one of them: {shown}")
         beside = Path(folder).expanduser().parent
         names = [p.name for p in beside.iterdir() if p.is_dir()] if beside.is_dir() else []
         near = difflib.get_close_matches(Path(folder).name, [n for n in names if n != Path(folder).name], n=2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lily.io.words import joined
 from lily.recipes import work
 from lily.recipes.scoring.metrics import LOWER_IS_BETTER, OF_NUMBERS, better, noise, shown
 
@@ -83,7 +84,7 @@ def _judged(run: RunFigures, own: float, against: list[Rival]) -> str:
         *_named("is level with {} (no difference that these rows can show)", level),
         *_named("beats {}", [f"{_spoken(rival)} by {_size(run.metric, rival)}" for rival in won]),
     ]
-    return f"{this} {_joined(parts)}"
+    return f"{this} {joined(parts)}"
 
 
 def _spoken(rival: Rival) -> str:
@@ -91,11 +92,7 @@ def _spoken(rival: Rival) -> str:
 
 
 def _named(form: str, names: list[str]) -> list[str]:
-    return [form.format(_joined(names))] if names else []
-
-
-def _joined(parts: list[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+    return [form.format(joined(names))] if names else []
 
 
 def _size(metric: str, rival: Rival) -> str:

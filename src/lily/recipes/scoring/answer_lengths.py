@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from lily.io.words import counted
 from lily.recipes.data.sft import completion_of
 from lily.recipes.data.tables import Row
 from lily.recipes.scoring.answers import answer_in
@@ -46,8 +47,9 @@ class AnswerLengths:
     def words(self) -> str:
         """The lengths in a sentence."""
         return (
-            f"{self.count:,} answers have {self.median:,} tokens in the median and {self.longest:,} at most; the "
-            f"longest expected one has {self.longest_expected:,}, and generation.max_new_tokens is {self.limit:,}."
+            f"{counted(self.count, 'answer has', 'answers have')} {self.median:,} tokens in the median and "
+            f"{self.longest:,} at most; the longest expected one has {self.longest_expected:,}, and "
+            f"generation.max_new_tokens is {self.limit:,}."
         )
 
     def warning(self) -> str | None:

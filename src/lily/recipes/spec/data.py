@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from lily.io.words import joined
 from lily.recipes.spec.base import Delimiter, Encoding, Fraction, Name, Positive, PositiveInt, Section
 
 if TYPE_CHECKING:
@@ -40,8 +41,7 @@ class OneSource(Section):
     def _exactly_one(self) -> Self:
         present = [name for name in self.kinds if getattr(self, name) is not None]
         if len(present) != 1:
-            choices = f"{', '.join(self.kinds[:-1])} and {self.kinds[-1]}"
-            raise ValueError(f"give exactly one of {choices}, got {' and '.join(present) or 'none'}")
+            raise ValueError(f"give exactly one of {joined(self.kinds)}, got {' and '.join(present) or 'none'}")
         if getattr(self, "revision", None) is not None and getattr(self, "hub", None) is None:
             raise ValueError("revision goes with hub; remove it, or name a hub id")
         return self

@@ -10,6 +10,7 @@ from typing import Any, get_args, get_origin
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from lily.io.words import joined
 from lily.recipes.spec.base import Section
 from lily.recipes.spec.locations import Key
 
@@ -99,7 +100,7 @@ def _expected(problem: Any, path: Key, kind: type[Section]) -> str | None:
         words, name = BOUNDS[wrong]
         return f"{words} {context[name]:g}" if isinstance(context[name], float) else f"{words} {context[name]}"
     if wrong in ("literal_error", "enum"):
-        return _listed(re.findall(r"'([^']*)'", context["expected"]) or [str(context["expected"])])
+        return joined(re.findall(r"'([^']*)'", context["expected"]) or [str(context["expected"])], "or")
     if wrong == "string_pattern_mismatch":
         return PATTERNS.get(context["pattern"], f"text of the form {context['pattern']}")
     return NUMBERS.get(wrong) or OTHERS.get(wrong)
@@ -126,10 +127,6 @@ def _together(several: Sequence[Any], path: Key, kind: type[Section]) -> str:
 
 def _choices(problem: Any) -> list[str]:
     return re.findall(r"'([^']*)'", problem["ctx"]["expected"])
-
-
-def _listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def _short(value: Any) -> str:
