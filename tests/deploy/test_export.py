@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -20,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, modeling_utils
+from transformers.pytorch_utils import Conv1D
 
 import lily
 from lily import LilyConfig, LilyError, export
@@ -540,3 +542,45 @@ def test_the_depth_that_an_adapter_is_for_is_named_and_older_files_still_load(tm
 def test_what_stock_reads_says_nothing_that_stock_does_not_know(tmp_path):
     adapted("llama", routing="batch").save_pretrained(tmp_path)
     assert "adapted_layers" not in json.loads((tmp_path / "adapter_config.json").read_text())
+
+
+class Flat(nn.Module):
+    """A Conv1D as in GPT-2, a linear layer and a parameter, in a given order of modules."""
+
+    def __init__(self, order):
+        super().__init__()
+        made = {"conv": Conv1D(6, 6), "linear": nn.Linear(6, 6)}
+        for name in order:
+            setattr(self, name, made[name])
+        self.inner = Matrix()
+
+    def forward(self, x):
+        return self.inner(self.linear(self.conv(x)) if hasattr(self, "linear") else self.conv(x))
+
+
+class Matrix(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+@pytest.mark.parametrize(
+    ("order", "loads"), [(("conv", "linear"), True), (("linear", "conv"), False), (("conv",), False)]
+)
+def test_a_lora_of_conv1d_and_of_parameters_is_written_only_if_peft_can_load_it(order, loads, tmp_path):
+    torch.manual_seed(0)
+    base = Flat(order).eval()
+    options = {"target_modules": list(order), "target_parameters": ["inner.weight"]}
+    x = torch.randn(2, 6)
+    lily_model = randomise(get_peft_model(copy.deepcopy(base), LilyConfig(r=2, num_A=1, num_B=1, **options))).eval()
+    if loads:
+        export.write_lora(export.as_lora(lily_model), tmp_path / "lora")
+        torch.testing.assert_close(PeftModel.from_pretrained(base, tmp_path / "lora")(x), lily_model(x))
+        return
+    with pytest.raises(LilyError, match=r"Conv1D \(conv\) together with one of parameters \(inner\.weight\)"):
+        export.as_lora(lily_model)
+    with pytest.raises(ValueError, match="fan_in_fan_out"):  # as the message says of PEFT
+        get_peft_model(base, LoraConfig(r=2, fan_in_fan_out=True, **options))

@@ -12,7 +12,7 @@ from lily.deploy.extra_tensors import saved_modules
 from lily.errors import LilyError
 from lily.layers.conv import Conv
 from lily.plan.attention import has_in_projection
-from lily.plan.specs import CONV2D, CONVOLUTIONS, EMBEDDING, EXPERTS, LINEAR, MATRIX, SLICE
+from lily.plan.specs import CONV2D, CONVOLUTIONS, EMBEDDING, EXPERTS, LINEAR, MATRIX, PARAMETERS, SLICE
 from lily.plan.uncalled_layers import uncalled
 from lily.tuner.adapter import Adapted
 
@@ -118,6 +118,16 @@ def check_readable(target: str, wanted: Target, adapted: Adapted, other: Mapping
                 f"{target} reads no LoRA of a convolution with groups, which {name} is; export --to merged instead, "
                 "or a LoRA for PEFT"
             )
+    # PEFT keeps fan_in_fan_out of the last linear layer that it replaces, and its LoRA of parameters refuses True.
+    bases = {n: adapted.layers[n].get_base_layer() for n, _ in adapted.root.named_modules() if n in adapted.layers}
+    transposed = {name: type(base).__name__ == "Conv1D" for name, base in bases.items() if kinds[name] == LINEAR}
+    parameters = [name for name, kind in kinds.items() if kind in PARAMETERS]
+    if parameters and transposed and list(transposed.values())[-1]:
+        raise LilyError(
+            f"{target} loads no LoRA of Conv1D ({list(transposed)[-1]}) together with one of parameters "
+            f"({parameters[0]}), which refuses the fan_in_fan_out that Conv1D needs; export --to merged instead, or "
+            "train them as two adapters"
+        )
     outside = [name for name in adapted.layers if not any(part.isdigit() for part in name.split("."))]
     if outside and wanted.numbered_only:
         raise LilyError(
