@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from lily.errors import LilyError
+from lily.recipes.data.cells import short
 from lily.recipes.data.delimited import Note
 from lily.recipes.data.sources import building, cache_folder
 
@@ -154,7 +155,7 @@ def image_of(value: Any, column: str, where: str, folder: Path | None = None) ->
     if hasattr(value, "convert"):
         return value
     if not isinstance(value, str) or not value.strip():
-        raise LilyError(f"{where}: column {column!r} holds {value!r}, expected the path of an image")
+        raise LilyError(f"{where}: column {column!r} holds {short(value)}, expected the path of an image")
     path = (folder or Path()) / Path(value).expanduser()
     if not path.is_file():
         raise LilyError(f"{where}: there is no image {path}; paths are read relative to the table's own folder")

@@ -33,8 +33,8 @@ def is_blank(text: str) -> bool:
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a cell of a table shows nothing."""
-    return value is None or (isinstance(value, str) and is_blank(value))
+    """Whether a cell of a table shows nothing; pandas writes a missing text or class beside numbers as NaN."""
+    return value is None or value != value or (isinstance(value, str) and is_blank(value))
 
 
 def is_text(tag: str, text: str) -> bool:
