@@ -59,6 +59,11 @@ SCHEMA: list[tuple[dict[str, Any], str]] = [
     ({"trian": {"epochs": 3}}, "trian: unknown key; did you mean train or"),
     ({"lily.epochs": 3}, "lily.epochs: unknown key; did you mean train.epochs?"),
     ({"label": "stars"}, "label: unknown key; did you mean data.columns.label?"),
+    (
+        {"lily.match_lora": 8},
+        "lily.match_lora: unknown key; `lily plan MODEL --match-lora RANK` prints a shape of LoRA's",
+    ),
+    ({"model": "none/such"}, "got 'none/such'; write {hub: none/such} or {path: none/such}"),
     ({"lily.params": "1M"}, "lily: params chooses r, num_A and num_B; give either params or those"),
     ({"name": KeyError}, "name: is required, but missing"),
     ({"name": "My Run"}, "name: expected lower-case letters, digits, '.', '_' and '-', such as my-run, got 'My Run'"),
@@ -303,6 +308,8 @@ OVERRIDES = [
     ("lily={r: 0}", "override 'lily={r: 0}': lily.r: expected more than 0"),
     ("metrics=" + "[" * 500 + "]" * 500, "nested too deeply"),
     ("lily.r=[1", "the value is not valid YAML"),
+    ("model=..", "got '..'; write model.path=.."),
+    ("data.train=rows.csv", "got 'rows.csv'; write data.train.path=rows.csv"),
 ]
 
 

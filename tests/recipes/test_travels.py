@@ -150,8 +150,15 @@ def test_an_adapter_that_names_a_cache_of_another_machine_is_found_by_its_recipe
     assert Path(lily.base_model(folder)).is_relative_to(cache)
     assert AutoPeftModelForSequenceClassification.from_pretrained(folder).config.id2label == dict(enumerate(LABELS))
     (folder / "recipe.yaml").unlink()
-    with pytest.raises(LilyError, match=r"for the base model /home/jane/.*, a folder of the machine where it was"):
+    with pytest.raises(
+        LilyError, match=r"for the base model /home/jane/.*, a folder of the machine where it was"
+    ) as caught:
         lily.base_model(folder)
+    assert "PeftModel.from_pretrained" in str(caught.value)
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
+    with pytest.raises(LilyError, match="does not say which base model it is for; load that model yourself") as caught:
+        lily.base_model(folder)
+    assert "--base" not in str(caught.value)  # a function has no options
 
 
 def test_a_folder_is_named_so_that_it_is_found_from_any_working_directory(runs, tmp_path, monkeypatch):

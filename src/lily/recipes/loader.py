@@ -200,7 +200,7 @@ def load_any(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe | Dream
         recipe = kind.model_validate(document.values)
     except ValidationError as error:
         written = {key[:i] for key in document.locations for i in range(len(key) + 1)}
-        raise LilyError(_join(document, explain.problems(error, written, kind))) from None
+        raise LilyError(_join(document, explain.problems(error, written, kind, document.overridden))) from None
     problems = dreambooth.problems(recipe) if isinstance(recipe, DreamBooth) else checks.problems(recipe)
     if lines := _join(document, problems):
         raise LilyError(lines)

@@ -112,12 +112,12 @@ def test_chats_are_found_under_any_name(tmp_path, key):
 
 
 def test_a_folder_of_images_has_its_classes(tmp_path):
-    for kind, n in (("cat", 3), ("dog", 2)):
+    for kind, n in (("cat", 5), ("dog", 4)):
         (tmp_path / "pets" / kind).mkdir(parents=True)
         for i in range(n):
             (tmp_path / "pets" / kind / f"{i}.JPG").touch()
     found = guess(tmp_path / "pets")
-    assert (found.task, found.rows, found.classes) == ("image-classification", 5, {"cat": 3, "dog": 2})
+    assert (found.task, found.rows, found.classes) == ("image-classification", 9, {"cat": 5, "dog": 4})
 
 
 def test_images_further_down_are_named(tmp_path):
@@ -126,6 +126,55 @@ def test_images_further_down_are_named(tmp_path):
         (tmp_path / "pets" / "data" / part / "cat" / "1.png").touch()
     with pytest.raises(LilyError, match=r"holds no images .* in folders of classes, but \S*pets/data does; name that"):
         guess(tmp_path / "pets")
+
+
+def test_folders_in_classes_are_no_classes(tmp_path):
+    for kind in ("cat", "dog"):
+        for place in ("indoor", "outdoor"):
+            (tmp_path / "pets" / kind / place).mkdir(parents=True)
+            for i in range(5):
+                (tmp_path / "pets" / kind / place / f"{i}.png").touch()
+    with pytest.raises(LilyError, match=r"the images are one folder deeper.*; if cat is a class, put its images into"):
+        guess(tmp_path / "pets")
+
+
+@pytest.mark.parametrize(
+    ("files", "what"),
+    [
+        (("config.json", "tokenizer.json", "model.safetensors"), "the folder of a model"),
+        (("adapter_config.json", "adapter_model.safetensors"), "the folder of an adapter"),
+        (("metrics.json", "predictions.json", "recipe.yaml"), "the folder of a run"),
+        (("model_index.json",), "the folder of a pipeline of diffusers"),
+    ],
+)
+def test_a_model_is_no_data(tmp_path, files, what):
+    for name in files:
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(LilyError, match=f"is {what}, not data; name a table"):
+        guess(tmp_path)
+
+
+def test_a_config_beside_a_table_is_no_model(tmp_path):
+    table(tmp_path / "train.csv", {"text": sentence, "label": label})
+    (tmp_path / "config.json").write_text("{}")
+    assert guess(tmp_path).path == tmp_path / "train.csv"
+
+
+def test_cells_that_are_missing_are_no_class_and_no_number(tmp_path):
+    measured = {"text": sentence, "price": lambda i: i / 7 if i % 4 else ""}
+    found = guess(table(tmp_path / "x.csv", measured))
+    assert (found.task, found.columns) == ("text-regression", {"text": "text", "label": "price"})
+    # as pandas writes them
+    rows = [{"text": sentence(i), "label": float(i % 2) if i % 5 else float("nan")} for i in range(60)]
+    found = guess(jsonl(tmp_path / "x.jsonl", rows))
+    assert found.classes == {"1.0": 24, "0.0": 24}
+    assert "label is empty in 12 rows (1, 6, 11, ...)" in " ".join(found.told)
+
+
+def test_the_text_that_a_question_is_about_goes_with_it(tmp_path):
+    rows = [{"question": sentence(i), "answer": sentence(-i), "context": sentence(i + 90)} for i in range(9)]
+    found = guess(jsonl(tmp_path / "questions.jsonl", rows))
+    assert found.columns == {"prompt": "question", "completion": "answer", "input": "context"}
 
 
 def test_a_line_of_names_that_is_missing_is_noticed(tmp_path):
@@ -316,6 +365,8 @@ def test_what_somebody_should_know_stands_in_the_recipe(tmp_path, columns, told)
         ({"file_name": lambda i: f"{i}.png", "caption": sentence}, 60, "no classes of the images of 'file_name'"),
         ({"text": sentence, "price": lambda i: f'"{i},{50 - i % 9}"'}, 60, "holds amounts such as '0,50'"),
         ({"text": sentence, "label": label}, 5, "has 5 rows .*, too few to hold any out"),
+        ({"prompt": sentence, "completion": sentence}, 3, "has 3 rows, too few to hold any out.*; give 4 rows or more"),
+        ({"text": sentence, "label": lambda i: f"l{i % 1100}"}, 9900, "1,100 classes, and at most 1,000 are trained"),
         ({"prompt": sentence, "chosen": sentence, "rejected": sentence}, 9, "TRL's DPOTrainer.*--completion chosen"),
     ],
 )
@@ -348,6 +399,11 @@ def test_data_that_cannot_be_learned_say_why(tmp_path, columns, n, said):
         ("x.jsonl", [{"prompt": "x", "chosen": pair(i), "rejected": pair(-i)} for i in range(9)], "--messages chosen"),
         ("x.jsonl", [{"chosen": "Human: x", "rejected": "Human: y"}] * 9, "not for recipes; else name them"),
         ("x.jsonl", [{"tokens": ["a", "b"], "ner_tags": [0, i]} for i in range(9)], "classes of single words (NER)"),
+        (
+            "x.json",
+            [{"image": {"bytes": "x", "path": f"{i}.png"}, "label": label(i)} for i in range(9)],
+            "'image' holds",
+        ),
         ("x.jsonl", [{"text": "a b c", "label": "x"}], "it has one row, and nothing is learned from that"),
     ],
 )
@@ -393,9 +449,10 @@ def test_an_archive_of_images_is_looked_into(tmp_path, monkeypatch):
     }.items():
         with zipfile.ZipFile(tmp_path / f"{name}.zip", "w") as archive:
             for number, folder in enumerate((*folders, folders[0])):
-                archive.writestr(f"{name}/{folder}/{number}.png", "")
+                for copy in range(4):
+                    archive.writestr(f"{name}/{folder}/{number}-{copy}.png", "")
     found = guess(tmp_path / "classes.zip")
-    assert (found.rows, found.classes) == (3, {"cat": 2, "dog": 1})
+    assert (found.rows, found.classes) == (12, {"cat": 8, "dog": 4})
     with pytest.raises(LilyError, match=r"a folder for each part \(train, test\).*unpack it and name that"):
         guess(tmp_path / "parts.zip")
     with pytest.raises(LilyError, match=r"one class only \(cat\)"):

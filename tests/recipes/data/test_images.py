@@ -19,6 +19,7 @@ from benchmarks import vtab
 from lily.errors import LilyError
 from lily.recipes.data import images
 from lily.recipes.data.images import Preprocess, read_images
+from lily.recipes.dreambooth import latents
 
 
 @pytest.fixture
@@ -103,6 +104,29 @@ def test_preprocessing_normalises_and_squeezes_or_crops(tmp_path):
     assert (cropped[2] < -0.9).all()
     mean = Preprocess(10)(tmp_path / "x.png")[1, 5, 9]
     assert mean == pytest.approx((0 - 0.456) / 0.224, abs=1e-4)
+
+
+@pytest.mark.parametrize("orientation", [3, 6, 8])
+def test_a_photograph_is_turned_as_it_is_shown(tmp_path, orientation):
+    shown = Image.new("RGB", (16, 8), (255, 0, 0))
+    shown.paste((0, 0, 255), (0, 0, 8, 8))
+    stored = shown.transpose({3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90,
+                              8: Image.Transpose.ROTATE_270}[orientation])  # fmt: skip
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "photo.png", exif=exif)
+    shown.save(tmp_path / "shown.png")
+    read = Preprocess(size=8, norm="half")
+    assert torch.equal(read(tmp_path / "photo.png"), read(tmp_path / "shown.png"))
+    assert torch.equal(read(Image.open(tmp_path / "photo.png")), read(tmp_path / "shown.png"))
+    pixels, sizes = latents.read([tmp_path / "photo.png", tmp_path / "shown.png"], 8)
+    assert torch.equal(pixels[0], pixels[1])
+    assert torch.equal(sizes[0], sizes[1])
+
+
+def test_a_photograph_with_a_damaged_note_is_read(tmp_path):
+    Image.new("RGB", (8, 8), (255, 0, 0)).save(tmp_path / "x.jpg", exif=b"Exif\0\0II*\0 damaged")
+    assert Preprocess(size=8)(tmp_path / "x.jpg").shape == (3, 8, 8)
 
 
 @pytest.mark.parametrize(("bits", "mode", "dtype"), [(16, "I;16", "uint16"), (16, "I", "int32"), (8, "F", "float32")])

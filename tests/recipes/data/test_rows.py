@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from decimal import Decimal
 
 import pytest
 from recipes_helpers import classification, rows, write_jsonl, write_recipe
@@ -218,6 +219,37 @@ def test_text_that_shows_nothing_is_no_text(blank):
         with pytest.raises(LilyError, match=r"row 1: .*'c' holds "):
             read(blank, "c", "row 1")
     assert text_in("a\u200b", "c", "row 1") == "a\u200b"
+
+
+@pytest.mark.parametrize(
+    ("cells", "column", "message"),
+    [
+        ([{"label": "x"}, {"label": float("nan")}, {"label": float("nan")}], "label", "is empty in 2 of 3 rows (2, 3)"),
+        ([{}, {}, {"label": "x"}], "label", "is empty in 2 of 3 rows (1, 2)"),
+        ([{"lable": "y"}, {"label": "x"}, {"label": "x"}], "label", "row 1: no column 'label'"),
+        ([{"out": None}, {"out": {"label": "x"}}, {"out": {"label": "x"}}], "out.label", "is empty in row 1; fill it"),
+    ],
+)
+def test_cells_that_are_missing_are_told_of_all_rows(encoder, tmp_path, cells, column, message):
+    table = [{"text": f"text {i}", **cell} for i, cell in enumerate(cells)]
+    values = classification(encoder, write_jsonl(tmp_path / "t.jsonl", table), tmp_path)
+    values["data"]["columns"]["label"] = column
+    with pytest.raises(LilyError) as caught:
+        data.load_splits(loader.load_recipe(write_recipe(tmp_path, values)))
+    assert message in str(caught.value)
+
+
+def test_whole_numbers_of_databases_are_classes():
+    assert class_in(Decimal("3.00"), "c", "row 1") == class_in(3.0, "c", "row 1") == "3"
+    for value in (Decimal("3.5"), Decimal("NaN"), Decimal("Infinity"), 3.5):
+        with pytest.raises(LilyError, match=r"expected a class \(text or integer\)"):
+            class_in(value, "c", "row 1")
+
+
+def test_commas_between_lines_are_named(tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"text": "a"},\n{"text": "b"}\n')
+    with pytest.raises(LilyError, match=r"t\.jsonl:1: .*no comma between the lines"):
+        tables.read_rows(File(path=str(tmp_path / "t.jsonl")))
 
 
 @pytest.mark.parametrize("value", [True, "3,5", "50%", "1,000", [1]])

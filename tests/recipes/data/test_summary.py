@@ -156,6 +156,17 @@ def test_numbers_have_a_range(encoder, tmp_path):
     seen = prepared(tmp_path, values).data
     assert (seen.numbers, seen.classes()) == ((0.5, 0.5, 1.5), None) or seen.numbers == (0.5, 1.5, 1.5)
     assert seen.facts()[0].startswith("Labels from 0.5 to 1.5, median")
+    assert not seen.warnings
+
+
+def test_numbers_that_a_new_head_does_not_reach_are_told(encoder, tmp_path):
+    prices = [{**row, "score": 20000 + 10000 * (i % 3)} for i, row in enumerate(rows())]
+    values = classification(encoder, write_jsonl(tmp_path / "t.jsonl", prices), tmp_path, task="text-regression")
+    values["data"]["columns"]["label"] = "score"
+    warnings = prepared(tmp_path, values).data.warnings
+    assert any(
+        "labels from 20000 to 40000 are far from 0" in said and "write each as (label - " in said for said in warnings
+    )
 
 
 def test_a_described_model_says_whether_its_data_are_here(encoder, tmp_path):

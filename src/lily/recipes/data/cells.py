@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import difflib
 import math
+from decimal import Decimal
 from typing import Any
 
 from lily.errors import LilyError
 from lily.recipes.data.delimited import looks_like_data
 from lily.recipes.data.tables import Row
 from lily.recipes.spec.values import SURROGATE, is_blank
+
+ABSENT = object()
 
 
 def get(row: Row, column: str, role: str, where: str, section: str = "data.columns.") -> Any:
@@ -19,7 +22,15 @@ def get(row: Row, column: str, role: str, where: str, section: str = "data.colum
     Raises:
         LilyError: if there is no such column, or its text holds half a surrogate pair.
     """
-    value = row[column] if column in row else _nested(row, column, role, where, section)
+    value = at(row, column)
+    if value is ABSENT:
+        near = difflib.get_close_matches(column, row, n=1)
+        raise LilyError(
+            f"{where}: no column {column!r} ({section}{role}); "
+            + (f"did you mean {near[0]!r}? " if near else "")
+            + f"columns: {', '.join(map(str, row))}"
+            + ("; if the file has no header line, set header: [names]" if any(map(looks_like_data, row)) else "")
+        )
     if _has_surrogate(value):
         raise LilyError(
             f"{where}: column {column!r} holds half of a surrogate pair (a character that was cut in two, as \\ud83d): "
@@ -35,21 +46,20 @@ def _has_surrogate(value: Any) -> bool:
     return isinstance(value, str) and not value.isascii() and SURROGATE.search(value) is not None
 
 
-def _nested(row: Row, column: str, role: str, where: str, section: str) -> Any:
+def at(row: Row, column: str) -> Any:
+    """The value of a column, which may be a dotted path into nested values; `ABSENT` if there is no such column."""
+    if column in row:
+        return row[column]
     value: Any = row
     for part in column.split("."):
+        if value is None:
+            return None
         if isinstance(value, dict) and part in value:
             value = value[part]
         elif isinstance(value, list) and part.lstrip("-").isdigit() and -len(value) <= int(part) < len(value):
             value = value[int(part)]
         else:
-            near = difflib.get_close_matches(column, row, n=1)
-            raise LilyError(
-                f"{where}: no column {column!r} ({section}{role}); "
-                + (f"did you mean {near[0]!r}? " if near else "")
-                + f"columns: {', '.join(map(str, row))}"
-                + ("; if the file has no header line, set header: [names]" if any(map(looks_like_data, row)) else "")
-            )
+            return ABSENT
     return value
 
 
@@ -65,8 +75,9 @@ def class_in(value: Any, column: str, where: str) -> str:
     """The value as the name of a class."""
     if isinstance(value, bool) or (isinstance(value, (str, int)) and not is_blank(str(value))):
         return str(value)
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
+    with contextlib.suppress(ValueError, OverflowError):  # not a number, infinite
+        if isinstance(value, (float, Decimal)) and value == int(value):
+            return str(int(value))
     raise LilyError(f"{where}: label column {column!r} holds {short(value)}, expected a class (text or integer)")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from lily.recipes.data import chats, images
 from lily.recipes.data.sniff import NUMBER
 from lily.recipes.data.tables import Row
+from lily.recipes.spec.values import is_empty
 
 MANY = 50  # classes; a column with more distinct values is no label unless it is named like one
 ROWS_PER_CLASS = 10  # at least, where there are more
@@ -129,7 +130,7 @@ def _chat(rows: Sequence[Row], names: list[str], given: dict[str, str]) -> tuple
     if not given and known[0] not in CHATS and words < WORDS and spaced:
         return None
     context = _first([name for name in names if name not in (prompt, completion)], NAMES["input"])
-    if context is not None and known[0] == "instruction":
+    if context is not None and (known[0] == "instruction" or (known[0] == "question" and is_text(rows, context))):
         more = {"input": context} | more
     return "sft", {"prompt": prompt, "completion": completion} | more
 
@@ -165,7 +166,9 @@ def labels(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
     if few:
         return sorted(few, key=lambda name: (is_aside(rows, name), not is_named(name), few[name]))
     numbers = [name for name in names if distinct(rows, name) > 1 and not is_id(rows, name)]
-    numbers = [name for name in numbers if all(number_of(row.get(name)) is not None for row in rows)]
+    numbers = [
+        name for name in numbers if all(is_empty(v := row.get(name)) or number_of(v) is not None for row in rows)
+    ]
     return numbers if len(numbers) == 1 else []
 
 
@@ -249,7 +252,7 @@ def number_of(value: Any) -> float | None:
 
 def _measured(values: Sequence[Any]) -> bool:
     """Whether values are measurements and not classes: numbers with decimals, or too many to be classes."""
-    numbers = [number_of(value) for value in values if value not in (None, "")]
+    numbers = [number_of(value) for value in values if not is_empty(value)]
     known = [number for number in numbers if number is not None]
     if not known or len(known) < len(numbers):
         return False

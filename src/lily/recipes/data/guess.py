@@ -21,6 +21,12 @@ from lily.recipes.data.tables import Row
 from lily.recipes.spec.values import is_empty
 
 BESIDE = ("tools", "functions")  # columns that are read beside chats without being named
+MODELS = {
+    ("adapter_config.json",): "the folder of an adapter",
+    ("model_index.json",): "the folder of a pipeline of diffusers",
+    ("config.json",): "the folder of a model",
+    ("metrics.json", "recipe.yaml"): "the folder of a run",
+}  # files of a folder that is no data -> what it is
 HELD_OUT = 0.15  # share of the rows for validation, and for test
 
 
@@ -74,6 +80,7 @@ def guess(
     if re.search(r"\$\{?\w", str(path)):
         raise LilyError(f"{path}: a $ in a recipe's path starts a variable; rename the file or its folder")
     if path.is_dir():
+        _refuse_models(path)
         counts = _image_classes(path)
         if len(counts) < 2 and (table := sniff.table_in(path)) is not None:
             return guess(table, task=task, columns=columns, delimiter=delimiter)
@@ -99,14 +106,30 @@ def guess(
             "name them with --text and --label, --prompt and --completion, --messages, or --image and --label"
         )
     kind, chosen = found
+    stem, _, end = chosen.get("image", "").rpartition(".")
+    if end == "path" and f"{stem}.bytes" in names:  # as datasets writes a column of images
+        raise LilyError(f"{path}: {stem!r} holds the images themselves; write each to a file, in a folder of its class")
     seen = _described(path, kind, chosen, rows, names)
     if "messages" in chosen and not seen.answer:
         raise remarks.no_answers(path, chosen["messages"], rows)
     others, without = _beside(path, chosen, opened.how)
     if kind == "text-classification":
-        remarks.check_classes(path, chosen["label"], seen.classes, rows, None if "validation" in others else HELD_OUT)
+        remarks.check_classes(path, chosen["label"], seen.classes, rows)
+    if "validation" not in others:
+        remarks.check_held_out(path, len(rows), seen.classes, HELD_OUT)
     told = (*remarks.told(chosen, seen.unused, seen.classes, rows, dict(columns or {})), *without)
     return replace(seen, how=opened.how, others=others, told=told)
+
+
+def _refuse_models(folder: Path) -> None:
+    """That a folder does not hold a model, an adapter or a run, whose files of JSON would be taken for tables."""
+    names = {file.name for file in folder.iterdir() if file.is_file()}
+    weights = any(name.endswith((".safetensors", ".gguf", ".bin")) for name in names)
+    for marks, what in MODELS.items():
+        if names.issuperset(marks) and (weights or marks != ("config.json",)):
+            raise LilyError(
+                f"{folder} is {what}, not data; name a table, or a folder with a folder of images per class"
+            )
 
 
 def _image_classes(folder: Path, note: Note = lambda _: None) -> dict[str, int]:
@@ -143,9 +166,17 @@ def _of_images(path: Path) -> Guess:
         if not counts and below is not None and not loose:
             folder = below.parent.parent
             folder = folder.parent if folder.name.lower() in PART_NAMES else folder
+            beside = [p for p in folder.parent.iterdir() if p.is_dir() and not images.is_stray(p.name)]
+            if folder != train and sum(len(_image_classes(p)) > 1 for p in beside) > 1:
+                raise LilyError(
+                    f"{path}: the images are one folder deeper, such as {below}; if {folder.name} is a class, put its "
+                    f"images into {folder} itself; if it is data by itself, name that"
+                )
             raise LilyError(f"{path} holds {what}, but {folder} does; name that")
         raise LilyError(f"{path} holds {what}; make one folder per class in it, with its name, or name a table")
     rows = sum(counts.values())
+    if "validation" not in parts:
+        remarks.check_held_out(train, rows, counts, HELD_OUT)
     return Guess(train, "image-classification", {}, rows=rows, classes=counts, others=parts, told=tuple(told))
 
 
@@ -168,7 +199,9 @@ def _of_packed_images(path: Path) -> Guess:
         ) from None
     if len(counts) == 1:
         raise LilyError(f"{path} holds images of one class only ({next(iter(counts))}); a classifier needs two")
-    return Guess(path, "image-classification", {}, rows=sum(counts.values()), classes=counts)
+    rows = sum(counts.values())
+    remarks.check_held_out(path, rows, counts, HELD_OUT)
+    return Guess(path, "image-classification", {}, rows=rows, classes=counts)
 
 
 def _described(path: Path, task: str, columns: dict[str, str], rows: Sequence[Row], names: list[str]) -> Guess:

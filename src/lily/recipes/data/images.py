@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from lily.errors import LilyError
+from lily.recipes.data.cells import short
 from lily.recipes.data.delimited import Note
 from lily.recipes.data.sources import building, cache_folder
 
@@ -34,7 +35,7 @@ NORMS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """From an image to a model's input: RGB, resized, scaled to [0, 1], normalized.
+    """From an image to a model's input: upright, RGB, resized, scaled to [0, 1], normalized.
 
     Attributes:
         size: height and width in pixels.
@@ -95,8 +96,20 @@ class Preprocess:
         return (pixels - mean) / std
 
 
+def upright(image: PIL.Image.Image) -> PIL.Image.Image:
+    """An image as it is shown: cameras store photographs as the sensor lay, with a note (EXIF) of how to turn them."""
+    from PIL import ExifTags, ImageOps
+
+    try:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+    except Exception:  # whatever Pillow makes of damaged notes, the image itself can be read
+        return image
+    return ImageOps.exif_transpose(image) if turned else image
+
+
 def _rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """An image with 8 bits for each color. Pillow cuts larger values off at 255: a photograph of 16 bits turns white.
+    """An image upright with 8 bits for each color. Pillow cuts larger values off at 255: a photograph of 16 bits turns
+    white.
 
     Raises:
         ValueError: if its values have no known range.
@@ -104,6 +117,7 @@ def _rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     import numpy as np
     from PIL import Image
 
+    image = upright(image)
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image)
         low, high = values.min(), values.max()
@@ -154,7 +168,7 @@ def image_of(value: Any, column: str, where: str, folder: Path | None = None) ->
     if hasattr(value, "convert"):
         return value
     if not isinstance(value, str) or not value.strip():
-        raise LilyError(f"{where}: column {column!r} holds {value!r}, expected the path of an image")
+        raise LilyError(f"{where}: column {column!r} holds {short(value)}, expected the path of an image")
     path = (folder or Path()) / Path(value).expanduser()
     if not path.is_file():
         raise LilyError(f"{where}: there is no image {path}; paths are read relative to the table's own folder")

@@ -12,6 +12,7 @@ from lily.io.words import counted, joined
 # Marks above and below a line have a meaning of their own: m² is not m2.
 MEANINGFUL = ("<super>", "<sub>", "<fraction>")
 BOOLEANS = {"true": "1", "false": "0"}
+MOST_CLASSES = 1000  # of more, the table of which is taken for which has millions of cells
 MISSING = ("nan", "null", "n/a", "na", "<na>", "#n/a")
 
 
@@ -62,6 +63,14 @@ def named(family: Iterable[str], counts: Mapping[str, int]) -> str:
     shown = [(label, repr(label) if unicodedata.is_normalized("NFKC", label) else ascii(label)) for label in family]
     parts = [f"{text} ({counted(counts[label], 'row')})" for label, text in shown]
     return joined(parts)
+
+
+def too_many(column: str, count: int) -> str:
+    """What is wrong with more than `MOST_CLASSES` classes, and what to do."""
+    return (
+        f"label column {column!r} holds {count:,} classes, and at most {MOST_CLASSES:,} are trained; keep the frequent "
+        "ones (data.classes lists them), or write one name for the rare; for numbers set task: text-regression"
+    )
 
 
 def looks_missing(label: str) -> bool:

@@ -24,6 +24,7 @@ from lily.recipes.data.columns import (
     listed,
     number_of,
 )
+from lily.recipes.data.labels import MOST_CLASSES, too_many
 from lily.recipes.data.tables import Row
 from lily.recipes.spec.values import is_empty
 
@@ -62,6 +63,11 @@ def reason(rows: Sequence[Row], names: Sequence[str]) -> str:
         return (
             f"{marked!r} holds whole chats as texts; write the messages of each as a list, "
             '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}; else '
+        )
+    if packed := next((name for name in names if any(isinstance(row.get(name), bytes) for row in rows)), None):
+        return (
+            f"{packed!r} holds bytes; of images, write files and a column of their paths; of texts, write them as "
+            "texts; else "
         )
     if (pictures := [name for name in own if is_image(rows, name)]) and texts:
         return f"{texts[0]!r} holds no classes of the images of {pictures[0]!r}, and other texts are not learned; "
@@ -190,10 +196,8 @@ def no_answers(path: Path, column: str, rows: Sequence[Row]) -> LilyError:
     )
 
 
-def check_classes(
-    path: Path, label: str, classes: Mapping[str, int], rows: Sequence[Row], held_out: float | None
-) -> None:
-    """That classes repeat, and are enough for a share of the rows to be held out (None: none is).
+def check_classes(path: Path, label: str, classes: Mapping[str, int], rows: Sequence[Row]) -> None:
+    """That classes repeat, and are not too many.
 
     Raises:
         LilyError: if not.
@@ -211,9 +215,21 @@ def check_classes(
             f"{path}: label column {label!r} holds {len(classes):,} different values in {n}, so they are "
             f"no classes; {fix}"
         )
-    if held_out is not None and all(round(held_out * count) < 1 for count in classes.values()):
-        shown = ", ".join(f"{name!r} {count}" for name, count in list(classes.items())[:3])
-        raise LilyError(
-            f"{path} has {n} ({shown}), too few to hold any out for validation; give 4 rows or more of each "
-            "class, better 50"
-        )
+    if len(classes) > MOST_CLASSES:
+        raise LilyError(f"{path}: {too_many(label, len(classes))}")
+
+
+def check_held_out(path: Path, rows: int, classes: Mapping[str, int], share: float) -> None:
+    """That a share of the rows, or of the rows of some class, is at least one of them.
+
+    Raises:
+        LilyError: if not.
+    """
+    if any(round(share * count) for count in classes.values() or (rows,)):
+        return
+    shown = ", ".join(f"{name!r} {count}" for name, count in list(classes.items())[:3])
+    of_each = " of each class" if classes else ""
+    raise LilyError(
+        f"{path} has {counted(rows, 'row')}{f' ({shown})' if shown else ''}, too few to hold any out for validation; give 4 "
+        f"rows or more{of_each}, better 50"
+    )

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from lily.errors import LilyError
 from lily.io.words import counted, some
 from lily.recipes.data import chats, images, labels
-from lily.recipes.data.cells import class_in, get, number_in, short, text_in
+from lily.recipes.data.cells import ABSENT, at, class_in, get, number_in, short, text_in
 from lily.recipes.data.chat_template import Chat
 from lily.recipes.data.delimited import Note
 from lily.recipes.data.sft import beside, check_chat, choices_of, needs_chat, text_prompt
@@ -203,9 +203,10 @@ def _check_filled(rows: Sequence[Row], file: File, recipe: Recipe, labeled: bool
         column = getattr(recipe.data.columns, role)
         if column is None or (role == "label" and not labeled):
             continue
-        # of a column that is not there, or a dotted name, more is said where it is read
-        values = [row.get(column, "?") for row in rows]
-        empty = [i for i, v in enumerate(values, 1) if is_empty(v)]
+        values = [at(row, column) for row in rows]
+        # of a column that is in no row, or is misspelled in one, more is said where it is read
+        some = 1 < sum(value is ABSENT for value in values) < len(values)
+        empty = [i for i, v in enumerate(values, 1) if is_empty(v) or (some and v is ABSENT)]
         if empty:
             numbers = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
             which = f"row {numbers}" if len(empty) == 1 else f"{len(empty):,} of {len(rows):,} rows ({numbers})"
@@ -375,11 +376,9 @@ def _labels(train: list[Row], parts: dict[Key, list[Row]], recipe: Recipe) -> tu
                     f"remove its {counted(count, 'row')}; training rows have {_listed(classes)}"
                 )
     classes |= {row["label"] for rows in parts.values() for row in rows}
-    if len(classes) > 1000:
+    if len(classes) > labels.MOST_CLASSES:
         with located(recipe, "data", "columns", "label"):
-            raise LilyError(
-                f"label column {column!r} holds {len(classes)} classes; for numbers set task: text-regression"
-            )
+            raise LilyError(labels.too_many(column, len(classes)))
     numeric = all(re.fullmatch(r"-?[0-9]{1,18}", label) for label in classes)
     return tuple(sorted(classes, key=lambda label: (int(label) if numeric else 0, label)))
 

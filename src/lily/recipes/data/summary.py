@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -30,6 +31,7 @@ CAP = 1000  # rows that are tokenized for their lengths alone
 IMAGES = 5000  # images of a part whose bytes are compared
 CUT = 0.1  # share of truncated rows that is told
 UNKNOWN = 0.05  # share of unknown tokens that is told
+LARGE = 10  # in a label of a regression: from 20 to 60, 140 steps at the usual rate learned next to nothing
 TEXT = 50  # characters of a text in a message
 
 
@@ -190,6 +192,12 @@ def summarize(
         numbers = ordered[0], ordered[len(ordered) // 2], ordered[-1]
         if ordered[0] == ordered[-1]:
             warnings.append(f"all training rows have the label {ordered[0]:g}, so there is nothing to learn")
+        elif max(abs(ordered[0]), abs(ordered[-1])) > LARGE:
+            mean, deviation = statistics.fmean(ordered), statistics.pstdev(ordered)
+            warnings.append(
+                f"labels from {ordered[0]:g} to {ordered[-1]:g} are far from 0, where a new head begins, and may not "
+                f"be reached; write each as (label - {mean:.4g}) / {deviation:.4g}"
+            )
     return Summary(tuple(parts), len(several), prompts, numbers, tuple(warnings))
 
 

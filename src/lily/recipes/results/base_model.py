@@ -9,7 +9,7 @@ from peft import PeftConfig
 from lily.errors import LilyError
 from lily.recipes import loader
 from lily.recipes.models.load import local_model
-from lily.recipes.models.reference import how_to_get, named
+from lily.recipes.models.reference import LOAD_IT, how_to_get, named
 from lily.recipes.results.run_files import kept_recipe, within_run
 from lily.recipes.spec.schema import Model, Recipe
 
@@ -34,7 +34,7 @@ def base_model(adapter: str | Path) -> str:
     path = within_run(Path(text).expanduser())
     config = PeftConfig.from_pretrained(str(path) if path.is_dir() else text)
     if not (name := config.base_model_name_or_path):
-        raise LilyError(f"{text} does not say which base model it is for; name it with --base")
+        raise LilyError(f"{text} does not say which base model it is for; {LOAD_IT}")
     return located(name, path)
 
 
@@ -61,8 +61,8 @@ def located(name: str, adapter: Path) -> str:
     if not path.is_absolute():
         return name
     raise LilyError(
-        f"{adapter} is for the base model {name}, a folder of the machine where it was trained; name that model's "
-        "folder here with --base, or load it yourself and give it to PeftModel.from_pretrained"
+        f"{adapter} is for the base model {name}, a folder of the machine where it was trained; {LOAD_IT} (commands "
+        "take its folder with --base)"
     )
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from pydantic import ValidationError
@@ -19,6 +20,7 @@ MOST = 3  # keys that are suggested
 SIMILAR = 0.6  # how alike a key of another section must be
 FIRST = "train"  # the section that most changes on a command line are for
 OPTIONS = ("resume", "overwrite", "quiet", "verbose")  # that somebody may take for keys
+MATCHED = "`lily plan MODEL --match-lora RANK` prints a shape of LoRA's size; lily.params takes it as a number"
 ALIASES = {"lr": "learning_rate", "rank": "r", "lora_alpha": "alpha", "bs": "batch_size", "dropout_rate": "dropout"}
 
 SECTION = ("model_type", "model_attributes_type", "dict_type", "dict_attributes_type", "mapping_type")
@@ -49,13 +51,16 @@ PATTERNS = {
 }
 
 
-def problems(error: ValidationError, written: set[Key], kind: type[Section]) -> Iterator[tuple[Key, str]]:
+def problems(
+    error: ValidationError, written: set[Key], kind: type[Section], overridden: Collection[Key] = ()
+) -> Iterator[tuple[Key, str]]:
     """What pydantic found: (path of the key, what is wrong and how to fix it), one for each key.
 
     Args:
         error: of a recipe's values.
         written: the keys that are written, and those above them.
         kind: class of the recipe.
+        overridden: the keys that the command line sets.
     """
     found: dict[Key, list[Any]] = {}
     for problem in error.errors():
@@ -68,7 +73,7 @@ def problems(error: ValidationError, written: set[Key], kind: type[Section]) -> 
                 yield path, _other(problem, path, kind)
         # Of the alternatives of a union, those of another form are not meant if a key inside one of them is wrong.
         if expected and not inside:
-            yield path, _together(expected, path, kind)
+            yield path, _together(expected, path, kind, path in overridden)
 
 
 def _path(problem: Any, written: set[Key]) -> Key:
@@ -106,7 +111,7 @@ def _expected(problem: Any, path: Key, kind: type[Section]) -> str | None:
     return NUMBERS.get(wrong) or OTHERS.get(wrong)
 
 
-def _together(several: Sequence[Any], path: Key, kind: type[Section]) -> str:
+def _together(several: Sequence[Any], path: Key, kind: type[Section], override: bool) -> str:
     """One sentence about a value that fits none of its alternatives."""
     deepest = max(len(problem["loc"]) for problem in several)  # about an item of a list rather than the list
     several = [problem for problem in several if len(problem["loc"]) == deepest]
@@ -117,7 +122,9 @@ def _together(several: Sequence[Any], path: Key, kind: type[Section]) -> str:
     if kinds == {"string_type"} and isinstance(value, (bool, int, float)):
         text += "; put text that looks like a number or a boolean in quotes"
     if isinstance(value, str) and kinds & {*SECTION} and "path" in _fields(path, kind):
-        text += f"; write {{path: {value}}}"
+        sources = ("hub", "path") if path[-1] == "model" and not Path(value).expanduser().exists() else ("path",)
+        forms = [f"{'.'.join(path)}.{key}={value}" if override else f"{{{key}: {value}}}" for key in sources]
+        text += f"; write {' or '.join(forms)}"
     elif isinstance(value, str) and "list_type" in kinds:
         text += "; write [] for none" if value.lower() == "none" else f"; write [{value}]"
     choices = [name for e in several if "expected" in e.get("ctx", {}) for name in _choices(e)]
@@ -142,6 +149,8 @@ def near(path: Key, kind: type[Section]) -> str:
     section, key = path[:-1], ALIASES.get(path[-1], path[-1])
     if path[-1] in OPTIONS:
         return f"of the command line, it is --{path[-1]}"
+    if key == "match_lora":
+        return MATCHED
     allowed = list(_fields(section, kind))
     if key in allowed:
         return f"did you mean {key}?"

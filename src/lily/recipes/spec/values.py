@@ -7,6 +7,7 @@ refused where a number is.
 
 from __future__ import annotations
 
+import math
 import re
 import types
 from typing import Any, Union, get_args, get_origin
@@ -33,8 +34,12 @@ def is_blank(text: str) -> bool:
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a cell of a table shows nothing."""
-    return value is None or (isinstance(value, str) and is_blank(value))
+    """Whether a cell of a table shows nothing; pandas writes a missing text or class beside numbers as NaN."""
+    return (
+        value is None
+        or (isinstance(value, float) and math.isnan(value))
+        or (isinstance(value, str) and is_blank(value))
+    )
 
 
 def is_text(tag: str, text: str) -> bool:
