@@ -36,7 +36,6 @@ ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "benchmarks" / "results" / "structure.jsonl"
 FIGURES = ROOT / "docs" / "figures"
 SCALE = 2.0  # of LoRA: lora_alpha = 2 r
-CHANCE = math.log(10)
 RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 FAILED = 4  # times the lowest loss
 NEAR = 1.05  # times the lowest loss of seed 0
@@ -60,6 +59,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "signs": PAIR | {"distinct": "signs"},
     "gains": PAIR | {"gain": "signs"},
     "permuted, routed": ROUTED | {"distinct": "permute"},
+    "permuted, three": ROUTED | {"num_A": 3, "num_B": 3, "distinct": "permute"},  # the planner's for 30 layers
     "permuted, own": PAIR | {"distinct": "permute", "own": 0.5},  # half of the parameters are each layer's own
     "own": PAIR | {"own": 0.5},
 }
@@ -85,6 +85,8 @@ def options(model: str, arm: str, size: float) -> dict[str, Any] | None:
     from lily.errors import LilyError
 
     made = dict(ARMS[arm])
+    if model == "causal" and made.get("routing") == "sequence":
+        made["routing"] = "token"  # a token's output must not depend on later ones
     if made["method"] == "lora":
         if size != int(size):
             return None
@@ -136,7 +138,7 @@ def tuned(name: str, arms: Sequence[str], sizes: Sequence[float], rates: Sequenc
 
 def tried(rows: Rows, first: Run) -> dict[float, float]:
     """The scores of a run at the rates of `RATES`, where there are any."""
-    return {rate: score(rows[run]) for rate in RATES if (run := replace(first, rate=rate)) in rows}
+    return {rate: score(run, rows[run]) for rate in RATES if (run := replace(first, rate=rate)) in rows}
 
 
 def widened(rows: Rows, first: Run, rates: Sequence[float]) -> Iterator[Run]:
@@ -204,6 +206,7 @@ STUDIES: dict[str, Study] = {
     "mixed": tuned("mixed", MAIN[:3], (1,), TASK, 5),
     "long": tuned("headlines-long", ["LoRA", "permuted"], (1, 2), TASK, 3),
     "vision": tuned("random-digits", MAIN[:3], (1,), PROBE, 5),
+    "pairs": tuned("pairs", ["LoRA", "permuted, three", "permuted", "permuted, routed"], (1,), PROBE, 5),
 }
 
 
@@ -241,10 +244,10 @@ def _trained(run: Run) -> tuple[Run, Row]:
     return run, train(run)
 
 
-def score(row: Row) -> float:
+def score(run: Run, row: Row) -> float:
     """What rates are chosen by: the loss on validation rows, at most that of chance."""
-    loss = row["validation"]["loss"]
-    return min(loss, CHANCE) if math.isfinite(loss) else CHANCE
+    loss, chance = row["validation"]["loss"], tasks.TASKS[run.task].chance
+    return min(loss, chance) if math.isfinite(loss) else chance
 
 
 def by_rate(rows: Rows, task: str, arm: str, size: float) -> dict[float, list[tuple[Run, Row]]]:
@@ -292,12 +295,12 @@ def transfer(rows: Rows) -> str:
         usual = None
         for shape in shapes:
             points = by_rate(own, task, shape, 0)
-            curve = {rate: score(row) for rate, found in points.items() for run, row in found if run.seed == 0}
+            curve = {rate: score(run, row) for rate, found in points.items() for run, row in found if run.seed == 0}
             best, inside = optimum(curve)
             usual = usual or (best, min(curve, key=curve.__getitem__))
             chosen = dict(next(iter(points.values()))[0][0].options)
             scale = chosen.get("scaling", SCALE)
-            there = [score(row) for _, row in points.get(usual[1], [])]
+            there = [score(run, row) for run, row in points.get(usual[1], [])]
             at = _spread(there, 3) if there else "-"
             lines.append(
                 f"| {task} | {shape} | {scale:g} | {best:.2g}{'' if inside else ' (end of the grid)'} "
@@ -313,12 +316,14 @@ def chosen(rows: Rows, task: str, arm: str, size: float) -> tuple[list[tuple[Run
     them; of seed 0 alone if no rate has others.
     """
     points = by_rate(rows, task, arm, size)
-    curve = {rate: score(row) for rate, found in points.items() for run, row in found if run.seed == 0}
+    curve = {rate: score(run, row) for rate, found in points.items() for run, row in found if run.seed == 0}
     if not curve:
         return None
     compared = {rate: [pair for pair in found if pair[0].seed] for rate, found in points.items()}
     most = max(map(len, compared.values()))
-    means = {r: statistics.fmean(score(row) for _, row in f) for r, f in compared.items() if most and len(f) == most}
+    means = {
+        r: statistics.fmean(score(run, row) for run, row in f) for r, f in compared.items() if most and len(f) == most
+    }
     best = min(means or curve, key=(means or curve).__getitem__)
     runs = sorted(compared[best] or points[best], key=lambda pair: pair[0].seed)
     return runs, best not in (min(curve), max(curve))
@@ -371,7 +376,7 @@ def draw(rows: Rows) -> None:
     drifts: Panels = {}
     for task, arm in dict.fromkeys((run.task, run.arm) for run in one_rate(rows)):
         points = by_rate(rows, task, arm, 0)
-        curve = [(rate, [score(row) for _, row in found]) for rate, found in points.items()]
+        curve = [(rate, [score(run, row) for run, row in found]) for rate, found in points.items()]
         rates.setdefault(task, {})[arm] = curve
     for task, arm, size in dict.fromkeys((run.task, run.arm, run.size) for run in rows if run.size):
         found = chosen(rows, task, arm, size)

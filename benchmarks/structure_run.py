@@ -49,7 +49,8 @@ def adapt(model: nn.Module, run: Run, targets: list[str]) -> tuple[nn.Module, in
 
     options = dict(run.options)
     made = LoraConfig if options.pop("method") == "lora" else LilyConfig
-    adapted = get_peft_model(model, made(target_modules=targets, modules_to_save=["classifier"], **options))
+    head = ["classifier"] if hasattr(model, "classifier") else None
+    adapted = get_peft_model(model, made(target_modules=targets, modules_to_save=head, **options))
     size = sum(p.numel() for n, p in adapted.named_parameters() if p.requires_grad and "classifier" not in n)
     return adapted, size
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import gzip
 import json
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,20 +21,24 @@ from torch import Tensor, nn
 from lily.recipes import loader
 from lily.recipes.data.sources import fetch, local_path
 from lily.recipes.models.convert import converted
+from lily.recipes.models.load import local_model
 from lily.recipes.offline.standins import HEADLINES, digits
 from lily.recipes.spec.data import Source
 
 ENCODER_LAYERS = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
+CAUSAL_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 VISION_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
 LONGEST = 48  # tokens
 GENERAL = HEADLINES.model_copy(update={"member": "evals/registry/data/logiqa/logiqa.jsonl"})
 PASSAGES = 256
 PROBE_CLASSES = 4
+KEY = 3  # tokens
+TOKENS = range(1000, 49152)  # of the causal model, without special ones
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a task: (input, class) each; an input is a text or an image (3, size, size)."""
+    """Rows of a task: (input, class) each; an input is a text, an image (3, size, size), or token ids."""
 
     train: list[tuple[Any, int]]
     validation: list[tuple[Any, int]]
@@ -46,11 +51,13 @@ class Task:
     """A task.
 
     Attributes:
-        model: `encoder` (sentence encoder, 6 layers, 22.7 M) or `vision` (DINOv2-small, 12 layers, 22.1 M).
+        model: `encoder` (sentence encoder, 6 layers, 22.7 M), `vision` (DINOv2-small, 12 layers, 22.1 M) or `causal`
+            (SmolLM2, 30 layers, 134.5 M).
         rows: the rows, given how many to train on.
         train: rows to train on.
         epochs: passes over them.
         probe: whether the score is the loss on the training rows, since their labels are random.
+        chance: a loss that counts for every higher one.
     """
 
     model: str
@@ -58,6 +65,7 @@ class Task:
     train: int
     epochs: int
     probe: bool = False
+    chance: float = math.log(10)
 
 
 def headlines(count: int) -> Rows:
@@ -110,6 +118,13 @@ def _mixed(count: int) -> Rows:
     return Rows(joined("train"), joined("validation"), joined("test"), 6)
 
 
+def _pairs(count: int) -> Rows:
+    """Random keys, each with a random token as its value, to be known by heart."""
+    order = random.Random(0)
+    rows: list[tuple[Any, int]] = [(order.choices(TOKENS, k=KEY), order.choice(TOKENS)) for _ in range(count)]
+    return Rows(rows, rows, rows, TOKENS.stop)
+
+
 TASKS = {
     "headlines": Task("encoder", headlines, 2000, 2),
     "random-labels": Task("encoder", lambda n: _random_labels(headlines(n)), 384, 12, probe=True),
@@ -119,6 +134,7 @@ TASKS = {
     "sst2": Task("encoder", functools.partial(_glue, "SST-2"), 3000, 2),
     "digits": Task("vision", lambda n: _images(n, 28), 1500, 3),
     "random-digits": Task("vision", lambda n: _random_labels(_images(n, 28)), 384, 12, probe=True),
+    "pairs": Task("causal", _pairs, 128, 24, probe=True, chance=math.log(len(TOKENS))),
 }
 
 
@@ -127,12 +143,36 @@ def folder(model: str) -> Path:
     """The transformers folder of a packaged model."""
     if model == "encoder":
         return fetch(Source(package=loader.load_recipe("quickstart").model.package))
+    if model == "causal":
+        return Path(local_model(loader.load_recipe("offline/gsm8k").model))
     return converted(fetch(Source(package=loader.load_recipe("offline/vtab-cifar10").model.package)), "onnx-dinov2")
 
 
+class NextToken(nn.Module):
+    """A causal model as a classifier: its classes are the tokens that may come next."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Any:
+        found = self.model(input_ids=input_ids, logits_to_keep=1)
+        return type(found)(logits=found.logits[:, -1])
+
+
 def load(model: str, classes: int) -> tuple[nn.Module, list[str]]:
-    """A fresh classifier in float32, and the layers to adapt. The head has random weights from torch's generator."""
-    from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
+    """A fresh classifier in float32, and the layers to adapt. Its head, if the task has one, is random by torch's seed.
+
+    The head of `causal` is the pretrained one, and is not trained.
+    """
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForImageClassification,
+        AutoModelForSequenceClassification,
+    )
+
+    if model == "causal":
+        return NextToken(AutoModelForCausalLM.from_pretrained(folder(model), dtype=torch.float32)), CAUSAL_LAYERS
 
     if model == "encoder":
         made = AutoModelForSequenceClassification.from_pretrained(folder(model), num_labels=classes)
@@ -163,7 +203,7 @@ class Batches:
     """Batches of a task's rows as arguments of the model."""
 
     def __init__(self, task: Task, batch: int) -> None:
-        self.batch, self.text = batch, task.model == "encoder"
+        self.batch, self.model, self.text = batch, task.model, task.model == "encoder"
         if self.text:
             from transformers import AutoTokenizer
 
@@ -198,6 +238,8 @@ class Batches:
     def collate(self, rows: Sequence[tuple[Any, int]]) -> tuple[dict[str, Tensor], Tensor]:
         """Arguments of the model, and the classes (batch,)."""
         labels = torch.tensor([y for _, y in rows])
+        if self.model == "causal":
+            return {"input_ids": torch.tensor([x for x, _ in rows])}, labels
         if not self.text:
             return {"pixel_values": torch.stack([x for x, _ in rows])}, labels
         longest = max(len(x) for x, _ in rows)

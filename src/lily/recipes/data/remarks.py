@@ -230,6 +230,6 @@ def check_held_out(path: Path, rows: int, classes: Mapping[str, int], share: flo
     shown = ", ".join(f"{name!r} {count}" for name, count in list(classes.items())[:3])
     of_each = " of each class" if classes else ""
     raise LilyError(
-        f"{path} has {counted(rows, 'row')}{f' ({shown})' if shown else ''}, too few to hold any out for validation; give 4 "
-        f"rows or more{of_each}, better 50"
+        f"{path} has {counted(rows, 'row')}{f' ({shown})' if shown else ''}, too few to hold any out for validation; "
+        f"give 4 rows or more{of_each}, better 50"
     )
