@@ -247,6 +247,15 @@ def test_adapters_of_other_layers_add_up_as_loras_do(kind):
     assert len(find(lily, "new").layers) == 8
 
 
+@pytest.mark.parametrize("kind", ["svd", "cat"])
+def test_adapters_of_other_layers_add_up_once_they_are_loaded_from_files(kind, tmp_path):
+    trained({"target_modules": ["q_proj"]}, {"target_modules": ["q_proj", "v_proj"]}).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(build("llama"), tmp_path / "a", adapter_name="a")
+    model.load_adapter(tmp_path / "b", "b")
+    model.add_weighted_adapter(["a", "b"], WEIGHTS, "new", kind)
+    assert_same(updates(model, "new"), weighted_sum(model, ["a", "b"], WEIGHTS))
+
+
 class Stages(nn.Sequential):
     """Layers of one name and several shapes, and one of another name."""
 

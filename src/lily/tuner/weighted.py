@@ -136,6 +136,7 @@ def _targets(root: nn.Module, terms: Sequence[Term]) -> LilyConfig:
     named = {spec.name: (group, spec) for t in terms for group in t.adapted.plan.groups for spec in group.specs}
     config.group_options, config.shared_router, config.settled, config.init_weights = None, False, None, True
     config.rank_pattern, config.scaling_pattern, config.stock_grouping = {}, {}, False
+    config.adapted_layers = None  # of the file that the first adapter was loaded from; the others may have more layers
     selected = {spec.name for spec in select_targets(root, copy.deepcopy(config))}
     if selected == set(named):
         return config
