@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
@@ -168,3 +170,29 @@ def test_the_status_counts_layers_and_not_the_bank():
     assert status.merged_adapters == []
     assert status.requires_grad == {"default": True, "other": False}
     assert status.available_adapters == ["default", "other"]
+
+
+@pytest.mark.parametrize("way", ["peft", "injected"])
+def test_what_the_next_adapter_trained_beside_its_layers_is_active_after_a_deletion(way):
+    configs = {"a": config(), "b": config(modules_to_save=["lm_head"], trainable_token_indices=[3, 5])}
+    if way == "peft":
+        model = get_peft_model(llama(), configs["a"], adapter_name="a")
+        model.add_adapter("b", configs["b"])
+        activate, delete = model.set_adapter, model.delete_adapter
+    else:
+        model = llama()
+        for name, own in configs.items():
+            inject_adapter_in_model(own, model, name)
+        activate = partial(peft_functional.set_adapter, model)
+        delete = partial(peft_functional.delete_adapter, model, prefix="lily_")
+    for name, tensor in model.named_parameters():
+        if "modules_to_save" in name or "trainable_tokens_delta" in name:
+            nn.init.normal_(tensor)
+    ids = torch.tensor([[3, 4, 5]])
+    model.eval()
+    activate("b")
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        activate("a")
+        delete("a")
+        assert torch.equal(model(input_ids=ids).logits, expected)

@@ -51,7 +51,7 @@ from lily.tuner.check_targets import check_beside, check_targets
 from lily.tuner.files import FilesMixin
 from lily.tuner.merging import ModelMergingMixin
 from lily.tuner.model_tags import add_tag
-from lily.tuner.removal import remove_if_empty
+from lily.tuner.removal import activate_saved, remove_if_empty
 from lily.tuner.replaced import drop_replaced
 from lily.tuner.routing import decide_routing
 from lily.tuner.weighted import WeightedMixin
@@ -319,6 +319,7 @@ class LilyModel(WeightedMixin, FilesMixin, ModelMergingMixin):
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter, its shared tensors included; with the last one, all that adapts the model. See PEFT."""
         super().delete_adapter(adapter_name)
+        activate_saved(self.model, self.active_adapters)
         call_uncalled.watch(self.model)
         remove_if_empty(self.model)
 

@@ -7,6 +7,7 @@ not know the bank. `lily.tuner.replacements` replaces PEFT's function, `lily._af
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import peft.functional
@@ -55,9 +56,23 @@ def unwrap_saved(module: nn.Module) -> None:
             unwrap_saved(child)
 
 
+def activate_saved(module: nn.Module, adapters: Sequence[str]) -> None:
+    """Activate what adapters trained beside their layers; PEFT does so only where the deleted adapter had it too.
+
+    Args:
+        module: the model.
+        adapters: those that a deletion left active.
+    """
+    for wrapper in (m for m in module.modules() if isinstance(m, AuxiliaryTrainingWrapper)):
+        own = [name for name in adapters if name in wrapper._adapters]
+        if own and not wrapper.active_adapters:
+            wrapper.set_adapter(own[0])
+
+
 @functools.wraps(_stock_delete)
 def delete_adapter(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """`peft.functional.delete_adapter`, which transformers' `delete_adapter` calls."""
     left = _stock_delete(model, *args, **kwargs)
+    activate_saved(model, left or ())
     remove_if_empty(model)
     return left
