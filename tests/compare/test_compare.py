@@ -30,8 +30,9 @@ from lily.compare.page import page as written
 from lily.compare.result import read
 from lily.compare.tables import costs, quality, summary, verdict, verdicts
 from lily.errors import LilyError
-from lily.recipes import loader, preflight
-from lily.search import runner
+from lily.recipes import loader, preflight, train
+from lily.recipes.results.result import output_folder
+from lily.search import runner, worker
 from lily.search.runner import Job, Outcome
 
 
@@ -580,3 +581,12 @@ def test_a_comparison_of_two_recipes_killed_in_the_middle_goes_on_and_finds_what
             for name in ("best/adapter_model.safetensors", "predictions.json"):
                 ours, theirs = (folder / recipe / "runs" / run / name for folder in (whole, killed))
                 assert ours.read_bytes() == theirs.read_bytes(), f"{recipe} {run} {name}"
+
+
+def test_a_run_is_written_into_its_folder_also_with_braces_in_the_name(recipe, tmp_path, monkeypatch):
+    folders = []
+    monkeypatch.setattr(worker, "end_with", lambda parent: None)
+    monkeypatch.setattr(train, "train", lambda chosen, **_: folders.append(output_folder(chosen)))
+    for folder in ("runs/{x}/0", "runs/{name} #2/0"):
+        worker.main(recipe, folder, 0, str(tmp_path / "events"))
+        assert folders.pop() == Path(folder)

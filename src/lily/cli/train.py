@@ -35,7 +35,7 @@ def train_command(
     from lily.recipes.packages import check_packages
     from lily.recipes.trainer import processes
 
-    changes = [*(overrides or []), *([f"output={output}"] if output else [])]
+    changes = [*(overrides or []), *([loader.change_of("output", output)] if output else [])]
     chosen = processes.in_turn(lambda: loader.load_any(recipe, changes))
     if resume and overwrite:
         raise LilyError("--resume and --overwrite exclude each other; give one of them")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -246,6 +247,21 @@ def overriding(overrides: Sequence[str]) -> dict[str, Any]:
     for override in overrides:
         _override(document, override)
     return document.values
+
+
+def change_of(key: str, text: str) -> str:
+    """`key=text`, as the command line has it, in quotes where YAML would read another value (`#` and what follows)."""
+    plain = f"{key}={text}"
+    try:
+        same = overriding([plain]) == {key: text}
+    except LilyError:
+        same = False
+    return plain if same else f"{key}={json.dumps(text, ensure_ascii=False)}"
+
+
+def without_placeholders(folder: Path | str) -> str:
+    """The `output` of a run in this folder: braces of its name are not those of placeholders."""
+    return str(folder).replace("{", "{{").replace("}", "}}")
 
 
 def dump_recipe(recipe: Recipe | DreamBooth, *, complete: bool = True) -> str:

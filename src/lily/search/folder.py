@@ -16,6 +16,7 @@ from lily.errors import LilyError
 from lily.io.atomic import remove_folder, write_text
 from lily.recipes.begun import as_begun
 from lily.recipes.data.rows import load_splits
+from lily.recipes.loader import without_placeholders
 from lily.recipes.preflight import flat
 from lily.recipes.results.run_files import changed_rows
 from lily.recipes.spec.schema import Recipe
@@ -146,9 +147,8 @@ def _hold(file: IO[str], folder: Path) -> None:
 
 def inside(recipe: Recipe, output: Path) -> Recipe:
     """The recipe with `output` set to a folder inside the search's, and without baselines."""
-    literal = str(output).replace("{", "{{").replace("}", "}}")  # braces would be placeholders
     overridden = replace(recipe.locations, overridden=recipe.locations.overridden | {("output",)})
-    return recipe.model_copy(update={"output": literal, "baselines": []}).written_at(overridden)
+    return recipe.model_copy(update={"output": without_placeholders(output), "baselines": []}).written_at(overridden)
 
 
 def is_begun(run: Path) -> bool:

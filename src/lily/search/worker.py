@@ -32,7 +32,7 @@ def main(recipe: str, folder: str, parent: int, events: str, *options: str) -> N
     from lily.recipes import loader
 
     try:
-        chosen = loader.load_recipe(recipe, [f"output={json.dumps(folder)}"])
+        chosen = loader.load_recipe(recipe, [f"output={json.dumps(loader.without_placeholders(folder))}"])
         from lily.recipes.train import train  # takes seconds
 
         begun = (Path(folder) / "recipe.yaml").is_file()

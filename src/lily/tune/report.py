@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from rich.console import Console
@@ -53,7 +54,8 @@ def print_tuned(result: TuneResult, output: Path, console: Console) -> None:
     console.print(escape(verdict(result)), soft_wrap=True, highlight=False)
     console.print(escape(f"best recipe: {result.recipe}    figures: {output / 'tune.json'}"), soft_wrap=True)
     which = "the test rows, which no trial has seen" if result.tested else "the validation rows, which chose it"
-    console.print(escape(f"lily train {result.recipe}    trains it and evaluates it on {which}"), soft_wrap=True)
+    command = f"lily train {shlex.quote(str(result.recipe))}"
+    console.print(escape(f"{command}    trains it and evaluates it on {which}"), soft_wrap=True)
     if not result.tested:
         console.print("The recipe has no test rows: expect a worse result on rows that were not used to choose.")
 

@@ -83,6 +83,18 @@ def test_a_run_that_was_still_improving_gets_a_command_that_trains_longer(recipe
     assert "train.max_steps=100" in next(advice(found, steps, "r", []))
 
 
+@pytest.mark.parametrize("folder", ["runs/mine", "runs/try #2", "runs/{a}", "a: b", "123", "it's", '"q"'])
+def test_a_folder_of_any_name_is_named_in_a_command(recipe, folder):
+    literal = recipe.model_copy(update={"output": loader.without_placeholders(folder)})
+    (said,) = advice(result(0.9, history=[0.6, 0.7, 0.8]), literal, "r", [])
+    *_, changed = shlex.split(said.splitlines()[-1])
+    (written,) = loader.overriding([changed]).values()
+    assert written.format(name="", method="", seed=0) == f"{folder}-longer"
+    change = loader.change_of("output", folder)
+    assert loader.overriding([change]) == {"output": folder}
+    assert change == f"output={folder}" or folder != "runs/mine"
+
+
 def test_a_baseline_that_is_better_is_told_with_the_search_that_may_help(recipe):
     (said,) = advice(result(0.79, tfidf=0.98, frozen=0.85, majority=0.5), recipe, "mine.yaml", ["output=x", "seed=1"])
     assert said.startswith("TF-IDF and the frozen encoder are ahead without an adapter")

@@ -6,6 +6,7 @@ import math
 import shlex
 from collections.abc import Iterator, Sequence
 
+from lily.recipes.loader import change_of, without_placeholders
 from lily.recipes.results.card import method_title
 from lily.recipes.results.result import Result, output_folder
 from lily.recipes.results.standing import spoken
@@ -161,7 +162,7 @@ def _longer(recipe: Recipe) -> list[str]:
 
 def _elsewhere(recipe: Recipe, word: str) -> str:
     """A change of the output folder."""
-    return f"output={output_folder(recipe)}-{word}"
+    return change_of("output", f"{without_placeholders(output_folder(recipe))}-{word}")
 
 
 def _title(result: Result) -> str:
