@@ -82,6 +82,19 @@ def test_an_adapter_on_other_layers_leaves_the_rest_of_its_rows_alone():
     check(adapted(build("llama"), other, target_modules=["q_proj"]), input_ids=IDS)
 
 
+@pytest.mark.parametrize("compiled", [nn.Module.compile, lambda model, **how: model.get_base_model().compile(**how)])
+def test_a_compiled_model_has_it_also_after_a_batch_without_names(compiled):
+    model = adapted(build("llama"), target_modules=["q_proj"], layers_to_transform=[0], routing="static")
+    with torch.no_grad():
+        eager = [model(input_ids=IDS, adapter_names=NAMES).logits, model(input_ids=IDS).logits]
+        compiled(model, backend="eager")
+        plain, mixed, again = (model(input_ids=IDS, **names).logits for names in ({}, {"adapter_names": NAMES}, {}))
+    assert torch.allclose(mixed, eager[0], atol=1e-5)
+    assert torch.allclose(plain, eager[1], atol=1e-5)
+    assert torch.equal(plain, again)
+    assert not any("forward" in vars(m) for m in model.modules())
+
+
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generation_gives_each_row_its_adapters_text(beams):
     model = adapted(build("llama"), target_modules=TARGETS["llama"], task_type="CAUSAL_LM")

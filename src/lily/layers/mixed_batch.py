@@ -64,6 +64,9 @@ def rows_of(model: nn.Module, names: Sequence[str], copies: int = 1) -> Iterator
         names: of adapters, or `__base__`, for each row.
         copies: of each row in a row, as in beam search; a layer may see both.
     """
+    if torch.compiler.is_dynamo_compiling():
+        # The model around the layers is compiled: dynamo would delete a `forward` that it never set. Inside, all is.
+        torch._dynamo.graph_break()
     ways = {len(names) * n: [name for name in names for _ in range(n)] for n in {1, copies}}
     replaced = []
     for layer in (module for module in model.modules() if isinstance(module, LilyLayer)):
