@@ -394,6 +394,8 @@ def test_tuning_searches_for_every_method_alike_on_validation_rows(tmp_path, rec
 def test_a_method_whose_search_finds_nothing_is_told_and_the_others_go_on(done, monkeypatch):
     out, path, _ = done
     trained = json.loads((out / "tiny/runs/lily/0/metrics.json").read_text())
+    for method in ("lily", "lora"):
+        (out / "tiny/tuning" / method).mkdir(parents=True)  # of a search that was interrupted
 
     def run(jobs, *_):
         assert all(job.trial or job.name == "lily/0" for job in jobs)
@@ -447,7 +449,7 @@ def test_runs_of_all_recipes_are_checked_before_the_first_is_trained(done, encod
     assert not (out / "first").exists()
 
 
-def test_before_a_search_runs_are_checked_but_for_what_it_chooses(done, tmp_path):
+def test_before_a_search_runs_are_checked_but_for_what_it_chooses(done, tmp_path, monkeypatch):
     out, path, _ = done
 
     def check(*changes, **wish):
@@ -456,6 +458,9 @@ def test_before_a_search_runs_are_checked_but_for_what_it_chooses(done, tmp_path
         comparing.check(recipe, comparing.resolved(recipe, given), given, out / "tiny")
 
     other = ["train.learning_rate=0.02", "lily.learning_rate=0.5"]
+    with pytest.raises(LilyError, match="was trained without --tune"):  # it would fail at the end of the search
+        check(*other)
+    monkeypatch.setattr(comparing.folder, "is_begun", lambda _: False)
     check(*other)  # what the finished runs have instead may be what the search chooses
     check(*other, "train.weight_decay=0.5", overwrite=True)
     with pytest.raises(LilyError, match=r"train\.weight_decay was"):

@@ -52,7 +52,7 @@ def resolved(recipe: Recipe, options: CompareOptions) -> list[ComparedMethod]:
 
 
 def check(recipe: Recipe, methods: Sequence[ComparedMethod], options: CompareOptions, out: Path) -> None:
-    """Refuse a folder with runs of another recipe, before anything is trained.
+    """Refuse a folder with runs of another recipe, or of no search where one is wanted, before anything is trained.
 
     Raises:
         LilyError: if the folder holds one.
@@ -65,6 +65,11 @@ def check(recipe: Recipe, methods: Sequence[ComparedMethod], options: CompareOpt
             _trial(method, (power, 0), recipe.seed, out).check()
         for job in _finals([method], _seeds(recipe, options), out):
             job.check(method.settings if tuned else ())
+            if tuned and folder.is_begun(job.folder) and not (out / "tuning" / method.folder).is_dir():
+                raise LilyError(
+                    f"{job.folder} was trained without --tune, so at settings that the search may not choose. Name "
+                    "another folder with --output, or start over with --overwrite"
+                )
 
 
 def compare(
