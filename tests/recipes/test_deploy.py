@@ -8,13 +8,15 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from helpers import build
+from peft import PeftModel, get_peft_model
 from peft.tuners.lora.intruders import reduce_intruder_dimension
 from recipes_helpers import WORDS, classification, rows, write_jsonl
 from runs import files, invoke, make
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from lily import LilyConfig
 from lily.errors import LilyError
 from lily.recipes import train
 from lily.recipes.deploy import describe
@@ -329,6 +331,22 @@ def test_inspect_refuses_what_is_neither(tmp_path):
         invoke("inspect", tmp_path)
     with pytest.raises(LilyError, match="holds neither an adapter"):
         invoke("inspect", tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    ({"routing": "static", "activation": "relu"}, "activation='relu' adds what is no matrix, so it is not merged"),
+    ({"group_options": {"query": {"activation": "gelu"}}}, "depends on the data; activation='gelu' adds what is no"),
+    ({"routing": "static", "parallel_modules": ["intermediate"]}, "parallel_modules=['intermediate'] adds what is no"),
+    ({"settled": 0.5}, "depends on the data; its training is to end first"),
+    ({"routing": "static", "own_r": 1, "gain": "ones"}, "merges and exports exactly"),
+])  # fmt: skip
+def test_inspect_names_what_can_be_done_with_an_adapter(options, said, tmp_path):
+    config = LilyConfig(r=2, num_A=1, num_B=2, target_modules=["query"], **options)
+    get_peft_model(build("bert"), config).save_pretrained(tmp_path)
+    shown = " ".join(invoke("inspect", tmp_path).split())
+    assert said in shown
+    assert ("makes it static" in shown, "other:" in shown) == (False, False)
+    assert ("own_r: 1" in shown, "lily_gain: 4 tensors" in shown) == ("own_r" in options,) * 2
 
 
 def test_inspect_says_what_a_dynamic_adapter_is(trained):

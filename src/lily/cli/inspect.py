@@ -98,7 +98,7 @@ def _print_facts(facts: Mapping[str, Any], console: Console) -> None:
     for name, tensors in facts.get("tensors", {}).items():
         console.print(f"  {escape(name)}: {tensors['count']} tensors, {tensors['parameters']:,} parameters")
     if "static" in facts:
-        console.print(f"  {_ways(facts)}")
+        console.print(f"  {escape(_ways(facts))}", soft_wrap=True, highlight=False)
     origin = facts.get("provenance", {})
     if origin:
         console.print("came from:")
@@ -116,6 +116,11 @@ def _print_facts(facts: Mapping[str, Any], console: Console) -> None:
 
 def _ways(facts: Mapping[str, Any]) -> str:
     """How a Lily adapter can be used without further steps."""
+    if "no_matrix" in facts:
+        why = f"{facts['no_matrix']} adds what is no matrix, so it is not merged or exported"
+        return why if facts["static"] else f"depends on the data; {why}, also as a static one"
+    if 0 < (settled := facts["config"].get("settled", 0)) < 1:
+        return f"depends on the data; its training is to end first, by which it becomes static (settled={settled:g})"
     if not facts["static"]:
         return "depends on the data; `lily collapse` makes it static"
     if facts["zero_routers"]:

@@ -215,13 +215,17 @@ def describe(folder: str) -> dict[str, Any]:
     if (path / "adapter_config.json").is_file():
         config = PeftConfig.from_pretrained(str(path))
         facts["kind"] = f"{getattr(config.peft_type, 'value', config.peft_type)} adapter"
-        names = ("r", "num_A", "stride_A", "num_B", "scaling", "routing", "activation", "settled", "lora_alpha",
-                 "task_type", "base_model_name_or_path")  # fmt: skip
+        names = ("r", "own_r", "num_A", "stride_A", "num_B", "scaling", "routing", "activation", "distinct", "gain",
+                 "settled", "lora_alpha", "task_type", "base_model_name_or_path")  # fmt: skip
         facts["config"] = {n: getattr(config, n) for n in names if getattr(config, n, None) is not None}
+        if not getattr(config, "own_r", None):
+            facts["config"].pop("own_r", None)
         facts["tensors"] = {k: v for k, v in _tensors(weights).items() if v["count"]}
         if isinstance(config, LilyConfig):
             facts["zero_routers"] = config.dynamic and _zero_routers(weights)
-            facts["static"] = (facts["zero_routers"] or not config.dynamic) and config.activation == "none"
+            facts["static"] = facts["zero_routers"] or not config.dynamic
+            if bent := no_matrix(config):
+                facts["no_matrix"] = bent
             facts.update(config.provenance or {})
     elif (path / "config.json").is_file():
         facts["kind"] = "model"
@@ -238,6 +242,15 @@ def describe(folder: str) -> dict[str, Any]:
     return facts
 
 
+def no_matrix(config: LilyConfig) -> str:
+    """The option by which an adapter has updates that are no matrices, whatever its routing; empty without one."""
+    groups = [own["activation"] for own in (config.group_options or {}).values() if "activation" in own]
+    bent = next((a for a in (config.activation, *groups) if a != "none"), None)
+    if bent is not None:
+        return f"activation={bent!r}"
+    return f"parallel_modules={sorted(config.parallel_modules)}" if config.parallel_modules else ""
+
+
 def _zero_routers(files: list[Path]) -> bool:
     """Whether all routers are zero, so that all experts weigh the same: a static adapter written for stock PEFT."""
     routers = []
@@ -247,7 +260,8 @@ def _zero_routers(files: list[Path]) -> bool:
 
 
 def _tensors(files: list[Path]) -> dict[str, dict[str, int]]:
-    parts = ("lily_A", "lily_B", "lily_router", "lily_logits", "lora_A", "lora_B", "other")
+    parts = ("lily_A", "lily_B", "lily_own_A", "lily_own_B", "lily_gain", "lily_router", "lily_logits", "lora_A",
+             "lora_B", "other")  # fmt: skip
     totals = {part: {"count": 0, "parameters": 0} for part in parts}
     for file in files:
         for key, entry in read_header(file).entries.items():
