@@ -88,7 +88,8 @@ def test_a_collapsed_adapter_goes_everywhere_a_lora_goes(trained, tmp_path, enco
 
 
 def test_the_reported_drift_is_what_an_independent_evaluation_measures(trained, tmp_path, encoder):
-    invoke("collapse", trained["classifier"], "--out", tmp_path / "static", "--rows", "1000")
+    said = invoke("collapse", trained["classifier"], "--out", f"{tmp_path / 'static'}/", "--rows", "1000")
+    assert f"--out {tmp_path / 'static'}-lora" in " ".join(said.split())
     invoke("export", tmp_path / "static", "--to", "lora", "--out", tmp_path / "lora")
     report = json.loads((tmp_path / "static" / "collapse.json").read_text())
     dynamic = Adapter(str(trained["classifier"]))

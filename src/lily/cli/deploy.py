@@ -73,7 +73,7 @@ def collapse_command(
     else:
         print_collapse(report.to_dict(), Console(), every=True)
         print(f"static adapter: {out}\n\n{collapse_verdict(report.to_dict())}\n")
-        print(f"next:\n  {shlex.join(['lily', 'export', out, '--to', 'lora', '--out', f'{out}-lora'])}")
+        print(f"next:\n  {shlex.join(['lily', 'export', out, '--to', 'lora', '--out', f'{Path(out)}-lora'])}")
 
 
 def collapse_verdict(report: Mapping[str, Any]) -> str:
