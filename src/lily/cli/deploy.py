@@ -177,7 +177,7 @@ def export_command(
         raise LilyError(f"--for {target}: choose one of {', '.join(READERS)}")
     if dtype not in DTYPES:
         raise LilyError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
-    if Path(out).exists() and not overwrite:
+    if Path(out).expanduser().exists() and not overwrite:
         raise LilyError(f"--out {out} exists; name another one, or give --overwrite")
     from lily.recipes.results.adapter_folder import AdapterFolder
 
