@@ -128,6 +128,14 @@ def test_a_copied_recipe_is_the_printed_one_and_never_replaces_a_file(tmp_path):
     assert "there is no folder" in str(nowhere.exception)
 
 
+def test_a_tilde_that_the_shell_left_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "there").mkdir()
+    assert invoke("recipes", "quickstart", "--copy=~/mine.yaml").exit_code == 0
+    assert (tmp_path / "mine.yaml").is_file()
+    assert "exists" in str(invoke("export", "no-such-run", "--to", "lora", "--out=~/there").exception)
+
+
 def test_the_schema_is_the_recipes_own():
     assert json.loads(invoke("schema").stdout) == Recipe.model_json_schema()
 

@@ -63,11 +63,12 @@ def recipes_command(
     if copy is None:
         print(text, end="")
         return
-    if Path(copy).exists():
+    target = Path(copy).expanduser()
+    if target.exists():
         raise LilyError(f"--copy {copy} already exists; name another file")
-    if not Path(copy).parent.is_dir():
-        raise LilyError(f"--copy {copy}: there is no folder {Path(copy).parent}; create it first")
-    write_text(copy, text)
+    if not target.parent.is_dir():
+        raise LilyError(f"--copy {copy}: there is no folder {target.parent}; create it first")
+    write_text(target, text)
 
 
 def _is_known(name: str) -> bool:
