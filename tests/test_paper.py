@@ -69,6 +69,7 @@ def test_k_and_v_slices_and_a_parallel_mlp_of_a_timm_vit():
         r=4,
         num_A=4,
         num_B=4,
+        scaling=1.0,
         routing="batch",
         target_slices={"qkv": ["k", "v"]},
         parallel_modules=["Mlp"],
