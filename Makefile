@@ -24,7 +24,7 @@ $(VENV)/dev: $(VENV)/torch pyproject.toml
 demo: $(VENV)/demo  ## Lily, LoRA and a quarter of their size on real data, three seeds each
 	$(BIN)/lily compare quickstart data.max_train=4000 --methods lily,lora,lily/4 --seeds 3 --output runs/demo --overwrite
 
-test: $(VENV)/dev  ## the tests that need no download (4 to 9 minutes on 2 cores)
+test: $(VENV)/dev  ## the tests that need no download (3 to 9 minutes on 2 cores)
 	$(TESTS) -m "not slow and not network"
 
 test-all: $(VENV)/dev  ## also the slow ones and those that download a package
