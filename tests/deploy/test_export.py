@@ -584,3 +584,10 @@ def test_a_lora_of_conv1d_and_of_parameters_is_written_only_if_peft_can_load_it(
         export.as_lora(lily_model)
     with pytest.raises(ValueError, match="fan_in_fan_out"):  # as the message says of PEFT
         get_peft_model(base, LoraConfig(r=2, fan_in_fan_out=True, **options))
+
+
+def test_a_sliced_conv1d_counts_as_one_beside_parameters():
+    sliced = {"target_modules": [], "target_slices": {"conv": {"k": [2, 4]}}, "target_parameters": ["inner.weight"]}
+    model = randomise(get_peft_model(Flat(("conv",)).eval(), LilyConfig(r=2, num_A=1, num_B=1, **sliced))).eval()
+    with pytest.raises(LilyError, match=r"Conv1D \(conv\) together with one of parameters \(inner\.weight\)"):
+        export.as_lora(model)

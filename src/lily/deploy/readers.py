@@ -119,14 +119,13 @@ def check_readable(target: str, wanted: Target, adapted: Adapted, other: Mapping
                 "or a LoRA for PEFT"
             )
     # PEFT keeps fan_in_fan_out of the last linear layer that it replaces, and its LoRA of parameters refuses True.
-    bases = {n: adapted.layers[n].get_base_layer() for n, _ in adapted.root.named_modules() if n in adapted.layers}
-    transposed = {name: type(base).__name__ == "Conv1D" for name, base in bases.items() if kinds[name] == LINEAR}
-    parameters = [name for name, kind in kinds.items() if kind in PARAMETERS]
-    if parameters and transposed and list(transposed.values())[-1]:
+    linear = {whole[name]: layer for name, layer in adapted.layers.items() if kinds[name] in (LINEAR, SLICE)}
+    last = next((name for name, _ in reversed(list(adapted.root.named_modules())) if name in linear), None)
+    parameter = next((name for name, kind in kinds.items() if kind in PARAMETERS), None)
+    if parameter is not None and last is not None and linear[last].transposed:
         raise LilyError(
-            f"{target} loads no LoRA of Conv1D ({list(transposed)[-1]}) together with one of parameters "
-            f"({parameters[0]}), which refuses the fan_in_fan_out that Conv1D needs; export --to merged instead, or "
-            "train them as two adapters"
+            f"{target} loads no LoRA of Conv1D ({last}) together with one of parameters ({parameter}), which refuses "
+            "the fan_in_fan_out that Conv1D needs; export --to merged instead, or train them as two adapters"
         )
     outside = [name for name in adapted.layers if not any(part.isdigit() for part in name.split("."))]
     if outside and wanted.numbered_only:
