@@ -224,7 +224,7 @@ def describe(folder: str) -> dict[str, Any]:
         if isinstance(config, LilyConfig):
             facts["zero_routers"] = config.dynamic and _zero_routers(weights)
             facts["static"] = facts["zero_routers"] or not config.dynamic
-            if bent := no_matrix(config):
+            if bent := _no_matrix(config):
                 facts["no_matrix"] = bent
             facts.update(config.provenance or {})
     elif (path / "config.json").is_file():
@@ -242,7 +242,7 @@ def describe(folder: str) -> dict[str, Any]:
     return facts
 
 
-def no_matrix(config: LilyConfig) -> str:
+def _no_matrix(config: LilyConfig) -> str:
     """The option by which an adapter has updates that are no matrices, whatever its routing; empty without one."""
     groups = [own["activation"] for own in (config.group_options or {}).values() if "activation" in own]
     bent = next((a for a in (config.activation, *groups) if a != "none"), None)

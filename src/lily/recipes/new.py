@@ -75,7 +75,7 @@ def _schedule(rows: int, chat: bool) -> str:
 
 def _what(found: Guess) -> str:
     images = found.task == "image-classification"
-    rows = f"the first {READ:,} rows" if found.rows is None else f"{counted(found.rows, 'image' if images else 'row')}"
+    rows = f"the first {READ:,} rows" if found.rows is None else counted(found.rows, "image" if images else "row")
     rows = "not counted" if found.rows is None and not found.classes and images else rows
     if found.classes:
         shown = [f"{label!r} {n:,}" for label, n in found.classes.items()]

@@ -6,7 +6,6 @@ python -m lily.search.worker RECIPE FOLDER PARENT EVENTS [trial] [until=STEPS]
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import signal
 import sys
@@ -32,7 +31,7 @@ def main(recipe: str, folder: str, parent: int, events: str, *options: str) -> N
     from lily.recipes import loader
 
     try:
-        chosen = loader.load_recipe(recipe, [f"output={json.dumps(loader.without_placeholders(folder))}"])
+        chosen = loader.load_recipe(recipe, [loader.change_of("output", loader.without_placeholders(folder))])
         from lily.recipes.train import train  # takes seconds
 
         begun = (Path(folder) / "recipe.yaml").is_file()

@@ -61,8 +61,7 @@ def families(labels: Iterable[str], form: Callable[[str], str] = alike) -> list[
 def named(family: Iterable[str], counts: Mapping[str, int]) -> str:
     """Labels with their numbers of rows; with escapes where two would look the same."""
     shown = [(label, repr(label) if unicodedata.is_normalized("NFKC", label) else ascii(label)) for label in family]
-    parts = [f"{text} ({counted(counts[label], 'row')})" for label, text in shown]
-    return joined(parts)
+    return joined([f"{text} ({counted(counts[label], 'row')})" for label, text in shown])
 
 
 def too_many(column: str, count: int) -> str:

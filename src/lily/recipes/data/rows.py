@@ -205,8 +205,8 @@ def _check_filled(rows: Sequence[Row], file: File, recipe: Recipe, labeled: bool
             continue
         values = [at(row, column) for row in rows]
         # of a column that is in no row, or is misspelled in one, more is said where it is read
-        some = 1 < sum(value is ABSENT for value in values) < len(values)
-        empty = [i for i, v in enumerate(values, 1) if is_empty(v) or (some and v is ABSENT)]
+        in_others = 1 < sum(value is ABSENT for value in values) < len(values)
+        empty = [i for i, v in enumerate(values, 1) if is_empty(v) or (in_others and v is ABSENT)]
         if empty:
             numbers = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
             which = f"row {numbers}" if len(empty) == 1 else f"{len(empty):,} of {len(rows):,} rows ({numbers})"
